@@ -1,0 +1,25 @@
+"""For all tests: orphans come back to the test process, and nothing may outlive the session."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.support.processes import become_subreaper, descendants, describe, end
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_process_survives() -> Iterator[None]:
+    """Fail at the end when a process that a test started still runs or is stopped. Zombies are just reaped:
+
+    without the subreaper, init would have done that.
+    """
+    become_subreaper()
+    before = descendants()
+    yield
+    left = {pid: state for pid, state in descendants().items() if pid not in before}
+    story = [describe(pid) for pid, state in left.items() if state != "Z"]
+    end(tuple(left))
+    if story:
+        pytest.fail("processes survived the tests: " + "; ".join(story), pytrace=False)
