@@ -1,0 +1,187 @@
+/*
+ * The one rule that tells where a page is. In words: images_spec/placement.md;
+ * its facts: reference/criu-interfaces §2 and §7.
+ */
+#include "placement.h"
+
+#include <stdlib.h>
+
+#define PAGE_SIZE UINT64_C(4096)
+
+/* How far a level has been read. Addresses only grow, so it never goes back. */
+struct cursor {
+	uint64_t index;
+	uint64_t present_pages; /* in the entries before index */
+};
+
+struct builder {
+	struct lp_extents table;
+	uint64_t capacity;
+};
+
+static uint64_t entry_end(const struct lp_pagemap_entry *entry)
+{
+	return entry->vaddr + entry->nr_pages * PAGE_SIZE;
+}
+
+/* The entry of a level that holds `address`, or the first one past it, or NULL. */
+static const struct lp_pagemap_entry *seek(const struct lp_level *level, struct cursor *cursor, uint64_t address)
+{
+	while (cursor->index < level->count) {
+		const struct lp_pagemap_entry *entry = &level->entries[cursor->index];
+
+		if (entry_end(entry) > address)
+			return entry;
+		if (entry->flags & LP_PE_PRESENT)
+			cursor->present_pages += entry->nr_pages;
+		cursor->index++;
+	}
+	return NULL;
+}
+
+/*
+ * The rule. Where the page at `address` is, which the top level has an entry
+ * for; *end is lowered to where the answer may change.
+ */
+static struct lp_extent place(const struct lp_level *levels, uint32_t nr_levels, int remote, struct cursor *cursors,
+			      uint64_t address, uint64_t *end)
+{
+	struct lp_extent extent = {.start = address, .source = LP_SOURCE_LOST};
+
+	for (uint32_t i = 0; i < nr_levels; i++) {
+		const struct lp_pagemap_entry *entry = seek(&levels[i], &cursors[i], address);
+
+		if (!entry)
+			break;
+		if (entry->vaddr > address) {
+			if (entry->vaddr < *end)
+				*end = entry->vaddr;
+			break;
+		}
+		if (entry_end(entry) < *end)
+			*end = entry_end(entry);
+		if (i == 0)
+			extent.lazy = !!(entry->flags & LP_PE_LAZY);
+		if (entry->flags & LP_PE_PARENT)
+			continue;
+		if (entry->flags & LP_PE_PRESENT) {
+			extent.source = i;
+			extent.offset = cursors[i].present_pages * PAGE_SIZE + (address - entry->vaddr);
+		} else if (i == 0 && extent.lazy && remote) {
+			extent.source = LP_SOURCE_REMOTE;
+		}
+		break;
+	}
+	extent.nr_pages = (*end - address) / PAGE_SIZE;
+	return extent;
+}
+
+/* Whether `next` simply goes on where `last` ends. */
+static int continues(const struct lp_extent *last, const struct lp_extent *next)
+{
+	uint64_t length = last->nr_pages * PAGE_SIZE;
+
+	if (last->start + length != next->start || last->source != next->source || last->lazy != next->lazy)
+		return 0;
+	return next->source >= LP_SOURCE_REMOTE || last->offset + length == next->offset;
+}
+
+static int append(struct builder *builder, const struct lp_extent *extent)
+{
+	struct lp_extents *table = &builder->table;
+
+	if (table->count && continues(&table->extents[table->count - 1], extent)) {
+		table->extents[table->count - 1].nr_pages += extent->nr_pages;
+		return 0;
+	}
+	if (table->count == builder->capacity) {
+		uint64_t capacity = builder->capacity ? 2 * builder->capacity : 16;
+		struct lp_extent *grown = reallocarray(table->extents, capacity, sizeof(*grown));
+
+		if (!grown)
+			return -1;
+		table->extents = grown;
+		builder->capacity = capacity;
+	}
+	table->extents[table->count++] = *extent;
+	return 0;
+}
+
+int lp_place(const struct lp_level *levels, uint32_t nr_levels, int remote, struct lp_extents *table)
+{
+	struct builder builder = {0};
+	struct cursor *cursors = calloc(nr_levels, sizeof(*cursors));
+	struct lp_extent *shrunk;
+
+	if (!cursors)
+		return -1;
+	for (uint64_t i = 0; i < levels[0].count; i++) {
+		uint64_t stop = entry_end(&levels[0].entries[i]);
+
+		for (uint64_t address = levels[0].entries[i].vaddr, end; address < stop; address = end) {
+			struct lp_extent extent;
+
+			end = stop;
+			extent = place(levels, nr_levels, remote, cursors, address, &end);
+			if (append(&builder, &extent)) {
+				free(cursors);
+				lp_extents_free(&builder.table);
+				return -1;
+			}
+		}
+	}
+	free(cursors);
+	shrunk = reallocarray(builder.table.extents, builder.table.count, sizeof(*shrunk));
+	if (shrunk)
+		builder.table.extents = shrunk;
+	*table = builder.table;
+	return 0;
+}
+
+void lp_extents_free(struct lp_extents *table)
+{
+	free(table->extents);
+	table->extents = NULL;
+}
+
+void lp_count_pages(const struct lp_extents *table, uint32_t nr_levels, struct lp_page_count *counts)
+{
+	for (uint64_t i = 0; i < table->count; i++) {
+		const struct lp_extent *extent = &table->extents[i];
+		uint32_t row = extent->source;
+
+		if (row == LP_SOURCE_REMOTE)
+			row = nr_levels;
+		else if (row == LP_SOURCE_LOST)
+			row = nr_levels + 1;
+		if (extent->lazy)
+			counts[row].lazy += extent->nr_pages;
+		else
+			counts[row].eager += extent->nr_pages;
+	}
+}
+
+int lp_find_uncovered(const struct lp_extents *table, const struct lp_span *ranges, uint64_t nr_ranges,
+		      struct lp_span *found)
+{
+	uint64_t k = 0;
+
+	for (uint64_t i = 0; i < table->count; i++) {
+		const struct lp_extent *extent = &table->extents[i];
+		uint64_t address = extent->start, stop = address + extent->nr_pages * PAGE_SIZE;
+
+		if (!extent->lazy)
+			continue;
+		while (address < stop) {
+			while (k < nr_ranges && ranges[k].end <= address)
+				k++;
+			if (k == nr_ranges || ranges[k].start > address) {
+				found->start = address;
+				found->end = k < nr_ranges && ranges[k].start < stop ? ranges[k].start : stop;
+				return 1;
+			}
+			address = ranges[k].end;
+		}
+	}
+	return 0;
+}

@@ -1,0 +1,143 @@
+"""One pagemap image as a C array, and writing one (images_spec/pagemap.md).
+
+24 bytes an entry, and no Python object until one is looked at: a million entries are a normal size.
+"""
+
+from __future__ import annotations
+
+import operator
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+from images_spec._files import create_file, read_file
+from images_spec._pagemap import ffi, lib
+from images_spec.errors import ImageError
+from images_spec.flags import PAGE_SIZE
+from images_spec.images import Kind, encode
+from images_spec.messages import PagemapHead
+
+
+class Entry(NamedTuple):
+    """A run of pages: address of the first, how many, ``PE_*`` bits."""
+
+    vaddr: int
+    nr_pages: int
+    flags: int
+
+
+class Pagemap:
+    """The entries of one pagemap image: sorted, disjoint, page aligned, no unknown flags.
+
+    ``path``: of the image. ``pages_id``: the data is in ``pages-<pages_id>.img`` beside it.
+    ``present_pages``: how many pages that file must hold.
+    """
+
+    def __init__(self, data: bytes, path: Path) -> None:
+        """Parses the bytes of an image; ``path`` is for messages. Raises ``ImageError`` with the offset."""
+        self.path = path
+        pagemap, error = ffi.new("struct lp_pagemap *"), ffi.new("struct lp_image_error *")
+        if lib.lp_pagemap_parse(ffi.from_buffer(data), len(data), pagemap, error):
+            raise _image_error(path, error, error.offset)
+        self._pagemap = ffi.gc(
+            pagemap, lib.lp_pagemap_free, pagemap.count * ffi.sizeof("struct lp_pagemap_entry")
+        )
+        self.pages_id: int = pagemap.pages_id
+        self.present_pages: int = pagemap.present_pages
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Reads an image. Raises ``ImageError``, ``ImageMissingError`` when it is not there."""
+        path = Path(path)
+        return cls(read_file(path), path)
+
+    @property
+    def entries_pointer(self) -> Any:
+        """``struct lp_pagemap_entry *`` (csrc/pagemap.h), valid while this object lives."""
+        return self._pagemap.entries
+
+    def __len__(self) -> int:
+        count: int = self._pagemap.count
+        return count
+
+    def __getitem__(self, index: int) -> Entry:
+        index = range(len(self))[operator.index(index)]
+        entry = self._pagemap.entries[index]
+        return Entry(entry.vaddr, entry.nr_pages, entry.flags)
+
+    def __iter__(self) -> Iterator[Entry]:
+        return map(self.__getitem__, range(len(self)))
+
+    def check_pages_size(self, size: int, path: Path) -> None:
+        """Raises ``ImageError`` when the pages file at ``path`` (``size`` bytes) lacks promised pages."""
+        wanted = self.present_pages * PAGE_SIZE
+        if size < wanted:
+            promise = f"{self.path.name} promises {self.present_pages} pages ({wanted} bytes)"
+            raise ImageError(path, f"holds {size} bytes, but {promise}")
+
+
+class PagemapWriter:
+    """Writes a pagemap image entry by entry, in bounded memory; a context manager.
+
+    Counts are written both ways (``nr_pages``, and ``compat_nr_pages`` where they fit 32 bits), so that CRIU
+    before and from 4.2 can read them. Raises ``ImageError`` for what a reader would refuse.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], pages_id: int) -> None:
+        self._path = Path(path)
+        self._writer = ffi.new("struct lp_pagemap_writer *")
+        self._bytes = ffi.buffer(self._writer.buffer)
+        self._error = ffi.new("struct lp_image_error *")
+        try:
+            self._file = create_file(self._path)
+        except OSError as error:
+            raise _cant_write(self._path, error) from None
+        self._write(b"".join(encode(Kind.PAGEMAP, [(PagemapHead(pages_id=pages_id), b"")], self._path)))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.close()
+
+    def add(self, vaddr: int, nr_pages: int, flags: int) -> None:
+        """Adds an entry, which must lie past the one before it."""
+        outcome = lib.lp_pagemap_add(self._writer, vaddr, nr_pages, flags, self._error)
+        if outcome < 0:
+            raise _image_error(self._path, self._error, None)
+        if outcome:
+            self._flush()
+
+    def close(self) -> None:
+        """Writes out what is left. The image is complete only after this."""
+        try:
+            self._flush()
+        finally:
+            self._file.close()
+
+    def _flush(self) -> None:
+        self._write(self._bytes[: self._writer.used])
+        self._writer.used = 0
+
+    def _write(self, data: bytes) -> None:
+        try:
+            self._file.write(data)
+            self._file.flush()
+        except OSError as error:
+            raise _cant_write(self._path, error) from None
+
+
+def write(path: str | os.PathLike[str], pages_id: int, entries: Iterable[tuple[int, int, int]]) -> None:
+    """Writes a whole pagemap image of ``(vaddr, nr_pages, flags)``. Raises ``ImageError``."""
+    with PagemapWriter(path, pages_id) as writer:
+        for entry in entries:
+            writer.add(*entry)
+
+
+def _image_error(path: Path, error: Any, offset: int | None) -> ImageError:
+    return ImageError(path, ffi.string(error.what).decode(), offset=offset)
+
+
+def _cant_write(path: Path, error: OSError) -> ImageError:
+    return ImageError(path, f"can't be written: {error.strerror}")

@@ -1,0 +1,162 @@
+"""Where each page of a task is: the one rule (images_spec/placement.md).
+
+It is written once, in ``csrc/placement.c``; this is its Python face. No Python object per extent until one is
+looked at.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+from images_spec._pagemap import ffi, lib
+from images_spec.errors import ImageError
+from images_spec.flags import PAGE_SIZE, lazy_capable
+from images_spec.messages import MmEntry
+from images_spec.pagemap import Pagemap
+
+SOURCE_REMOTE: Final[int] = lib.LP_SOURCE_REMOTE
+"""``Extent.source``: lazy, its data is at a page server."""
+SOURCE_LOST: Final[int] = lib.LP_SOURCE_LOST
+"""``Extent.source``: promised by a pagemap, held by no level."""
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """A run of pages whose data is in one place.
+
+    ``start``: address at dump time. ``source``: the level that holds the data (0: the task's own image, 1:
+    its parent, ...) or ``SOURCE_*``. ``offset``: of the first page in that level's pages file, bytes.
+    ``lazy``: the restorer leaves the pages to the daemon.
+    """
+
+    start: int
+    nr_pages: int
+    offset: int
+    source: int
+    lazy: bool
+
+    @property
+    def end(self) -> int:
+        """The address after the last page."""
+        return self.start + self.nr_pages * PAGE_SIZE
+
+
+@dataclass(frozen=True, slots=True)
+class PageCount:
+    """Numbers of pages."""
+
+    lazy: int = 0
+    eager: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.lazy + self.eager
+
+
+@dataclass(frozen=True, slots=True)
+class PageCounts:
+    """Numbers of pages by where they are: in which level of the chain, or in none."""
+
+    levels: tuple[PageCount, ...]
+    remote: PageCount
+    lost: PageCount
+
+
+class Span(NamedTuple):
+    """Addresses ``[start, end)``."""
+
+    start: int
+    end: int
+
+
+class ExtentTable:
+    """All pages of a task that its pagemap speaks of: a sorted array of ``struct lp_extent`` (csrc/extent.h).
+
+    Made by ``resolve``.
+    """
+
+    def __init__(self, table: Any, nr_levels: int) -> None:
+        self._table = ffi.gc(table, lib.lp_extents_free, table.count * ffi.sizeof("struct lp_extent"))
+        self.nr_levels = nr_levels
+
+    @property
+    def address(self) -> int:
+        """Of the first ``struct lp_extent``, for other extensions; valid while this object lives."""
+        return int(ffi.cast("uintptr_t", self._table.extents))
+
+    def __len__(self) -> int:
+        count: int = self._table.count
+        return count
+
+    def __getitem__(self, index: int) -> Extent:
+        index = range(len(self))[operator.index(index)]
+        extent = self._table.extents[index]
+        return Extent(extent.start, extent.nr_pages, extent.offset, extent.source, bool(extent.lazy))
+
+    def __iter__(self) -> Iterator[Extent]:
+        return map(self.__getitem__, range(len(self)))
+
+    def counts(self) -> PageCounts:
+        """Adds up the pages by where they are."""
+        rows = ffi.new("struct lp_page_count[]", self.nr_levels + 2)
+        lib.lp_count_pages(self._table, self.nr_levels, rows)
+        *levels, remote, lost = (PageCount(row.lazy, row.eager) for row in rows)
+        return PageCounts(tuple(levels), remote, lost)
+
+    def check_covered(self, spans: Sequence[Span], path: Path) -> None:
+        """Raises ``ImageError`` (for the pagemap at ``path``) when a lazy page lies in none of the spans.
+
+        Nobody would register such a page with userfaultfd, and the restorer would leave it out: it would read
+        as zeros. ``spans``: as from ``lazy_vmas``.
+        """
+        array, found = ffi.new("struct lp_span[]", list(spans)), ffi.new("struct lp_span *")
+        if lib.lp_find_uncovered(self._table, array, len(spans), found):
+            raise ImageError(
+                path,
+                f"pages {found.start:#x}-{found.end:#x} are lazy, but no mapping there can be (see mm image)",
+            )
+
+
+def resolve(levels: Sequence[Pagemap | None], *, remote: bool) -> ExtentTable:
+    """Places every page of ``levels[0]``, the top of a chain; ``None``: a level that has nothing of the task.
+
+    ``remote``: there is a page server for the pages that are lazy and nowhere in the chain; without one they
+    are lost. Linear in the entries of all levels. Lost pages are an answer, not an error: see
+    ``ExtentTable.counts``.
+    """
+    if not levels:
+        raise ValueError("a chain has at least one level")
+    array = ffi.new("struct lp_level[]", len(levels))
+    for place, pagemap in zip(array, levels, strict=True):
+        if pagemap is not None:
+            place.entries, place.count = pagemap.entries_pointer, len(pagemap)
+    table = ffi.new("struct lp_extents *")
+    if lib.lp_place(array, len(levels), remote, table):
+        raise MemoryError
+    return ExtentTable(table, len(levels))
+
+
+def lazy_vmas(mm: MmEntry, path: Path) -> list[Span]:
+    """The mappings that the restorer registers with userfaultfd, whole, in order; neighbours stay apart.
+
+    Raises ``ImageError`` (for the mm image at ``path``) when mappings, of whatever kind, are unsorted,
+    overlapping, unaligned or empty.
+    """
+    spans = []
+    before = 0
+    for vma in mm.vmas:
+        name = f"mapping {vma.start:#x}-{vma.end:#x}"
+        if vma.start % PAGE_SIZE or vma.end % PAGE_SIZE:
+            raise ImageError(path, f"{name} is not page aligned")
+        if vma.start >= vma.end:
+            raise ImageError(path, f"{name} is empty")
+        if vma.start < before:
+            raise ImageError(path, f"{name} is not sorted or overlaps the one before it")
+        before = vma.end
+        if lazy_capable(vma.flags, vma.status):
+            spans.append(Span(vma.start, vma.end))
+    return spans
