@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
 from tests.support.processes import become_subreaper, descendants, describe, end
+from tests.support.restore import Checkpoints, compile_victims
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -23,3 +26,11 @@ def _no_process_survives() -> Iterator[None]:
     end(tuple(left))
     if story:
         pytest.fail("processes survived the tests: " + "; ".join(story), pytrace=False)
+
+
+@pytest.fixture(scope="session")
+def checkpoints() -> Iterator[Checkpoints]:
+    """Checkpoints of the victims, taken by real CRIU."""
+    with TemporaryDirectory(prefix="lazypages-checkpoints-") as name:
+        folder = Path(name)
+        yield Checkpoints(folder, compile_victims(folder))

@@ -1,8 +1,8 @@
 """A Python interpreter with a busy heap: `interpreter.py interpreter DIRECTORY SEED`, like the victims in C.
 
-Before the checkpoint it builds dictionaries, lists, big strings, a cyclic graph and raw buffers from the seed and
-keeps running threads. After the go it builds everything once more and compares, from several threads, with the
-garbage collector at work, and checks a mapping that nothing ever touched.
+Before the checkpoint it builds dictionaries, lists, big strings, a cyclic graph and raw buffers from the seed
+and keeps running threads. After the go it builds everything once more and compares, from several threads,
+with the garbage collector at work, and checks a mapping that nothing ever touched.
 """
 
 import gc

@@ -1,0 +1,278 @@
+"""Checkpoint a victim with real CRIU, bring it back lazily under some daemon, and read its verdict.
+
+A checkpoint is taken once and restored many times. Its tasks keep their pids, so each restore first makes
+sure that nobody took one meanwhile, and takes a fresh checkpoint otherwise.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.criu import Criu
+from tests.support.processes import Server, descendants, describe, nothing_left, reap, tail, wait_for
+
+VICTIMS = Path(__file__).parent / "victims"
+SOCKET = "lazy-pages.socket"
+SEED = 20_231_123
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A victim's name, and how many reports its verdict has when every task and thread got to its end."""
+
+    name: str
+    reports: int = 1
+
+    def __str__(self) -> str:
+        return self.name
+
+
+SCENARIOS = {
+    scenario.name: scenario
+    for scenario in (
+        Scenario("single"),
+        Scenario("plain"),
+        Scenario("threads", 16),
+        Scenario("writes"),
+        Scenario("fragments"),
+        Scenario("stack"),
+        Scenario("heap"),
+        Scenario("protection"),
+        Scenario("moves"),
+        Scenario("moves_over"),
+        Scenario("resizes"),
+        Scenario("leaves_behind"),
+        Scenario("unmaps"),
+        Scenario("discards"),
+        Scenario("huge_unmap"),
+        Scenario("huge_discard"),
+        Scenario("huge_move"),
+        Scenario("races", 8),
+        Scenario("family", 3),
+        Scenario("orphan", 2),
+        Scenario("brief", 9),
+        Scenario("partings", 2),
+        Scenario("not_inherited", 2),
+        Scenario("forks_under_load", 12),
+        Scenario("syscalls", 2),
+        Scenario("tree", 6),
+        Scenario("crowd", 41),
+        Scenario("interpreter", 5),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one task or thread saw: counts of pages, and the first place that was wrong."""
+
+    name: str
+    pid: int
+    data: int
+    zero: int
+    bad: int
+    where: str
+    what: str
+
+
+def compile_victims(folder: Path) -> Path:
+    """Build the victims written in C into `folder`: the executable."""
+    program = folder / "victim"
+    sources = sorted(str(path) for path in VICTIMS.glob("*.c"))
+    command = [
+        "gcc",
+        "-std=gnu11",
+        "-O2",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-pthread",
+        "-o",
+        str(program),
+        *sources,
+    ]
+    subprocess.run(command, check=True, timeout=120)
+    return program
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Images of a victim that waits for its go, taken by `criu`. Nobody may change them.
+
+    `results` is where the victim looks for its go and leaves its verdict, in whatever incarnation.
+    """
+
+    criu: Criu
+    scenario: Scenario
+    pid: int
+    images: Path
+    results: Path
+
+    @property
+    def pids(self) -> list[int]:
+        """Every pid and thread id that a restore needs, the root's included."""
+        return [int(path.stem.removeprefix("core-")) for path in self.images.glob("core-*.img")]
+
+    def taken(self) -> bool:
+        """Has somebody got one of our pids?"""
+        return any(Path(f"/proc/{pid}").exists() for pid in self.pids)
+
+
+class Checkpoints:
+    """Takes checkpoints when they are first asked for and keeps them in `folder`."""
+
+    def __init__(self, folder: Path, program: Path) -> None:
+        self._folder, self._program = folder, program
+        self._kept: dict[tuple[Criu, str], Checkpoint] = {}
+
+    def get(self, criu: Criu, name: str) -> Checkpoint:
+        """The checkpoint of that scenario, ready to be restored."""
+        kept = self._kept.get((criu, name))
+        if kept is not None and kept.taken():
+            shutil.rmtree(kept.images.parent)
+            kept = None
+        if kept is None:
+            kept = self._kept[criu, name] = self._take(criu, SCENARIOS[name])
+        for path in kept.results.iterdir():
+            path.unlink()
+        return kept
+
+    def _take(self, criu: Criu, scenario: Scenario) -> Checkpoint:
+        folder = self._folder / f"{scenario}-{criu.release}"
+        images, results = folder / "images", folder / "results"
+        images.mkdir(parents=True)
+        results.mkdir()
+        interpreted = VICTIMS / f"{scenario}.py"
+        start = [sys.executable, str(interpreted)] if interpreted.exists() else [str(self._program)]
+        with nothing_left():
+            victim = subprocess.Popen(
+                [*start, scenario.name, str(results), str(SEED)],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+                cwd="/",
+                env={"PATH": os.environ["PATH"], "PYTHONHASHSEED": "7"},
+            )
+
+            def is_ready() -> bool:
+                if victim.poll() is not None:
+                    pytest.fail(f"the victim {scenario} ended with {victim.returncode}")
+                return (results / "ready").exists()
+
+            wait_for(f"the victim {scenario} to fill its memory", is_ready)
+            criu.dump(victim.pid, images)
+            victim.wait(30)
+        return Checkpoint(criu, scenario, victim.pid, images, results)
+
+
+@dataclass(frozen=True)
+class Daemon:
+    """A command that serves as `criu lazy-pages` does, and what the tests may ask of it."""
+
+    name: str
+    command: tuple[str, ...]
+    ours: bool = True
+    env: dict[str, str] = field(default_factory=dict, hash=False)
+
+    def __str__(self) -> str:
+        return self.name
+
+    def start(self, images: Path, work: Path) -> Server:
+        """Start it on `images`, with its log, statistics and socket in `work`."""
+        command = [*self.command, "-D", str(images), "-W", str(work), "-v4", "-o", "serve.log"]
+        if self.ours:
+            command += ["--stats-json", str(work / "stats.json")]
+        return Server(
+            command, output=work / "serve.out", logs=[work / "serve.log"], env=os.environ | self.env
+        )
+
+
+def criu_daemon(criu: Criu) -> Daemon:
+    """CRIU's own: the harness is checked against it."""
+    return Daemon("criu", (str(criu.path), "lazy-pages"), ours=False)
+
+
+def our_daemon(*options: str, name: str = "lazypages") -> Daemon:
+    """`lazypages serve`."""
+    return Daemon(name, (sys.executable, "-m", "lazypages", "serve", *options))
+
+
+@dataclass
+class LazyRestore:
+    """Tasks that run again while `server` has most of their memory."""
+
+    checkpoint: Checkpoint
+    daemon: Daemon
+    server: Server
+    work: Path
+
+    def go(self, order: str = "random") -> None:
+        """Tell the victim to touch and check everything: in "forward", "reverse" or "random" order."""
+        draft = self.checkpoint.results / "going"
+        draft.write_text(order)
+        draft.rename(self.checkpoint.results / "go")
+
+    def wait_tasks(self, timeout: float = 60) -> int:
+        """Until the root task has ended: its exit code (negative: the signal)."""
+        return os.waitstatus_to_exitcode(reap(self.checkpoint.pid, timeout))
+
+    def reports(self) -> list[Report]:
+        """The verdict so far."""
+        path = self.checkpoint.results / "verdict"
+        return [Report(**json.loads(line)) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def check_verdict(self) -> None:
+        """Every task and thread has come to its end and found every byte right."""
+        reports = self.reports()
+        assert [report for report in reports if report.bad] == []
+        assert len(reports) == self.checkpoint.scenario.reports, reports
+        assert sum(report.data for report in reports) > 0
+
+    def check_all(self, order: str = "random") -> None:
+        """From go to the end: verdict, exit codes of task and daemon, nothing left behind."""
+        self.go(order)
+        code = self.wait_tasks()
+        self.check_verdict()
+        assert code == 0
+        assert self.server.wait() == 0
+        if self.daemon.ours:
+            assert not (self.work / SOCKET).exists()
+
+    def stats(self) -> dict[str, Any]:
+        """What our daemon wrote as --stats-json."""
+        stats: dict[str, Any] = json.loads((self.work / "stats.json").read_text())
+        return stats
+
+    def story(self) -> str:
+        """What there is to see from outside, for a failure message."""
+        tasks = "".join(f"{describe(pid)}\n" for pid in descendants())
+        return f"{tail(self.work / 'restore.log')}--- our processes\n{tasks}--- reports: {self.reports()}\n"
+
+
+@contextmanager
+def lazy_restore(
+    checkpoint: Checkpoint, daemon: Daemon, work: Path, images: Path | None = None
+) -> Iterator[LazyRestore]:
+    """Start the daemon and restore the checkpoint (or `images` made from it); ends all on the way out."""
+    images = images or checkpoint.images
+    with nothing_left(), daemon.start(images, work) as server:
+        server.wait_ready()
+        restored = LazyRestore(checkpoint, daemon, server, work)
+        try:
+            checkpoint.criu.restore(images, work=work)
+            yield restored
+        except BaseException as error:
+            error.add_note(restored.story())
+            raise
