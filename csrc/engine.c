@@ -1,0 +1,1161 @@
+#define _GNU_SOURCE
+#include "engine.h"
+
+#include <errno.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
+#include <sys/ioctl.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <linux/userfaultfd.h>
+
+#include "plan.h"
+
+/* Linux 6.6; older headers don't have it. */
+#ifndef UFFDIO_POISON
+struct uffdio_poison {
+	struct uffdio_range range;
+	__u64 mode;
+	__s64 updated;
+};
+#define UFFDIO_POISON _IOWR(UFFDIO, 0x08, struct uffdio_poison)
+#endif
+
+#define NS 1000000000ull
+#define EVENTS 64	      /* uffds answered for one epoll_wait */
+#define MESSAGES 32	      /* uffd messages taken by one read */
+#define RETRY_MS 1	      /* until an answer that was put off is tried again */
+#define CHUNK_QUIET (512u << 10) /* bytes a background copy takes at a time */
+#define CHUNK_BUSY (64u << 10)	 /* the same while tasks fault: one waits for this at most */
+#define BUSY_NS (2 * NS / 1000)	 /* how long after a fault tasks count as faulting */
+#define LOOKAHEAD_TRIES 8	 /* runs that another thread may take before we do */
+
+typedef _Atomic uint64_t counter_t;
+
+struct fault {
+	uint64_t addr, since;
+};
+
+struct faults {
+	struct fault *at;
+	size_t nr, cap;
+};
+
+struct lp_task {
+	struct lp_engine *engine;
+	struct lp_space *space;
+	pthread_rwlock_t lock;
+	int uffd; /* -1 once closed */
+	bool remote;
+	_Atomic bool gone, complete;
+	struct faults faults, put_off; /* used by the serving thread only */
+	struct lp_plan plan;	       /* likewise */
+	struct lp_task *next_put_off, *next, *next_dead;
+	bool is_put_off;
+	int read_error; /* the last one told */
+	_Atomic uint64_t cursor; /* background transfer goes on here */
+	uint32_t nr_levels;
+	struct lp_level *levels;
+	counter_t *copied, *dropped, *served; /* by source: levels, remote, lost */
+	struct {
+		counter_t faults, faults_zero, faults_served, retried, zero_pages, present, copies, reads, wakes;
+		counter_t poisoned, forks, remaps, removes, unmaps, service_max;
+	} stats;
+	_Atomic uint32_t histogram[LP_HISTOGRAM_BUCKETS];
+};
+
+struct lp_engine {
+	int epfd, wakefd, noticefd;
+	_Atomic bool stop, running;
+	_Atomic uint64_t last_fault;
+	struct lp_task *put_off; /* tasks with answers put off; the serving thread's */
+	pthread_mutex_t lock;	 /* of what follows */
+	struct lp_task *tasks, *dead;
+	struct lp_notice *notices;
+	size_t nr_notices, cap_notices;
+};
+
+static uint64_t now_ns(void)
+{
+	struct timespec ts;
+
+	clock_gettime(CLOCK_MONOTONIC, &ts);
+	return (uint64_t)ts.tv_sec * NS + (uint64_t)ts.tv_nsec;
+}
+
+static void add(counter_t *counter, uint64_t n)
+{
+	atomic_fetch_add_explicit(counter, n, memory_order_relaxed);
+}
+
+static void signal_fd(int fd)
+{
+	uint64_t one = 1;
+	ssize_t rc = write(fd, &one, sizeof(one)); /* fails only when it is signalled 2^64-2 times already */
+
+	(void)rc;
+}
+
+static void clear_fd(int fd)
+{
+	uint64_t count;
+	ssize_t rc = read(fd, &count, sizeof(count));
+
+	(void)rc;
+}
+
+/* ---- notices ---- */
+
+static void notify(struct lp_engine *e, struct lp_notice notice)
+{
+	struct lp_notice *last;
+
+	pthread_mutex_lock(&e->lock);
+	last = e->nr_notices ? &e->notices[e->nr_notices - 1] : NULL;
+	if (last && notice.kind == LP_NOTICE_LOST && last->kind == notice.kind && last->task == notice.task &&
+	    last->error == notice.error && last->image + (last->nr_pages << LP_PAGE_SHIFT) == notice.image &&
+	    last->addr + (last->nr_pages << LP_PAGE_SHIFT) == notice.addr) {
+		last->nr_pages += notice.nr_pages;
+		goto out;
+	}
+	if (e->nr_notices == e->cap_notices) {
+		size_t cap = e->cap_notices ? e->cap_notices * 2 : 64;
+		struct lp_notice *more = realloc(e->notices, cap * sizeof(*more));
+
+		if (!more)
+			abort(); /* a notice not given is a task that hangs without a word */
+		e->notices = more;
+		e->cap_notices = cap;
+	}
+	e->notices[e->nr_notices++] = notice;
+out:
+	pthread_mutex_unlock(&e->lock);
+	signal_fd(e->noticefd);
+}
+
+size_t lp_engine_notices(struct lp_engine *e, struct lp_notice *notices, size_t max)
+{
+	size_t nr;
+
+	pthread_mutex_lock(&e->lock);
+	clear_fd(e->noticefd);
+	nr = e->nr_notices < max ? e->nr_notices : max;
+	memcpy(notices, e->notices, nr * sizeof(*notices));
+	memmove(e->notices, e->notices + nr, (e->nr_notices - nr) * sizeof(*notices));
+	e->nr_notices -= nr;
+	if (e->nr_notices)
+		signal_fd(e->noticefd);
+	pthread_mutex_unlock(&e->lock);
+	return nr;
+}
+
+static void notify_task(struct lp_task *t, uint32_t kind, int error)
+{
+	notify(t->engine, (struct lp_notice){.kind = kind, .error = error, .task = t});
+}
+
+static void is_gone(struct lp_task *t)
+{
+	if (!atomic_exchange(&t->gone, true))
+		notify_task(t, LP_NOTICE_GONE, 0);
+}
+
+static void check_complete(struct lp_task *t)
+{
+	if (!lp_space_pending(t->space) && !atomic_exchange(&t->complete, true))
+		notify_task(t, LP_NOTICE_COMPLETE, 0);
+}
+
+/* ---- measuring ---- */
+
+static uint32_t bucket_of(uint64_t ns)
+{
+	uint32_t exponent, bucket;
+
+	if (ns < 8)
+		return (uint32_t)ns;
+	exponent = 63 - (uint32_t)__builtin_clzll(ns);
+	bucket = (exponent - 2) * 8 + ((ns >> (exponent - 3)) & 7);
+	return bucket < LP_HISTOGRAM_BUCKETS ? bucket : LP_HISTOGRAM_BUCKETS - 1;
+}
+
+uint64_t lp_histogram_bound(uint32_t bucket)
+{
+	uint32_t exponent = bucket / 8 + 2;
+
+	if (bucket < 8)
+		return bucket;
+	return ((8 + (uint64_t)(bucket % 8) + 1) << (exponent - 3)) - 1;
+}
+
+static void answered(struct lp_task *t, uint64_t since)
+{
+	uint64_t ns = now_ns() - since, max = atomic_load(&t->stats.service_max);
+
+	atomic_fetch_add_explicit(&t->histogram[bucket_of(ns)], 1, memory_order_relaxed);
+	while (ns > max && !atomic_compare_exchange_weak(&t->stats.service_max, &max, ns))
+		;
+}
+
+static uint32_t source_index(const struct lp_task *t, uint32_t source)
+{
+	if (source == LP_SOURCE_REMOTE)
+		return t->nr_levels;
+	return source == LP_SOURCE_LOST ? t->nr_levels + 1 : source;
+}
+
+/* ---- the ioctls ---- */
+
+static void wake(struct lp_task *t, uint64_t addr, uint64_t nr_pages)
+{
+	struct uffdio_range range = {.start = addr, .len = nr_pages << LP_PAGE_SHIFT};
+
+	add(&t->stats.wakes, 1);
+	/* no error matters: who can't be woken does not wait there */
+	ioctl(t->uffd, UFFDIO_WAKE, &range);
+}
+
+static bool means_gone(int error)
+{
+	return error == ESRCH || error == ENOSPC;
+}
+
+static void lose(struct lp_task *t, const struct lp_answer *run, uint64_t skip, uint64_t nr, int error)
+{
+	lp_space_lose(t->space, run->dense + skip, nr);
+	notify(t->engine, (struct lp_notice){
+				  .kind = LP_NOTICE_LOST,
+				  .error = error,
+				  .task = t,
+				  .image = run->image + (skip << LP_PAGE_SHIFT),
+				  .addr = run->addr + (skip << LP_PAGE_SHIFT),
+				  .nr_pages = nr,
+			  });
+}
+
+/* What becomes of the claims on pages that can't be copied now. */
+enum claims {
+	KEEP_CLAIMS,	/* the caller tries again */
+	RELEASE,	/* the caller is the serving thread: nobody has left a fault to it meanwhile */
+	RELEASE_AND_WAKE,
+};
+
+/*
+ * Copies a claimed run from src into the task (lock held shared).  Settles every page of it: committed, or lost, or as
+ * `claims` says when it returns -EAGAIN (a layout event is under way).  0, -EAGAIN, -ESRCH.
+ */
+static int copy_run(struct lp_task *t, const struct lp_answer *run, const void *src, enum claims claims)
+{
+	counter_t *copied = &t->copied[source_index(t, run->source)];
+	uint64_t done = 0, step = run->nr_pages;
+	int rc = 0;
+
+	while (done < run->nr_pages) {
+		uint64_t at = done << LP_PAGE_SHIFT, left = run->nr_pages - done;
+		struct uffdio_copy copy = {
+			.dst = run->addr + at,
+			.src = (uintptr_t)src + at,
+			.len = (step < left ? step : left) << LP_PAGE_SHIFT,
+		};
+		int error = 0;
+
+		add(&t->stats.copies, 1);
+		if (ioctl(t->uffd, UFFDIO_COPY, &copy))
+			error = copy.copy < 0 ? (int)-copy.copy : errno;
+		if (copy.copy > 0) {
+			uint64_t nr = (uint64_t)copy.copy >> LP_PAGE_SHIFT;
+
+			add(copied, nr);
+			lp_space_commit(t->space, run->dense + done, nr);
+			done += nr;
+			if (!error)
+				step *= 2; /* after a bisection: larger again */
+			continue;
+		}
+		switch (error) {
+		case EEXIST: /* somebody else's page is there; a thread may wait for it all the same */
+			add(&t->stats.present, 1);
+			lp_space_commit(t->space, run->dense + done, 1);
+			wake(t, run->addr + at, 1);
+			done++;
+			continue;
+		case ESRCH:
+		case ENOSPC:
+			is_gone(t);
+			lp_space_release(t->space, run->dense + done, left);
+			return -ESRCH;
+		case EAGAIN: /* a layout event under way */
+		case ENOMEM: /* memory may come back */
+		case EINTR:
+			rc = -EAGAIN;
+			if (claims != KEEP_CLAIMS)
+				lp_space_release(t->space, run->dense + done, left);
+			if (claims == RELEASE_AND_WAKE)
+				wake(t, run->addr + at, left);
+			goto out;
+		default:
+			/*
+			 * ENOENT: the run is not within one registered VMA (mprotect and madvise split VMAs without an
+			 * event).  EFAULT: bytes that can't be read, as past the end of a truncated file.  Halve until
+			 * the page is found that can't be done.
+			 */
+			if (copy.len > LP_PAGE_SIZE) {
+				step = (copy.len >> LP_PAGE_SHIFT) / 2;
+				continue;
+			}
+			lose(t, run, done, 1, error);
+			done++;
+		}
+	}
+out:
+	check_complete(t);
+	return rc;
+}
+
+static const void *level_bytes(const struct lp_task *t, const struct lp_answer *run)
+{
+	return (const char *)t->levels[run->source].base + run->offset;
+}
+
+/* 0, -EAGAIN, -ESRCH */
+static int zero_page(struct lp_task *t, uint64_t addr)
+{
+	struct uffdio_zeropage zero = {.range = {.start = addr, .len = LP_PAGE_SIZE}};
+	int error;
+
+	if (!ioctl(t->uffd, UFFDIO_ZEROPAGE, &zero)) {
+		add(&t->stats.zero_pages, 1);
+		return 0;
+	}
+	error = zero.zeropage < 0 ? (int)-zero.zeropage : errno;
+	if (means_gone(error)) {
+		is_gone(t);
+		return -ESRCH;
+	}
+	if (error == EAGAIN || error == ENOMEM || error == EINTR)
+		return -EAGAIN;
+	if (error == EEXIST)
+		add(&t->stats.present, 1);
+	else if (error != ENOENT) /* ENOENT: unmapped since; the thread finds out when it runs */
+		notify_task(t, LP_NOTICE_FAILED, error);
+	wake(t, addr, 1);
+	return 0;
+}
+
+/* ---- faults ---- */
+
+/* Widens a run that begins at a faulting page by what readahead says; claims it. False when another has the page. */
+static bool claim_window(struct lp_task *t, struct lp_answer *run)
+{
+	struct lp_window window = lp_plan_fault(&t->plan, run->addr >> LP_PAGE_SHIFT);
+	uint64_t before = (run->addr >> LP_PAGE_SHIFT) - window.first, nr = window.nr - before;
+
+	if (nr > 1)
+		*run = lp_space_lookup(t->space, run->addr, nr);
+	if (run->kind != LP_DATA && run->kind != LP_REMOTE)
+		return false;
+	if (before && (before = lp_space_lookback(t->space, run, before))) {
+		uint64_t bytes = before << LP_PAGE_SHIFT;
+		uint64_t got = lp_space_claim(t->space, run->dense - before, before + run->nr_pages);
+
+		if (got > before) {
+			run->addr -= bytes;
+			run->image -= bytes;
+			run->offset -= bytes;
+			run->dense -= before;
+			run->nr_pages = got;
+			return true;
+		}
+		lp_space_release(t->space, run->dense - before, got);
+	}
+	run->nr_pages = lp_space_claim(t->space, run->dense, run->nr_pages);
+	return run->nr_pages > 0;
+}
+
+/* Answers one fault (lock held shared): 0, or -EAGAIN: not now, or -ESRCH. */
+static int answer(struct lp_task *t, struct fault fault)
+{
+	struct lp_answer run = lp_space_lookup(t->space, fault.addr, 1);
+	struct lp_notice notice = {.task = t, .addr = run.addr, .image = run.image, .nr_pages = 1, .since = fault.since};
+	int rc;
+
+	switch (run.kind) {
+	case LP_ZERO:
+		rc = zero_page(t, fault.addr);
+		if (!rc) {
+			add(&t->stats.faults_zero, 1);
+			answered(t, fault.since);
+		}
+		return rc;
+	case LP_DATA:
+		if (!claim_window(t, &run))
+			return 0; /* another thread brings it, and wakes */
+		rc = copy_run(t, &run, level_bytes(t, &run), RELEASE);
+		if (!rc) {
+			add(&t->stats.faults_served, 1);
+			add(&t->served[run.source], 1);
+			answered(t, fault.since);
+		}
+		return rc;
+	case LP_REMOTE:
+		if (!claim_window(t, &run))
+			return 0;
+		notice.kind = LP_NOTICE_NEED;
+		notice.addr = run.addr;
+		notice.image = run.image;
+		notice.nr_pages = run.nr_pages;
+		break;
+	case LP_CLAIMED:
+		if (run.source != LP_SOURCE_REMOTE)
+			return 0;
+		notice.kind = LP_NOTICE_HURRY;
+		break;
+	default:
+		notice.kind = LP_NOTICE_LOST;
+		break;
+	}
+	notify(t->engine, notice);
+	return 0;
+}
+
+static bool push(struct faults *faults, struct fault fault)
+{
+	if (faults->nr == faults->cap) {
+		size_t cap = faults->cap ? faults->cap * 2 : 16;
+		struct fault *at = realloc(faults->at, cap * sizeof(*at));
+
+		if (!at)
+			return false;
+		faults->at = at;
+		faults->cap = cap;
+	}
+	faults->at[faults->nr++] = fault;
+	return true;
+}
+
+/* ---- layout events ---- */
+
+static struct lp_task *task_alloc(struct lp_engine *e, int uffd, uint32_t nr_levels)
+{
+	struct lp_task *t = calloc(1, sizeof(*t));
+	pthread_rwlockattr_t attr;
+
+	if (!t)
+		return NULL;
+	t->engine = e;
+	t->uffd = uffd;
+	t->nr_levels = nr_levels;
+	t->levels = calloc(nr_levels + 1, sizeof(*t->levels));
+	t->copied = calloc(3 * ((size_t)nr_levels + 2), sizeof(counter_t));
+	if (!t->levels || !t->copied) {
+		free(t->levels);
+		free((void *)t->copied);
+		free(t);
+		return NULL;
+	}
+	t->dropped = t->copied + nr_levels + 2;
+	t->served = t->dropped + nr_levels + 2;
+	pthread_rwlockattr_init(&attr);
+	/* who reads the uffd must not starve behind the background */
+	pthread_rwlockattr_setkind_np(&attr, PTHREAD_RWLOCK_PREFER_WRITER_NONRECURSIVE_NP);
+	pthread_rwlock_init(&t->lock, &attr);
+	pthread_rwlockattr_destroy(&attr);
+	return t;
+}
+
+static void task_free(struct lp_task *t)
+{
+	if (t->uffd >= 0)
+		close(t->uffd);
+	lp_space_free(t->space);
+	pthread_rwlock_destroy(&t->lock);
+	free(t->faults.at);
+	free(t->put_off.at);
+	free(t->levels);
+	free((void *)t->copied);
+	free(t);
+}
+
+/* From here on the engine serves it. */
+static int task_start(struct lp_task *t)
+{
+	struct lp_engine *e = t->engine;
+	struct epoll_event event = {.events = EPOLLIN, .data.ptr = t};
+
+	pthread_mutex_lock(&e->lock);
+	t->next = e->tasks;
+	e->tasks = t;
+	pthread_mutex_unlock(&e->lock);
+	return epoll_ctl(e->epfd, EPOLL_CTL_ADD, t->uffd, &event) ? -errno : 0;
+}
+
+/* Counters that a layout event drops pages into, and their way into the task's. */
+static void drop_into(struct lp_task *t, const uint64_t *dropped)
+{
+	for (uint32_t i = 0; i < t->nr_levels + 2; i++)
+		add(&t->dropped[i], dropped[i]);
+}
+
+static void forked(struct lp_task *t, int uffd)
+{
+	struct lp_task *child = task_alloc(t->engine, uffd, t->nr_levels);
+	struct lp_counts dropped = {.nr_levels = t->nr_levels};
+	int rc = 0;
+
+	add(&t->stats.forks, 1);
+	if (!child)
+		abort(); /* closing the uffd would fill the child with zeros, and it can't be kept */
+	dropped.by_source = calloc(t->nr_levels + 2, sizeof(uint64_t));
+	if (!dropped.by_source || !(child->space = lp_space_clone(t->space, &dropped)))
+		abort();
+	drop_into(child, dropped.by_source);
+	free(dropped.by_source);
+	memcpy(child->levels, t->levels, t->nr_levels * sizeof(*t->levels));
+	child->remote = t->remote;
+	lp_plan_init(&child->plan, t->plan.max_window);
+	/* told before it is served, so that its first notice comes after this one */
+	notify(t->engine, (struct lp_notice){.kind = LP_NOTICE_FORKED, .task = child, .parent = t});
+	rc = task_start(child);
+	if (rc)
+		notify_task(child, LP_NOTICE_FAILED, -rc);
+	check_complete(child);
+}
+
+static void settle(struct lp_task *t, const struct uffd_msg *msg)
+{
+	uint64_t counters[16] = {0};
+	uint64_t *by_source = t->nr_levels + 2 <= 16 ? counters : calloc(t->nr_levels + 2, sizeof(uint64_t));
+	struct lp_counts dropped = {by_source, t->nr_levels};
+	uint64_t start = msg->arg.remove.start, end = msg->arg.remove.end;
+	int rc = by_source ? 0 : -ENOMEM;
+
+	if (rc)
+		goto out;
+	switch (msg->event) {
+	case UFFD_EVENT_FORK:
+		forked(t, (int)msg->arg.fork.ufd);
+		break;
+	case UFFD_EVENT_REMOVE:
+		add(&t->stats.removes, 1);
+		lp_space_remove(t->space, start, end, &dropped);
+		wake(t, start, (end - start) >> LP_PAGE_SHIFT);
+		break;
+	case UFFD_EVENT_UNMAP:
+		add(&t->stats.unmaps, 1);
+		rc = lp_space_unmap(t->space, start, end, &dropped);
+		wake(t, start, (end - start) >> LP_PAGE_SHIFT);
+		break;
+	case UFFD_EVENT_REMAP:
+		add(&t->stats.remaps, 1);
+		rc = lp_space_remap(t->space, msg->arg.remap.from, msg->arg.remap.to, msg->arg.remap.len, &dropped);
+		wake(t, msg->arg.remap.from, msg->arg.remap.len >> LP_PAGE_SHIFT);
+		break;
+	default:
+		notify_task(t, LP_NOTICE_FAILED, EPROTO);
+	}
+	drop_into(t, by_source);
+	if (by_source != counters)
+		free(by_source);
+out:
+	if (rc)
+		abort(); /* with a layout that we do not know every answer could be wrong */
+}
+
+/* As when there is no fd left for the uffd of a forked child: it stays readable, so not at full speed. */
+static void read_failed(struct lp_task *t, int error)
+{
+	const struct timespec pause = {.tv_nsec = RETRY_MS * 1000000};
+
+	if (t->read_error != error)
+		notify_task(t, LP_NOTICE_FAILED, error);
+	t->read_error = error;
+	nanosleep(&pause, NULL);
+}
+
+/*
+ * Reads all that the uffd has to say and settles the layout events (lock held exclusively); faults go to t->faults.
+ * A read that fills less than the buffer has met EAGAIN within the kernel, so it need not be tried again.
+ */
+static void drain(struct lp_task *t)
+{
+	struct uffd_msg msgs[MESSAGES];
+	bool layout = false;
+	uint64_t now = 0;
+	ssize_t n;
+
+	do {
+		add(&t->stats.reads, 1);
+		n = read(t->uffd, msgs, sizeof(msgs));
+		if (n < 0) {
+			if (errno == EINTR)
+				continue;
+			if (errno != EAGAIN)
+				read_failed(t, errno);
+			break;
+		}
+		for (size_t i = 0; i < (size_t)n / sizeof(*msgs); i++) {
+			if (msgs[i].event != UFFD_EVENT_PAGEFAULT) {
+				settle(t, &msgs[i]);
+				layout = true;
+				continue;
+			}
+			if (!now)
+				now = now_ns();
+			add(&t->stats.faults, 1);
+			if (!push(&t->faults, (struct fault){msgs[i].arg.pagefault.address & ~(LP_PAGE_SIZE - 1), now}))
+				/* the thread faults again, later */
+				wake(t, msgs[i].arg.pagefault.address & ~(LP_PAGE_SIZE - 1), 1);
+		}
+	} while (n < 0 || n == sizeof(msgs));
+	if (now)
+		atomic_store_explicit(&t->engine->last_fault, now, memory_order_relaxed);
+	if (layout) {
+		if (t->remote)
+			lp_space_index(t->space);
+		check_complete(t);
+	}
+}
+
+static void put_off(struct lp_task *t, struct fault fault)
+{
+	add(&t->stats.retried, 1);
+	if (!push(&t->put_off, fault)) {
+		wake(t, fault.addr, 1);
+		return;
+	}
+	if (!t->is_put_off) {
+		t->is_put_off = true;
+		t->next_put_off = t->engine->put_off;
+		t->engine->put_off = t;
+	}
+}
+
+static void serve(struct lp_task *t)
+{
+	struct faults again;
+
+	pthread_rwlock_wrlock(&t->lock);
+	if (t->uffd < 0) {
+		pthread_rwlock_unlock(&t->lock);
+		return;
+	}
+	drain(t);
+	pthread_rwlock_unlock(&t->lock);
+	if (!t->faults.nr && !t->put_off.nr)
+		return;
+	pthread_rwlock_rdlock(&t->lock);
+	again = t->put_off;
+	t->put_off = (struct faults){0};
+	if (t->uffd >= 0) {
+		for (size_t i = 0; i < again.nr; i++)
+			if (answer(t, again.at[i]) == -EAGAIN)
+				put_off(t, again.at[i]);
+		for (size_t i = 0; i < t->faults.nr; i++)
+			if (answer(t, t->faults.at[i]) == -EAGAIN)
+				put_off(t, t->faults.at[i]);
+	}
+	t->faults.nr = 0;
+	pthread_rwlock_unlock(&t->lock);
+	free(again.at);
+}
+
+/* ---- the engine ---- */
+
+struct lp_engine *lp_engine_new(void)
+{
+	struct lp_engine *e = calloc(1, sizeof(*e));
+	struct epoll_event event = {.events = EPOLLIN};
+
+	if (!e)
+		return NULL;
+	pthread_mutex_init(&e->lock, NULL);
+	e->epfd = epoll_create1(EPOLL_CLOEXEC);
+	e->wakefd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+	e->noticefd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+	if (e->epfd < 0 || e->wakefd < 0 || e->noticefd < 0 ||
+	    epoll_ctl(e->epfd, EPOLL_CTL_ADD, e->wakefd, &event)) {
+		int saved = errno;
+
+		lp_engine_free(e);
+		errno = saved;
+		return NULL;
+	}
+	return e;
+}
+
+static void bury(struct lp_engine *e)
+{
+	struct lp_task *dead, **link;
+
+	pthread_mutex_lock(&e->lock);
+	dead = e->dead;
+	e->dead = NULL;
+	pthread_mutex_unlock(&e->lock);
+	while (dead) {
+		struct lp_task *t = dead;
+
+		dead = t->next_dead;
+		for (link = &e->put_off; t->is_put_off && *link; link = &(*link)->next_put_off)
+			if (*link == t) {
+				*link = t->next_put_off;
+				break;
+			}
+		task_free(t);
+	}
+}
+
+void lp_engine_free(struct lp_engine *e)
+{
+	if (!e)
+		return;
+	bury(e);
+	while (e->tasks) {
+		struct lp_task *t = e->tasks;
+
+		e->tasks = t->next;
+		task_free(t);
+	}
+	if (e->epfd >= 0)
+		close(e->epfd);
+	if (e->wakefd >= 0)
+		close(e->wakefd);
+	if (e->noticefd >= 0)
+		close(e->noticefd);
+	pthread_mutex_destroy(&e->lock);
+	free(e->notices);
+	free(e);
+}
+
+int lp_engine_notice_fd(const struct lp_engine *e)
+{
+	return e->noticefd;
+}
+
+static void serve_put_off(struct lp_engine *e)
+{
+	struct lp_task *t = e->put_off, *next;
+
+	e->put_off = NULL;
+	for (; t; t = next) {
+		next = t->next_put_off;
+		t->is_put_off = false;
+		serve(t);
+	}
+}
+
+int lp_engine_run(struct lp_engine *e)
+{
+	struct epoll_event events[EVENTS];
+
+	while (!atomic_load(&e->stop)) {
+		int n;
+
+		/* no task that epoll_wait has named is buried before the next epoll_wait */
+		bury(e);
+		n = epoll_wait(e->epfd, events, EVENTS, e->put_off ? RETRY_MS : -1);
+		if (n < 0 && errno != EINTR)
+			return -errno;
+		for (int i = 0; i < n; i++) {
+			if (events[i].data.ptr)
+				serve(events[i].data.ptr);
+			else
+				clear_fd(e->wakefd);
+		}
+		if (e->put_off)
+			serve_put_off(e);
+	}
+	return 0;
+}
+
+void lp_engine_stop(struct lp_engine *e)
+{
+	atomic_store(&e->stop, true);
+	signal_fd(e->wakefd);
+}
+
+/* ---- tasks ---- */
+
+static bool within_levels(const struct lp_extent *e, const struct lp_level *levels, uint32_t nr_levels)
+{
+	uint64_t size;
+
+	if (!e->lazy || e->source == LP_SOURCE_REMOTE || e->source == LP_SOURCE_LOST)
+		return true;
+	if (e->source >= nr_levels)
+		return false;
+	size = levels[e->source].size;
+	return e->offset <= size && e->nr_pages <= (size - e->offset) >> LP_PAGE_SHIFT;
+}
+
+struct lp_task *lp_task_new(struct lp_engine *e, int uffd, const struct lp_extent *extents, size_t nr_extents,
+			    const struct lp_range *vmas, size_t nr_vmas, const struct lp_range *wiped, size_t nr_wiped,
+			    const struct lp_level *levels, uint32_t nr_levels, uint64_t max_readahead)
+{
+	struct lp_task *t = task_alloc(e, uffd, nr_levels);
+
+	if (!t) {
+		close(uffd);
+		return NULL;
+	}
+	for (size_t i = 0; i < nr_extents; i++) {
+		t->remote |= extents[i].lazy && extents[i].source == LP_SOURCE_REMOTE;
+		if (!within_levels(&extents[i], levels, nr_levels)) {
+			task_free(t);
+			errno = EINVAL;
+			return NULL;
+		}
+	}
+	if (nr_levels)
+		memcpy(t->levels, levels, nr_levels * sizeof(*levels));
+	t->space = lp_space_new(extents, nr_extents, vmas, nr_vmas, wiped, nr_wiped);
+	if (!t->space) {
+		task_free(t);
+		return NULL;
+	}
+	if (t->remote)
+		lp_space_index(t->space);
+	lp_plan_init(&t->plan, max_readahead);
+	int rc = task_start(t);
+	if (rc) {
+		/* nothing has served it yet: as if it had never been */
+		pthread_mutex_lock(&e->lock);
+		e->tasks = t->next;
+		pthread_mutex_unlock(&e->lock);
+		task_free(t);
+		errno = -rc;
+		return NULL;
+	}
+	check_complete(t);
+	return t;
+}
+
+void lp_task_close(struct lp_task *t)
+{
+	struct lp_engine *e = t->engine;
+	struct lp_task **link;
+	size_t kept = 0;
+
+	pthread_rwlock_wrlock(&t->lock);
+	epoll_ctl(e->epfd, EPOLL_CTL_DEL, t->uffd, NULL);
+	close(t->uffd);
+	t->uffd = -1;
+	pthread_rwlock_unlock(&t->lock);
+	pthread_mutex_lock(&e->lock);
+	for (link = &e->tasks; *link; link = &(*link)->next)
+		if (*link == t) {
+			*link = t->next;
+			break;
+		}
+	t->next_dead = e->dead;
+	e->dead = t;
+	for (size_t i = 0; i < e->nr_notices; i++) {
+		if (e->notices[i].parent == t)
+			e->notices[i].parent = NULL;
+		if (e->notices[i].task != t)
+			e->notices[kept++] = e->notices[i];
+	}
+	e->nr_notices = kept;
+	pthread_mutex_unlock(&e->lock);
+}
+
+int64_t lp_task_transfer(struct lp_task *t, uint64_t max_bytes)
+{
+	uint64_t brought = 0;
+	int rc = 0;
+
+	for (int turned = 0, tries = 0; brought < max_bytes && !rc;) {
+		bool busy = now_ns() - atomic_load_explicit(&t->engine->last_fault, memory_order_relaxed) < BUSY_NS;
+		uint64_t cursor = atomic_load(&t->cursor);
+		struct lp_answer run;
+
+		pthread_rwlock_rdlock(&t->lock);
+		if (t->uffd < 0 || atomic_load(&t->gone)) {
+			rc = -ESRCH;
+		} else if (!lp_space_next(t->space, cursor, (busy ? CHUNK_BUSY : CHUNK_QUIET) >> LP_PAGE_SHIFT, false,
+					  &run)) {
+			/* round again once: what was released behind us */
+			if (turned++ || !cursor)
+				rc = 1;
+			atomic_store(&t->cursor, 0);
+		} else {
+			run.nr_pages = lp_space_claim(t->space, run.dense, run.nr_pages);
+			if (run.nr_pages) {
+				rc = copy_run(t, &run, level_bytes(t, &run), RELEASE_AND_WAKE);
+				brought += run.nr_pages << LP_PAGE_SHIFT;
+			} else if (++tries > LOOKAHEAD_TRIES) {
+				rc = 1;
+			}
+			atomic_store(&t->cursor, run.addr + (run.nr_pages << LP_PAGE_SHIFT));
+		}
+		pthread_rwlock_unlock(&t->lock);
+	}
+	if (rc < 0 && !(rc == -EAGAIN && brought))
+		return rc;
+	return (int64_t)brought;
+}
+
+uint64_t lp_task_claim_remote(struct lp_task *t, uint64_t cursor, uint64_t max_pages, uint64_t *image,
+			      uint64_t *next_cursor)
+{
+	struct lp_answer run;
+	uint64_t nr = 0;
+
+	pthread_rwlock_rdlock(&t->lock);
+	while (lp_space_next(t->space, cursor, max_pages, true, &run)) {
+		cursor = run.addr + (run.nr_pages << LP_PAGE_SHIFT);
+		if (run.kind == LP_REMOTE && (nr = lp_space_claim(t->space, run.dense, run.nr_pages)))
+			break;
+	}
+	if (nr) {
+		*image = run.image;
+		*next_cursor = run.addr + (nr << LP_PAGE_SHIFT);
+	}
+	pthread_rwlock_unlock(&t->lock);
+	return nr;
+}
+
+/* The next piece of image range [image, +nr_pages) that a region holds; its answer starts where the task has it now. */
+static bool next_piece(const struct lp_task *t, uint64_t *image, uint64_t end, struct lp_answer *piece)
+{
+	uint64_t addr;
+
+	for (; *image < end; *image += LP_PAGE_SIZE) {
+		if (!lp_space_locate(t->space, *image, &addr))
+			continue;
+		*piece = lp_space_lookup(t->space, addr, (end - *image) >> LP_PAGE_SHIFT);
+		if (piece->kind == LP_CLAIMED)
+			return true;
+	}
+	return false;
+}
+
+int64_t lp_task_deliver(struct lp_task *t, uint64_t image, uint64_t nr_pages, const void *buffer, uint64_t since)
+{
+	uint64_t at = image, end = image + (nr_pages << LP_PAGE_SHIFT), placed = 0;
+	struct lp_answer piece;
+	int rc = 0;
+
+	pthread_rwlock_rdlock(&t->lock);
+	if (t->uffd < 0)
+		rc = -ESRCH;
+	while (!rc && next_piece(t, &at, end, &piece)) {
+		rc = copy_run(t, &piece, (const char *)buffer + (at - image), KEEP_CLAIMS);
+		placed += piece.nr_pages;
+		at += piece.nr_pages << LP_PAGE_SHIFT;
+	}
+	if (!rc && since) {
+		add(&t->stats.faults_served, 1);
+		add(&t->served[t->nr_levels], 1);
+		answered(t, since);
+	}
+	pthread_rwlock_unlock(&t->lock);
+	return rc ? rc : (int64_t)placed;
+}
+
+void lp_task_fail_remote(struct lp_task *t, uint64_t image, uint64_t nr_pages, bool lost)
+{
+	uint64_t at = image, end = image + (nr_pages << LP_PAGE_SHIFT);
+	struct lp_answer piece;
+
+	pthread_rwlock_rdlock(&t->lock);
+	while (t->uffd >= 0 && next_piece(t, &at, end, &piece)) {
+		if (lost) {
+			lose(t, &piece, 0, piece.nr_pages, ENODATA);
+		} else {
+			lp_space_release(t->space, piece.dense, piece.nr_pages);
+			wake(t, piece.addr, piece.nr_pages);
+		}
+		at += piece.nr_pages << LP_PAGE_SHIFT;
+	}
+	pthread_rwlock_unlock(&t->lock);
+}
+
+void lp_task_regain(struct lp_task *t)
+{
+	pthread_rwlock_wrlock(&t->lock);
+	if (t->uffd >= 0 && lp_space_regain(t->space))
+		for (size_t r = 0; r < lp_space_nr_regions(t->space); r++) {
+			const struct lp_region *region = &lp_space_regions(t->space)[r];
+
+			wake(t, region->start, (region->end - region->start) >> LP_PAGE_SHIFT);
+		}
+	pthread_rwlock_unlock(&t->lock);
+}
+
+/* One range; pages that are there or out of reach count as done. Returns pages settled or -errno. */
+static int64_t poison_range(struct lp_task *t, const struct lp_answer *run)
+{
+	uint64_t done = 0;
+
+	while (done < run->nr_pages) {
+		struct uffdio_poison poison = {.range = {.start = run->addr + (done << LP_PAGE_SHIFT),
+							 .len = (run->nr_pages - done) << LP_PAGE_SHIFT}};
+		int error = 0;
+		uint64_t nr;
+
+		if (ioctl(t->uffd, UFFDIO_POISON, &poison))
+			error = poison.updated < 0 ? (int)-poison.updated : errno;
+		if (poison.updated > 0) {
+			nr = (uint64_t)poison.updated >> LP_PAGE_SHIFT;
+			add(&t->stats.poisoned, nr);
+		} else if (error == EEXIST || error == ENOENT) {
+			nr = 1;
+			wake(t, run->addr + (done << LP_PAGE_SHIFT), 1);
+		} else {
+			if (means_gone(error))
+				is_gone(t);
+			return -error;
+		}
+		lp_space_commit(t->space, run->dense + done, nr);
+		done += nr;
+	}
+	return (int64_t)done;
+}
+
+int64_t lp_task_poison(struct lp_task *t, bool all)
+{
+	int64_t total = 0, rc = 0;
+
+	pthread_rwlock_wrlock(&t->lock);
+	for (size_t r = 0; t->uffd >= 0 && rc >= 0 && r < lp_space_nr_regions(t->space); r++) {
+		struct lp_region region = lp_space_regions(t->space)[r];
+
+		while (region.start < region.end) {
+			struct lp_answer run = lp_space_lookup(t->space, region.start,
+							       (region.end - region.start) >> LP_PAGE_SHIFT);
+
+			region.start += run.nr_pages << LP_PAGE_SHIFT;
+			if (run.kind == LP_ZERO || (!all && run.kind != LP_LOST))
+				continue;
+			rc = poison_range(t, &run);
+			if (rc < 0)
+				break;
+			total += rc;
+		}
+	}
+	check_complete(t);
+	pthread_rwlock_unlock(&t->lock);
+	return rc < 0 ? rc : total;
+}
+
+void lp_task_forget(struct lp_task *t, uint64_t addr, uint64_t nr_pages)
+{
+	struct lp_counts dropped = {.nr_levels = t->nr_levels};
+
+	dropped.by_source = calloc(t->nr_levels + 2, sizeof(uint64_t));
+	if (!dropped.by_source)
+		return; /* they stay lost: the task waits */
+	pthread_rwlock_wrlock(&t->lock);
+	lp_space_remove(t->space, addr, addr + (nr_pages << LP_PAGE_SHIFT), &dropped);
+	drop_into(t, dropped.by_source);
+	if (t->uffd >= 0)
+		wake(t, addr, nr_pages);
+	check_complete(t);
+	pthread_rwlock_unlock(&t->lock);
+	free(dropped.by_source);
+}
+
+int lp_task_probe(struct lp_task *t)
+{
+	struct uffdio_zeropage zero = {.range = {.len = LP_PAGE_SIZE}};
+	uint64_t addr = 0x10000; /* the least that mmap_min_addr usually allows: hardly ever mapped */
+	int rc = 0, error;
+
+	pthread_rwlock_rdlock(&t->lock);
+	/* an address that none of our regions has: whatever is there, a zero page is the right answer if it is missing */
+	for (size_t r = 0; r < lp_space_nr_regions(t->space); r++) {
+		const struct lp_region *region = &lp_space_regions(t->space)[r];
+
+		if (region->start > addr)
+			break;
+		if (region->end > addr)
+			addr = region->end;
+	}
+	zero.range.start = addr;
+	if (t->uffd < 0) {
+		rc = -ESRCH;
+	} else if (ioctl(t->uffd, UFFDIO_ZEROPAGE, &zero)) {
+		error = zero.zeropage < 0 ? (int)-zero.zeropage : errno;
+		if (means_gone(error)) {
+			is_gone(t);
+			rc = -ESRCH;
+		} else if (error != ENOENT && error != EEXIST) {
+			rc = -EAGAIN;
+		}
+	}
+	pthread_rwlock_unlock(&t->lock);
+	return rc;
+}
+
+/* ---- what there is to know ---- */
+
+uint32_t lp_task_nr_levels(const struct lp_task *t)
+{
+	return t->nr_levels;
+}
+
+uint64_t lp_task_pending(const struct lp_task *t)
+{
+	return lp_space_pending(t->space);
+}
+
+uint64_t lp_task_lost(const struct lp_task *t)
+{
+	return lp_space_lost(t->space);
+}
+
+void lp_task_stats(const struct lp_task *t, struct lp_stats *stats)
+{
+#define GET(name) stats->name = atomic_load_explicit(&t->stats.name, memory_order_relaxed)
+	GET(faults);
+	GET(faults_zero);
+	GET(faults_served);
+	GET(retried);
+	GET(zero_pages);
+	GET(present);
+	GET(copies);
+	GET(reads);
+	GET(wakes);
+	GET(poisoned);
+	GET(forks);
+	GET(remaps);
+	GET(removes);
+	GET(unmaps);
+	GET(service_max);
+#undef GET
+}
+
+void lp_task_sources(const struct lp_task *t, uint64_t *copied, uint64_t *dropped, uint64_t *faults)
+{
+	for (uint32_t i = 0; i < t->nr_levels + 2; i++) {
+		copied[i] = atomic_load_explicit(&t->copied[i], memory_order_relaxed);
+		dropped[i] = atomic_load_explicit(&t->dropped[i], memory_order_relaxed);
+		faults[i] = atomic_load_explicit(&t->served[i], memory_order_relaxed);
+	}
+}
+
+void lp_task_remaining(struct lp_task *t, uint64_t *by_source)
+{
+	struct lp_counts counts = {by_source, t->nr_levels};
+
+	memset(by_source, 0, (t->nr_levels + 2) * sizeof(*by_source));
+	pthread_rwlock_rdlock(&t->lock);
+	lp_space_count(t->space, &counts);
+	pthread_rwlock_unlock(&t->lock);
+}
+
+void lp_task_histogram(const struct lp_task *t, uint64_t buckets[LP_HISTOGRAM_BUCKETS])
+{
+	for (uint32_t i = 0; i < LP_HISTOGRAM_BUCKETS; i++)
+		buckets[i] = atomic_load_explicit(&t->histogram[i], memory_order_relaxed);
+}
+
+const struct lp_space *lp_task_space(const struct lp_task *t)
+{
+	return t->space;
+}

@@ -1,0 +1,133 @@
+/*
+ * Serving faults: what runs once per fault and once per chunk.
+ *
+ * An engine watches the uffds of many tasks.  One thread drives it
+ * (lp_engine_run); other threads may at the same time transfer pages of any
+ * task in the background (lp_task_transfer), hand over pages that came from
+ * elsewhere (lp_task_deliver), and so on.  What needs a decision goes to the
+ * owner as a notice; the engine decides nothing.
+ *
+ * Why a lock around reading the uffd: a layout event (REMOVE, UNMAP, REMAP,
+ * FORK) holds its thread until it is read.  From then on the task goes on and
+ * may, for example, find the range that it gave away zeroed.  A copy that
+ * began before and lands after would put old bytes there.  So: events are
+ * read with the task's lock held exclusively, copies are made with it shared.
+ * The kernel hands out faults before the events that are already queued
+ * (fs/userfaultfd.c, userfaultfd_ctx_read), so all that can be read is read
+ * and the events are settled before any fault is answered.
+ *
+ * Whoever claims a page and does not bring it wakes its range: a thread that
+ * waits there faults again, and the fault is seen anew.  No fault is lost.
+ */
+#ifndef LAZYPAGES_ENGINE_H
+#define LAZYPAGES_ENGINE_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "space.h"
+
+struct lp_engine;
+struct lp_task;
+
+enum lp_notice_kind {
+	LP_NOTICE_FORKED = 1, /* task is new, a child of parent (NULL: closed since), and served already */
+	LP_NOTICE_NEED,	      /* pages [image, +nr_pages) are wanted from a remote source, a thread waits for the first */
+	LP_NOTICE_HURRY,      /* a thread waits for a page that is on its way */
+	LP_NOTICE_LOST,	      /* pages [image, +nr_pages), now at addr, can't be had: error is why */
+	LP_NOTICE_COMPLETE,   /* nothing is pending any more */
+	LP_NOTICE_GONE,	      /* the task's memory does not exist any more */
+	LP_NOTICE_FAILED,     /* an operation on the uffd failed in a way that should not be: error */
+};
+
+struct lp_notice {
+	uint32_t kind;
+	int32_t error; /* errno, 0 if there is none */
+	struct lp_task *task, *parent;
+	uint64_t image, addr, nr_pages;
+	uint64_t since; /* CLOCK_MONOTONIC ns when the fault was read, 0 if no thread waits */
+};
+
+/* The pages file of one level of the chain, mapped; NULL and 0 if it has none. */
+struct lp_level {
+	const void *base;
+	uint64_t size;
+};
+
+#define LP_HISTOGRAM_BUCKETS 280 /* 8 a power of two, from 1 ns */
+
+struct lp_stats {
+	uint64_t faults;	/* page fault messages read */
+	uint64_t faults_zero;	/* answered with a zero page */
+	uint64_t faults_served; /* answered with data, by us at once or when it came */
+	uint64_t retried;	/* answers put off because a layout event was under way */
+	uint64_t zero_pages;	/* UFFDIO_ZEROPAGE that placed one */
+	uint64_t present;	/* pages found there already (EEXIST) */
+	uint64_t copies;	/* UFFDIO_COPY calls */
+	uint64_t reads;		/* read(2) of the uffd */
+	uint64_t wakes;		/* UFFDIO_WAKE calls */
+	uint64_t poisoned;	/* pages */
+	uint64_t forks, remaps, removes, unmaps;
+	uint64_t service_max;	/* ns */
+};
+
+struct lp_engine *lp_engine_new(void); /* NULL with errno set */
+void lp_engine_free(struct lp_engine *engine);
+/* Readable when there are notices. */
+int lp_engine_notice_fd(const struct lp_engine *engine);
+size_t lp_engine_notices(struct lp_engine *engine, struct lp_notice *notices, size_t max);
+/* Serves until lp_engine_stop. 0 or -errno. */
+int lp_engine_run(struct lp_engine *engine);
+void lp_engine_stop(struct lp_engine *engine);
+
+/*
+ * A task, served from now on if lp_engine_run runs.  Takes over the uffd, also when it fails (NULL, errno).  The mapped
+ * levels must stay until the engine is freed; EINVAL when an extent reaches past its level.
+ */
+struct lp_task *lp_task_new(struct lp_engine *engine, int uffd, const struct lp_extent *extents, size_t nr_extents,
+			    const struct lp_range *vmas, size_t nr_vmas, const struct lp_range *wiped, size_t nr_wiped,
+			    const struct lp_level *levels, uint32_t nr_levels, uint64_t max_readahead);
+/*
+ * Ends the service and closes the uffd: what is missing then is zero for the task, so only when nothing is.  No notice about
+ * it is given any more, and the pointer is no longer valid.
+ */
+void lp_task_close(struct lp_task *task);
+
+/*
+ * Brings pages that wait, from the lowest address on, round again at the end; gives way to faults.  At most about max_bytes.
+ * Returns bytes brought; 0 when there is nothing to bring; -EAGAIN when a layout event is in the way; -ESRCH.
+ */
+int64_t lp_task_transfer(struct lp_task *task, uint64_t max_bytes);
+/* Claims the next run of pages that a remote source must give; 0 pages when there is none. */
+uint64_t lp_task_claim_remote(struct lp_task *task, uint64_t cursor, uint64_t max_pages, uint64_t *image,
+			      uint64_t *next_cursor);
+/*
+ * Pages that came for claims: dumped at image, nr_pages from buffer.  Those that the task no longer waits for are skipped.  since: of
+ * the notice that asked.  Returns pages placed, or -EAGAIN (call again with the same), -ESRCH.
+ */
+int64_t lp_task_deliver(struct lp_task *task, uint64_t image, uint64_t nr_pages, const void *buffer, uint64_t since);
+/* The claimed pages won't come: ask again (lost false) or say that no source has them. */
+void lp_task_fail_remote(struct lp_task *task, uint64_t image, uint64_t nr_pages, bool lost);
+/* A source has come back: lost pages are wanted again. */
+void lp_task_regain(struct lp_task *task);
+/* Poisons what is pending (all) or lost: a touch raises SIGBUS. Returns pages, or -errno (EINVAL: this kernel can't). */
+int64_t lp_task_poison(struct lp_task *task, bool all);
+/* Forgets that pages of [addr, +nr_pages) were ever promised: the owner knows that the range is not the task's any more. */
+void lp_task_forget(struct lp_task *task, uint64_t addr, uint64_t nr_pages);
+/* 0 while the task has its memory, -ESRCH when it is gone, -EAGAIN when that can't be told now. */
+int lp_task_probe(struct lp_task *task);
+
+uint32_t lp_task_nr_levels(const struct lp_task *task);
+uint64_t lp_task_pending(const struct lp_task *task);
+uint64_t lp_task_lost(const struct lp_task *task);
+void lp_task_stats(const struct lp_task *task, struct lp_stats *stats);
+/* nr_levels + 2 counters each: pages copied, pages dropped, faults answered; by source. */
+void lp_task_sources(const struct lp_task *task, uint64_t *copied, uint64_t *dropped, uint64_t *faults);
+void lp_task_remaining(struct lp_task *task, uint64_t *by_source);
+void lp_task_histogram(const struct lp_task *task, uint64_t buckets[LP_HISTOGRAM_BUCKETS]);
+/* Upper end of a histogram bucket, ns. */
+uint64_t lp_histogram_bound(uint32_t bucket);
+const struct lp_space *lp_task_space(const struct lp_task *task);
+
+#endif

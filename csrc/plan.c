@@ -1,0 +1,40 @@
+#include "plan.h"
+
+#include <string.h>
+
+void lp_plan_init(struct lp_plan *plan, uint64_t max_window)
+{
+	memset(plan, 0, sizeof(*plan));
+	plan->max_window = max_window ? max_window : 1;
+}
+
+struct lp_window lp_plan_fault(struct lp_plan *plan, uint64_t page)
+{
+	struct lp_stream *oldest = &plan->streams[0];
+	struct lp_window window = {page, 1};
+
+	plan->clock++;
+	for (int i = 0; i < LP_STREAMS; i++) {
+		struct lp_stream *s = &plan->streams[i];
+
+		if (s->window && (page == s->up || page == s->down)) {
+			uint64_t nr = s->window * 2 < plan->max_window ? s->window * 2 : plan->max_window;
+
+			s->used = plan->clock;
+			s->window = nr;
+			window.nr = nr;
+			if (page == s->up) {
+				s->up = page + nr;
+			} else {
+				window.nr = nr <= page ? nr : page + 1;
+				window.first = page - (window.nr - 1);
+				s->down = window.first - 1;
+			}
+			return window;
+		}
+		if (s->used < oldest->used)
+			oldest = s;
+	}
+	*oldest = (struct lp_stream){.up = page + 1, .down = page - 1, .window = 1, .used = plan->clock};
+	return window;
+}

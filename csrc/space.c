@@ -1,0 +1,705 @@
+#define _GNU_SOURCE
+#include "space.h"
+
+#include <errno.h>
+#include <limits.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* An extent, with the dense index of its first page; its length is the next one's less its own. */
+struct slot {
+	uint64_t start;
+	uint64_t dense;
+	uint64_t offset;
+	uint32_t source;
+};
+
+struct image {
+	atomic_int refs;
+	size_t nr;
+	uint64_t nr_pages;
+	struct lp_range *wiped; /* by image address */
+	size_t nr_wiped;
+	struct slot slots[]; /* nr, then one that closes the table */
+};
+
+typedef _Atomic uint64_t word_t;
+
+struct lp_space {
+	struct image *image;
+	struct lp_region *regions;
+	size_t nr_regions, cap_regions;
+	uint32_t *by_image; /* regions sorted by image address; valid while by_image_valid */
+	bool by_image_valid;
+	word_t *pending, *claimed, *lost;
+	_Atomic uint64_t nr_pending, nr_lost;
+};
+
+static size_t nr_words(const struct image *image)
+{
+	return (image->nr_pages + 63) / 64;
+}
+
+static uint64_t slot_pages(const struct image *image, size_t i)
+{
+	return image->slots[i + 1].dense - image->slots[i].dense;
+}
+
+static uint64_t slot_end(const struct image *image, size_t i)
+{
+	return image->slots[i].start + (slot_pages(image, i) << LP_PAGE_SHIFT);
+}
+
+/* First slot that ends after image address addr; image->nr when there is none. */
+static size_t slot_at(const struct image *image, uint64_t addr)
+{
+	size_t lo = 0, hi = image->nr;
+
+	while (lo < hi) {
+		size_t mid = lo + (hi - lo) / 2;
+
+		if (image->slots[mid].start <= addr)
+			lo = mid + 1;
+		else
+			hi = mid;
+	}
+	return lo && slot_end(image, lo - 1) > addr ? lo - 1 : lo;
+}
+
+/* The slot that holds dense index d (which must exist). */
+static size_t slot_of_dense(const struct image *image, uint64_t d)
+{
+	size_t lo = 0, hi = image->nr;
+
+	while (lo + 1 < hi) {
+		size_t mid = lo + (hi - lo) / 2;
+
+		if (image->slots[mid].dense <= d)
+			lo = mid;
+		else
+			hi = mid;
+	}
+	return lo;
+}
+
+/* Dense index of the first page at or after image address addr. */
+static uint64_t dense_from(const struct image *image, uint64_t addr)
+{
+	size_t i = slot_at(image, addr);
+	const struct slot *slot = &image->slots[i];
+
+	if (i == image->nr || addr <= slot->start)
+		return slot->dense;
+	return slot->dense + ((addr - slot->start) >> LP_PAGE_SHIFT);
+}
+
+/* ---- bitmaps: word-wise, each word changed atomically ---- */
+
+static uint64_t mask_of(uint64_t from, uint64_t to)
+{
+	/* bits [from, to) of one word, 0 <= from < to <= 64 */
+	return (to == 64 ? 0 : (uint64_t)1 << to) - ((uint64_t)1 << from);
+}
+
+#define FOR_WORDS(d, nr, word, mask)                                                                                   \
+	for (uint64_t d_ = (d), e_ = d_ + (nr), word, mask, n_;                                                        \
+	     d_ < e_ && (word = d_ / 64, n_ = (word + 1) * 64 < e_ ? (word + 1) * 64 : e_,                             \
+			 mask = mask_of(d_ % 64, n_ - word * 64), true);                                               \
+	     d_ = n_)
+
+static bool test_bit(const word_t *bits, uint64_t d)
+{
+	return atomic_load(&bits[d / 64]) >> (d % 64) & 1;
+}
+
+static uint64_t count_bits(const word_t *bits, uint64_t d, uint64_t nr)
+{
+	uint64_t count = 0;
+
+	FOR_WORDS(d, nr, word, mask)
+		count += (uint64_t)__builtin_popcountll(atomic_load(&bits[word]) & mask);
+	return count;
+}
+
+static uint64_t set_bits(word_t *bits, uint64_t d, uint64_t nr)
+{
+	uint64_t count = 0;
+
+	FOR_WORDS(d, nr, word, mask)
+		count += (uint64_t)__builtin_popcountll(~atomic_fetch_or(&bits[word], mask) & mask);
+	return count;
+}
+
+static uint64_t clear_bits(word_t *bits, uint64_t d, uint64_t nr)
+{
+	uint64_t count = 0;
+
+	FOR_WORDS(d, nr, word, mask)
+		count += (uint64_t)__builtin_popcountll(atomic_fetch_and(&bits[word], ~mask) & mask);
+	return count;
+}
+
+/* Pages of a word that wait to be brought: pending, not on the way, not lost. */
+static uint64_t wanted(const struct lp_space *s, uint64_t word)
+{
+	return atomic_load(&s->pending[word]) & ~atomic_load(&s->claimed[word]) & ~atomic_load(&s->lost[word]);
+}
+
+/* ---- life ---- */
+
+static struct image *image_new(const struct lp_extent *extents, size_t nr)
+{
+	size_t lazy = 0;
+	struct image *image;
+	uint64_t end = 0, dense = 0;
+
+	for (size_t i = 0; i < nr; i++)
+		lazy += extents[i].lazy != 0;
+	image = calloc(1, sizeof(*image) + (lazy + 1) * sizeof(struct slot));
+	if (!image)
+		return NULL;
+	atomic_init(&image->refs, 1);
+	image->nr = lazy;
+	lazy = 0;
+	for (size_t i = 0; i < nr; i++) {
+		const struct lp_extent *e = &extents[i];
+
+		if (e->start < end || e->start % LP_PAGE_SIZE || !e->nr_pages ||
+		    e->nr_pages > (UINT64_MAX - e->start) >> LP_PAGE_SHIFT) {
+			free(image);
+			errno = EINVAL;
+			return NULL;
+		}
+		end = e->start + (e->nr_pages << LP_PAGE_SHIFT);
+		if (!e->lazy)
+			continue;
+		image->slots[lazy++] = (struct slot){e->start, dense, e->offset, e->source};
+		dense += e->nr_pages;
+	}
+	image->slots[lazy] = (struct slot){UINT64_MAX, dense, 0, 0};
+	image->nr_pages = dense;
+	return image;
+}
+
+static void image_put(struct image *image)
+{
+	if (image && atomic_fetch_sub(&image->refs, 1) == 1) {
+		free(image->wiped);
+		free(image);
+	}
+}
+
+/* Pages of extents outside of all VMAs have nowhere to go; that is the caller's error. */
+static bool all_in_vmas(const struct image *image, const struct lp_range *vmas, size_t nr_vmas)
+{
+	size_t v = 0;
+
+	for (size_t i = 0; i < image->nr; i++) {
+		uint64_t at = image->slots[i].start, end = slot_end(image, i);
+
+		while (at < end) {
+			while (v < nr_vmas && vmas[v].end <= at)
+				v++;
+			if (v == nr_vmas || vmas[v].start > at)
+				return false;
+			at = vmas[v].end;
+		}
+	}
+	return true;
+}
+
+struct lp_space *lp_space_new(const struct lp_extent *extents, size_t nr_extents, const struct lp_range *vmas,
+			      size_t nr_vmas, const struct lp_range *wiped, size_t nr_wiped)
+{
+	struct lp_space *s = calloc(1, sizeof(*s));
+
+	if (!s)
+		return NULL;
+	s->image = image_new(extents, nr_extents);
+	if (!s->image)
+		goto fail;
+	errno = EINVAL;
+	for (size_t i = 0; i < nr_vmas; i++)
+		if (vmas[i].start >= vmas[i].end || (vmas[i].start | vmas[i].end) % LP_PAGE_SIZE ||
+		    (i && vmas[i].start < vmas[i - 1].end))
+			goto fail;
+	if (!all_in_vmas(s->image, vmas, nr_vmas))
+		goto fail;
+	s->cap_regions = nr_vmas + 8;
+	s->regions = malloc(s->cap_regions * sizeof(*s->regions));
+	s->pending = calloc(nr_words(s->image) + 1, sizeof(word_t));
+	s->claimed = calloc(nr_words(s->image) + 1, sizeof(word_t));
+	s->lost = calloc(nr_words(s->image) + 1, sizeof(word_t));
+	s->image->wiped = calloc(nr_wiped + 1, sizeof(*wiped));
+	errno = ENOMEM;
+	if (!s->regions || !s->pending || !s->claimed || !s->lost || !s->image->wiped)
+		goto fail;
+	for (size_t i = 0; i < nr_vmas; i++)
+		s->regions[i] = (struct lp_region){vmas[i].start, vmas[i].end, vmas[i].start};
+	s->nr_regions = nr_vmas;
+	for (size_t i = 0; i < nr_wiped; i++)
+		s->image->wiped[i] = wiped[i];
+	s->image->nr_wiped = nr_wiped;
+	set_bits(s->pending, 0, s->image->nr_pages);
+	atomic_init(&s->nr_pending, s->image->nr_pages);
+	for (size_t i = 0; i < s->image->nr; i++) {
+		if (s->image->slots[i].source != LP_SOURCE_LOST)
+			continue;
+		atomic_fetch_add(&s->nr_lost, set_bits(s->lost, s->image->slots[i].dense, slot_pages(s->image, i)));
+	}
+	return s;
+fail:
+	lp_space_free(s);
+	return NULL;
+}
+
+void lp_space_free(struct lp_space *s)
+{
+	int saved = errno;
+
+	if (!s)
+		return;
+	image_put(s->image);
+	free(s->regions);
+	free(s->by_image);
+	free((void *)s->pending);
+	free((void *)s->claimed);
+	free((void *)s->lost);
+	free(s);
+	errno = saved;
+}
+
+uint64_t lp_space_pending(const struct lp_space *s)
+{
+	return atomic_load(&s->nr_pending);
+}
+
+uint64_t lp_space_lost(const struct lp_space *s)
+{
+	return atomic_load(&s->nr_lost);
+}
+
+size_t lp_space_nr_regions(const struct lp_space *s)
+{
+	return s->nr_regions;
+}
+
+const struct lp_region *lp_space_regions(const struct lp_space *s)
+{
+	return s->regions;
+}
+
+/* ---- look-up ---- */
+
+/* First region that ends after addr. */
+static size_t region_at(const struct lp_space *s, uint64_t addr)
+{
+	size_t lo = 0, hi = s->nr_regions;
+
+	while (lo < hi) {
+		size_t mid = lo + (hi - lo) / 2;
+
+		if (s->regions[mid].end <= addr)
+			lo = mid + 1;
+		else
+			hi = mid;
+	}
+	return lo;
+}
+
+static uint32_t kind_of(const struct lp_space *s, const struct slot *slot, uint64_t d)
+{
+	if (!test_bit(s->pending, d))
+		return LP_ZERO;
+	if (test_bit(s->lost, d))
+		return LP_LOST;
+	if (test_bit(s->claimed, d))
+		return LP_CLAIMED;
+	return slot->source == LP_SOURCE_REMOTE ? LP_REMOTE : LP_DATA;
+}
+
+static uint64_t min_u64(uint64_t a, uint64_t b)
+{
+	return a < b ? a : b;
+}
+
+static uint64_t pages_between(uint64_t start, uint64_t end)
+{
+	return (end - start) >> LP_PAGE_SHIFT;
+}
+
+struct lp_answer lp_space_lookup(const struct lp_space *s, uint64_t addr, uint64_t max_pages)
+{
+	struct lp_answer a = {.kind = LP_ZERO, .addr = addr, .image = addr, .nr_pages = max_pages};
+	size_t r = region_at(s, addr);
+	const struct lp_region *region = &s->regions[r];
+	const struct slot *slot;
+	size_t i;
+
+	if (r == s->nr_regions)
+		return a;
+	if (addr < region->start) {
+		a.nr_pages = min_u64(max_pages, pages_between(addr, region->start));
+		return a;
+	}
+	a.image = region->image + (addr - region->start);
+	max_pages = min_u64(max_pages, pages_between(addr, region->end));
+	i = slot_at(s->image, a.image);
+	slot = &s->image->slots[i];
+	if (i == s->image->nr || a.image < slot->start) {
+		a.nr_pages = min_u64(max_pages, pages_between(a.image, slot->start));
+		return a;
+	}
+	a.dense = slot->dense + pages_between(slot->start, a.image);
+	a.kind = kind_of(s, slot, a.dense);
+	a.source = slot->source;
+	a.offset = slot->offset + (a.image - slot->start);
+	max_pages = min_u64(max_pages, slot[1].dense - a.dense);
+	for (a.nr_pages = 1; a.nr_pages < max_pages; a.nr_pages++)
+		if (kind_of(s, slot, a.dense + a.nr_pages) != a.kind)
+			break;
+	return a;
+}
+
+uint64_t lp_space_lookback(const struct lp_space *s, const struct lp_answer *at, uint64_t max_pages)
+{
+	const struct lp_region *region = &s->regions[region_at(s, at->addr)];
+	const struct slot *slot = &s->image->slots[slot_of_dense(s->image, at->dense)];
+	uint64_t n = 0;
+
+	max_pages = min_u64(max_pages, pages_between(region->start, at->addr));
+	max_pages = min_u64(max_pages, at->dense - slot->dense);
+	while (n < max_pages && kind_of(s, slot, at->dense - n - 1) == at->kind)
+		n++;
+	return n;
+}
+
+/* First wanted page in [d, end), or end. */
+static uint64_t next_wanted(const struct lp_space *s, uint64_t d, uint64_t end)
+{
+	FOR_WORDS(d, end - d, word, mask) {
+		uint64_t bits = wanted(s, word) & mask;
+
+		if (bits)
+			return word * 64 + (uint64_t)__builtin_ctzll(bits);
+	}
+	return end;
+}
+
+bool lp_space_next(const struct lp_space *s, uint64_t cursor, uint64_t max_pages, bool remote,
+		   struct lp_answer *answer)
+{
+	for (size_t r = region_at(s, cursor); r < s->nr_regions; r++) {
+		const struct lp_region *region = &s->regions[r];
+		uint64_t from = cursor > region->start ? cursor - region->start : 0;
+		uint64_t d = dense_from(s->image, region->image + from);
+		uint64_t end = dense_from(s->image, region->image + (region->end - region->start));
+
+		while ((d = next_wanted(s, d, end)) < end) {
+			size_t i = slot_of_dense(s->image, d);
+			const struct slot *slot = &s->image->slots[i];
+
+			if (slot->source == LP_SOURCE_REMOTE && !remote) {
+				d = slot[1].dense;
+				continue;
+			}
+			*answer = lp_space_lookup(s,
+						  region->start + (slot->start - region->image) +
+							  ((d - slot->dense) << LP_PAGE_SHIFT),
+						  max_pages);
+			if (answer->kind == LP_DATA || answer->kind == LP_REMOTE)
+				return true;
+			d++; /* somebody was faster */
+		}
+	}
+	return false;
+}
+
+static int compare_image(const void *a, const void *b, void *regions)
+{
+	const struct lp_region *ra = (const struct lp_region *)regions + *(const uint32_t *)a;
+	const struct lp_region *rb = (const struct lp_region *)regions + *(const uint32_t *)b;
+
+	return (ra->image > rb->image) - (ra->image < rb->image);
+}
+
+void lp_space_index(struct lp_space *s)
+{
+	uint32_t *order;
+
+	if (s->by_image_valid)
+		return;
+	order = realloc(s->by_image, (s->nr_regions + 1) * sizeof(*order));
+	if (!order)
+		return; /* lp_space_locate does without */
+	for (size_t r = 0; r < s->nr_regions; r++)
+		order[r] = (uint32_t)r;
+	qsort_r(order, s->nr_regions, sizeof(*order), compare_image, s->regions);
+	s->by_image = order;
+	s->by_image_valid = true;
+}
+
+static bool in_region(const struct lp_region *region, uint64_t image, uint64_t *addr)
+{
+	if (image - region->image >= region->end - region->start)
+		return false;
+	*addr = region->start + (image - region->image);
+	return true;
+}
+
+bool lp_space_locate(const struct lp_space *s, uint64_t image, uint64_t *addr)
+{
+	size_t lo = 0, hi = s->nr_regions;
+
+	if (!s->by_image_valid) {
+		for (size_t r = 0; r < s->nr_regions; r++)
+			if (in_region(&s->regions[r], image, addr))
+				return true;
+		return false;
+	}
+	while (lo < hi) {
+		size_t mid = lo + (hi - lo) / 2;
+
+		if (s->regions[s->by_image[mid]].image <= image)
+			lo = mid + 1;
+		else
+			hi = mid;
+	}
+	return lo && in_region(&s->regions[s->by_image[lo - 1]], image, addr);
+}
+
+/* ---- claims ---- */
+
+uint64_t lp_space_claim(struct lp_space *s, uint64_t dense, uint64_t nr)
+{
+	uint64_t got = 0;
+
+	FOR_WORDS(dense, nr, word, mask) {
+		uint64_t claimed = atomic_load(&s->claimed[word]), want, length;
+
+		/*
+		 * Compare-and-swap: no page may look claimed, not even for a moment, by someone who does not bring it
+		 * or wakes those who wait for it.
+		 */
+		do {
+			want = atomic_load(&s->pending[word]) & ~claimed & ~atomic_load(&s->lost[word]) & mask;
+			want >>= d_ % 64;
+			length = ~want ? (uint64_t)__builtin_ctzll(~want) : 64;
+			if (!length)
+				return got;
+			want = mask_of(d_ % 64, d_ % 64 + length);
+		} while (!atomic_compare_exchange_weak(&s->claimed[word], &claimed, claimed | want));
+		got += length;
+		if (want != mask)
+			break;
+	}
+	return got;
+}
+
+uint64_t lp_space_commit(struct lp_space *s, uint64_t dense, uint64_t nr)
+{
+	uint64_t done = clear_bits(s->pending, dense, nr);
+
+	clear_bits(s->claimed, dense, nr);
+	atomic_fetch_sub(&s->nr_lost, clear_bits(s->lost, dense, nr));
+	atomic_fetch_sub(&s->nr_pending, done);
+	return done;
+}
+
+void lp_space_release(struct lp_space *s, uint64_t dense, uint64_t nr)
+{
+	clear_bits(s->claimed, dense, nr);
+}
+
+void lp_space_lose(struct lp_space *s, uint64_t dense, uint64_t nr)
+{
+	FOR_WORDS(dense, nr, word, mask) {
+		uint64_t bits = atomic_load(&s->pending[word]) & mask;
+		uint64_t before = atomic_fetch_or(&s->lost[word], bits);
+
+		atomic_fetch_add(&s->nr_lost, (uint64_t)__builtin_popcountll(bits & ~before));
+	}
+	clear_bits(s->claimed, dense, nr);
+}
+
+uint64_t lp_space_regain(struct lp_space *s)
+{
+	uint64_t count = clear_bits(s->lost, 0, s->image->nr_pages);
+
+	atomic_fetch_sub(&s->nr_lost, count);
+	return count;
+}
+
+/* ---- layout ---- */
+
+static uint64_t *counter(const struct lp_counts *counts, uint32_t source)
+{
+	if (source == LP_SOURCE_REMOTE)
+		return &counts->by_source[counts->nr_levels];
+	if (source == LP_SOURCE_LOST)
+		return &counts->by_source[counts->nr_levels + 1];
+	return &counts->by_source[source];
+}
+
+/* The pages of image range [start, end) are not waited for any more. */
+static void drop(struct lp_space *s, uint64_t start, uint64_t end, struct lp_counts *dropped)
+{
+	for (size_t i = slot_at(s->image, start); i < s->image->nr && s->image->slots[i].start < end; i++) {
+		const struct slot *slot = &s->image->slots[i];
+		uint64_t from = start > slot->start ? start : slot->start;
+		uint64_t to = min_u64(end, slot_end(s->image, i));
+		uint64_t d = slot->dense + pages_between(slot->start, from), nr = pages_between(from, to);
+		uint64_t count = clear_bits(s->pending, d, nr);
+
+		clear_bits(s->claimed, d, nr);
+		atomic_fetch_sub(&s->nr_lost, clear_bits(s->lost, d, nr));
+		atomic_fetch_sub(&s->nr_pending, count);
+		*counter(dropped, slot->source) += count;
+	}
+}
+
+static word_t *copy_bits(const struct lp_space *s, const word_t *bits)
+{
+	size_t size = (nr_words(s->image) + 1) * sizeof(word_t);
+	word_t *copy = malloc(size);
+
+	if (copy)
+		memcpy(copy, (const void *)bits, size);
+	return copy;
+}
+
+struct lp_space *lp_space_clone(struct lp_space *s, struct lp_counts *dropped)
+{
+	struct lp_space *c = calloc(1, sizeof(*c));
+
+	if (!c)
+		return NULL;
+	c->image = s->image;
+	atomic_fetch_add(&s->image->refs, 1);
+	c->cap_regions = s->nr_regions + 8;
+	c->nr_regions = s->nr_regions;
+	c->regions = malloc(c->cap_regions * sizeof(*c->regions));
+	c->pending = copy_bits(s, s->pending);
+	c->claimed = calloc(nr_words(s->image) + 1, sizeof(word_t));
+	c->lost = copy_bits(s, s->lost);
+	if (!c->regions || !c->pending || !c->claimed || !c->lost) {
+		lp_space_free(c);
+		return NULL;
+	}
+	memcpy(c->regions, s->regions, s->nr_regions * sizeof(*s->regions));
+	atomic_init(&c->nr_pending, atomic_load(&s->nr_pending));
+	atomic_init(&c->nr_lost, atomic_load(&s->nr_lost));
+	for (size_t i = 0; i < c->image->nr_wiped; i++)
+		drop(c, c->image->wiped[i].start, c->image->wiped[i].end, dropped);
+	return c;
+}
+
+static void drop_regions(struct lp_space *s, uint64_t start, uint64_t end, struct lp_counts *dropped)
+{
+	for (size_t r = region_at(s, start); r < s->nr_regions && s->regions[r].start < end; r++) {
+		const struct lp_region *region = &s->regions[r];
+		uint64_t from = start > region->start ? start : region->start;
+		uint64_t to = min_u64(end, region->end);
+
+		drop(s, region->image + (from - region->start), region->image + (to - region->start), dropped);
+	}
+}
+
+void lp_space_remove(struct lp_space *s, uint64_t start, uint64_t end, struct lp_counts *dropped)
+{
+	drop_regions(s, start, end, dropped);
+}
+
+static int reserve(struct lp_space *s, size_t more)
+{
+	if (s->nr_regions + more > s->cap_regions) {
+		size_t cap = (s->nr_regions + more) * 2;
+		struct lp_region *regions = realloc(s->regions, cap * sizeof(*regions));
+
+		if (!regions)
+			return -ENOMEM;
+		s->regions = regions;
+		s->cap_regions = cap;
+	}
+	return 0;
+}
+
+/* Replaces regions [at, at + nr) by the `with_nr` ones of `with`; there is room. */
+static void splice(struct lp_space *s, size_t at, size_t nr, const struct lp_region *with, size_t with_nr)
+{
+	memmove(&s->regions[at + with_nr], &s->regions[at + nr], (s->nr_regions - at - nr) * sizeof(*with));
+	if (with_nr)
+		memcpy(&s->regions[at], with, with_nr * sizeof(*with));
+	s->nr_regions += with_nr - nr;
+	s->by_image_valid = false;
+}
+
+/* Cuts [start, end) out of the regions; there is room for one more. */
+static void cut(struct lp_space *s, uint64_t start, uint64_t end)
+{
+	size_t first = region_at(s, start), last = first, nr = 0;
+	struct lp_region rest[2];
+
+	while (last < s->nr_regions && s->regions[last].start < end)
+		last++;
+	if (first == last)
+		return;
+	if (s->regions[first].start < start) {
+		rest[nr] = s->regions[first];
+		rest[nr++].end = start;
+	}
+	if (s->regions[last - 1].end > end) {
+		rest[nr] = s->regions[last - 1];
+		rest[nr].image += end - rest[nr].start;
+		rest[nr++].start = end;
+	}
+	splice(s, first, last - first, rest, nr);
+}
+
+int lp_space_unmap(struct lp_space *s, uint64_t start, uint64_t end, struct lp_counts *dropped)
+{
+	if (reserve(s, 1))
+		return -ENOMEM;
+	drop_regions(s, start, end, dropped);
+	cut(s, start, end);
+	return 0;
+}
+
+int lp_space_remap(struct lp_space *s, uint64_t from, uint64_t to, uint64_t len, struct lp_counts *dropped)
+{
+	size_t first = region_at(s, from), last = first;
+	struct lp_region *moved;
+	size_t nr;
+
+	while (last < s->nr_regions && s->regions[last].start < from + len)
+		last++;
+	nr = last - first;
+	moved = malloc((nr + 1) * sizeof(*moved));
+	/* every cut can add one, the moved ones come on top */
+	if (!moved || reserve(s, nr + 2)) {
+		free(moved);
+		return -ENOMEM;
+	}
+	for (size_t i = 0; i < nr; i++) {
+		const struct lp_region *region = &s->regions[first + i];
+		uint64_t start = from > region->start ? from : region->start;
+
+		moved[i].start = start - from + to;
+		moved[i].end = min_u64(region->end, from + len) - from + to;
+		moved[i].image = region->image + (start - region->start);
+	}
+	cut(s, from, from + len);
+	drop_regions(s, to, to + len, dropped);
+	cut(s, to, to + len);
+	splice(s, region_at(s, to), 0, moved, nr);
+	free(moved);
+	return 0;
+}
+
+void lp_space_count(const struct lp_space *s, struct lp_counts *counts)
+{
+	for (size_t i = 0; i < s->image->nr; i++)
+		*counter(counts, s->image->slots[i].source) +=
+			count_bits(s->pending, s->image->slots[i].dense, slot_pages(s->image, i));
+}

@@ -1,0 +1,130 @@
+/*
+ * The address space of one restored task: what every page of it is still
+ * waiting for.  Pure logic: no file descriptor, no system call.
+ *
+ * Two tables and three bitmaps:
+ *
+ *   image    immutable, shared by forked tasks: the lazy extents of the
+ *            checkpoint, by address at dump time.  Page k of all extents laid
+ *            end to end has the dense index k; the bitmaps are indexed by it,
+ *            so that their size follows the data and not the address range.
+ *   regions  where the dumped ranges are now: [start, end) holds what was at
+ *            [image, image + end - start) when the task was dumped.  mremap
+ *            moves regions, munmap cuts them.
+ *   pending  the page has data that the task does not have yet
+ *   claimed  somebody is bringing it at this moment (a copy under way, or a
+ *            request to a remote source)
+ *   lost     no source could give it; it is still pending
+ *
+ * A page outside of every region, without an extent, or no longer pending
+ * is zero when the task faults on it: it was never touched, or the task has
+ * thrown it away, or it is there already (then the kernel says EEXIST).
+ *
+ * Locking is the caller's: the functions marked (exclusive) change the layout
+ * and must run alone; the others may run at the same time as each other.
+ */
+#ifndef LAZYPAGES_SPACE_H
+#define LAZYPAGES_SPACE_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "extent.h"
+
+#define LP_PAGE_SHIFT 12
+#define LP_PAGE_SIZE ((uint64_t)1 << LP_PAGE_SHIFT)
+
+struct lp_range {
+	uint64_t start, end;
+};
+
+struct lp_region {
+	uint64_t start, end, image;
+};
+
+enum lp_kind {
+	LP_ZERO,    /* known zero, or not our page any more */
+	LP_DATA,    /* pending, in a level of the image chain */
+	LP_REMOTE,  /* pending, at a page server */
+	LP_LOST,    /* pending, and no source has it */
+	LP_CLAIMED, /* pending, on its way */
+};
+
+/* The answer for an address, and for how many pages from there it holds. */
+struct lp_answer {
+	uint32_t kind;     /* enum lp_kind */
+	uint32_t source;   /* level, for LP_DATA */
+	uint64_t addr;     /* where it is in the task now */
+	uint64_t image;    /* its address at dump time */
+	uint64_t offset;   /* in the level's pages file, for LP_DATA */
+	uint64_t nr_pages; /* > 0 */
+	uint64_t dense;    /* dense index, unless LP_ZERO */
+};
+
+struct lp_space;
+
+/* Pages by source: one counter a level, then one for remote, one for lost. */
+struct lp_counts {
+	uint64_t *by_source;
+	uint32_t nr_levels;
+};
+
+/*
+ * Extents sorted and disjoint; those that are not lazy are left out.  vmas are
+ * the lazy-capable VMAs, sorted and disjoint, every lazy extent within them;
+ * wiped are those of them that a child finds zeroed (MADV_WIPEONFORK).  NULL
+ * with errno set: EINVAL when they are not as they should be, ENOMEM.
+ */
+struct lp_space *lp_space_new(const struct lp_extent *extents, size_t nr_extents, const struct lp_range *vmas,
+			      size_t nr_vmas, const struct lp_range *wiped, size_t nr_wiped);
+/* What fork(2) makes of it: the same pages pending but for the wiped ones, none claimed. (exclusive) */
+struct lp_space *lp_space_clone(struct lp_space *space, struct lp_counts *dropped);
+void lp_space_free(struct lp_space *space);
+
+uint64_t lp_space_pending(const struct lp_space *space); /* pages, the lost ones among them */
+uint64_t lp_space_lost(const struct lp_space *space);    /* pages */
+size_t lp_space_nr_regions(const struct lp_space *space);
+const struct lp_region *lp_space_regions(const struct lp_space *space);
+
+/* At most max_pages from the page at addr (page aligned), all of one kind and source, contiguous in task and image. */
+struct lp_answer lp_space_lookup(const struct lp_space *space, uint64_t addr, uint64_t max_pages);
+/* How many of the max_pages pages before addr have the same answer, running into it. */
+uint64_t lp_space_lookback(const struct lp_space *space, const struct lp_answer *at, uint64_t max_pages);
+/*
+ * The next run that waits to be brought (LP_DATA; LP_REMOTE too when asked for), at or after *cursor.
+ * False when there is none up to the end of the address space.
+ */
+bool lp_space_next(const struct lp_space *space, uint64_t cursor, uint64_t max_pages, bool remote,
+		   struct lp_answer *answer);
+/*
+ * Where the page dumped at `image` is now; false when it is gone.  Logarithmic
+ * once lp_space_index (exclusive) has run after the last layout event, linear
+ * in regions before.
+ */
+bool lp_space_locate(const struct lp_space *space, uint64_t image, uint64_t *addr);
+void lp_space_index(struct lp_space *space);
+
+/* Claims pages [dense, dense + nr) up to the first that can't be claimed; returns how many. */
+uint64_t lp_space_claim(struct lp_space *space, uint64_t dense, uint64_t nr);
+/* Claimed pages that have arrived. Returns how many were still pending. */
+uint64_t lp_space_commit(struct lp_space *space, uint64_t dense, uint64_t nr);
+/* Claimed pages that have not; the caller wakes who may wait for them. */
+void lp_space_release(struct lp_space *space, uint64_t dense, uint64_t nr);
+/* Claimed pages that no source can give. */
+void lp_space_lose(struct lp_space *space, uint64_t dense, uint64_t nr);
+/* Makes lost pages pending as before: a source has come back. Returns how many. */
+uint64_t lp_space_regain(struct lp_space *space);
+
+/* Layout events, in the order in which the kernel tells them. (exclusive) 0 or -ENOMEM. */
+/* MADV_DONTNEED, MADV_FREE, MADV_REMOVE: the range stays and is zero. */
+void lp_space_remove(struct lp_space *space, uint64_t start, uint64_t end, struct lp_counts *dropped);
+/* munmap: the range is gone. */
+int lp_space_unmap(struct lp_space *space, uint64_t start, uint64_t end, struct lp_counts *dropped);
+/* mremap: what was at [from, from + len) is at `to`. Whatever was there is gone. */
+int lp_space_remap(struct lp_space *space, uint64_t from, uint64_t to, uint64_t len, struct lp_counts *dropped);
+
+/* Adds the pages pending to the counters: a walk over all extents. */
+void lp_space_count(const struct lp_space *space, struct lp_counts *counts);
+
+#endif

@@ -1,0 +1,107 @@
+"""Builds ``lazypages._uffd``: the address space, the readahead plan and the engine of csrc/ (cffi, API mode).
+
+cffi releases the GIL around every call. What is declared here is what Python uses; the compiler checks it against
+the headers.
+"""
+
+from pathlib import Path
+
+from cffi import FFI
+
+ffibuilder = FFI()
+
+ffibuilder.cdef("""
+struct lp_extent { uint64_t start, nr_pages, offset; uint32_t source, lazy; };
+struct lp_range { uint64_t start, end; };
+struct lp_region { uint64_t start, end, image; };
+struct lp_answer { uint32_t kind, source; uint64_t addr, image, offset, nr_pages, dense; };
+struct lp_counts { uint64_t *by_source; uint32_t nr_levels; };
+struct lp_space;
+#define LP_SOURCE_REMOTE ...
+#define LP_SOURCE_LOST ...
+
+struct lp_space *lp_space_new(const struct lp_extent *extents, size_t nr_extents, const struct lp_range *vmas,
+                              size_t nr_vmas, const struct lp_range *wiped, size_t nr_wiped);
+struct lp_space *lp_space_clone(struct lp_space *space, struct lp_counts *dropped);
+void lp_space_free(struct lp_space *space);
+uint64_t lp_space_pending(const struct lp_space *space);
+uint64_t lp_space_lost(const struct lp_space *space);
+size_t lp_space_nr_regions(const struct lp_space *space);
+const struct lp_region *lp_space_regions(const struct lp_space *space);
+struct lp_answer lp_space_lookup(const struct lp_space *space, uint64_t addr, uint64_t max_pages);
+uint64_t lp_space_lookback(const struct lp_space *space, const struct lp_answer *at, uint64_t max_pages);
+bool lp_space_next(const struct lp_space *space, uint64_t cursor, uint64_t max_pages, bool remote,
+                   struct lp_answer *answer);
+bool lp_space_locate(const struct lp_space *space, uint64_t image, uint64_t *addr);
+void lp_space_index(struct lp_space *space);
+uint64_t lp_space_claim(struct lp_space *space, uint64_t dense, uint64_t nr);
+uint64_t lp_space_commit(struct lp_space *space, uint64_t dense, uint64_t nr);
+void lp_space_release(struct lp_space *space, uint64_t dense, uint64_t nr);
+void lp_space_lose(struct lp_space *space, uint64_t dense, uint64_t nr);
+uint64_t lp_space_regain(struct lp_space *space);
+void lp_space_remove(struct lp_space *space, uint64_t start, uint64_t end, struct lp_counts *dropped);
+int lp_space_unmap(struct lp_space *space, uint64_t start, uint64_t end, struct lp_counts *dropped);
+int lp_space_remap(struct lp_space *space, uint64_t from, uint64_t to, uint64_t len, struct lp_counts *dropped);
+void lp_space_count(const struct lp_space *space, struct lp_counts *counts);
+
+struct lp_window { uint64_t first, nr; };
+struct lp_plan { uint64_t max_window; ...; };
+void lp_plan_init(struct lp_plan *plan, uint64_t max_window);
+struct lp_window lp_plan_fault(struct lp_plan *plan, uint64_t page);
+
+struct lp_engine;
+struct lp_task;
+struct lp_notice {
+    uint32_t kind;
+    int32_t error;
+    struct lp_task *task, *parent;
+    uint64_t image, addr, nr_pages, since;
+};
+struct lp_level { const void *base; uint64_t size; };
+#define LP_HISTOGRAM_BUCKETS ...
+struct lp_stats {
+    uint64_t faults, faults_zero, faults_served, retried, zero_pages, present, copies, reads, wakes, poisoned;
+    uint64_t forks, remaps, removes, unmaps, service_max;
+};
+struct lp_engine *lp_engine_new(void);
+void lp_engine_free(struct lp_engine *engine);
+int lp_engine_notice_fd(const struct lp_engine *engine);
+size_t lp_engine_notices(struct lp_engine *engine, struct lp_notice *notices, size_t max);
+int lp_engine_run(struct lp_engine *engine);
+void lp_engine_stop(struct lp_engine *engine);
+struct lp_task *lp_task_new(struct lp_engine *engine, int uffd, const struct lp_extent *extents, size_t nr_extents,
+                            const struct lp_range *vmas, size_t nr_vmas, const struct lp_range *wiped,
+                            size_t nr_wiped, const struct lp_level *levels, uint32_t nr_levels,
+                            uint64_t max_readahead);
+void lp_task_close(struct lp_task *task);
+int64_t lp_task_transfer(struct lp_task *task, uint64_t max_bytes);
+uint64_t lp_task_claim_remote(struct lp_task *task, uint64_t cursor, uint64_t max_pages, uint64_t *image,
+                              uint64_t *next_cursor);
+int64_t lp_task_deliver(struct lp_task *task, uint64_t image, uint64_t nr_pages, const void *buffer,
+                        uint64_t since);
+void lp_task_fail_remote(struct lp_task *task, uint64_t image, uint64_t nr_pages, bool lost);
+void lp_task_regain(struct lp_task *task);
+int64_t lp_task_poison(struct lp_task *task, bool all);
+void lp_task_forget(struct lp_task *task, uint64_t addr, uint64_t nr_pages);
+int lp_task_probe(struct lp_task *task);
+uint32_t lp_task_nr_levels(const struct lp_task *task);
+uint64_t lp_task_pending(const struct lp_task *task);
+uint64_t lp_task_lost(const struct lp_task *task);
+void lp_task_stats(const struct lp_task *task, struct lp_stats *stats);
+void lp_task_sources(const struct lp_task *task, uint64_t *copied, uint64_t *dropped, uint64_t *faults);
+void lp_task_remaining(struct lp_task *task, uint64_t *by_source);
+void lp_task_histogram(const struct lp_task *task, uint64_t *buckets);
+uint64_t lp_histogram_bound(uint32_t bucket);
+const struct lp_space *lp_task_space(const struct lp_task *task);
+""")
+
+CSRC = Path("csrc")  # builds run at the project's root
+
+ffibuilder.set_source(
+    "lazypages._uffd",
+    '#include "engine.h"\n#include "plan.h"\n#include "space.h"\n',
+    sources=[str(CSRC / name) for name in ("space.c", "plan.c", "engine.c")],
+    depends=[str(CSRC / name) for name in ("extent.h", "space.h", "plan.h", "engine.h")],
+    include_dirs=[str(CSRC)],
+    extra_compile_args=["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Wno-unused-parameter"],
+)

@@ -1,0 +1,334 @@
+"""The typed face of the C engine: tasks under userfaultfd, served with the GIL released.
+
+An :class:`Engine` is driven by one thread (:meth:`Engine.run`); everything else may be called from any thread. What
+needs a decision arrives as :class:`Notice`. See ``csrc/engine.h`` for how faults, layout events and copies are kept
+in order.
+"""
+
+from __future__ import annotations
+
+import enum
+import errno
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from lazypages._uffd import ffi, lib
+from lazypages.errors import LazyPagesError
+
+PAGE_SIZE = 4096
+
+#: Pages that a fault may bring beside its own when faults run on in one direction.
+MAX_READAHEAD = 64
+
+
+class TaskGoneError(LazyPagesError):
+    """The task's memory does not exist any more: it exited, was killed, or called execve. Routine."""
+
+
+class BusyError(LazyPagesError):
+    """A layout event of the task (fork, mremap, munmap, madvise) is under way; try again in a moment."""
+
+
+class NoticeKind(enum.IntEnum):
+    """Why the engine asks for a decision (``enum lp_notice_kind``)."""
+
+    FORKED = 1
+    NEED = 2
+    HURRY = 3
+    LOST = 4
+    COMPLETE = 5
+    GONE = 6
+    FAILED = 7
+
+
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """Something about `task` that the engine does not decide. For FORKED, `task` is the child.
+
+    ``image``, ``addr``, ``nr_pages``: the pages it is about, by address at dump time and by address now.
+    ``error``: an errno or 0. ``parent``: for FORKED, None if it is closed already. ``since``: CLOCK_MONOTONIC in ns of the fault that waits, or 0.
+    """
+
+    kind: NoticeKind
+    task: ServedTask
+    error: int
+    parent: ServedTask | None
+    image: int
+    addr: int
+    nr_pages: int
+    since: int
+
+
+class ExtentArray(Protocol):
+    """A C array of ``struct lp_extent`` that somebody keeps alive (images_spec.placement.ExtentTable)."""
+
+    @property
+    def address(self) -> int: ...
+
+    def __len__(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """Counters of one task (``struct lp_stats``); ``service_max`` in ns."""
+
+    faults: int = 0
+    faults_zero: int = 0
+    faults_served: int = 0
+    retried: int = 0
+    zero_pages: int = 0
+    present: int = 0
+    copies: int = 0
+    reads: int = 0
+    wakes: int = 0
+    poisoned: int = 0
+    forks: int = 0
+    remaps: int = 0
+    removes: int = 0
+    unmaps: int = 0
+    service_max: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class SourcePages:
+    """Pages by where they come from: one count a level of the image chain, then remote, then lost."""
+
+    levels: tuple[int, ...]
+    remote: int
+    lost: int
+
+    @property
+    def total(self) -> int:
+        return sum(self.levels) + self.remote + self.lost
+
+    @classmethod
+    def of(cls, counts: Any, nr_levels: int) -> SourcePages:
+        values = ffi.unpack(counts, nr_levels + 2)
+        return cls(tuple(values[:nr_levels]), values[nr_levels], values[nr_levels + 1])
+
+
+@dataclass(frozen=True, slots=True)
+class TaskMemory:
+    """What a task's memory is made of, as the engine wants it.
+
+    ``vmas``: lazy-capable VMAs as (start, end), sorted. ``wiped``: those of them that a forked child finds zeroed.
+    ``levels``: the mapped pages file of each level of the chain (None: it has none); they must outlive the engine.
+    """
+
+    extents: ExtentArray
+    vmas: Sequence[tuple[int, int]]
+    wiped: Sequence[tuple[int, int]] = ()
+    levels: Sequence[Any | None] = field(default=())
+    max_readahead: int = MAX_READAHEAD
+
+
+def _check(rc: int) -> int:
+    if rc >= 0:
+        return rc
+    if rc == -errno.ESRCH:
+        raise TaskGoneError("the task is gone")
+    if rc == -errno.EAGAIN:
+        raise BusyError("a layout event of the task is under way")
+    raise OSError(-rc, os.strerror(-rc))
+
+
+def _ranges(ranges: Sequence[tuple[int, int]]) -> Any:
+    return ffi.new("struct lp_range[]", [(start, end) for start, end in ranges])
+
+
+class ServedTask:
+    """One memory (mm) under one uffd, which it owns until :meth:`close`."""
+
+    def __init__(self, engine: Engine, handle: Any) -> None:
+        self._engine = engine
+        self._handle = handle
+        self.nr_levels = int(lib.lp_task_nr_levels(handle))
+
+    def __repr__(self) -> str:
+        return f"<ServedTask {int(ffi.cast('uintptr_t', self._handle)):#x}>"
+
+    @property
+    def pending(self) -> int:
+        """Pages that the task waits for or may come to wait for, the lost ones among them."""
+        return int(lib.lp_task_pending(self._handle))
+
+    @property
+    def lost(self) -> int:
+        """Pages pending that no source could give."""
+        return int(lib.lp_task_lost(self._handle))
+
+    def transfer(self, max_bytes: int) -> int:
+        """Brings pages in the background, about max_bytes; blocks. Returns bytes; 0: nothing is left to bring.
+
+        Raises TaskGoneError, BusyError.
+        """
+        return _check(int(lib.lp_task_transfer(self._handle, max_bytes)))
+
+    def claim_remote(self, cursor: int, max_pages: int) -> tuple[int, int, int]:
+        """Claims the next run that a remote source must give, from task address `cursor` on.
+
+        Returns (address at dump time, pages, next cursor); 0 pages when there is none.
+        """
+        image, following = ffi.new("uint64_t *"), ffi.new("uint64_t *")
+        nr_pages = lib.lp_task_claim_remote(self._handle, cursor, max_pages, image, following)
+        return int(image[0]), int(nr_pages), int(following[0])
+
+    def deliver(self, image: int, data: Any, since: int = 0) -> int:
+        """Places claimed pages that have come: `data` (a buffer) was at `image` when dumped. Returns pages placed.
+
+        Raises BusyError (call again with the same), TaskGoneError.
+        """
+        buffer = ffi.from_buffer(data)
+        return _check(int(lib.lp_task_deliver(self._handle, image, len(buffer) // PAGE_SIZE, buffer, since)))
+
+    def fail_remote(self, image: int, nr_pages: int, *, lost: bool) -> None:
+        """Gives claims back: the pages are wanted again or, if `lost`, can't be had."""
+        lib.lp_task_fail_remote(self._handle, image, nr_pages, lost)
+
+    def regain(self) -> None:
+        """A source has come back: lost pages are wanted again."""
+        lib.lp_task_regain(self._handle)
+
+    def poison(self, *, everything: bool) -> int:
+        """Makes touches of lost pages (or of all that are pending) raise SIGBUS. Returns pages poisoned.
+
+        Raises BusyError, TaskGoneError, OSError (EINVAL: the kernel has no UFFDIO_POISON; it came with Linux 6.6).
+        """
+        return _check(int(lib.lp_task_poison(self._handle, everything)))
+
+    def forget(self, addr: int, nr_pages: int) -> None:
+        """The range is known not to be the task's any more; nobody waits for it."""
+        lib.lp_task_forget(self._handle, addr, nr_pages)
+
+    def probe(self) -> bool:
+        """Whether the task still has its memory; True too when that can't be told at the moment."""
+        return int(lib.lp_task_probe(self._handle)) != -errno.ESRCH
+
+    def stats(self) -> Stats:
+        stats = ffi.new("struct lp_stats *")
+        lib.lp_task_stats(self._handle, stats)
+        return Stats(**{name: int(getattr(stats, name)) for name in Stats.__slots__})
+
+    def sources(self) -> tuple[SourcePages, SourcePages, SourcePages]:
+        """Pages copied, pages dropped by layout events, faults answered with data: each by source."""
+        counts = [ffi.new("uint64_t[]", self.nr_levels + 2) for _ in range(3)]
+        lib.lp_task_sources(self._handle, *counts)
+        copied, dropped, faults = (SourcePages.of(count, self.nr_levels) for count in counts)
+        return copied, dropped, faults
+
+    def remaining(self) -> SourcePages:
+        """Pages pending by source. Walks all extents."""
+        counts = ffi.new("uint64_t[]", self.nr_levels + 2)
+        lib.lp_task_remaining(self._handle, counts)
+        return SourcePages.of(counts, self.nr_levels)
+
+    def histogram(self) -> list[int]:
+        """Answers per bucket of service time; :func:`histogram_bound` says what a bucket holds."""
+        buckets = ffi.new("uint64_t[]", lib.LP_HISTOGRAM_BUCKETS)
+        lib.lp_task_histogram(self._handle, buckets)
+        return list(ffi.unpack(buckets, lib.LP_HISTOGRAM_BUCKETS))
+
+    def close(self) -> None:
+        """Ends service and closes the uffd. The kernel gives zero pages for all that is missing then: only to be
+        called when nothing is pending, or when the task is gone."""
+        self._engine._forget(self._handle)
+        lib.lp_task_close(self._handle)
+
+
+def histogram_bound(bucket: int) -> int:
+    """The longest service time that a bucket of :meth:`ServedTask.histogram` counts, ns."""
+    return int(lib.lp_histogram_bound(bucket))
+
+
+class Engine:
+    """Watches the uffds of many tasks. Use as a context manager; :meth:`run` must have returned before it ends."""
+
+    _BATCH = 256
+
+    def __init__(self) -> None:
+        self._handle = lib.lp_engine_new()
+        if self._handle == ffi.NULL:
+            raise OSError(ffi.errno, os.strerror(ffi.errno))
+        self._tasks: dict[Any, ServedTask] = {}
+        self._keep: list[Any] = []
+        self._notices = ffi.new("struct lp_notice[]", self._BATCH)
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        lib.lp_engine_free(self._handle)
+        self._handle = None
+        self._tasks.clear()
+        self._keep.clear()
+
+    @property
+    def notice_fd(self) -> int:
+        """Readable when :meth:`notices` has something to say. The engine owns it."""
+        return int(lib.lp_engine_notice_fd(self._handle))
+
+    def run(self) -> None:
+        """Serves until :meth:`stop`; for one thread of its own. Raises OSError if epoll fails."""
+        _check(int(lib.lp_engine_run(self._handle)))
+
+    def stop(self) -> None:
+        lib.lp_engine_stop(self._handle)
+
+    def add(self, uffd: int, memory: TaskMemory) -> ServedTask:
+        """Serves a task from now on. Owns uffd from here, also if it fails.
+
+        Raises OSError: EINVAL when extents, VMAs and pages files do not fit together.
+        """
+        levels = ffi.new("struct lp_level[]", max(1, len(memory.levels)))
+        for level, mapped in zip(levels, memory.levels, strict=False):
+            if mapped is not None:
+                buffer = ffi.from_buffer(mapped)
+                self._keep.append(buffer)
+                level.base, level.size = buffer, len(buffer)
+        handle = lib.lp_task_new(
+            self._handle,
+            uffd,
+            ffi.cast("struct lp_extent *", memory.extents.address),
+            len(memory.extents),
+            _ranges(memory.vmas),
+            len(memory.vmas),
+            _ranges(memory.wiped),
+            len(memory.wiped),
+            levels,
+            len(memory.levels),
+            memory.max_readahead,
+        )
+        if handle == ffi.NULL:
+            raise OSError(ffi.errno, os.strerror(ffi.errno))
+        return self._adopt(handle)
+
+    def notices(self) -> list[Notice]:
+        """Takes what has happened since the last call, in order; does not block. Never about a closed task."""
+        nr = lib.lp_engine_notices(self._handle, self._notices, self._BATCH)
+        result = []
+        for raw in self._notices[0:nr]:
+            kind = NoticeKind(raw.kind)
+            if kind is NoticeKind.FORKED:
+                self._adopt(raw.task)
+            result.append(
+                Notice(
+                    kind,
+                    self._tasks[raw.task],
+                    raw.error,
+                    self._tasks.get(raw.parent),
+                    raw.image,
+                    raw.addr,
+                    raw.nr_pages,
+                    raw.since,
+                )
+            )
+        return result
+
+    def _adopt(self, handle: Any) -> ServedTask:
+        task = self._tasks[handle] = ServedTask(self, handle)
+        return task
+
+    def _forget(self, handle: Any) -> None:
+        self._tasks.pop(handle, None)

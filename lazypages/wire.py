@@ -1,0 +1,484 @@
+"""The page server's protocol as CRIU speaks it, without I/O: bytes in, events out, and bytes to send.
+
+Both layouts of the header (reference/criu-interfaces §4), native-endian:
+
+=========  =====  ===  =========  ========  =====  ======  =================
+layout     bytes  cmd  (padding)  nr_pages  vaddr  dst_id  spoken by
+=========  =====  ===  =========  ========  =====  ======  =================
+criu-4.1   24     u32  -          u32       u64    u64     CRIU up to 4.1.1
+criu-4.2   32     u32  u32        u64       u64    u64     CRIU from 4.2
+=========  =====  ===  =========  ========  =====  ======  =================
+
+A codec owns its receive buffer, so that pages go from the socket to their reader without a copy::
+
+    n = sock.recv_into(codec.writable())
+    codec.received(n)  # 0: the peer has closed
+    while (event := codec.next_event()) is not None:
+        ...  # a memoryview in an event is good until writable() is called again
+
+**Which layout?** CRIU does not negotiate, and a server of CRIU's takes one connection in its life, so
+nothing can be tried out on another one. A *server* can always tell from the first 24 bytes
+(`detect_layout`). A *client* can ask a harmless question that can be put in both layouts at once, in two
+pieces (`PROBE_FIRST`, `PROBE_REST`): PARENT ("has your parent directory this image?"), which only looks.
+Its first 24 bytes are a whole message in the old layout and are answered; a server of the new layout waits
+for the other 8 and then answers (observed with `dump --lazy-pages` and `page-server --lazy-pages` of CRIU
+4.1.1 and 4.2.1). Our own server knows the probe by its `vaddr`, which CRIU does not look at in this
+command, and answers at once with what it can do beyond CRIU (`Features`); from then on both sides use the
+criu-4.2 layout with those extras, on this connection only.
+"""
+
+from __future__ import annotations
+
+import enum
+import mmap
+import struct
+from collections import deque
+from typing import NamedTuple
+
+from lazypages.errors import LazyPagesError
+
+PAGE_SIZE = mmap.PAGESIZE
+ADDRESS_SPACE = 1 << 64  # bytes; no range may reach past it
+BUFFER_SIZE = 512 << 10  # bytes that are received at once, at most
+
+
+class RemoteProtocolError(LazyPagesError):
+    """The peer broke the page server's protocol. The connection can't be used any more."""
+
+
+class Command(enum.IntEnum):
+    """The low 16 bits of a header's cmd."""
+
+    ADD = 1  # old: pages follow
+    HOLE = 2  # old: pages are in the parent
+    OPEN = 3  # old: OPEN2 without an answer
+    OPEN2 = 4  # begin an image; answered with one byte: has it a parent
+    PARENT = 5  # has the parent directory this image; answered with an int32
+    ADD_F = 6  # pages with pagemap flags; they follow if the flags say PRESENT
+    GET = 7  # answered with ADD_F and the pages
+    CLOSE = 0x1023  # answered with an int32 status
+    FORCE_CLOSE = 0x1024
+
+
+_COMMANDS = {int(command): command for command in Command}
+
+
+class PageFlags(enum.IntFlag):
+    """Pagemap flags, in the high 16 bits of a header's cmd. ZERO is ours: see Features."""
+
+    PARENT = 1
+    LAZY = 2
+    PRESENT = 4
+    ZERO = 0x100
+
+
+class Features(enum.IntFlag):
+    """What our own server and client can do beyond CRIU; asked for and granted in the probe."""
+
+    MISSING = 1  # a page that the server hasn't got is answered with nr_pages 0; CRIU's closes instead
+    CONNECTIONS = 2  # any number of connections at once
+    ZERO = 4  # pages of nothing but zeros are answered with flags ZERO, and no bytes
+
+
+NO_FEATURES = Features(0)
+ALL_FEATURES = Features.MISSING | Features.CONNECTIONS | Features.ZERO
+
+
+class Layout(enum.Enum):
+    """Layout of the header; the value is its name on the command line."""
+
+    CRIU_4_1 = "criu-4.1"
+    CRIU_4_2 = "criu-4.2"
+
+    @property
+    def header_size(self) -> int:
+        """Bytes."""
+        return _STRUCTS[self].size
+
+    @property
+    def max_pages(self) -> int:
+        """The largest nr_pages that the layout can carry."""
+        return 0xFFFFFFFF if self is Layout.CRIU_4_1 else 0xFFFFFFFF_FFFFFFFF
+
+    def pack(self, header: Header) -> bytes:
+        """`header` as bytes."""
+        return _STRUCTS[self].pack(
+            header.command | header.flags << 16, header.nr_pages, header.vaddr, header.dst_id
+        )
+
+
+_STRUCTS = {Layout.CRIU_4_1: struct.Struct("=IIQQ"), Layout.CRIU_4_2: struct.Struct("=I4xQQQ")}
+_SHORTEST = min(layout.size for layout in _STRUCTS.values())
+_STATUS = struct.Struct("=i")
+
+
+class Header(NamedTuple):
+    """One message, without the pages that may follow it."""
+
+    command: Command
+    nr_pages: int = 0
+    vaddr: int = 0
+    dst_id: int = 0
+    flags: int = 0
+
+    @property
+    def payload(self) -> int:
+        """Bytes of pages that follow, by the command and its flags."""
+        if self.command is Command.ADD or (self.command is Command.ADD_F and self.flags & PageFlags.PRESENT):
+            return self.nr_pages * PAGE_SIZE
+        return 0
+
+
+class ImageType(enum.Enum):
+    """What a dst_id names, in all commands but GET. The value is the type byte in use since CRIU 3.3."""
+
+    TASK = 1  # pagemap-<pid>.img
+    SHMEM = 2  # pagemap-shmem-<shmid>.img
+
+
+_IMAGE_TYPES = {
+    **dict.fromkeys((1, 10, 11, 16, 17), ImageType.TASK),
+    **dict.fromkeys((2, 27, 28, 29, 32, 33, 34), ImageType.SHMEM),
+}
+
+
+def encode_dst_id(kind: ImageType, number: int) -> int:
+    """The dst_id of an image: `number` is a pid or a shmid."""
+    return number << 8 | kind.value
+
+
+def decode_dst_id(dst_id: int) -> tuple[ImageType, int]:
+    """The kind and the number (pid or shmid) of an image; type bytes of old releases are known too."""
+    kind = _IMAGE_TYPES.get(dst_id & 0xFF)
+    if kind is None:
+        raise RemoteProtocolError(f"the peer names an image of the unknown type {dst_id & 0xFF}")
+    return kind, dst_id >> 8
+
+
+# The probe. No task can have the pid it asks for, and the low 16 bits of PROBE_REST are no command, so that
+# neither an old server nor ours can take them for a message.
+_PROBE_MAGIC = 0x6C617A7970616765  # in vaddr; as nr_pages of the other layout it is out of all bounds
+_PROBE_DST_ID = encode_dst_id(ImageType.TASK, 0x7FFFFFFF)
+_PROBE_ANSWER = 0x4C50 << 16  # plus Features
+PROBE_FIRST = _STRUCTS[Layout.CRIU_4_1].pack(Command.PARENT, ALL_FEATURES, _PROBE_MAGIC, _PROBE_DST_ID)
+PROBE_REST = struct.pack("=Q", _PROBE_DST_ID)
+PROBE_ANSWER_SIZE = _STATUS.size
+
+
+def probe_answer(data: bytes) -> Features | None:
+    """What the server's answer to the probe (PROBE_ANSWER_SIZE bytes) says: None for a server of CRIU's."""
+    (value,) = _STATUS.unpack(data)
+    if value & ~0xFFFF == _PROBE_ANSWER:
+        return Features(value & 0xFFFF)
+    if value in {0, 1}:
+        return None
+    raise RemoteProtocolError(f"the page server answers {value:#x} when asked for a parent image, not 0 or 1")
+
+
+def detect_layout(first: bytes | bytearray | memoryview) -> Layout:
+    """The layout that a client uses, from the first 24 bytes it sends.
+
+    The word at byte 16 is the dst_id in the old layout, the vaddr in the new one. A dst_id has a type in its
+    low byte, which no page-aligned vaddr has. In a GET it is a plain pid: at most 4194304 (PID_MAX_LIMIT,
+    proc_sys_kernel(5)), and the word at byte 8 is the old layout's vaddr or the new one's nr_pages. Tasks
+    have nothing to ask for in their lowest 4 MiB but by exotic arrangement; the alignment decides then.
+    """
+    command, _, second, third = _STRUCTS[Layout.CRIU_4_1].unpack_from(first)
+    if command & 0xFFFF != Command.GET:
+        return Layout.CRIU_4_2 if third % PAGE_SIZE == 0 else Layout.CRIU_4_1
+    if third > 1 << 22 or second % PAGE_SIZE:
+        return Layout.CRIU_4_2
+    return Layout.CRIU_4_1
+
+
+class Eof(NamedTuple):
+    """The peer has closed; `complete` is false when that cut a message short."""
+
+    complete: bool
+
+
+class _ReceiveBuffer:
+    """Bytes received and not yet consumed, in one piece of memory that is used over and over."""
+
+    def __init__(self, size: int) -> None:
+        self._memory = memoryview(bytearray(size))
+        self._start = self._end = 0
+        self._eof = self._eof_told = False
+
+    def __len__(self) -> int:
+        return self._end - self._start
+
+    def writable(self) -> memoryview:
+        """Where to receive into. Ends the life of all views that events have handed out."""
+        length = self._end - self._start
+        if self._start:
+            self._memory[:length] = self._memory[self._start : self._end]
+            self._start, self._end = 0, length
+        if length == len(self._memory):
+            raise RuntimeError("the buffer is full: take the events out before receiving more")
+        return self._memory[length:]
+
+    def received(self, count: int) -> None:
+        """`count` bytes were put at the beginning of writable(); 0: there will be no more."""
+        self._end += count
+        self._eof = self._eof or not count
+
+    def receive(self, data: bytes | bytearray | memoryview) -> int:
+        """Copy as much of `data` in as there is room for; how much that was."""
+        room = self.writable()
+        count = min(len(room), len(data))
+        room[:count] = data[:count]
+        self._end += count
+        return count
+
+    def _end_of_file(self, *, complete: bool) -> Eof | None:
+        if self._eof and not self._eof_told:
+            self._eof_told = True
+            return Eof(complete)
+        return None
+
+    def _peek(self, count: int) -> memoryview:
+        return self._memory[self._start : self._start + count]
+
+    def _take(self, count: int) -> memoryview:
+        view = self._memory[self._start : self._start + count]
+        self._start += count
+        return view
+
+
+def _check_range(what: str, vaddr: int, nr_pages: int) -> None:
+    if vaddr % PAGE_SIZE or vaddr + nr_pages * PAGE_SIZE > ADDRESS_SPACE:
+        raise RemoteProtocolError(f"{what} {nr_pages} pages at {vaddr:#x}, which is no range of pages")
+
+
+class Get(NamedTuple):
+    """A request for pages: `vaddr` is the address at dump time."""
+
+    pid: int
+    vaddr: int
+    nr_pages: int
+
+
+class Pages(NamedTuple):
+    """Whole pages of an answer, as they arrive. The view is good until writable() is called again."""
+
+    pid: int
+    vaddr: int
+    data: memoryview
+
+
+class ZeroPages(NamedTuple):
+    """Pages that the server says hold nothing but zeros (only after Features.ZERO was granted)."""
+
+    pid: int
+    vaddr: int
+    nr_pages: int
+
+
+class Answered(NamedTuple):
+    """The oldest request has its whole answer: the first `nr_pages` of it, the rest is to be asked again.
+
+    0 means that the server hasn't got the first page; a server of CRIU's closes the connection instead.
+    """
+
+    request: Get
+    nr_pages: int
+
+
+class Closed(NamedTuple):
+    """The server's answer to close(): 0 when all is well."""
+
+    status: int
+
+
+class ClientCodec(_ReceiveBuffer):
+    """Our side of a connection to a server that answers GETs (`page-server --lazy-pages` and the like).
+
+    Answers come in the order of the requests and are held against them: an answer that nobody asked for,
+    to another address or pid, or with more pages than asked raises RemoteProtocolError.
+    """
+
+    def __init__(self, layout: Layout, features: Features = NO_FEATURES, *, size: int = BUFFER_SIZE) -> None:
+        super().__init__(max(size, 2 * PAGE_SIZE))
+        self.layout = layout
+        self.features = features
+        self._struct = _STRUCTS[layout]
+        self._asked: deque[Get] = deque()
+        self._answer: Answered | None = None  # being received
+        self._next = 0  # address of the next page of the answer
+        self._missing = 0  # bytes of the answer that are still to come
+        self._closing = self._closed = False
+
+    @property
+    def outstanding(self) -> int:
+        """Requests that have no complete answer yet."""
+        return len(self._asked)
+
+    def get(self, pid: int, vaddr: int, nr_pages: int) -> bytes:
+        """The bytes that ask for `nr_pages` (> 0) pages from `vaddr` on."""
+        if self._closing:
+            raise RuntimeError("no request can follow close()")
+        if not 0 < nr_pages <= self.layout.max_pages or vaddr % PAGE_SIZE:
+            raise ValueError(f"{nr_pages} pages at {vaddr:#x} can't be asked for")
+        self._asked.append(Get(pid, vaddr, nr_pages))
+        return self._struct.pack(Command.GET, nr_pages, vaddr, pid)
+
+    def close(self, *, force: bool = False) -> bytes:
+        """The bytes that end the session; Closed is the last event, after all answers."""
+        self._closing = True
+        return self._struct.pack(Command.FORCE_CLOSE if force else Command.CLOSE, 0, 0, 0)
+
+    def next_event(self) -> Pages | ZeroPages | Answered | Closed | Eof | None:
+        """What comes next in the bytes received so far; None: receive more. Raises RemoteProtocolError."""
+        if self._missing:
+            count = min(len(self), self._missing) // PAGE_SIZE * PAGE_SIZE
+            if count:
+                pages = Pages(self._asked[0].pid, self._next, self._take(count))
+                self._next += count
+                self._missing -= count
+                return pages
+        elif self._answer is not None:
+            answer, self._answer = self._answer, None
+            self._asked.popleft()
+            return answer
+        elif self._asked:
+            if len(self) >= self._struct.size:
+                return self._header()
+        elif self._closing and not self._closed:
+            if len(self) >= _STATUS.size:
+                self._closed = True
+                return Closed(*_STATUS.unpack(self._take(_STATUS.size)))
+        elif len(self):
+            raise RemoteProtocolError(
+                f"the page server sends what nobody asked for: {bytes(self._peek(min(len(self), 32))).hex()}"
+            )
+        return self._end_of_file(complete=not len(self) and not self._missing)
+
+    def _header(self) -> Pages | ZeroPages | Answered | Closed | Eof | None:
+        word, nr_pages, vaddr, dst_id = self._struct.unpack(self._take(self._struct.size))
+        asked = self._asked[0]
+        command, flags = word & 0xFFFF, word >> 16
+        zero = flags == PageFlags.ZERO and bool(self.features & Features.ZERO)
+        if (
+            command not in {Command.ADD_F, Command.ADD}
+            or (vaddr, dst_id) != (asked.vaddr, asked.pid)
+            or nr_pages > asked.nr_pages
+            or (nr_pages and not zero and (command != Command.ADD_F or flags != PageFlags.PRESENT))
+        ):
+            raise RemoteProtocolError(
+                f"asked for {asked.nr_pages} pages of task {asked.pid} at {asked.vaddr:#x},"
+                f" the page server answers command {word:#x}, {nr_pages} pages of {dst_id} at {vaddr:#x}"
+            )
+        self._answer = Answered(asked, nr_pages)
+        if zero and nr_pages:
+            return ZeroPages(asked.pid, vaddr, nr_pages)
+        self._next, self._missing = vaddr, nr_pages * PAGE_SIZE
+        return self.next_event()
+
+
+class Probed(NamedTuple):
+    """A client of ours asks what we can do beyond CRIU; answer with ServerCodec.answer_probe()."""
+
+    features: Features
+
+
+class Payload(NamedTuple):
+    """Some bytes of the pages that belong to the Header before, as they arrive; `missing` are to come.
+
+    The view is good until writable() is called again.
+    """
+
+    data: memoryview
+    missing: int
+
+
+class ServerCodec(_ReceiveBuffer):
+    """A server's side of a connection: all commands, of dumps that are written and of pages that are read.
+
+    Without a `layout`, it is taken from the first message.
+    """
+
+    def __init__(self, layout: Layout | None = None, *, size: int = BUFFER_SIZE) -> None:
+        super().__init__(max(size, 64))
+        self.layout = layout
+        self.features = NO_FEATURES
+        self._missing = 0  # bytes of pages that are still to come
+        self._after_probe = False
+        self._closed = False
+
+    def next_event(self) -> Header | Payload | Probed | Eof | None:
+        """What comes next in the bytes received so far; None: receive more. Raises RemoteProtocolError."""
+        if self._missing:
+            count = min(len(self), self._missing)
+            if count:
+                self._missing -= count
+                return Payload(self._take(count), self._missing)
+        elif self._closed:
+            self._take(
+                len(self)
+            )  # the rest of a CLOSE whose layout we could not know; nothing else counts now
+        elif self._after_probe and len(self) >= len(PROBE_REST):
+            self._after_probe = False
+            if (
+                self._peek(len(PROBE_REST)) == PROBE_REST
+            ):  # the client grew impatient before our answer was there
+                self._take(len(PROBE_REST))
+            return self.next_event()
+        elif len(self) >= (self.layout.header_size if self.layout else _SHORTEST):
+            return self._message()
+        return self._end_of_file(complete=not len(self) and not self._missing)
+
+    def _message(self) -> Header | Payload | Probed | Eof | None:
+        layout = self.layout
+        if layout is None:
+            first = self._peek(_SHORTEST)
+            word, features, vaddr, dst_id = _STRUCTS[Layout.CRIU_4_1].unpack(first)
+            if (word, vaddr, dst_id) == (Command.PARENT, _PROBE_MAGIC, _PROBE_DST_ID):
+                self._take(_SHORTEST)
+                self.layout = Layout.CRIU_4_2
+                self._after_probe = True
+                return Probed(Features(features & ALL_FEATURES))
+            if word & 0xFFFF in {Command.CLOSE, Command.FORCE_CLOSE}:
+                layout = Layout.CRIU_4_1  # all zeros from here on in both: the shorter will do
+            else:
+                self.layout = layout = detect_layout(first)
+                if len(self) < layout.header_size:
+                    return self.next_event()
+        word, nr_pages, vaddr, dst_id = _STRUCTS[layout].unpack(self._take(layout.header_size))
+        command = _COMMANDS.get(word & 0xFFFF)
+        if command is None:
+            raise RemoteProtocolError(f"the client sends the unknown command {word & 0xFFFF:#x}")
+        header = Header(command, nr_pages, vaddr, dst_id, word >> 16)
+        if command in {Command.ADD, Command.ADD_F, Command.HOLE, Command.GET}:
+            _check_range(f"the client's {command.name} is of", vaddr, nr_pages)
+        self._missing = header.payload
+        self._closed = command in {Command.CLOSE, Command.FORCE_CLOSE}
+        return header
+
+    def answer_get(self, request: Header, nr_pages: int, *, zero: bool = False) -> bytes:
+        """The header before `nr_pages` pages, at most as many as were asked for; `zero`: no pages follow."""
+        if nr_pages > request.nr_pages or (zero and not self.features & Features.ZERO):
+            raise ValueError("more than the client has asked for")
+        assert self.layout is not None
+        flags = PageFlags.ZERO if zero else PageFlags.PRESENT
+        return self.layout.pack(request._replace(command=Command.ADD_F, nr_pages=nr_pages, flags=flags))
+
+    def answer_probe(self, features: Features) -> bytes:
+        """Grant `features` from here on."""
+        self.features = features
+        return _STATUS.pack(_PROBE_ANSWER | features)
+
+
+def answer_open(*, has_parent: bool) -> bytes:
+    """The answer to OPEN2: whether the parent directory has this image, so that holes may be sent."""
+    return bytes([has_parent])
+
+
+def answer_parent(*, has_parent: bool) -> bytes:
+    """The answer to PARENT: whether the parent directory has this image."""
+    return _STATUS.pack(has_parent)
+
+
+def answer_close(status: int = 0) -> bytes:
+    """The answer to CLOSE and FORCE_CLOSE."""
+    return _STATUS.pack(status)
