@@ -1,0 +1,174 @@
+"""An image directory as a whole: its tasks, its chain of parents, and where each task's pages are.
+
+Everything is validated before it is handed out, so that nobody serves half of a checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from images_spec import images
+from images_spec.errors import ImageError, ImageMissingError
+from images_spec.images import Kind
+from images_spec.messages import InventoryEntry, PstreeEntry, TaskState
+from images_spec.pagemap import Pagemap
+from images_spec.placement import ExtentTable, Span, lazy_vmas, resolve
+
+PARENT_LINK = "parent"
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A task of the tree. ``ppid`` is 0 for the root.
+
+    ``threads``: ids, the leader's included. Of a zombie they mean nothing: CRIU 4.1.1 and 4.2.1 write
+    whatever was in memory (observed).
+    """
+
+    pid: int
+    ppid: int
+    threads: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TaskLevel:
+    """What one level of the chain has of a task: its pages file (absent when it has no data) and its size."""
+
+    directory: Path
+    pages: Path | None
+    pages_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class TaskImages:
+    """A task's memory. ``Extent.source`` counts ``levels``.
+
+    ``vmas``: the mappings that the restorer registers with userfaultfd. A dead task (a zombie) has no memory:
+    all is empty.
+    """
+
+    pid: int
+    is_dead: bool
+    extents: ExtentTable
+    vmas: list[Span]
+    levels: list[TaskLevel]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An image directory. Made by ``open_checkpoint``."""
+
+    directory: Path
+    inventory: InventoryEntry
+    tasks: tuple[Task, ...]
+
+    @cached_property
+    def chain(self) -> tuple[Path, ...]:
+        """The directories of the chain, this one first. Raises ``ImageError`` if broken or circular."""
+        return parent_chain(self.directory)
+
+    @cached_property
+    def _pids(self) -> frozenset[int]:
+        return frozenset(task.pid for task in self.tasks)
+
+    def load_task(self, pid: int, remote: bool) -> TaskImages:
+        """All about the memory of a task of the tree, validated; ``remote`` as for ``placement.resolve``.
+
+        Raises ``ImageError``. Pages that no level holds are not an error here: ask ``extents.counts().lost``.
+        """
+        if pid not in self._pids:
+            raise ImageError(self.directory / Kind.PSTREE.file_name(), f"has no task {pid}")
+        core = images.read_one(self.directory / Kind.CORE.file_name(pid), Kind.CORE)
+        if core.tc.task_state == TaskState.TASK_DEAD:
+            return TaskImages(pid, True, resolve([None], remote=remote), [], [])
+        mm_path = self.directory / Kind.MM.file_name(pid)
+        vmas = lazy_vmas(images.read_one(mm_path, Kind.MM), mm_path)
+        levels, pagemaps = self._load_levels(pid)
+        extents = resolve(pagemaps, remote=remote)
+        extents.check_covered(vmas, pagemaps[0].path)
+        return TaskImages(pid, False, extents, vmas, levels)
+
+    def _load_levels(self, pid: int) -> tuple[list[TaskLevel], list[Pagemap]]:
+        """The pagemaps of a task, down to the first level without one: there its chain ends, as for CRIU."""
+        levels: list[TaskLevel] = []
+        pagemaps: list[Pagemap] = []
+        for directory in self.chain:
+            try:
+                pagemap = Pagemap.load(directory / Kind.PAGEMAP.file_name(pid))
+            except ImageMissingError:
+                if not pagemaps:
+                    raise
+                break
+            levels.append(_find_pages(pagemap, directory))
+            pagemaps.append(pagemap)
+        return levels, pagemaps
+
+
+def open_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint:
+    """Reads what an image directory says of itself: inventory and tree. Raises ``ImageError``."""
+    directory = Path(directory)
+    path = directory / Kind.INVENTORY.file_name()
+    inventory = images.read_one(path, Kind.INVENTORY)
+    if inventory.img_version not in (1, 2):
+        raise ImageError(path, f"image version {inventory.img_version}, but 1 and 2 are known")
+    path = directory / Kind.PSTREE.file_name()
+    return Checkpoint(directory, inventory, _tasks(images.read(path, Kind.PSTREE), path))
+
+
+def parent_chain(directory: Path) -> tuple[Path, ...]:
+    """``directory`` and what its ``parent`` links lead to, to any depth. Raises ``ImageError``."""
+    chain = [directory]
+    seen = {_identity(directory)}
+    while os.path.lexists(link := chain[-1] / PARENT_LINK):
+        identity = _identity(link)
+        if identity in seen:
+            raise ImageError(link, "leads back to a directory of the same chain")
+        seen.add(identity)
+        chain.append(Path(os.path.realpath(link)))
+    return tuple(chain)
+
+
+def _identity(directory: Path) -> tuple[int, int]:
+    try:
+        status = directory.stat()
+    except OSError as error:
+        where = f" (it points to {os.readlink(directory)})" if directory.is_symlink() else ""
+        raise ImageError(directory, f"can't be followed: {error.strerror}{where}") from None
+    if not stat.S_ISDIR(status.st_mode):
+        raise ImageError(directory, "not a directory")
+    return status.st_dev, status.st_ino
+
+
+def _tasks(entries: list[PstreeEntry], path: Path) -> tuple[Task, ...]:
+    tasks = {entry.pid: Task(entry.pid, entry.ppid, tuple(entry.threads)) for entry in entries}
+    if not tasks:
+        raise ImageError(path, "holds no task")
+    if len(tasks) < len(entries):
+        raise ImageError(path, "holds a task twice")
+    for task in tasks.values():
+        if not 0 < task.pid < 1 << 31:
+            raise ImageError(path, f"{task.pid} is no pid")
+        if task.ppid and task.ppid not in tasks:
+            raise ImageError(path, f"task {task.pid} has the parent {task.ppid}, which is not there")
+    return tuple(tasks.values())
+
+
+def _find_pages(pagemap: Pagemap, directory: Path) -> TaskLevel:
+    path = directory / f"pages-{pagemap.pages_id}.img"
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        if pagemap.present_pages:
+            promise = f"{pagemap.path.name} promises {pagemap.present_pages} pages"
+            raise ImageMissingError(path, f"no such image, but {promise}") from None
+        return TaskLevel(directory, None, 0)
+    except OSError as error:
+        raise ImageError(path, f"can't be opened: {error.strerror}") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise ImageError(path, "not a regular file")
+    pagemap.check_pages_size(status.st_size, path)
+    return TaskLevel(directory, path, status.st_size)
