@@ -210,12 +210,10 @@ def our_daemon(*options: str, name: str = "lazypages") -> Daemon:
 
 
 @dataclass
-class LazyRestore:
-    """Tasks that run again while `server` has most of their memory."""
+class Restored:
+    """Tasks that run again. The restore's log is in `work`."""
 
     checkpoint: Checkpoint
-    daemon: Daemon
-    server: Server
     work: Path
 
     def go(self, order: str = "random") -> None:
@@ -240,6 +238,19 @@ class LazyRestore:
         assert len(reports) == self.checkpoint.scenario.reports, reports
         assert sum(report.data for report in reports) > 0
 
+    def story(self) -> str:
+        """What there is to see from outside, for a failure message."""
+        tasks = "".join(f"{describe(pid)}\n" for pid in descendants())
+        return f"{tail(self.work / 'restore.log')}--- our processes\n{tasks}--- reports: {self.reports()}\n"
+
+
+@dataclass
+class LazyRestore(Restored):
+    """Tasks that run again while `server` has most of their memory."""
+
+    daemon: Daemon
+    server: Server
+
     def check_all(self, order: str = "random") -> None:
         """From go to the end: verdict, exit codes of task and daemon, nothing left behind."""
         self.go(order)
@@ -255,10 +266,13 @@ class LazyRestore:
         stats: dict[str, Any] = json.loads((self.work / "stats.json").read_text())
         return stats
 
-    def story(self) -> str:
-        """What there is to see from outside, for a failure message."""
-        tasks = "".join(f"{describe(pid)}\n" for pid in descendants())
-        return f"{tail(self.work / 'restore.log')}--- our processes\n{tasks}--- reports: {self.reports()}\n"
+
+@contextmanager
+def eager_restore(checkpoint: Checkpoint, work: Path, images: Path) -> Iterator[Restored]:
+    """Restore `images`, made from the checkpoint, without any daemon; ends all on the way out."""
+    with nothing_left():
+        checkpoint.criu.restore(images, work=work, lazy=False)
+        yield Restored(checkpoint, work)
 
 
 @contextmanager
@@ -269,7 +283,7 @@ def lazy_restore(
     images = images or checkpoint.images
     with nothing_left(), daemon.start(images, work) as server:
         server.wait_ready()
-        restored = LazyRestore(checkpoint, daemon, server, work)
+        restored = LazyRestore(checkpoint, work, daemon, server)
         try:
             checkpoint.criu.restore(images, work=work)
             yield restored
