@@ -1,8 +1,8 @@
 """Turn a plain checkpoint into a chain of parent images, as pre-dumps would have left it.
 
 CRIU cannot pre-dump on a kernel without soft-dirty, so the chain is made by splitting a real dump: every page
-gets an owner among the levels, and the level of the dump itself (the top, 0) says PARENT|LAZY for what it does
-not own. To catch a daemon that looks in the wrong place, the levels below the owner hold stale bytes for some
+gets an owner among the levels, and the level of the dump itself (the top, 0) says PARENT|LAZY for what is not
+its own. To catch a daemon that looks in the wrong place, the levels below the owner hold stale bytes for some
 pages, and parents hold bytes even for pages that the top does not mention (which are zero, whatever a parent
 says).
 """
