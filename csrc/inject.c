@@ -19,16 +19,18 @@ static int request(int what, pid_t tid, uint64_t address, uint64_t data)
 	return ptrace(what, tid, (void *)address, (void *)data) < 0 ? -errno : 0;
 }
 
-/* The next stop of the task; its end is -ESRCH. */
-static int next_stop(pid_t tid, int *signo, int *event)
+/* The next stop of the task; its end is -ESRCH. With WNOHANG in options -EAGAIN when there is none yet. */
+static int next_stop(pid_t tid, int options, int *signo, int *event)
 {
 	int status;
 
 	for (;;) {
-		pid_t got = waitpid(tid, &status, __WALL);
+		pid_t got = waitpid(tid, &status, __WALL | options);
 
 		if (got == tid)
 			break;
+		if (got == 0)
+			return -EAGAIN;
 		if (errno != EINTR)
 			return errno == ECHILD ? -ESRCH : -errno;
 	}
@@ -54,11 +56,11 @@ int lp_interrupt(pid_t tid)
 	return request(PTRACE_INTERRUPT, tid, 0, 0);
 }
 
-int lp_wait_stop(pid_t tid, int *group_stop)
+static int wait_stop(pid_t tid, int options, int *group_stop)
 {
 	for (;;) {
 		int signo, event, deliver = 0;
-		int rc = next_stop(tid, &signo, &event);
+		int rc = next_stop(tid, options, &signo, &event);
 
 		if (rc)
 			return rc;
@@ -73,6 +75,16 @@ int lp_wait_stop(pid_t tid, int *group_stop)
 		if (rc)
 			return rc;
 	}
+}
+
+int lp_wait_stop(pid_t tid, int *group_stop)
+{
+	return wait_stop(tid, 0, group_stop);
+}
+
+int lp_poll_stop(pid_t tid, int *group_stop)
+{
+	return wait_stop(tid, WNOHANG, group_stop);
 }
 
 int lp_interrupt_wait(pid_t tid)
@@ -195,7 +207,7 @@ static int run_to_syscall_stop(pid_t tid, uint64_t *held)
 		int rc = request(PTRACE_SYSCALL, tid, 0, 0);
 
 		if (!rc)
-			rc = next_stop(tid, &signo, &event);
+			rc = next_stop(tid, 0, &signo, &event);
 		if (rc)
 			return rc;
 		if (event)

@@ -33,6 +33,9 @@ int lp_interrupt(pid_t tid);
  */
 int lp_wait_stop(pid_t tid, int *group_stop);
 
+/* The same without waiting: -EAGAIN while the task has not stopped yet. */
+int lp_poll_stop(pid_t tid, int *group_stop);
+
 /* lp_interrupt and lp_wait_stop. */
 int lp_interrupt_wait(pid_t tid);
 

@@ -1,0 +1,236 @@
+#define _GNU_SOURCE
+#include "dump_pages.h"
+
+#include <errno.h>
+#include <linux/ioctl.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+#define MAX_IOVS 512
+
+/* struct pm_scan_arg of linux/fs.h; older headers lack it. */
+struct scan_arg {
+	uint64_t size, flags, start, end, walk_end, vec, vec_len, max_pages;
+	uint64_t category_inverted, category_mask, category_anyof_mask, return_mask;
+};
+#define SCAN_PAGEMAP _IOWR('f', 16, struct scan_arg)
+#define SCAN_PROTECT 1	     /* PM_SCAN_WP_MATCHING */
+#define SCAN_CHECK_ASYNC 2   /* PM_SCAN_CHECK_WPASYNC */
+
+int lp_scan_pages(int pagemap_fd, const struct lp_scan *scan, uint64_t *next, uint64_t end, struct lp_run *out,
+		  size_t room, size_t *count)
+{
+	*count = 0;
+	while (*next < end && *count < room) {
+		struct scan_arg arg = {
+			.size = sizeof(arg),
+			.flags = scan->protect ? SCAN_PROTECT | SCAN_CHECK_ASYNC : 0,
+			.start = *next,
+			.end = end,
+			.vec = (uintptr_t)(out + *count),
+			.vec_len = room - *count,
+			.category_inverted = scan->excluded,
+			.category_mask = scan->required | scan->excluded,
+			.category_anyof_mask = scan->any,
+			.return_mask = scan->wanted,
+		};
+		int found = ioctl(pagemap_fd, SCAN_PAGEMAP, &arg);
+
+		if (found < 0) {
+			if (errno == EINTR)
+				continue;
+			return -errno;
+		}
+		*count += found;
+		*next = arg.walk_end;
+	}
+	return 0;
+}
+
+static void append(struct lp_run *out, size_t room, size_t *count, uint64_t start, uint64_t end, uint64_t flags)
+{
+	struct lp_run *last = *count && *count <= room ? out + *count - 1 : NULL;
+
+	if (last && last->end == start && last->flags == flags) {
+		last->end = end;
+		return;
+	}
+	if (*count < room)
+		out[*count] = (struct lp_run){ start, end, flags };
+	(*count)++;
+}
+
+static uint64_t extent_end(const struct lp_extent *extent)
+{
+	return extent->start + extent->nr_pages * LP_PAGE_SIZE;
+}
+
+static int has_data(const struct lp_extent *extent)
+{
+	return extent->source != LP_SOURCE_REMOTE && extent->source != LP_SOURCE_LOST;
+}
+
+size_t lp_keep_flag_within(const struct lp_run *runs, size_t nr_runs, const struct lp_extent *held, size_t nr_held,
+			   uint64_t flag, uint64_t instead, struct lp_run *out, size_t room)
+{
+	size_t count = 0, h = 0;
+
+	for (size_t r = 0; r < nr_runs; r++) {
+		uint64_t at = runs[r].start, end = runs[r].end, flags = runs[r].flags;
+
+		while ((flags & flag) && at < end) {
+			uint64_t until = end;
+
+			while (h < nr_held && (!has_data(held + h) || extent_end(held + h) <= at))
+				h++;
+			if (h < nr_held && held[h].start <= at) {
+				if (extent_end(held + h) < until)
+					until = extent_end(held + h);
+				append(out, room, &count, at, until, flags);
+			} else {
+				if (h < nr_held && held[h].start < until)
+					until = held[h].start;
+				append(out, room, &count, at, until, (flags & ~flag) | instead);
+			}
+			at = until;
+		}
+		if (at < end)
+			append(out, room, &count, at, end, flags);
+	}
+	return count;
+}
+
+static int is_zero(const unsigned char *page)
+{
+	uint64_t first;
+
+	memcpy(&first, page, sizeof(first));
+	return first == 0 && memcmp(page, page + 8, LP_PAGE_SIZE - 8) == 0;
+}
+
+static int write_all(int fd, const unsigned char *bytes, size_t size)
+{
+	while (size) {
+		ssize_t put = write(fd, bytes, size);
+
+		if (put < 0 && errno == EINTR)
+			continue;
+		if (put <= 0)
+			return put < 0 ? -errno : -ENOSPC;
+		bytes += put;
+		size -= put;
+	}
+	return 0;
+}
+
+/* Bytes read from the begin of iov[0..nr): whole ones of the pieces, up to the first that can't be. */
+static ssize_t read_pieces(const struct lp_copy *copy, unsigned char *buffer, const struct iovec *iov, size_t nr)
+{
+	struct iovec here = { .iov_base = buffer };
+	size_t done = 0;
+
+	if (copy->mem_fd < 0) {
+		for (size_t i = 0; i < nr; i++)
+			here.iov_len += iov[i].iov_len;
+		ssize_t got = process_vm_readv(copy->pid, &here, 1, iov, nr, 0);
+
+		return got < 0 ? -errno : got;
+	}
+	for (size_t i = 0; i < nr; i++) {
+		for (size_t part = 0; part < iov[i].iov_len;) {
+			ssize_t got = pread(copy->mem_fd, buffer + done, iov[i].iov_len - part,
+					    (off_t)(uintptr_t)iov[i].iov_base + part);
+
+			if (got < 0 && errno == EINTR)
+				continue;
+			if (got <= 0)
+				return done ? (ssize_t)done : got < 0 ? (errno == EIO ? -EFAULT : -errno) : -EFAULT;
+			part += got;
+			done += got;
+		}
+	}
+	return done;
+}
+
+int lp_copy_pages(const struct lp_copy *copy, const struct lp_run *runs, size_t nr_runs, struct lp_cursor *cursor,
+		  uint64_t max_pages, struct lp_run *out, size_t room, size_t *nr_out, uint64_t *written)
+{
+	uint64_t looked = 0;
+
+	while (cursor->run < nr_runs && looked < max_pages) {
+		struct iovec iov[MAX_IOVS];
+		struct lp_cursor ahead = *cursor;
+		size_t nr = 0, size = 0, kept = 0, place = 0;
+		ssize_t got;
+		int rc;
+
+		/* Gather the next pieces to be read; a run that is not copied ends the gathering. */
+		while (ahead.run < nr_runs && nr < MAX_IOVS && size < copy->buffer_size) {
+			const struct lp_run *run = runs + ahead.run;
+			uint64_t part = run->end - run->start - ahead.offset;
+
+			if (!(run->flags & copy->copy_flag)) {
+				if (nr)
+					break;
+				append(out, room, nr_out, run->start, run->end, run->flags);
+				ahead = (struct lp_cursor){ ahead.run + 1, 0 };
+				*cursor = ahead;
+				continue;
+			}
+			if (part > copy->buffer_size - size)
+				part = copy->buffer_size - size;
+			iov[nr++] = (struct iovec){ (void *)(run->start + ahead.offset), part };
+			size += part;
+			ahead.offset += part;
+			if (run->start + ahead.offset == run->end)
+				ahead = (struct lp_cursor){ ahead.run + 1, 0 };
+		}
+		if (!nr)
+			continue;
+
+		got = read_pieces(copy, copy->buffer, iov, nr);
+		if (got < 0 && got != -EFAULT)
+			return got;
+		if (got < 0)
+			got = 0;
+		got -= got % LP_PAGE_SIZE;
+		if (got == 0) {
+			/* The first page of them is what can't be read. */
+			if (!copy->drop_missing)
+				return -EFAULT;
+			cursor->offset += LP_PAGE_SIZE;
+			if (runs[cursor->run].start + cursor->offset == runs[cursor->run].end)
+				*cursor = (struct lp_cursor){ cursor->run + 1, 0 };
+			looked++;
+			continue;
+		}
+
+		/* What was read, page by page, moving up in the buffer those that are kept. */
+		while (place < (size_t)got) {
+			const struct lp_run *run = runs + cursor->run;
+			uint64_t address = run->start + cursor->offset;
+			unsigned char *page = copy->buffer + place;
+
+			if (!copy->drop_zero || !is_zero(page)) {
+				if (kept != place)
+					memcpy(copy->buffer + kept, page, LP_PAGE_SIZE);
+				kept += LP_PAGE_SIZE;
+				append(out, room, nr_out, address, address + LP_PAGE_SIZE, run->flags);
+			}
+			place += LP_PAGE_SIZE;
+			cursor->offset += LP_PAGE_SIZE;
+			if (address + LP_PAGE_SIZE == run->end)
+				*cursor = (struct lp_cursor){ cursor->run + 1, 0 };
+		}
+		rc = write_all(copy->pages_fd, copy->buffer, kept);
+		if (rc)
+			return rc;
+		if (*nr_out > room)
+			return -ENOBUFS;
+		looked += got / LP_PAGE_SIZE;
+		*written += kept / LP_PAGE_SIZE;
+	}
+	return *nr_out > room ? -ENOBUFS : 0;
+}

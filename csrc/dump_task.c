@@ -1,0 +1,84 @@
+#define _GNU_SOURCE
+#include "dump_task.h"
+
+#include <errno.h>
+#include <linux/kcmp.h>
+#include <string.h>
+#include <sys/ptrace.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#define SIGINFO_SIZE 128
+#define GET_RSEQ_CONFIGURATION 0x420f /* PTRACE_GET_RSEQ_CONFIGURATION, ptrace(2) */
+
+_Static_assert(LP_SAME_FILE == KCMP_FILE && LP_SAME_VM == KCMP_VM && LP_SAME_FILES == KCMP_FILES &&
+		       LP_SAME_FS == KCMP_FS && LP_SAME_SIGHAND == KCMP_SIGHAND,
+	       "as kcmp(2) has them");
+
+int lp_same(pid_t pid1, pid_t pid2, int type, uint64_t idx1, uint64_t idx2, int *same)
+{
+	long order = syscall(SYS_kcmp, pid1, pid2, type, idx1, idx2);
+
+	if (order < 0)
+		return -errno;
+	*same = order == 0;
+	return 0;
+}
+
+int lp_take_fd(pid_t pid, int fd, int *here)
+{
+	int pidfd = syscall(SYS_pidfd_open, pid, 0);
+	int rc = 0;
+
+	if (pidfd < 0)
+		return -errno;
+	*here = syscall(SYS_pidfd_getfd, pidfd, fd, 0);
+	if (*here < 0)
+		rc = -errno;
+	close(pidfd);
+	return rc;
+}
+
+int lp_pending_signals(pid_t tid, int shared, unsigned char *siginfos, size_t room, size_t *count)
+{
+	*count = 0;
+	for (;;) {
+		unsigned char one[SIGINFO_SIZE];
+		struct __ptrace_peeksiginfo_args args = {
+			.off = *count,
+			.flags = shared ? PTRACE_PEEKSIGINFO_SHARED : 0,
+			.nr = 1,
+		};
+		long got = ptrace(PTRACE_PEEKSIGINFO, tid, &args, one);
+
+		if (got < 0)
+			return -errno;
+		if (got == 0)
+			return 0;
+		if (*count == room)
+			return -ENOBUFS;
+		memcpy(siginfos + *count * SIGINFO_SIZE, one, SIGINFO_SIZE);
+		(*count)++;
+	}
+}
+
+int lp_robust_list(pid_t tid, uint64_t *head, uint64_t *size)
+{
+	return syscall(SYS_get_robust_list, tid, head, size) < 0 ? -errno : 0;
+}
+
+int lp_rseq(pid_t tid, struct lp_rseq *rseq)
+{
+	struct {
+		uint64_t address;
+		uint32_t size, signature, flags, pad;
+	} got;
+
+	memset(rseq, 0, sizeof(*rseq));
+	if (ptrace(GET_RSEQ_CONFIGURATION, tid, (void *)sizeof(got), &got) < 0)
+		return errno == EIO || errno == EINVAL ? 0 : -errno; /* a kernel without rseq */
+	rseq->address = got.address;
+	rseq->size = got.size;
+	rseq->signature = got.signature;
+	return 0;
+}
