@@ -1,0 +1,6 @@
+"""``python -m lazypages``."""
+
+from lazypages.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,254 @@
+"""The daemon: one event loop that owns the uffds of all restored tasks and everything that is decided."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import time
+from collections.abc import Callable, Coroutine, Mapping
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import anyio
+from anyio import to_thread
+from anyio.abc import TaskGroup
+
+from lazypages.control import (
+    Connection,
+    ControlError,
+    ControlSocket,
+    RestoreFinished,
+    TaskArrived,
+    ZombieArrived,
+)
+from lazypages.loop.service import Identity, TaskService
+from lazypages.metrics import Summary
+from lazypages.processes import Process
+from lazypages.restored import Expected, level_names
+from lazypages.uffd import PAGE_SIZE, Engine, Notice, NoticeKind, ServedTask
+
+log = logging.getLogger("lazypages")
+
+#: Threads that bring pages in the background at the same time.
+TRANSFER_THREADS = 1
+
+
+@dataclass(frozen=True, slots=True)
+class ServeOptions:
+    """``background``: bring pages that nobody touches, too, once the restore is finished."""
+
+    background: bool = True
+
+
+class Server:
+    """Serves one restore of one checkpoint: `expected` tasks, arriving on `control`."""
+
+    def __init__(
+        self, expected: Mapping[int, Expected], control: ControlSocket, options: ServeOptions
+    ) -> None:
+        self._expected = expected
+        self._control = control
+        self._options = options
+        self._awaited = set(expected)
+        self._zombies = 0
+        self._finished = False
+        self._connected = False
+        self._draining = False
+        self._started = time.monotonic()
+        self._services: list[TaskService] = []
+        self._by_task: dict[ServedTask, TaskService] = {}
+        self._turns = anyio.CapacityLimiter(TRANSFER_THREADS)
+
+    def summary(self) -> Summary:
+        """All numbers, of this moment."""
+        return Summary(
+            [service.report() for service in self._services],
+            self._zombies,
+            self._finished,
+            time.monotonic() - self._started,
+        )
+
+    async def run(self, watch: Callable[[Server], Coroutine[Any, Any, None]] | None = None) -> Summary:
+        """Serves until every task is complete, gone or given up; `watch` runs beside it.
+
+        Raises nothing for what restorer and tasks do; the summary tells.
+        """
+        with Engine() as engine:
+            async with AsyncExitStack() as stack:
+                engine_group = await stack.enter_async_context(anyio.create_task_group())
+                # From here on the engine's thread ends, however this ends, before the engine is freed.
+                stack.callback(engine.stop)
+                engine_group.start_soon(_run_engine, engine)
+                async with anyio.create_task_group() as helpers:
+                    helpers.start_soon(self._handle_signals, helpers.cancel_scope)
+                    helpers.start_soon(self._dispatch, engine, helpers)
+                    if watch:
+                        helpers.start_soon(watch, self)
+                    async with anyio.create_task_group() as tasks:
+                        self._tasks = tasks
+                        await self._receive(engine)
+                    helpers.cancel_scope.cancel()
+        return self.summary()
+
+    # The restorer.
+
+    async def _receive(self, engine: Engine) -> None:
+        while not self._connected:
+            connection = await self._control.accept()
+            with connection:
+                await self._receive_tasks(engine, connection)
+        if not self._finished:
+            log.error(
+                "the restorer closed the connection before it was finished; tasks that it left are served on"
+            )
+
+    async def _receive_tasks(self, engine: Engine, connection: Connection) -> None:
+        try:
+            async for event in connection.events():
+                if not self._connected:
+                    # One restore a daemon: a second one fails at once rather than wait for nobody.
+                    self._connected = True
+                    self._started = time.monotonic()
+                    self._control.close()
+                match event:
+                    case TaskArrived():
+                        self._task_arrived(engine, event)
+                    case ZombieArrived(pid):
+                        self._expect(pid, zombie=True)
+                        self._zombies += 1
+                    case RestoreFinished():
+                        self._restore_finished()
+                        return
+        except ControlError as error:
+            log.error("%s", error)
+
+    def _expect(self, pid: int, *, zombie: bool) -> Expected:
+        expected = self._expected.get(pid)
+        if expected is None:
+            raise ControlError(f"the restorer sent task {pid}, which is not in the images")
+        if pid not in self._awaited:
+            raise ControlError(f"the restorer sent task {pid} twice")
+        if zombie != (expected.memory is None):
+            kind, other = ("dead", "alive") if zombie else ("alive", "dead")
+            raise ControlError(f"the restorer sent task {pid} as {kind}, but in the images it is {other}")
+        self._awaited.discard(pid)
+        return expected
+
+    def _task_arrived(self, engine: Engine, event: TaskArrived) -> None:
+        process = Process.of_task(event.real_pid, event.pid)
+        try:
+            expected = self._expect(event.pid, zombie=False)
+            assert expected.memory is not None
+        except ControlError:
+            # The uffd stays open: closed, it would let the task run on zeros.
+            if process:
+                process.kill()
+                process.close()
+            raise
+        try:
+            served = engine.add(event.uffd, expected.memory)
+        except OSError as error:
+            if process:
+                process.kill()
+                process.close()
+            raise ControlError(f"task {event.pid} can't be served: {error.strerror}") from error
+        identity = Identity(f"task {event.pid}", event.pid, False, expected.lazy_pages, expected.sources)
+        log.info("%s: %d pages are lazy", identity.name, expected.lazy_pages)
+        self._start(served, identity, process)
+
+    def _restore_finished(self) -> None:
+        if self._awaited:
+            log.warning("tasks that never came: %s", ", ".join(map(str, sorted(self._awaited))))
+        log.info("restore finished; tasks go on")
+        self._finished = True
+        for service in self._services:
+            service.restore_finished()
+            if self._options.background or self._draining:
+                service.start_background()
+
+    # The tasks.
+
+    def _start(self, served: ServedTask, identity: Identity, process: Process | None) -> None:
+        service = TaskService(served, identity, process=process, transfer_turns=self._turns)
+        self._services.append(service)
+        self._by_task[served] = service
+        if self._finished:
+            service.restore_finished()
+            if self._options.background or self._draining:
+                service.start_background()
+        self._tasks.start_soon(self._serve, service, served)
+
+    async def _serve(self, service: TaskService, served: ServedTask) -> None:
+        try:
+            await service.run()
+        finally:
+            del self._by_task[served]
+        report = service.report()
+        log.info(
+            "%s: %s, %d of %d pages copied", report.name, report.state, report.copied.total, report.total
+        )
+
+    async def _dispatch(self, engine: Engine, group: TaskGroup) -> None:
+        while True:
+            await anyio.wait_readable(engine.notice_fd)
+            for notice in engine.notices():
+                if notice.kind is NoticeKind.FORKED:
+                    self._forked(notice)
+                elif service := self._by_task.get(notice.task):
+                    service.handle(notice)
+
+    def _forked(self, notice: Notice) -> None:
+        parent = self._by_task.get(notice.parent) if notice.parent else None
+        if parent:
+            parent.children += 1
+            name = f"{parent.identity.name}, fork {parent.children}"
+            pid, sources = parent.identity.pid, parent.identity.sources
+        elif notice.task.pending:
+            name, pid = "fork of a task that ended", 0
+            sources = level_names(notice.task.nr_levels)
+        else:
+            # Its parent was complete, so it is too. Nobody is left who would wait for its service to end.
+            notice.task.close()
+            return
+        self._start(notice.task, Identity(name, pid, True, notice.task.pending, sources), None)
+
+    # The user.
+
+    async def _handle_signals(self, scope: anyio.CancelScope) -> None:
+        with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+            async for _signal in signals:
+                if not self._connected:
+                    log.error("ended before a restore connected")
+                    scope.cancel()
+                elif not self._draining:
+                    self._drain()
+                else:
+                    await self._give_up()
+
+    def _drain(self) -> None:
+        self._draining = True
+        missing = [service for service in self._services if service.pending]
+        pages = sum(service.pending for service in missing)
+        log.error(
+            "%d tasks still miss %d pages (%.1f MiB), which they would lose: completing them first; "
+            "a second Ctrl-C (SIGINT, SIGTERM) kills them",
+            len(missing),
+            pages,
+            pages * PAGE_SIZE / (1 << 20),
+        )
+        if self._finished:
+            for service in missing:
+                service.start_background()
+
+    async def _give_up(self) -> None:
+        async with anyio.create_task_group() as group:
+            for service in list(self._by_task.values()):
+                group.start_soon(service.give_up)
+        # Whatever the restorer still has to say does not matter any more.
+        self._tasks.cancel_scope.cancel()
+
+
+async def _run_engine(engine: Engine) -> None:
+    """The engine's own thread; Engine.stop ends it, cancellation alone does not."""
+    await to_thread.run_sync(engine.run, limiter=anyio.CapacityLimiter(1))

@@ -1,0 +1,235 @@
+"""Serving one restored task, from the arrival of its uffd until nothing is missing or the task is gone.
+
+Faults are answered by the engine at all times; what is decided here is background transfer, what becomes of
+pages that can't be had, and when the uffd may be closed.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import time
+from dataclasses import dataclass
+
+import anyio
+from anyio import to_thread
+
+from lazypages.metrics import State, TaskReport, measure
+from lazypages.processes import Process
+from lazypages.uffd import BusyError, Notice, NoticeKind, ServedTask, TaskGoneError
+
+log = logging.getLogger("lazypages")
+
+#: Bytes that a task's background transfer brings before the next task has its turn.
+QUANTUM = 8 << 20
+
+#: Seconds between looks whether a task without faults still exists.
+PROBE_INTERVAL = 1.0
+
+#: Seconds to wait while a layout event of the task is under way.
+BUSY_PAUSE = 0.001
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Which task this is. ``pid``: as in the images; of a forked child, that of the task it descends from."""
+
+    name: str
+    pid: int
+    forked: bool
+    total: int
+    sources: tuple[str, ...]
+
+
+class TaskService:
+    """One memory under one uffd. ``process``: where known, the process, owned by this service."""
+
+    def __init__(
+        self,
+        served: ServedTask,
+        identity: Identity,
+        *,
+        process: Process | None,
+        transfer_turns: anyio.CapacityLimiter,
+    ) -> None:
+        self.identity = identity
+        self.children = 0
+        self._served = served
+        self._process = process
+        self._turns = transfer_turns
+        self._started = time.monotonic()
+        self._may_close = False
+        self._state = State.SERVING
+        self._wrong: list[Notice] = []
+        self._wrong_seen = anyio.Event()
+        self._background = anyio.Event()
+        self._ended = anyio.Event()
+        self._final: TaskReport | None = None
+
+    @property
+    def pending(self) -> int:
+        """Pages that the task still misses."""
+        return 0 if self._final else self._served.pending
+
+    def report(self) -> TaskReport:
+        """The numbers of this moment or, once it has ended, of its end."""
+        return self._final or self._measure()
+
+    def _measure(self) -> TaskReport:
+        identity = self.identity
+        return TaskReport(
+            name=identity.name,
+            pid=identity.pid,
+            forked=identity.forked,
+            state=self._state,
+            total=identity.total,
+            seconds=time.monotonic() - self._started,
+            sources=identity.sources,
+            **measure(self._served),
+        )
+
+    # What the server tells.
+
+    def restore_finished(self) -> None:
+        """The task is registered and goes on: from now on the uffd may be closed once nothing is missing."""
+        self._may_close = True
+        self._check_complete()
+
+    def start_background(self) -> None:
+        """Bring what nobody has touched yet. Only once the restore is finished: before, nothing is registered."""
+        self._background.set()
+
+    def handle(self, notice: Notice) -> None:
+        """A notice of the engine about this task; never blocks."""
+        match notice.kind:
+            case NoticeKind.COMPLETE:
+                self._check_complete()
+            case NoticeKind.GONE:
+                self._end(State.GONE)
+            case NoticeKind.LOST:
+                self._wrong.append(notice)
+                self._wrong_seen.set()
+            case NoticeKind.FAILED:
+                log.error("%s: userfaultfd: %s", self.identity.name, os.strerror(notice.error))
+            case _:
+                log.error("%s: no source for %s", self.identity.name, notice)
+
+    def _check_complete(self) -> None:
+        if self._may_close and self._served.pending == 0:
+            self._end(State.COMPLETE)
+
+    def _end(self, state: State) -> None:
+        if self._state is State.SERVING:
+            self._state = state
+        self._ended.set()
+
+    # Its life.
+
+    async def run(self) -> None:
+        """Returns when the task has all its memory, is gone, or has been given up; the uffd is closed then."""
+        try:
+            async with anyio.create_task_group() as group:
+                group.start_soon(self._transfer)
+                group.start_soon(self._tend_wrong)
+                group.start_soon(self._watch)
+                await self._ended.wait()
+                group.cancel_scope.cancel()
+        finally:
+            self._close()
+
+    async def _transfer(self) -> None:
+        await self._background.wait()
+        while True:
+            try:
+                # The limiter is fair: a task that has had its turn goes to the end of the line.
+                brought = await to_thread.run_sync(self._served.transfer, QUANTUM, limiter=self._turns)
+            except BusyError:
+                brought = 0
+            except TaskGoneError:
+                return
+            if not brought:
+                await anyio.sleep(BUSY_PAUSE if self._served.pending > self._served.lost else PROBE_INTERVAL)
+
+    async def _watch(self) -> None:
+        while self._served.probe():
+            await anyio.sleep(PROBE_INTERVAL)
+
+    async def _tend_wrong(self) -> None:
+        """Pages that can't be had: the task may not read zeros there, and nobody else can bring them."""
+        while True:
+            await self._wrong_seen.wait()
+            self._wrong_seen = anyio.Event()
+            notices, self._wrong = self._wrong, []
+            for notice in notices:
+                self._explain(notice)
+            if self._served.lost:
+                if self._state is State.SERVING:
+                    self._state = State.LOST
+                await self._poison(everything=False)
+
+    def _explain(self, notice: Notice) -> None:
+        name, where = self.identity.name, f"{notice.nr_pages} pages at {notice.addr:#x}"
+        if notice.error == errno.ENOENT:
+            if self._process and not self._process.holds_anonymous_memory(notice.addr):
+                log.info("%s: %s are not mapped any more", name, where)
+                self._served.forget(notice.addr, notice.nr_pages)
+                return
+            log.error("%s: %s have data in the image, but the restorer has not registered them", name, where)
+            self._state = State.KILLED
+            self._kill("it would read zeros there")
+        elif notice.error:
+            log.error("%s: %s can't be read from the image: %s", name, where, os.strerror(notice.error))
+        else:
+            log.error("%s: %s are lost and a thread waits for one", name, where)
+
+    async def _poison(self, *, everything: bool) -> None:
+        while True:
+            try:
+                pages = self._served.poison(everything=everything)
+            except BusyError:
+                await anyio.sleep(BUSY_PAUSE)
+            except TaskGoneError:
+                return
+            except OSError as error:
+                self._kill(f"its pages can't be poisoned here: {error.strerror}", descendants=True)
+                return
+            else:
+                if pages:
+                    log.error("%s: poisoned %d pages: touching one raises SIGBUS", self.identity.name, pages)
+                return
+
+    def _kill(self, why: str, *, descendants: bool = False) -> None:
+        if self._process:
+            log.error("%s: killed (pid %d): %s", self.identity.name, self._process.pid, why)
+            self._process.kill(descendants=descendants)
+
+    async def give_up(self) -> None:
+        """Ends the task if it still misses pages: never may it read zeros for them."""
+        if self._state is State.SERVING and self._served.pending:
+            self._state = State.KILLED
+            self._kill(f"{self._served.pending} pages were still missing")
+            await self._poison(everything=True)
+        self._ended.set()
+
+    def _close(self) -> None:
+        if self._served.pending and self._state is not State.GONE:
+            # Only after an error of ours. Closing would give the task zeros.
+            self._state = State.KILLED
+            self._kill("the daemon failed", descendants=True)
+            self._poison_now()
+        self._final = self._measure()
+        self._served.close()
+        if self._process:
+            self._process.close()
+
+    def _poison_now(self) -> None:
+        while True:
+            try:
+                self._served.poison(everything=True)
+            except BusyError:
+                time.sleep(BUSY_PAUSE)
+            except (TaskGoneError, OSError):
+                return
+            else:
+                return

@@ -1,0 +1,70 @@
+"""What the daemon knows of a checkpoint before any of its tasks comes back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from images_spec.checkpoint import TaskImages, open_checkpoint
+from images_spec.errors import ImageError
+from lazypages.sources.local import MappedPages
+from lazypages.uffd import TaskMemory
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """A task that a restore of the checkpoint will hand over. ``memory`` is None for a zombie.
+
+    ``sources``: names of the levels, as in summaries: ``local``, ``parent-1``, ``parent-2``, ...
+    """
+
+    pid: int
+    memory: TaskMemory | None
+    lazy_pages: int
+    sources: tuple[str, ...]
+
+
+def level_names(count: int) -> tuple[str, ...]:
+    return tuple("local" if level == 0 else f"parent-{level}" for level in range(count))
+
+
+def expect(images_dir: Path, *, remote: bool) -> dict[int, Expected]:
+    """Reads and checks all of a checkpoint, maps its pages; by pid. Raises ImageError, before anything is served.
+
+    Pages that no source has are refused here: a restore that needs them can't end well.
+    """
+    checkpoint = open_checkpoint(images_dir)
+    mapped = MappedPages()
+    return {
+        task.pid: _expect_task(checkpoint.load_task(task.pid, remote), images_dir, mapped)
+        for task in checkpoint.tasks
+    }
+
+
+def _expect_task(images: TaskImages, images_dir: Path, mapped: MappedPages) -> Expected:
+    if images.is_dead:
+        return Expected(images.pid, None, 0, ())
+    counts = images.extents.counts()
+    if counts.lost.lazy:
+        raise ImageError(images_dir / f"pagemap-{images.pid}.img", _lost_text(images, counts.lost.lazy))
+    return Expected(
+        images.pid,
+        TaskMemory(
+            extents=images.extents,
+            vmas=images.vmas,
+            levels=[mapped.map(level.pages, level.pages_size) for level in images.levels],
+        ),
+        sum(level.lazy for level in counts.levels) + counts.remote.lazy,
+        level_names(len(images.levels)),
+    )
+
+
+def _lost_text(images: TaskImages, lost: int) -> str:
+    if len(images.levels) > 1:
+        where = "neither in this image nor in its parents"
+    else:
+        where = "not in this image, which has no parent"
+    return (
+        f"{lost} lazy pages are {where}; if they were left at the source (dump --lazy-pages), name its page "
+        "server with --page-server --address --port"
+    )

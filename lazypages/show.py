@@ -1,0 +1,240 @@
+"""``lazypages show DIR``: what an image directory holds, for a person."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+from rich.text import Text
+from rich.tree import Tree
+
+from images_spec import flags, images
+from images_spec.checkpoint import Checkpoint, Task, TaskImages, open_checkpoint
+from images_spec.errors import ImageMissingError
+from images_spec.flags import PAGE_SIZE, lazy_capable
+from images_spec.images import Kind
+from images_spec.messages import CoreEntry, MmEntry, TaskState, VmaEntry
+from images_spec.placement import PageCount, PageCounts, Span
+
+WIDE = 10_000
+"""Columns, more than any line takes."""
+
+STATES: dict[int, str] = {
+    TaskState.TASK_ALIVE: "alive",
+    TaskState.TASK_DEAD: "zombie",
+    TaskState.TASK_STOPPED: "stopped",
+}
+
+VMA_NAMES = {
+    flags.VMA_HEAP: "[heap]",
+    flags.VMA_STACK: "[stack]",
+    flags.VMA_VDSO: "[vdso]",
+    flags.VMA_VVAR: "[vvar]",
+    flags.VMA_VSYSCALL: "[vsyscall]",
+    flags.VMA_SYSVIPC: "System V shared memory",
+    flags.VMA_AIORING: "aio ring",
+    flags.VMA_SOCKET: "packet socket",
+    flags.VMA_MEMFD: "memfd",
+    flags.VMA_ANON_SHARED: "shared memory",
+}
+"""What a mapping without a file's name is, by the first of these bits of its status."""
+
+
+@dataclass(frozen=True)
+class _TaskReport:
+    """All that is said of one task; ``memory`` and ``mm`` are those of a task that is not dead."""
+
+    task: Task
+    core: CoreEntry
+    memory: TaskImages
+    mm: MmEntry | None
+
+    @property
+    def title(self) -> str:
+        return f"{_printable(self.core.tc.comm)} ({self.task.pid})"
+
+
+def show(directory: Path, console: Console) -> None:
+    """Prints tasks, mappings, and pages by where they are. Reads all of it first.
+
+    Pages that are lazy and in no image are taken to be at a page server. Raises ``ImageError``.
+    """
+    checkpoint = open_checkpoint(directory)
+    reports = [_load(checkpoint, task) for task in checkpoint.tasks]
+    names = _file_names(directory)
+
+    _print(console, _chain(checkpoint))
+    _print(console, _tree(reports))
+    for report in reports:
+        if report.mm is not None:
+            _print(console, _pages(report))
+            _print(console, _mappings(report, report.mm, names))
+
+
+@dataclass(frozen=True)
+class _Wide:
+    """Something as if there were room for every line of it."""
+
+    part: Table | Tree
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        return console.render(self.part, options.update(width=WIDE))
+
+
+def _print(console: Console, part: Table | Tree) -> None:
+    """On a terminal as it fits; else every line whole, for grep and files."""
+    console.print(part if console.is_terminal else _Wide(part), "", crop=False)
+
+
+def _load(checkpoint: Checkpoint, task: Task) -> _TaskReport:
+    core = images.read_one(checkpoint.directory / Kind.CORE.file_name(task.pid), Kind.CORE)
+    memory = checkpoint.load_task(task.pid, remote=True)
+    mm_path = checkpoint.directory / Kind.MM.file_name(task.pid)
+    return _TaskReport(task, core, memory, None if memory.is_dead else images.read_one(mm_path, Kind.MM))
+
+
+def _file_names(directory: Path) -> dict[int, str]:
+    """The names of regular files, by id; none where there is no such image (it names mappings only)."""
+    try:
+        files = images.read(directory / Kind.FILES.file_name(), Kind.FILES)
+    except ImageMissingError:
+        return {}
+    return {entry.id: _printable(entry.reg.name) for entry in files if entry.HasField("reg")}
+
+
+def _chain(checkpoint: Checkpoint) -> Table:
+    table = _table("Chain of images", "level", "directory")
+    for level, directory in enumerate(checkpoint.chain):
+        _add_row(table, f"{level} ({'parent' if level else 'own'})", _printable(os.fsencode(directory)))
+    return table
+
+
+def _tree(reports: list[_TaskReport]) -> Tree:
+    """The root comes first, parents before their children (images_spec.checkpoint)."""
+    root, *others = reports
+    branches = {root.task.pid: Tree(_describe(root))}
+    for report in others:
+        branches[report.task.pid] = branches[report.task.ppid].add(_describe(report))
+    return branches[root.task.pid]
+
+
+def _describe(report: _TaskReport) -> Text:
+    core = report.core.tc
+    state = STATES.get(core.task_state, f"state {core.task_state}")
+    if report.memory.is_dead:
+        return Text(f"{report.title}: {state}, {_ending(core.exit_code)}")
+    number = len(report.task.threads)
+    size = sum(count.total for _, count in _places(report.memory.extents.counts()))
+    return Text(
+        f"{report.title}: {state}, {number} thread{'s' if number != 1 else ''}, {_size(size)} of memory"
+    )
+
+
+def _ending(status: int) -> str:
+    """What wait(2) will tell of a zombie."""
+    return f"killed by signal {status & 0x7F}" if status & 0x7F else f"exit status {status >> 8 & 0xFF}"
+
+
+def _places(counts: PageCounts) -> list[tuple[str, PageCount]]:
+    own, *parents = counts.levels
+    return [
+        ("own images", own),
+        *((f"parent, level {level}", count) for level, count in enumerate(parents, 1)),
+        ("page server", counts.remote),
+        ("lost", counts.lost),
+    ]
+
+
+def _pages(report: _TaskReport) -> Table:
+    """Where the pages of a task are."""
+    table = _table(f"{report.title}: pages", "where", "lazy", "size", "eager", "size", right=range(1, 5))
+    memory = report.memory
+    for name, count in _places(memory.extents.counts()):
+        _add_row(table, *_row(name, count), style="bold red" if name == "lost" and count.total else "")
+    zero = _untouched(memory.vmas, memory.extents.counts_within(memory.vmas))
+    _add_row(table, *_row("zero (never touched)", PageCount(lazy=sum(zero))))
+    return table
+
+
+def _row(name: str, count: PageCount) -> tuple[str, str, str, str, str]:
+    return name, str(count.lazy), _size(count.lazy), str(count.eager), _size(count.eager)
+
+
+def _untouched(vmas: Iterable[Span], counts: Iterable[PageCounts]) -> list[int]:
+    """How many pages of each mapping no pagemap speaks of."""
+    return [
+        (vma.end - vma.start) // PAGE_SIZE - sum(place.total for _, place in _places(count))
+        for vma, count in zip(vmas, counts, strict=True)
+    ]
+
+
+def _mappings(report: _TaskReport, mm: MmEntry, names: dict[int, str]) -> Table:
+    """The mappings of a task, with numbers of pages.
+
+    "missing" pages are at a page server or lost. Those that no pagemap speaks of are zero only where the
+    restorer registers the mapping: in others they may be in a file.
+    """
+    spans = [Span(vma.start, vma.end) for vma in mm.vmas]
+    counts = report.memory.extents.counts_within(spans)
+    missing = any(count.remote.total or count.lost.total for count in counts)
+    columns = ["address", "size", "access", "lazy", "stored", *(["missing"] if missing else []), "zero"]
+    table = _table(f"{report.title}: mappings", *columns, "what", right=[1, *range(4, len(columns))])
+    table.columns[-1].no_wrap = False
+    for vma, count, zero in zip(mm.vmas, counts, _untouched(spans, counts), strict=True):
+        lazy = lazy_capable(vma.flags, vma.status)
+        _add_row(
+            table,
+            f"{vma.start:x}",
+            _size((vma.end - vma.start) // PAGE_SIZE),
+            _access(vma),
+            "yes" if lazy else "no",
+            str(sum(level.total for level in count.levels)),
+            *([str(count.remote.total + count.lost.total)] if missing else []),
+            str(zero) if lazy else "",
+            _what(vma, names),
+        )
+    return table
+
+
+def _access(vma: VmaEntry) -> str:
+    """As in /proc/<pid>/maps: PROT_READ is 1, PROT_WRITE 2, PROT_EXEC 4."""
+    letters = "".join(letter if vma.prot & 1 << bit else "-" for bit, letter in enumerate("rwx"))
+    return letters + ("s" if vma.flags & flags.MAP_SHARED else "p")
+
+
+def _what(vma: VmaEntry, names: dict[int, str]) -> str:
+    if vma.status & (flags.VMA_FILE_PRIVATE | flags.VMA_FILE_SHARED):
+        return names.get(vma.shmid, f"file {vma.shmid}")
+    return next((name for bit, name in VMA_NAMES.items() if vma.status & bit), "")
+
+
+def _table(title: str, *columns: str, right: Iterable[int] = ()) -> Table:
+    table = Table(title=Text(title), title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index in right else "left", no_wrap=True, overflow="fold")
+    return table
+
+
+def _add_row(table: Table, *cells: str, style: str = "") -> None:
+    """Adds text as it is: no part of it is markup."""
+    table.add_row(*map(Text, cells), style=style)
+
+
+def _size(nr_pages: int) -> str:
+    """Pages as bytes for a person: 20.0 MiB."""
+    size = float(nr_pages * PAGE_SIZE)
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit in ("bytes", "KiB") else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
+
+
+def _printable(name: bytes) -> str:
+    """A name as a terminal may see it: no control characters, no broken encoding."""
+    text = name.decode(errors="backslashreplace")
+    return "".join(letter if letter.isprintable() else f"\\x{ord(letter):02x}" for letter in text)
