@@ -24,6 +24,11 @@ static uint64_t entry_end(const struct lp_pagemap_entry *entry)
 	return entry->vaddr + entry->nr_pages * PAGE_SIZE;
 }
 
+static uint64_t extent_end(const struct lp_extent *extent)
+{
+	return extent->start + extent->nr_pages * PAGE_SIZE;
+}
+
 /* The entry of a level that holds `address`, or the first one past it, or NULL. */
 static const struct lp_pagemap_entry *seek(const struct lp_level *level, struct cursor *cursor, uint64_t address)
 {
@@ -79,11 +84,9 @@ static struct lp_extent place(const struct lp_level *levels, uint32_t nr_levels,
 /* Whether `next` simply goes on where `last` ends. */
 static int continues(const struct lp_extent *last, const struct lp_extent *next)
 {
-	uint64_t length = last->nr_pages * PAGE_SIZE;
-
-	if (last->start + length != next->start || last->source != next->source || last->lazy != next->lazy)
+	if (extent_end(last) != next->start || last->source != next->source || last->lazy != next->lazy)
 		return 0;
-	return next->source >= LP_SOURCE_REMOTE || last->offset + length == next->offset;
+	return next->source >= LP_SOURCE_REMOTE || last->offset + (next->start - last->start) == next->offset;
 }
 
 static int append(struct builder *builder, const struct lp_extent *extent)
@@ -144,43 +147,53 @@ void lp_extents_free(struct lp_extents *table)
 	table->extents = NULL;
 }
 
-void lp_count_pages(const struct lp_extents *table, uint32_t nr_levels, struct lp_page_count *counts)
+/* The row of counts that a source belongs to. */
+static uint32_t count_row(uint32_t source, uint32_t nr_levels)
 {
-	for (uint64_t i = 0; i < table->count; i++) {
-		const struct lp_extent *extent = &table->extents[i];
-		uint32_t row = extent->source;
+	if (source == LP_SOURCE_REMOTE)
+		return nr_levels;
+	return source == LP_SOURCE_LOST ? nr_levels + 1 : source;
+}
 
-		if (row == LP_SOURCE_REMOTE)
-			row = nr_levels;
-		else if (row == LP_SOURCE_LOST)
-			row = nr_levels + 1;
-		if (extent->lazy)
-			counts[row].lazy += extent->nr_pages;
-		else
-			counts[row].eager += extent->nr_pages;
+void lp_count_pages(const struct lp_extents *table, uint32_t nr_levels, const struct lp_span *spans,
+		    uint64_t nr_spans, struct lp_page_count *counts)
+{
+	uint64_t first = 0;
+
+	for (uint64_t k = 0; k < nr_spans; k++, counts += nr_levels + 2) {
+		while (first < table->count && extent_end(&table->extents[first]) <= spans[k].start)
+			first++;
+		for (uint64_t i = first; i < table->count && table->extents[i].start < spans[k].end; i++) {
+			const struct lp_extent *extent = &table->extents[i];
+			struct lp_page_count *count = &counts[count_row(extent->source, nr_levels)];
+			uint64_t start = extent->start > spans[k].start ? extent->start : spans[k].start;
+			uint64_t end = extent_end(extent) < spans[k].end ? extent_end(extent) : spans[k].end;
+
+			*(extent->lazy ? &count->lazy : &count->eager) += (end - start) / PAGE_SIZE;
+		}
 	}
 }
 
-int lp_find_uncovered(const struct lp_extents *table, const struct lp_span *ranges, uint64_t nr_ranges,
+int lp_find_uncovered(const struct lp_extents *table, const struct lp_span *spans, uint64_t nr_spans,
 		      struct lp_span *found)
 {
 	uint64_t k = 0;
 
 	for (uint64_t i = 0; i < table->count; i++) {
 		const struct lp_extent *extent = &table->extents[i];
-		uint64_t address = extent->start, stop = address + extent->nr_pages * PAGE_SIZE;
+		uint64_t address = extent->start, stop = extent_end(extent);
 
 		if (!extent->lazy)
 			continue;
 		while (address < stop) {
-			while (k < nr_ranges && ranges[k].end <= address)
+			while (k < nr_spans && spans[k].end <= address)
 				k++;
-			if (k == nr_ranges || ranges[k].start > address) {
+			if (k == nr_spans || spans[k].start > address) {
 				found->start = address;
-				found->end = k < nr_ranges && ranges[k].start < stop ? ranges[k].start : stop;
+				found->end = k < nr_spans && spans[k].start < stop ? spans[k].start : stop;
 				return 1;
 			}
-			address = ranges[k].end;
+			address = spans[k].end;
 		}
 	}
 	return 0;

@@ -40,14 +40,18 @@ struct lp_page_count {
 int lp_place(const struct lp_level *levels, uint32_t nr_levels, int remote, struct lp_extents *table);
 void lp_extents_free(struct lp_extents *table);
 
-/* Adds up pages: counts[level], then counts[nr_levels] remote, counts[nr_levels + 1] lost. */
-void lp_count_pages(const struct lp_extents *table, uint32_t nr_levels, struct lp_page_count *counts);
+/*
+ * Adds up the pages in each of the spans, which are sorted and do not overlap:
+ * nr_levels + 2 counts a span, one for each level, then remote, then lost.
+ */
+void lp_count_pages(const struct lp_extents *table, uint32_t nr_levels, const struct lp_span *spans,
+		    uint64_t nr_spans, struct lp_page_count *counts);
 
 /*
- * Whether every lazy page lies in one of the ranges, which are sorted and do
+ * Whether every lazy page lies in one of the spans, which are sorted and do
  * not overlap. 0, or 1 with the first run of pages that does not.
  */
-int lp_find_uncovered(const struct lp_extents *table, const struct lp_span *ranges, uint64_t nr_ranges,
+int lp_find_uncovered(const struct lp_extents *table, const struct lp_span *spans, uint64_t nr_spans,
 		      struct lp_span *found);
 
 #endif

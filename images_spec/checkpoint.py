@@ -144,16 +144,20 @@ def _identity(directory: Path) -> tuple[int, int]:
 
 
 def _tasks(entries: list[PstreeEntry], path: Path) -> tuple[Task, ...]:
-    tasks = {entry.pid: Task(entry.pid, entry.ppid, tuple(entry.threads)) for entry in entries}
+    """The tree: its root first, parents before their children, as CRIU's restore wants it too."""
+    tasks: dict[int, Task] = {}
+    for entry in entries:
+        if not 0 < entry.pid < 1 << 31:
+            raise ImageError(path, f"{entry.pid} is no pid")
+        if entry.pid in tasks:
+            raise ImageError(path, f"holds task {entry.pid} twice")
+        if tasks and not entry.ppid:
+            raise ImageError(path, f"task {entry.pid} is a second root")
+        if entry.ppid and entry.ppid not in tasks:
+            raise ImageError(path, f"task {entry.pid} comes before its parent {entry.ppid}, or has none")
+        tasks[entry.pid] = Task(entry.pid, entry.ppid, tuple(entry.threads))
     if not tasks:
         raise ImageError(path, "holds no task")
-    if len(tasks) < len(entries):
-        raise ImageError(path, "holds a task twice")
-    for task in tasks.values():
-        if not 0 < task.pid < 1 << 31:
-            raise ImageError(path, f"{task.pid} is no pid")
-        if task.ppid and task.ppid not in tasks:
-            raise ImageError(path, f"task {task.pid} has the parent {task.ppid}, which is not there")
     return tuple(tasks.values())
 
 

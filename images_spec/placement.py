@@ -18,6 +18,9 @@ from images_spec.flags import PAGE_SIZE, lazy_capable
 from images_spec.messages import MmEntry
 from images_spec.pagemap import Pagemap
 
+LAST_PAGE: Final = (1 << 64) - PAGE_SIZE
+"""Past all that a pagemap can speak of."""
+
 SOURCE_REMOTE: Final[int] = lib.LP_SOURCE_REMOTE
 """``Extent.source``: lazy, its data is at a page server."""
 SOURCE_LOST: Final[int] = lib.LP_SOURCE_LOST
@@ -101,11 +104,21 @@ class ExtentTable:
         return map(self.__getitem__, range(len(self)))
 
     def counts(self) -> PageCounts:
-        """Adds up the pages by where they are."""
-        rows = ffi.new("struct lp_page_count[]", self.nr_levels + 2)
-        lib.lp_count_pages(self._table, self.nr_levels, rows)
-        *levels, remote, lost = (PageCount(row.lazy, row.eager) for row in rows)
-        return PageCounts(tuple(levels), remote, lost)
+        """All pages, by where they are."""
+        return self.counts_within([Span(0, LAST_PAGE)])[0]
+
+    def counts_within(self, spans: Sequence[Span]) -> list[PageCounts]:
+        """The pages in each of the spans (page aligned, sorted, not overlapping), by where they are."""
+        width = self.nr_levels + 2
+        rows = ffi.new("struct lp_page_count[]", len(spans) * width)
+        lib.lp_count_pages(
+            self._table, self.nr_levels, ffi.new("struct lp_span[]", list(spans)), len(spans), rows
+        )
+        counts = [PageCount(row.lazy, row.eager) for row in rows]
+        return [
+            PageCounts(tuple(counts[at : at + self.nr_levels]), *counts[at + self.nr_levels : at + width])
+            for at in range(0, len(counts), width)
+        ]
 
     def check_covered(self, spans: Sequence[Span], path: Path) -> None:
         """Raises ``ImageError`` (for the pagemap at ``path``) when a lazy page lies in none of the spans.

@@ -31,7 +31,6 @@ STATES: dict[int, str] = {
 
 VMA_NAMES = {
     flags.VMA_HEAP: "[heap]",
-    flags.VMA_STACK: "[stack]",
     flags.VMA_VDSO: "[vdso]",
     flags.VMA_VVAR: "[vvar]",
     flags.VMA_VSYSCALL: "[vsyscall]",
@@ -209,6 +208,8 @@ def _access(vma: VmaEntry) -> str:
 def _what(vma: VmaEntry, names: dict[int, str]) -> str:
     if vma.status & (flags.VMA_FILE_PRIVATE | flags.VMA_FILE_SHARED):
         return names.get(vma.shmid, f"file {vma.shmid}")
+    if vma.flags & flags.MAP_GROWSDOWN:
+        return "[stack]"
     return next((name for bit, name in VMA_NAMES.items() if vma.status & bit), "")
 
 
