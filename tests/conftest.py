@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 import pytest
 
 from tests.support.processes import become_subreaper, descendants, describe, end
-from tests.support.restore import Checkpoints, compile_victims
+from tests.support.restore import Checkpoints, Program
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -29,8 +29,14 @@ def _no_process_survives() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def checkpoints() -> Iterator[Checkpoints]:
+def program() -> Iterator[Program]:
+    """The victims, compiled."""
+    with TemporaryDirectory(prefix="lazypages-victims-") as folder:
+        yield Program.compile(Path(folder))
+
+
+@pytest.fixture(scope="session")
+def checkpoints(program: Program) -> Iterator[Checkpoints]:
     """Checkpoints of the victims, taken by real CRIU."""
-    with TemporaryDirectory(prefix="lazypages-checkpoints-") as name:
-        folder = Path(name)
-        yield Checkpoints(folder, compile_victims(folder))
+    with TemporaryDirectory(prefix="lazypages-checkpoints-") as folder:
+        yield Checkpoints(Path(folder), program)

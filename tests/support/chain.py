@@ -33,10 +33,10 @@ class Chain:
     top: Path
     lazy_pages: dict[int, Counter[int]]
 
-    def source_pages(self) -> Counter[str]:
-        """Lazy pages of all tasks by the name that the daemon's statistics give to each source."""
+    def source_pages(self, pid: int | None = None) -> Counter[str]:
+        """Lazy pages of one task, or of all, by the name that the daemon's statistics give to each source."""
         total: Counter[str] = Counter()
-        for levels in self.lazy_pages.values():
+        for levels in self.lazy_pages.values() if pid is None else [self.lazy_pages[pid]]:
             for level, pages in levels.items():
                 total["local" if level == 0 else f"parent-{level}"] += pages
         return total

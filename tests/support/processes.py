@@ -203,6 +203,10 @@ class Server:
             )
             pytest.fail(f"{self.process.args!r}: {what}\n{self.story()}")
 
+    def ready_bytes(self) -> bytes:
+        """What it had to say on the status fd, once it (and whoever shares the fd) has closed it."""
+        return os.read(self._status, 16)
+
     def wait(self, timeout: float = 60) -> int:
         """Its exit code, negative signal number when a signal ended it."""
         try:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pytest
 
@@ -63,7 +63,8 @@ SCENARIOS = {
         Scenario("orphan", 2),
         Scenario("brief", 9),
         Scenario("partings", 2),
-        Scenario("not_inherited", 2),
+        Scenario("inherit_early", 2),
+        Scenario("inherit_late", 2),
         Scenario("forks_under_load", 12),
         Scenario("syscalls", 2),
         Scenario("tree", 6),
@@ -86,24 +87,26 @@ class Report:
     what: str
 
 
-def compile_victims(folder: Path) -> Path:
-    """Build the victims written in C into `folder`: the executable."""
-    program = folder / "victim"
-    sources = sorted(str(path) for path in VICTIMS.glob("*.c"))
-    command = [
-        "gcc",
-        "-std=gnu11",
-        "-O2",
-        "-Wall",
-        "-Wextra",
-        "-Werror",
-        "-pthread",
-        "-o",
-        str(program),
-        *sources,
-    ]
-    subprocess.run(command, check=True, timeout=120)
-    return program
+@dataclass(frozen=True)
+class Program:
+    """The victims: those in C, compiled, and the Python one."""
+
+    path: Path
+
+    @classmethod
+    def compile(cls, folder: Path) -> Self:
+        """Build the executable in `folder`."""
+        path = folder / "victim"
+        sources = sorted(str(source) for source in VICTIMS.glob("*.c"))
+        flags = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread"]
+        subprocess.run(["gcc", *flags, "-o", str(path), *sources], check=True, timeout=120)
+        return cls(path)
+
+    def command(self, scenario: str, results: Path) -> list[str]:
+        """What to execute for that scenario, to leave its traces in `results`."""
+        interpreted = VICTIMS / f"{scenario}.py"
+        start = [sys.executable, str(interpreted)] if interpreted.exists() else [str(self.path)]
+        return [*start, scenario, str(results), str(SEED)]
 
 
 @dataclass(frozen=True)
@@ -132,7 +135,7 @@ class Checkpoint:
 class Checkpoints:
     """Takes checkpoints when they are first asked for and keeps them in `folder`."""
 
-    def __init__(self, folder: Path, program: Path) -> None:
+    def __init__(self, folder: Path, program: Program) -> None:
         self._folder, self._program = folder, program
         self._kept: dict[tuple[Criu, str], Checkpoint] = {}
 
@@ -153,11 +156,9 @@ class Checkpoints:
         images, results = folder / "images", folder / "results"
         images.mkdir(parents=True)
         results.mkdir()
-        interpreted = VICTIMS / f"{scenario}.py"
-        start = [sys.executable, str(interpreted)] if interpreted.exists() else [str(self._program)]
         with nothing_left():
             victim = subprocess.Popen(
-                [*start, scenario.name, str(results), str(SEED)],
+                self._program.command(scenario.name, results),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,

@@ -173,39 +173,54 @@ static void partings(void)
 		_exit(0);
 }
 
+static void advise(struct region wiped, struct region hidden)
+{
+	if (madvise(wiped.at, wiped.pages * PAGE, MADV_WIPEONFORK) ||
+	    madvise(hidden.at, hidden.pages * PAGE, MADV_DONTFORK))
+		die("madvise");
+}
+
 /* Memory that a child does not inherit (MADV_DONTFORK) or finds empty (MADV_WIPEONFORK), advised before or after. */
-static void not_inherited(void)
+static void inherit(const char *name, bool late)
 {
 	size_t n = PAGES(4 * MIB);
-	struct region data = region_new(n), early_wipe = region_new(n), late_wipe = region_new(n), kept = region_new(n);
-	struct region early_hide = region_new(n), late_hide = region_new(n);
+	struct region data = region_new(n), wiped = region_new(n), between = region_new(n), hidden = region_new(n);
+	struct region below = region_new(n);
+	struct tally t = { .name = name };
 
-	if (madvise(early_wipe.at, n * PAGE, MADV_WIPEONFORK) || madvise(early_hide.at, n * PAGE, MADV_DONTFORK))
-		die("madvise");
+	if (!late)
+		advise(wiped, hidden);
 	ready();
 	wait_go();
-	struct tally t = { .name = "parent" };
-	if (madvise(late_wipe.at, n * PAGE, MADV_WIPEONFORK) || madvise(late_hide.at, n * PAGE, MADV_DONTFORK))
-		die("madvise");
+	if (late)
+		advise(wiped, hidden);
 	pid_t child = fork_or_die();
 	if (!child) {
-		t.name = "child";
-		expect_zeros(&t, early_wipe.at, n);
-		expect_zeros(&t, late_wipe.at, n);
-		expect(&t, msync(early_hide.at, PAGE, MS_ASYNC) && errno == ENOMEM, "MADV_DONTFORK memory was inherited");
-		expect(&t, msync(late_hide.at, PAGE, MS_ASYNC) && errno == ENOMEM, "MADV_DONTFORK memory was inherited");
+		expect_zeros(&t, wiped.at, n);
+		expect(&t, msync(hidden.at, PAGE, MS_ASYNC) && errno == ENOMEM, "MADV_DONTFORK memory was inherited");
 		expect_region(&t, data);
-		expect_region(&t, kept);
+		expect_region(&t, between);
+		expect_region(&t, below);
 		report(&t);
 		_exit(0);
 	}
 	expect_exit(&t, child, 0);
-	expect_region(&t, early_wipe);
-	expect_region(&t, late_wipe);
-	expect_region(&t, early_hide);
-	expect_region(&t, late_hide);
+	expect_region(&t, wiped);
+	expect_region(&t, hidden);
+	expect_region(&t, between);
 	expect_region(&t, data);
+	expect_region(&t, below);
 	report(&t);
+}
+
+static void inherit_early(void)
+{
+	inherit("inherit_early", false);
+}
+
+static void inherit_late(void)
+{
+	inherit("inherit_late", true);
 }
 
 static struct region common;
@@ -312,5 +327,6 @@ static void syscalls(void)
 
 const struct scenario fork_scenarios[] = {
 	{ "family", family }, { "orphan", orphan }, { "brief", brief }, { "partings", partings },
-	{ "not_inherited", not_inherited }, { "forks_under_load", forks_under_load }, { "syscalls", syscalls }, { 0 },
+	{ "inherit_early", inherit_early }, { "inherit_late", inherit_late }, { "forks_under_load", forks_under_load },
+	{ "syscalls", syscalls }, { 0 },
 };

@@ -1,0 +1,80 @@
+"""A restore in a PID namespace of its own, with the daemon outside: pids of the images mean nothing there."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.support.criu import Criu, all_criu
+from tests.support.processes import nothing_left
+from tests.support.restore import (
+    SCENARIOS,
+    Checkpoint,
+    LazyRestore,
+    Program,
+    our_daemon,
+)
+
+NAMESPACE = ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc")
+
+# $1: victim's results, $2 …: its command; then criu and its arguments without the pid
+TAKE = """
+results=$1; shift
+setsid "$@" </dev/null >/dev/null 2>&1 &
+until [ -e "$results/ready" ]; do sleep 0.02; done
+exec "$CRIU" dump -t $! -D "$IMAGES" -v4 -o dump.log
+"""
+
+
+def take(criu: Criu, scenario: str, program: Program, folder: Path) -> Checkpoint:
+    """A checkpoint with small pids, made inside a namespace that is gone afterwards."""
+    images, results = folder / "images", folder / "results"
+    images.mkdir()
+    results.mkdir()
+    command = program.command(scenario, results)
+    with nothing_left():
+        subprocess.run(
+            [*NAMESPACE, "sh", "-c", TAKE, "sh", str(results), *command],
+            env={"CRIU": str(criu.path), "IMAGES": str(images), "PATH": "/usr/bin:/bin"},
+            stdin=subprocess.DEVNULL,
+            timeout=60,
+            check=True,
+        )
+    pid = min(int(path.stem.removeprefix("core-")) for path in images.glob("core-*.img"))
+    return Checkpoint(criu, SCENARIOS[scenario], pid, images, results)
+
+
+@contextmanager
+def restore(
+    checkpoint: Checkpoint, daemon: Daemon, work: Path
+) -> Iterator[tuple[LazyRestore, subprocess.Popen[bytes]]]:
+    """Daemon outside, `criu restore` as the first process of a new namespace."""
+    with nothing_left(), daemon.start(checkpoint.images, work) as server:
+        server.wait_ready()
+        restored = LazyRestore(checkpoint, work, daemon, server)
+        command = [str(checkpoint.criu.path), "restore", "-D", str(checkpoint.images), "-W", str(work)]
+        with subprocess.Popen(
+            [*NAMESPACE, *command, "--lazy-pages", "-v4", "-o", "restore.log"], stdin=subprocess.DEVNULL
+        ) as criu:
+            try:
+                yield restored, criu
+            except BaseException as error:
+                error.add_note(restored.story())
+                raise
+            finally:
+                criu.kill()
+
+
+@pytest.mark.parametrize("criu", all_criu())
+@pytest.mark.parametrize("options", [(), ("--no-background",)], ids=["background", "no-background"])
+def test_tasks_in_a_namespace(criu: Criu, options: tuple[str, ...], program: Program, tmp_path: Path) -> None:
+    checkpoint = take(criu, "tree", program, tmp_path)
+    with restore(checkpoint, our_daemon(*options), tmp_path) as (restored, restorer):
+        restored.go()
+        assert restorer.wait(60) == 0
+        restored.check_verdict()
+        assert restored.server.wait() == 0
