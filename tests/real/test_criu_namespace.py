@@ -11,13 +11,7 @@ import pytest
 
 from tests.support.criu import Criu, all_criu
 from tests.support.processes import nothing_left
-from tests.support.restore import (
-    SCENARIOS,
-    Checkpoint,
-    LazyRestore,
-    Program,
-    our_daemon,
-)
+from tests.support.restore import SCENARIOS, Checkpoint, Daemon, LazyRestore, Program, our_daemon
 
 NAMESPACE = ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc")
 
