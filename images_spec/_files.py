@@ -20,16 +20,18 @@ def read_file(path: Path) -> bytes:
         raise ImageMissingError(path, "no such image") from None
     except OSError as error:
         raise ImageError(path, f"can't be opened: {error.strerror}") from None
-    with open(fd, "rb") as file:
+    try:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
             raise ImageError(path, "not a regular file")
         if status.st_size > MAX_SIZE:
             raise ImageError(path, f"{status.st_size} bytes are absurd for such an image")
-        try:
+        with open(fd, "rb", closefd=False) as file:
             return file.read(MAX_SIZE)
-        except OSError as error:
-            raise ImageError(path, f"can't be read: {error.strerror}") from None
+    except OSError as error:
+        raise ImageError(path, f"can't be read: {error.strerror}") from None
+    finally:
+        os.close(fd)
 
 
 def create_file(path: Path) -> BinaryIO:

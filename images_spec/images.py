@@ -6,6 +6,7 @@ All integers are little-endian (reference/criu-interfaces §5; observed with CRI
 from __future__ import annotations
 
 import os
+import re
 import struct
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -151,8 +152,8 @@ def _skip_magics(data: bytes, kind: Kind[M], path: Path) -> int:
         raise ImageError(path, "truncated in its magic", offset=len(data))
     (magic,) = _U32.unpack_from(data, place)
     if magic != kind.magic:
-        name = kind.name.format("*") if kind is not Kind.GHOST_FILE else "ghost-file"
-        raise ImageError(path, f"magic {magic:#010x}, but {name} has {kind.magic:#010x}", offset=place)
+        pattern = re.sub(r"{.*}", "*", kind.name)
+        raise ImageError(path, f"magic {magic:#010x}, but {pattern} has {kind.magic:#010x}", offset=place)
     return place + 4
 
 
