@@ -15,6 +15,7 @@
 #include <linux/userfaultfd.h>
 
 #include "plan.h"
+#include "smaps.h"
 
 /* Linux 6.6; older headers don't have it. */
 #ifndef UFFDIO_POISON
@@ -59,6 +60,8 @@ struct lp_task {
 	bool is_put_off;
 	int read_error; /* the last one told */
 	_Atomic uint64_t cursor; /* background transfer goes on here */
+	uint64_t total;
+	pid_t pid; /* 0: not known */
 	uint32_t nr_levels;
 	struct lp_level *levels;
 	counter_t *copied, *dropped, *served; /* by source: levels, remote, lost */
@@ -501,6 +504,18 @@ static void drop_into(struct lp_task *t, const uint64_t *dropped)
 		add(&t->dropped[i], dropped[i]);
 }
 
+struct wipe {
+	struct lp_space *space;
+	struct lp_counts *dropped;
+};
+
+static void wipe(void *arg, uint64_t start, uint64_t end)
+{
+	struct wipe *w = arg;
+
+	lp_space_remove(w->space, start, end, w->dropped);
+}
+
 static void forked(struct lp_task *t, int uffd)
 {
 	struct lp_task *child = task_alloc(t->engine, uffd, t->nr_levels);
@@ -513,10 +528,14 @@ static void forked(struct lp_task *t, int uffd)
 	dropped.by_source = calloc(t->nr_levels + 2, sizeof(uint64_t));
 	if (!dropped.by_source || !(child->space = lp_space_clone(t->space, &dropped)))
 		abort();
+	/* The image knows what was to be wiped at dump time; what the task has said since, only the kernel does. */
+	if (t->pid && lp_space_pending(child->space))
+		lp_each_wiped(t->pid, wipe, &(struct wipe){child->space, &dropped});
 	drop_into(child, dropped.by_source);
 	free(dropped.by_source);
 	memcpy(child->levels, t->levels, t->nr_levels * sizeof(*t->levels));
 	child->remote = t->remote;
+	child->total = lp_space_pending(t->space);
 	lp_plan_init(&child->plan, t->plan.max_window);
 	/* told before it is served, so that its first notice comes after this one */
 	notify(t->engine, (struct lp_notice){.kind = LP_NOTICE_FORKED, .task = child, .parent = t});
@@ -794,7 +813,7 @@ static bool within_levels(const struct lp_extent *e, const struct lp_level *leve
 
 struct lp_task *lp_task_new(struct lp_engine *e, int uffd, const struct lp_extent *extents, size_t nr_extents,
 			    const struct lp_range *vmas, size_t nr_vmas, const struct lp_range *wiped, size_t nr_wiped,
-			    const struct lp_level *levels, uint32_t nr_levels, uint64_t max_readahead)
+			    const struct lp_level *levels, uint32_t nr_levels, uint64_t max_readahead, pid_t pid)
 {
 	struct lp_task *t = task_alloc(e, uffd, nr_levels);
 
@@ -817,6 +836,8 @@ struct lp_task *lp_task_new(struct lp_engine *e, int uffd, const struct lp_exten
 		task_free(t);
 		return NULL;
 	}
+	t->total = lp_space_pending(t->space);
+	t->pid = pid;
 	if (t->remote)
 		lp_space_index(t->space);
 	lp_plan_init(&t->plan, max_readahead);
@@ -1097,6 +1118,11 @@ int lp_task_probe(struct lp_task *t)
 uint32_t lp_task_nr_levels(const struct lp_task *t)
 {
 	return t->nr_levels;
+}
+
+uint64_t lp_task_total(const struct lp_task *t)
+{
+	return t->total;
 }
 
 uint64_t lp_task_pending(const struct lp_task *t)

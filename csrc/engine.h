@@ -25,6 +25,7 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <sys/types.h>
 
 #include "space.h"
 
@@ -83,11 +84,12 @@ void lp_engine_stop(struct lp_engine *engine);
 
 /*
  * A task, served from now on if lp_engine_run runs.  Takes over the uffd, also when it fails (NULL, errno).  The mapped
- * levels must stay until the engine is freed; EINVAL when an extent reaches past its level.
+ * levels must stay until the engine is freed; EINVAL when an extent reaches past its level.  pid: the process here, 0 if it
+ * is not known.
  */
 struct lp_task *lp_task_new(struct lp_engine *engine, int uffd, const struct lp_extent *extents, size_t nr_extents,
 			    const struct lp_range *vmas, size_t nr_vmas, const struct lp_range *wiped, size_t nr_wiped,
-			    const struct lp_level *levels, uint32_t nr_levels, uint64_t max_readahead);
+			    const struct lp_level *levels, uint32_t nr_levels, uint64_t max_readahead, pid_t pid);
 /*
  * Ends the service and closes the uffd: what is missing then is zero for the task, so only when nothing is.  No notice about
  * it is given any more, and the pointer is no longer valid.
@@ -119,6 +121,7 @@ void lp_task_forget(struct lp_task *task, uint64_t addr, uint64_t nr_pages);
 int lp_task_probe(struct lp_task *task);
 
 uint32_t lp_task_nr_levels(const struct lp_task *task);
+uint64_t lp_task_total(const struct lp_task *task); /* pages pending at the start */
 uint64_t lp_task_pending(const struct lp_task *task);
 uint64_t lp_task_lost(const struct lp_task *task);
 void lp_task_stats(const struct lp_task *task, struct lp_stats *stats);

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from images_spec import images
 from images_spec.errors import ImageError, ImageMissingError
+from images_spec.flags import MADV_WIPEONFORK
 from images_spec.images import Kind
 from images_spec.messages import InventoryEntry, PstreeEntry, TaskState
 from images_spec.pagemap import Pagemap
@@ -47,14 +48,15 @@ class TaskLevel:
 class TaskImages:
     """A task's memory. ``Extent.source`` counts ``levels``.
 
-    ``vmas``: the mappings that the restorer registers with userfaultfd. A dead task (a zombie) has no memory:
-    all is empty.
+    ``vmas``: the mappings that the restorer registers with userfaultfd; ``wiped``: those of them that a forked
+    child finds zeroed. A dead task (a zombie) has no memory: all is empty.
     """
 
     pid: int
     is_dead: bool
     extents: ExtentTable
     vmas: list[Span]
+    wiped: list[Span]
     levels: list[TaskLevel]
 
 
@@ -84,13 +86,15 @@ class Checkpoint:
             raise ImageError(self.directory / Kind.PSTREE.file_name(), f"has no task {pid}")
         core = images.read_one(self.directory / Kind.CORE.file_name(pid), Kind.CORE)
         if core.tc.task_state == TaskState.TASK_DEAD:
-            return TaskImages(pid, True, resolve([None], remote=remote), [], [])
+            return TaskImages(pid, True, resolve([None], remote=remote), [], [], [])
         mm_path = self.directory / Kind.MM.file_name(pid)
-        vmas = lazy_vmas(images.read_one(mm_path, Kind.MM), mm_path)
+        mm = images.read_one(mm_path, Kind.MM)
+        vmas = lazy_vmas(mm, mm_path)
+        advised = {Span(vma.start, vma.end) for vma in mm.vmas if vma.madv >> MADV_WIPEONFORK & 1}
         levels, pagemaps = self._load_levels(pid)
         extents = resolve(pagemaps, remote=remote)
         extents.check_covered(vmas, pagemaps[0].path)
-        return TaskImages(pid, False, extents, vmas, levels)
+        return TaskImages(pid, False, extents, vmas, [vma for vma in vmas if vma in advised], levels)
 
     def _load_levels(self, pid: int) -> tuple[list[TaskLevel], list[Pagemap]]:
         """The pagemaps of a task, down to the first level without one: there its chain ends, as for CRIU."""

@@ -43,6 +43,9 @@ MAP_GROWSDOWN: Final = 0x100
 MAP_LOCKED: Final = 0x2000
 MAP_HUGETLB: Final = 0x40000
 
+# bits of VmaEntry.madv: bit n is MADV_n of madvise(2)
+MADV_WIPEONFORK: Final = 18
+
 
 def lazy_capable(vma_flags: int, status: int) -> bool:
     """Whether the restorer registers a mapping with userfaultfd.

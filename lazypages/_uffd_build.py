@@ -72,7 +72,7 @@ void lp_engine_stop(struct lp_engine *engine);
 struct lp_task *lp_task_new(struct lp_engine *engine, int uffd, const struct lp_extent *extents, size_t nr_extents,
                             const struct lp_range *vmas, size_t nr_vmas, const struct lp_range *wiped,
                             size_t nr_wiped, const struct lp_level *levels, uint32_t nr_levels,
-                            uint64_t max_readahead);
+                            uint64_t max_readahead, int pid);
 void lp_task_close(struct lp_task *task);
 int64_t lp_task_transfer(struct lp_task *task, uint64_t max_bytes);
 uint64_t lp_task_claim_remote(struct lp_task *task, uint64_t cursor, uint64_t max_pages, uint64_t *image,
@@ -85,6 +85,7 @@ int64_t lp_task_poison(struct lp_task *task, bool all);
 void lp_task_forget(struct lp_task *task, uint64_t addr, uint64_t nr_pages);
 int lp_task_probe(struct lp_task *task);
 uint32_t lp_task_nr_levels(const struct lp_task *task);
+uint64_t lp_task_total(const struct lp_task *task);
 uint64_t lp_task_pending(const struct lp_task *task);
 uint64_t lp_task_lost(const struct lp_task *task);
 void lp_task_stats(const struct lp_task *task, struct lp_stats *stats);
@@ -100,8 +101,8 @@ CSRC = Path("csrc")  # builds run at the project's root
 ffibuilder.set_source(
     "lazypages._uffd",
     '#include "engine.h"\n#include "plan.h"\n#include "space.h"\n',
-    sources=[str(CSRC / name) for name in ("space.c", "plan.c", "engine.c")],
-    depends=[str(CSRC / name) for name in ("extent.h", "space.h", "plan.h", "engine.h")],
+    sources=[str(CSRC / name) for name in ("space.c", "plan.c", "smaps.c", "engine.c")],
+    depends=[str(CSRC / name) for name in ("extent.h", "space.h", "plan.h", "smaps.h", "engine.h")],
     include_dirs=[str(CSRC)],
     extra_compile_args=["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Wno-unused-parameter"],
 )

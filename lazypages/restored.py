@@ -52,6 +52,7 @@ def _expect_task(images: TaskImages, images_dir: Path, mapped: MappedPages) -> E
         TaskMemory(
             extents=images.extents,
             vmas=images.vmas,
+            wiped=images.wiped,
             levels=[mapped.map(level.pages, level.pages_size) for level in images.levels],
         ),
         sum(level.lazy for level in counts.levels) + counts.remote.lazy,

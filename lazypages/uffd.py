@@ -145,6 +145,8 @@ class ServedTask:
         self._engine = engine
         self._handle = handle
         self.nr_levels = int(lib.lp_task_nr_levels(handle))
+        #: Pages pending at the start.
+        self.total = int(lib.lp_task_total(handle))
 
     def __repr__(self) -> str:
         return f"<ServedTask {int(ffi.cast('uintptr_t', self._handle)):#x}>"
@@ -276,8 +278,8 @@ class Engine:
     def stop(self) -> None:
         lib.lp_engine_stop(self._handle)
 
-    def add(self, uffd: int, memory: TaskMemory) -> ServedTask:
-        """Serves a task from now on. Owns uffd from here, also if it fails.
+    def add(self, uffd: int, memory: TaskMemory, pid: int = 0) -> ServedTask:
+        """Serves a task from now on. Owns uffd from here, also if it fails. ``pid``: the process; 0: not known.
 
         Raises OSError: EINVAL when extents, VMAs and pages files do not fit together.
         """
@@ -299,6 +301,7 @@ class Engine:
             levels,
             len(memory.levels),
             memory.max_readahead,
+            pid,
         )
         if handle == ffi.NULL:
             raise OSError(ffi.errno, os.strerror(ffi.errno))

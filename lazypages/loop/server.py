@@ -147,7 +147,7 @@ class Server:
                 process.close()
             raise
         try:
-            served = engine.add(event.uffd, expected.memory)
+            served = engine.add(event.uffd, expected.memory, process.pid if process else 0)
         except OSError as error:
             if process:
                 process.kill()
@@ -211,7 +211,7 @@ class Server:
             # Its parent was complete, so it is too. Nobody is left who would wait for its service to end.
             notice.task.close()
             return
-        self._start(notice.task, Identity(name, pid, True, notice.task.pending, sources), None)
+        self._start(notice.task, Identity(name, pid, True, notice.task.total, sources), None)
 
     # The user.
 
