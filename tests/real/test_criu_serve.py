@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.support.criu import Criu, all_criu
-from tests.support.restore import SCENARIOS, Checkpoints, Daemon, LazyRestore, lazy_restore, our_daemon
+from tests.support.restore import ENDING, Checkpoints, Daemon, LazyRestore, lazy_restore, our_daemon
 
 both = pytest.mark.parametrize("criu", all_criu())
 older = pytest.mark.parametrize("criu", all_criu()[:1])
@@ -34,14 +34,14 @@ def serve(daemon: Daemon, checkpoints: Checkpoints, criu: Criu, scenario: str, w
 
 
 @both
-@pytest.mark.parametrize("scenario", SCENARIOS)
+@pytest.mark.parametrize("scenario", ENDING)
 def test_with_background(criu: Criu, scenario: str, checkpoints: Checkpoints, tmp_path: Path) -> None:
     """Tasks and background transfer race from the start."""
     serve(our_daemon(), checkpoints, criu, scenario, tmp_path)
 
 
 @both
-@pytest.mark.parametrize("scenario", SCENARIOS)
+@pytest.mark.parametrize("scenario", ENDING)
 def test_without_background(criu: Criu, scenario: str, checkpoints: Checkpoints, tmp_path: Path) -> None:
     """Every page is missing until it is touched."""
     serve(our_daemon("--no-background"), checkpoints, criu, scenario, tmp_path)

@@ -70,8 +70,10 @@ SCENARIOS = {
         Scenario("tree", 6),
         Scenario("crowd", 41),
         Scenario("interpreter", 5),
+        Scenario("forever"),
     )
 }
+ENDING = [name for name in SCENARIOS if name != "forever"]  # those that come to an end by themselves
 
 
 @dataclass(frozen=True)
