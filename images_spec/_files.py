@@ -1,9 +1,10 @@
-"""Image files as bytes; what goes wrong with them as ``ImageError``."""
+"""Image files as bytes; what goes wrong with them is an ``ImageError``."""
 
 import os
 import stat
+from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Self
 
 from images_spec.errors import ImageError, ImageMissingError
 
@@ -27,13 +28,55 @@ def read_file(path: Path) -> bytes:
         if status.st_size > MAX_SIZE:
             raise ImageError(path, f"{status.st_size} bytes are absurd for such an image")
         with open(fd, "rb", closefd=False) as file:
-            return file.read(MAX_SIZE)
+            return file.read(status.st_size)
     except OSError as error:
         raise ImageError(path, f"can't be read: {error.strerror}") from None
     finally:
         os.close(fd)
 
 
-def create_file(path: Path) -> BinaryIO:
-    """Opens an image for writing, empty, mode 0600: it may hold secrets of the task. Raises ``OSError``."""
-    return open(path, "wb", opener=lambda name, flags: os.open(name, flags | os.O_CLOEXEC, 0o600))
+class OutputFile:
+    """An image being written, mode 0600: it may hold secrets of the task. Raises ``ImageError``.
+
+    A context manager: when the block fails, the file is discarded.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise self._failure(error) from None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_rest: object) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.discard()
+
+    def write(self, data: bytes) -> None:
+        """Writes all of ``data``."""
+        rest = memoryview(data)
+        while rest:
+            try:
+                rest = rest[os.write(self._fd, rest) :]
+            except OSError as error:
+                raise self._failure(error) from None
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+    def discard(self) -> None:
+        """Leaves an empty file, which no reader takes for an image.
+
+        A pagemap that is cut short would look whole, and the pages that it lacks would be zeros.
+        """
+        with suppress(OSError):
+            os.ftruncate(self._fd, 0)
+        os.close(self._fd)
+
+    def _failure(self, error: OSError) -> ImageError:
+        return ImageError(self._path, f"can't be written: {error.strerror}")

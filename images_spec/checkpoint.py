@@ -48,8 +48,8 @@ class TaskLevel:
 class TaskImages:
     """A task's memory. ``Extent.source`` counts ``levels``.
 
-    ``vmas``: the mappings that the restorer registers with userfaultfd; ``wiped``: those of them that a forked
-    child finds zeroed. A dead task (a zombie) has no memory: all is empty.
+    ``vmas``: the mappings that the restorer registers with userfaultfd; ``wiped``: those of them that a
+    forked child finds zeroed. A dead task (a zombie) has no memory: all is empty.
     """
 
     pid: int

@@ -16,7 +16,7 @@ from typing import ClassVar, Generic, TypeVar
 
 from google.protobuf.message import DecodeError, Message
 
-from images_spec._files import create_file, read_file
+from images_spec._files import OutputFile, read_file
 from images_spec.errors import ImageError
 from images_spec.messages import (
     CgroupEntry,
@@ -253,8 +253,6 @@ def write(path: str | os.PathLike[str], kind: Kind[M], messages: Iterable[M]) ->
 def write_with_data(path: str | os.PathLike[str], kind: Kind[M], items: Iterable[tuple[M, bytes]]) -> None:
     """Writes an image of messages and the raw bytes that follow each, mode 0600. Raises ``ImageError``."""
     path = Path(path)
-    try:
-        with create_file(path) as file:
-            file.writelines(encode(kind, items, path))
-    except OSError as error:
-        raise ImageError(path, f"can't be written: {error.strerror}") from None
+    with OutputFile(path) as file:
+        for part in encode(kind, items, path):
+            file.write(part)

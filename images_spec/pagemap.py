@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from images_spec._files import create_file, read_file
+from images_spec._files import OutputFile, read_file
 from images_spec._pagemap import ffi, lib
 from images_spec.errors import ImageError
 from images_spec.flags import PAGE_SIZE
@@ -80,26 +80,27 @@ class Pagemap:
 class PagemapWriter:
     """Writes a pagemap image entry by entry, in bounded memory; a context manager.
 
-    Counts are written both ways (``nr_pages``, and ``compat_nr_pages`` where they fit 32 bits), so that CRIU
-    before and from 4.2 can read them. Raises ``ImageError`` for what a reader would refuse.
+    The image is complete when the block ends; if the block fails, the file is left empty. Counts are written
+    both ways (``nr_pages``, and ``compat_nr_pages`` where they fit 32 bits), so that CRIU before and from 4.2
+    can read them. Raises ``ImageError``, also for what a reader would refuse.
     """
 
     def __init__(self, path: str | os.PathLike[str], pages_id: int) -> None:
         self._path = Path(path)
+        self._file = OutputFile(self._path)
+        self._pending = b"".join(encode(Kind.PAGEMAP, [(PagemapHead(pages_id=pages_id), b"")], self._path))
         self._writer = ffi.new("struct lp_pagemap_writer *")
         self._bytes = ffi.buffer(self._writer.buffer)
         self._error = ffi.new("struct lp_image_error *")
-        try:
-            self._file = create_file(self._path)
-        except OSError as error:
-            raise _cant_write(self._path, error) from None
-        self._write(b"".join(encode(Kind.PAGEMAP, [(PagemapHead(pages_id=pages_id), b"")], self._path)))
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_exception: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_rest: object) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self._file.discard()
 
     def add(self, vaddr: int, nr_pages: int, flags: int) -> None:
         """Adds an entry, which must lie past the one before it."""
@@ -110,22 +111,18 @@ class PagemapWriter:
             self._flush()
 
     def close(self) -> None:
-        """Writes out what is left. The image is complete only after this."""
+        """Writes out what is left: the image is complete after this, and not before."""
         try:
             self._flush()
-        finally:
-            self._file.close()
+        except ImageError:
+            self._file.discard()
+            raise
+        self._file.close()
 
     def _flush(self) -> None:
-        self._write(self._bytes[: self._writer.used])
+        self._file.write(self._pending + self._bytes[: self._writer.used])
+        self._pending = b""
         self._writer.used = 0
-
-    def _write(self, data: bytes) -> None:
-        try:
-            self._file.write(data)
-            self._file.flush()
-        except OSError as error:
-            raise _cant_write(self._path, error) from None
 
 
 def write(path: str | os.PathLike[str], pages_id: int, entries: Iterable[tuple[int, int, int]]) -> None:
@@ -137,7 +134,3 @@ def write(path: str | os.PathLike[str], pages_id: int, entries: Iterable[tuple[i
 
 def _image_error(path: Path, error: Any, offset: int | None) -> ImageError:
     return ImageError(path, ffi.string(error.what).decode(), offset=offset)
-
-
-def _cant_write(path: Path, error: OSError) -> ImageError:
-    return ImageError(path, f"can't be written: {error.strerror}")

@@ -214,6 +214,7 @@ def test_nothing_is_written_that_would_not_be_read(
     with pytest.raises(ImageError) as caught:
         images.write_with_data(tmp_path / "x.img", kind, items)
     assert caught.value.what == what
+    assert (tmp_path / "x.img").read_bytes() == b""
 
 
 def test_missing_file(tmp_path: Path) -> None:
