@@ -2,17 +2,41 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
+from pathlib import Path
 
 import click
 
 from images_spec.errors import ImageError
 from lazypages.errors import LazyPagesError
-from lazypages.serve_command import serve
+
+#: Subcommands: the object that is one, and its line in the help. Imported when it is called, not before:
+#: a restore waits for ``lazypages serve``.
+COMMANDS = {
+    "serve": ("lazypages.serve_command:serve", "Give restored tasks their memory as they touch it."),
+    "show": ("lazypages.cli:show", "Say what an image directory holds."),
+    "demo": ("lazypages.demo:demo", "See it work: checkpoint a live task, bring it back lazily."),
+}
 
 
 class _Commands(click.Group):
     """Errors that we foresee are one line, never a traceback."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+        if cmd_name not in COMMANDS:
+            return None
+        module, name = COMMANDS[cmd_name][0].split(":")
+        command = getattr(importlib.import_module(module), name)
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
 
     def invoke(self, ctx: click.Context) -> object:
         try:
@@ -23,14 +47,31 @@ class _Commands(click.Group):
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="lazypages")
+@click.version_option(None, "-V", "--version", package_name="lazypages")
 def cli() -> None:
-    """Bring a checkpointed process back before its memory has arrived."""
+    """Bring a checkpointed process back before its memory has arrived.
+
+    \b
+    Instead of                         run
+      criu lazy-pages -D DIR             lazypages serve -D DIR
+    beside
+      criu restore --lazy-pages -D DIR   (the same)
+
+    `lazypages demo` shows it with a task of its own. `lazypages COMMAND --help` explains each command.
+    """
 
 
-cli.add_command(serve)
+@click.command()
+@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+def show(directory: Path) -> None:
+    """Say what the image directory DIR holds: tasks, mappings, pages by where they are."""
+    from rich.console import Console  # noqa: PLC0415 - only needed here, and slow to import
+
+    from lazypages.show import show as show_images  # noqa: PLC0415
+
+    show_images(directory, Console(highlight=False))
 
 
 def main() -> None:
     """Entry point: exit status 0 for success, 1 for failure, 2 for a wrong command line."""
-    sys.exit(cli())
+    sys.exit(cli(prog_name="lazypages"))

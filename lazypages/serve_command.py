@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
+import resource
+import signal
 import sys
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import anyio
 import click
 
+from lazypages import kernel, logs, summary
 from lazypages.control import ControlSocket
+from lazypages.daemonize import daemonize, open_pidfile
 from lazypages.errors import LazyPagesError
+from lazypages.logs import MESSAGE
 from lazypages.loop.server import ServeOptions, Server
 from lazypages.metrics import Summary
-from lazypages.restored import expect
+from lazypages.progress import TerminalWatch, watch_in_log
+from lazypages.restored import Expected, expect
+from lazypages.uffd import PAGE_SIZE
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+log = logging.getLogger("lazypages")
 
 LOOPS: dict[str, tuple[str, dict[str, Any]]] = {
     "uvloop": ("asyncio", {"use_uvloop": True}),
@@ -24,47 +39,303 @@ LOOPS: dict[str, tuple[str, dict[str, Any]]] = {
     "trio": ("trio", {}),
 }
 
+#: Messages that somebody reads: with less verbosity than this nothing is said at all.
+AUDIBLE = 1
 
-@click.command()
-@click.option("-D", "--images-dir", type=click.Path(path_type=Path), default=Path(), help="Image directory.")
-@click.option("-W", "--work-dir", type=click.Path(path_type=Path), help="Directory of socket, log, pidfile.")
-@click.option("-o", "--log-file", type=click.Path(path_type=Path), help="Log to this file.")
-@click.option("-v", "--verbosity", is_flag=False, flag_value="1", multiple=True, help="Level 0 to 4.")
-@click.option("--status-fd", type=int, help="Write one 0 byte to this fd when ready.")
-@click.option("--no-background", is_flag=True, help="Leave pages until they are touched.")
-@click.option("--stats-json", type=click.Path(path_type=Path), help="Write the summary to this file.")
+EPILOG = """\b
+Examples
+  The two commands, in any order of terminals, the first one first:
+    lazypages serve -D /var/ckpt/job1
+    criu restore -D /var/ckpt/job1 --lazy-pages -d
+  In the background; the command returns when a restore may be started:
+    lazypages serve -D /var/ckpt/job1 -d --pidfile serve.pid -o serve.log
+  The numbers of the summary for a program:
+    lazypages serve -D /var/ckpt/job1 --stats-json stats.json
+
+\b
+Ctrl-C (SIGINT) and SIGTERM
+  Before a restore has connected: ends at once.
+  After that: the tasks first get all the memory that they still miss. A second
+  time ends at once, and kills those that still miss some: they would read zeros.
+
+\b
+Exit status
+  0  every task has all its memory, or has exited by itself
+  1  it could not be served, or a task lost memory or was killed
+  2  wrong command line
+"""
+
+
+class _Verbosity(click.ParamType[str]):
+    """A level, or ``v`` and its repetitions."""
+
+    name = "level"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        try:
+            logs.verbosity([value])
+        except ValueError:
+            self.fail(f"{value!r} is not a level: 0 to 4", param, ctx)
+        return value
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Directories and files. What is given as relative lies in the work directory, as with ``criu``."""
+
+    images_dir: Path
+    work_dir: Path
+    log_file: Path | None
+    pidfile: Path | None
+    stats_json: Path | None
+
+    @classmethod
+    def of(
+        cls,
+        images_dir: Path,
+        work_dir: Path | None,
+        log_file: Path | None,
+        pidfile: Path | None,
+        stats_json: Path | None,
+    ) -> Places:
+        """Raises LazyPagesError if a directory is not there."""
+        _check_directory("-D", images_dir)
+        if not (images_dir / "inventory.img").exists():
+            raise LazyPagesError(f"-D {images_dir} is no checkpoint: there is no inventory.img in it")
+        if work_dir is not None:
+            _check_directory("-W", work_dir)
+        work = (work_dir or images_dir).absolute()
+        log_path = log_file and (log_file if log_file == logs.STDOUT else work / log_file)
+        return cls(
+            images_dir.absolute(),
+            work,
+            log_path,
+            pidfile and work / pidfile,
+            stats_json and work / stats_json,
+        )
+
+
+def _check_directory(option: str, path: Path) -> None:
+    if not path.is_dir():
+        what = "is not a directory" if path.exists() else "does not exist"
+        raise LazyPagesError(f"{option} {path} {what}: name the directory that the restore will be given")
+
+
+@click.command(epilog=EPILOG)
 @click.option(
-    "--loop", type=click.Choice(list(LOOPS)), default="uvloop", envvar="LAZYPAGES_LOOP", hidden=True
+    "-D",
+    "--images-dir",
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    default=Path(),
+    help="The images of the checkpoint, as for criu restore.  [default: .]",
+)
+@click.option(
+    "-W",
+    "--work-dir",
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    help="Where the socket, the log, pidfile and statistics go; the restore must be given the same.  "
+    "[default: the images directory]",
+)
+@click.option(
+    "-o", "--log-file", metavar="FILE", type=click.Path(path_type=Path), help="Log to FILE (- for stdout)."
+)
+@click.option(
+    "-v",
+    "--verbosity",
+    "verbose",
+    type=_Verbosity(),
+    is_flag=False,
+    flag_value="v",
+    multiple=True,
+    metavar="[LEVEL]",
+    help="0 says nothing, 1 errors, 2 warnings, 3 information, 4 all; a bare -v is one more.  [default: 2]",
+)
+@click.option(
+    "-d", "--daemon", is_flag=True, help="Go into the background as soon as a restore may be started."
+)
+@click.option(
+    "--pidfile",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="With -d: write the daemon's pid to FILE, which must not exist.",
+)
+@click.option(
+    "--status-fd",
+    metavar="FD",
+    type=click.IntRange(min=0),
+    help="Write one 0 byte to file descriptor FD and close it when a restore may be started.",
+)
+@click.option("--page-server", is_flag=True, help="Take pages from a page server. Not there yet.")
+@click.option("--address", metavar="ADDRESS", help="Address of the page server.")
+@click.option("--port", metavar="PORT", type=click.IntRange(1, 65535), help="Port of the page server.")
+@click.option(
+    "--no-background",
+    is_flag=True,
+    help="Leave pages in the images until they are touched, however long that takes.",
+)
+@click.option(
+    "--stats-json",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="At the end write all numbers to FILE.",
+)
+@click.option(
+    "--loop",
+    type=click.Choice(list(LOOPS)),
+    default="uvloop",
+    envvar="LAZYPAGES_LOOP",
+    show_default=True,
+    help="The event loop.",
 )
 @click.pass_context
 def serve(
     ctx: click.Context,
+    *,
     images_dir: Path,
     work_dir: Path | None,
     log_file: Path | None,
-    verbosity: tuple[str, ...],
+    verbose: tuple[str, ...],
+    daemon: bool,
+    pidfile: Path | None,
     status_fd: int | None,
+    page_server: bool,
+    address: str | None,
+    port: int | None,
     no_background: bool,
     stats_json: Path | None,
     loop: str,
 ) -> None:
-    """Serve the memory of tasks restored with criu restore --lazy-pages."""
-    work_dir = work_dir or images_dir
-    logging.basicConfig(
-        level=logging.DEBUG,
-        stream=sys.stderr if log_file is None else (work_dir / log_file).open("a"),
-        format="%(asctime)s %(levelname)s %(message)s",
-    )
-    expected = expect(images_dir, remote=False)
-    with ControlSocket(work_dir) as control:
-        server = Server(expected, control, ServeOptions(background=not no_background))
+    """Give the tasks of a restored checkpoint their memory as they touch it.
+
+    Takes the place of `criu lazy-pages` beside an unchanged `criu restore --lazy-pages`: the tasks run at
+    once, what they touch comes first, the rest in the background. Serves one restore, sums up, and ends.
+
+    It listens on the socket lazy-pages.socket in the work directory, where the restore looks for it.
+    """
+    if page_server or address is not None or port is not None:
+        raise LazyPagesError(
+            "--page-server, --address, --port: no pages from a page server yet; use criu lazy-pages for that"
+        )
+    places = Places.of(images_dir, work_dir, log_file, pidfile, stats_json)
+    level = logs.verbosity(verbose)
+    terminal = _terminal() if level >= AUDIBLE and not daemon and sys.stderr.isatty() else None
+    logs.start(level, _log_stream(places.log_file, daemon, terminal), terminal)
+    _raise_open_files()
+    try:
+        result = _serve(
+            places,
+            ServeOptions(background=not no_background),
+            loop=loop,
+            daemon=daemon,
+            status_fd=status_fd,
+            terminal=terminal,
+        )
+    except Exception as error:
+        log.error("%s", error, extra=logs.SAID)  # noqa: TRY400 - no traceback for the user
+        raise
+    ctx.exit(0 if result.ok else 1)
+
+
+def _serve(
+    places: Places,
+    options: ServeOptions,
+    *,
+    loop: str,
+    daemon: bool,
+    status_fd: int | None,
+    terminal: Console | None,
+) -> Summary:
+    """All that can go wrong for known reasons does so before a restore is told that it may start."""
+    expected = expect(places.images_dir, remote=False)
+    _check_userfaultfd()
+    with ControlSocket(places.work_dir) as control:
+        if daemon:
+            daemonize(open_pidfile(places.pidfile) if places.pidfile else None)
+        elif places.pidfile:
+            log.warning("--pidfile does nothing without -d")
+        # A terminal that goes away is no reason to leave tasks without their memory.
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        server = Server(expected, control, options)
         if status_fd is not None:
             tell_ready(status_fd)
+        log.log(MESSAGE, "%s", _invitation(places, expected))
+        watch = TerminalWatch(terminal) if terminal else watch_in_log
         backend, backend_options = LOOPS[loop]
-        summary = anyio.run(server.run, backend=backend, backend_options=backend_options)
-    if stats_json:
-        write_stats(stats_json, summary)
-    ctx.exit(0 if summary.ok else 1)
+        result = anyio.run(server.run, _harmless(watch), backend=backend, backend_options=backend_options)
+    if result.tasks or result.finished:
+        if terminal:
+            terminal.print(summary.table(result))
+        for line in summary.lines(result):
+            log.log(MESSAGE, "%s", line, extra=logs.NOT_ON_TERMINAL)
+    if places.stats_json:
+        write_stats(places.stats_json, result)
+    return result
+
+
+def _invitation(places: Places, expected: Mapping[int, Expected]) -> str:
+    """What to do next, and what for."""
+    alive = [task for task in expected.values() if task.memory is not None]
+    pages = sum(task.lazy_pages for task in alive)
+    where = f"-D {places.images_dir}"
+    if places.work_dir != places.images_dir:
+        where += f" -W {places.work_dir}"
+    return (
+        f"{summary.count(len(alive), 'task')}, {summary.size(pages * PAGE_SIZE)} to bring; "
+        f"waiting for: criu restore --lazy-pages {where}"
+    )
+
+
+def _check_userfaultfd() -> None:
+    """The restore makes the uffds; but where we could not, it hardly can. Raises LazyPagesError."""
+    match kernel.try_userfaultfd():
+        case errno.ENOSYS:
+            raise LazyPagesError(kernel.NO_USERFAULTFD)
+        case 0:
+            pass
+        case error:
+            log.warning(
+                "no userfaultfd for this process (%s); the restore must be able to make one",
+                os.strerror(error),
+            )
+
+
+def _harmless(
+    watch: Callable[[Server], Coroutine[Any, Any, None]],
+) -> Callable[[Server], Coroutine[Any, Any, None]]:
+    """Showing progress must never end the service: a terminal may go away at any time."""
+
+    async def run(server: Server) -> None:
+        try:
+            await watch(server)
+        except Exception as error:
+            log.warning("progress is not shown any more: %s", error)
+
+    return run
+
+
+def _terminal() -> Console:
+    from rich.console import Console  # noqa: PLC0415 - slow to import, and only needed on terminals
+
+    return Console(stderr=True, highlight=False)
+
+
+def _log_stream(log_file: Path | None, daemon: bool, terminal: Console | None) -> TextIO | None:
+    """Where log lines go beside the terminal."""
+    if log_file is not None:
+        return logs.open_log(log_file)
+    if daemon:
+        # Standard error will be /dev/null, but errors still belong where the caller's went; so does criu
+        # (observed with CRIU 4.2.1).
+        return os.fdopen(os.dup(sys.stderr.fileno()), "w", encoding="utf-8", errors="backslashreplace")
+    return None if terminal else sys.stderr
+
+
+def _raise_open_files() -> None:
+    """One uffd a task: all that we may have."""
+    _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def tell_ready(status_fd: int) -> None:
@@ -76,8 +347,9 @@ def tell_ready(status_fd: int) -> None:
         raise LazyPagesError(f"--status-fd {status_fd}: {error.strerror}") from error
 
 
-def write_stats(path: Path, summary: Summary) -> None:
+def write_stats(path: Path, result: Summary) -> None:
+    """The numbers of a summary as JSON. Raises LazyPagesError."""
     try:
-        path.write_text(json.dumps(summary.as_dict(), indent=2) + "\n")
+        path.write_text(json.dumps(result.as_dict(), indent=2) + "\n")
     except OSError as error:
         raise LazyPagesError(f"--stats-json {path}: {error.strerror}") from error
