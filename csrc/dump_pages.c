@@ -72,15 +72,61 @@ static int has_data(const struct lp_extent *extent)
 	return extent->source != LP_SOURCE_REMOTE && extent->source != LP_SOURCE_LOST;
 }
 
-size_t lp_keep_flag_within(const struct lp_run *runs, size_t nr_runs, const struct lp_extent *held, size_t nr_held,
-			   uint64_t flag, uint64_t instead, struct lp_run *out, size_t room)
+void lp_label_runs(struct lp_run *runs, size_t nr_runs, uint64_t with, uint64_t without, uint64_t unchanged,
+		   uint64_t changed)
+{
+	for (size_t r = 0; r < nr_runs; r++) {
+		uint64_t has = runs[r].flags;
+
+		runs[r].flags = (has & with) == with && !(has & without) ? unchanged : changed;
+	}
+}
+
+uint64_t lp_count_pages(const struct lp_run *runs, size_t nr_runs, uint64_t flags)
+{
+	uint64_t size = 0;
+
+	for (size_t r = 0; r < nr_runs; r++)
+		if ((runs[r].flags & flags) == flags)
+			size += runs[r].end - runs[r].start;
+	return size / LP_PAGE_SIZE;
+}
+
+size_t lp_pin_pages(const struct lp_run *runs, size_t nr_runs, const uint64_t *pages, size_t nr_pages,
+		    struct lp_run *out, size_t room)
+{
+	size_t count = 0, p = 0;
+
+	for (size_t r = 0; r < nr_runs; r++) {
+		uint64_t at = runs[r].start, flags = runs[r].flags;
+		uint64_t pinned = flags & ~LP_LAZY ? flags & ~LP_LAZY : LP_PRESENT;
+
+		for (; p < nr_pages && pages[p] < runs[r].end; p++) {
+			if (pages[p] < at)
+				continue;
+			if (at < pages[p])
+				append(out, room, &count, at, pages[p], flags);
+			at = pages[p] + LP_PAGE_SIZE;
+			append(out, room, &count, pages[p], at, pinned);
+		}
+		if (at < runs[r].end)
+			append(out, room, &count, at, runs[r].end, flags);
+	}
+	return count;
+}
+
+size_t lp_check_parent(const struct lp_run *runs, size_t nr_runs, const struct lp_extent *held, size_t nr_held,
+		       int present, struct lp_run *out, size_t room)
 {
 	size_t count = 0, h = 0;
 
 	for (size_t r = 0; r < nr_runs; r++) {
 		uint64_t at = runs[r].start, end = runs[r].end, flags = runs[r].flags;
+		uint64_t without = flags & ~LP_PARENT;
 
-		while ((flags & flag) && at < end) {
+		if (present || !(without & LP_LAZY))
+			without |= LP_PRESENT;
+		while ((flags & LP_PARENT) && at < end) {
 			uint64_t until = end;
 
 			while (h < nr_held && (!has_data(held + h) || extent_end(held + h) <= at))
@@ -92,7 +138,7 @@ size_t lp_keep_flag_within(const struct lp_run *runs, size_t nr_runs, const stru
 			} else {
 				if (h < nr_held && held[h].start < until)
 					until = held[h].start;
-				append(out, room, &count, at, until, (flags & ~flag) | instead);
+				append(out, room, &count, at, until, without);
 			}
 			at = until;
 		}
@@ -100,6 +146,23 @@ size_t lp_keep_flag_within(const struct lp_run *runs, size_t nr_runs, const stru
 			append(out, room, &count, at, end, flags);
 	}
 	return count;
+}
+
+/* The bytes of the page at `address` in a parent, or NULL. *h is where the search last ended. */
+static const unsigned char *parent_page(const struct lp_parent *parent, size_t *h, uint64_t address)
+{
+	const struct lp_extent *held = parent->held;
+	uint64_t offset;
+
+	/* Runs come in order, so the search goes on from where it was. */
+	while (*h < parent->nr_held && (!has_data(held + *h) || extent_end(held + *h) <= address))
+		(*h)++;
+	if (*h == parent->nr_held || held[*h].start > address)
+		return NULL;
+	offset = held[*h].offset + (address - held[*h].start);
+	if (!parent->levels[held[*h].source] || offset + LP_PAGE_SIZE > parent->sizes[held[*h].source])
+		return NULL;
+	return parent->levels[held[*h].source] + offset;
 }
 
 static int is_zero(const unsigned char *page)
@@ -158,6 +221,7 @@ int lp_copy_pages(const struct lp_copy *copy, const struct lp_run *runs, size_t 
 		  uint64_t max_pages, struct lp_run *out, size_t room, size_t *nr_out, uint64_t *written)
 {
 	uint64_t looked = 0;
+	size_t held = 0;
 
 	while (cursor->run < nr_runs && looked < max_pages) {
 		struct iovec iov[MAX_IOVS];
@@ -166,12 +230,12 @@ int lp_copy_pages(const struct lp_copy *copy, const struct lp_run *runs, size_t 
 		ssize_t got;
 		int rc;
 
-		/* Gather the next pieces to be read; a run that is not copied ends the gathering. */
+		/* Gather the next pieces to be read; one that is not copied ends the gathering. */
 		while (ahead.run < nr_runs && nr < MAX_IOVS && size < copy->buffer_size) {
 			const struct lp_run *run = runs + ahead.run;
 			uint64_t part = run->end - run->start - ahead.offset;
 
-			if (!(run->flags & copy->copy_flag)) {
+			if (!(run->flags & LP_PRESENT)) {
 				if (nr)
 					break;
 				append(out, room, nr_out, run->start, run->end, run->flags);
@@ -212,8 +276,14 @@ int lp_copy_pages(const struct lp_copy *copy, const struct lp_run *runs, size_t 
 			const struct lp_run *run = runs + cursor->run;
 			uint64_t address = run->start + cursor->offset;
 			unsigned char *page = copy->buffer + place;
+			const unsigned char *old = copy->parent ? parent_page(copy->parent, &held, address) : NULL;
 
-			if (!copy->drop_zero || !is_zero(page)) {
+			if (copy->drop_zero && is_zero(page)) {
+				/* No entry: known to be zero. */
+			} else if (old && memcmp(old, page, LP_PAGE_SIZE) == 0) {
+				append(out, room, nr_out, address, address + LP_PAGE_SIZE,
+				       run->flags & LP_LAZY ? copy->same_lazy : LP_PARENT);
+			} else {
 				if (kept != place)
 					memcpy(copy->buffer + kept, page, LP_PAGE_SIZE);
 				kept += LP_PAGE_SIZE;

@@ -45,13 +45,42 @@ struct lp_scan {
 int lp_scan_pages(int pagemap_fd, const struct lp_scan *scan, uint64_t *next, uint64_t end, struct lp_run *out,
 		  size_t room, size_t *count);
 
+/* PE_* of a pagemap. */
+#define LP_PARENT 1
+#define LP_LAZY 2
+#define LP_PRESENT 4
+
 /*
- * The same pages as in `runs`, but with the flags `flag` replaced by `instead` where no level of the chain that
- * `held` was resolved from holds the data. Both are sorted. Returns how many runs that makes, which may be
- * more than the room that there was for them.
+ * From categories to flags: `unchanged` for the runs that have all of `with` and none of `without`, else `changed`.
  */
-size_t lp_keep_flag_within(const struct lp_run *runs, size_t nr_runs, const struct lp_extent *held, size_t nr_held,
-			   uint64_t flag, uint64_t instead, struct lp_run *out, size_t room);
+void lp_label_runs(struct lp_run *runs, size_t nr_runs, uint64_t with, uint64_t without, uint64_t unchanged,
+		   uint64_t changed);
+
+/* How many pages have all of `flags` (0: all pages). */
+uint64_t lp_count_pages(const struct lp_run *runs, size_t nr_runs, uint64_t flags);
+
+/*
+ * The functions below make new runs of the same pages, in order, and return how many; no more than `room` are stored.
+ */
+
+/* Without LAZY on the given pages (sorted addresses); one that has no other flag then becomes PRESENT. */
+size_t lp_pin_pages(const struct lp_run *runs, size_t nr_runs, const uint64_t *pages, size_t nr_pages,
+		    struct lp_run *out, size_t room);
+
+/*
+ * Without PARENT where no level of the chain that `held` was resolved from has the data. Such a page becomes PRESENT,
+ * but keeps LAZY alone if it has that and not `present`.
+ */
+size_t lp_check_parent(const struct lp_run *runs, size_t nr_runs, const struct lp_extent *held, size_t nr_held,
+		       int present, struct lp_run *out, size_t room);
+
+/* Levels of a chain, mapped, to compare pages with. */
+struct lp_parent {
+	const struct lp_extent *held; /* of the chain */
+	size_t nr_held;
+	const unsigned char *const *levels; /* pages files; NULL: not there */
+	const uint64_t *sizes;		    /* of them, bytes */
+};
 
 /* Where a copy of many runs has come to. */
 struct lp_cursor {
@@ -65,14 +94,15 @@ struct lp_copy {
 	int pages_fd; /* written at its position */
 	int drop_zero;	  /* leave out pages that are all zero */
 	int drop_missing; /* leave out pages that can't be read; else they are -EFAULT */
-	uint64_t copy_flag; /* runs without this flag are passed on uncopied */
+	const struct lp_parent *parent; /* NULL: not compared. Pages with the same bytes there are not written: */
+	uint64_t same_lazy;		/* what becomes of LAZY ones; others become PARENT */
 	unsigned char *buffer;
 	size_t buffer_size; /* bytes, whole pages */
 };
 
 /*
- * Copy on from *cursor until about max_pages were looked at or all are done (cursor->run == nr_runs), and
- * append to out the runs as they are now in the pages file: sorted, adjoining ones with the same flags as one.
+ * Copy on the PRESENT ones from *cursor until about max_pages were looked at or all are done (cursor->run ==
+ * nr_runs), and append to out what the pagemap has to say: sorted, adjoining ones with the same flags as one.
  * `room` must be at least max_pages + nr_runs + what was there. *written: pages, added to.
  */
 int lp_copy_pages(const struct lp_copy *copy, const struct lp_run *runs, size_t nr_runs, struct lp_cursor *cursor,

@@ -124,21 +124,28 @@ void lp_rewind_syscall(struct user_regs_struct *regs)
 	}
 }
 
-/* Bytes of an xsave area with these features in the standard layout, by CPUID leaf 13. */
+void lp_xstate_component(int nr, uint32_t *offset, uint32_t *size)
+{
+	uint32_t ecx, edx;
+
+	__cpuid_count(13, nr, *size, *offset, ecx, edx);
+}
+
+/* Bytes of an xsave area with these features in the standard layout. */
 static uint32_t xsave_size(uint64_t features)
 {
-	uint32_t size = XSAVE_MIN;
+	uint32_t end = XSAVE_MIN;
 
-	for (int i = 2; i < 63; i++) {
-		unsigned int a, b, c, d;
+	for (int nr = 2; nr < 63; nr++) {
+		uint32_t offset, size;
 
-		if (!(features & 1ULL << i))
+		if (!(features & 1ULL << nr))
 			continue;
-		__cpuid_count(13, i, a, b, c, d);
-		if (a + b > size)
-			size = a + b;
+		lp_xstate_component(nr, &offset, &size);
+		if (offset + size > end)
+			end = offset + size;
 	}
-	return size;
+	return end;
 }
 
 static void fill_frame(struct signal_frame *frame, const struct user_regs_struct *regs, uint64_t mask,

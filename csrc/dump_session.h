@@ -54,6 +54,9 @@ int lp_settled_regs(pid_t tid, struct user_regs_struct *regs);
  */
 void lp_rewind_syscall(struct user_regs_struct *regs);
 
+/* Where the CPU has component nr (2 to 62) in an xsave area of the standard layout, bytes; size 0: it has none. */
+void lp_xstate_component(int nr, uint32_t *offset, uint32_t *size);
+
 /* -EFAULT: no room below the stack pointer. -ENOTSUP: not a 64-bit thread. The thread is unchanged then. */
 int lp_session_begin(struct lp_session *session, pid_t tid, const struct lp_gadgets *gadgets);
 

@@ -2,8 +2,11 @@
 #include "dump_task.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <linux/kcmp.h>
+#include <stdio.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/ptrace.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -60,6 +63,45 @@ int lp_pending_signals(pid_t tid, int shared, unsigned char *siginfos, size_t ro
 		memcpy(siginfos + *count * SIGINFO_SIZE, one, SIGINFO_SIZE);
 		(*count)++;
 	}
+}
+
+int lp_peek_pipe(int fd, unsigned char *buffer, size_t size, size_t *count)
+{
+	char name[32];
+	int held, copy[2] = { -1, -1 };
+	int rc = 0;
+	int end; /* a read end of our own: fd may be the write end */
+
+	*count = 0;
+	snprintf(name, sizeof(name), "/proc/self/fd/%d", fd);
+	end = open(name, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
+	if (end < 0)
+		return -errno;
+	if (ioctl(end, FIONREAD, &held) < 0 || pipe2(copy, O_CLOEXEC | O_NONBLOCK) < 0) {
+		rc = -errno;
+	} else if (held) {
+		ssize_t got;
+
+		fcntl(copy[1], F_SETPIPE_SZ, fcntl(end, F_GETPIPE_SZ)); /* if refused: fewer bytes, seen below */
+		got = tee(end, copy[1], held, SPLICE_F_NONBLOCK);
+		if (got < 0)
+			rc = -errno;
+		else if (got < held || (size_t)held > size)
+			rc = -ENOBUFS;
+		while (!rc && *count < (size_t)held) {
+			got = read(copy[0], buffer + *count, held - *count);
+			if (got > 0)
+				*count += got;
+			else if (errno != EINTR)
+				rc = got < 0 ? -errno : -EIO;
+		}
+	}
+	close(end);
+	if (copy[0] >= 0) {
+		close(copy[0]);
+		close(copy[1]);
+	}
+	return rc;
 }
 
 int lp_robust_list(pid_t tid, uint64_t *head, uint64_t *size)

@@ -23,6 +23,12 @@ int lp_take_fd(pid_t pid, int fd, int *here);
  */
 int lp_pending_signals(pid_t tid, int shared, unsigned char *siginfos, size_t room, size_t *count);
 
+/*
+ * What is in a pipe, of which `fd` is either end, without taking it out: *count bytes; -ENOBUFS when it holds more than
+ * size or than a pipe that we may make.
+ */
+int lp_peek_pipe(int fd, unsigned char *buffer, size_t size, size_t *count);
+
 int lp_robust_list(pid_t tid, uint64_t *head, uint64_t *size);
 
 struct lp_rseq {

@@ -1,0 +1,98 @@
+"""The parent levels of a dump: which pages they hold, and their bytes to compare with."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dumptool._ptrace import ffi
+from dumptool.errors import DumpError
+from images_spec.errors import ImageError, ImageMissingError
+from images_spec.images import Kind, read_one
+from images_spec.pagemap import Pagemap
+from images_spec.placement import ExtentTable, resolve
+
+PARENT_LINK = "parent"
+MAX_LEVELS = 256
+
+
+class Chain:
+    """The levels below the one that is being made: its parent, the parent's parent, and so on."""
+
+    def __init__(self, directory: Path) -> None:
+        """``directory``: of the parent. Raises ``ImageError`` or ``DumpError`` when it is none."""
+        self.run_id = read_one(directory / Kind.INVENTORY.file_name(), Kind.INVENTORY).dump_criu_run_id
+        self.levels: list[Path] = []
+        here: Path | None = directory
+        while here is not None:
+            if len(self.levels) == MAX_LEVELS:
+                raise DumpError(f"{directory}: more than {MAX_LEVELS} levels of parents (a loop?)")
+            self.levels.append(here)
+            link = here / PARENT_LINK
+            here = link if os.path.lexists(link) else None
+
+    def pages_of(self, pid: int) -> ParentPages | None:
+        """What the levels hold of a process; None when the parent knows nothing of it.
+
+        Raises ``ImageError`` when a level can't be what its pagemap promises.
+        """
+        pagemaps: list[Pagemap | None] = []
+        for level in self.levels:
+            try:
+                pagemaps.append(Pagemap.load(level / Kind.PAGEMAP.file_name(pid)))
+            except ImageMissingError:
+                pagemaps.append(None)
+        if pagemaps[0] is None:
+            return None
+        paths: list[Path | None] = []
+        for level, pagemap in zip(self.levels, pagemaps, strict=True):
+            path = level / f"pages-{pagemap.pages_id}.img" if pagemap is not None else None
+            if pagemap is not None and path is not None and pagemap.present_pages:
+                try:
+                    pagemap.check_pages_size(path.stat().st_size, path)
+                except OSError as error:
+                    raise ImageError(path, f"can't be read: {error.strerror}") from None
+            paths.append(path)
+        return ParentPages(resolve(pagemaps, remote=False), paths)
+
+
+class ParentPages:
+    """Where the pages of one process are in a chain. Lazily maps the pages files, for comparing only."""
+
+    def __init__(self, extents: ExtentTable, paths: Sequence[Path | None]) -> None:
+        self.extents = extents
+        self._paths = paths
+        self._keep: list[Any] = []
+
+    @property
+    def extents_pointer(self) -> Any:
+        """``const struct lp_extent *`` (csrc/extent.h), valid while this object lives."""
+        return ffi.cast("const struct lp_extent *", self.extents.address)
+
+    def mapped(self) -> Any:
+        """``struct lp_parent *`` (csrc/dump_pages.h), valid while this object lives."""
+        levels, sizes = (
+            ffi.new("const unsigned char *[]", len(self._paths)),
+            ffi.new("uint64_t[]", len(self._paths)),
+        )
+        for index, path in enumerate(self._paths):
+            if path is None or not path.exists() or not (size := path.stat().st_size):
+                continue
+            with path.open("rb") as file:
+                view = mmap.mmap(file.fileno(), size, prot=mmap.PROT_READ)
+            self._keep.append(view)
+            levels[index], sizes[index] = ffi.cast("const unsigned char *", ffi.from_buffer(view)), size
+        parent = ffi.new(
+            "struct lp_parent *",
+            {
+                "held": self.extents_pointer,
+                "nr_held": len(self.extents),
+                "levels": levels,
+                "sizes": sizes,
+            },
+        )
+        self._keep += [levels, sizes, parent]
+        return parent

@@ -1,0 +1,260 @@
+"""Core images: the state of each thread, and of the process beside memory and files (images_spec/core.md).
+
+What /proc does not show is asked by system calls that a thread runs for us (``dumptool.tracee.session``).
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+from dumptool import proc, tracee
+from dumptool.errors import DumpError
+from dumptool.registers import thread_info
+from dumptool.survey import Task
+from images_spec.messages import (
+    CoreEntry,
+    CredsEntry,
+    ItimerEntry,
+    Machine,
+    PosixTimerEntry,
+    RlimitEntry,
+    RseqEntry,
+    SaEntry,
+    SiginfoEntry,
+    SignalQueueEntry,
+    TaskCoreEntry,
+    TaskKobjIdsEntry,
+    TaskRlimitsEntry,
+    TaskState,
+    TaskTimersEntry,
+    ThreadCoreEntry,
+    ThreadSasEntry,
+)
+
+NR_BRK = 12
+NR_RT_SIGACTION = 13
+NR_GETITIMER = 36
+NR_TIMER_GETTIME = 108
+NR_TIMER_GETOVERRUN = 109
+NR_SIGALTSTACK = 131
+NR_PRCTL = 157
+NR_MEMBARRIER = 324
+
+PR_GET_PDEATHSIG = 2
+PR_GET_DUMPABLE = 3
+PR_GET_SECUREBITS = 27
+PR_GET_CHILD_SUBREAPER = 37
+PR_GET_TID_ADDRESS = 40
+PR_GET_THP_DISABLE = 42
+MEMBARRIER_CMD_GET_REGISTRATIONS = 1 << 9
+
+SIGNALS = [signal for signal in range(1, 65) if signal not in (9, 19)]
+SIGSET_SIZE = 8
+SCHED_RT = (1, 2)
+
+
+@dataclass(frozen=True, slots=True)
+class Inside:
+    """What only system calls of the process tell of its memory: for the mm image."""
+
+    brk: int
+    dumpable: int
+    thp_disabled: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Captured:
+    """The core images of a process by thread id, and what else was learnt on the way.
+
+    ``stack_pointers``: of all threads.
+    """
+
+    cores: dict[int, CoreEntry]
+    inside: Inside
+    stack_pointers: tuple[int, ...]
+
+
+def capture(
+    task: Task, gadgets: tracee.Gadgets, components: dict[int, tuple[int, int]], ids: TaskKobjIdsEntry
+) -> Captured:
+    """All threads of a frozen process, which is unchanged afterwards."""
+    cores, pointers = {}, []
+    inside: Inside | None = None
+    for tid in task.process.threads:
+        regs, xstate = tracee.registers(tid), tracee.xstate(tid)
+        mask = tracee.signal_mask(tid)
+        pointers.append(regs.rsp)
+        with tracee.session(tid, gadgets) as session:
+            info = thread_info(regs, xstate, components, _tid_address(session))
+            core = CoreEntry(
+                mtype=Machine.MACHINE_X86_64,
+                thread_info=info,
+                thread_core=_thread_core(task, tid, mask, session),
+            )
+            if tid == task.pid:
+                core.tc.CopyFrom(_task_core(task, mask, session))
+                core.ids.CopyFrom(ids)
+                inside = Inside(
+                    brk=session.checked(NR_BRK, 0),
+                    dumpable=session.checked(NR_PRCTL, PR_GET_DUMPABLE),
+                    thp_disabled=bool(session.checked(NR_PRCTL, PR_GET_THP_DISABLE, 0, 0, 0, 0)),
+                )
+        cores[tid] = core
+    if inside is None:
+        raise DumpError(f"pid {task.pid}: its first thread has ended")
+    return Captured(cores, inside, tuple(pointers))
+
+
+def zombie(pid: int) -> CoreEntry:
+    """The core image of a process that has ended and waits for its parent."""
+    stat = proc.stat(pid)
+    task_core = TaskCoreEntry(
+        task_state=TaskState.TASK_DEAD,
+        exit_code=stat.exit_code,
+        personality=0,
+        flags=stat.flags,
+        blk_sigset=0,
+        comm=stat.comm,
+    )
+    return CoreEntry(mtype=Machine.MACHINE_X86_64, tc=task_core)
+
+
+def _tid_address(session: tracee.Session) -> int:
+    (address,) = session.filled("<Q", NR_PRCTL, lambda at: (PR_GET_TID_ADDRESS, at, 0, 0, 0))
+    return address
+
+
+def _thread_core(task: Task, tid: int, mask: int, session: tracee.Session) -> ThreadCoreEntry:
+    stat = proc.stat(task.pid, tid)
+    robust, robust_size = tracee.robust_list(tid)
+    stack, flags, size = session.filled("<QixxxxQ", NR_SIGALTSTACK, lambda at: (0, at))
+    (death_signal,) = session.filled("<i", NR_PRCTL, lambda at: (PR_GET_PDEATHSIG, at, 0, 0, 0))
+    core = ThreadCoreEntry(
+        futex_rla=robust,
+        futex_rla_len=robust_size,
+        sched_nice=stat.nice,
+        sched_policy=stat.policy,
+        blk_sigset=mask,
+        sas=ThreadSasEntry(ss_sp=stack, ss_size=size, ss_flags=flags & 0xFFFFFFFF),
+        signals_p=_queue(tracee.pending_signals(tid, shared=False)),
+        creds=credentials(
+            proc.status(task.pid, tid), session.checked(NR_PRCTL, PR_GET_SECUREBITS, 0, 0, 0, 0)
+        ),
+        comm=stat.comm,
+    )
+    if stat.policy in SCHED_RT:
+        core.sched_prio = stat.rt_priority
+    if death_signal:
+        core.pdeath_sig = death_signal
+    rseq = tracee.rseq(tid)
+    if rseq.address:
+        core.rseq_entry.CopyFrom(
+            RseqEntry(rseq_abi_pointer=rseq.address, rseq_abi_size=rseq.size, signature=rseq.signature)
+        )
+    return core
+
+
+def _task_core(task: Task, mask: int, session: tracee.Session) -> TaskCoreEntry:
+    pid = task.pid
+    stopped = task.process.stop_signal
+    (subreaper,) = session.filled("<i", NR_PRCTL, lambda at: (PR_GET_CHILD_SUBREAPER, at, 0, 0, 0))
+    core = TaskCoreEntry(
+        task_state=TaskState.TASK_STOPPED if stopped else TaskState.TASK_ALIVE,
+        exit_code=0,
+        personality=int(proc.read_text(pid, "personality"), 16),
+        flags=task.stat.flags,
+        blk_sigset=mask,
+        comm=task.stat.comm,
+        timers=TaskTimersEntry(
+            real=_itimer(session, 0),
+            virt=_itimer(session, 1),
+            prof=_itimer(session, 2),
+            posix=[_posix_timer(session, timer) for timer in _posix_timers(pid)],
+        ),
+        rlimits=TaskRlimitsEntry(
+            rlimits=[
+                RlimitEntry(cur=soft, max=hard)
+                for soft, hard in proc.parse_limits(proc.read_text(pid, "limits"))
+            ]
+        ),
+        signals_s=_queue(tracee.pending_signals(pid, shared=True)),
+        oom_score_adj=int(proc.read_text(pid, "oom_score_adj")),
+        sigactions=[_sigaction(session, signal) for signal in SIGNALS],
+        child_subreaper=bool(subreaper),
+    )
+    if stopped:
+        core.stop_signo = stopped
+    registrations = session.call(NR_MEMBARRIER, MEMBARRIER_CMD_GET_REGISTRATIONS, 0, 0)
+    if registrations > 0:  # an older kernel says EINVAL
+        core.membarrier_registration_mask = registrations
+    return core
+
+
+def _queue(signals: list[bytes]) -> SignalQueueEntry:
+    return SignalQueueEntry(signals=[SiginfoEntry(siginfo=siginfo) for siginfo in signals])
+
+
+def _itimer(session: tracee.Session, which: int) -> ItimerEntry:
+    interval, micro, value, value_micro = session.filled("<QQQQ", NR_GETITIMER, lambda at: (which, at))
+    return ItimerEntry(isec=interval, iusec=micro, vsec=value, vusec=value_micro)
+
+
+def _posix_timers(pid: int) -> list[proc.PosixTimer]:
+    return proc.parse_timers(proc.read_text(pid, "timers"))
+
+
+def _posix_timer(session: tracee.Session, timer: proc.PosixTimer) -> PosixTimerEntry:
+    interval, nano, value, value_nano = session.filled(
+        "<QQQQ", NR_TIMER_GETTIME, lambda at: (timer.ident, at)
+    )
+    entry = PosixTimerEntry(
+        it_id=timer.ident,
+        clock_id=timer.clock,
+        si_signo=timer.signal,
+        it_sigev_notify=timer.notify,
+        sival_ptr=timer.value,
+        overrun=session.checked(NR_TIMER_GETOVERRUN, timer.ident),
+        isec=interval,
+        insec=nano,
+        vsec=value,
+        vnsec=value_nano,
+    )
+    if timer.thread is not None:
+        entry.notify_thread_id = timer.thread
+    return entry
+
+
+def _sigaction(session: tracee.Session, signal: int) -> SaEntry:
+    handler, flags, restorer, mask = session.filled(
+        "<QQQQ", NR_RT_SIGACTION, lambda at: (signal, 0, at, SIGSET_SIZE)
+    )
+    return SaEntry(sigaction=handler, flags=flags, restorer=restorer, mask=mask, compat_sigaction=False)
+
+
+def credentials(status: dict[str, str], securebits: int) -> CredsEntry:
+    """Of a thread's /proc status (proc_pid_status(5))."""
+    uid, euid, suid, fsuid = map(int, status["Uid"].split())
+    gid, egid, sgid, fsgid = map(int, status["Gid"].split())
+
+    def capabilities(name: str) -> tuple[int, ...]:
+        return struct.unpack("<II", int(status[name], 16).to_bytes(8, "little"))
+
+    return CredsEntry(
+        uid=uid,
+        gid=gid,
+        euid=euid,
+        egid=egid,
+        suid=suid,
+        sgid=sgid,
+        fsuid=fsuid,
+        fsgid=fsgid,
+        cap_inh=capabilities("CapInh"),
+        cap_prm=capabilities("CapPrm"),
+        cap_eff=capabilities("CapEff"),
+        cap_bnd=capabilities("CapBnd"),
+        secbits=securebits,
+        groups=map(int, status["Groups"].split()),
+        no_new_privs=int(status["NoNewPrivs"]),
+        cap_amb=capabilities("CapAmb"),
+    )

@@ -1,0 +1,172 @@
+"""Stop a whole tree of processes, and let it go on again.
+
+Threads are seized (PTRACE_SEIZE): when we die, however we die, the kernel lets them all go on (ptrace(2)).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+
+from dumptool import proc, tracee
+from dumptool.errors import DumpError, TaskGoneError
+
+
+@dataclass(slots=True)
+class Process:
+    """A process of the tree. ``threads``: the leader's id first. ``ppid``: 0 for the root of the tree.
+
+    ``stop_signal``: of the job-control stop that it is in, else 0. A zombie has no threads to trace.
+    """
+
+    pid: int
+    ppid: int
+    threads: list[int]
+    zombie: bool = False
+    stop_signal: int = 0
+
+
+def members(root: int) -> list[Process]:
+    """The tree as it is now, parents before children; it may change under our eyes unless it is frozen."""
+    found: list[Process] = []
+    todo = [(root, 0)]
+    while todo:
+        pid, ppid = todo.pop(0)
+        try:
+            zombie = proc.stat(pid).state in "ZX"
+            threads = proc.threads(pid)
+            below = [] if zombie else [child for tid in threads for child in proc.children(pid, tid)]
+        except TaskGoneError:
+            if pid == root:
+                raise
+            continue
+        found.append(Process(pid, ppid, threads, zombie))
+        todo += [(child, pid) for child in below]
+    return found
+
+
+@dataclass
+class FrozenTree:
+    """All threads of a tree, stopped and traced by the calling thread; see ``freeze``.
+
+    ``freezing_time``: seconds that stopping took. ``frozen_since``: time.monotonic() when all were stopped.
+    """
+
+    processes: list[Process]
+    freezing_time: float
+    frozen_since: float
+    _stopped: set[int] = field(repr=False, default_factory=set)
+
+    @property
+    def root(self) -> Process:
+        return self.processes[0]
+
+    @property
+    def alive(self) -> list[Process]:
+        """Without the zombies."""
+        return [process for process in self.processes if not process.zombie]
+
+    def thaw(self) -> float:
+        """Let all go on; seconds that they were frozen. Calling it again does nothing."""
+        for tid in sorted(self._stopped):
+            tracee.detach(tid)
+        self._stopped.clear()
+        return time.monotonic() - self.frozen_since
+
+    def kill(self) -> None:
+        """End all processes; when this returns none of them exists, but perhaps as a zombie of its parent."""
+        for process in self.alive:
+            with suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGKILL)
+        for tid in sorted(self._stopped, reverse=True):
+            with suppress(ChildProcessError):
+                while not _has_ended(os.waitpid(tid, 0x40000000)[1]):  # __WALL
+                    pass
+        self._stopped.clear()
+
+
+def _has_ended(status: int) -> bool:
+    return os.WIFEXITED(status) or os.WIFSIGNALED(status)
+
+
+class _Freezer:
+    def __init__(self, root: int, timeout: float) -> None:
+        self._root, self._deadline = root, time.monotonic() + timeout
+        self.stopped: dict[int, int] = {}
+
+    def run(self) -> list[Process]:
+        """Seize and stop what is there, until a look round finds nothing new."""
+        while True:
+            tree = members(self._root)
+            new = [
+                tid
+                for process in tree
+                if not process.zombie
+                for tid in process.threads
+                if tid not in self.stopped
+            ]
+            if tree[0].zombie:
+                raise DumpError(f"pid {self._root} is a zombie: it has nothing to save but its exit code")
+            if not new:
+                return tree
+            self._stop(new)
+
+    def _stop(self, tids: list[int]) -> None:
+        waiting = []
+        for tid in tids:
+            # A thread that ends just now is not there in the next look round.
+            with suppress(TaskGoneError):
+                tracee.seize(tid)
+                tracee.interrupt(tid)
+                waiting.append(tid)
+        pause = 0.00002
+        while waiting:
+            still = []
+            for tid in waiting:
+                with suppress(TaskGoneError):
+                    group_stop = tracee.poll_stop(tid)
+                    if group_stop is None:
+                        still.append(tid)
+                    else:
+                        self.stopped[tid] = group_stop
+            waiting = still
+            if waiting:
+                if time.monotonic() > self._deadline:
+                    raise DumpError(f"thread {waiting[0]} does not stop ({_why(waiting[0])})")
+                time.sleep(pause)
+                pause = min(pause * 1.5, 0.005)
+
+
+def _why(tid: int) -> str:
+    try:
+        state, place = proc.stat(tid).state, proc.read_text(tid, "wchan") or "running"
+    except DumpError:
+        return "it is ending"
+    return f"state {state}, in {place}"
+
+
+@contextmanager
+def freeze(root: int, timeout: float = 10) -> Iterator[FrozenTree]:
+    """Stop the tree under ``root``; it goes on at the end of the block, whatever happened, unless killed.
+
+    Raises ``DumpError`` when something is traced already or does not stop within ``timeout`` seconds.
+    """
+    begin = time.monotonic()
+    freezer = _Freezer(root, timeout)
+    try:
+        processes = freezer.run()
+        now = time.monotonic()
+        for process in processes:
+            process.stop_signal = 0 if process.zombie else freezer.stopped[process.pid]
+        tree = FrozenTree(processes, now - begin, now, set(freezer.stopped))
+    except BaseException:
+        FrozenTree([], 0, begin, set(freezer.stopped)).thaw()
+        raise
+    try:
+        yield tree
+    finally:
+        tree.thaw()

@@ -1,0 +1,152 @@
+"""Mappings as mm images have them, and which of their pages belong to the task alone (images_spec/mm.md)."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from dumptool import proc
+from dumptool.core import Inside
+from dumptool.survey import Task, is_shared_anonymous
+from images_spec.flags import (
+    MAP_ANONYMOUS,
+    MAP_GROWSDOWN,
+    MAP_LOCKED,
+    MAP_PRIVATE,
+    MAP_SHARED,
+    VMA_ANON_PRIVATE,
+    VMA_ANON_SHARED,
+    VMA_FILE_PRIVATE,
+    VMA_FILE_SHARED,
+    VMA_HEAP,
+    VMA_REGULAR,
+    VMA_VDSO,
+    VMA_VSYSCALL,
+    VMA_VVAR,
+    lazy_capable,
+)
+from images_spec.messages import MmEntry, VmaEntry
+
+MAP_NORESERVE = 0x4000
+PROT_READ = 1
+AUXV_WORDS = 44
+"""More, and CRIU's restore calls the image corrupted (observed with 4.1.1)."""
+SPECIAL = {
+    "[vdso]": VMA_REGULAR | VMA_ANON_PRIVATE | VMA_VDSO,
+    "[vvar]": VMA_REGULAR | VMA_ANON_PRIVATE | VMA_VVAR,
+    "[vvar_vclock]": VMA_REGULAR | VMA_ANON_PRIVATE | VMA_VVAR,
+    "[vsyscall]": VMA_ANON_PRIVATE | VMA_VSYSCALL,
+}
+"""What the kernel maps by itself, as CRIU 4.1.1 has it (observed); vsyscall is not REGULAR: nothing is restored."""
+
+ADVICE = {"rr": 1, "sr": 2, "dc": 10, "mg": 12, "hg": 14, "nh": 15, "dd": 16, "wf": 18}
+"""VmFlags -> the MADV_* number that sets it (proc_pid_smaps(5), madvise(2))."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mapping:
+    """A mapping to be written: its image entry, and how its pages are to be had.
+
+    ``private``: pages may belong to the task alone. ``file_backed``: unchanged ones are in a file.
+    ``lazy``: the restorer can leave pages to the daemon. ``readable``: with process_vm_readv. ``new``: made
+    since soft-dirty bits were last cleared.
+    """
+
+    entry: VmaEntry
+    private: bool
+    file_backed: bool
+    lazy: bool
+    readable: bool
+    new: bool
+
+
+FileIds = Callable[[proc.Vma], tuple[int, int]]
+"""The id of a mapped file in files.img, and the O_* flags that it is opened with."""
+
+
+def describe(task: Task, file_id: FileIds) -> list[Mapping]:
+    """All mappings of a process, in order."""
+    mappings: list[Mapping] = []
+    for vma in task.layout.vmas:
+        flags = task.layout.flags[vma.start]
+        entry = _entry(vma, flags, file_id)
+        before = mappings[-1].entry if mappings else None
+        if before is not None and before.status & entry.status & VMA_VVAR and before.end == entry.start:
+            before.end = entry.end  # newer kernels have it in two parts; CRIU knows one
+            continue
+        special = entry.status & (VMA_VVAR | VMA_VSYSCALL)
+        mappings.append(
+            Mapping(
+                entry=entry,
+                private=bool(entry.flags & MAP_PRIVATE) and not special,
+                file_backed=bool(entry.status & VMA_FILE_PRIVATE),
+                lazy=lazy_capable(entry.flags, entry.status),
+                readable=bool(vma.prot & PROT_READ),
+                new="sd" in flags,
+            )
+        )
+    return mappings
+
+
+def _entry(vma: proc.Vma, flags: frozenset[str], file_id: FileIds) -> VmaEntry:
+    entry = VmaEntry(
+        start=vma.start,
+        end=vma.end,
+        pgoff=0,
+        shmid=0,
+        prot=vma.prot,
+        flags=MAP_SHARED if vma.shared else MAP_PRIVATE,
+        status=VMA_REGULAR,
+        fd=-1,
+    )
+    for flag, bit in (("gd", MAP_GROWSDOWN), ("lo", MAP_LOCKED), ("nr", MAP_NORESERVE)):
+        if flag in flags:
+            entry.flags |= bit
+    advice = sum(1 << number for flag, number in ADVICE.items() if flag in flags)
+    if vma.name in SPECIAL:
+        entry.flags = MAP_PRIVATE | MAP_ANONYMOUS
+        entry.status = SPECIAL[vma.name]
+    elif is_shared_anonymous(vma):
+        entry.flags |= MAP_ANONYMOUS
+        entry.status |= VMA_ANON_SHARED
+        entry.pgoff, entry.shmid = vma.pgoff, vma.inode
+    elif vma.inode:
+        entry.status |= VMA_FILE_SHARED if vma.shared else VMA_FILE_PRIVATE
+        entry.pgoff = vma.pgoff
+        entry.shmid, entry.fdflags = file_id(vma)
+    else:
+        entry.flags |= MAP_ANONYMOUS
+        entry.status |= VMA_ANON_PRIVATE | (VMA_HEAP if vma.name == "[heap]" else 0)
+    if advice:
+        entry.madv = advice
+    return entry
+
+
+def mm_entry(task: Task, inside: Inside, mappings: list[Mapping], exe_id: int) -> MmEntry:
+    """The mm image of a process."""
+    stat_ = task.stat
+    return MmEntry(
+        start_code=stat_.start_code,
+        end_code=stat_.end_code,
+        start_data=stat_.start_data,
+        end_data=stat_.end_data,
+        start_stack=stat_.start_stack,
+        start_brk=stat_.start_brk,
+        brk=inside.brk,
+        arg_start=stat_.arg_start,
+        arg_end=stat_.arg_end,
+        env_start=stat_.env_start,
+        env_end=stat_.env_end,
+        exe_file_id=exe_id,
+        saved_auxv=auxiliary_vector(proc.read(task.pid, "auxv")),
+        vmas=[mapping.entry for mapping in mappings],
+        dumpable=inside.dumpable,
+        thp_disabled=inside.thp_disabled,
+    )
+
+
+def auxiliary_vector(data: bytes) -> tuple[int, ...]:
+    """The words of /proc/<pid>/auxv, no more than CRIU takes: what the end of a long one tells is lost."""
+    words = struct.unpack(f"<{len(data) // 8}Q", data)
+    return words if len(words) <= AUXV_WORDS else (*words[: AUXV_WORDS - 2], 0, 0)

@@ -1,0 +1,320 @@
+"""Which pages of a process go into an image, and how they get there.
+
+Nothing here has a Python object per page: pages are runs in C arrays (csrc/dump_pages.h).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from dumptool._ptrace import ffi, lib
+from dumptool.chain import ParentPages
+from dumptool.errors import DumpError, system_error
+from dumptool.mappings import Mapping
+from images_spec.flags import PAGE_SIZE, PE_LAZY, PE_PARENT, PE_PRESENT
+from images_spec.pagemap import PagemapWriter
+
+BUFFER_PAGES = 256
+"""Read and written at a time: 1 MiB, which stays in the CPU's cache."""
+STEP_PAGES = 16384
+"""Copied per call into C: how often progress is told."""
+CHUNK = 4096
+"""Runs that an array has room for at first."""
+
+NEVER = (1 << 63, 0)
+"""A category that no page has."""
+
+Progress = Callable[[int], None]
+"""Called with how many pages were copied since the last call."""
+
+
+@dataclass(frozen=True, slots=True)
+class Marks:
+    """How pages are labelled.
+
+    ``with_``, ``without``: categories (LP_PAGE_*) that mean a page has not changed since the parent level;
+    both 0: nothing is known, all have. ``lazy_dump``: pages that can be lazy are not written
+    (``--lazy-pages``). ``lazy_parents``: unchanged pages that can be lazy are PARENT|LAZY, not PARENT alone.
+    """
+
+    with_: int = 0
+    without: int = 0
+    lazy_dump: bool = False
+    lazy_parents: bool = True
+
+    @property
+    def known(self) -> bool:
+        return bool(self.with_ or self.without)
+
+    def unchanged(self, *, lazy: bool) -> int:
+        return PE_PARENT | (PE_LAZY if lazy and self.lazy_parents else 0)
+
+    def changed(self, *, lazy: bool) -> int:
+        if not lazy:
+            return PE_PRESENT
+        return PE_LAZY if self.lazy_dump else PE_LAZY | PE_PRESENT
+
+
+class Runs:
+    """A growing array of ``struct lp_run``."""
+
+    def __init__(self, room: int = CHUNK) -> None:
+        self.array = ffi.new("struct lp_run[]", max(room, 1))
+        self.room, self.count = max(room, 1), 0
+
+    def __iter__(self) -> Iterator[tuple[int, int, int]]:
+        for index in range(self.count):
+            run = self.array[index]
+            yield int(run.start), int(run.end), int(run.flags)
+
+    def reserve(self, more: int) -> None:
+        """Make room for this many beyond those that are there."""
+        if self.count + more > self.room:
+            room = max(2 * self.room, self.count + more)
+            array = ffi.new("struct lp_run[]", room)
+            ffi.memmove(array, self.array, self.count * ffi.sizeof("struct lp_run"))
+            self.array, self.room = array, room
+
+    @property
+    def end(self) -> Any:
+        """Pointer behind the last one."""
+        return self.array + self.count
+
+    def pages(self, flags: int = 0) -> int:
+        """How many have all of the flags."""
+        return int(lib.lp_count_pages(self.array, self.count, flags))
+
+    def rewritten(self, function: Callable[..., int], *arguments: object) -> Runs:
+        """What one of the functions of dump_pages.h makes of these runs."""
+        room = self.count + CHUNK
+        while True:
+            made = Runs(room)
+            made.count = function(self.array, self.count, *arguments, made.array, made.room)
+            if made.count <= made.room:
+                return made
+            room = made.count
+
+
+@dataclass(slots=True)
+class Part:
+    """Runs that are copied in the same way. ``readable``: see Mapping; ``drop_zero``: zero needs no entry."""
+
+    runs: Runs
+    readable: bool
+    drop_zero: bool
+
+
+def scan(
+    pagemap_fd: int,
+    mappings: Iterable[Mapping],
+    marks: Marks,
+    *,
+    protect: bool = False,
+    stack_pointers: Sequence[int] = (),
+) -> list[Part]:
+    """The pages that a process has for itself, labelled; in order.
+
+    ``protect``: write-protect them at the same time, where a userfaultfd of ours allows it: what is written
+    later can then be told. Pages with a stack pointer must be there before the task runs: never lazy.
+    """
+    pins = sorted({pointer // PAGE_SIZE * PAGE_SIZE for pointer in stack_pointers})
+    pages = ffi.new("uint64_t[]", pins)
+    parts = []
+    private = (mapping for mapping in mappings if mapping.private)
+    for (readable, file_backed), group in groupby(private, lambda one: (one.readable, one.file_backed)):
+        runs = Runs()
+        for mapping in group:
+            first = runs.count
+            _scan_mapping(pagemap_fd, mapping, protect, runs)
+            lib.lp_label_runs(
+                runs.array + first,
+                runs.count - first,
+                *((marks.with_, marks.without) if marks.known and not mapping.new else NEVER),
+                marks.unchanged(lazy=mapping.lazy),
+                marks.changed(lazy=mapping.lazy),
+            )
+        if runs.count:
+            runs = runs.rewritten(lib.lp_pin_pages, pages, len(pins))
+            parts.append(Part(runs, readable, not file_backed))
+    return parts
+
+
+def _scan_mapping(pagemap_fd: int, mapping: Mapping, protect: bool, runs: Runs) -> None:
+    what = ffi.new(
+        "struct lp_scan *",
+        {
+            "excluded": lib.LP_PAGE_FILE if mapping.file_backed else lib.LP_PAGE_PFNZERO,
+            "any": lib.LP_PAGE_PRESENT | lib.LP_PAGE_SWAPPED,
+            "wanted": lib.LP_PAGE_WPALLOWED | lib.LP_PAGE_WRITTEN | lib.LP_PAGE_SOFT_DIRTY,
+            "protect": protect,
+        },
+    )
+    at, count = ffi.new("uint64_t *", mapping.entry.start), ffi.new("size_t *")
+    while at[0] < mapping.entry.end:
+        runs.reserve(CHUNK)
+        outcome = lib.lp_scan_pages(
+            pagemap_fd, what, at, mapping.entry.end, runs.end, runs.room - runs.count, count
+        )
+        runs.count += count[0]
+        if outcome == -1 and protect:  # EPERM: this mapping is not ours to protect
+            what.protect = False
+        elif outcome:
+            raise system_error(-outcome, f"pages of {mapping.entry.start:#x}-{mapping.entry.end:#x}")
+
+
+def only_in_parent(parts: Iterable[Part], parent: ParentPages | None, marks: Marks) -> list[Part]:
+    """The parts with PARENT only where the chain has the page; the others become data (or lazy)."""
+    held, count = (ffi.NULL, 0) if parent is None else (parent.extents_pointer, len(parent.extents))
+    return [
+        Part(
+            part.runs.rewritten(lib.lp_check_parent, held, count, not marks.lazy_dump),
+            part.readable,
+            part.drop_zero,
+        )
+        for part in parts
+    ]
+
+
+@dataclass(slots=True)
+class Counts:
+    """Numbers of pages: looked at, left to the parent, written, left to the page server."""
+
+    scanned: int = 0
+    in_parent: int = 0
+    written: int = 0
+    lazy: int = 0
+
+    def add(self, other: Counts) -> None:
+        self.scanned += other.scanned
+        self.in_parent += other.in_parent
+        self.written += other.written
+        self.lazy += other.lazy
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where bytes come from: the memory of ``pid``, or a file (``fd``, then addresses are offsets).
+
+    ``running``: the process runs, pages may vanish under our hands; they are left out then.
+    ``compare``: pages that have the same bytes there are left to the parent.
+    """
+
+    pid: int
+    fd: int | None = None
+    running: bool = False
+    compare: ParentPages | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """The images to be written: a pagemap by the given name, and pages-<pages_id>.img beside it."""
+
+    directory: Path
+    pagemap_name: str
+    pages_id: int
+
+    @property
+    def pages(self) -> Path:
+        return self.directory / f"pages-{self.pages_id}.img"
+
+
+def write(target: Target, source: Source, parts: Sequence[Part], marks: Marks, progress: Progress) -> Counts:
+    """Writes a pagemap and its pages file. Raises ``DumpError`` (memory), ``ImageError`` (files)."""
+    counts = Counts()
+    path = target.pages
+    try:
+        pages_fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise DumpError(f"{path}: can't be written: {error.strerror}") from None
+    try:
+        with PagemapWriter(target.directory / target.pagemap_name, target.pages_id) as writer:
+            for part in parts:
+                counts.scanned += part.runs.pages()
+                for runs in _copied(pages_fd, source, part, marks):
+                    written = 0
+                    for start, end, flags in runs:
+                        nr_pages = (end - start) // PAGE_SIZE
+                        writer.add(start, nr_pages, flags)
+                        if flags & PE_PARENT:
+                            counts.in_parent += nr_pages
+                        elif flags & PE_PRESENT:
+                            written += nr_pages
+                        else:
+                            counts.lazy += nr_pages
+                    counts.written += written
+                    progress(written)
+    finally:
+        os.close(pages_fd)
+    return counts
+
+
+def _copied(pages_fd: int, source: Source, part: Part, marks: Marks) -> Iterator[Runs]:
+    """Copies a part step by step; what the pagemap has to say of each step."""
+    mem_fd = source.fd
+    if mem_fd is None and not part.readable:
+        mem_fd = os.open(f"/proc/{source.pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
+    buffer = ffi.new("unsigned char[]", BUFFER_PAGES * PAGE_SIZE)
+    parent = source.compare.mapped() if source.compare is not None else ffi.NULL
+    copy = ffi.new(
+        "struct lp_copy *",
+        {
+            "pid": source.pid,
+            "mem_fd": -1 if mem_fd is None else mem_fd,
+            "pages_fd": pages_fd,
+            "drop_zero": part.drop_zero,
+            "drop_missing": source.running,
+            "parent": parent,
+            "same_lazy": marks.unchanged(lazy=True),
+            "buffer": buffer,
+            "buffer_size": BUFFER_PAGES * PAGE_SIZE,
+        },
+    )
+    cursor, found, written = (ffi.new(kind) for kind in ("struct lp_cursor *", "size_t *", "uint64_t *"))
+    made = Runs(STEP_PAGES + BUFFER_PAGES + part.runs.count)
+    try:
+        while cursor.run < part.runs.count:
+            found[0] = 0
+            outcome = lib.lp_copy_pages(
+                copy,
+                part.runs.array,
+                part.runs.count,
+                cursor,
+                STEP_PAGES,
+                made.array,
+                made.room,
+                found,
+                written,
+            )
+            if outcome == -14:  # EFAULT
+                run = part.runs.array[cursor.run]
+                raise DumpError(f"pid {source.pid}: page {run.start + cursor.offset:#x} can't be read")
+            if outcome:
+                raise system_error(-outcome, f"copying pages of pid {source.pid}")
+            made.count = found[0]
+            yield made
+    finally:
+        if mem_fd is not None and mem_fd != source.fd:
+            os.close(mem_fd)
+
+
+def shared_part(fd: int, size: int) -> Part:
+    """The pages that shared memory has, which is open as ``fd``; addresses are offsets."""
+    runs = Runs()
+    at = 0
+    while at < size:
+        try:
+            start = os.lseek(fd, at, os.SEEK_DATA)
+        except OSError:  # ENXIO: only a hole is left
+            break
+        at = os.lseek(fd, start, os.SEEK_HOLE)
+        runs.reserve(1)
+        run = runs.array[runs.count]
+        run.start, run.end = start // PAGE_SIZE * PAGE_SIZE, -(-at // PAGE_SIZE) * PAGE_SIZE
+        run.flags = PE_PRESENT
+        runs.count += 1
+    return Part(runs, readable=True, drop_zero=True)

@@ -1,0 +1,311 @@
+"""What a tree of processes has, and what of that images can't hold.
+
+Made twice: before anything is stopped, so that a refusal costs the tasks nothing, and once more when all
+is frozen, because they may have changed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from dumptool import proc, trackers
+from dumptool.errors import DumpError, Refusal, TaskGoneError, UnsupportedError
+from dumptool.freeze import Process
+from dumptool.tracee import Same, same
+
+NAMESPACES = (
+    "cgroup",
+    "ipc",
+    "mnt",
+    "net",
+    "pid",
+    "pid_for_children",
+    "time",
+    "time_for_children",
+    "user",
+    "uts",
+)
+
+MEMORY_DEVICES = frozenset(os.makedev(1, minor) for minor in (3, 5, 7, 8, 9))
+"""/dev/null, zero, full, random, urandom: nothing but their name to remember."""
+TTY_MAJORS = frozenset({4, 5, *range(136, 144)})
+"""Consoles, /dev/tty and /dev/console, pseudo-terminals (Documentation/admin-guide/devices.txt)."""
+PTS_MAJORS = range(136, 144)
+
+OWN_LOCKS = ("POSIX", "FLOCK", "OFDLCK")
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What the user allows: a session and terminal of somebody else (``shell_job``), ``file_locks``."""
+
+    shell_job: bool = False
+    file_locks: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What /proc has on one live process. ``files``: without the descriptors of our own ``trackers``."""
+
+    process: Process
+    stat: proc.Stat
+    status: dict[str, str]
+    layout: proc.Layout
+    files: tuple[proc.OpenFile, ...]
+    trackers: tuple[trackers.Tracker, ...]
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+
+def look_at(process: Process, before: Task | None = None) -> Task:
+    """Reads what there is to know. ``before``: an earlier look, which can save work."""
+    pid = process.pid
+    files = list(proc.open_files(pid))
+    found = trackers.find(pid, files)
+    ours = {fd for tracker in found for fd in tracker.fds}
+    return Task(
+        process=process,
+        stat=proc.stat(pid),
+        status=proc.status(pid),
+        layout=proc.layout(pid, before.layout if before else None),
+        files=tuple(file for file in files if file.fd not in ours),
+        trackers=tuple(found),
+    )
+
+
+def look_at_all(processes: Iterable[Process], before: dict[int, Task] | None = None) -> dict[int, Task]:
+    """All but the zombies; by pid. A process that ends meanwhile is left out."""
+    tasks = {}
+    for process in processes:
+        if not process.zombie:
+            try:
+                tasks[process.pid] = look_at(process, (before or {}).get(process.pid))
+            except TaskGoneError:
+                if process.ppid == 0:
+                    raise
+    return tasks
+
+
+def check(processes: Sequence[Process], tasks: dict[int, Task], options: Options) -> None:
+    """Raises ``UnsupportedError`` with everything that stands in the way."""
+    refusals: list[Refusal] = []
+    for process in processes:
+        refusals += _family(process, {one.pid for one in processes}, options)
+        if process.zombie and len(process.threads) > 1:
+            refusals.append(Refusal(process.pid, "", "its first thread has ended, others have not"))
+    for task in tasks.values():
+        refusals += _process(task)
+        refusals += _files(task, options)
+        refusals += _mappings(task)
+    refusals += _pipes(tasks)
+    refusals += _shared(list(tasks.values()))
+    if refusals:
+        raise UnsupportedError(sorted(set(refusals)))
+
+
+def _family(process: Process, pids: Collection[int], options: Options) -> Iterator[Refusal]:
+    if options.shell_job:
+        return
+    own = proc.stat(process.pid)
+    for kind, leader in (("session", own.session), ("process group", own.pgrp)):
+        if leader not in pids:
+            yield Refusal(
+                process.pid,
+                "",
+                f"is in {kind} {leader}, whose leader is not dumped with it: start it with `setsid`, "
+                "or dump and restore it with --shell-job",
+            )
+
+
+def _process(task: Task) -> Iterator[Refusal]:
+    pid, status = task.pid, task.status
+    for tid in task.process.threads:
+        try:
+            fields = proc.status(pid, tid)
+        except TaskGoneError:
+            continue
+        tracer = int(fields.get("TracerPid", "0"))
+        if tracer not in (0, os.getpid()):
+            yield Refusal(pid, "", f"thread {tid} is traced by pid {tracer} (a debugger or strace): end that")
+        if fields.get("Seccomp", "0") != "0":
+            yield Refusal(pid, "", f"thread {tid} is under seccomp, which is not saved")
+        if fields.get("x86_Thread_features", ""):
+            yield Refusal(pid, "", f"thread {tid} has a shadow stack, which is not saved")
+    for name in NAMESPACES:
+        try:
+            theirs, ours = proc.readlink(pid, f"ns/{name}"), os.readlink(f"/proc/self/ns/{name}")
+        except FileNotFoundError:
+            continue  # not in this kernel
+        if theirs != ours:
+            yield Refusal(pid, "", f"is in a namespace of its own ({theirs}): run dumptool inside of it")
+    root = proc.stat_through(pid, "root")
+    if not os.path.samestat(root, os.stat("/")):
+        yield Refusal(pid, "", f"has another root directory (chroot): {proc.readlink(pid, 'root')}")
+    for name in ("cwd", "exe"):
+        link = proc.readlink(pid, name)
+        if not _has_name(link, proc.stat_through(pid, name)):
+            yield Refusal(pid, name, f"{link} can't be found under this name")
+    if int(status.get("CoreDumping", "0")):
+        yield Refusal(pid, "", "is dumping core")
+
+
+def _has_name(link: str, status: os.stat_result) -> bool:
+    """Whether a file can be opened again by its name."""
+    try:
+        return os.path.samestat(os.stat(link), status)
+    except OSError:
+        return False
+
+
+def _files(task: Task, options: Options) -> Iterator[Refusal]:
+    for file in task.files:
+        where = f"fd {file.fd}"
+        what = _unsupported(file, options)
+        if what:
+            yield Refusal(task.pid, where, what)
+        for lock in file.info.locks:
+            if lock.kind not in OWN_LOCKS or lock.mandatory:
+                yield Refusal(task.pid, where, f"{lock.kind.lower()} lock on {file.link} is not saved")
+            elif not options.file_locks:
+                yield Refusal(task.pid, where, f"a lock is held on {file.link}: allow it with --file-locks")
+
+
+def _unsupported(file: proc.OpenFile, options: Options) -> str | None:
+    """Why a descriptor can't be saved; None when it can."""
+    mode, link = file.status.st_mode, file.link
+    if stat.S_ISSOCK(mode):
+        return f"{link} is a socket; sockets are not saved"
+    if link.startswith("/memfd:"):
+        return f"{link} is a memfd, which is not saved"
+    if not link.startswith("/") and not stat.S_ISFIFO(mode):
+        return f"{link} is not saved"
+    if stat.S_ISFIFO(mode):
+        return None if link.startswith("pipe:") else f"{link} is a named pipe, which is not saved"
+    if stat.S_ISCHR(mode):
+        if os.major(file.status.st_rdev) in PTS_MAJORS:
+            return None if options.shell_job else f"{link} is a terminal: allow it with --shell-job"
+        if file.status.st_rdev not in MEMORY_DEVICES:
+            return f"{link} is a device, which is not saved"
+    elif stat.S_ISBLK(mode):
+        return f"{link} is a block device, which is not saved"
+    if not _has_name(link, file.status):
+        return f"{link} can't be found under this name (deleted, renamed, or below a mount)"
+    return None
+
+
+def _mappings(task: Task) -> Iterator[Refusal]:
+    tracked = any(tracker.owned_by(task.pid, task.stat.start_time) for tracker in task.trackers)
+    for vma in task.layout.vmas:
+        what = _unsupported_mapping(task.pid, vma, task.layout.flags[vma.start], tracked=tracked)
+        if what:
+            yield Refusal(task.pid, f"mapping {vma.start:x}-{vma.end:x}", what)
+
+
+def _unsupported_mapping(pid: int, vma: proc.Vma, flags: frozenset[str], *, tracked: bool) -> str | None:
+    """Why a mapping can't be saved; None when it can. ``flags``: VmFlags (proc_pid_smaps(5))."""
+    if vma.name in ("[vdso]", "[vvar]", "[vvar_vclock]", "[vsyscall]"):
+        return None
+    for flag, what in (
+        ("ht", "huge pages (hugetlb)"),
+        ("ss", "a shadow stack"),
+        ("um", "a userfaultfd that is not ours"),
+        ("ui", "a userfaultfd that is not ours"),
+    ):
+        if flag in flags:
+            return f"has {what}, which is not saved"
+    if "uw" in flags and not tracked:
+        return "has a userfaultfd that is not ours, which is not saved"
+    for prefix, what in (
+        ("/memfd:", "a memfd"),
+        ("/SYSV", "System V shared memory"),
+        ("/[aio]", "an asynchronous-I/O ring"),
+        ("anon_inode:", "a special mapping"),
+        ("socket:", "a socket's mapping"),
+        ("[uprobes]", "a uprobe's mapping"),
+    ):
+        if vma.name.startswith(prefix):
+            return f"is {what} ({vma.name}), which is not saved"
+    if {"io", "pf"} & flags or (vma.name.startswith("[") and "mm" in flags):
+        return f"is a device's or special mapping ({vma.name or 'no name'}), which is not saved"
+    if vma.inode and not is_shared_anonymous(vma):
+        status = proc.stat_through(pid, vma.link)
+        if not (stat.S_ISREG(status.st_mode) or status.st_rdev in MEMORY_DEVICES):
+            return f"is of {vma.name}, which is no regular file"
+        if not _has_name(mapped_name(pid, vma), status):
+            return f"{vma.name} can't be found under this name (deleted, renamed, or below a mount)"
+    return None
+
+
+def mapped_name(pid: int, vma: proc.Vma) -> str:
+    """The name of a mapped file, without the escapes of maps."""
+    return proc.readlink(pid, vma.link)
+
+
+def is_shared_anonymous(vma: proc.Vma) -> bool:
+    """MAP_SHARED|MAP_ANONYMOUS, which the kernel shows as a deleted /dev/zero."""
+    return vma.shared and vma.name == "/dev/zero (deleted)"
+
+
+def _pipes(tasks: dict[int, Task]) -> Iterator[Refusal]:
+    """Pipes with an end that somebody outside of the tree holds."""
+    held: dict[str, tuple[int, int]] = {}
+    for task in tasks.values():
+        for file in task.files:
+            if file.link.startswith("pipe:"):
+                held.setdefault(file.link, (task.pid, file.fd))
+    if not held:
+        return
+    for entry in os.listdir("/proc"):
+        if not entry.isdigit() or int(entry) in tasks or int(entry) == os.getpid():
+            continue
+        try:
+            links = {os.readlink(f"/proc/{entry}/fd/{fd}") for fd in os.listdir(f"/proc/{entry}/fd")}
+        except OSError:
+            continue
+        for link in links & held.keys():
+            pid, fd = held[link]
+            yield Refusal(
+                pid, f"fd {fd}", f"{link} leads out of the tree, to pid {entry}; that end is not saved"
+            )
+
+
+def _shared(tasks: Sequence[Task]) -> Iterator[Refusal]:
+    """What processes share that only threads should, and threads do not that they should."""
+    for place, task in enumerate(tasks):
+        for kind, what in ((Same.FILES, "descriptors"), (Same.FS, "working directory")):
+            for tid in task.process.threads[1:]:
+                try:
+                    shared = same(task.pid, tid, kind)
+                except TaskGoneError:
+                    continue
+                if not shared:
+                    yield Refusal(task.pid, "", f"thread {tid} has {what} of its own, which is not saved")
+        for other in tasks[:place]:
+            for kind, what in (
+                (Same.VM, "memory"),
+                (Same.FILES, "descriptors"),
+                (Same.FS, "working directory"),
+                (Same.SIGHAND, "signal handlers"),
+            ):
+                try:
+                    shared = same(task.pid, other.pid, kind)
+                except TaskGoneError:
+                    continue
+                if shared:
+                    yield Refusal(task.pid, "", f"shares its {what} with pid {other.pid}, which is not saved")
+
+
+def check_permission(pid: int) -> None:
+    """Raises ``DumpError`` unless the process is there and we may look into it."""
+    if not proc.exists(pid):
+        raise DumpError(f"pid {pid}: no such process")
+    if pid == os.getpid():
+        raise DumpError("can't dump myself")
+    if re.fullmatch(r"0*", proc.status(pid).get("VmSize", "").removesuffix(" kB")):
+        raise DumpError(f"pid {pid}: a kernel thread or zombie has nothing to save")

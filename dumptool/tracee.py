@@ -1,0 +1,270 @@
+"""Stopped threads: a typed face on the ptrace calls of csrc/inject.c, dump_session.c and dump_task.c.
+
+All of it must be called from one and the same thread of ours: that is who traces. Raises ``DumpError``
+naming the thread; ``TaskGoneError`` when the thread has been killed meanwhile.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+from dumptool._ptrace import ffi, lib
+from dumptool.errors import DumpError, system_error
+from dumptool.proc import Vma
+
+SIGINFO_SIZE = 128
+MAX_PENDING = 4096
+XSTATE_ROOM = 32768
+
+
+class Same(IntEnum):
+    """What two processes may share, kcmp(2)."""
+
+    FILE = lib.LP_SAME_FILE
+    VM = lib.LP_SAME_VM
+    FILES = lib.LP_SAME_FILES
+    FS = lib.LP_SAME_FS
+    SIGHAND = lib.LP_SAME_SIGHAND
+
+
+def _check(outcome: int, tid: int, what: str) -> None:
+    if outcome:
+        raise system_error(-outcome, f"thread {tid}: {what}")
+
+
+def seize(tid: int) -> None:
+    """Attach without stopping. Raises ``DumpError`` when it is traced already or may not be."""
+    _check(lib.lp_seize(tid), tid, "can't be traced")
+
+
+def interrupt(tid: int) -> None:
+    """Ask a seized thread to stop."""
+    _check(lib.lp_interrupt(tid), tid, "can't be stopped")
+
+
+def poll_stop(tid: int) -> int | None:
+    """None: has not stopped yet. Else the signal of the job-control stop that it was in, 0 for none."""
+    group_stop = ffi.new("int *")
+    outcome = lib.lp_poll_stop(tid, group_stop)
+    if outcome == -errno.EAGAIN:
+        return None
+    _check(outcome, tid, "did not stop")
+    return int(group_stop[0])
+
+
+def detach(tid: int) -> None:
+    """Let it go on. One that has been killed meanwhile is no error."""
+    outcome = lib.lp_detach(tid)
+    if outcome != -errno.ESRCH:
+        _check(outcome, tid, "can't be let go")
+
+
+@dataclass(frozen=True, slots=True)
+class Registers:
+    """General registers in the order and with the names of struct user_regs_struct (sys/user.h)."""
+
+    r15: int
+    r14: int
+    r13: int
+    r12: int
+    rbp: int
+    rbx: int
+    r11: int
+    r10: int
+    r9: int
+    r8: int
+    rax: int
+    rcx: int
+    rdx: int
+    rsi: int
+    rdi: int
+    orig_rax: int
+    rip: int
+    cs: int
+    eflags: int
+    rsp: int
+    ss: int
+    fs_base: int
+    gs_base: int
+    ds: int
+    es: int
+    fs: int
+    gs: int
+
+
+def registers(tid: int) -> Registers:
+    """Out of a restartable sequence, if it was in one; else as they are, an interrupted system call too."""
+    regs = ffi.new("struct user_regs_struct *")
+    _check(lib.lp_settled_regs(tid, regs), tid, "no registers")
+    return Registers(*(getattr(regs, name) for name in Registers.__slots__))
+
+
+def xstate(tid: int) -> bytes:
+    """The XSAVE area in the standard layout; XCR0 is at byte 464."""
+    buffer, size = ffi.new("unsigned char[]", XSTATE_ROOM), ffi.new("size_t *", XSTATE_ROOM)
+    _check(lib.lp_get_xstate(tid, buffer, size), tid, "no floating-point registers")
+    return bytes(ffi.buffer(buffer, size[0]))
+
+
+def xstate_components() -> dict[int, tuple[int, int]]:
+    """Number -> (offset, size in bytes) of what this CPU has in an XSAVE area."""
+    found = {}
+    for number in range(2, 20):
+        offset, size = ffi.new("uint32_t *"), ffi.new("uint32_t *")
+        lib.lp_xstate_component(number, offset, size)
+        if size[0]:
+            found[number] = (int(offset[0]), int(size[0]))
+    return found
+
+
+def signal_mask(tid: int) -> int:
+    """Blocked signals: bit n-1 for signal n."""
+    mask = ffi.new("uint64_t *")
+    _check(lib.lp_get_sigmask(tid, mask), tid, "no signal mask")
+    return int(mask[0])
+
+
+def pending_signals(tid: int, *, shared: bool) -> list[bytes]:
+    """siginfo_t of each pending signal, oldest first: the process's (shared) or the thread's own."""
+    buffer, count = ffi.new("unsigned char[]", MAX_PENDING * SIGINFO_SIZE), ffi.new("size_t *")
+    _check(lib.lp_pending_signals(tid, shared, buffer, MAX_PENDING, count), tid, "no list of pending signals")
+    raw = bytes(ffi.buffer(buffer, count[0] * SIGINFO_SIZE))
+    return [raw[at : at + SIGINFO_SIZE] for at in range(0, len(raw), SIGINFO_SIZE)]
+
+
+def robust_list(tid: int) -> tuple[int, int]:
+    """Address and size of the head of the robust futex list."""
+    head, size = ffi.new("uint64_t *"), ffi.new("uint64_t *")
+    _check(lib.lp_robust_list(tid, head, size), tid, "no robust futex list")
+    return int(head[0]), int(size[0])
+
+
+@dataclass(frozen=True, slots=True)
+class Rseq:
+    """The registration for restartable sequences; address 0: none."""
+
+    address: int
+    size: int
+    signature: int
+
+
+def rseq(tid: int) -> Rseq:
+    """Of a stopped thread."""
+    found = ffi.new("struct lp_rseq *")
+    _check(lib.lp_rseq(tid, found), tid, "no rseq configuration")
+    return Rseq(found.address, found.size, found.signature)
+
+
+def same(pid: int, other: int, kind: Same, fd: int = 0, other_fd: int = 0) -> bool:
+    """Whether two processes share something (kcmp(2))."""
+    answer = ffi.new("int *")
+    _check(lib.lp_same(pid, other, int(kind), fd, other_fd, answer), pid, f"kcmp with {other}")
+    return bool(answer[0])
+
+
+def take_fd(pid: int, fd: int) -> int:
+    """A descriptor of ours, close-on-exec, for the process's open file description."""
+    here = ffi.new("int *")
+    _check(lib.lp_take_fd(pid, fd, here), pid, f"fd {fd} can't be taken")
+    return int(here[0])
+
+
+def peek_pipe(fd: int, size: int) -> bytes:
+    """What is in a pipe of ours that has room for ``size`` bytes; it stays there."""
+    buffer, count = ffi.new("unsigned char[]", size), ffi.new("size_t *")
+    outcome = lib.lp_peek_pipe(fd, buffer, size, count)
+    if outcome:
+        raise system_error(-outcome, "the contents of a pipe can't be copied (see fs.pipe-max-size)")
+    return bytes(ffi.buffer(buffer, count[0]))
+
+
+def read_memory(pid: int, address: int, size: int) -> bytes:
+    """Bytes of the process's memory."""
+    buffer = ffi.new("unsigned char[]", size)
+    _check(lib.lp_read_memory(pid, address, buffer, size), pid, f"can't read {size} bytes at {address:#x}")
+    return bytes(ffi.buffer(buffer))
+
+
+def write_memory(pid: int, address: int, data: bytes) -> None:
+    """Change bytes of the process's memory."""
+    outcome = lib.lp_write_memory(pid, address, ffi.from_buffer(data), len(data))
+    _check(outcome, pid, f"can't write {len(data)} bytes at {address:#x}")
+
+
+class Gadgets:
+    """Where the two pieces of code are that a ``Session`` needs (csrc/dump_session.h)."""
+
+    def __init__(self, pid: int, vmas: Sequence[Vma]) -> None:
+        """Searches executable mappings; can be done while the process runs. Raises ``DumpError``."""
+        self.pointer = ffi.new("struct lp_gadgets *")
+        for vma in vmas:
+            readable_code = vma.prot & 5 == 5
+            if readable_code and lib.lp_find_gadgets(pid, vma.start, vma.end, self.pointer) == 0:
+                return
+        raise DumpError(
+            f"pid {pid}: its code has no `syscall; ret` or no return from signal handlers, so that no system "
+            "call can be run in it safely"
+        )
+
+
+class Session:
+    """System calls run by a stopped thread, which comes to no harm if we are killed (``session``)."""
+
+    def __init__(self, tid: int, raw: Any) -> None:
+        self._tid, self._raw = tid, raw
+
+    @property
+    def scratch(self) -> int:
+        """Address of ``LP_SCRATCH_SIZE`` bytes for what the calls read and write."""
+        return int(self._raw.scratch)
+
+    def call(self, number: int, *args: int) -> int:
+        """The result of a system call, -errno for a failed one."""
+        values = ffi.new("uint64_t[6]", [arg & (1 << 64) - 1 for arg in args])
+        result = ffi.new("long *")
+        _check(lib.lp_session_call(self._raw, number, values, result), self._tid, f"system call {number}")
+        return int(result[0])
+
+    def checked(self, number: int, *args: int) -> int:
+        """The result of a system call that must succeed."""
+        result = self.call(number, *args)
+        if -4096 < result < 0:
+            raise DumpError(f"thread {self._tid}: system call {number} in it: {os.strerror(-result)}")
+        return result
+
+    def put(self, data: bytes) -> int:
+        """Write ``data`` to the scratch memory; its address."""
+        if len(data) > lib.LP_SCRATCH_SIZE:
+            raise ValueError("too much for the scratch memory")
+        write_memory(self._tid, self.scratch, data)
+        return self.scratch
+
+    def filled(self, layout: str, number: int, arguments: Callable[[int], Sequence[int]]) -> tuple[int, ...]:
+        """What a system call fills in (``layout``: struct), given its arguments for an address."""
+        shape = struct.Struct(layout)
+        address = self.put(bytes(shape.size))
+        self.checked(number, *arguments(address))
+        return shape.unpack(read_memory(self._tid, address, shape.size))
+
+
+@contextmanager
+def session(tid: int, gadgets: Gadgets) -> Iterator[Session]:
+    """Run system calls in a stopped thread; on the way out all of it is as it was."""
+    raw = ffi.new("struct lp_session *")
+    outcome = lib.lp_session_begin(raw, tid, gadgets.pointer)
+    if outcome == -errno.EFAULT:
+        raise DumpError(f"thread {tid}: no room for a signal frame below its stack pointer")
+    if outcome == -errno.ENOTSUP:
+        raise DumpError(f"thread {tid}: runs 32-bit code or has registers that this program does not know")
+    _check(outcome, tid, "can't run system calls in it")
+    try:
+        yield Session(tid, raw)
+    finally:
+        _check(lib.lp_session_end(raw), tid, "can't be put back as it was")

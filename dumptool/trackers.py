@@ -1,0 +1,118 @@
+"""Where dirty tracking lives between runs: two descriptors in the tracked process.
+
+The *tracker* is a userfaultfd with which the process's private memory is write-protected
+asynchronously (the kernel notes a write and lets it pass), and beside it a memfd with what must be known
+about it. Both have high numbers and are close-on-exec, so that the process hardly meets them; if it closes
+them, tracking ends and the next dump takes all pages. A forked child inherits both, but its memory is
+not tracked: the record names its owner.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from dumptool.proc import OpenFile
+
+MEMFD_NAME = "lazypages-tracker"
+MEMFD_LINK = f"/memfd:{MEMFD_NAME} (deleted)"
+UFFD_LINK = "anon_inode:[userfaultfd]"
+RECORD_SIZE = 512
+NO_UFFD = -1
+
+UFFD_FEATURE_WP_UNPOPULATED = 1 << 13
+UFFD_FEATURE_WP_ASYNC = 1 << 15
+FEATURES = UFFD_FEATURE_WP_ASYNC | UFFD_FEATURE_WP_UNPOPULATED
+"""linux/userfaultfd.h. PAGEMAP_SCAN protects memory of a userfaultfd with these two (fs/proc/task_mmu.c)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """The contents of the memfd.
+
+    ``pid``, ``start_time``: the owner. ``uffd``: descriptor number, ``NO_UFFD`` when soft-dirty bits are
+    used. ``arming``: changes whenever writes are to be noted anew. ``level``: the run id (inventory image) of
+    the dump that has all that was written before that; empty while there is none, because that dump has
+    not been completed.
+    """
+
+    pid: int
+    start_time: int
+    uffd: int
+    arming: str = ""
+    level: str = ""
+
+    def encode(self) -> bytes:
+        """Always as many bytes, so that one write replaces a record as a whole."""
+        return json.dumps(asdict(self)).encode().ljust(RECORD_SIZE)
+
+    @classmethod
+    def decode(cls, data: bytes) -> Record | None:
+        """None for what this version of dumptool has not written."""
+        try:
+            fields: Any = json.loads(data)
+            record = cls(**fields)
+        except (ValueError, TypeError):
+            return None
+        shapes = ((record.pid, int), (record.start_time, int), (record.uffd, int))
+        texts = ((record.arming, str), (record.level, str))
+        return record if all(isinstance(value, kind) for value, kind in (*shapes, *texts)) else None
+
+
+@dataclass(frozen=True, slots=True)
+class Tracker:
+    """A tracker found in a process: the descriptor numbers there, and the record."""
+
+    memfd: int
+    uffd: int | None
+    record: Record | None
+
+    @property
+    def fds(self) -> tuple[int, ...]:
+        return (self.memfd,) if self.uffd is None else (self.memfd, self.uffd)
+
+    def owned_by(self, pid: int, start_time: int) -> bool:
+        """Whether it is this very process that it tracks, and not one that the process was forked from."""
+        record = self.record
+        return (
+            record is not None
+            and self.uffd is not None
+            and (record.pid, record.start_time) == (pid, start_time)
+        )
+
+
+def find(pid: int, files: Sequence[OpenFile]) -> list[Tracker]:
+    """The trackers among the descriptors of a process, half-made ones of a run that was killed too."""
+    uffds = {file.fd for file in files if file.link == UFFD_LINK and _features(file) in (0, FEATURES)}
+    found = []
+    for file in files:
+        if file.link == MEMFD_LINK:
+            record = _read(pid, file.fd)
+            uffd = record.uffd if record is not None and record.uffd in uffds else None
+            found.append(Tracker(file.fd, uffd, record))
+    unclaimed = uffds - {tracker.uffd for tracker in found}
+    for place, tracker in enumerate(found):
+        if tracker.record is None and unclaimed:
+            found[place] = Tracker(tracker.memfd, unclaimed.pop(), None)
+    return found
+
+
+def _read(pid: int, memfd: int) -> Record | None:
+    try:
+        with open(f"/proc/{pid}/fd/{memfd}", "rb") as file:
+            return Record.decode(file.read(RECORD_SIZE))
+    except OSError:
+        return None
+
+
+def _features(file: OpenFile) -> int:
+    """What a userfaultfd was set up with: the second number of "API:" in its fdinfo."""
+    return int(file.info.other.get("API", "0:0").split(":")[1], 16)
+
+
+def store(memfd: int, record: Record) -> None:
+    """Write a record to (our descriptor of) the memfd."""
+    os.pwrite(memfd, record.encode(), 0)
