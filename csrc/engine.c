@@ -14,6 +14,8 @@
 
 #include <linux/userfaultfd.h>
 
+#include "follow.h"
+#include "lock.h"
 #include "plan.h"
 #include "smaps.h"
 
@@ -31,8 +33,9 @@ struct uffdio_poison {
 #define EVENTS 64	      /* uffds answered for one epoll_wait */
 #define MESSAGES 32	      /* uffd messages taken by one read */
 #define RETRY_MS 1	      /* until an answer that was put off is tried again */
+#define IDLE_MS 50	      /* without a fault: then no task's CPU is followed */
 #define CHUNK_QUIET (512u << 10) /* bytes a background copy takes at a time */
-#define CHUNK_BUSY (64u << 10)	 /* the same while tasks fault: one waits for this at most */
+#define CHUNK_BUSY (16u << 10)	 /* the same while tasks fault: one waits for this at most */
 #define BUSY_NS (2 * NS / 1000)	 /* how long after a fault tasks count as faulting */
 #define LOOKAHEAD_TRIES 8	 /* runs that another thread may take before we do */
 
@@ -50,7 +53,7 @@ struct faults {
 struct lp_task {
 	struct lp_engine *engine;
 	struct lp_space *space;
-	pthread_rwlock_t lock;
+	struct lp_lock lock;
 	int uffd; /* -1 once closed */
 	bool remote;
 	_Atomic bool gone, complete;
@@ -76,6 +79,7 @@ struct lp_engine {
 	int epfd, wakefd, noticefd;
 	_Atomic bool stop, running;
 	_Atomic uint64_t last_fault;
+	struct lp_follow follow; /* the serving thread's; which CPU it is at, anyone may read */
 	struct lp_task *put_off; /* tasks with answers put off; the serving thread's */
 	pthread_mutex_t lock;	 /* of what follows */
 	struct lp_task *tasks, *dead;
@@ -446,7 +450,6 @@ static bool push(struct faults *faults, struct fault fault)
 static struct lp_task *task_alloc(struct lp_engine *e, int uffd, uint32_t nr_levels)
 {
 	struct lp_task *t = calloc(1, sizeof(*t));
-	pthread_rwlockattr_t attr;
 
 	if (!t)
 		return NULL;
@@ -463,11 +466,7 @@ static struct lp_task *task_alloc(struct lp_engine *e, int uffd, uint32_t nr_lev
 	}
 	t->dropped = t->copied + nr_levels + 2;
 	t->served = t->dropped + nr_levels + 2;
-	pthread_rwlockattr_init(&attr);
-	/* who reads the uffd must not starve behind the background */
-	pthread_rwlockattr_setkind_np(&attr, PTHREAD_RWLOCK_PREFER_WRITER_NONRECURSIVE_NP);
-	pthread_rwlock_init(&t->lock, &attr);
-	pthread_rwlockattr_destroy(&attr);
+	lp_lock_init(&t->lock);
 	return t;
 }
 
@@ -476,7 +475,7 @@ static void task_free(struct lp_task *t)
 	if (t->uffd >= 0)
 		close(t->uffd);
 	lp_space_free(t->space);
-	pthread_rwlock_destroy(&t->lock);
+	lp_lock_destroy(&t->lock);
 	free(t->faults.at);
 	free(t->put_off.at);
 	free(t->levels);
@@ -658,28 +657,29 @@ static void serve(struct lp_task *t)
 {
 	struct faults again;
 
-	pthread_rwlock_wrlock(&t->lock);
+	lp_lock_alone(&t->lock);
 	if (t->uffd < 0) {
-		pthread_rwlock_unlock(&t->lock);
+		lp_unlock_alone(&t->lock);
 		return;
 	}
 	drain(t);
-	pthread_rwlock_unlock(&t->lock);
-	if (!t->faults.nr && !t->put_off.nr)
+	if (!t->faults.nr && !t->put_off.nr) {
+		lp_unlock_alone(&t->lock);
 		return;
-	pthread_rwlock_rdlock(&t->lock);
+	}
+	lp_lock_downgrade(&t->lock);
 	again = t->put_off;
 	t->put_off = (struct faults){0};
-	if (t->uffd >= 0) {
-		for (size_t i = 0; i < again.nr; i++)
-			if (answer(t, again.at[i]) == -EAGAIN)
-				put_off(t, again.at[i]);
-		for (size_t i = 0; i < t->faults.nr; i++)
-			if (answer(t, t->faults.at[i]) == -EAGAIN)
-				put_off(t, t->faults.at[i]);
-	}
+	for (size_t i = 0; i < again.nr; i++)
+		if (answer(t, again.at[i]) == -EAGAIN)
+			put_off(t, again.at[i]);
+	for (size_t i = 0; i < t->faults.nr; i++)
+		if (answer(t, t->faults.at[i]) == -EAGAIN)
+			put_off(t, t->faults.at[i]);
+	lp_unlock_shared(&t->lock);
+	if (t->faults.nr)
+		lp_follow_fault(&t->engine->follow, t->pid, t->faults.at[0].since);
 	t->faults.nr = 0;
-	pthread_rwlock_unlock(&t->lock);
 	free(again.at);
 }
 
@@ -693,6 +693,7 @@ struct lp_engine *lp_engine_new(void)
 	if (!e)
 		return NULL;
 	pthread_mutex_init(&e->lock, NULL);
+	atomic_init(&e->follow.cpu, -1);
 	e->epfd = epoll_create1(EPOLL_CLOEXEC);
 	e->wakefd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	e->noticefd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
@@ -770,15 +771,20 @@ static void serve_put_off(struct lp_engine *e)
 int lp_engine_run(struct lp_engine *e)
 {
 	struct epoll_event events[EVENTS];
+	int rc = 0;
 
-	while (!atomic_load(&e->stop)) {
+	lp_follow_init(&e->follow);
+	while (!rc && !atomic_load(&e->stop)) {
+		bool following = atomic_load(&e->follow.cpu) >= 0;
 		int n;
 
 		/* no task that epoll_wait has named is buried before the next epoll_wait */
 		bury(e);
-		n = epoll_wait(e->epfd, events, EVENTS, e->put_off ? RETRY_MS : -1);
+		n = epoll_wait(e->epfd, events, EVENTS, e->put_off ? RETRY_MS : following ? IDLE_MS : -1);
 		if (n < 0 && errno != EINTR)
-			return -errno;
+			rc = -errno;
+		if (!n && !e->put_off)
+			lp_follow_nobody(&e->follow);
 		for (int i = 0; i < n; i++) {
 			if (events[i].data.ptr)
 				serve(events[i].data.ptr);
@@ -788,7 +794,8 @@ int lp_engine_run(struct lp_engine *e)
 		if (e->put_off)
 			serve_put_off(e);
 	}
-	return 0;
+	lp_follow_nobody(&e->follow);
+	return rc;
 }
 
 void lp_engine_stop(struct lp_engine *e)
@@ -861,11 +868,11 @@ void lp_task_close(struct lp_task *t)
 	struct lp_task **link;
 	size_t kept = 0;
 
-	pthread_rwlock_wrlock(&t->lock);
+	lp_lock_alone(&t->lock);
 	epoll_ctl(e->epfd, EPOLL_CTL_DEL, t->uffd, NULL);
 	close(t->uffd);
 	t->uffd = -1;
-	pthread_rwlock_unlock(&t->lock);
+	lp_unlock_alone(&t->lock);
 	pthread_mutex_lock(&e->lock);
 	for (link = &e->tasks; *link; link = &(*link)->next)
 		if (*link == t) {
@@ -887,14 +894,16 @@ void lp_task_close(struct lp_task *t)
 int64_t lp_task_transfer(struct lp_task *t, uint64_t max_bytes)
 {
 	uint64_t brought = 0;
+	struct lp_aside aside;
 	int rc = 0;
 
+	lp_aside_begin(&aside, &t->engine->follow);
 	for (int turned = 0, tries = 0; brought < max_bytes && !rc;) {
 		bool busy = now_ns() - atomic_load_explicit(&t->engine->last_fault, memory_order_relaxed) < BUSY_NS;
 		uint64_t cursor = atomic_load(&t->cursor);
 		struct lp_answer run;
 
-		pthread_rwlock_rdlock(&t->lock);
+		lp_lock_shared(&t->lock);
 		if (t->uffd < 0 || atomic_load(&t->gone)) {
 			rc = -ESRCH;
 		} else if (!lp_space_next(t->space, cursor, (busy ? CHUNK_BUSY : CHUNK_QUIET) >> LP_PAGE_SHIFT, false,
@@ -913,8 +922,9 @@ int64_t lp_task_transfer(struct lp_task *t, uint64_t max_bytes)
 			}
 			atomic_store(&t->cursor, run.addr + (run.nr_pages << LP_PAGE_SHIFT));
 		}
-		pthread_rwlock_unlock(&t->lock);
+		lp_unlock_shared(&t->lock);
 	}
+	lp_aside_end(&aside);
 	if (rc < 0 && !(rc == -EAGAIN && brought))
 		return rc;
 	return (int64_t)brought;
@@ -926,7 +936,7 @@ uint64_t lp_task_claim_remote(struct lp_task *t, uint64_t cursor, uint64_t max_p
 	struct lp_answer run;
 	uint64_t nr = 0;
 
-	pthread_rwlock_rdlock(&t->lock);
+	lp_lock_shared(&t->lock);
 	while (lp_space_next(t->space, cursor, max_pages, true, &run)) {
 		cursor = run.addr + (run.nr_pages << LP_PAGE_SHIFT);
 		if (run.kind == LP_REMOTE && (nr = lp_space_claim(t->space, run.dense, run.nr_pages)))
@@ -936,7 +946,7 @@ uint64_t lp_task_claim_remote(struct lp_task *t, uint64_t cursor, uint64_t max_p
 		*image = run.image;
 		*next_cursor = run.addr + (nr << LP_PAGE_SHIFT);
 	}
-	pthread_rwlock_unlock(&t->lock);
+	lp_unlock_shared(&t->lock);
 	return nr;
 }
 
@@ -961,7 +971,7 @@ int64_t lp_task_deliver(struct lp_task *t, uint64_t image, uint64_t nr_pages, co
 	struct lp_answer piece;
 	int rc = 0;
 
-	pthread_rwlock_rdlock(&t->lock);
+	lp_lock_shared(&t->lock);
 	if (t->uffd < 0)
 		rc = -ESRCH;
 	while (!rc && next_piece(t, &at, end, &piece)) {
@@ -974,7 +984,7 @@ int64_t lp_task_deliver(struct lp_task *t, uint64_t image, uint64_t nr_pages, co
 		add(&t->served[t->nr_levels], 1);
 		answered(t, since);
 	}
-	pthread_rwlock_unlock(&t->lock);
+	lp_unlock_shared(&t->lock);
 	return rc ? rc : (int64_t)placed;
 }
 
@@ -983,7 +993,7 @@ void lp_task_fail_remote(struct lp_task *t, uint64_t image, uint64_t nr_pages, b
 	uint64_t at = image, end = image + (nr_pages << LP_PAGE_SHIFT);
 	struct lp_answer piece;
 
-	pthread_rwlock_rdlock(&t->lock);
+	lp_lock_shared(&t->lock);
 	while (t->uffd >= 0 && next_piece(t, &at, end, &piece)) {
 		if (lost) {
 			lose(t, &piece, 0, piece.nr_pages, ENODATA);
@@ -993,19 +1003,19 @@ void lp_task_fail_remote(struct lp_task *t, uint64_t image, uint64_t nr_pages, b
 		}
 		at += piece.nr_pages << LP_PAGE_SHIFT;
 	}
-	pthread_rwlock_unlock(&t->lock);
+	lp_unlock_shared(&t->lock);
 }
 
 void lp_task_regain(struct lp_task *t)
 {
-	pthread_rwlock_wrlock(&t->lock);
+	lp_lock_alone(&t->lock);
 	if (t->uffd >= 0 && lp_space_regain(t->space))
 		for (size_t r = 0; r < lp_space_nr_regions(t->space); r++) {
 			const struct lp_region *region = &lp_space_regions(t->space)[r];
 
 			wake(t, region->start, (region->end - region->start) >> LP_PAGE_SHIFT);
 		}
-	pthread_rwlock_unlock(&t->lock);
+	lp_unlock_alone(&t->lock);
 }
 
 /* One range; pages that are there or out of reach count as done. Returns pages settled or -errno. */
@@ -1042,7 +1052,7 @@ int64_t lp_task_poison(struct lp_task *t, bool all)
 {
 	int64_t total = 0, rc = 0;
 
-	pthread_rwlock_wrlock(&t->lock);
+	lp_lock_alone(&t->lock);
 	for (size_t r = 0; t->uffd >= 0 && rc >= 0 && r < lp_space_nr_regions(t->space); r++) {
 		struct lp_region region = lp_space_regions(t->space)[r];
 
@@ -1060,7 +1070,7 @@ int64_t lp_task_poison(struct lp_task *t, bool all)
 		}
 	}
 	check_complete(t);
-	pthread_rwlock_unlock(&t->lock);
+	lp_unlock_alone(&t->lock);
 	return rc < 0 ? rc : total;
 }
 
@@ -1071,13 +1081,13 @@ void lp_task_forget(struct lp_task *t, uint64_t addr, uint64_t nr_pages)
 	dropped.by_source = calloc(t->nr_levels + 2, sizeof(uint64_t));
 	if (!dropped.by_source)
 		return; /* they stay lost: the task waits */
-	pthread_rwlock_wrlock(&t->lock);
+	lp_lock_alone(&t->lock);
 	lp_space_remove(t->space, addr, addr + (nr_pages << LP_PAGE_SHIFT), &dropped);
 	drop_into(t, dropped.by_source);
 	if (t->uffd >= 0)
 		wake(t, addr, nr_pages);
 	check_complete(t);
-	pthread_rwlock_unlock(&t->lock);
+	lp_unlock_alone(&t->lock);
 	free(dropped.by_source);
 }
 
@@ -1087,7 +1097,7 @@ int lp_task_probe(struct lp_task *t)
 	uint64_t addr = 0x10000; /* the least that mmap_min_addr usually allows: hardly ever mapped */
 	int rc = 0, error;
 
-	pthread_rwlock_rdlock(&t->lock);
+	lp_lock_shared(&t->lock);
 	/* an address that none of our regions has: whatever is there, a zero page is the right answer if it is missing */
 	for (size_t r = 0; r < lp_space_nr_regions(t->space); r++) {
 		const struct lp_region *region = &lp_space_regions(t->space)[r];
@@ -1109,7 +1119,7 @@ int lp_task_probe(struct lp_task *t)
 			rc = -EAGAIN;
 		}
 	}
-	pthread_rwlock_unlock(&t->lock);
+	lp_unlock_shared(&t->lock);
 	return rc;
 }
 
@@ -1170,9 +1180,9 @@ void lp_task_remaining(struct lp_task *t, uint64_t *by_source)
 	struct lp_counts counts = {by_source, t->nr_levels};
 
 	memset(by_source, 0, (t->nr_levels + 2) * sizeof(*by_source));
-	pthread_rwlock_rdlock(&t->lock);
+	lp_lock_shared(&t->lock);
 	lp_space_count(t->space, &counts);
-	pthread_rwlock_unlock(&t->lock);
+	lp_unlock_shared(&t->lock);
 }
 
 void lp_task_histogram(const struct lp_task *t, uint64_t buckets[LP_HISTOGRAM_BUCKETS])

@@ -101,8 +101,11 @@ CSRC = Path("csrc")  # builds run at the project's root
 ffibuilder.set_source(
     "lazypages._uffd",
     '#include "engine.h"\n#include "plan.h"\n#include "space.h"\n',
-    sources=[str(CSRC / name) for name in ("space.c", "plan.c", "smaps.c", "engine.c")],
-    depends=[str(CSRC / name) for name in ("extent.h", "space.h", "plan.h", "smaps.h", "engine.h")],
+    sources=[str(CSRC / name) for name in ("space.c", "plan.c", "smaps.c", "follow.c", "engine.c")],
+    depends=[
+        str(CSRC / name)
+        for name in ("extent.h", "space.h", "plan.h", "smaps.h", "lock.h", "follow.h", "engine.h")
+    ],
     include_dirs=[str(CSRC)],
     extra_compile_args=["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Wno-unused-parameter"],
 )
