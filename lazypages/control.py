@@ -12,7 +12,7 @@ import errno
 import os
 import socket
 import struct
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -69,7 +69,10 @@ class ControlSocket:
 
     def __init__(self, work_dir: Path) -> None:
         self.path = work_dir / SOCKET_NAME
-        self._dir = os.open(work_dir, os.O_PATH | os.O_DIRECTORY)
+        try:
+            self._dir = os.open(work_dir, os.O_PATH | os.O_DIRECTORY)
+        except OSError as error:
+            raise ControlError(f"can't make {self.path}: {error.strerror}") from error
         self._identity: tuple[int, int] | None = None
         # A short name that reaches the directory, whatever the length of its path (sun_path holds 107 bytes).
         self._address = f"/proc/self/fd/{self._dir}/{SOCKET_NAME}"
@@ -170,7 +173,7 @@ class Connection:
     ) -> None:
         self._peer.close()
 
-    async def events(self) -> AsyncIterator[Event]:
+    async def events(self) -> AsyncGenerator[Event]:
         """Yields what arrives until the peer closes. Raises ControlError for what the protocol does not know.
 
         The receiver of a TaskArrived owns its uffd; one that is not yielded is closed.
