@@ -1,7 +1,7 @@
 """Make a dump or a pre-dump of a tree of processes: who does what, in which order.
 
-Refusals come before anything is stopped. While the tree is stopped nothing is changed in it that does not come
-back by itself, so that it goes on after every failure, and when this process is killed.
+Refusals come before anything is stopped. While the tree is stopped nothing is changed in it that does not
+come back by itself, so that it goes on after every failure, and when this process is killed.
 """
 
 from __future__ import annotations
@@ -12,13 +12,15 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from typing import Self
 
 from dumptool import core, mappings, memory, proc, survey, tracking
 from dumptool.chain import PARENT_LINK, Chain, ParentPages
 from dumptool.errors import DumpError
 from dumptool.files import FileTable
-from dumptool.freeze import FrozenTree, Process, freeze, members
+from dumptool.freeze import FrozenTree, freeze, members
 from dumptool.mappings import Mapping
 from dumptool.memory import Counts, Marks, Part, Source, Target
 from dumptool.survey import Task
@@ -57,8 +59,9 @@ ROOT_OBJECT = 1
 class Settings:
     """What the command line says.
 
-    ``parent``: directory of the parent level relative to ``images``, or None. ``timeout``: seconds for the
-    tree to stop.
+    ``parent``: directory of the parent level relative to ``images``, or None. ``leave_running``: the tree
+    goes on after a dump; with ``track`` as well, what it writes from then on is tracked. ``timeout``:
+    seconds for the tree to stop.
     """
 
     pid: int
@@ -68,6 +71,7 @@ class Settings:
     lazy_parents: bool = True
     lazy_pages: bool = False
     leave_running: bool = False
+    track: bool = False
     allow: survey.Options = field(default_factory=survey.Options)
     timeout: float = 10
 
@@ -126,49 +130,240 @@ Serve = Callable[[FrozenTree, Settings], None]
 """Serves the pages that were left out (``Settings.lazy_pages``) while the tree is frozen."""
 
 
+def pre_dump(settings: Settings, watcher: Watcher) -> Report:
+    """One level of pages while the tree runs, and tracking of what is written from then on.
+
+    The tree stands still only while it is looked at and its memory is write-protected. Raises ``DumpError``
+    (``UnsupportedError``) or ``ImageError``; the tree goes on then too.
+    """
+    with _Run(settings, watcher) as run:
+        run.look()
+        with run.frozen() as tree:
+            for number, task in enumerate(run.live(tree), start=1):
+                run.find_pages(task, mappings.describe(task, _no_file), number, arm=True)
+            run.report.frozen = tree.thaw()
+        run.copy(running=True)
+        run.finish()
+        run.write_stats()
+    return run.report
+
+
+def dump(settings: Settings, watcher: Watcher, serve: Serve | None = None) -> Report:
+    """All images of the tree; then it is ended, or goes on (``leave_running``).
+
+    ``serve`` is called, when all images are complete and the tree still stands, if ``lazy_pages`` is set;
+    without it such a tree goes on, because its images lack pages. Raises as ``pre_dump``.
+    """
+    with _Run(settings, watcher) as run:
+        run.look()
+        with run.frozen() as tree:
+            tasks = run.live(tree)
+            run.capture(tree, tasks)
+            run.copy(running=False)
+            run.copy_shared(tasks)
+            run.finish()
+            if settings.lazy_pages and serve is not None:
+                watcher.stage("serving")
+                serve(tree, settings)
+            if settings.leave_running or (settings.lazy_pages and serve is None):
+                if not settings.track:
+                    run.untrack(tasks)
+                run.report.frozen = tree.thaw()
+            else:
+                run.report.frozen = time.monotonic() - tree.frozen_since
+                tree.kill()
+        run.write_stats()
+    return run.report
+
+
+def _no_file(_vma: proc.Vma) -> tuple[int, int]:
+    """A pre-dump has no files.img."""
+    return 0, 0
+
+
 @dataclass(slots=True)
 class _Job:
-    """One process: what is known of it and what is to be written."""
+    """The pages of one process that are to be written."""
 
-    task: Task
-    gadgets: Gadgets
-    mappings: list[Mapping]
-    marks: Marks
+    source: Source
+    target: Target
     parts: list[Part]
-    compare: ParentPages | None
-    pages_id: int
-
-    def source(self, *, running: bool) -> Source:
-        return Source(self.task.pid, running=running, compare=self.compare)
-
-    def target(self, directory: Path) -> Target:
-        return Target(directory, Kind.PAGEMAP.file_name(self.task.pid), self.pages_id)
+    marks: Marks
 
 
-@dataclass(slots=True)
-class _Look:
-    """The survey made while the tree was running."""
+class _Run:
+    """One run of the tool; a context manager that gives back its descriptors."""
 
-    processes: list[Process]
-    tasks: dict[int, Task]
-    gadgets: dict[int, Gadgets]
-    chain: Chain | None
-    parents: dict[int, ParentPages | None]
+    def __init__(self, settings: Settings, watcher: Watcher) -> None:
+        self.settings, self.watcher, self.report = settings, watcher, Report()
+        self._run_id = str(uuid.uuid4())
+        self._chain: Chain | None = None
+        self._parents: dict[int, ParentPages | None] = {}
+        self._before: dict[int, Task] = {}
+        self._gadgets: dict[int, Gadgets] = {}
+        self._armed: list[Armed] = []
+        self._jobs: list[_Job] = []
+        self._resources = ExitStack()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._resources.close()
+
+    def look(self) -> None:
+        """All that can be found out and refused before anything is stopped."""
+        settings = self.settings
+        self.watcher.stage("looking")
+        survey.check_permission(settings.pid)
+        processes = members(settings.pid)
+        self._before = survey.look_at_all(processes)
+        survey.check(processes, self._before, settings.allow)
+        for pid, task in self._before.items():
+            self._gadgets[pid] = Gadgets(pid, task.layout.vmas)
+        if settings.parent is not None:
+            self._chain = Chain(settings.images / settings.parent)
+            self._parents = {pid: self._chain.pages_of(pid) for pid in self._before}
+        _set_up_directory(settings)
+
+    @contextmanager
+    def frozen(self) -> Iterator[FrozenTree]:
+        """The tree, stopped. Other runs of the tool are kept away."""
+        self.watcher.stage("freezing")
+        for task in self._before.values():
+            fd = tracking.lock(task)
+            if fd is not None:
+                self._resources.callback(os.close, fd)
+        with freeze(self.settings.pid, self.settings.timeout) as tree:
+            self.report.processes = len(tree.processes)
+            self.report.threads = sum(len(process.threads) for process in tree.alive)
+            self.report.freezing = tree.freezing_time
+            yield tree
+
+    def live(self, tree: FrozenTree) -> list[Task]:
+        """Looks at everything once more: it has been running since the first look."""
+        tasks = survey.look_at_all(tree.processes, self._before)
+        survey.check(tree.processes, tasks, self.settings.allow)
+        for pid, task in tasks.items():
+            if pid not in self._gadgets:
+                self._gadgets[pid] = Gadgets(pid, task.layout.vmas)
+        return list(tasks.values())
+
+    def find_pages(self, task: Task, described: list[Mapping], pages_id: int, *, arm: bool) -> None:
+        """Which pages of a frozen process are to be written; ``arm``: writes from now on are noted."""
+        begin = time.monotonic()
+        settings, pid = self.settings, task.pid
+        armed = tracking.arm(task, self._gadgets[pid], settings.method) if arm else None
+        marks, compare = self._marks(task)
+        pointers = [registers(tid).rsp for tid in task.process.threads]
+        if armed is not None:
+            self._armed.append(armed)
+            self._resources.callback(armed.close)
+            armed.watch(described)
+        pagemap = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            protect = armed is not None and armed.can_protect
+            parts = memory.scan(pagemap, described, marks, protect=protect, stack_pointers=pointers)
+        finally:
+            os.close(pagemap)
+        if armed is not None:
+            armed.clear()
+        if marks.known:
+            parts = memory.only_in_parent(parts, self._parents.get(pid), marks)
+        target = Target(settings.images, Kind.PAGEMAP.file_name(pid), pages_id)
+        self._jobs.append(_Job(Source(pid, compare=compare), target, parts, marks))
+        self.report.scanning += time.monotonic() - begin
+
+    def _marks(self, task: Task) -> tuple[Marks, ParentPages | None]:
+        """How the pages of a process are to be labelled, and what to compare them with, if anything."""
+        settings = self.settings
+        marks = Marks(lazy_dump=settings.lazy_pages, lazy_parents=settings.lazy_parents)
+        parent = self._parents.get(task.pid)
+        if self._chain is None or parent is None:
+            return marks, None
+        if settings.method is not Method.COMPARE:
+            known = tracking.vouched(task, self._chain.run_id)
+            if known is not None:
+                return replace(marks, with_=known[0], without=known[1]), None
+        compare = settings.method in (Method.AUTO, Method.COMPARE) and not settings.lazy_pages
+        return marks, parent if compare else None
+
+    def capture(self, tree: FrozenTree, tasks: list[Task]) -> None:
+        """Everything but the pages, into images."""
+        directory, components, table = self.settings.images, xstate_components(), FileTable()
+        for number, task in enumerate(tasks, start=1):
+            ids = _object_ids(ROOT_OBJECT + number)
+            captured = core.capture(task, self._gadgets[task.pid], components, ids)
+            described = mappings.describe(task, partial(table.add_mapped, task))
+            arm = self.settings.leave_running and self.settings.track
+            self.find_pages(task, described, number, arm=arm)
+            _write_task(_Captured(task, captured, described, ids), directory, table)
+        _write_tables(directory, tree, table)
+
+    def copy(self, *, running: bool) -> None:
+        """The pages, into images; ``running``: the tree runs again."""
+        begin = time.monotonic()
+        self.watcher.stage("copying")
+        self.watcher.total(sum(part.runs.pages(PE_PRESENT) for job in self._jobs for part in job.parts))
+        for job in self._jobs:
+            source = replace(job.source, running=running)
+            self.report.counts.add(
+                memory.write(job.target, source, job.parts, job.marks, self.watcher.copied)
+            )
+        self.report.writing += time.monotonic() - begin
+
+    def copy_shared(self, tasks: list[Task]) -> None:
+        """Each piece of shared anonymous memory once."""
+        begin, seen = time.monotonic(), set()
+        for task in tasks:
+            for vma in task.layout.vmas:
+                if not survey.is_shared_anonymous(vma) or vma.inode in seen:
+                    continue
+                seen.add(vma.inode)
+                name, pages_id = Kind.PAGEMAP.file_name(f"shmem-{vma.inode}"), len(self._jobs) + len(seen)
+                fd = os.open(f"/proc/{task.pid}/{vma.link}", os.O_RDONLY | os.O_CLOEXEC)
+                try:
+                    part = memory.shared_part(fd, os.fstat(fd).st_size)
+                    target = Target(self.settings.images, name, pages_id)
+                    source = Source(task.pid, fd=fd)
+                    self.report.shared.add(memory.write(target, source, [part], Marks(), self.watcher.copied))
+                finally:
+                    os.close(fd)
+        self.report.writing += time.monotonic() - begin
+
+    def untrack(self, tasks: list[Task]) -> None:
+        """A tree that goes on goes on as if it had never been tracked."""
+        for task in tasks:
+            for fd in tracking.remove(task, self._gadgets[task.pid]):
+                self._resources.callback(os.close, fd)
+
+    def finish(self) -> None:
+        """The inventory, last of all: without it the directory is no dump. Trackers now vouch for it."""
+        root = _object_ids(ROOT_OBJECT)
+        entry = InventoryEntry(
+            img_version=IMAGE_VERSION,
+            fdinfo_per_id=True,
+            root_ids=root,
+            ns_per_id=True,
+            lsmtype=0,
+            network_lock_method=0,
+            dump_criu_run_id=self._run_id,
+        )
+        directory = self.settings.images
+        images.write(directory / Kind.INVENTORY.file_name(), Kind.INVENTORY, [entry])
+        for armed in self._armed:
+            armed.complete(self._run_id)
+        methods = {"uffd-wp" if armed.can_protect else "soft-dirty" for armed in self._armed}
+        self.report.tracked = ", ".join(sorted(methods))
+
+    def write_stats(self) -> None:
+        """stats-dump, when all times are known."""
+        directory = self.settings.images
+        images.write(directory / Kind.STATS.file_name("dump"), Kind.STATS, [self.report.entry()])
 
 
-def _prepare(settings: Settings) -> _Look:
-    """All that can be found out and refused before anything is stopped."""
-    survey.check_permission(settings.pid)
-    processes = members(settings.pid)
-    tasks = survey.look_at_all(processes)
-    survey.check(processes, tasks, settings.allow)
-    gadgets = {pid: Gadgets(pid, task.layout.vmas) for pid, task in tasks.items()}
-    chain, parents = None, {}
-    if settings.parent is not None:
-        chain = Chain(settings.images / settings.parent)
-        parents = {pid: chain.pages_of(pid) for pid in tasks}
-    _set_up_directory(settings)
-    return _Look(processes, tasks, gadgets, chain, parents)
+def _object_ids(number: int) -> TaskKobjIdsEntry:
+    return TaskKobjIdsEntry(vm_id=number, files_id=number, fs_id=number, sighand_id=number, **NAMESPACE_IDS)
 
 
 def _set_up_directory(settings: Settings) -> None:
@@ -186,231 +381,25 @@ def _set_up_directory(settings: Settings) -> None:
         raise DumpError(f"{directory}: {error.strerror}") from None
 
 
-@contextmanager
-def _frozen(settings: Settings, look: _Look, report: Report) -> Iterator[tuple[FrozenTree, list[Task]]]:
-    """The tree, stopped, and looked at once more."""
-    with ExitStack() as locks:
-        for task in look.tasks.values():
-            fd = tracking.lock(task)
-            if fd is not None:
-                locks.callback(os.close, fd)
-        with freeze(settings.pid, settings.timeout) as tree:
-            tasks = survey.look_at_all(tree.processes, look.tasks)
-            survey.check(tree.processes, tasks, settings.allow)
-            for pid, task in tasks.items():
-                if pid not in look.gadgets:
-                    look.gadgets[pid] = Gadgets(pid, task.layout.vmas)
-            report.processes = len(tree.processes)
-            report.threads = sum(len(process.threads) for process in tree.alive)
-            report.freezing = tree.freezing_time
-            yield tree, list(tasks.values())
+@dataclass(frozen=True, slots=True)
+class _Captured:
+    """What the images of one process are made from."""
+
+    task: Task
+    captured: core.Captured
+    described: list[Mapping]
+    ids: TaskKobjIdsEntry
 
 
-def _marks(settings: Settings, look: _Look, task: Task) -> tuple[Marks, ParentPages | None]:
-    """How pages of a process are to be labelled, and what they have to be compared with, if anything."""
-    marks = Marks(lazy_dump=settings.lazy_pages, lazy_parents=settings.lazy_parents)
-    parent = look.parents.get(task.pid)
-    if look.chain is None or parent is None:
-        return marks, None
-    known = None if settings.method is Method.COMPARE else tracking.vouched(task, look.chain.run_id)
-    if known is not None:
-        return replace(marks, with_=known[0], without=known[1]), None
-    wanted = settings.method in (Method.AUTO, Method.COMPARE)
-    return marks, parent if wanted and not settings.lazy_pages else None
-
-
-def _job(
-    settings: Settings, look: _Look, task: Task, described: list[Mapping], armed: Armed | None, pages_id: int
-) -> _Job:
-    """Finds the pages of a frozen process, and arms its tracker if there is one."""
-    marks, compare = _marks(settings, look, task)
-    protect = armed is not None and armed.can_protect
-    pointers = [registers(tid).rsp for tid in task.process.threads]
-    pagemap = os.open(f"/proc/{task.pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        if armed is not None:
-            armed.watch(described)
-        parts = memory.scan(pagemap, described, marks, protect=protect, stack_pointers=pointers)
-        if armed is not None:
-            armed.clear()
-    finally:
-        os.close(pagemap)
-    if marks.known:
-        parts = memory.only_in_parent(parts, look.parents.get(task.pid), marks)
-    return _Job(task, look.gadgets[task.pid], described, marks, parts, compare, pages_id)
-
-
-def _shared_memory(tasks: list[Task]) -> Iterator[tuple[int, Source, Part]]:
-    """Each piece of shared anonymous memory once: its id, and its pages; close the source's fd."""
-    seen = set()
-    for task in tasks:
-        for vma in task.layout.vmas:
-            if survey.is_shared_anonymous(vma) and vma.inode not in seen:
-                seen.add(vma.inode)
-                fd = os.open(f"/proc/{task.pid}/{vma.link}", os.O_RDONLY | os.O_CLOEXEC)
-                yield vma.inode, Source(task.pid, fd=fd), memory.shared_part(fd, os.fstat(fd).st_size)
-
-
-def _write_inventory(directory: Path, run_id: str) -> None:
-    """Last of all: without it the directory is no dump."""
-    root = TaskKobjIdsEntry(
-        vm_id=ROOT_OBJECT, files_id=ROOT_OBJECT, fs_id=ROOT_OBJECT, sighand_id=ROOT_OBJECT, **NAMESPACE_IDS
-    )
-    entry = InventoryEntry(
-        img_version=IMAGE_VERSION,
-        fdinfo_per_id=True,
-        root_ids=root,
-        ns_per_id=True,
-        lsmtype=0,
-        network_lock_method=0,
-        dump_criu_run_id=run_id,
-    )
-    images.write(directory / Kind.INVENTORY.file_name(), Kind.INVENTORY, [entry])
-
-
-def _write_stats(directory: Path, report: Report) -> None:
-    images.write(directory / Kind.STATS.file_name("dump"), Kind.STATS, [report.entry()])
-
-
-def pre_dump(settings: Settings, watcher: Watcher) -> Report:
-    """One level of pages while the tree runs, and tracking of what is written from then on.
-
-    The tree stands still only while it is looked at and its memory is write-protected. Raises ``DumpError``
-    (``UnsupportedError``) or ``ImageError``.
-    """
-    report, run_id = Report(), str(uuid.uuid4())
-    watcher.stage("looking")
-    look = _prepare(settings)
-    watcher.stage("freezing")
-    with ExitStack() as trackers:
-        jobs: list[_Job] = []
-        armed: list[Armed] = []
-        with _frozen(settings, look, report) as (tree, tasks):
-            begin = time.monotonic()
-            for number, task in enumerate(tasks, start=1):
-                tracker = tracking.arm(task, look.gadgets[task.pid], settings.method)
-                if tracker is not None:
-                    armed.append(tracker)
-                    trackers.callback(tracker.close)
-                described = mappings.describe(task, lambda _: (0, 0))
-                jobs.append(_job(settings, look, task, described, tracker, number))
-            report.scanning = time.monotonic() - begin
-            report.frozen = tree.thaw()
-        report.tracked = _tracked(armed)
-        watcher.stage("copying")
-        _copy(settings, jobs, report, watcher, running=True)
-        _write_inventory(settings.images, run_id)
-        for tracker in armed:
-            tracker.complete(run_id)
-    _write_stats(settings.images, report)
-    return report
-
-
-def _tracked(armed: list[Armed]) -> str:
-    return ", ".join(sorted({"uffd-wp" if one.can_protect else "soft-dirty" for one in armed})) or "nothing"
-
-
-def _copy(settings: Settings, jobs: list[_Job], report: Report, watcher: Watcher, *, running: bool) -> None:
-    begin = time.monotonic()
-    watcher.total(sum(part.runs.pages(PE_PRESENT) for job in jobs for part in job.parts))
-    for job in jobs:
-        report.counts.add(
-            memory.write(
-                job.target(settings.images),
-                job.source(running=running),
-                job.parts,
-                job.marks,
-                watcher.copied,
-            )
-        )
-    report.writing += time.monotonic() - begin
-
-
-def dump(settings: Settings, watcher: Watcher, serve: Serve | None = None) -> Report:
-    """All images of the tree; then it is ended, or goes on (``leave_running``).
-
-    ``serve`` is called, when all images are complete and the tree still stands, if ``lazy_pages`` is set; without
-    it such a tree goes on, because its images lack pages. Raises as ``pre_dump``.
-    """
-    report = Report()
-    watcher.stage("looking")
-    look = _prepare(settings)
-    keep = settings.leave_running or (settings.lazy_pages and serve is None)
-    watcher.stage("freezing")
-    released: list[int] = []
-    try:
-        with _frozen(settings, look, report) as (tree, tasks):
-            _write_all(settings, look, tree, tasks, report, watcher)
-            if settings.lazy_pages and serve is not None:
-                watcher.stage("serving")
-                serve(tree, settings)
-            if keep:
-                for task in tasks:
-                    released += tracking.remove(task, look.gadgets[task.pid])
-                report.frozen = tree.thaw()
-            else:
-                report.frozen = time.monotonic() - tree.frozen_since
-                tree.kill()
-    finally:
-        for fd in released:
-            os.close(fd)
-    _write_stats(settings.images, report)
-    return report
-
-
-def _write_all(
-    settings: Settings,
-    look: _Look,
-    tree: FrozenTree,
-    tasks: list[Task],
-    report: Report,
-    watcher: Watcher,
-) -> None:
-    directory, components = settings.images, xstate_components()
-    table, jobs = FileTable(), []
-    begin = time.monotonic()
-    for number, task in enumerate(tasks, start=1):
-        shared_id = ROOT_OBJECT + number
-        ids = TaskKobjIdsEntry(
-            vm_id=shared_id, files_id=shared_id, fs_id=shared_id, sighand_id=shared_id, **NAMESPACE_IDS
-        )
-        captured = core.capture(task, look.gadgets[task.pid], components, ids)
-        described = mappings.describe(task, lambda vma, task=task: table.add_mapped(task, vma))
-        jobs.append(_job(settings, look, task, described, None, number))
-        _write_task(directory, task, captured, described, ids, table)
-    for process in tree.processes:
-        if process.zombie:
-            images.write(directory / Kind.CORE.file_name(process.pid), Kind.CORE, [core.zombie(process.pid)])
-    _write_tables(directory, tree, table)
-    report.scanning = time.monotonic() - begin
-
-    watcher.stage("copying")
-    _copy(settings, jobs, report, watcher, running=False)
-    for number, (shmid, source, part) in enumerate(_shared_memory(tasks), start=len(jobs) + 1):
-        try:
-            target = Target(directory, Kind.PAGEMAP.file_name(f"shmem-{shmid}"), number)
-            report.shared.add(memory.write(target, source, [part], Marks(), watcher.copied))
-        finally:
-            if source.fd is not None:
-                os.close(source.fd)
-    _write_inventory(directory, str(uuid.uuid4()))
-
-
-def _write_task(
-    directory: Path,
-    task: Task,
-    captured: core.Captured,
-    described: list[Mapping],
-    ids: TaskKobjIdsEntry,
-    table: FileTable,
-) -> None:
+def _write_task(what: _Captured, directory: Path, table: FileTable) -> None:
+    task, captured, ids = what.task, what.captured, what.ids
     pid = task.pid
     fs = FsEntry(
         cwd_id=table.add_link(pid, "cwd"),
         root_id=table.add_link(pid, "root"),
         umask=int(task.status["Umask"], 8),
     )
-    mm = mappings.mm_entry(task, captured.inside, described, table.add_link(pid, "exe"))
+    mm = mappings.mm_entry(task, captured.inside, what.described, table.add_link(pid, "exe"))
     for tid, entry in captured.cores.items():
         images.write(directory / Kind.CORE.file_name(tid), Kind.CORE, [entry])
     images.write(directory / Kind.IDS.file_name(pid), Kind.IDS, [ids])
@@ -423,6 +412,8 @@ def _write_tables(directory: Path, tree: FrozenTree, table: FileTable) -> None:
     tree_entries = []
     for process in tree.processes:
         stat = proc.stat(process.pid)
+        if process.zombie:
+            images.write(directory / Kind.CORE.file_name(process.pid), Kind.CORE, [core.zombie(process.pid)])
         tree_entries.append(
             PstreeEntry(
                 pid=process.pid,

@@ -38,7 +38,7 @@ SPECIAL = {
     "[vvar_vclock]": VMA_REGULAR | VMA_ANON_PRIVATE | VMA_VVAR,
     "[vsyscall]": VMA_ANON_PRIVATE | VMA_VSYSCALL,
 }
-"""What the kernel maps by itself, as CRIU 4.1.1 has it (observed); vsyscall is not REGULAR: nothing is restored."""
+"""What the kernel maps by itself, as CRIU 4.1.1 has it (observed). vsyscall is not restored: not REGULAR."""
 
 ADVICE = {"rr": 1, "sr": 2, "dc": 10, "mg": 12, "hg": 14, "nh": 15, "dd": 16, "wf": 18}
 """VmFlags -> the MADV_* number that sets it (proc_pid_smaps(5), madvise(2))."""

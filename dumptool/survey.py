@@ -201,9 +201,11 @@ def _unsupported(file: proc.OpenFile, options: Options) -> str | None:
 
 def _mappings(task: Task) -> Iterator[Refusal]:
     tracked = any(tracker.owned_by(task.pid, task.stat.start_time) for tracker in task.trackers)
+    told = set()
     for vma in task.layout.vmas:
         what = _unsupported_mapping(task.pid, vma, task.layout.flags[vma.start], tracked=tracked)
-        if what:
+        if what and what not in told:  # one mapping of a kind is enough to read
+            told.add(what)
             yield Refusal(task.pid, f"mapping {vma.start:x}-{vma.end:x}", what)
 
 

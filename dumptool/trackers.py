@@ -109,8 +109,8 @@ def _read(pid: int, memfd: int) -> Record | None:
 
 
 def _features(file: OpenFile) -> int:
-    """What a userfaultfd was set up with: the second number of "API:" in its fdinfo."""
-    return int(file.info.other.get("API", "0:0").split(":")[1], 16)
+    """What a userfaultfd was set up with: the second number of "API:" in its fdinfo (bit 31: done)."""
+    return int(file.info.other.get("API", "0:0").split(":")[1], 16) & 0x7FFFFFFF
 
 
 def store(memfd: int, record: Record) -> None:

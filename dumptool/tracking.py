@@ -43,7 +43,7 @@ UFFDIO_REGISTER_MODE_WP = 2
 """linux/userfaultfd.h, ioctl_userfaultfd(2)."""
 
 HIGHEST_FD = 1000
-"""Trackers lie just below this, or below the process's limit. Higher numbers make the kernel's table large."""
+"""Trackers lie just below this, or the process's limit. Higher numbers make the kernel's table large."""
 FDS_OF_OURS = 8
 
 CATEGORIES = {

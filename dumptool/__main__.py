@@ -1,0 +1,5 @@
+"""``python -m dumptool``."""
+
+from dumptool.cli import main
+
+main()

@@ -1,0 +1,331 @@
+"""The command ``dumptool``: options spelt and meant as those of ``criu dump`` and ``criu pre-dump``."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from dumptool.dump import Report, Settings, Watcher, dump, pre_dump
+from dumptool.errors import UnsupportedError
+from dumptool.survey import Options
+from dumptool.tracking import Method
+from images_spec.errors import ImageError
+from images_spec.flags import PAGE_SIZE
+from lazypages import logs
+from lazypages.errors import LazyPagesError
+from lazypages.logs import MESSAGE
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+log = logging.getLogger("lazypages")
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+AUDIBLE = 1
+PATIENCE_PAGES = 16384
+"""From 64 MiB on a dump gets a progress bar."""
+
+DUMP_EPILOG = """\b
+Examples
+  Checkpoint a service that was started with setsid, and end it:
+    dumptool dump -t 4711 -D /var/ckpt/job1
+  A program of this shell and terminal; it goes on afterwards:
+    dumptool dump -t 4711 -D /var/ckpt/job1 --shell-job --leave-running
+  With little standstill: most memory is copied while the program runs.
+    dumptool pre-dump -t 4711 -D /var/ckpt/1
+    dumptool pre-dump -t 4711 -D /var/ckpt/2 --prev-images-dir ../1
+    dumptool dump     -t 4711 -D /var/ckpt/3 --prev-images-dir ../2
+  And back, lazily, what has not changed since the last pre-dump too:
+    lazypages serve -D /var/ckpt/3 &
+    criu restore --lazy-pages -D /var/ckpt/3 -d
+
+\b
+What can't be saved
+  Sockets, epoll, eventfd, timerfd and their kin, io_uring, memfd, huge pages,
+  System V shared memory, deleted files, devices, pipes that lead out of the
+  tree, seccomp, namespaces of its own, tasks that a debugger traces. All this is
+  found before anything is stopped, and named; the tasks go on.
+
+\b
+Exit status
+  0  all images are written
+  1  they are not, and the tasks go on as before
+  2  wrong command line
+"""
+
+PRE_DUMP_EPILOG = """\b
+Examples
+    dumptool pre-dump -t 4711 -D /var/ckpt/1
+    dumptool pre-dump -t 4711 -D /var/ckpt/2 --prev-images-dir ../1
+  The last level is a `dumptool dump --prev-images-dir ../2`.
+
+\b
+Dirty tracking
+  uffd-wp     a userfaultfd in the task, kept as one of two descriptors with a
+              high number until the final dump (Linux 6.7 or newer)
+  soft-dirty  the kernel's own bits (where it has CONFIG_MEM_SOFT_DIRTY)
+  compare     none: the next level reads all pages and compares them with the
+              parent's bytes
+  auto        the first of these that works
+"""
+
+
+class _Verbosity(click.ParamType[str]):
+    """A level, or ``v`` and its repetitions."""
+
+    name = "level"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        try:
+            logs.verbosity([value])
+        except ValueError:
+            self.fail(f"{value!r} is not a level: 0 to 4", param, ctx)
+        return value
+
+
+class _Commands(click.Group):
+    """Errors that we foresee are lines, never a traceback."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except UnsupportedError as error:
+            for refusal in error.refusals:
+                _say_error(f"can't be dumped: {refusal}")
+        except (LazyPagesError, ImageError) as error:
+            _say_error(str(error))
+        return ctx.exit(1)
+
+
+def _say_error(text: str) -> None:
+    log.error("%s", text, extra=logs.SAID)
+    click.echo(f"dumptool: {text}", err=True)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(None, "-V", "--version", package_name="lazypages")
+def cli() -> None:
+    """Checkpoint a tree of processes into images that `criu restore` and `lazypages restore` bring back.
+
+    \b
+    Instead of                         run
+      criu dump -t PID -D DIR            dumptool dump -t PID -D DIR
+      criu pre-dump -t PID -D DIR        dumptool pre-dump -t PID -D DIR
+
+    Pre-dumps work on kernels without soft-dirty bits too. `dumptool COMMAND --help` explains each command.
+    """
+
+
+def _common(command: F) -> F:
+    """The options that both commands have."""
+    for option in reversed(
+        (
+            click.option(
+                "-t",
+                "--tree",
+                "pid",
+                metavar="PID",
+                type=click.IntRange(min=1),
+                required=True,
+                help="The process; all its descendants and all their threads belong to it.",
+            ),
+            click.option(
+                "-D",
+                "--images-dir",
+                metavar="DIR",
+                type=click.Path(path_type=Path),
+                default=Path(),
+                help="Where the images go; made if it is not there.  [default: .]",
+            ),
+            click.option(
+                "--prev-images-dir",
+                metavar="DIR",
+                help="The level before this one, relative to the images directory: what is there and has "
+                "not changed since is not written again.",
+            ),
+            click.option(
+                "--dirty-tracking",
+                type=click.Choice([method.value for method in Method]),
+                default=Method.AUTO.value,
+                show_default=True,
+                help="How to tell what has changed since the level before.",
+            ),
+            click.option(
+                "--parent-pages",
+                type=click.Choice(["lazy", "eager"]),
+                default="lazy",
+                show_default=True,
+                help="Unchanged pages: left to the daemon at a lazy restore (needs `lazypages serve`), or "
+                "read by the restore itself (choose this for `criu lazy-pages`).",
+            ),
+            click.option(
+                "-j", "--shell-job", is_flag=True, help="Allow somebody else's session and terminal."
+            ),
+            click.option(
+                "--timeout",
+                metavar="SECONDS",
+                type=click.FloatRange(min=0, min_open=True),
+                default=10,
+                show_default=True,
+                help="How long to wait until all threads have stopped.",
+            ),
+            click.option("--track-mem", is_flag=True, help="With --leave-running: track writes from now on."),
+            click.option(
+                "-o",
+                "--log-file",
+                metavar="FILE",
+                type=click.Path(path_type=Path),
+                help="Log to FILE in the images directory (- for stdout).",
+            ),
+            click.option(
+                "-v",
+                "--verbosity",
+                "verbose",
+                type=_Verbosity(),
+                is_flag=False,
+                flag_value="v",
+                multiple=True,
+                metavar="[LEVEL]",
+                help="0 says nothing, 1 errors, 2 warnings, 3 information, 4 all; a bare -v is one more.  "
+                "[default: 2]",
+            ),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+def _settings(options: dict[str, Any]) -> Settings:
+    return Settings(
+        pid=options["pid"],
+        images=options["images_dir"].absolute(),
+        parent=options["prev_images_dir"],
+        method=Method(options["dirty_tracking"]),
+        lazy_parents=options["parent_pages"] == "lazy",
+        lazy_pages=options.get("lazy_pages", False),
+        leave_running=options.get("leave_running", False),
+        track=options["track_mem"],
+        allow=Options(shell_job=options["shell_job"], file_locks=options.get("file_locks", False)),
+        timeout=options["timeout"],
+    )
+
+
+@cli.command("dump", epilog=DUMP_EPILOG)
+@_common
+@click.option(
+    "-R", "--leave-running", is_flag=True, help="Let the tasks go on afterwards.  [default: end them]"
+)
+@click.option("-l", "--file-locks", is_flag=True, help="Allow file locks, and save them.")
+@click.option(
+    "--lazy-pages",
+    is_flag=True,
+    help="Leave out the pages that a page server is to deliver. There is none yet: the tasks go on.",
+)
+def dump_command(**options: Any) -> None:
+    """Write all images of a tree of processes and end it (or let it go on).
+
+    The tree is stopped meanwhile, and runs on unharmed if anything fails, even if dumptool is killed.
+    """
+    settings = _settings(options)
+    with _watcher(options) as watcher:
+        report = dump(settings, watcher)
+    _tell(report, "dumped")
+
+
+@cli.command("pre-dump", epilog=PRE_DUMP_EPILOG)
+@_common
+def pre_dump_command(**options: Any) -> None:
+    """Copy the memory of a tree while it runs, and track what it writes from then on.
+
+    The tree is stopped only for a moment. The next level (another pre-dump, or the dump) then has only what
+    has changed.
+    """
+    settings = _settings(options)
+    with _watcher(options) as watcher:
+        report = pre_dump(settings, watcher)
+    _tell(report, "pre-dumped")
+
+
+def _tell(report: Report, what: str) -> None:
+    counts = report.counts
+
+    def megabytes(pages: int) -> str:
+        return f"{pages * PAGE_SIZE / (1 << 20):.1f} MiB"
+
+    parts = [f"{megabytes(counts.written + report.shared.written)} written"]
+    if counts.in_parent:
+        parts.append(f"{megabytes(counts.in_parent)} left to the parent")
+    if counts.lazy:
+        parts.append(f"{megabytes(counts.lazy)} left out")
+    if report.tracked:
+        parts.append(f"writes tracked by {report.tracked}")
+    log.log(
+        MESSAGE,
+        "%s: %d processes, %d threads; %s; stopping took %.1f ms, stopped for %.1f ms",
+        what,
+        report.processes,
+        report.threads,
+        ", ".join(parts),
+        report.freezing * 1000,
+        report.frozen * 1000,
+    )
+
+
+class _Log(Watcher):
+    """Stages as log lines."""
+
+    def stage(self, name: str) -> None:
+        log.info("%s", name)
+
+
+class _Bar(_Log):
+    """A progress bar, once it is worth while."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._bar: TaskID | None = None
+
+    def total(self, pages: int) -> None:
+        if pages >= PATIENCE_PAGES:
+            self._bar = self._progress.add_task("copying memory", total=pages * PAGE_SIZE)
+
+    def copied(self, pages: int) -> None:
+        if self._bar is not None:
+            self._progress.advance(self._bar, pages * PAGE_SIZE)
+
+
+@contextmanager
+def _watcher(options: dict[str, Any]) -> Iterator[Watcher]:
+    """Sets up what is said and where."""
+    level = logs.verbosity(options["verbose"])
+    on_terminal = level >= AUDIBLE and sys.stderr.isatty()
+    stream = sys.stderr
+    if options["log_file"] is not None:
+        options["images_dir"].mkdir(exist_ok=True)
+        path = options["log_file"]
+        stream = logs.open_log(path if path == logs.STDOUT else options["images_dir"] / path)
+    if not on_terminal:
+        logs.start(level, stream, None)
+        yield _Log()
+        return
+
+    from rich.console import Console  # noqa: PLC0415 - slow to import, and only needed on terminals
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn  # noqa: PLC0415
+
+    console = Console(stderr=True, highlight=False)
+    logs.start(level, None if options["log_file"] is None else stream, console)
+    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
+    with Progress(*columns, console=console, transient=True) as progress:
+        yield _Bar(progress)
+
+
+def main() -> None:
+    """Entry point: exit status 0 for success, 1 for failure, 2 for a wrong command line."""
+    sys.exit(cli(prog_name="dumptool"))
