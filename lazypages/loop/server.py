@@ -6,7 +6,7 @@ import logging
 import signal
 import time
 from collections.abc import Callable, Coroutine, Mapping
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,6 +76,7 @@ class Server:
         """
         with Engine() as engine:
             async with AsyncExitStack() as stack:
+                stack.callback(self._close_processes)
                 engine_group = await stack.enter_async_context(anyio.create_task_group())
                 # From here on the engine's thread ends, however this ends, before the engine is freed.
                 stack.callback(engine.stop)
@@ -91,6 +92,11 @@ class Server:
                     helpers.cancel_scope.cancel()
         return self.summary()
 
+    def _close_processes(self) -> None:
+        for service in self._services:
+            if service.process and not service.identity.forked:
+                service.process.close()
+
     # The restorer.
 
     async def _receive(self, engine: Engine) -> None:
@@ -105,21 +111,22 @@ class Server:
 
     async def _receive_tasks(self, engine: Engine, connection: Connection) -> None:
         try:
-            async for event in connection.events():
-                if not self._connected:
-                    # One restore a daemon: a second one fails at once rather than wait for nobody.
-                    self._connected = True
-                    self._started = time.monotonic()
-                    self._control.close()
-                match event:
-                    case TaskArrived():
-                        self._task_arrived(engine, event)
-                    case ZombieArrived(pid):
-                        self._expect(pid, zombie=True)
-                        self._zombies += 1
-                    case RestoreFinished():
-                        self._restore_finished()
-                        return
+            async with aclosing(connection.events()) as events:
+                async for event in events:
+                    if not self._connected:
+                        # One restore a daemon: a second one fails at once rather than wait for nobody.
+                        self._connected = True
+                        self._started = time.monotonic()
+                        self._control.close()
+                    match event:
+                        case TaskArrived():
+                            self._task_arrived(engine, event)
+                        case ZombieArrived(pid):
+                            self._expect(pid, zombie=True)
+                            self._zombies += 1
+                        case RestoreFinished():
+                            self._restore_finished()
+                            return
         except ControlError as error:
             log.error("%s", error)
 
@@ -203,15 +210,15 @@ class Server:
         if parent:
             parent.children += 1
             name = f"{parent.identity.name}, fork {parent.children}"
-            pid, sources = parent.identity.pid, parent.identity.sources
+            pid, sources, process = parent.identity.pid, parent.identity.sources, parent.process
         elif notice.task.pending:
-            name, pid = "fork of a task that ended", 0
+            name, pid, process = "fork of a task that ended", 0, None
             sources = level_names(notice.task.nr_levels)
         else:
             # Its parent was complete, so it is too. Nobody is left who would wait for its service to end.
             notice.task.close()
             return
-        self._start(notice.task, Identity(name, pid, True, notice.task.total, sources), None)
+        self._start(notice.task, Identity(name, pid, True, notice.task.total, sources), process)
 
     # The user.
 

@@ -43,7 +43,7 @@ class Identity:
 
 
 class TaskService:
-    """One memory under one uffd. ``process``: where known, the process, owned by this service."""
+    """One memory under one uffd. ``process``: of the restored task, where known; of a forked child: its ancestor's."""
 
     def __init__(
         self,
@@ -56,7 +56,7 @@ class TaskService:
         self.identity = identity
         self.children = 0
         self._served = served
-        self._process = process
+        self.process = process
         self._turns = transfer_turns
         self._started = time.monotonic()
         self._may_close = False
@@ -171,7 +171,7 @@ class TaskService:
     def _explain(self, notice: Notice) -> None:
         name, where = self.identity.name, f"{notice.nr_pages} pages at {notice.addr:#x}"
         if notice.error == errno.ENOENT:
-            if self._process and not self._process.holds_anonymous_memory(notice.addr):
+            if self.process and not self.process.holds_anonymous_memory(notice.addr):
                 log.info("%s: %s are not mapped any more", name, where)
                 self._served.forget(notice.addr, notice.nr_pages)
                 return
@@ -192,44 +192,49 @@ class TaskService:
             except TaskGoneError:
                 return
             except OSError as error:
-                self._kill(f"its pages can't be poisoned here: {error.strerror}", descendants=True)
+                self._state = State.KILLED
+                self._kill(f"its pages can't be poisoned here: {error.strerror}")
                 return
             else:
                 if pages:
                     log.error("%s: poisoned %d pages: touching one raises SIGBUS", self.identity.name, pages)
                 return
 
-    def _kill(self, why: str, *, descendants: bool = False) -> None:
-        if self._process:
-            log.error("%s: killed (pid %d): %s", self.identity.name, self._process.pid, why)
-            self._process.kill(descendants=descendants)
+    def _kill(self, why: str) -> None:
+        """Kills the task. The process of a forked child is not known: then its ancestor and all its descendants."""
+        if not self.process:
+            log.error("%s: %s, and its process is not known", self.identity.name, why)
+            return
+        log.error("%s: killed (pid %d): %s", self.identity.name, self.process.pid, why)
+        self.process.kill(descendants=self.identity.forked)
 
     async def give_up(self) -> None:
         """Ends the task if it still misses pages: never may it read zeros for them."""
-        if self._state is State.SERVING and self._served.pending:
+        if self._state is State.SERVING and (pending := self._served.pending):
             self._state = State.KILLED
-            self._kill(f"{self._served.pending} pages were still missing")
             await self._poison(everything=True)
+            if not self.identity.forked:
+                self._kill(f"{pending} pages were still missing")
         self._ended.set()
 
     def _close(self) -> None:
-        if self._served.pending and self._state is not State.GONE:
+        if self._served.pending and self._state not in {State.GONE, State.KILLED}:
             # Only after an error of ours. Closing would give the task zeros.
             self._state = State.KILLED
-            self._kill("the daemon failed", descendants=True)
-            self._poison_now()
+            if not self._poison_now() or not self.identity.forked:
+                self._kill("the daemon failed")
         self._final = self._measure()
         self._served.close()
-        if self._process:
-            self._process.close()
 
-    def _poison_now(self) -> None:
+    def _poison_now(self) -> bool:
         while True:
             try:
                 self._served.poison(everything=True)
             except BusyError:
                 time.sleep(BUSY_PAUSE)
-            except (TaskGoneError, OSError):
-                return
+            except TaskGoneError:
+                return True
+            except OSError:
+                return False
             else:
-                return
+                return True

@@ -1,0 +1,205 @@
+"""The daemon as a process, with tasks that need no CRIU: what a restorer can do wrong, and many tasks at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+
+from tests.support.fake import compile_restored, restored_tasks, serve, write_images
+from tests.support.processes import wait_for
+
+PAGES = 600
+LOOPS = ["uvloop", "asyncio", "trio"]
+
+
+@pytest.fixture(scope="module")
+def program() -> Iterator[Path]:
+    with TemporaryDirectory(prefix="lazypages-restored-") as folder:
+        yield compile_restored(Path(folder))
+
+
+def stats_of(directory: Path) -> dict[str, Any]:
+    stats: dict[str, Any] = json.loads((directory / "stats.json").read_text())
+    return stats
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("background", [True, False])
+def test_a_tree(loop: str, background: bool, program: Path, tmp_path: Path) -> None:
+    """Three tasks and a zombie; faults before the finish message are answered, each page is given once."""
+    options = ["--loop", loop] + ([] if background else ["--no-background"])
+    with restored_tasks(program, 3, PAGES) as tasks:
+        write_images(tmp_path, tasks.pids, PAGES, dead=[999999])
+        with serve(tmp_path, *options) as server:
+            server.wait_ready()
+            assert (tmp_path / "lazy-pages.socket").stat().st_mode & 0o777 == 0o600
+            tasks.say(f"connect {tmp_path}/lazy-pages.socket")
+            tasks.say("dead 999999")
+            tasks.say("touch 5")
+            tasks.say("finish")
+            tasks.say("check")
+            assert tasks.statuses() == [0, 0, 0]
+            assert server.wait() == 0
+    assert not (tmp_path / "lazy-pages.socket").exists()
+    stats = stats_of(tmp_path)
+    assert stats["zombies"] == 1
+    assert stats["pages_copied"] == 3 * PAGES
+    for task in stats["tasks"]:
+        assert task["state"] == "complete"
+        assert task["pages"]["copied_by_source"] == {"local": PAGES}
+        assert task["faults"]["total"] >= 5
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_many_tasks(loop: str, program: Path, tmp_path: Path) -> None:
+    with restored_tasks(program, 200, 64) as tasks:
+        write_images(tmp_path, tasks.pids, 64)
+        with serve(tmp_path, "--loop", loop) as server:
+            server.wait_ready()
+            tasks.say(f"connect {tmp_path}/lazy-pages.socket")
+            tasks.say("finish")
+            tasks.say("check")
+            assert tasks.statuses() == [0] * 200
+            assert server.wait() == 0
+    assert stats_of(tmp_path)["pages_copied"] == 200 * 64
+
+
+def test_background_is_fair(program: Path, tmp_path: Path) -> None:
+    """No task waits until another one is complete."""
+    pages = 16384
+    with restored_tasks(program, 3, pages) as tasks:
+        write_images(tmp_path, tasks.pids, pages)
+        with serve(tmp_path) as server:
+            server.wait_ready()
+            tasks.say(f"connect {tmp_path}/lazy-pages.socket")
+            tasks.say("finish")
+            assert server.wait() == 0
+    seconds = sorted(task["seconds"] for task in stats_of(tmp_path)["tasks"])
+    # each is served in turns of 8 MiB of its 64: the last turns are all near the end
+    assert seconds[0] > seconds[-1] * 0.5
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_no_finish_message(loop: str, program: Path, tmp_path: Path) -> None:
+    """The restorer goes away: faults are answered on, nothing else is brought, and the status says it."""
+    with restored_tasks(program, 1, PAGES) as tasks:
+        write_images(tmp_path, tasks.pids, PAGES)
+        with serve(tmp_path, "--loop", loop) as server:
+            server.wait_ready()
+            tasks.say(f"connect {tmp_path}/lazy-pages.socket")
+            tasks.say("close")
+            tasks.say("touch 7")
+            time.sleep(0.3)
+            assert server.process.poll() is None
+            os.kill(tasks.pids[0], signal.SIGKILL)
+            assert tasks.statuses() == [137]
+            assert server.wait() == 1
+    stats = stats_of(tmp_path)
+    assert 7 <= stats["pages_copied"] < 20  # with readahead
+    assert not stats["restore_finished"]
+
+
+def test_killed_while_it_faults(program: Path, tmp_path: Path) -> None:
+    """One task dies, the others are served on; a task that is gone is not a failure."""
+    with restored_tasks(program, 3, PAGES) as tasks:
+        write_images(tmp_path, tasks.pids, PAGES)
+        with serve(tmp_path, "--no-background") as server:
+            server.wait_ready()
+            tasks.say(f"connect {tmp_path}/lazy-pages.socket")
+            tasks.say("finish")
+            tasks.say("touch 3")
+            os.kill(server.pid, signal.SIGSTOP)
+            tasks.say("check")  # all of them fault now, and wait
+            os.kill(tasks.pids[1], signal.SIGKILL)
+            os.kill(server.pid, signal.SIGCONT)
+            assert tasks.statuses() == [0, 137, 0]
+            assert server.wait() == 0
+    assert sorted(task["state"] for task in stats_of(tmp_path)["tasks"]) == ["complete", "complete", "gone"]
+
+
+def test_interrupt_before_a_restore(program: Path, tmp_path: Path) -> None:
+    with restored_tasks(program, 1, PAGES) as tasks:
+        write_images(tmp_path, tasks.pids, PAGES)
+        with serve(tmp_path) as server:
+            server.wait_ready()
+            server.signal(signal.SIGINT)
+            assert server.wait() == 1
+    assert not (tmp_path / "lazy-pages.socket").exists()
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt_completes_the_tasks(loop: str, number: int, program: Path, tmp_path: Path) -> None:
+    """Even with --no-background: what nobody has touched is brought before the daemon ends."""
+    with restored_tasks(program, 2, PAGES) as tasks:
+        write_images(tmp_path, tasks.pids, PAGES)
+        with serve(tmp_path, "--no-background", "--loop", loop) as server:
+            server.wait_ready()
+            tasks.say(f"connect {tmp_path}/lazy-pages.socket")
+            tasks.say("finish")
+            tasks.say("touch 10")
+            server.signal(number)
+            assert server.wait() == 0
+            assert re.search(r"2 tasks still miss 1[01]\d\d pages", server.story())
+            tasks.say("check")
+            assert tasks.statuses() == [0, 0]
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_second_interrupt_kills(loop: str, program: Path, tmp_path: Path) -> None:
+    """Before the finish message nothing can be completed: the second signal ends all, and no task reads zeros."""
+    with restored_tasks(program, 2, PAGES) as tasks:
+        write_images(tmp_path, tasks.pids, PAGES)
+        with serve(tmp_path, "--loop", loop) as server:
+            server.wait_ready()
+            tasks.say(f"connect {tmp_path}/lazy-pages.socket")
+            tasks.say("touch 10")
+            server.signal(signal.SIGINT)
+            wait_for("the first signal", lambda: "still miss" in server.story())
+            server.signal(signal.SIGINT)
+            assert server.wait() == 1
+            assert tasks.statuses() == [137, 137]
+    assert {task["state"] for task in stats_of(tmp_path)["tasks"]} == {"killed"}
+
+
+def test_unknown_task_is_killed(program: Path, tmp_path: Path) -> None:
+    """A task that the images do not know: its restore fails, and it does not go on with zeros."""
+    with restored_tasks(program, 2, PAGES) as tasks:
+        write_images(tmp_path, tasks.pids[:1], PAGES)
+        with serve(tmp_path, "--no-background") as server:
+            server.wait_ready()
+            tasks.tell(f"connect {tmp_path}/lazy-pages.socket")
+            tasks.answered()
+            wait_for("the message", lambda: "not in the images" in server.story())
+            os.kill(tasks.pids[0], signal.SIGKILL)
+            assert tasks.statuses() == [137, 137]
+            assert server.wait() == 1
+
+
+def test_truncated_pages_file_while_serving(program: Path, tmp_path: Path) -> None:
+    """Pages that can't be read any more are poisoned; the task dies of SIGBUS rather than read zeros."""
+    with restored_tasks(program, 1, PAGES) as tasks:
+        write_images(tmp_path, tasks.pids, PAGES)
+        with serve(tmp_path, "--no-background") as server:
+            server.wait_ready()
+            tasks.say(f"connect {tmp_path}/lazy-pages.socket")
+            tasks.say("finish")
+            tasks.say("touch 3")
+            os.truncate(tmp_path / "pages-1.img", 100 * 4096)
+            tasks.say("touch 90")
+            tasks.say("check")
+            wait_for("the message", lambda: "poisoned" in server.story())
+            assert tasks.statuses() == [128 + signal.SIGBUS]
+            assert server.wait() == 1
+            assert "can't be read" in server.story()
+    stats = stats_of(tmp_path)
+    assert stats["tasks"][0]["state"] == "lost"
