@@ -23,6 +23,7 @@ from images_spec.messages import (
     CoreEntry,
     FdinfoEntry,
     FileEntry,
+    FileLockEntry,
     FsEntry,
     GhostChunkEntry,
     GhostFileEntry,
@@ -87,6 +88,7 @@ class Kind(Generic[M]):
     STATS: ClassVar[Kind[StatsEntry]]
     PIPES_DATA: ClassVar[Kind[PipeDataEntry]]
     FIFO_DATA: ClassVar[Kind[PipeDataEntry]]
+    FILE_LOCKS: ClassVar[Kind[FileLockEntry]]
     TTY_INFO: ClassVar[Kind[TtyInfoEntry]]
     TTY_DATA: ClassVar[Kind[TtyDataEntry]]
     REMAP_FPATH: ClassVar[Kind[RemapFilePathEntry]]
@@ -123,6 +125,7 @@ Kind.FDINFO = Kind("fdinfo-{}.img", 0x56213732, FdinfoEntry)
 Kind.STATS = Kind("stats-{}", 0x57093306, StatsEntry, single=True, opening=Opening.SERVICE)
 Kind.PIPES_DATA = Kind("pipes-data.img", 0x56453709, PipeDataEntry, payload=_pipe_payload)
 Kind.FIFO_DATA = Kind("fifo-data.img", 0x59333054, PipeDataEntry, payload=_pipe_payload)
+Kind.FILE_LOCKS = Kind("filelocks.img", 0x54323616, FileLockEntry)
 Kind.TTY_INFO = Kind("tty-info.img", 0x59453036, TtyInfoEntry)
 Kind.TTY_DATA = Kind("tty-data.img", 0x59413026, TtyDataEntry)
 Kind.REMAP_FPATH = Kind("remap-fpath.img", 0x59133954, RemapFilePathEntry)

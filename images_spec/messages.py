@@ -54,6 +54,7 @@ from images_spec.environment_pb2 import (
     TimespecEntry,
     UtsnsEntry,
 )
+from images_spec.file_locks_pb2 import FileLockEntry, LockKind
 from images_spec.files_pb2 import (
     FdinfoEntry,
     FdType,
@@ -96,12 +97,14 @@ __all__ = [
     "FdinfoEntry",
     "FifoEntry",
     "FileEntry",
+    "FileLockEntry",
     "FownEntry",
     "FsEntry",
     "GhostChunkEntry",
     "GhostFileEntry",
     "InventoryEntry",
     "ItimerEntry",
+    "LockKind",
     "Lsm",
     "Machine",
     "MmEntry",
