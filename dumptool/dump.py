@@ -428,5 +428,7 @@ def _write_tables(directory: Path, tree: FrozenTree, table: FileTable) -> None:
     images.write(directory / Kind.SECCOMP.file_name(), Kind.SECCOMP, [SeccompEntry()])
     if table.pipes:
         images.write_with_data(directory / Kind.PIPES_DATA.file_name(), Kind.PIPES_DATA, table.pipes)
+    if table.locks:
+        images.write(directory / Kind.FILE_LOCKS.file_name(), Kind.FILE_LOCKS, table.locks)
     if table.terminals:
         images.write(directory / Kind.TTY_INFO.file_name(), Kind.TTY_INFO, table.terminals)

@@ -20,7 +20,9 @@ from images_spec.messages import (
     FdinfoEntry,
     FdType,
     FileEntry,
+    FileLockEntry,
     FownEntry,
+    LockKind,
     PipeDataEntry,
     PipeEntry,
     RegFileEntry,
@@ -38,6 +40,9 @@ F_GETOWN_EX = 16
 TERMIOS = struct.Struct("<IIIIB19s")
 """struct termios of asm-generic/termbits.h."""
 WINSIZE = struct.Struct("<HHHH")
+LOCK_KINDS = {"POSIX": LockKind.LOCK_POSIX, "FLOCK": LockKind.LOCK_FLOCK, "OFDLCK": LockKind.LOCK_OFD}
+LOCK_ACCESS = {"READ": 0, "WRITE": 1}
+"""F_RDLCK, F_WRLCK; as the kernel and as images have them."""
 NO_ONE = FownEntry(uid=0, euid=0, signum=0, pid_type=0, pid=0)
 
 
@@ -47,8 +52,10 @@ class FileTable:
 
     entries: list[FileEntry] = field(default_factory=list)
     pipes: list[tuple[PipeDataEntry, bytes]] = field(default_factory=list)
+    locks: list[FileLockEntry] = field(default_factory=list)
     _opened: dict[tuple[object, ...], list[tuple[int, int, FileEntry]]] = field(default_factory=dict)
     _named: dict[tuple[str, int], int] = field(default_factory=dict)
+    _seen_locks: set[tuple[object, ...]] = field(default_factory=set)
     _seen_pipes: set[int] = field(default_factory=set)
     _terminals: dict[int, TtyInfoEntry] = field(default_factory=dict)
 
@@ -82,6 +89,7 @@ class FileTable:
             entry = self._description(task.pid, file)
             cloexec = FD_CLOEXEC if file.info.flags & os.O_CLOEXEC else 0
             found.append(FdinfoEntry(id=entry.id, flags=cloexec, type=entry.type, fd=file.fd))
+            self._add_locks(task.pid, file, entry.id)
         terminal = self._terminals.get(task.stat.tty)
         if terminal is not None:
             terminal.sid, terminal.pgrp = task.stat.session, task.stat.tty_pgrp
@@ -146,6 +154,26 @@ class FileTable:
             id=number, tty_info_id=self._terminals[device].id, flags=flags, fown=owner, regf_id=regular.id
         )
         return self._append(FileEntry(type=FdType.FD_TTY, id=number, tty=entry))
+
+    def _add_locks(self, pid: int, file: proc.OpenFile, file_id: int) -> None:
+        """A process holds a POSIX lock; an open file description, through whomever, the others."""
+        for lock in file.info.locks:
+            if lock.kind == "POSIX" and lock.pid != pid:
+                continue
+            holder = (pid, lock.inode) if lock.kind == "POSIX" else (file_id,)
+            key = (lock.kind, lock.access, lock.start, lock.end, *holder)
+            if key not in self._seen_locks:
+                self._seen_locks.add(key)
+                self.locks.append(
+                    FileLockEntry(
+                        flag=LOCK_KINDS[lock.kind],
+                        type=LOCK_ACCESS[lock.access],
+                        pid=pid,
+                        fd=file.fd,
+                        start=lock.start,
+                        len=0 if lock.end is None else lock.end - lock.start + 1,
+                    )
+                )
 
 
 def _owner(here: int) -> FownEntry:
