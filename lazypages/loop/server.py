@@ -12,7 +12,6 @@ from typing import Any
 
 import anyio
 from anyio import to_thread
-from anyio.abc import TaskGroup
 
 from lazypages.control import (
     Connection,
@@ -83,7 +82,7 @@ class Server:
                 engine_group.start_soon(_run_engine, engine)
                 async with anyio.create_task_group() as helpers:
                     helpers.start_soon(self._handle_signals, helpers.cancel_scope)
-                    helpers.start_soon(self._dispatch, engine, helpers)
+                    helpers.start_soon(self._dispatch, engine)
                     if watch:
                         helpers.start_soon(watch, self)
                     async with anyio.create_task_group() as tasks:
@@ -196,7 +195,7 @@ class Server:
             "%s: %s, %d of %d pages copied", report.name, report.state, report.copied.total, report.total
         )
 
-    async def _dispatch(self, engine: Engine, group: TaskGroup) -> None:
+    async def _dispatch(self, engine: Engine) -> None:
         while True:
             await anyio.wait_readable(engine.notice_fd)
             for notice in engine.notices():

@@ -60,6 +60,7 @@ class TaskService:
         self._turns = transfer_turns
         self._started = time.monotonic()
         self._may_close = False
+        self._gone = False
         self._state = State.SERVING
         self._wrong: list[Notice] = []
         self._wrong_seen = anyio.Event()
@@ -106,6 +107,7 @@ class TaskService:
             case NoticeKind.COMPLETE:
                 self._check_complete()
             case NoticeKind.GONE:
+                self._gone = True
                 self._end(State.GONE)
             case NoticeKind.LOST:
                 self._wrong.append(notice)
@@ -218,7 +220,7 @@ class TaskService:
         self._ended.set()
 
     def _close(self) -> None:
-        if self._served.pending and self._state not in {State.GONE, State.KILLED}:
+        if self._served.pending and not self._gone and self._state is not State.KILLED:
             # Only after an error of ours. Closing would give the task zeros.
             self._state = State.KILLED
             if not self._poison_now() or not self.identity.forked:
