@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,7 +24,11 @@ from lazypages import kernel
 from lazypages.errors import LazyPagesError
 from lazypages.summary import duration, size
 
-TASK = Path(__file__).with_name("demo_task.py")
+HERE = Path(__file__).parent
+TASK = HERE / "demo_task.py"
+
+#: This lazypages, and not one that lies in the current directory (-P).
+LAZYPAGES = (sys.executable, "-P", "-m", "lazypages")
 
 #: Where CRIU may be beside PATH: where packages put it, and where .ci/fetch-criu does.
 CRIU_PLACES = (Path("/usr/sbin/criu"), Path("/usr/local/sbin/criu"))
@@ -52,9 +56,13 @@ class Tools:
 
     @classmethod
     def of_criu(cls, path: Path) -> Tools:
-        version = next((line for line in _output([str(path), "--version"]) if line.startswith("Version: ")), "")
+        version = next(
+            (line for line in _output([str(path), "--version"]) if line.startswith("Version: ")), ""
+        )
         return cls(
-            f"CRIU {version.removeprefix('Version: ') or '?'} ({path})", [str(path), "dump"], [str(path), "restore"]
+            f"CRIU {version.removeprefix('Version: ') or '?'} ({path})",
+            [str(path), "dump"],
+            [str(path), "restore"],
         )
 
     def take(self, pid: int, images: Path) -> None:
@@ -105,7 +113,10 @@ def _last_error(*logs: Path) -> str:
 
 
 class Task:
-    """The task, before the checkpoint and after the restore, under one pid. A context manager that ends it."""
+    """The task, before the checkpoint and after the restore, under one pid. A context manager that ends it.
+
+    Restored, it is an orphan, and so the child of its nearest subreaper: us.
+    """
 
     def __init__(self, folder: Path, nr_bytes: int) -> None:
         folder.mkdir()
@@ -119,60 +130,58 @@ class Task:
             cwd="/",
         )
         self.pid = self.process.pid
-        self._restored = False
 
     def __enter__(self) -> Task:
         return self
 
     def __exit__(self, *_exc: object) -> None:
-        if self.process.returncode is None:
+        if self.process.poll() is None:
             self.process.kill()
             self.process.wait()
-        elif self._restored:
-            os.kill(self.pid, signal.SIGKILL)
-            os.waitpid(self.pid, 0)
+        with suppress(ChildProcessError):  # not restored, or at its end already
+            if os.waitpid(self.pid, os.WNOHANG) == (0, 0):
+                os.kill(self.pid, signal.SIGKILL)
+                os.waitpid(self.pid, 0)
 
     def wait_filled(self) -> None:
-        """Until its memory is as it wants it."""
-        _wait(lambda: (self._folder / "ready").exists() or self.process.poll() is not None)
+        """Until its memory is as it wants it. Raises DemoError if it ends instead."""
+        _wait("the task to fill its memory", lambda: self._said("ready") or self.process.poll() is not None)
         if self.process.returncode is not None:
-            raise DemoError(f"the task ended by itself, with {self.process.returncode}; is there enough memory?")
+            raise DemoError(f"the task ended with {self.process.returncode}: is there enough memory for it?")
 
-    def taken(self) -> None:
-        """It has been checkpointed."""
+    def wait_taken(self) -> None:
+        """Until it is gone, after a checkpoint."""
         self.process.wait(PATIENCE)
 
     def let_go(self) -> None:
         """When it runs (again), it touches and checks its memory."""
         (self._folder / "go").touch()
 
-    def brought_back(self) -> None:
-        """A restore has made it again: an orphan, so that it is the child of its nearest subreaper, us."""
-        self._restored = True
-
     def verdict(self) -> dict[str, Any]:
-        """What it found, once it has ended. Raises DemoError if it ended otherwise."""
-        ended: list[int] = []
-
-        def has_ended() -> bool:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                ended.append(os.waitstatus_to_exitcode(status))
-            return bool(pid)
-
-        _wait(has_ended)
-        self._restored = False
-        if ended != [0]:
-            raise DemoError(f"the restored task ended with {ended[0]}")
+        """What the restored task has found. Raises DemoError if it does not get that far."""
+        _wait(
+            "the restored task to check its memory", lambda: self._said("verdict") or self._restored_ended()
+        )
+        if not self._said("verdict"):
+            raise DemoError("the restored task has ended without a verdict")
         found: dict[str, Any] = json.loads((self._folder / "verdict").read_text())
         return found
 
+    def _said(self, name: str) -> bool:
+        return (self._folder / name).exists()
 
-def _wait(ready: Callable[[], bool]) -> None:
+    def _restored_ended(self) -> bool:
+        try:
+            return os.waitpid(self.pid, os.WNOHANG) != (0, 0)
+        except ChildProcessError:
+            return True
+
+
+def _wait(what: str, ready: Callable[[], bool]) -> None:
     deadline = time.monotonic() + PATIENCE
     while not ready():
         if time.monotonic() > deadline:
-            raise DemoError(f"nothing has happened for {PATIENCE} s")
+            raise DemoError(f"waited {PATIENCE} s for {what}")
         time.sleep(0.005)
 
 
@@ -189,15 +198,20 @@ class Step:
 
 @click.command()
 @click.option(
-    "--size", "mib", type=click.IntRange(1), default=256, show_default=True, help="Memory of the task, in MiB."
+    "--size",
+    "mib",
+    type=click.IntRange(1),
+    default=256,
+    show_default=True,
+    help="Memory of the task, in MiB.",
 )
 @click.option("--criu", type=click.Path(path_type=Path), help="Use this CRIU, and no other.")
 def demo(mib: int, criu: Path | None) -> None:
-    """See it work: a live task is checkpointed, runs again before its memory has arrived, and checks every byte.
+    """See it work: checkpoint a live task, bring it back lazily, have it check every byte.
 
-    Takes a few seconds, needs root, and leaves nothing behind. CRIU takes the checkpoint and restores it where one is
-    found that works here (in PATH, by the environment variable LAZYPAGES_CRIU, or as .ci/fetch-criu leaves it),
-    else our own dumptool and `lazypages restore` do. `lazypages serve` serves the memory in any case.
+    Takes a few seconds, needs root, and leaves nothing behind. CRIU takes the checkpoint and restores it if
+    one is found that works here (in PATH, by the environment variable LAZYPAGES_CRIU, or where .ci/fetch-criu
+    puts it), else our own dumptool and `lazypages restore` do. The memory is served by `lazypages serve`.
     """
     _check_kernel()
     _become_subreaper()
@@ -214,13 +228,13 @@ def _check_kernel() -> None:
         raise DemoError("checkpoint and restore need root: run it as root, for example with sudo")
     if error:
         raise DemoError(
-            f"userfaultfd is forbidden here, even for root ({os.strerror(error)}): in a container, start that with "
+            f"userfaultfd is forbidden here, even for root ({os.strerror(error)}): start the container with "
             "--privileged, or with CAP_SYS_PTRACE and a seccomp profile that allows userfaultfd"
         )
 
 
 def _become_subreaper() -> None:
-    """Tasks that a restore leaves behind become our children (prctl(2)): they can be waited for, and ended."""
+    """Tasks that a restore leaves behind become our children (prctl(2)): they can be waited for, ended."""
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
@@ -241,7 +255,9 @@ def choose(wanted: Path | None, folder: Path) -> Tools:
             return tools
         finally:
             shutil.rmtree(folder / "trial", ignore_errors=True)
-    raise DemoError("no CRIU that works here was found: name one with --criu, or fetch one with .ci/fetch-criu")
+    raise DemoError(
+        "no CRIU that works here was found: name one with --criu, or fetch one with .ci/fetch-criu"
+    )
 
 
 def candidates(wanted: Path | None) -> list[Path]:
@@ -260,10 +276,9 @@ def try_out(tools: Tools, folder: Path) -> None:
     with Task(folder / "task", MIB) as task:
         task.wait_filled()
         tools.take(task.pid, folder / "images")
-        task.taken()
+        task.wait_taken()
         task.let_go()
         tools.bring_back(folder / "images", lazily=False)
-        task.brought_back()
         if task.verdict()["wrong"]:
             raise DemoError(f"{tools.name} restores other bytes than it has dumped")
 
@@ -276,9 +291,10 @@ def serving(images: Path) -> Iterator[subprocess.Popen[bytes]]:
         stack.callback(os.close, ready)
         try:
             server = subprocess.Popen(
-                [sys.executable, "-m", "lazypages", "serve", "-D", str(images), "--status-fd", str(status)],
+                [*LAZYPAGES, "serve", "-D", str(images), "--status-fd", str(status)],
                 stdin=subprocess.DEVNULL,
                 pass_fds=[status],
+                env=os.environ | {"PYTHONPATH": str(HERE.parent)},
             )
         finally:
             os.close(status)
@@ -309,7 +325,7 @@ def show(tools: Tools, folder: Path, nr_bytes: int) -> None:
 
         step = Step(f"2. {' '.join(tools.dump)} -t {task.pid} -D {images}")
         tools.take(task.pid, images)
-        task.taken()
+        task.wait_taken()
         stored = sum(path.stat().st_size for path in images.iterdir())
         step.done(f"{size(stored)} of images, the task is gone")
         task.let_go()
@@ -320,7 +336,6 @@ def show(tools: Tools, folder: Path, nr_bytes: int) -> None:
         click.echo(f"4. {' '.join(tools.restore)} -D {images} --lazy-pages -d")
         started = time.time()
         tools.bring_back(images, lazily=True)
-        task.brought_back()
         verdict = task.verdict()
         code = server.wait(PATIENCE)
     report(verdict, code, started, nr_bytes)

@@ -1,7 +1,7 @@
 """The task of ``lazypages demo``: run as a program, ``python demo_task.py FOLDER BYTES``, by any Python 3.11.
 
-It fills its memory, says ``ready`` in FOLDER, waits for ``go``, then touches pages here and there and checks every
-byte of its memory, and leaves what it saw in ``verdict``. Checkpointed while it waits, it never knows.
+It fills its memory, says ``ready`` in FOLDER, waits for ``go``, then touches pages here and there and checks
+every byte of its memory, and leaves what it saw in ``verdict``. Checkpointed while it waits, it never knows.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _NUMBER = struct.Struct("<Q")
 
 def contents(nr_pages: int) -> Iterator[bytes]:
     """What each page holds: its number, then bytes that no neighbour has in the same place."""
-    noise = random.Random(SEED).randbytes(1 << 20)
+    noise = random.Random(SEED).randbytes(1 << 20)  # noqa: S311 - the same every time is the point
     length = PAGE_SIZE - _NUMBER.size
     for page in range(nr_pages):
         start = page * 2654435761 % (len(noise) - length)
@@ -33,7 +33,7 @@ def contents(nr_pages: int) -> Iterator[bytes]:
 
 def touch(memory: mmap.mmap, nr_pages: int) -> list[float]:
     """Seconds that the first touches of pages all over the memory took; what is read is checked later."""
-    pages = random.Random(SEED + 1).sample(range(nr_pages), min(TOUCHES, nr_pages))
+    pages = random.Random(SEED + 1).sample(range(nr_pages), min(TOUCHES, nr_pages))  # noqa: S311
     seconds = []
     for page in pages:
         started = time.perf_counter()
@@ -52,7 +52,9 @@ def main() -> None:
     while not (folder / "go").exists():
         time.sleep(0.01)
 
-    awake = time.time()  # the one clock that is the same for whoever restores it, whatever time namespace this is
+    awake = (
+        time.time()
+    )  # the one clock that is the same for whoever restores it, whatever time namespace this is
     touches = touch(memory, nr_pages)
     touched = time.time()
     memory.seek(0)

@@ -1,8 +1,8 @@
 """What is said while serving, to whom, and how much of it.
 
 Verbosity counts as with ``criu`` (observed with CRIU 4.2.1): 0 nothing, 1 errors, 2 warnings as well (the
-default), 3 information, 4 all. ``-vN`` sets it, each bare ``-v`` adds one. From 1 on there are also *messages*:
-the few lines that a person wants to see in any case (ready, progress, summary).
+default), 3 information, 4 all. ``-vN`` sets it, each bare ``-v`` adds one. *Messages* come from 1 on: the few
+lines that a person wants to see in any case (ready, progress, summary).
 """
 
 from __future__ import annotations
