@@ -18,7 +18,7 @@ CFFI_BUILDERS = {
     "lazypages/_uffd_build.py": "ffibuilder",
     "dumptool/_ptrace_build.py": "ffibuilder",
 }
-RESTORER_SOURCES = ["csrc/uffd_restorer.c", "csrc/inject.c"]
+RESTORER_SOURCES = ["csrc/uffd_restorer.c", "csrc/restore_task.c", "csrc/inject.c"]
 RESTORER_TARGET = Path("lazypages/uffd_restorer")
 
 

@@ -1,0 +1,195 @@
+"""All images of a checkpoint that a restore needs, read and held together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from images_spec import images
+from images_spec.checkpoint import Checkpoint, TaskImages, open_checkpoint
+from images_spec.errors import ImageError, ImageMissingError
+from images_spec.flags import VMA_ANON_SHARED, VMA_SYSVIPC
+from images_spec.images import Kind, M
+from images_spec.messages import (
+    CoreEntry,
+    FdinfoEntry,
+    FileEntry,
+    FsEntry,
+    MmEntry,
+    PipeDataEntry,
+    PstreeEntry,
+    TaskKobjIdsEntry,
+    TaskState,
+    TtyInfoEntry,
+)
+from images_spec.pagemap import Pagemap
+from images_spec.placement import ExtentTable, resolve
+
+
+@dataclass(frozen=True, slots=True)
+class Alive:
+    """What a task has that a zombie lacks. ``threads``: the cores by tid, the leader's first."""
+
+    ids: TaskKobjIdsEntry
+    mm: MmEntry
+    fs: FsEntry
+    fds: list[FdinfoEntry]
+    threads: Mapping[int, CoreEntry]
+    memory: TaskImages
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """A task of the tree; ``alive`` is None for a zombie."""
+
+    pid: int
+    ppid: int
+    pgid: int
+    sid: int
+    core: CoreEntry
+    alive: Alive | None
+
+
+@dataclass(frozen=True, slots=True)
+class SharedMemory:
+    """Shared anonymous memory; addresses of ``extents`` count from its begin. ``levels``: pages files."""
+
+    extents: ExtentTable
+    levels: list[Path | None]
+
+
+@dataclass(frozen=True)
+class Dump:
+    """A checkpoint; ``processes``: the root first, parents before their children."""
+
+    checkpoint: Checkpoint
+    processes: list[Process]
+    files: Mapping[int, FileEntry]
+    pipes: Mapping[int, tuple[PipeDataEntry, bytes]]
+    ttys: Mapping[int, TtyInfoEntry]
+    deleted: frozenset[int]
+    """Ids of files whose names were gone when they were dumped."""
+    shared: Mapping[int, SharedMemory]
+
+    @property
+    def directory(self) -> Path:
+        return self.checkpoint.directory
+
+    def path(self, kind: Kind[M], ident: int | str | None = None) -> Path:
+        """Where an image is, for messages."""
+        return self.directory / kind.file_name(ident)
+
+    def file(self, ident: int, whose: str) -> FileEntry:
+        """A file by its id. Raises ``ImageError``."""
+        try:
+            return self.files[ident]
+        except KeyError:
+            raise ImageError(self.path(Kind.FILES), f"has no file {ident}, which is {whose}") from None
+
+
+def load(directory: Path, *, lazy: bool) -> Dump:
+    """Reads a checkpoint. ``lazy``: there will be a daemon. Raises ``ImageError``."""
+    checkpoint = open_checkpoint(directory)
+    entries = images.read(directory / Kind.PSTREE.file_name(), Kind.PSTREE)
+    processes = [_process(checkpoint, entry, lazy) for entry in entries]
+    return Dump(
+        checkpoint,
+        processes,
+        {entry.id: entry for entry in images.read(directory / Kind.FILES.file_name(), Kind.FILES)},
+        {
+            entry.pipe_id: (entry, data)
+            for entry, data in _optional(images.read_with_data, directory, Kind.PIPES_DATA)
+        },
+        {entry.id: entry for entry in _optional(images.read, directory, Kind.TTY_INFO)},
+        frozenset(entry.orig_id for entry in _optional(images.read, directory, Kind.REMAP_FPATH)),
+        {ident: _shared(checkpoint, ident) for ident in sorted(_shared_ids(processes))},
+    )
+
+
+def _optional(
+    read: Callable[[Path, Kind[M]], list],
+    directory: Path,
+    kind: Kind[M],  # type: ignore[type-arg]
+) -> list:  # type: ignore[type-arg]
+    """The messages of an image that is there only when there is something to say."""
+    try:
+        return read(directory / kind.file_name(), kind)
+    except ImageMissingError:
+        return []
+
+
+def _process(checkpoint: Checkpoint, entry: PstreeEntry, lazy: bool) -> Process:
+    directory, pid = checkpoint.directory, entry.pid
+    core = _core(directory, pid)
+    alive = None
+    if core.tc.task_state != TaskState.TASK_DEAD:
+        if pid not in entry.threads:
+            raise ImageError(
+                directory / Kind.PSTREE.file_name(), f"task {pid} has no leader among its threads"
+            )
+        ids = (
+            core.ids
+            if core.HasField("ids")
+            else images.read_one(directory / Kind.IDS.file_name(pid), Kind.IDS)
+        )
+        threads = {pid: core} | {tid: _core(directory, tid) for tid in entry.threads if tid != pid}
+        for tid, thread in threads.items():
+            if not thread.HasField("thread_info") or not thread.HasField("thread_core"):
+                raise ImageError(
+                    directory / Kind.CORE.file_name(tid), "holds no registers of an x86_64 thread"
+                )
+        alive = Alive(
+            ids,
+            images.read_one(directory / Kind.MM.file_name(pid), Kind.MM),
+            images.read_one(directory / Kind.FS.file_name(pid), Kind.FS),
+            images.read(directory / Kind.FDINFO.file_name(ids.files_id), Kind.FDINFO),
+            threads,
+            checkpoint.load_task(pid, remote=lazy),
+        )
+    return Process(pid, entry.ppid, entry.pgid, entry.sid, core, alive)
+
+
+def _core(directory: Path, tid: int) -> CoreEntry:
+    return images.read_one(directory / Kind.CORE.file_name(tid), Kind.CORE)
+
+
+def _shared_ids(processes: list[Process]) -> set[int]:
+    return {
+        vma.shmid
+        for process in processes
+        if process.alive
+        for vma in process.alive.mm.vmas
+        if is_shared_anonymous(vma.status)
+    }
+
+
+def is_shared_anonymous(status: int) -> bool:
+    """Whether a mapping's ``shmid`` names a shared memory image."""
+    return bool(status & VMA_ANON_SHARED) and not status & VMA_SYSVIPC
+
+
+def _shared(checkpoint: Checkpoint, ident: int) -> SharedMemory:
+    """Contents of shared memory, down the chain as far as it has them."""
+    pagemaps: list[Pagemap] = []
+    levels: list[Path | None] = []
+    for directory in checkpoint.chain:
+        path = directory / Kind.PAGEMAP.file_name(f"shmem-{ident}")
+        try:
+            pagemap = Pagemap.load(path)
+        except ImageMissingError:
+            if not pagemaps:
+                raise
+            break
+        pages = directory / f"pages-{pagemap.pages_id}.img"
+        if pagemap.present_pages:
+            try:
+                pagemap.check_pages_size(pages.stat().st_size, pages)
+            except OSError as error:
+                raise ImageError(pages, f"can't be opened: {error.strerror}") from None
+        pagemaps.append(pagemap)
+        levels.append(pages if pagemap.present_pages else None)
+    extents = resolve(pagemaps, remote=False)
+    if extents.counts().lost.total:
+        raise ImageError(pagemaps[0].path, "has pages that are in no image of the chain")
+    return SharedMemory(extents, levels)

@@ -1,0 +1,186 @@
+"""Open files: what the restorer opens once, and what each task then gets of it."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+from images_spec.errors import ImageError
+from images_spec.images import Kind
+from images_spec.messages import FdType, FileEntry, FownEntry, RegFileEntry, TtyType
+from lazypages.restore.dump import Alive, Dump
+from lazypages.restore.errors import RestoreError
+from lazypages.restore.machine import Machine
+from lazypages.restore.plan import Plan
+from lazypages.restore.syscalls import Nr
+
+_ONCE = os.O_CREAT | os.O_EXCL | os.O_TRUNC | os.O_NOCTTY | os.O_CLOEXEC
+"""Flags that mean something while a file is opened, and nothing afterwards."""
+
+TYPE_NAMES = {
+    FdType.FD_FIFO: "a named pipe",
+    FdType.FD_INETSK: "an internet socket",
+    FdType.FD_UNIXSK: "a unix socket",
+    FdType.FD_EVENTFD: "an eventfd",
+    FdType.FD_EVENTPOLL: "an epoll descriptor",
+    FdType.FD_INOTIFY: "an inotify descriptor",
+    FdType.FD_SIGNALFD: "a signalfd",
+    FdType.FD_PACKETSK: "a packet socket",
+    FdType.FD_FANOTIFY: "a fanotify descriptor",
+    FdType.FD_NETLINKSK: "a netlink socket",
+    FdType.FD_NS: "a namespace",
+    FdType.FD_TUNF: "a tun device",
+    FdType.FD_EXT: "an external file",
+    FdType.FD_TIMERFD: "a timerfd",
+    FdType.FD_MEMFD: "a memfd",
+    FdType.FD_BPFMAP: "a BPF map",
+    FdType.FD_PIDFD: "a pidfd",
+}
+
+
+def text(name: bytes) -> str:
+    """A path for messages and for the system."""
+    return os.fsdecode(name)
+
+
+class Files:
+    """Slots for the files of a dump, each made when it is first asked for.
+
+    Raises ``RestoreError`` for what can't be opened as it was.
+    """
+
+    def __init__(self, dump: Dump, plan: Plan, machine: Machine, *, shell_job: bool) -> None:
+        self._dump, self._plan, self._machine = dump, plan, machine
+        self._shell_job = shell_job
+        self._descriptions: dict[int, int] = {}
+        self._mapped: dict[tuple[int, int], int] = {}
+        self._pipes: dict[int, tuple[int, int]] = {}
+        self._pages: dict[Path, int] = {}
+
+    def description(self, ident: int, whose: str) -> int:
+        """The slot of an open file, the same for all who share it. ``whose``: for messages."""
+        if ident not in self._descriptions:
+            self._descriptions[ident] = self._open(self._dump.file(ident, whose), whose)
+        return self._descriptions[ident]
+
+    def mapped(self, ident: int, access: int, whose: str) -> int:
+        """The slot of a file to be mapped, or of a program; ``access``: O_RDONLY or O_RDWR."""
+        key = (ident, access)
+        if key not in self._mapped:
+            entry = self._regular(ident, whose)
+            name = text(entry.name)
+            self._mapped[key] = self._plan.open(entry.name, access, 0, f"open {name} for mapping")
+        return self._mapped[key]
+
+    def path(self, ident: int, whose: str) -> str:
+        """The name of a file or directory, which is there."""
+        return text(self._regular(ident, whose).name)
+
+    def pages(self, path: Path) -> int:
+        """The slot of a pages file."""
+        if path not in self._pages:
+            self._pages[path] = self._plan.open(os.fsencode(path), os.O_RDONLY, 0, f"open {path}")
+        return self._pages[path]
+
+    def close_pipes(self) -> None:
+        """No end of a pipe stays open that no task has."""
+        for ends in self._pipes.values():
+            for slot in ends:
+                self._plan.close(slot)
+
+    def _regular(self, ident: int, whose: str) -> RegFileEntry:
+        entry = self._dump.file(ident, whose)
+        if entry.type != FdType.FD_REG or not entry.HasField("reg"):
+            raise RestoreError(f"{whose}: is {_type_name(entry)}, which can't be restored")
+        check_regular(entry.reg, ident in self._dump.deleted, whose)
+        return entry.reg
+
+    def _open(self, entry: FileEntry, whose: str) -> int:
+        if entry.type == FdType.FD_REG:
+            reg = self._regular(entry.id, whose)
+            _check_owner(reg.fown, whose)
+            position = reg.pos if not reg.flags & os.O_PATH else 0
+            return self._plan.open(reg.name, reg.flags & ~_ONCE, position, f"open {text(reg.name)} ({whose})")
+        if entry.type == FdType.FD_PIPE and entry.HasField("pipe"):
+            _check_owner(entry.pipe.fown, whose)
+            return self._open_pipe(entry, whose)
+        if entry.type == FdType.FD_TTY and entry.HasField("tty"):
+            _check_owner(entry.tty.fown, whose)
+            return self._open_terminal(entry, whose)
+        raise RestoreError(f"{whose}: is {_type_name(entry)}, which can't be restored")
+
+    def _open_pipe(self, entry: FileEntry, whose: str) -> int:
+        ident, flags = entry.pipe.pipe_id, entry.pipe.flags
+        if ident not in self._pipes:
+            head, contents = self._dump.pipes.get(ident, (None, b""))
+            capacity = head.size if head is not None and head.HasField("size") else 0
+            label = f"make pipe {ident} ({whose}) of {capacity} bytes with {len(contents)} in it"
+            self._pipes[ident] = self._plan.pipe(capacity, contents, label)
+        reader, writer = self._pipes[ident]
+        end = reader if flags & os.O_ACCMODE == os.O_RDONLY else writer
+        return self._plan.reopen(end, flags & ~_ONCE, f"open an end of pipe {ident} ({whose})")
+
+    def _open_terminal(self, entry: FileEntry, whose: str) -> int:
+        if not self._shell_job:
+            raise RestoreError(f"{whose}: is a terminal: restore it with --shell-job, from a terminal")
+        if self._machine.terminal is None:
+            raise RestoreError(
+                f"{whose}: is a terminal, but none of standard input, output and error is one here"
+            )
+        path = f"/proc/self/fd/{self._machine.terminal}"
+        info = self._dump.ttys.get(entry.tty.tty_info_id)
+        if info is not None and info.type == TtyType.TTY_CTTY:
+            path = "/dev/tty"
+        return self._plan.open(path.encode(), entry.tty.flags & ~_ONCE, 0, f"open the terminal ({whose})")
+
+
+def _type_name(entry: FileEntry) -> str:
+    return TYPE_NAMES.get(entry.type, f"of type {entry.type}")
+
+
+def _check_owner(owner: FownEntry, whose: str) -> None:
+    if owner.pid or owner.signum:
+        raise RestoreError(f"{whose}: sends signals to task {owner.pid} (F_SETOWN), which can't be restored")
+
+
+def check_regular(entry: RegFileEntry, deleted: bool, whose: str) -> None:
+    """Raises ``RestoreError`` when a file is not there as it was."""
+    name = text(entry.name)
+    if deleted:
+        raise RestoreError(f"{whose}: {name} was deleted while it was in use, which can't be restored")
+    try:
+        status = os.stat(entry.name)
+    except OSError as error:
+        raise RestoreError(f"{whose}: {name}: {error.strerror}: put it back as it was when dumped") from None
+    if entry.HasField("mode") and status.st_mode != entry.mode:
+        raise RestoreError(
+            f"{whose}: {name}: mode is {status.st_mode:#o}, but was {entry.mode:#o} when dumped"
+        )
+    if entry.HasField("size") and stat.S_ISREG(status.st_mode) and status.st_size != entry.size:
+        raise RestoreError(
+            f"{whose}: {name}: has {status.st_size} bytes, but had {entry.size} when dumped: "
+            "put it back as it was"
+        )
+
+
+def give_files(plan: Plan, files: Files, thread: int, pid: int, alive: Alive, link_fd: int) -> None:
+    """All descriptors of a task, lowest first, and where it is in the file tree."""
+    for entry in sorted(alive.fds, key=lambda entry: entry.fd):
+        whose = f"task {pid}, fd {entry.fd}"
+        slot = files.description(entry.id, whose)
+        plan.give(thread, slot, entry.fd, bool(entry.flags & 1), f"set up fd {entry.fd}")
+    cwd = files.path(alive.fs.cwd_id, f"task {pid}, working directory")
+    root = files.path(alive.fs.root_id, f"task {pid}, root directory")
+    if root != "/":
+        raise RestoreError(f"task {pid}: root directory {root} can't be restored, only /")
+    plan.call(thread, f"change to {cwd}", Nr.CHDIR, plan.data, data=os.fsencode(cwd) + b"\0")
+    plan.call(thread, "set the umask", Nr.UMASK, alive.fs.umask)
+    plan.call(thread, "close the link to the restorer", Nr.CLOSE, link_fd)
+
+
+def check_descriptors(dump: Dump, pid: int, alive: Alive) -> None:
+    """Raises ``ImageError`` when a descriptor is there twice."""
+    fds = [entry.fd for entry in alive.fds]
+    if len(set(fds)) != len(fds):
+        raise ImageError(dump.path(Kind.FDINFO, alive.ids.files_id), f"task {pid} has a descriptor twice")

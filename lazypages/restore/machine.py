@@ -1,0 +1,80 @@
+"""What this machine and this process offer to restored tasks."""
+
+from __future__ import annotations
+
+import os
+import resource
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+CAPABILITY_SETS = ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")
+NR_RLIMITS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Special:
+    """A mapping that the kernel makes in every process: ``[vvar]``, ``[vvar_vclock]``, ``[vdso]``."""
+
+    name: str
+    start: int
+    size: int
+
+
+class Machine:
+    """Facts about this process; read when they are asked for, once."""
+
+    @cached_property
+    def special(self) -> list[Special]:
+        """vvar and vdso, lowest first; where they are differs from process to process."""
+        found = []
+        for line in Path("/proc/self/maps").read_text().splitlines():
+            fields = line.split()
+            if len(fields) > 5 and (fields[5].startswith("[vvar") or fields[5] == "[vdso]"):
+                start, end = (int(part, 16) for part in fields[0].split("-"))
+                found.append(Special(fields[5], start, end - start))
+        return found
+
+    @cached_property
+    def vdso(self) -> bytes:
+        """The bytes of this kernel's vdso; empty when there is none."""
+        for part in self.special:
+            if part.name == "[vdso]":
+                with open("/proc/self/mem", "rb", buffering=0) as memory:
+                    return os.pread(memory.fileno(), part.size, part.start)
+        return b""
+
+    @cached_property
+    def _status(self) -> dict[str, str]:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return dict(line.split(":\t", 1) for line in lines if ":\t" in line)
+
+    @cached_property
+    def capabilities(self) -> dict[str, int]:
+        """Bit sets by their names in /proc/self/status."""
+        return {name: int(self._status[name], 16) for name in CAPABILITY_SETS}
+
+    @cached_property
+    def cpu_flags(self) -> frozenset[str]:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("flags"):
+                return frozenset(line.split(":", 1)[1].split())
+        return frozenset()
+
+    @cached_property
+    def rlimits(self) -> list[tuple[int, int]]:
+        """Soft and hard, -1 for none."""
+        return [resource.getrlimit(number) for number in range(NR_RLIMITS)]
+
+    @cached_property
+    def oom_score_adj(self) -> int:
+        return int(Path("/proc/self/oom_score_adj").read_text())
+
+    @cached_property
+    def terminal(self) -> int | None:
+        """Which of our standard descriptors is a terminal."""
+        return next((fd for fd in range(3) if os.isatty(fd)), None)
+
+    def in_use(self, pid: int) -> bool:
+        """Whether a process or thread, of which there may be a trace only, has this id."""
+        return Path(f"/proc/{pid}").exists()

@@ -1,0 +1,105 @@
+"""Registers as the restorer wants them: those of ptrace, out of a core image."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+from images_spec.errors import ImageError
+from images_spec.messages import ThreadInfoX86, UserX86FpregsEntry
+from lazypages.restore.errors import RestoreError
+from lazypages.restore.machine import Machine
+
+_FXSAVE_HEAD = struct.Struct("<HHHHQQII")
+_FXSAVE_SIZE: Final = 512
+
+LEGACY_BITS: Final = 3
+"""x87 and SSE, which the fxsave area holds."""
+
+COMPONENTS: Mapping[int, tuple[str, str, int, str]] = {
+    2: ("ymmh_space", "I", 64, "avx"),
+    3: ("bndreg_state", "Q", 8, "mpx"),
+    4: ("bndcsr_state", "Q", 8, "mpx"),
+    5: ("opmask_reg", "Q", 8, "avx512f"),
+    6: ("zmm_upper", "Q", 64, "avx512f"),
+    7: ("hi16_zmm", "Q", 128, "avx512f"),
+    9: ("pkru", "I", 2, "ospke"),
+}
+"""Component number (Intel SDM 1, 13.1) -> field of UserX86XsaveEntry, type and number of its values, CPU flag."""
+
+_INTERNAL_ERRORS = (512, 513, 514)
+_RESTART_BLOCK = 516
+"""linux/errno.h: what an interrupted system call returns to the kernel's own restart code, never to a task."""
+_WORD = (1 << 64) - 1
+_EINTR = 4
+_SYSCALL_INSN_SIZE = 2
+
+
+def general(info: ThreadInfoX86) -> bytes:
+    """struct user_regs_struct.
+
+    A dump tool puts an interrupted system call right (reference/criu-interfaces §5); where it has not, the call is
+    called again here, or fails with EINTR when only the kernel that was interrupted could go on with it.
+    """
+    regs = info.gpregs
+    ax, ip, orig = regs.ax, regs.ip, regs.orig_ax
+    if not orig >> 63:
+        error = -ax & _WORD
+        if error in _INTERNAL_ERRORS:
+            ax, ip, orig = orig, ip - _SYSCALL_INSN_SIZE, _WORD
+        elif error == _RESTART_BLOCK:
+            ax = -_EINTR & _WORD
+    return struct.pack(
+        "<27Q",
+        *(regs.r15, regs.r14, regs.r13, regs.r12, regs.bp, regs.bx, regs.r11, regs.r10, regs.r9, regs.r8),
+        *(ax, regs.cx, regs.dx, regs.si, regs.di, orig, ip, regs.cs, regs.flags, regs.sp, regs.ss),
+        *(regs.fs_base, regs.gs_base, regs.ds, regs.es, regs.fs, regs.gs),
+    )
+
+
+def fxsave(fpregs: UserX86FpregsEntry, path: Path) -> bytes:
+    """The legacy part of the xsave area. Raises ``ImageError`` for the core image at ``path``."""
+    if len(fpregs.st_space) != 32 or len(fpregs.xmm_space) != 64:
+        raise ImageError(path, "floating-point registers are incomplete")
+    head = _FXSAVE_HEAD.pack(
+        fpregs.cwd & 0xFFFF,
+        fpregs.swd & 0xFFFF,
+        fpregs.twd & 0xFFFF,
+        fpregs.fop & 0xFFFF,
+        fpregs.rip,
+        fpregs.rdp,
+        fpregs.mxcsr,
+        fpregs.mxcsr_mask,
+    )
+    body = struct.pack("<96I", *fpregs.st_space, *fpregs.xmm_space)
+    return (head + body).ljust(_FXSAVE_SIZE, b"\0")
+
+
+def extended(fpregs: UserX86FpregsEntry, machine: Machine, path: Path) -> tuple[int, list[tuple[int, bytes]]]:
+    """xstate_bv and the components beyond the legacy part.
+
+    Raises ``ImageError`` for the core image at ``path``, ``RestoreError`` when this CPU lacks what is in use.
+    """
+    if not fpregs.HasField("xsave"):
+        return LEGACY_BITS, []
+    xsave = fpregs.xsave
+    if xsave.HasField("cet") and (xsave.cet.cet or xsave.cet.ssp):
+        raise RestoreError(f"{path.name}: a thread with a shadow stack (CET) can't be restored")
+    components = []
+    for number in range(2, 64):
+        if not xsave.xstate_bv >> number & 1:
+            continue
+        if number not in COMPONENTS:
+            raise RestoreError(f"{path.name}: register state component {number} can't be restored")
+        field, code, count, flag = COMPONENTS[number]
+        if flag not in machine.cpu_flags:
+            raise RestoreError(f"{path.name}: the task uses registers ({flag}) that this CPU does not have")
+        values = list(getattr(xsave, field))
+        if number == 9:  # CRIU leaves out the padding
+            values = (values + [0])[:count]
+        if len(values) != count:
+            raise ImageError(path, f"{field} has {len(values)} values, not {count}")
+        components.append((number, struct.pack(f"<{count}{code}", *values)))
+    return xsave.xstate_bv, components
