@@ -113,8 +113,11 @@ class Checkpoint:
 
 
 def open_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint:
-    """Reads what an image directory says of itself: inventory and tree. Raises ``ImageError``."""
-    directory = Path(directory)
+    """Reads what an image directory says of itself: inventory and tree. Raises ``ImageError``.
+
+    All paths that come of it are absolute, and hold when the working directory changes.
+    """
+    directory = Path(os.path.abspath(directory))
     path = directory / Kind.INVENTORY.file_name()
     inventory = images.read_one(path, Kind.INVENTORY)
     if inventory.img_version not in (1, 2):
