@@ -3,12 +3,14 @@
 
 #include <errno.h>
 #include <pthread.h>
+#include <sched.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <sys/ioctl.h>
+#include <sys/mman.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -38,6 +40,8 @@ struct uffdio_poison {
 #define CHUNK_BUSY (16u << 10)	 /* the same while tasks fault: one waits for this at most */
 #define BUSY_NS (2 * NS / 1000)	 /* how long after a fault tasks count as faulting */
 #define LOOKAHEAD_TRIES 8	 /* runs that another thread may take before we do */
+#define ANYWHERE ((uint64_t)1 << 38) /* an address that every task can have */
+#define SETTLE_TRIES 32		 /* looks at a task whose layout is changing, before others have their turn */
 
 typedef _Atomic uint64_t counter_t;
 
@@ -57,6 +61,8 @@ struct lp_task {
 	int uffd; /* -1 once closed */
 	bool remote;
 	_Atomic bool gone, complete;
+	struct lp_change *changes; /* of the layout, not made in the space yet: nothing may be answered */
+	size_t nr_changes, cap_changes;
 	struct faults faults, put_off; /* used by the serving thread only */
 	struct lp_plan plan;	       /* likewise */
 	struct lp_task *next_put_off, *next, *next_dead;
@@ -77,6 +83,7 @@ struct lp_task {
 
 struct lp_engine {
 	int epfd, wakefd, noticefd;
+	void *nowhere; /* a page that can't be read */
 	_Atomic bool stop, running;
 	_Atomic uint64_t last_fault;
 	struct lp_follow follow; /* the serving thread's; which CPU it is at, anyone may read */
@@ -232,6 +239,19 @@ static bool means_gone(int error)
 	return error == ESRCH || error == ENOSPC;
 }
 
+/*
+ * What a copy to this page would meet: EAGAIN when the layout is changing or an event of it has not been read, else ENOENT
+ * when the page is not registered (any more), ESRCH when the task is gone.  It copies nothing, for there is nothing to copy.
+ */
+static int try_page(struct lp_task *t, uint64_t addr)
+{
+	struct uffdio_copy copy = {.dst = addr, .src = (uintptr_t)t->engine->nowhere, .len = LP_PAGE_SIZE};
+
+	if (!ioctl(t->uffd, UFFDIO_COPY, &copy))
+		return 0; /* can't be */
+	return copy.copy < 0 ? (int)-copy.copy : errno;
+}
+
 static void lose(struct lp_task *t, const struct lp_answer *run, uint64_t skip, uint64_t nr, int error)
 {
 	lp_space_lose(t->space, run->dense + skip, nr);
@@ -315,6 +335,9 @@ static int copy_run(struct lp_task *t, const struct lp_answer *run, const void *
 				step = (copy.len >> LP_PAGE_SHIFT) / 2;
 				continue;
 			}
+			/* The kernel looks for the VMA before it looks whether the layout is changing. */
+			if (error == ENOENT && try_page(t, run->addr + at) == EAGAIN)
+				continue;
 			lose(t, run, done, 1, error);
 			done++;
 		}
@@ -474,6 +497,10 @@ static void task_free(struct lp_task *t)
 {
 	if (t->uffd >= 0)
 		close(t->uffd);
+	for (size_t i = 0; i < t->nr_changes; i++)
+		if (t->changes[i].kind == LP_FORKED)
+			close(t->changes[i].uffd);
+	free(t->changes);
 	lp_space_free(t->space);
 	lp_lock_destroy(&t->lock);
 	free(t->faults.at);
@@ -544,44 +571,96 @@ static void forked(struct lp_task *t, int uffd)
 	check_complete(child);
 }
 
-static void settle(struct lp_task *t, const struct uffd_msg *msg)
+/* Makes one change in the space. */
+static void make_change(struct lp_task *t, const struct lp_change *change)
 {
 	uint64_t counters[16] = {0};
 	uint64_t *by_source = t->nr_levels + 2 <= 16 ? counters : calloc(t->nr_levels + 2, sizeof(uint64_t));
 	struct lp_counts dropped = {by_source, t->nr_levels};
-	uint64_t start = msg->arg.remove.start, end = msg->arg.remove.end;
+	uint64_t end = change->start + change->len;
 	int rc = by_source ? 0 : -ENOMEM;
 
 	if (rc)
 		goto out;
-	switch (msg->event) {
-	case UFFD_EVENT_FORK:
-		forked(t, (int)msg->arg.fork.ufd);
+	switch (change->kind) {
+	case LP_FORKED:
+		add(&t->stats.forks, 1);
+		forked(t, change->uffd);
 		break;
-	case UFFD_EVENT_REMOVE:
+	case LP_REMOVED:
 		add(&t->stats.removes, 1);
-		lp_space_remove(t->space, start, end, &dropped);
-		wake(t, start, (end - start) >> LP_PAGE_SHIFT);
+		lp_space_remove(t->space, change->start, end, &dropped);
 		break;
-	case UFFD_EVENT_UNMAP:
+	case LP_UNMAPPED:
 		add(&t->stats.unmaps, 1);
-		rc = lp_space_unmap(t->space, start, end, &dropped);
-		wake(t, start, (end - start) >> LP_PAGE_SHIFT);
+		rc = lp_space_unmap(t->space, change->start, end, &dropped);
 		break;
-	case UFFD_EVENT_REMAP:
+	case LP_REMAPPED:
 		add(&t->stats.remaps, 1);
-		rc = lp_space_remap(t->space, msg->arg.remap.from, msg->arg.remap.to, msg->arg.remap.len, &dropped);
-		wake(t, msg->arg.remap.from, msg->arg.remap.len >> LP_PAGE_SHIFT);
+		rc = lp_space_remap(t->space, change->start, change->to, change->len, &dropped);
 		break;
-	default:
-		notify_task(t, LP_NOTICE_FAILED, EPROTO);
 	}
+	if (change->kind != LP_FORKED)
+		wake(t, change->start, change->len >> LP_PAGE_SHIFT);
 	drop_into(t, by_source);
 	if (by_source != counters)
 		free(by_source);
 out:
 	if (rc)
 		abort(); /* with a layout that we do not know every answer could be wrong */
+}
+
+static void keep_change(struct lp_task *t, const struct uffd_msg *msg)
+{
+	struct lp_change change = {0};
+
+	switch (msg->event) {
+	case UFFD_EVENT_FORK:
+		change = (struct lp_change){.kind = LP_FORKED, .uffd = (int)msg->arg.fork.ufd};
+		break;
+	case UFFD_EVENT_REMOVE:
+	case UFFD_EVENT_UNMAP:
+		change.kind = msg->event == UFFD_EVENT_REMOVE ? LP_REMOVED : LP_UNMAPPED;
+		change.start = msg->arg.remove.start;
+		change.len = msg->arg.remove.end - msg->arg.remove.start;
+		break;
+	case UFFD_EVENT_REMAP:
+		change = (struct lp_change){
+			.kind = LP_REMAPPED,
+			.start = msg->arg.remap.from,
+			.len = msg->arg.remap.len,
+			.to = msg->arg.remap.to,
+		};
+		break;
+	default:
+		notify_task(t, LP_NOTICE_FAILED, EPROTO);
+		return;
+	}
+	if (t->nr_changes == t->cap_changes) {
+		size_t cap = t->cap_changes ? t->cap_changes * 2 : 16;
+		struct lp_change *changes = realloc(t->changes, cap * sizeof(*changes));
+
+		if (!changes)
+			abort(); /* as above */
+		t->changes = changes;
+		t->cap_changes = cap;
+	}
+	t->changes[t->nr_changes++] = change;
+}
+
+static void make_changes(struct lp_task *t)
+{
+	while (t->nr_changes) {
+		size_t first = lp_space_first(t->space, t->changes, t->nr_changes);
+		struct lp_change change = t->changes[first];
+
+		t->nr_changes--;
+		memmove(&t->changes[first], &t->changes[first + 1], (t->nr_changes - first) * sizeof(change));
+		make_change(t, &change);
+	}
+	if (t->remote)
+		lp_space_index(t->space);
+	check_complete(t);
 }
 
 /* As when there is no fd left for the uffd of a forked child: it stays readable, so not at full speed. */
@@ -595,14 +674,10 @@ static void read_failed(struct lp_task *t, int error)
 	nanosleep(&pause, NULL);
 }
 
-/*
- * Reads all that the uffd has to say and settles the layout events (lock held exclusively); faults go to t->faults.
- * A read that fills less than the buffer has met EAGAIN within the kernel, so it need not be tried again.
- */
+/* Reads all that the uffd has to say (lock held exclusively): faults go to t->faults, layout events to t->changes. */
 static void drain(struct lp_task *t)
 {
 	struct uffd_msg msgs[MESSAGES];
-	bool layout = false;
 	uint64_t now = 0;
 	ssize_t n;
 
@@ -618,8 +693,7 @@ static void drain(struct lp_task *t)
 		}
 		for (size_t i = 0; i < (size_t)n / sizeof(*msgs); i++) {
 			if (msgs[i].event != UFFD_EVENT_PAGEFAULT) {
-				settle(t, &msgs[i]);
-				layout = true;
+				keep_change(t, &msgs[i]);
 				continue;
 			}
 			if (!now)
@@ -632,25 +706,48 @@ static void drain(struct lp_task *t)
 	} while (n < 0 || n == sizeof(msgs));
 	if (now)
 		atomic_store_explicit(&t->engine->last_fault, now, memory_order_relaxed);
-	if (layout) {
-		if (t->remote)
-			lp_space_index(t->space);
-		check_complete(t);
+}
+
+/*
+ * Reads, and settles the layout when it is at rest (lock held exclusively).  Until then changes are kept, for it needs all
+ * of them to tell their order, and nothing is answered, which the kernel would refuse with EAGAIN anyway: it counts the
+ * changes that have begun and whose event nobody has read.
+ */
+static void catch_up(struct lp_task *t)
+{
+	for (int tries = 0; tries < SETTLE_TRIES; tries++) {
+		int error;
+
+		drain(t);
+		if (!t->nr_changes)
+			return;
+		error = try_page(t, ANYWHERE);
+		if (error != EAGAIN) {
+			if (means_gone(error))
+				is_gone(t);
+			make_changes(t);
+			return;
+		}
+		sched_yield();
+	}
+}
+
+static void try_again(struct lp_task *t)
+{
+	if (!t->is_put_off) {
+		t->is_put_off = true;
+		t->next_put_off = t->engine->put_off;
+		t->engine->put_off = t;
 	}
 }
 
 static void put_off(struct lp_task *t, struct fault fault)
 {
 	add(&t->stats.retried, 1);
-	if (!push(&t->put_off, fault)) {
+	if (push(&t->put_off, fault))
+		try_again(t);
+	else
 		wake(t, fault.addr, 1);
-		return;
-	}
-	if (!t->is_put_off) {
-		t->is_put_off = true;
-		t->next_put_off = t->engine->put_off;
-		t->engine->put_off = t;
-	}
 }
 
 static void serve(struct lp_task *t)
@@ -662,8 +759,14 @@ static void serve(struct lp_task *t)
 		lp_unlock_alone(&t->lock);
 		return;
 	}
-	drain(t);
-	if (!t->faults.nr && !t->put_off.nr) {
+	catch_up(t);
+	if (t->nr_changes) {
+		try_again(t);
+		for (size_t i = 0; i < t->faults.nr; i++)
+			put_off(t, t->faults.at[i]);
+		t->faults.nr = 0;
+	}
+	if (t->nr_changes || (!t->faults.nr && !t->put_off.nr)) {
 		lp_unlock_alone(&t->lock);
 		return;
 	}
@@ -697,7 +800,8 @@ struct lp_engine *lp_engine_new(void)
 	e->epfd = epoll_create1(EPOLL_CLOEXEC);
 	e->wakefd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	e->noticefd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-	if (e->epfd < 0 || e->wakefd < 0 || e->noticefd < 0 ||
+	e->nowhere = mmap(NULL, LP_PAGE_SIZE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	if (e->nowhere == MAP_FAILED || e->epfd < 0 || e->wakefd < 0 || e->noticefd < 0 ||
 	    epoll_ctl(e->epfd, EPOLL_CTL_ADD, e->wakefd, &event)) {
 		int saved = errno;
 
@@ -746,6 +850,8 @@ void lp_engine_free(struct lp_engine *e)
 		close(e->wakefd);
 	if (e->noticefd >= 0)
 		close(e->noticefd);
+	if (e->nowhere != MAP_FAILED)
+		munmap(e->nowhere, LP_PAGE_SIZE);
 	pthread_mutex_destroy(&e->lock);
 	free(e->notices);
 	free(e);
@@ -906,6 +1012,8 @@ int64_t lp_task_transfer(struct lp_task *t, uint64_t max_bytes)
 		lp_lock_shared(&t->lock);
 		if (t->uffd < 0 || atomic_load(&t->gone)) {
 			rc = -ESRCH;
+		} else if (t->nr_changes) {
+			rc = -EAGAIN;
 		} else if (!lp_space_next(t->space, cursor, (busy ? CHUNK_BUSY : CHUNK_QUIET) >> LP_PAGE_SHIFT, false,
 					  &run)) {
 			/* round again once: what was released behind us */
@@ -974,6 +1082,8 @@ int64_t lp_task_deliver(struct lp_task *t, uint64_t image, uint64_t nr_pages, co
 	lp_lock_shared(&t->lock);
 	if (t->uffd < 0)
 		rc = -ESRCH;
+	else if (t->nr_changes)
+		rc = -EAGAIN;
 	while (!rc && next_piece(t, &at, end, &piece)) {
 		rc = copy_run(t, &piece, (const char *)buffer + (at - image), KEEP_CLAIMS);
 		placed += piece.nr_pages;
@@ -1074,18 +1184,21 @@ int64_t lp_task_poison(struct lp_task *t, bool all)
 	return rc < 0 ? rc : total;
 }
 
-void lp_task_forget(struct lp_task *t, uint64_t addr, uint64_t nr_pages)
+void lp_task_forget(struct lp_task *t, uint64_t image, uint64_t nr_pages)
 {
 	struct lp_counts dropped = {.nr_levels = t->nr_levels};
+	uint64_t addr;
 
 	dropped.by_source = calloc(t->nr_levels + 2, sizeof(uint64_t));
 	if (!dropped.by_source)
 		return; /* they stay lost: the task waits */
 	lp_lock_alone(&t->lock);
-	lp_space_remove(t->space, addr, addr + (nr_pages << LP_PAGE_SHIFT), &dropped);
+	lp_space_forget(t->space, image, nr_pages, &dropped);
 	drop_into(t, dropped.by_source);
-	if (t->uffd >= 0)
-		wake(t, addr, nr_pages);
+	lp_space_index(t->space);
+	for (uint64_t i = 0; t->uffd >= 0 && i < nr_pages; i++)
+		if (lp_space_locate(t->space, image + (i << LP_PAGE_SHIFT), &addr))
+			wake(t, addr, 1);
 	check_complete(t);
 	lp_unlock_alone(&t->lock);
 	free(dropped.by_source);
@@ -1093,34 +1206,18 @@ void lp_task_forget(struct lp_task *t, uint64_t addr, uint64_t nr_pages)
 
 int lp_task_probe(struct lp_task *t)
 {
-	struct uffdio_zeropage zero = {.range = {.len = LP_PAGE_SIZE}};
-	uint64_t addr = 0x10000; /* the least that mmap_min_addr usually allows: hardly ever mapped */
-	int rc = 0, error;
+	int error;
 
 	lp_lock_shared(&t->lock);
-	/* an address that none of our regions has: whatever is there, a zero page is the right answer if it is missing */
-	for (size_t r = 0; r < lp_space_nr_regions(t->space); r++) {
-		const struct lp_region *region = &lp_space_regions(t->space)[r];
-
-		if (region->start > addr)
-			break;
-		if (region->end > addr)
-			addr = region->end;
-	}
-	zero.range.start = addr;
-	if (t->uffd < 0) {
-		rc = -ESRCH;
-	} else if (ioctl(t->uffd, UFFDIO_ZEROPAGE, &zero)) {
-		error = zero.zeropage < 0 ? (int)-zero.zeropage : errno;
-		if (means_gone(error)) {
-			is_gone(t);
-			rc = -ESRCH;
-		} else if (error != ENOENT && error != EEXIST) {
-			rc = -EAGAIN;
-		}
+	error = t->uffd < 0 ? ESRCH : try_page(t, ANYWHERE);
+	if (means_gone(error)) {
+		is_gone(t);
+		error = ESRCH;
+	} else if (error != EAGAIN) {
+		error = 0;
 	}
 	lp_unlock_shared(&t->lock);
-	return rc;
+	return -error;
 }
 
 /* ---- what there is to know ---- */

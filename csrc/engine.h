@@ -115,8 +115,11 @@ void lp_task_fail_remote(struct lp_task *task, uint64_t image, uint64_t nr_pages
 void lp_task_regain(struct lp_task *task);
 /* Poisons what is pending (all) or lost: a touch raises SIGBUS. Returns pages, or -errno (EINVAL: this kernel can't). */
 int64_t lp_task_poison(struct lp_task *task, bool all);
-/* Forgets that pages of [addr, +nr_pages) were ever promised: the owner knows that the range is not the task's any more. */
-void lp_task_forget(struct lp_task *task, uint64_t addr, uint64_t nr_pages);
+/*
+ * Forgets those of the pages dumped at [image, +nr_pages) that are lost: the owner knows that they are not in the task any
+ * more. (By image address: what is at their address may be something else by now.)
+ */
+void lp_task_forget(struct lp_task *task, uint64_t image, uint64_t nr_pages);
 /* 0 while the task has its memory, -ESRCH when it is gone, -EAGAIN when that can't be told now. */
 int lp_task_probe(struct lp_task *task);
 

@@ -190,6 +190,20 @@ static void image_put(struct image *image)
 	}
 }
 
+/* Page aligned, not empty, sorted, disjoint, below what has no image. */
+static bool are_ranges(const struct lp_range *ranges, size_t nr)
+{
+	uint64_t end = 0;
+
+	for (size_t i = 0; i < nr; i++) {
+		if (ranges[i].start < end || ranges[i].start >= ranges[i].end || ranges[i].end > LP_NO_IMAGE ||
+		    (ranges[i].start | ranges[i].end) % LP_PAGE_SIZE)
+			return false;
+		end = ranges[i].end;
+	}
+	return true;
+}
+
 /* Pages of extents outside of all VMAs have nowhere to go; that is the caller's error. */
 static bool all_in_vmas(const struct image *image, const struct lp_range *vmas, size_t nr_vmas)
 {
@@ -220,11 +234,7 @@ struct lp_space *lp_space_new(const struct lp_extent *extents, size_t nr_extents
 	if (!s->image)
 		goto fail;
 	errno = EINVAL;
-	for (size_t i = 0; i < nr_vmas; i++)
-		if (vmas[i].start >= vmas[i].end || (vmas[i].start | vmas[i].end) % LP_PAGE_SIZE ||
-		    (i && vmas[i].start < vmas[i - 1].end))
-			goto fail;
-	if (!all_in_vmas(s->image, vmas, nr_vmas))
+	if (!are_ranges(vmas, nr_vmas) || !are_ranges(wiped, nr_wiped) || !all_in_vmas(s->image, vmas, nr_vmas))
 		goto fail;
 	s->cap_regions = nr_vmas + 8;
 	s->regions = malloc(s->cap_regions * sizeof(*s->regions));
@@ -559,6 +569,21 @@ static void drop(struct lp_space *s, uint64_t start, uint64_t end, struct lp_cou
 	}
 }
 
+void lp_space_forget(struct lp_space *s, uint64_t image, uint64_t nr_pages, struct lp_counts *dropped)
+{
+	uint64_t end = image + (nr_pages << LP_PAGE_SHIFT);
+
+	for (size_t i = slot_at(s->image, image); i < s->image->nr && s->image->slots[i].start < end; i++) {
+		uint64_t d = dense_from(s->image, image), last = dense_from(s->image, min_u64(end, slot_end(s->image, i)));
+
+		for (image = slot_end(s->image, i); d < last; d++)
+			if (test_bit(s->lost, d)) {
+				lp_space_commit(s, d, 1);
+				++*counter(dropped, s->image->slots[i].source);
+			}
+	}
+}
+
 static word_t *copy_bits(const struct lp_space *s, const word_t *bits)
 {
 	size_t size = (nr_words(s->image) + 1) * sizeof(word_t);
@@ -666,35 +691,85 @@ int lp_space_unmap(struct lp_space *s, uint64_t start, uint64_t end, struct lp_c
 	return 0;
 }
 
+/* Puts regions, which follow each other, where nothing is; there is room. */
+static void insert(struct lp_space *s, const struct lp_region *regions, size_t nr)
+{
+	splice(s, region_at(s, regions[0].start), 0, regions, nr);
+}
+
 int lp_space_remap(struct lp_space *s, uint64_t from, uint64_t to, uint64_t len, struct lp_counts *dropped)
 {
-	size_t first = region_at(s, from), last = first;
+	const struct lp_region left = {from, from + len, LP_NO_IMAGE};
+	size_t first = region_at(s, from), last = first, nr = 0;
+	uint64_t at = from;
 	struct lp_region *moved;
-	size_t nr;
 
+	if (!len)
+		return 0;
 	while (last < s->nr_regions && s->regions[last].start < from + len)
 		last++;
-	nr = last - first;
-	moved = malloc((nr + 1) * sizeof(*moved));
-	/* every cut can add one, the moved ones come on top */
-	if (!moved || reserve(s, nr + 2)) {
+	/* the regions, and the gaps between them: memory that has grown since the dump */
+	moved = malloc((2 * (last - first) + 1) * sizeof(*moved));
+	/* every cut can add one; what moves, and what is left, come on top */
+	if (!moved || reserve(s, 2 * (last - first) + 4)) {
 		free(moved);
 		return -ENOMEM;
 	}
-	for (size_t i = 0; i < nr; i++) {
-		const struct lp_region *region = &s->regions[first + i];
+	for (size_t r = first; r < last; r++) {
+		const struct lp_region *region = &s->regions[r];
 		uint64_t start = from > region->start ? from : region->start;
+		uint64_t end = min_u64(region->end, from + len);
 
-		moved[i].start = start - from + to;
-		moved[i].end = min_u64(region->end, from + len) - from + to;
-		moved[i].image = region->image + (start - region->start);
+		if (at < start)
+			moved[nr++] = (struct lp_region){at - from + to, start - from + to, LP_NO_IMAGE};
+		moved[nr++] = (struct lp_region){start - from + to, end - from + to,
+						 region->image + (start - region->start)};
+		at = end;
 	}
+	if (at < from + len)
+		moved[nr++] = (struct lp_region){at - from + to, to + len, LP_NO_IMAGE};
 	cut(s, from, from + len);
+	insert(s, &left, 1);
 	drop_regions(s, to, to + len, dropped);
 	cut(s, to, to + len);
-	splice(s, region_at(s, to), 0, moved, nr);
+	insert(s, moved, nr);
 	free(moved);
 	return 0;
+}
+
+static bool taken(const struct lp_space *s, uint64_t start, uint64_t end)
+{
+	size_t r = region_at(s, start);
+
+	return start < end && r < s->nr_regions && s->regions[r].start < end;
+}
+
+/* Whether a change leaves some of [start, end) that is taken. */
+static bool leaves(const struct lp_space *s, const struct lp_change *change, uint64_t start, uint64_t end)
+{
+	if (change->kind != LP_UNMAPPED && change->kind != LP_REMAPPED)
+		return false;
+	return taken(s, change->start > start ? change->start : start, min_u64(end, change->start + change->len));
+}
+
+size_t lp_space_first(const struct lp_space *s, const struct lp_change *changes, size_t nr)
+{
+	size_t first = 0;
+
+	for (size_t steps = 0; steps < nr; steps++) {
+		const struct lp_change *change = &changes[first];
+		size_t before = 0;
+
+		if (change->kind != LP_REMAPPED || !taken(s, change->to, change->to + change->len))
+			return first;
+		while (before < nr && (before == first ||
+				       !leaves(s, &changes[before], change->to, change->to + change->len)))
+			before++;
+		if (before == nr)
+			return first;
+		first = before;
+	}
+	return 0; /* each waits for another: not what a kernel tells */
 }
 
 void lp_space_count(const struct lp_space *s, struct lp_counts *counts)

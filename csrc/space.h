@@ -10,7 +10,9 @@
  *            so that their size follows the data and not the address range.
  *   regions  where the dumped ranges are now: [start, end) holds what was at
  *            [image, image + end - start) when the task was dumped.  mremap
- *            moves regions, munmap cuts them.
+ *            moves regions, munmap cuts them.  From LP_NO_IMAGE on, image
+ *            addresses mean nothing: the range is the task's, but empty, as
+ *            what mremap leaves until the kernel tells that it is unmapped.
  *   pending  the page has data that the task does not have yet
  *   claimed  somebody is bringing it at this moment (a copy under way, or a
  *            request to a remote source)
@@ -39,8 +41,25 @@ struct lp_range {
 	uint64_t start, end;
 };
 
+#define LP_NO_IMAGE ((uint64_t)1 << 63)
+
 struct lp_region {
 	uint64_t start, end, image;
+};
+
+enum lp_change_kind {
+	LP_FORKED,
+	LP_REMOVED,  /* MADV_DONTNEED, MADV_FREE, MADV_REMOVE: the range stays and is zero */
+	LP_UNMAPPED, /* munmap, or something else mapped in its place: the range is gone */
+	LP_REMAPPED, /* mremap: what was in the range is at `to`; the range is empty, LP_UNMAPPED follows unless it stays */
+};
+
+/* A layout event, as the kernel tells it. */
+struct lp_change {
+	uint32_t kind;	      /* enum lp_change_kind */
+	int32_t uffd;	      /* LP_FORKED: of the child */
+	uint64_t start, len;  /* bytes */
+	uint64_t to;
 };
 
 enum lp_kind {
@@ -115,13 +134,25 @@ void lp_space_release(struct lp_space *space, uint64_t dense, uint64_t nr);
 void lp_space_lose(struct lp_space *space, uint64_t dense, uint64_t nr);
 /* Makes lost pages pending as before: a source has come back. Returns how many. */
 uint64_t lp_space_regain(struct lp_space *space);
+/* Those of the pages dumped at [image, +nr_pages) that are lost are not waited for any more. (exclusive) */
+void lp_space_forget(struct lp_space *space, uint64_t image, uint64_t nr_pages, struct lp_counts *dropped);
 
-/* Layout events, in the order in which the kernel tells them. (exclusive) 0 or -ENOMEM. */
-/* MADV_DONTNEED, MADV_FREE, MADV_REMOVE: the range stays and is zero. */
+/*
+ * Which of the changes that are still to be made is to be made first; `changes` is in the order in which the kernel told
+ * them, and holds all that were begun so far.
+ *
+ * That is not always the order in which they happened: an event is told when the change has been made and the mmap lock
+ * been dropped, and mremap tells where things went before it tells that the old place is unmapped.  Meanwhile another
+ * thread can move other memory to the place that is free now, and its event may come first.  (fs/userfaultfd.c and
+ * mm/mremap.c; seen with Linux 6.18: tests/real/test_engine_order.py.)  But memory can only move to where nothing is. So
+ * what moves to a place that is still taken waits for the first change that leaves it.
+ */
+size_t lp_space_first(const struct lp_space *space, const struct lp_change *changes, size_t nr);
+
+/* Changes. (exclusive) 0 or -ENOMEM. */
 void lp_space_remove(struct lp_space *space, uint64_t start, uint64_t end, struct lp_counts *dropped);
-/* munmap: the range is gone. */
 int lp_space_unmap(struct lp_space *space, uint64_t start, uint64_t end, struct lp_counts *dropped);
-/* mremap: what was at [from, from + len) is at `to`. Whatever was there is gone. */
+/* Whatever was at `to` is gone. */
 int lp_space_remap(struct lp_space *space, uint64_t from, uint64_t to, uint64_t len, struct lp_counts *dropped);
 
 /* Adds the pages pending to the counters: a walk over all extents. */

@@ -16,6 +16,8 @@ struct lp_range { uint64_t start, end; };
 struct lp_region { uint64_t start, end, image; };
 struct lp_answer { uint32_t kind, source; uint64_t addr, image, offset, nr_pages, dense; };
 struct lp_counts { uint64_t *by_source; uint32_t nr_levels; };
+enum lp_change_kind { LP_FORKED, LP_REMOVED, LP_UNMAPPED, LP_REMAPPED };
+struct lp_change { uint32_t kind; int32_t uffd; uint64_t start, len, to; };
 struct lp_space;
 #define LP_SOURCE_REMOTE ...
 #define LP_SOURCE_LOST ...
@@ -39,6 +41,8 @@ uint64_t lp_space_commit(struct lp_space *space, uint64_t dense, uint64_t nr);
 void lp_space_release(struct lp_space *space, uint64_t dense, uint64_t nr);
 void lp_space_lose(struct lp_space *space, uint64_t dense, uint64_t nr);
 uint64_t lp_space_regain(struct lp_space *space);
+void lp_space_forget(struct lp_space *space, uint64_t image, uint64_t nr_pages, struct lp_counts *dropped);
+size_t lp_space_first(const struct lp_space *space, const struct lp_change *changes, size_t nr);
 void lp_space_remove(struct lp_space *space, uint64_t start, uint64_t end, struct lp_counts *dropped);
 int lp_space_unmap(struct lp_space *space, uint64_t start, uint64_t end, struct lp_counts *dropped);
 int lp_space_remap(struct lp_space *space, uint64_t from, uint64_t to, uint64_t len, struct lp_counts *dropped);
@@ -82,7 +86,7 @@ int64_t lp_task_deliver(struct lp_task *task, uint64_t image, uint64_t nr_pages,
 void lp_task_fail_remote(struct lp_task *task, uint64_t image, uint64_t nr_pages, bool lost);
 void lp_task_regain(struct lp_task *task);
 int64_t lp_task_poison(struct lp_task *task, bool all);
-void lp_task_forget(struct lp_task *task, uint64_t addr, uint64_t nr_pages);
+void lp_task_forget(struct lp_task *task, uint64_t image, uint64_t nr_pages);
 int lp_task_probe(struct lp_task *task);
 uint32_t lp_task_nr_levels(const struct lp_task *task);
 uint64_t lp_task_total(const struct lp_task *task);

@@ -175,7 +175,7 @@ class TaskService:
         if notice.error == errno.ENOENT:
             if self.process and not self.process.holds_anonymous_memory(notice.addr):
                 log.info("%s: %s are not mapped any more", name, where)
-                self._served.forget(notice.addr, notice.nr_pages)
+                self._served.forget(notice.image, notice.nr_pages)
                 return
             log.error("%s: %s have data in the image, but the restorer has not registered them", name, where)
             self._state = State.KILLED

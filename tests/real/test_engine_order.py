@@ -1,0 +1,50 @@
+"""Layout events of several threads come in another order than what they tell of happened: nobody may get wrong memory.
+
+The kernel queues an event when the change has been made and the mmap lock been dropped, and mremap tells of the move
+first and, after that has been read, of the old place being unmapped (mm/mremap.c, ``notify_uffd``). Meanwhile the place
+is free, and the kernel itself gives it to the next mremap. See ``lp_space_first`` in csrc/space.h.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.support.uffd import BASE, PAGE, PagesFile, Service
+
+PLACE, ASIDE, OTHER = BASE, BASE + (1 << 30), BASE + (2 << 30)
+PAGES = 16
+
+
+@pytest.mark.parametrize("aside", [ASIDE, 0], ids=["moved", "unmapped"])
+@pytest.mark.parametrize("background", [False, True], ids=["faults", "transfer"])
+def test_memory_that_arrives_where_other_memory_is_just_leaving(aside: int, background: bool) -> None:
+    file = PagesFile(2 * PAGES)
+    for _ in range(5):
+        with Service() as service:
+            task = service.task()
+            uffd = task.open_uffd()
+            task.map((PLACE, PAGES), (OTHER, PAGES))
+            served = service.serve(
+                uffd,
+                [(PLACE, PAGES, 0, 0), (OTHER, PAGES, PAGES * PAGE, 0)],
+                [(PLACE, PAGES), (OTHER, PAGES)],
+                file,
+            )
+            if background:
+                service.transfer(served, PAGE, pause=0.001)
+            task.do("race", PLACE, aside, OTHER, PAGES, file.first_id, file.first_id + PAGES)
+            assert served.lost == 0
+
+
+@pytest.mark.parametrize("seed", range(1, 5))
+def test_threads_that_reallocate_memory_of_their_own(seed: int) -> None:
+    pages = 16384
+    file = PagesFile(pages)
+    with Service() as service:
+        task = service.task()
+        uffd = task.open_uffd()
+        task.map((BASE, pages))
+        served = service.serve(uffd, [(BASE, pages, 0, 0)], [(BASE, pages)], file, max_readahead=1)
+        service.transfer(served, 16 << 10, pause=0.002)
+        task.do("swarm", BASE, pages, file.first_id, seed, 200, 16, 4)
+        assert served.lost == 0

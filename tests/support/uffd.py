@@ -1,0 +1,293 @@
+"""Tasks that register memory of their own (``uffd_child.c``), and an engine that serves them, without CRIU."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import select
+import socket
+import struct
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import pytest
+
+from lazypages._uffd import ffi
+from lazypages.uffd import BusyError, Engine, Notice, NoticeKind, ServedTask, TaskGoneError, TaskMemory
+
+PAGE = 4096
+
+#: What CRIU's restore asks for (reference/criu-interfaces §2): EVENT_FORK, _REMAP, _REMOVE, _UNMAP.
+FEATURES = 1 << 1 | 1 << 2 | 1 << 3 | 1 << 6
+
+#: Far from where the kernel maps things by itself.
+BASE = 0x1000_0000_0000
+
+MREMAP_MAYMOVE, MREMAP_FIXED, MREMAP_DONTUNMAP = 1, 2, 4
+FORWARD, BACKWARD, RANDOM = range(3)
+ENOENT, EEXIST, EFAULT, SIGBUS = 2, 17, 14, 7
+
+
+@cache
+def _program() -> Path:
+    folder = tempfile.mkdtemp(prefix="lazypages-uffd-")
+    program, source = Path(folder) / "uffd_child", Path(__file__).with_name("uffd_child.c")
+    subprocess.run(
+        ["gcc", "-std=gnu11", "-O1", "-Wall", "-Wextra", "-Werror", "-pthread", source, "-o", program],
+        check=True,
+    )
+    return program
+
+
+class ExtentTable:
+    """``struct lp_extent`` by hand: (start, nr_pages, offset, source) or (..., lazy)."""
+
+    def __init__(self, extents: Iterable[tuple[int, ...]]) -> None:
+        rows = [(*extent, 1)[:5] for extent in extents]
+        self._array = ffi.new("struct lp_extent[]", rows)
+        self._length = len(rows)
+
+    @property
+    def address(self) -> int:
+        return int(ffi.cast("uintptr_t", self._array))
+
+    def __len__(self) -> int:
+        return self._length
+
+
+class PagesFile:
+    """A mapped pages file; page i of it has the id ``first_id + i``."""
+
+    def __init__(self, pages: int, level: int = 0) -> None:
+        self.first_id = (level + 1) << 32
+        with tempfile.NamedTemporaryFile() as file:
+            file.write(b"".join(struct.pack("<Q", self.first_id + i) * 512 for i in range(pages)))
+            file.flush()
+            self._fd = os.dup(file.fileno())
+        self.map = mmap.mmap(self._fd, pages * PAGE, access=mmap.ACCESS_READ)
+
+    def truncate(self, pages: int) -> None:
+        os.truncate(self._fd, pages * PAGE)
+
+    def page_bytes(self, page: int, count: int = 1) -> bytes:
+        return self.map[page * PAGE : (page + count) * PAGE]
+
+    def __del__(self) -> None:
+        os.close(self._fd)
+
+
+class Task:
+    """A process that does what it is told (``uffd_child.c``). Replies that are not "ok" fail the test."""
+
+    def __init__(
+        self, control: socket.socket, pid: int, process: subprocess.Popen[bytes] | None = None
+    ) -> None:
+        self._control = control
+        self.pid = pid
+        self.process = process
+
+    @classmethod
+    def start(cls) -> Task:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            process = subprocess.Popen([_program(), str(theirs.fileno())], pass_fds=[theirs.fileno()])
+        return cls(ours, process.pid, process)
+
+    def tell(self, command: str, *args: int) -> None:
+        """Starts a command; :meth:`reply` waits for its end."""
+        self._control.sendall(" ".join([command, *map(str, args)]).encode() + b"\n")
+
+    def reply(self, timeout: float = 60) -> str:
+        self._control.settimeout(timeout)
+        line = b""
+        while not line.endswith(b"\n"):
+            try:
+                byte = self._control.recv(1)  # no further: a file descriptor may follow
+            except TimeoutError:
+                pytest.fail(f"task {self.pid}: no reply in {timeout:g} s")
+            if not byte:
+                pytest.fail(f"task {self.pid} ended")
+            line += byte
+        text = line.decode().rstrip()
+        assert text.split()[0] == "ok", text
+        return text[3:]
+
+    def do(self, command: str, *args: int, timeout: float = 60) -> str:
+        self.tell(command, *args)
+        return self.reply(timeout)
+
+    def busy(self, seconds: float = 0.2) -> bool:
+        """Whether it says nothing for so long."""
+        return not select.select([self._control], [], [], seconds)[0]
+
+    def _receive_fd(self) -> int:
+        self._control.settimeout(60)
+        _, (fd,), *_ = socket.recv_fds(self._control, 1, 1)
+        return fd
+
+    def open_uffd(self, features: int = FEATURES) -> int:
+        self.do("uffd", features)
+        return self._receive_fd()
+
+    def fork(self) -> Task:
+        pid = int(self.do("fork"))
+        return Task(socket.socket(fileno=self._receive_fd()), pid)
+
+    def map(self, *ranges: tuple[int, int], register: bool = True) -> None:
+        """Maps ranges of (address, pages) and registers them."""
+        for start, pages in ranges:
+            assert self.do("map", start, pages) == "0"
+            if register:
+                assert self.do("register", start, pages) == "0"
+
+    def check(
+        self,
+        at: int,
+        pages: int,
+        first_id: int,
+        *,
+        order: int = FORWARD,
+        threads: int = 1,
+        writes: bool = False,
+        together: bool = False,
+        timeout: float = 60,
+    ) -> None:
+        """Checks every byte of pages, whose ids follow `first_id` (0: that they are zero)."""
+        self.do("check", at, pages, first_id, order, threads, writes, together, timeout=timeout)
+
+    def mremap(
+        self, at: int, pages: int, to: int | None, new_pages: int | None = None, flags: int = 0
+    ) -> int:
+        if to is not None:
+            flags |= MREMAP_FIXED | MREMAP_MAYMOVE
+        return int(self.do("mremap", at, pages, new_pages or pages, flags, to or 0))
+
+    def close(self) -> None:
+        self._control.close()
+        if self.process:
+            self.process.kill()
+            self.process.wait()
+
+
+class Transfer(threading.Thread):
+    """Background transfer of a task, some pages at a time, until told to stop."""
+
+    def __init__(self, task: ServedTask, chunk: int = 64 << 10, pause: float = 0.0) -> None:
+        super().__init__(daemon=True)
+        self._task, self._chunk, self._pause = task, chunk, pause
+        self._over = threading.Event()
+        self.error: BaseException | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            while not self._over.is_set():
+                try:
+                    brought = self._task.transfer(self._chunk)
+                except BusyError:
+                    brought = 0
+                except TaskGoneError:
+                    return
+                time.sleep(self._pause if brought else 0.001)
+        except BaseException as error:
+            self.error = error
+            raise
+
+    def stop(self) -> None:
+        self._over.set()
+        self.join()
+
+
+class Service:
+    """An engine in a thread of its own. Ends tasks, transfers and engine in the right order on the way out."""
+
+    def __init__(self) -> None:
+        self.engine = Engine()
+        self.notices: list[Notice] = []
+        self._taken = 0
+        self._tasks: list[Task] = []
+        self._transfers: list[Transfer] = []
+        self._thread = threading.Thread(target=self.engine.run, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for task in self._tasks:
+            task.close()
+        for transfer in self._transfers:
+            transfer.stop()
+        self.engine.stop()
+        self._thread.join(60)
+        assert not self._thread.is_alive()
+        self.engine.__exit__(kind, error, trace)
+
+    def task(self) -> Task:
+        """A task that is ended with the service."""
+        task = Task.start()
+        self._tasks.append(task)
+        return task
+
+    def adopt(self, task: Task) -> Task:
+        self._tasks.append(task)
+        return task
+
+    def serve(
+        self,
+        uffd: int,
+        extents: Iterable[tuple[int, ...]],
+        vmas: Sequence[tuple[int, int]],
+        *levels: PagesFile,
+        wiped: Sequence[tuple[int, int]] = (),
+        max_readahead: int = 16,
+    ) -> ServedTask:
+        """Adds a task; extents as for :class:`ExtentTable`, VMAs and wiped ranges as (address, pages)."""
+        return self.engine.add(
+            uffd,
+            TaskMemory(
+                ExtentTable(extents),
+                [(start, start + pages * PAGE) for start, pages in vmas],
+                [(start, start + pages * PAGE) for start, pages in wiped],
+                [level.map for level in levels],
+                max_readahead,
+            ),
+        )
+
+    def transfer(self, task: ServedTask, chunk: int = 64 << 10, pause: float = 0.0) -> Transfer:
+        transfer = Transfer(task, chunk, pause)
+        self._transfers.append(transfer)
+        return transfer
+
+    def look(self) -> list[Notice]:
+        """All notices so far."""
+        self.notices += self.engine.notices()
+        return self.notices
+
+    def wait(self, kind: NoticeKind, task: ServedTask | None = None, *, timeout: float = 60) -> Notice:
+        """The next notice of this kind (about this task) that was not waited for yet."""
+        deadline = time.monotonic() + timeout
+        while True:
+            for place, notice in enumerate(self.look()):
+                if notice.kind is kind and task in (None, notice.task):
+                    return self.notices.pop(place)
+            if time.monotonic() > deadline:
+                pytest.fail(f"no {kind.name} in {timeout:g} s, but {self.notices}")
+            select.select([self.engine.notice_fd], [], [], 1)
+
+
+def until(what: str, ready: Callable[[], object], timeout: float = 60) -> None:
+    deadline = time.monotonic() + timeout
+    while not ready():
+        if time.monotonic() > deadline:
+            pytest.fail(f"waited {timeout:g} s for {what}")
+        time.sleep(0.001)

@@ -1,0 +1,777 @@
+/*
+ * A task that registers memory of its own, hands its uffd over, and then does
+ * what it is told: one command a line on the socket whose number is its
+ * argument; each is answered with "ok ..." or "no <what went wrong>".
+ *
+ * A page is known by its id: 512 times the same 64-bit number, zero for a page
+ * of zeros.  So no page can stand for another, and none can be half there.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/userfaultfd.h>
+#include <pthread.h>
+#include <sched.h>
+#include <setjmp.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/socket.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#define PAGE 4096ul
+#define WORDS (PAGE / 8)
+#define MAX_THREADS 16
+#define STACK (64ul << 10)
+
+#ifndef MREMAP_DONTUNMAP
+#define MREMAP_DONTUNMAP 4
+#endif
+
+static int control, uffd = -1;
+
+/* ---- talking ---- */
+
+static void say(const char *format, ...)
+{
+	char line[512];
+	va_list args;
+	int n;
+
+	va_start(args, format);
+	n = vsnprintf(line, sizeof(line) - 1, format, args);
+	va_end(args);
+	line[n++] = '\n';
+	if (write(control, line, (size_t)n) != n)
+		_exit(3);
+}
+
+static void send_fd(int fd)
+{
+	char space[CMSG_SPACE(sizeof(int))] = {0}, byte = '\n';
+	struct iovec iov = {&byte, 1};
+	struct msghdr msg = {.msg_iov = &iov, .msg_iovlen = 1, .msg_control = space, .msg_controllen = sizeof(space)};
+	struct cmsghdr *cmsg = CMSG_FIRSTHDR(&msg);
+
+	cmsg->cmsg_level = SOL_SOCKET;
+	cmsg->cmsg_type = SCM_RIGHTS;
+	cmsg->cmsg_len = CMSG_LEN(sizeof(int));
+	memcpy(CMSG_DATA(cmsg), &fd, sizeof(int));
+	if (sendmsg(control, &msg, 0) != 1)
+		_exit(3);
+}
+
+/* ---- helpers ---- */
+
+static uint64_t mix(uint64_t *state)
+{
+	uint64_t z = *state += 0x9e3779b97f4a7c15ull;
+
+	z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
+	z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
+	return z ^ (z >> 31);
+}
+
+static void *xcalloc(size_t n, size_t size)
+{
+	void *p = calloc(n, size);
+
+	if (!p)
+		_exit(4);
+	return p;
+}
+
+/* Runs function in n threads, with the elements of an array as arguments; their stacks bring no layout events. */
+static void run_threads(void *(*function)(void *), void *args, size_t size, int n)
+{
+	static char stacks[MAX_THREADS][STACK] __attribute__((aligned(4096)));
+	pthread_t threads[MAX_THREADS];
+
+	for (int i = 0; i < n; i++) {
+		pthread_attr_t attr;
+
+		pthread_attr_init(&attr);
+		pthread_attr_setstack(&attr, stacks[i], STACK);
+		if (pthread_create(&threads[i], &attr, function, (char *)args + (size_t)i * size))
+			_exit(4);
+	}
+	for (int i = 0; i < n; i++)
+		pthread_join(threads[i], NULL);
+}
+
+static __thread sigjmp_buf escape;
+static __thread volatile sig_atomic_t may_escape;
+
+static void on_signal(int number)
+{
+	if (!may_escape)
+		_exit(100 + number);
+	siglongjmp(escape, number);
+}
+
+/* The first thing found wrong, by whatever thread. */
+static struct {
+	_Atomic bool is;
+	char text[256];
+} bad;
+
+static void found_bad(const char *format, ...)
+{
+	va_list args;
+
+	if (atomic_exchange(&bad.is, true))
+		return;
+	va_start(args, format);
+	vsnprintf(bad.text, sizeof(bad.text), format, args);
+	va_end(args);
+}
+
+static void say_found(const char *format, ...)
+{
+	char text[128];
+	va_list args;
+
+	va_start(args, format);
+	vsnprintf(text, sizeof(text), format, args);
+	va_end(args);
+	if (bad.is)
+		say("no %s", bad.text);
+	else
+		say("ok %s", text);
+	bad.is = false;
+}
+
+/* What is wrong with a page that should have this id; NULL: nothing. */
+static const char *wrong(const void *at, uint64_t id)
+{
+	const volatile uint64_t *words = at;
+	uint64_t first = words[0];
+
+	for (size_t i = 1; i < WORDS; i++)
+		if (words[i] != first)
+			return "a torn page";
+	if (first == id)
+		return NULL;
+	return first ? "another page" : "zeros";
+}
+
+static void look(const char *at, uint64_t id, const char *when)
+{
+	const char *what = wrong(at, id);
+
+	if (what)
+		found_bad("%s: %s (%#lx) at %p where id %#lx should be", when, what, *(const uint64_t *)at,
+			  (const void *)at, id);
+}
+
+/* ---- check: visits pages with ids that follow each other, or zeros ---- */
+
+enum order { FORWARD, BACKWARD, RANDOM };
+
+struct walk {
+	char *at;
+	size_t pages;
+	uint64_t id; /* 0: all are zero */
+	enum order order;
+	bool writes, together; /* together: each thread visits every page */
+	_Atomic size_t next;
+	size_t *shuffled;
+};
+
+static void *walk_thread(void *arg)
+{
+	struct walk *w = *(struct walk **)arg;
+	size_t own = 0, i;
+
+	while ((i = w->together ? own++ : atomic_fetch_add(&w->next, 1)) < w->pages) {
+		size_t page = w->order == FORWARD ? i : w->order == BACKWARD ? w->pages - 1 - i : w->shuffled[i];
+
+		if (w->writes) /* a fault for writing that changes nothing */
+			atomic_fetch_or((_Atomic uint64_t *)(w->at + page * PAGE), 0);
+		look(w->at + page * PAGE, w->id ? w->id + page : 0, "check");
+	}
+	return NULL;
+}
+
+static void check(uint64_t at, size_t pages, uint64_t id, enum order order, int threads, bool writes, bool together)
+{
+	struct walk w = {
+		.at = (char *)at, .pages = pages, .id = id, .order = order, .writes = writes, .together = together};
+	struct walk *args[MAX_THREADS];
+	uint64_t seed = id + pages;
+
+	w.shuffled = xcalloc(pages + 1, sizeof(size_t));
+	for (size_t i = 0; i < pages; i++) {
+		size_t j = mix(&seed) % (i + 1);
+
+		w.shuffled[i] = w.shuffled[j];
+		w.shuffled[j] = i;
+	}
+	for (int i = 0; i < threads; i++)
+		args[i] = &w;
+	run_threads(walk_thread, args, sizeof(args[0]), threads);
+	free(w.shuffled);
+	say_found("");
+}
+
+static void peek(uint64_t at)
+{
+	int number;
+
+	may_escape = 1;
+	number = sigsetjmp(escape, 1);
+	if (!number) {
+		uint64_t id = *(volatile uint64_t *)at;
+		const char *what = wrong((void *)at, id);
+
+		may_escape = 0;
+		if (what)
+			say("no %s", what);
+		else
+			say("ok %lu", id);
+		return;
+	}
+	may_escape = 0;
+	say("ok signal %d", number);
+}
+
+/* ---- churn: one thread changes the layout, others touch at the same time ---- */
+
+#define NOWHERE UINT64_MAX /* not mapped */
+
+/*
+ * Page i of the arena should have the id expect[i].  The layout thread makes `changing` odd, changes, says what it
+ * expects now, and makes it even.  Who finds the same even number before and after a touch knows what had to be there.
+ */
+struct churn {
+	char *at;
+	size_t pages, rounds, longest;
+	uint64_t seed;
+	_Atomic uint64_t *expect;
+	_Atomic uint64_t changing, done[6];
+	_Atomic bool over;
+	_Atomic uint64_t touched;
+};
+
+struct worker {
+	struct churn *churn;
+	uint64_t seed; /* 0: the one that changes the layout */
+};
+
+static void touch(struct churn *c, uint64_t *seed)
+{
+	size_t page = mix(seed) % c->pages;
+	uint64_t before = c->changing, expected = c->expect[page];
+	const char *at = c->at + page * PAGE, *what;
+
+	if (before % 2 || expected == NOWHERE)
+		return;
+	may_escape = 1;
+	if (sigsetjmp(escape, 1)) { /* unmapped under our feet */
+		may_escape = 0;
+		return;
+	}
+	what = wrong(at, expected);
+	may_escape = 0;
+	if (c->changing != before)
+		return;
+	c->touched++;
+	if (what)
+		found_bad("touched: %s at page %zu where id %#lx should be", what, page, expected);
+}
+
+static void set_expect(struct churn *c, size_t from, size_t n, uint64_t id)
+{
+	for (size_t i = from; i < from + n; i++)
+		c->expect[i] = id;
+}
+
+/* A few pages only: the others are to stay away as long as they can. */
+static void look_at_some(struct churn *c, size_t from, size_t n, const char *when)
+{
+	size_t some[] = {from, from + n - 1, from + mix(&c->seed) % n};
+
+	for (size_t i = 0; i < 3; i++)
+		if (c->expect[some[i]] != NOWHERE)
+			look(c->at + some[i] * PAGE, c->expect[some[i]], when);
+}
+
+static size_t run_of(struct churn *c, size_t from, size_t most, bool mapped)
+{
+	size_t n = 0;
+
+	while (n < most && from + n < c->pages && (c->expect[from + n] != NOWHERE) == mapped)
+		n++;
+	return n;
+}
+
+static void change(struct churn *c)
+{
+	size_t from = mix(&c->seed) % c->pages, n = run_of(c, from, 1 + mix(&c->seed) % c->longest, true);
+	size_t to = mix(&c->seed) % (c->pages - n + 1), kind = mix(&c->seed) % 6, more = 0;
+	bool apart = to >= from + n || from >= to + n;
+	char *old = c->at + from * PAGE, *new = c->at + to * PAGE;
+	unsigned char vec;
+
+	if (!n)
+		return;
+	switch (kind) {
+	case 0:
+		if (madvise(old, n * PAGE, MADV_DONTNEED))
+			return;
+		set_expect(c, from, n, 0);
+		look_at_some(c, from, n, "after madvise");
+		break;
+	case 1:
+		if (mix(&c->seed) % 4 || munmap(old, n * PAGE)) /* rarely: nothing comes back */
+			return;
+		set_expect(c, from, n, NOWHERE);
+		break;
+	case 2:
+	case 3: /* fails when the pages are more than one VMA, and then what was at `to` may be gone all the same */
+		if (!apart)
+			return;
+		if (mremap(old, n * PAGE, n * PAGE, MREMAP_MAYMOVE | MREMAP_FIXED | (kind == 3 ? MREMAP_DONTUNMAP : 0),
+			   new) == MAP_FAILED) {
+			for (size_t i = to; i < to + n; i++)
+				if (mincore(c->at + i * PAGE, PAGE, &vec) && errno == ENOMEM)
+					c->expect[i] = NOWHERE;
+			return;
+		}
+		for (size_t i = 0; i < n; i++) {
+			c->expect[to + i] = c->expect[from + i];
+			c->expect[from + i] = kind == 3 ? 0 : NOWHERE;
+		}
+		look_at_some(c, to, n, "after mremap");
+		look_at_some(c, from, n, "what DONTUNMAP left");
+		break;
+	case 4:
+		if (n < 2 || mremap(old, n * PAGE, n / 2 * PAGE, 0) == MAP_FAILED)
+			return;
+		set_expect(c, from + n / 2, n - n / 2, NOWHERE);
+		look_at_some(c, from, n / 2, "after shrinking");
+		break;
+	case 5: /* into a hole, in place */
+		more = run_of(c, from + n, 16, false);
+		if (!more || mremap(old, n * PAGE, (n + more) * PAGE, 0) == MAP_FAILED)
+			return;
+		set_expect(c, from + n, more, 0);
+		look_at_some(c, from, n + more, "after growing");
+		break;
+	}
+	c->done[kind]++;
+}
+
+static void *churn_thread(void *arg)
+{
+	struct worker *w = arg;
+	struct churn *c = w->churn;
+
+	if (w->seed)
+		while (!c->over)
+			touch(c, &w->seed);
+	for (size_t round = 0; !w->seed && round < c->rounds && !bad.is; round++) {
+		c->changing++;
+		change(c);
+		c->changing++;
+	}
+	if (!w->seed)
+		c->over = true;
+	return NULL;
+}
+
+static void churn(uint64_t at, size_t pages, uint64_t id, uint64_t seed, size_t rounds, size_t longest, int touchers)
+{
+	struct churn c = {.at = (char *)at, .pages = pages, .rounds = rounds, .longest = longest, .seed = seed};
+	struct worker workers[MAX_THREADS];
+
+	c.expect = xcalloc(pages, sizeof(*c.expect));
+	for (size_t i = 0; i < pages; i++)
+		c.expect[i] = id + i;
+	for (int i = 0; i <= touchers; i++)
+		workers[i] = (struct worker){&c, i ? seed + (uint64_t)i : 0};
+	run_threads(churn_thread, workers, sizeof(workers[0]), touchers + 1);
+	for (size_t i = 0; i < pages && !bad.is; i++)
+		if (c.expect[i] != NOWHERE)
+			look(c.at + i * PAGE, c.expect[i], "at the end");
+	say_found("touched %lu, madvise %lu, munmap %lu, mremap %lu and %lu, shrunk %lu, grown %lu", c.touched, c.done[0],
+		  c.done[1], c.done[2], c.done[3], c.done[4], c.done[5]);
+	free((void *)c.expect);
+}
+
+/* ---- swarm: threads that move memory of their own to where the kernel finds room ---- */
+
+/*
+ * Nobody touches what another thread owns.  But the room that mremap finds is often what another thread is leaving at
+ * this moment, and whose event is not read yet.
+ */
+struct chunk {
+	char *at;
+	size_t pages;
+	uint64_t *ids;
+};
+
+struct swarmer {
+	struct chunk *chunks;
+	size_t nr, rounds, most;
+	uint64_t seed;
+};
+
+static void look_at_chunk(struct swarmer *s, const struct chunk *c, const char *when)
+{
+	size_t some[] = {0, c->pages - 1, mix(&s->seed) % c->pages};
+
+	for (size_t i = 0; i < 3; i++)
+		look(c->at + some[i] * PAGE, c->ids[some[i]], when);
+}
+
+static void *swarm_thread(void *arg)
+{
+	struct swarmer *s = arg;
+
+	for (size_t round = 0; round < s->rounds && s->nr && !bad.is; round++) {
+		size_t which = mix(&s->seed) % s->nr;
+		struct chunk *c = &s->chunks[which];
+		size_t len = c->pages * PAGE, n;
+		char *at;
+
+		switch (mix(&s->seed) % 8) {
+		case 0:
+		case 1: /* as realloc does: moves when there is no room behind it */
+		case 2:
+			n = c->pages + 1 + mix(&s->seed) % 8;
+			if (n > s->most)
+				continue;
+			at = mremap(c->at, len, n * PAGE, MREMAP_MAYMOVE);
+			if (at == MAP_FAILED)
+				_exit(5);
+			memset(c->ids + c->pages, 0, (n - c->pages) * sizeof(*c->ids));
+			c->at = at;
+			c->pages = n;
+			look_at_chunk(s, c, "after growing");
+			break;
+		case 3:
+		case 4: /* moves in any case */
+			at = mremap(c->at, len, len, MREMAP_MAYMOVE | MREMAP_DONTUNMAP);
+			if (at == MAP_FAILED)
+				_exit(5);
+			look(c->at, 0, "what DONTUNMAP left");
+			if (munmap(c->at, len))
+				_exit(5);
+			c->at = at;
+			look_at_chunk(s, c, "after moving");
+			break;
+		case 5:
+			n = 1 + mix(&s->seed) % 8;
+			if (n >= c->pages)
+				continue;
+			if (mremap(c->at, len, (c->pages - n) * PAGE, 0) != c->at)
+				_exit(5);
+			c->pages -= n;
+			look_at_chunk(s, c, "after shrinking");
+			break;
+		case 6:
+			n = mix(&s->seed) % c->pages;
+			if (madvise(c->at + n * PAGE, PAGE, MADV_DONTNEED))
+				_exit(5);
+			c->ids[n] = 0;
+			look(c->at + n * PAGE, 0, "after madvise");
+			break;
+		case 7:
+			if (mix(&s->seed) % 16)
+				continue;
+			if (munmap(c->at, len))
+				_exit(5);
+			*c = s->chunks[--s->nr];
+			break;
+		}
+	}
+	for (size_t i = 0; i < s->nr; i++)
+		for (size_t page = 0; page < s->chunks[i].pages; page++)
+			look(s->chunks[i].at + page * PAGE, s->chunks[i].ids[page], "at the end");
+	return NULL;
+}
+
+static void swarm(uint64_t at, size_t pages, uint64_t id, uint64_t seed, size_t rounds, size_t size, int threads)
+{
+	struct swarmer swarmers[MAX_THREADS];
+	size_t each = pages / size / (size_t)threads, most = size * 4;
+
+	for (int i = 0; i < threads; i++) {
+		struct swarmer *s = &swarmers[i];
+
+		*s = (struct swarmer){xcalloc(each, sizeof(*s->chunks)), each, rounds, most, seed + (uint64_t)i};
+		for (size_t k = 0; k < each; k++) { /* dealt out: neighbours have different owners */
+			size_t first = (k * (size_t)threads + (size_t)i) * size;
+
+			s->chunks[k] = (struct chunk){(char *)at + first * PAGE, size, xcalloc(most, sizeof(uint64_t))};
+			for (size_t page = 0; page < size; page++)
+				s->chunks[k].ids[page] = id + first + page;
+		}
+	}
+	run_threads(swarm_thread, swarmers, sizeof(swarmers[0]), threads);
+	say_found("");
+}
+
+/* ---- race: what leaves a place is slow to say so, and another arrives there meanwhile ---- */
+
+/*
+ * The leaver shares its CPU with a thread that takes nearly all of it, so that it is slow to wake up when its first
+ * event has been read, and to tell the second (mremap tells where it went, then that the old place is unmapped).
+ */
+struct race {
+	char *place, *aside, *other; /* leaver: place -> aside (or away); arriver: other -> place */
+	size_t pages;
+	_Atomic bool go, over;
+};
+
+struct racer {
+	struct race *race;
+	int role;
+};
+
+static void pin(int cpu)
+{
+	cpu_set_t set;
+
+	CPU_ZERO(&set);
+	CPU_SET(cpu, &set);
+	if (sched_setaffinity(0, sizeof(set), &set))
+		_exit(6);
+}
+
+static void *race_thread(void *arg)
+{
+	struct racer *me = arg;
+	struct race *r = me->race;
+	const struct sched_param param = {0};
+	unsigned char vec;
+
+	switch (me->role) {
+	case 0:
+		pin(0);
+		if (sched_setscheduler(0, SCHED_IDLE, &param))
+			_exit(6);
+		r->go = true;
+		if (r->aside ? mremap(r->place, r->pages * PAGE, r->pages * PAGE, MREMAP_MAYMOVE | MREMAP_FIXED,
+				      r->aside) == MAP_FAILED :
+			       munmap(r->place, r->pages * PAGE))
+			_exit(5);
+		break;
+	case 1:
+		pin(1);
+		while (!r->go || !mincore(r->place, PAGE, &vec) || errno != ENOMEM)
+			;
+		if (mremap(r->other, r->pages * PAGE, r->pages * PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, r->place) ==
+		    MAP_FAILED)
+			_exit(5);
+		r->over = true;
+		break;
+	default:
+		pin(0);
+		while (!r->over)
+			;
+	}
+	return NULL;
+}
+
+/* Leaves to `aside` (0: to nowhere) what is at `place`, while what is at `other` moves to `place`. */
+static void race(uint64_t place, uint64_t aside, uint64_t other, size_t pages, uint64_t place_id, uint64_t other_id)
+{
+	struct race r = {(char *)place, (char *)aside, (char *)other, pages, false, false};
+	struct racer racers[] = {{&r, 0}, {&r, 1}, {&r, 2}};
+
+	run_threads(race_thread, racers, sizeof(racers[0]), 3);
+	for (size_t i = 0; i < pages; i++) {
+		look((char *)place + i * PAGE, other_id + i, "what arrived");
+		if (aside)
+			look((char *)aside + i * PAGE, place_id + i, "what left");
+	}
+	say_found("");
+}
+
+/* ---- commands ---- */
+
+static void result(long rc)
+{
+	if (rc < 0)
+		say("ok errno %d", errno);
+	else
+		say("ok %ld", rc);
+}
+
+static void open_uffd(uint64_t features)
+{
+	struct uffdio_api api = {.api = UFFD_API, .features = features};
+
+	uffd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
+	if (uffd < 0 || ioctl(uffd, UFFDIO_API, &api)) {
+		say("no userfaultfd: errno %d", errno);
+		return;
+	}
+	say("ok");
+	send_fd(uffd);
+}
+
+static void copy(uint64_t at, uint64_t id)
+{
+	static uint64_t page[WORDS];
+	struct uffdio_copy copy = {.dst = at, .src = (uintptr_t)page, .len = PAGE};
+
+	for (size_t i = 0; i < WORDS; i++)
+		page[i] = id;
+	result(ioctl(uffd, UFFDIO_COPY, &copy));
+}
+
+/* A child, which takes commands on a socket of its own. */
+static void fork_child(void)
+{
+	int ends[2];
+	pid_t pid;
+
+	if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends))
+		_exit(7);
+	pid = fork();
+	if (pid < 0)
+		_exit(7);
+	if (!pid) {
+		prctl(PR_SET_PDEATHSIG, SIGKILL);
+		close(ends[0]);
+		close(control);
+		control = ends[1];
+		if (uffd >= 0)
+			close(uffd);
+		uffd = -1;
+		return;
+	}
+	close(ends[1]);
+	say("ok %d", pid);
+	send_fd(ends[0]);
+	close(ends[0]);
+}
+
+/* Children, one after the other but all alive at the same time, that check and go. */
+static void forks(int n, uint64_t at, size_t pages, uint64_t id)
+{
+	int failed = 0;
+	pid_t pids[n];
+
+	for (int i = 0; i < n; i++) {
+		pids[i] = fork();
+		if (pids[i] < 0)
+			_exit(7);
+		if (!pids[i]) {
+			prctl(PR_SET_PDEATHSIG, SIGKILL);
+			for (size_t page = 0; page < pages; page++)
+				if (wrong((char *)at + page * PAGE, id + page))
+					_exit(1);
+			_exit(0);
+		}
+	}
+	for (int i = 0; i < n; i++) {
+		int status;
+
+		if (waitpid(pids[i], &status, 0) < 0 || status)
+			failed++;
+	}
+	if (failed)
+		say("no %d of %d children", failed, n);
+	else
+		say("ok");
+}
+
+static void obey(const char *name, const uint64_t *a)
+{
+	char *at = (char *)a[0];
+	size_t len = a[1] * PAGE;
+
+	if (!strcmp(name, "map")) {
+		result(mmap(at, len, PROT_READ | PROT_WRITE,
+			    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED_NOREPLACE, -1, 0) == at ?
+			       0 :
+			       -1);
+	} else if (!strcmp(name, "uffd")) {
+		open_uffd(a[0]);
+	} else if (!strcmp(name, "register")) {
+		struct uffdio_register reg = {.range = {a[0], len}, .mode = UFFDIO_REGISTER_MODE_MISSING};
+
+		result(ioctl(uffd, UFFDIO_REGISTER, &reg));
+	} else if (!strcmp(name, "check")) {
+		check(a[0], a[1], a[2], (enum order)a[3], (int)a[4], a[5], a[6]);
+	} else if (!strcmp(name, "peek")) {
+		peek(a[0]);
+	} else if (!strcmp(name, "poke")) {
+		for (size_t i = 0; i < a[1] * WORDS; i++)
+			((uint64_t *)at)[i] = a[2] + i / WORDS;
+		say("ok");
+	} else if (!strcmp(name, "copy")) {
+		copy(a[0], a[1]);
+	} else if (!strcmp(name, "madvise")) {
+		result(madvise(at, len, (int)a[2]));
+	} else if (!strcmp(name, "munmap")) {
+		result(munmap(at, len));
+	} else if (!strcmp(name, "mprotect")) {
+		result(mprotect(at, len, (int)a[2]));
+	} else if (!strcmp(name, "mremap")) {
+		result((long)mremap(at, len, a[2] * PAGE, (int)a[3], (void *)a[4]));
+	} else if (!strcmp(name, "churn")) {
+		churn(a[0], a[1], a[2], a[3], a[4], a[5], (int)a[6]);
+	} else if (!strcmp(name, "swarm")) {
+		swarm(a[0], a[1], a[2], a[3], a[4], a[5], (int)a[6]);
+	} else if (!strcmp(name, "race")) {
+		race(a[0], a[1], a[2], a[3], a[4], a[5]);
+	} else if (!strcmp(name, "fork")) {
+		fork_child();
+	} else if (!strcmp(name, "forks")) {
+		forks((int)a[0], a[1], a[2], a[3]);
+	} else {
+		say("no such command: %s", name);
+	}
+}
+
+int main(int argc, char **argv)
+{
+	struct sigaction action = {.sa_handler = on_signal, .sa_flags = SA_NODEFER};
+	char line[256];
+	size_t used = 0;
+
+	if (argc != 2)
+		return 2;
+	control = atoi(argv[1]);
+	prctl(PR_SET_PDEATHSIG, SIGKILL);
+	signal(SIGPIPE, SIG_IGN);
+	sigaction(SIGBUS, &action, NULL);
+	sigaction(SIGSEGV, &action, NULL);
+	for (;;) {
+		uint64_t a[8] = {0};
+		char *end, *word;
+
+		/* one byte at a time: what follows may be for a child that is forked meanwhile */
+		if (used == sizeof(line) || read(control, line + used, 1) != 1)
+			return 0;
+		if (line[used++] != '\n')
+			continue;
+		line[used - 1] = 0;
+		used = 0;
+		word = strtok(line, " ");
+		for (int i = 0; i < 8 && word; i++) {
+			char *number = strtok(NULL, " ");
+
+			if (!number)
+				break;
+			a[i] = strtoull(number, &end, 0);
+		}
+		if (word)
+			obey(word, a);
+	}
+}
