@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from images_spec import images
 from images_spec.checkpoint import open_checkpoint
@@ -19,6 +21,7 @@ from images_spec.images import Kind
 from images_spec.messages import FdType, PagemapEntry, TaskState
 from images_spec.pagemap import Pagemap
 from images_spec.placement import PageCount
+from lazypages.show import show
 from tests.support.criu import RELEASES, Criu
 from tests.support.processes import nothing_left, wait_for
 from tests.unit.test_images_golden import unknown_fields
@@ -163,3 +166,14 @@ def test_both_ways_of_counting_pages(dumped: Path, request: pytest.FixtureReques
     else:
         assert (old, new) == ([0] * len(counts), counts)
     assert all(entry.flags & PE_PRESENT for entry in Pagemap.load(path))
+
+
+def test_show(dumped: Path) -> None:
+    output = io.StringIO()
+    show(dumped, Console(file=output))
+    text = output.getvalue()
+    (root, *_) = open_checkpoint(dumped).tasks
+    assert f"name \\xff of\\xe2\\x82 ({root.pid}): alive, 2 threads, " in text
+    assert "zombie, exit status 7" in text
+    for name in ("[heap]", "[stack]", "[vdso]", "[vvar]", "/libc.so.6"):
+        assert name in text
