@@ -16,6 +16,11 @@ struct scan_arg {
 	uint64_t category_inverted, category_mask, category_anyof_mask, return_mask;
 };
 #define SCAN_PAGEMAP _IOWR('f', 16, struct scan_arg)
+/*
+ * With more room than this the kernel fills it in several steps, and when the last one comes to the end it leaves in
+ * walk_end what a step before has put there: the next call would find the same pages again (observed with 6.18).
+ */
+#define SCAN_MAX 512
 #define SCAN_PROTECT 1	     /* PM_SCAN_WP_MATCHING */
 #define SCAN_CHECK_ASYNC 2   /* PM_SCAN_CHECK_WPASYNC */
 
@@ -30,7 +35,7 @@ int lp_scan_pages(int pagemap_fd, const struct lp_scan *scan, uint64_t *next, ui
 			.start = *next,
 			.end = end,
 			.vec = (uintptr_t)(out + *count),
-			.vec_len = room - *count,
+			.vec_len = room - *count < SCAN_MAX ? room - *count : SCAN_MAX,
 			.category_inverted = scan->excluded,
 			.category_mask = scan->required | scan->excluded,
 			.category_anyof_mask = scan->any,
