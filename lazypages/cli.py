@@ -9,12 +9,14 @@ from pathlib import Path
 import click
 
 from images_spec.errors import ImageError
+from lazypages import __version__
 from lazypages.errors import LazyPagesError
 
 #: Subcommands: the object that is one, and its line in the help. Imported when it is called, not before:
 #: a restore waits for ``lazypages serve``.
 COMMANDS = {
     "serve": ("lazypages.serve_command:serve", "Give restored tasks their memory as they touch it."),
+    "restore": ("lazypages.restore.cli:restore_command", "Bring tasks back, as criu restore does."),
     "show": ("lazypages.cli:show", "Say what an image directory holds."),
     "demo": ("lazypages.demo:demo", "See it work: checkpoint a live task, bring it back lazily."),
 }
@@ -47,7 +49,7 @@ class _Commands(click.Group):
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(None, "-V", "--version", package_name="lazypages")
+@click.version_option(__version__, "-V", "--version")
 def cli() -> None:
     """Bring a checkpointed process back before its memory has arrived.
 
@@ -55,9 +57,10 @@ def cli() -> None:
     Instead of                         run
       criu lazy-pages -D DIR             lazypages serve -D DIR
     beside
-      criu restore --lazy-pages -D DIR   (the same)
+      criu restore --lazy-pages -D DIR   (the same, or lazypages restore)
 
     `lazypages demo` shows it with a task of its own. `lazypages COMMAND --help` explains each command.
+    Checkpoints are taken with `criu dump` or with `dumptool`.
     """
 
 

@@ -27,8 +27,9 @@ from lazypages.summary import duration, size
 HERE = Path(__file__).parent
 TASK = HERE / "demo_task.py"
 
-#: This lazypages, and not one that lies in the current directory (-P).
-LAZYPAGES = (sys.executable, "-P", "-m", "lazypages")
+#: For `-m`: this lazypages and its kin, not what lies in the current directory (-P).
+PYTHON = (sys.executable, "-P")
+SAME_CODE = {"PYTHONPATH": str(HERE.parent)}
 
 #: Where CRIU may be beside PATH: where packages put it, and where .ci/fetch-criu does.
 CRIU_PLACES = (Path("/usr/sbin/criu"), Path("/usr/local/sbin/criu"))
@@ -53,6 +54,14 @@ class Tools:
     name: str
     dump: Sequence[str]
     restore: Sequence[str]
+
+    @classmethod
+    def of_our_own(cls) -> Tools:
+        return cls(
+            "our own dumptool and restorer",
+            [*PYTHON, "-m", "dumptool", "dump"],
+            [*PYTHON, "-m", "lazypages", "restore"],
+        )
 
     @classmethod
     def of_criu(cls, path: Path) -> Tools:
@@ -85,6 +94,7 @@ class Tools:
                     stdin=subprocess.DEVNULL,
                     stdout=stream,
                     stderr=stream,
+                    env=os.environ | SAME_CODE,
                     timeout=PATIENCE,
                     check=False,
                 ).returncode
@@ -92,6 +102,11 @@ class Tools:
                 raise DemoError(f"{self.name} can't {what}: {error}") from error
         if code:
             raise DemoError(f"{self.name} can't {what}: {_last_error(log, output) or f'exit status {code}'}")
+
+
+def _typed(command: Sequence[str]) -> str:
+    """As a person would type it."""
+    return " ".join(word for word in command if word not in {*PYTHON, "-m"})
 
 
 def _output(command: list[str]) -> list[str]:
@@ -240,14 +255,16 @@ def _become_subreaper() -> None:
 
 def choose(wanted: Path | None, folder: Path) -> Tools:
     """Tools that have shown to work here; says why others have not. Raises DemoError."""
-    for path in candidates(wanted):
-        tools = Tools.of_criu(path)
+    choices = [Tools.of_criu(path) for path in candidates(wanted)]
+    if wanted is None:
+        choices.append(Tools.of_our_own())
+    for tools in choices:
         step = Step(f"Trying {tools.name}")
         try:
             try_out(tools, folder / "trial")
         except DemoError as error:
             step.done("does not work here")
-            if wanted is not None:
+            if tools is choices[-1]:
                 raise
             click.echo(f"  {error}")
         else:
@@ -255,9 +272,7 @@ def choose(wanted: Path | None, folder: Path) -> Tools:
             return tools
         finally:
             shutil.rmtree(folder / "trial", ignore_errors=True)
-    raise DemoError(
-        "no CRIU that works here was found: name one with --criu, or fetch one with .ci/fetch-criu"
-    )
+    raise AssertionError("there is always one to try")
 
 
 def candidates(wanted: Path | None) -> list[Path]:
@@ -291,10 +306,10 @@ def serving(images: Path) -> Iterator[subprocess.Popen[bytes]]:
         stack.callback(os.close, ready)
         try:
             server = subprocess.Popen(
-                [*LAZYPAGES, "serve", "-D", str(images), "--status-fd", str(status)],
+                [*PYTHON, "-m", "lazypages", "serve", "-D", str(images), "--status-fd", str(status)],
                 stdin=subprocess.DEVNULL,
                 pass_fds=[status],
-                env=os.environ | {"PYTHONPATH": str(HERE.parent)},
+                env=os.environ | SAME_CODE,
             )
         finally:
             os.close(status)
@@ -323,7 +338,7 @@ def show(tools: Tools, folder: Path, nr_bytes: int) -> None:
         task.wait_filled()
         step.done(f"it is process {task.pid}")
 
-        step = Step(f"2. {' '.join(tools.dump)} -t {task.pid} -D {images}")
+        step = Step(f"2. {_typed(tools.dump)} -t {task.pid} -D {images}")
         tools.take(task.pid, images)
         task.wait_taken()
         stored = sum(path.stat().st_size for path in images.iterdir())
@@ -333,7 +348,7 @@ def show(tools: Tools, folder: Path, nr_bytes: int) -> None:
         click.echo(f"3. lazypages serve -D {images} &")
         server = server_stack.enter_context(serving(images))
 
-        click.echo(f"4. {' '.join(tools.restore)} -D {images} --lazy-pages -d")
+        click.echo(f"4. {_typed(tools.restore)} -D {images} --lazy-pages -d")
         started = time.time()
         tools.bring_back(images, lazily=True)
         verdict = task.verdict()

@@ -100,10 +100,10 @@ class Places:
     ) -> Places:
         """Raises LazyPagesError if a directory is not there."""
         _check_directory("-D", images_dir)
-        if not (images_dir / "inventory.img").exists():
-            raise LazyPagesError(f"-D {images_dir} is no checkpoint: there is no inventory.img in it")
         if work_dir is not None:
             _check_directory("-W", work_dir)
+        if not (images_dir / "inventory.img").exists():
+            raise LazyPagesError(f"-D {images_dir} is no checkpoint: there is no inventory.img in it")
         work = (work_dir or images_dir).absolute()
         log_path = log_file and (log_file if log_file == logs.STDOUT else work / log_file)
         return cls(
