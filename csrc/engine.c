@@ -39,6 +39,9 @@ struct uffdio_poison {
 #define CHUNK_QUIET (512u << 10) /* bytes a background copy takes at a time */
 #define CHUNK_BUSY (16u << 10)	 /* the same while tasks fault: one waits for this at most */
 #define BUSY_NS (2 * NS / 1000)	 /* how long after a fault tasks count as faulting */
+#define LEAD_MIN ((uint64_t)1 << 20)
+#define LEAD_MAX ((uint64_t)32 << 20)
+#define LEAD_MEMORY_NS (NS / 10)
 #define LOOKAHEAD_TRIES 8	 /* runs that another thread may take before we do */
 #define ANYWHERE ((uint64_t)1 << 38) /* an address that every task can have */
 #define SETTLE_TRIES 32		 /* looks at a task whose layout is changing, before others have their turn */
@@ -69,6 +72,7 @@ struct lp_task {
 	bool is_put_off;
 	int read_error; /* the last one told */
 	_Atomic uint64_t cursor; /* background transfer goes on here */
+	uint64_t lead, led_at;	 /* how far the background was sent ahead of a thread, and when; bytes, ns */
 	uint64_t total;
 	pid_t pid; /* 0: not known */
 	uint32_t nr_levels;
@@ -407,6 +411,20 @@ static bool claim_window(struct lp_task *t, struct lp_answer *run)
 	return run->nr_pages > 0;
 }
 
+/*
+ * A thread has caught up with the background: that goes on well ahead of it, or they would meet again at every chunk.
+ * What lies between is for faults and their readahead; the background comes back to what is left of it.
+ */
+static void lead_on(struct lp_task *t, struct fault fault)
+{
+	if (fault.since - t->led_at > LEAD_MEMORY_NS)
+		t->lead = LEAD_MIN;
+	else if (t->lead < LEAD_MAX)
+		t->lead *= 2;
+	t->led_at = fault.since;
+	atomic_store(&t->cursor, fault.addr + t->lead);
+}
+
 /* Answers one fault (lock held shared): 0, or -EAGAIN: not now, or -ESRCH. */
 static int answer(struct lp_task *t, struct fault fault)
 {
@@ -441,8 +459,10 @@ static int answer(struct lp_task *t, struct fault fault)
 		notice.nr_pages = run.nr_pages;
 		break;
 	case LP_CLAIMED:
-		if (run.source != LP_SOURCE_REMOTE)
+		if (run.source != LP_SOURCE_REMOTE) {
+			lead_on(t, fault);
 			return 0;
+		}
 		notice.kind = LP_NOTICE_HURRY;
 		break;
 	default:
@@ -1028,7 +1048,9 @@ int64_t lp_task_transfer(struct lp_task *t, uint64_t max_bytes)
 			} else if (++tries > LOOKAHEAD_TRIES) {
 				rc = 1;
 			}
-			atomic_store(&t->cursor, run.addr + (run.nr_pages << LP_PAGE_SHIFT));
+			/* unless a fault has sent it elsewhere meanwhile */
+			atomic_compare_exchange_strong(&t->cursor, &cursor,
+						       run.addr + (run.nr_pages << LP_PAGE_SHIFT));
 		}
 		lp_unlock_shared(&t->lock);
 	}

@@ -48,7 +48,8 @@ class Notice:
     """Something about `task` that the engine does not decide. For FORKED, `task` is the child.
 
     ``image``, ``addr``, ``nr_pages``: the pages it is about, by address at dump time and by address now.
-    ``error``: an errno or 0. ``parent``: for FORKED, None if it is closed already. ``since``: CLOCK_MONOTONIC in ns of the fault that waits, or 0.
+    ``error``: an errno or 0. ``parent``: for FORKED, None if it is closed already. ``since``: CLOCK_MONOTONIC in ns
+    of the fault that waits, or 0.
     """
 
     kind: NoticeKind

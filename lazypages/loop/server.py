@@ -30,7 +30,7 @@ from lazypages.uffd import PAGE_SIZE, Engine, Notice, NoticeKind, ServedTask
 log = logging.getLogger("lazypages")
 
 #: Threads that bring pages in the background at the same time.
-TRANSFER_THREADS = 1
+TRANSFER_THREADS = 2
 
 
 @dataclass(frozen=True, slots=True)

@@ -132,7 +132,8 @@ class TaskService:
         """Returns when the task has all its memory, is gone, or has been given up; the uffd is closed then."""
         try:
             async with anyio.create_task_group() as group:
-                group.start_soon(self._transfer)
+                for _ in range(int(self._turns.total_tokens)):
+                    group.start_soon(self._transfer)
                 group.start_soon(self._tend_wrong)
                 group.start_soon(self._watch)
                 await self._ended.wait()
