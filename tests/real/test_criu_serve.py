@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from tests.support.criu import Criu, all_criu
-from tests.support.restore import ENDING, Checkpoints, Daemon, LazyRestore, lazy_restore, our_daemon
+from tests.support.restore import Checkpoints, Daemon, LazyRestore, all_cases, lazy_restore, our_daemon
 
+every = pytest.mark.parametrize(("criu", "scenario"), all_cases())
 both = pytest.mark.parametrize("criu", all_criu())
 older = pytest.mark.parametrize("criu", all_criu()[:1])
 
@@ -33,15 +34,17 @@ def serve(daemon: Daemon, checkpoints: Checkpoints, criu: Criu, scenario: str, w
         check_counts(restored)
 
 
-@both
-@pytest.mark.parametrize("scenario", ENDING)
+@every
 def test_with_background(criu: Criu, scenario: str, checkpoints: Checkpoints, tmp_path: Path) -> None:
-    """Tasks and background transfer race from the start."""
-    serve(our_daemon(), checkpoints, criu, scenario, tmp_path)
+    """Tasks and background transfer race from the first moment."""
+    checkpoint = checkpoints.get(criu, scenario)
+    checkpoint.go()
+    with lazy_restore(checkpoint, our_daemon(), tmp_path) as restored:
+        restored.check_end()
+        check_counts(restored)
 
 
-@both
-@pytest.mark.parametrize("scenario", ENDING)
+@every
 def test_without_background(criu: Criu, scenario: str, checkpoints: Checkpoints, tmp_path: Path) -> None:
     """Every page is missing until it is touched."""
     serve(our_daemon("--no-background"), checkpoints, criu, scenario, tmp_path)

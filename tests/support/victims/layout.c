@@ -318,6 +318,33 @@ static void huge_move(void)
 }
 
 /*
+ * Moves everything to and fro, so that copies meet moves under way: a copy that waits for one finds nothing at the
+ * old place, without an error of anybody.
+ */
+static void chase(void)
+{
+	size_t pages = PAGES(4 * GIB), step = 64, quarter = pages / 4, i;
+	struct region data = region_map(pages);
+
+	for (i = 0; i < pages; i += step)
+		fill(slice(data, i, 1));
+	ready();
+	wait_go();
+	struct tally t = { .name = "chase" };
+	struct region away = moved(data, region_map(pages).at);
+
+	for (int round = 0; round < 8; round++) {
+		const struct region *from = round % 2 ? &away : &data, *to = round % 2 ? &data : &away;
+
+		for (i = 0; i < pages; i += quarter)
+			move(from->at + i * PAGE, quarter, to->at + i * PAGE);
+	}
+	for (struct walk w = walk_over(pages / step, 1); walk_next(&w, &i);)
+		expect_data(&t, data, i * step);
+	report(&t);
+}
+
+/*
  * Several threads at once: some change the layout, others touch the same and other pages meanwhile.
  */
 static pthread_barrier_t start; /* no thread's stack may be mapped into a hole that another one made */
@@ -442,7 +469,8 @@ static void races(void)
 }
 
 const struct scenario layout_scenarios[] = {
-	{ "moves", moves }, { "moves_over", moves_over }, { "resizes", resizes }, { "leaves_behind", leaves_behind },
-	{ "unmaps", unmaps }, { "discards", discards }, { "huge_unmap", huge_unmap },
-	{ "huge_discard", huge_discard }, { "huge_move", huge_move }, { "races", races }, { 0 },
+	{ "moves", moves }, { "moves_over", moves_over }, { "resizes", resizes },
+	{ "leaves_behind", leaves_behind }, { "unmaps", unmaps }, { "discards", discards },
+	{ "huge_unmap", huge_unmap }, { "huge_discard", huge_discard }, { "huge_move", huge_move },
+	{ "chase", chase }, { "races", races }, { 0 },
 };
