@@ -4,8 +4,8 @@
  *
  * The protobuf encoding is taken apart by hand: a million entries in a
  * fraction of a second, 24 bytes each. What protobuf's own decoder refuses is
- * refused; so are groups and fields of the wrong wire type, which CRIU's
- * decoder (protobuf-c) refuses too.
+ * refused. So are groups and known fields of the wrong wire type, which CRIU's
+ * decoder (protobuf-c) refuses too, and numbers that do not fit 64 bits.
  */
 #include "pagemap.h"
 
@@ -81,10 +81,11 @@ static const uint8_t *take_varint(const uint8_t *at, const uint8_t *end, uint64_
 
 static const uint8_t *take_field(const uint8_t *at, const uint8_t *end, struct field *field)
 {
+	const uint8_t *start = at;
 	uint64_t tag, skip;
 
 	at = take_varint(at, end, &tag);
-	if (!at || tag > UINT32_MAX || tag < 8)
+	if (!at || at - start > 5 || tag > UINT32_MAX || tag < 8)
 		return NULL;
 	field->number = (uint32_t)tag >> 3;
 	field->type = tag & 7;

@@ -7,9 +7,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.support.processes import become_subreaper, descendants, describe, end
 from tests.support.restore import Checkpoints, Program
+
+# The same examples each time, and no verdict that depends on how busy the machine is.
+settings.register_profile(
+    "lazypages", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("lazypages")
 
 
 @pytest.fixture(scope="session", autouse=True)
