@@ -28,6 +28,7 @@ from images_spec.messages import (
     GhostChunkEntry,
     GhostFileEntry,
     InventoryEntry,
+    MemfdInodeEntry,
     MmEntry,
     PagemapEntry,
     PagemapHead,
@@ -89,6 +90,7 @@ class Kind(Generic[M]):
     PIPES_DATA: ClassVar[Kind[PipeDataEntry]]
     FIFO_DATA: ClassVar[Kind[PipeDataEntry]]
     FILE_LOCKS: ClassVar[Kind[FileLockEntry]]
+    MEMFD: ClassVar[Kind[MemfdInodeEntry]]
     TTY_INFO: ClassVar[Kind[TtyInfoEntry]]
     TTY_DATA: ClassVar[Kind[TtyDataEntry]]
     REMAP_FPATH: ClassVar[Kind[RemapFilePathEntry]]
@@ -126,6 +128,7 @@ Kind.STATS = Kind("stats-{}", 0x57093306, StatsEntry, single=True, opening=Openi
 Kind.PIPES_DATA = Kind("pipes-data.img", 0x56453709, PipeDataEntry, payload=_pipe_payload)
 Kind.FIFO_DATA = Kind("fifo-data.img", 0x59333054, PipeDataEntry, payload=_pipe_payload)
 Kind.FILE_LOCKS = Kind("filelocks.img", 0x54323616, FileLockEntry)
+Kind.MEMFD = Kind("memfd.img", 0x48453499, MemfdInodeEntry)
 Kind.TTY_INFO = Kind("tty-info.img", 0x59453036, TtyInfoEntry)
 Kind.TTY_DATA = Kind("tty-data.img", 0x59413026, TtyDataEntry)
 Kind.REMAP_FPATH = Kind("remap-fpath.img", 0x59133954, RemapFilePathEntry)

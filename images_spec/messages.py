@@ -75,6 +75,7 @@ from images_spec.files_pb2 import (
 from images_spec.fs_pb2 import FsEntry
 from images_spec.ids_pb2 import TaskKobjIdsEntry
 from images_spec.inventory_pb2 import InventoryEntry, Lsm, PluginsEntry
+from images_spec.memfd_pb2 import MemfdFileEntry, MemfdInodeEntry
 from images_spec.mm_pb2 import AioRingEntry, MmEntry, VmaEntry
 from images_spec.pagemap_pb2 import PagemapEntry, PagemapHead
 from images_spec.pstree_pb2 import PstreeEntry
@@ -107,6 +108,8 @@ __all__ = [
     "LockKind",
     "Lsm",
     "Machine",
+    "MemfdFileEntry",
+    "MemfdInodeEntry",
     "MmEntry",
     "PacAddressKeys",
     "PacGenericKeys",
