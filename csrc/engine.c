@@ -1081,7 +1081,7 @@ uint64_t lp_task_claim_remote(struct lp_task *t, uint64_t cursor, uint64_t max_p
 }
 
 /* The next piece of image range [image, +nr_pages) that a region holds; its answer starts where the task has it now. */
-static bool next_piece(const struct lp_task *t, uint64_t *image, uint64_t end, struct lp_answer *piece)
+static bool next_piece(const struct lp_task *t, uint64_t *image, uint64_t end, bool unasked, struct lp_answer *piece)
 {
 	uint64_t addr;
 
@@ -1091,11 +1091,15 @@ static bool next_piece(const struct lp_task *t, uint64_t *image, uint64_t end, s
 		*piece = lp_space_lookup(t->space, addr, (end - *image) >> LP_PAGE_SHIFT);
 		if (piece->kind == LP_CLAIMED)
 			return true;
+		/* nobody has asked for these yet: good to have all the same (only deliver does so) */
+		if (piece->kind == LP_REMOTE && unasked &&
+		    (piece->nr_pages = lp_space_claim(t->space, piece->dense, piece->nr_pages)))
+			return true;
 	}
 	return false;
 }
 
-int64_t lp_task_deliver(struct lp_task *t, uint64_t image, uint64_t nr_pages, const void *buffer, uint64_t since)
+int64_t lp_task_deliver(struct lp_task *t, uint64_t image, uint64_t nr_pages, const void *buffer)
 {
 	uint64_t at = image, end = image + (nr_pages << LP_PAGE_SHIFT), placed = 0;
 	struct lp_answer piece;
@@ -1106,18 +1110,20 @@ int64_t lp_task_deliver(struct lp_task *t, uint64_t image, uint64_t nr_pages, co
 		rc = -ESRCH;
 	else if (t->nr_changes)
 		rc = -EAGAIN;
-	while (!rc && next_piece(t, &at, end, &piece)) {
+	while (!rc && next_piece(t, &at, end, true, &piece)) {
 		rc = copy_run(t, &piece, (const char *)buffer + (at - image), KEEP_CLAIMS);
 		placed += piece.nr_pages;
 		at += piece.nr_pages << LP_PAGE_SHIFT;
 	}
-	if (!rc && since) {
-		add(&t->stats.faults_served, 1);
-		add(&t->served[t->nr_levels], 1);
-		answered(t, since);
-	}
 	lp_unlock_shared(&t->lock);
 	return rc ? rc : (int64_t)placed;
+}
+
+void lp_task_answered(struct lp_task *t, uint64_t since)
+{
+	add(&t->stats.faults_served, 1);
+	add(&t->served[t->nr_levels], 1);
+	answered(t, since);
 }
 
 void lp_task_fail_remote(struct lp_task *t, uint64_t image, uint64_t nr_pages, bool lost)
@@ -1126,7 +1132,7 @@ void lp_task_fail_remote(struct lp_task *t, uint64_t image, uint64_t nr_pages, b
 	struct lp_answer piece;
 
 	lp_lock_shared(&t->lock);
-	while (t->uffd >= 0 && next_piece(t, &at, end, &piece)) {
+	while (t->uffd >= 0 && next_piece(t, &at, end, false, &piece)) {
 		if (lost) {
 			lose(t, &piece, 0, piece.nr_pages, ENODATA);
 		} else {

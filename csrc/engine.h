@@ -105,10 +105,12 @@ int64_t lp_task_transfer(struct lp_task *task, uint64_t max_bytes);
 uint64_t lp_task_claim_remote(struct lp_task *task, uint64_t cursor, uint64_t max_pages, uint64_t *image,
 			      uint64_t *next_cursor);
 /*
- * Pages that came for claims: dumped at image, nr_pages from buffer.  Those that the task no longer waits for are skipped.  since: of
- * the notice that asked.  Returns pages placed, or -EAGAIN (call again with the same), -ESRCH.
+ * Pages that came from a remote source: dumped at image, nr_pages from buffer.  Those that the task does not wait for are
+ * skipped.  Returns pages placed, or -EAGAIN (call again with the same), -ESRCH.
  */
-int64_t lp_task_deliver(struct lp_task *task, uint64_t image, uint64_t nr_pages, const void *buffer, uint64_t since);
+int64_t lp_task_deliver(struct lp_task *task, uint64_t image, uint64_t nr_pages, const void *buffer);
+/* A fault that a notice told of (`since`) has its page now: for the statistics. */
+void lp_task_answered(struct lp_task *task, uint64_t since);
 /* The claimed pages won't come: ask again (lost false) or say that no source has them. */
 void lp_task_fail_remote(struct lp_task *task, uint64_t image, uint64_t nr_pages, bool lost);
 /* A source has come back: lost pages are wanted again. */

@@ -81,8 +81,8 @@ void lp_task_close(struct lp_task *task);
 int64_t lp_task_transfer(struct lp_task *task, uint64_t max_bytes);
 uint64_t lp_task_claim_remote(struct lp_task *task, uint64_t cursor, uint64_t max_pages, uint64_t *image,
                               uint64_t *next_cursor);
-int64_t lp_task_deliver(struct lp_task *task, uint64_t image, uint64_t nr_pages, const void *buffer,
-                        uint64_t since);
+int64_t lp_task_deliver(struct lp_task *task, uint64_t image, uint64_t nr_pages, const void *buffer);
+void lp_task_answered(struct lp_task *task, uint64_t since);
 void lp_task_fail_remote(struct lp_task *task, uint64_t image, uint64_t nr_pages, bool lost);
 void lp_task_regain(struct lp_task *task);
 int64_t lp_task_poison(struct lp_task *task, bool all);

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from lazypages.sources.remote import ServerStats
 from lazypages.uffd import PAGE_SIZE, ServedTask, SourcePages, Stats, histogram_bound
 
 
@@ -150,6 +151,7 @@ class Summary:
     zombies: int
     finished: bool
     seconds: float
+    page_servers: Sequence[ServerStats] = ()
 
     @property
     def ok(self) -> bool:
@@ -181,6 +183,7 @@ class Summary:
             "faults_by_source": self.faults_by_source(),
             "service_time": self.times.as_dict(),
             "zombies": self.zombies,
+            "page_servers": [asdict(server) for server in self.page_servers],
             "tasks": [task.as_dict() for task in self.tasks],
         }
 

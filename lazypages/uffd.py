@@ -178,13 +178,18 @@ class ServedTask:
         nr_pages = lib.lp_task_claim_remote(self._handle, cursor, max_pages, image, following)
         return int(image[0]), int(nr_pages), int(following[0])
 
-    def deliver(self, image: int, data: Any, since: int = 0) -> int:
-        """Places claimed pages that have come: `data` (a buffer) was at `image` when dumped. Returns pages placed.
+    def deliver(self, image: int, data: Any) -> int:
+        """Places pages that have come from a remote source: `data` (a buffer) was at `image` when dumped.
 
-        Raises BusyError (call again with the same), TaskGoneError.
+        Returns pages placed: those that the task waits for. Raises BusyError (call again with the same),
+        TaskGoneError.
         """
         buffer = ffi.from_buffer(data)
-        return _check(int(lib.lp_task_deliver(self._handle, image, len(buffer) // PAGE_SIZE, buffer, since)))
+        return _check(int(lib.lp_task_deliver(self._handle, image, len(buffer) // PAGE_SIZE, buffer)))
+
+    def answered(self, since: int) -> None:
+        """The fault of a notice has its page now; for the statistics."""
+        lib.lp_task_answered(self._handle, since)
 
     def fail_remote(self, image: int, nr_pages: int, *, lost: bool) -> None:
         """Gives claims back: the pages are wanted again or, if `lost`, can't be had."""

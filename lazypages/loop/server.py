@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import signal
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import anyio
@@ -25,6 +25,8 @@ from lazypages.loop.service import Identity, TaskService
 from lazypages.metrics import Summary
 from lazypages.processes import Process
 from lazypages.restored import Expected, level_names
+from lazypages.sources.remote import RemoteOptions, RemotePages, open_remote
+from lazypages.sources.url import PageServerAddress
 from lazypages.uffd import PAGE_SIZE, Engine, Notice, NoticeKind, ServedTask
 
 log = logging.getLogger("lazypages")
@@ -32,12 +34,20 @@ log = logging.getLogger("lazypages")
 #: Threads that bring pages in the background at the same time.
 TRANSFER_THREADS = 2
 
+#: Seconds that a page server may take to be reached at the very end: it waits to be told that this is the end.
+FAREWELL = 10.0
+
 
 @dataclass(frozen=True, slots=True)
 class ServeOptions:
-    """``background``: bring pages that nobody touches, too, once the restore is finished."""
+    """``background``: bring pages that nobody touches, too, once the restore is finished.
+
+    ``page_servers``: for pages that are lazy and not in the images; all have the same content.
+    """
 
     background: bool = True
+    page_servers: Sequence[PageServerAddress] = ()
+    remote: RemoteOptions = field(default_factory=RemoteOptions)
 
 
 class Server:
@@ -57,6 +67,8 @@ class Server:
         self._started = time.monotonic()
         self._services: list[TaskService] = []
         self._by_task: dict[ServedTask, TaskService] = {}
+        self._families: dict[int, list[TaskService]] = {}  # a restored task and what it has forked
+        self._remote: RemotePages | None = None
         self._turns = anyio.CapacityLimiter(TRANSFER_THREADS)
 
     def summary(self) -> Summary:
@@ -66,6 +78,7 @@ class Server:
             self._zombies,
             self._finished,
             time.monotonic() - self._started,
+            self._remote.stats() if self._remote else (),
         )
 
     async def run(self, watch: Callable[[Server], Coroutine[Any, Any, None]] | None = None) -> Summary:
@@ -80,6 +93,15 @@ class Server:
                 # From here on the engine's thread ends, however this ends, before the engine is freed.
                 stack.callback(engine.stop)
                 engine_group.start_soon(_run_engine, engine)
+                if self._options.page_servers:
+                    self._remote = await stack.enter_async_context(
+                        open_remote(
+                            self._options.page_servers,
+                            self._pages_arrived,
+                            self._pages_lost,
+                            self._options.remote,
+                        )
+                    )
                 async with anyio.create_task_group() as helpers:
                     helpers.start_soon(self._handle_signals, helpers.cancel_scope)
                     helpers.start_soon(self._dispatch, engine)
@@ -88,6 +110,8 @@ class Server:
                     async with anyio.create_task_group() as tasks:
                         self._tasks = tasks
                         await self._receive(engine)
+                    if self._remote:
+                        await self._meet(self._remote)
                     helpers.cancel_scope.cancel()
         return self.summary()
 
@@ -95,6 +119,23 @@ class Server:
         for service in self._services:
             if service.process and not service.identity.forked:
                 service.process.close()
+
+    # The page servers.
+
+    async def _pages_arrived(self, pid: int, image: int, data: memoryview) -> None:
+        """For the task and for what it has forked: whoever waits for these pages gets them."""
+        for service in tuple(self._families.get(pid, ())):
+            await service.pages_arrived(image, data)
+
+    async def _pages_lost(self, pid: int, image: int, nr_pages: int, reason: str) -> None:
+        for service in tuple(self._families.get(pid, ())):
+            service.pages_lost(image, nr_pages, reason)
+
+    async def _meet(self, remote: RemotePages) -> None:
+        """A server keeps its task frozen until it hears the end; it must have heard of us at all for that."""
+        with anyio.move_on_after(FAREWELL):
+            while not any(server.connections for server in remote.stats()):
+                await anyio.sleep(0.05)
 
     # The restorer.
 
@@ -176,9 +217,12 @@ class Server:
     # The tasks.
 
     def _start(self, served: ServedTask, identity: Identity, process: Process | None) -> None:
-        service = TaskService(served, identity, process=process, transfer_turns=self._turns)
+        service = TaskService(
+            served, identity, process=process, transfer_turns=self._turns, remote=self._remote
+        )
         self._services.append(service)
         self._by_task[served] = service
+        self._families.setdefault(identity.pid, []).append(service)
         if self._finished:
             service.restore_finished()
             if self._options.background or self._draining:
@@ -190,6 +234,10 @@ class Server:
             await service.run()
         finally:
             del self._by_task[served]
+            family = self._families[service.identity.pid]
+            family.remove(service)
+            if not family and self._remote:
+                self._remote.forget(service.identity.pid)
         report = service.report()
         log.info(
             "%s: %s, %d of %d pages copied", report.name, report.state, report.copied.total, report.total
@@ -198,11 +246,14 @@ class Server:
     async def _dispatch(self, engine: Engine) -> None:
         while True:
             await anyio.wait_readable(engine.notice_fd)
+            urgent: list[tuple[int, int, int]] = []
             for notice in engine.notices():
                 if notice.kind is NoticeKind.FORKED:
                     self._forked(notice)
                 elif service := self._by_task.get(notice.task):
-                    service.handle(notice)
+                    service.handle(notice, urgent)
+            if urgent and self._remote:
+                self._remote.request(urgent, urgent=True)
 
     def _forked(self, notice: Notice) -> None:
         parent = self._by_task.get(notice.parent) if notice.parent else None

@@ -13,11 +13,13 @@ import time
 from dataclasses import dataclass
 
 import anyio
+import anyio.lowlevel
 from anyio import to_thread
 
 from lazypages.metrics import State, TaskReport, measure
 from lazypages.processes import Process
-from lazypages.uffd import BusyError, Notice, NoticeKind, ServedTask, TaskGoneError
+from lazypages.sources.remote import RemotePages
+from lazypages.uffd import PAGE_SIZE, BusyError, Notice, NoticeKind, ServedTask, TaskGoneError
 
 log = logging.getLogger("lazypages")
 
@@ -26,6 +28,12 @@ QUANTUM = 8 << 20
 
 #: Seconds between looks whether a task without faults still exists.
 PROBE_INTERVAL = 1.0
+
+#: Pages that a task's background asks a page server for before the next task has its turn.
+REMOTE_QUANTUM = 256
+
+#: Seconds between looks for pages that somebody has claimed and not brought.
+CLAIMED_PAUSE = 0.1
 
 #: Seconds to wait while a layout event of the task is under way.
 BUSY_PAUSE = 0.001
@@ -52,12 +60,15 @@ class TaskService:
         *,
         process: Process | None,
         transfer_turns: anyio.CapacityLimiter,
+        remote: RemotePages | None,
     ) -> None:
         self.identity = identity
         self.children = 0
         self._served = served
         self.process = process
         self._turns = transfer_turns
+        self._remote = remote
+        self._waiting: list[tuple[int, int, int]] = []  # faults: [start, end) at dump time, since when (ns)
         self._started = time.monotonic()
         self._may_close = False
         self._gone = False
@@ -101,9 +112,12 @@ class TaskService:
         """Bring what nobody has touched yet. Only once the restore is finished: before, nothing is registered."""
         self._background.set()
 
-    def handle(self, notice: Notice) -> None:
-        """A notice of the engine about this task; never blocks."""
+    def handle(self, notice: Notice, urgent: list[tuple[int, int, int]]) -> None:
+        """A notice of the engine about this task; never blocks. Adds to `urgent` what page servers must give."""
         match notice.kind:
+            case NoticeKind.NEED | NoticeKind.HURRY:
+                urgent.append((self.identity.pid, notice.image, notice.nr_pages))
+                self._waiting.append((notice.image, notice.image + notice.nr_pages * PAGE_SIZE, notice.since))
             case NoticeKind.COMPLETE:
                 self._check_complete()
             case NoticeKind.GONE:
@@ -114,8 +128,8 @@ class TaskService:
                 self._wrong_seen.set()
             case NoticeKind.FAILED:
                 log.error("%s: userfaultfd: %s", self.identity.name, os.strerror(notice.error))
-            case _:
-                log.error("%s: no source for %s", self.identity.name, notice)
+            case NoticeKind.FORKED:
+                pass  # the server's
 
     def _check_complete(self) -> None:
         if self._may_close and self._served.pending == 0:
@@ -134,6 +148,8 @@ class TaskService:
             async with anyio.create_task_group() as group:
                 for _ in range(int(self._turns.total_tokens)):
                     group.start_soon(self._transfer)
+                if self._remote:
+                    group.start_soon(self._fetch, self._remote)
                 group.start_soon(self._tend_wrong)
                 group.start_soon(self._watch)
                 await self._ended.wait()
@@ -148,11 +164,52 @@ class TaskService:
                 # The limiter is fair: a task that has had its turn goes to the end of the line.
                 brought = await to_thread.run_sync(self._served.transfer, QUANTUM, limiter=self._turns)
             except BusyError:
-                brought = 0
+                await anyio.sleep(BUSY_PAUSE)
+                continue
             except TaskGoneError:
                 return
             if not brought:
-                await anyio.sleep(BUSY_PAUSE if self._served.pending > self._served.lost else PROBE_INTERVAL)
+                if not any(self._served.remaining().levels):
+                    return
+                await anyio.sleep(CLAIMED_PAUSE)  # others bring what is left; they may give some of it back
+
+    async def _fetch(self, remote: RemotePages) -> None:
+        """As _transfer, for what page servers have: asks for as much as does not keep faults waiting."""
+        await self._background.wait()
+        cursor = 0
+        while True:
+            room = await remote.wait_for_room()
+            image, nr_pages, following = self._served.claim_remote(cursor, min(room, REMOTE_QUANTUM))
+            if nr_pages:
+                remote.request([(self.identity.pid, image, nr_pages)], urgent=False)
+                await anyio.lowlevel.checkpoint()  # the other tasks' turn
+            elif not cursor:
+                await anyio.sleep(PROBE_INTERVAL)  # all is asked for; some may be given back
+            cursor = following
+
+    async def pages_arrived(self, image: int, data: memoryview) -> None:
+        """Pages that a page server gave: `data` was at `image`. Returns when `data` is not needed any more."""
+        while not self._final:
+            try:
+                self._served.deliver(image, data)
+            except BusyError:
+                await anyio.sleep(BUSY_PAUSE)
+            except TaskGoneError:
+                return
+            else:
+                break
+        if self._waiting and not self._final:
+            end = image + len(data)
+            answered = [fault for fault in self._waiting if fault[0] < end and image < fault[1]]
+            for fault in answered:
+                self._waiting.remove(fault)
+                self._served.answered(fault[2])
+
+    def pages_lost(self, image: int, nr_pages: int, reason: str) -> None:
+        """No page server gives these."""
+        if not self._final:
+            log.error("%s: %d pages, at %#x when dumped: %s", self.identity.name, nr_pages, image, reason)
+            self._served.fail_remote(image, nr_pages, lost=True)
 
     async def _watch(self) -> None:
         while self._served.probe():
@@ -181,6 +238,8 @@ class TaskService:
             log.error("%s: %s have data in the image, but the restorer has not registered them", name, where)
             self._state = State.KILLED
             self._kill("it would read zeros there")
+        elif notice.error == errno.ENODATA:
+            pass  # pages_lost has said it
         elif notice.error:
             log.error("%s: %s can't be read from the image: %s", name, where, os.strerror(notice.error))
         else:

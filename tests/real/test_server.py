@@ -56,7 +56,7 @@ def test_a_tree(loop: str, background: bool, program: Path, tmp_path: Path) -> N
     for task in stats["tasks"]:
         assert task["state"] == "complete"
         assert task["pages"]["copied_by_source"] == {"local": PAGES}
-        assert task["faults"]["total"] >= 5
+        assert task["faults"]["total"] >= 3  # readahead brings some of the five
 
 
 @pytest.mark.parametrize("loop", LOOPS)
