@@ -65,8 +65,10 @@ class Draft:
         images.write(self.directory / "pstree.img", Kind.PSTREE, entries)
 
     def core(self, pid: int, state: int = TaskState.TASK_ALIVE, exit_code: int = 0) -> None:
-        numbers = {"exit_code": exit_code, "personality": 0, "flags": 0, "blk_sigset": 0}
-        core = CoreEntry(mtype=1, tc=TaskCoreEntry(task_state=state, comm=b"task", **numbers))
+        tc = TaskCoreEntry(
+            task_state=state, exit_code=exit_code, personality=0, flags=0, blk_sigset=0, comm=b"task"
+        )
+        core = CoreEntry(mtype=1, tc=tc)
         images.write(self.directory / Kind.CORE.file_name(pid), Kind.CORE, [core])
 
     def mm(self, pid: int, vmas: list[tuple[int, int, int]]) -> None:

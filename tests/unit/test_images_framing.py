@@ -30,6 +30,8 @@ from images_spec.messages import (
 KINDS: list[Kind[Any]] = [kind for kind in vars(Kind).values() if isinstance(kind, Kind)]
 PATH = Path("some.img")
 
+GhostItems = list[tuple[GhostFileEntry | GhostChunkEntry, bytes]]
+
 INIT = PstreeEntry(pid=1, ppid=0, pgid=1, sid=1, threads=[1])
 
 
@@ -99,8 +101,8 @@ def test_raw_bytes_follow_messages(tmp_path: Path) -> None:
 
 
 def test_contents_of_a_deleted_file() -> None:
-    whole = [(GhostFileEntry(uid=0, gid=0, mode=0o100600), b"all that follows")]
-    chunks = [
+    whole: GhostItems = [(GhostFileEntry(uid=0, gid=0, mode=0o100600), b"all that follows")]
+    chunks: GhostItems = [
         (GhostFileEntry(uid=0, gid=0, mode=0o100600, chunks=True, size=9), b""),
         (GhostChunkEntry(len=2, off=0), b"ab"),
         (GhostChunkEntry(len=1, off=8), b"c"),

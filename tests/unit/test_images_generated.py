@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from google.protobuf import descriptor_pb2
-from grpc_tools import protoc
+from grpc_tools import protoc  # type: ignore[import-untyped]
 
 import images_spec
 from images_spec import messages, regenerate

@@ -23,7 +23,7 @@ PATH = Path("golden.img")
 
 def unknown_fields(message: Message) -> list[int]:
     """Numbers of all fields, at any depth, that our .proto files do not describe."""
-    found = [field.field_number for field in UnknownFieldSet(message)]
+    found = [field.field_number for field in UnknownFieldSet(message)]  # type: ignore[attr-defined]
     for descriptor, value in message.ListFields():
         if descriptor.message_type:
             for part in value if descriptor.is_repeated else [value]:

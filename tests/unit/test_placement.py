@@ -241,8 +241,9 @@ def test_neighbours_are_merged_and_parents_split() -> None:
 
 
 def test_nothing_is_an_empty_table() -> None:
-    for levels in ([None], [[]], [None, [(0, 1, HERE)]]):
-        placed = table(levels)  # type: ignore[arg-type]
+    chains: list[list[Entries | None]] = [[None], [[]], [None, [(0, 1, HERE)]]]
+    for levels in chains:
+        placed = table(levels)
         assert (len(placed), list(placed)) == (0, [])
         placed.check_covered([], PATH)
     with pytest.raises(ValueError, match="at least one level"):
