@@ -12,6 +12,7 @@ from typing import Any
 
 import anyio
 from anyio import to_thread
+from anyio.abc import TaskStatus
 
 from lazypages.control import (
     Connection,
@@ -84,6 +85,8 @@ class Server:
     async def run(self, watch: Callable[[Server], Coroutine[Any, Any, None]] | None = None) -> Summary:
         """Serves until every task is complete, gone or given up; `watch` runs beside it.
 
+        When that is started, a restore may connect, and signals are handled.
+
         Raises nothing for what restorer and tasks do; the summary tells.
         """
         with Engine() as engine:
@@ -103,7 +106,7 @@ class Server:
                         )
                     )
                 async with anyio.create_task_group() as helpers:
-                    helpers.start_soon(self._handle_signals, helpers.cancel_scope)
+                    await helpers.start(self._handle_signals, helpers.cancel_scope)
                     helpers.start_soon(self._dispatch, engine)
                     if watch:
                         helpers.start_soon(watch, self)
@@ -272,8 +275,9 @@ class Server:
 
     # The user.
 
-    async def _handle_signals(self, scope: anyio.CancelScope) -> None:
+    async def _handle_signals(self, scope: anyio.CancelScope, *, task_status: TaskStatus[None]) -> None:
         with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+            task_status.started()
             async for _signal in signals:
                 if not self._connected:
                     log.error("ended before a restore connected")
