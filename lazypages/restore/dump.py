@@ -5,26 +5,39 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final, TypeVar
+
+from google.protobuf.message import DecodeError
 
 from images_spec import images
 from images_spec.checkpoint import Checkpoint, TaskImages, open_checkpoint
 from images_spec.errors import ImageError, ImageMissingError
-from images_spec.flags import VMA_ANON_SHARED, VMA_SYSVIPC
+from images_spec.flags import VMA_ANON_SHARED, VMA_MEMFD, VMA_SYSVIPC
 from images_spec.images import Kind, M
 from images_spec.messages import (
     CoreEntry,
     FdinfoEntry,
+    FdType,
     FileEntry,
+    FileLockEntry,
     FsEntry,
+    MemfdFileEntry,
+    MemfdInodeEntry,
     MmEntry,
     PipeDataEntry,
     PstreeEntry,
     TaskKobjIdsEntry,
     TaskState,
     TtyInfoEntry,
+    VmaEntry,
 )
 from images_spec.pagemap import Pagemap
 from images_spec.placement import ExtentTable, resolve
+
+T = TypeVar("T")
+
+SHARED_ANONYMOUS: Final = "/dev/zero"
+"""Name of shared anonymous memory where it is dumped as a memfd (observed with CRIU 4.1.1 and 4.2.1)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +72,27 @@ class SharedMemory:
     levels: list[Path | None]
 
 
+@dataclass(frozen=True, slots=True)
+class SharedMemories:
+    """Shared anonymous memory by its id.
+
+    CRIU writes a mapping of it as one of a memfd with the name /dev/zero, by way of a file of that type and
+    memfd.img; a mapping can name it itself too (VMA_ANON_SHARED).
+    """
+
+    by_id: Mapping[int, SharedMemory]
+    sizes: Mapping[int, int]
+    """In bytes, so that every mapping of it has room."""
+    ids_of_files: Mapping[int, int]
+    """Memory that a file of type memfd is, by the file's id; files that are not such memory are not here."""
+
+    def find(self, vma: VmaEntry) -> int | None:
+        """The id of the memory that is mapped there, None if it is something else."""
+        if vma.status & VMA_MEMFD:
+            return self.ids_of_files.get(vma.shmid)
+        return vma.shmid if vma.status & VMA_ANON_SHARED and not vma.status & VMA_SYSVIPC else None
+
+
 @dataclass(frozen=True)
 class Dump:
     """A checkpoint; ``processes``: the root first, parents before their children."""
@@ -70,7 +104,8 @@ class Dump:
     ttys: Mapping[int, TtyInfoEntry]
     deleted: frozenset[int]
     """Ids of files whose names were gone when they were dumped."""
-    shared: Mapping[int, SharedMemory]
+    shared: SharedMemories
+    locks: list[FileLockEntry]
 
     @property
     def directory(self) -> Path:
@@ -93,25 +128,23 @@ def load(directory: Path, *, lazy: bool) -> Dump:
     checkpoint = open_checkpoint(directory)
     entries = images.read(directory / Kind.PSTREE.file_name(), Kind.PSTREE)
     processes = [_process(checkpoint, entry, lazy) for entry in entries]
+    files = {entry.id: entry for entry in images.read(directory / Kind.FILES.file_name(), Kind.FILES)}
     return Dump(
         checkpoint,
         processes,
-        {entry.id: entry for entry in images.read(directory / Kind.FILES.file_name(), Kind.FILES)},
+        files,
         {
             entry.pipe_id: (entry, data)
             for entry, data in _optional(images.read_with_data, directory, Kind.PIPES_DATA)
         },
         {entry.id: entry for entry in _optional(images.read, directory, Kind.TTY_INFO)},
         frozenset(entry.orig_id for entry in _optional(images.read, directory, Kind.REMAP_FPATH)),
-        {ident: _shared(checkpoint, ident) for ident in sorted(_shared_ids(processes))},
+        _shared_memories(checkpoint, files, processes),
+        _optional(images.read, directory, Kind.FILE_LOCKS),
     )
 
 
-def _optional(
-    read: Callable[[Path, Kind[M]], list],
-    directory: Path,
-    kind: Kind[M],  # type: ignore[type-arg]
-) -> list:  # type: ignore[type-arg]
+def _optional(read: Callable[[Path, Kind[M]], list[T]], directory: Path, kind: Kind[M]) -> list[T]:
     """The messages of an image that is there only when there is something to say."""
     try:
         return read(directory / kind.file_name(), kind)
@@ -154,19 +187,35 @@ def _core(directory: Path, tid: int) -> CoreEntry:
     return images.read_one(directory / Kind.CORE.file_name(tid), Kind.CORE)
 
 
-def _shared_ids(processes: list[Process]) -> set[int]:
-    return {
-        vma.shmid
-        for process in processes
-        if process.alive
-        for vma in process.alive.mm.vmas
-        if is_shared_anonymous(vma.status)
+def _shared_memories(
+    checkpoint: Checkpoint, files: Mapping[int, FileEntry], processes: list[Process]
+) -> SharedMemories:
+    inodes = {entry.inode_id: entry for entry in _optional(images.read, checkpoint.directory, Kind.MEMFD)}
+    ids_of_files = {
+        entry.id: inode.shmid
+        for entry in files.values()
+        if entry.type == FdType.FD_MEMFD and (inode := _inode(entry, inodes)) is not None
     }
+    sizes: dict[int, int] = {}
+    names = SharedMemories({}, sizes, ids_of_files)
+    for process in processes:
+        for vma in process.alive.mm.vmas if process.alive else ():
+            ident = names.find(vma)
+            if ident is not None:
+                sizes[ident] = max(vma.pgoff + vma.end - vma.start, sizes.get(ident, 0))
+    for inode in inodes.values():
+        if inode.shmid in sizes:
+            sizes[inode.shmid] = max(inode.size, sizes[inode.shmid])
+    return SharedMemories({ident: _shared(checkpoint, ident) for ident in sizes}, sizes, ids_of_files)
 
 
-def is_shared_anonymous(status: int) -> bool:
-    """Whether a mapping's ``shmid`` names a shared memory image."""
-    return bool(status & VMA_ANON_SHARED) and not status & VMA_SYSVIPC
+def _inode(entry: FileEntry, inodes: Mapping[int, MemfdInodeEntry]) -> MemfdInodeEntry | None:
+    """What is behind a file of type memfd, when that is shared anonymous memory."""
+    try:
+        inode = inodes.get(MemfdFileEntry.FromString(entry.memfd).inode_id)
+    except DecodeError:
+        return None
+    return inode if inode is not None and inode.name == SHARED_ANONYMOUS else None
 
 
 def _shared(checkpoint: Checkpoint, ident: int) -> SharedMemory:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
+import struct
+from collections.abc import Mapping
 from pathlib import Path
 
 from images_spec.errors import ImageError
@@ -18,7 +20,7 @@ from lazypages.restore.syscalls import Nr
 _ONCE = os.O_CREAT | os.O_EXCL | os.O_TRUNC | os.O_NOCTTY | os.O_CLOEXEC
 """Flags that mean something while a file is opened, and nothing afterwards."""
 
-TYPE_NAMES = {
+NAMES: Mapping[int, str] = {
     FdType.FD_FIFO: "a named pipe",
     FdType.FD_INETSK: "an internet socket",
     FdType.FD_UNIXSK: "a unix socket",
@@ -136,7 +138,7 @@ class Files:
 
 
 def _type_name(entry: FileEntry) -> str:
-    return TYPE_NAMES.get(entry.type, f"of type {entry.type}")
+    return NAMES.get(entry.type, f"of type {entry.type}")
 
 
 def _check_owner(owner: FownEntry, whose: str) -> None:
@@ -184,3 +186,33 @@ def check_descriptors(dump: Dump, pid: int, alive: Alive) -> None:
     fds = [entry.fd for entry in alive.fds]
     if len(set(fds)) != len(fds):
         raise ImageError(dump.path(Kind.FDINFO, alive.ids.files_id), f"task {pid} has a descriptor twice")
+
+
+FL_POSIX, FL_FLOCK, FL_OFD = 1, 2, 1024
+"""Values of FileLockEntry.flag (linux/fs.h)."""
+
+LOCK_COMMANDS = {FL_POSIX: 6, FL_OFD: 37}
+"""F_SETLK, F_OFD_SETLK."""
+
+LOCK_SH, LOCK_EX, LOCK_NB = 1, 2, 4
+
+
+def check_locks(dump: Dump, pid: int) -> None:
+    """Raises ``RestoreError`` for locks of a task that can't be taken again."""
+    for lock in dump.locks:
+        if lock.pid == pid and (lock.flag not in (FL_POSIX, FL_FLOCK, FL_OFD) or lock.type not in (0, 1)):
+            raise RestoreError(f"task {pid}, fd {lock.fd}: a lock of kind {lock.flag} can't be restored")
+
+
+def take_locks(plan: Plan, dump: Dump, thread: int, pid: int) -> None:
+    """Once all descriptors are set up: closing any one of a file gives up the task's locks on it, fcntl(2)."""
+    for lock in dump.locks:
+        if lock.pid != pid:
+            continue
+        label = f"lock fd {lock.fd} again (does somebody else hold the lock now?)"
+        if lock.flag == FL_FLOCK:
+            how = LOCK_EX if lock.type else LOCK_SH
+            plan.call(thread, label, Nr.FLOCK, lock.fd, how | LOCK_NB)
+        else:
+            record = struct.pack("<hhxxxxqqixxxx", lock.type, os.SEEK_SET, lock.start, lock.len, 0)
+            plan.call(thread, label, Nr.FCNTL, lock.fd, LOCK_COMMANDS[lock.flag], plan.data, data=record)

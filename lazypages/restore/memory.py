@@ -62,7 +62,6 @@ _UNSUPPORTED = {
     VMA_SYSVIPC: "System V shared memory",
     VMA_SOCKET: "a packet socket's ring",
     VMA_AIORING: "an asynchronous I/O ring (io_setup)",
-    VMA_MEMFD: "a memfd",
     VMA_SHSTK: "a shadow stack",
     VMA_GUARD: "guard pages (MADV_GUARD_INSTALL)",
     VMA_UPROBES: "uprobes",
@@ -163,7 +162,7 @@ def check_vdso(alive: Alive, machine: Machine, pid: int, path: Path) -> None:
             )
 
 
-def check_mappings(alive: Alive, pid: int, path: Path, *, lazy: bool) -> None:
+def check_mappings(dump: Dump, alive: Alive, pid: int, path: Path, *, lazy: bool) -> None:
     """Raises ``RestoreError`` for mappings and pages that can't be restored, ``ImageError`` for absurd ones."""
     if alive.mm.aios:
         raise RestoreError(f"task {pid}: uses asynchronous I/O (io_setup), which can't be restored")
@@ -172,6 +171,8 @@ def check_mappings(alive: Alive, pid: int, path: Path, *, lazy: bool) -> None:
         for bit, name in _UNSUPPORTED.items():
             if vma.status & bit:
                 raise RestoreError(f"{where}: is {name}, which can't be restored")
+        if vma.status & VMA_MEMFD and dump.shared.find(vma) is None:
+            raise RestoreError(f"{where}: is a memfd, which can't be restored")
         if vma.flags & MAP_HUGETLB:
             raise RestoreError(f"{where}: is of huge pages (MAP_HUGETLB), which can't be restored")
         if vma.status & _SPECIAL:
@@ -197,18 +198,16 @@ class Shared:
     """Shared anonymous memory: a slot for each, filled when it is made."""
 
     def __init__(self, dump: Dump, plan: Plan, files: Files) -> None:
-        self._slots: dict[int, int] = {}
-        sizes: dict[int, int] = {}
-        for process in dump.processes:
-            for vma in process.alive.mm.vmas if process.alive else ():
-                if vma.shmid in dump.shared and vma.status & VMA_ANON_SHARED:
-                    size = vma.pgoff + vma.end - vma.start
-                    sizes[vma.shmid] = max(size, sizes.get(vma.shmid, 0))
-        for ident, size in sizes.items():
-            self._slots[ident] = self._make(plan, files, ident, size, dump.shared[ident])
+        self._memories = dump.shared
+        self._slots = {
+            ident: self._make(plan, files, ident, size, dump.shared.by_id[ident])
+            for ident, size in dump.shared.sizes.items()
+        }
 
-    def slot(self, ident: int) -> int:
-        return self._slots[ident]
+    def slot(self, vma: VmaEntry) -> int | None:
+        """What is mapped there; None when it is something else."""
+        ident = self._memories.find(vma)
+        return None if ident is None else self._slots[ident]
 
     def _make(self, plan: Plan, files: Files, ident: int, size: int, contents: SharedMemory) -> int:
         slot = plan.shared(size, f"make shared memory {ident} of {size} bytes")
@@ -272,8 +271,9 @@ class Memory:
             if vma.status & _SPECIAL:
                 continue
             where = f"task {pid}, mapping {vma.start:#x}-{vma.end:#x}"
-            if vma.status & VMA_ANON_SHARED:
-                by_file.setdefault(self._shared.slot(vma.shmid), []).append(vma)
+            memory = self._shared.slot(vma)
+            if memory is not None:
+                by_file.setdefault(memory, []).append(vma)
             elif vma.status & (VMA_FILE_PRIVATE | VMA_FILE_SHARED):
                 writable = vma.status & VMA_FILE_SHARED and vma.fdflags & os.O_ACCMODE != os.O_RDONLY
                 slot = self._files.mapped(vma.shmid, os.O_RDWR if writable else os.O_RDONLY, where)

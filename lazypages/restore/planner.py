@@ -13,7 +13,7 @@ from images_spec.messages import Machine as MachineType
 from lazypages.restore import memory, registers, state, tree
 from lazypages.restore.dump import Alive, Dump, Process
 from lazypages.restore.errors import RestoreError
-from lazypages.restore.files import Files, check_descriptors, give_files
+from lazypages.restore.files import Files, check_descriptors, check_locks, give_files, take_locks
 from lazypages.restore.machine import Machine
 from lazypages.restore.plan import NONE, SCRATCH_CODE, SCRATCH_DATA, Plan
 from lazypages.restore.syscalls import (
@@ -65,7 +65,8 @@ def check(dump: Dump, order: Order, machine: Machine) -> None:
                 f"task {process.pid}: is in state {process.core.tc.task_state}, which is not known"
             )
         check_descriptors(dump, process.pid, alive)
-        memory.check_mappings(alive, process.pid, dump.path(Kind.PAGEMAP, process.pid), lazy=order.lazy)
+        check_locks(dump, process.pid)
+        memory.check_mappings(dump, alive, process.pid, dump.path(Kind.PAGEMAP, process.pid), lazy=order.lazy)
         memory.special_places(alive.mm, machine, mm_path)
         memory.check_vdso(alive, machine, process.pid, mm_path)
         state.check_process(process, alive, machine, dump)
@@ -168,6 +169,7 @@ class _Planner:
             for thread, tid, core in threads.all:
                 self._state.thread(thread, tid, core, leader=tid == process.pid)
         for process, alive, threads in self._alive():
+            take_locks(plan, self._dump, threads.leader, process.pid)
             self._state.late(threads.all, process.pid, alive)
         for process, _, threads in self._alive():
             self._set_registers(process, threads)

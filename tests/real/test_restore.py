@@ -1,0 +1,88 @@
+"""`lazypages restore` of images that real CRIU has made: victims check every byte from inside.
+
+Eager, lazily under CRIU's own daemon, and lazily under `lazypages serve`.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.support.criu import Criu, all_criu
+from tests.support.processes import tail
+from tests.support.restore import (
+    Checkpoints,
+    criu_daemon,
+    eager_restore,
+    lazy_restore,
+    our_daemon,
+)
+
+WIRED = "from lazypages import cli; cli.COMMANDS['restore'] = ('lazypages.restore.cli:restore_command', ''); cli.main()"
+RESTORE = (sys.executable, "-c", WIRED, "restore")
+older, newer = all_criu()
+
+EAGER = ["threads", "fragments", "protection", "syscalls", "tree", "crowd", "interpreter"]
+
+
+class OurRestore(Criu):
+    """In CRIU's place where the harness restores."""
+
+    def restore(
+        self,
+        images: Path,
+        *arguments: str | Path,
+        work: Path | None = None,
+        lazy: bool = True,
+        timeout: float = 60,
+        check: bool = True,
+    ) -> int:
+        work = work or images
+        output = work / "restore.out"
+        mode = ["--lazy-pages"] if lazy else []
+        command = [*RESTORE, "-D", str(images), "-W", str(work), "-d", "-v4", "-o", "restore.log", *mode]
+        with output.open("wb") as stream:
+            code = subprocess.run(
+                [*command, *map(str, arguments)],
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=stream,
+                timeout=timeout,
+                check=False,
+            ).returncode
+        if check and code:
+            pytest.fail(f"exit {code}\n{tail(output)}{tail(work / 'restore.log')}", pytrace=False)
+        return code
+
+
+@pytest.mark.parametrize("criu", [older])
+@pytest.mark.parametrize("scenario", EAGER)
+def test_eager(criu: Criu, scenario: str, checkpoints: Checkpoints, tmp_path: Path) -> None:
+    checkpoint = replace(checkpoints.get(criu, scenario), criu=OurRestore(criu.release))
+    with eager_restore(checkpoint, tmp_path, checkpoint.images) as restored:
+        restored.go()
+        assert restored.wait_tasks() == 0
+        restored.check_verdict()
+
+
+@pytest.mark.parametrize("criu", [newer])
+@pytest.mark.parametrize(
+    "scenario", [*EAGER, "stack", "heap", "moves", "discards", "family", "inherit_early"]
+)
+def test_lazy(criu: Criu, scenario: str, checkpoints: Checkpoints, tmp_path: Path) -> None:
+    checkpoint = replace(checkpoints.get(criu, scenario), criu=OurRestore(criu.release))
+    with lazy_restore(checkpoint, our_daemon("--no-background"), tmp_path) as restored:
+        restored.check_all()
+
+
+# Those that CRIU's own daemon serves (reference/criu-interfaces §8 has what it does not).
+@pytest.mark.parametrize("criu", [older, newer])
+@pytest.mark.parametrize("scenario", ["plain", "threads", "tree", "interpreter"])
+def test_lazy_under_criu(criu: Criu, scenario: str, checkpoints: Checkpoints, tmp_path: Path) -> None:
+    checkpoint = replace(checkpoints.get(criu, scenario), criu=OurRestore(criu.release))
+    with lazy_restore(checkpoint, criu_daemon(criu), tmp_path) as restored:
+        restored.check_all()
