@@ -230,10 +230,31 @@ static int prepare(struct lp_session *s, const struct lp_gadgets *gadgets, unsig
 	return 0;
 }
 
+/*
+ * Have the kernel extend the stack down to `address`, as a touch by the thread itself would: a system call writes there.
+ * This one call has no way back yet; it is run only where the stack pointer is that close to the stack's end.
+ */
+static int grow_stack(struct lp_session *s, uint64_t address)
+{
+	const uint64_t args[6] = { 0 /* ITIMER_REAL */, address };
+	long ret;
+	int rc = lp_set_sigmask(s->tid, ~0ULL), restored;
+
+	if (rc)
+		return rc;
+	rc = lp_call(s->tid, &s->saved, s->syscall_ip, SYS_getitimer, args, &ret);
+	restored = lp_set_regs(s->tid, &s->saved);
+	if (!restored)
+		restored = lp_set_sigmask(s->tid, s->mask);
+	if (restored)
+		return restored;
+	return rc ? rc : ret == 0 ? 0 : -EFAULT;
+}
+
 int lp_session_begin(struct lp_session *s, pid_t tid, const struct lp_gadgets *gadgets)
 {
 	unsigned char image[LP_SESSION_ROOM];
-	uint64_t frame_address, image_size;
+	uint64_t frame_address = 0, image_size = 0;
 	int rc;
 
 	s->tid = tid;
@@ -247,6 +268,11 @@ int lp_session_begin(struct lp_session *s, pid_t tid, const struct lp_gadgets *g
 		rc = prepare(s, gadgets, image, &frame_address, &image_size);
 	if (!rc)
 		rc = lp_read_memory(tid, s->kept_start, s->kept, s->kept_size);
+	if (rc == -EFAULT) {
+		rc = grow_stack(s, s->kept_start);
+		if (!rc)
+			rc = lp_read_memory(tid, s->kept_start, s->kept, s->kept_size);
+	}
 	if (!rc)
 		rc = lp_write_memory(tid, frame_address, image, image_size);
 	if (rc)

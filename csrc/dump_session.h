@@ -6,7 +6,8 @@
  * (where the kernel may write one at any time), and every injected system call returns into
  * rt_sigreturn through it: left alone at any instant, the thread finishes the harmless call that it is in and is
  * back where it was.  Cost of that way back: an interrupted timed wait starts its time-out anew.
- * On the ordinary way out everything, the bytes of the stack too, is put back by ptrace.
+ * On the ordinary way out everything, the bytes of the stack too, is put back by ptrace; but a stack that had no room
+ * for the frame has grown.
  */
 #ifndef LAZYPAGES_DUMP_SESSION_H
 #define LAZYPAGES_DUMP_SESSION_H

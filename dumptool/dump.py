@@ -21,7 +21,7 @@ from dumptool.chain import PARENT_LINK, Chain, ParentPages
 from dumptool.errors import DumpError
 from dumptool.files import FileTable
 from dumptool.freeze import FrozenTree, freeze, members
-from dumptool.mappings import Mapping
+from dumptool.mappings import FileIds, Mapping
 from dumptool.memory import Counts, Marks, Part, Source, Target
 from dumptool.survey import Task
 from dumptool.tracee import Gadgets, registers, xstate_components
@@ -140,7 +140,7 @@ def pre_dump(settings: Settings, watcher: Watcher) -> Report:
         run.look()
         with run.frozen() as tree:
             for number, task in enumerate(run.live(tree), start=1):
-                run.find_pages(task, mappings.describe(task, _no_file), number, arm=True)
+                run.find_pages(task, _no_file, number, arm=True)
             run.report.frozen = tree.thaw()
         run.copy(running=True)
         run.finish()
@@ -176,7 +176,7 @@ def dump(settings: Settings, watcher: Watcher, serve: Serve | None = None) -> Re
     return run.report
 
 
-def _no_file(_vma: proc.Vma) -> tuple[int, int]:
+def _no_file(_vma: proc.Vma, _flags: frozenset[str]) -> tuple[int, int]:
     """A pre-dump has no files.img."""
     return 0, 0
 
@@ -221,10 +221,10 @@ class _Run:
         survey.check(processes, self._before, settings.allow)
         for pid, task in self._before.items():
             self._gadgets[pid] = Gadgets(pid, task.layout.vmas)
+        _set_up_directory(settings)
         if settings.parent is not None:
             self._chain = Chain(settings.images / settings.parent)
             self._parents = {pid: self._chain.pages_of(pid) for pid in self._before}
-        _set_up_directory(settings)
 
     @contextmanager
     def frozen(self) -> Iterator[FrozenTree]:
@@ -249,12 +249,16 @@ class _Run:
                 self._gadgets[pid] = Gadgets(pid, task.layout.vmas)
         return list(tasks.values())
 
-    def find_pages(self, task: Task, described: list[Mapping], pages_id: int, *, arm: bool) -> None:
-        """Which pages of a frozen process are to be written; ``arm``: writes from now on are noted."""
+    def find_pages(self, task: Task, file_id: FileIds, pages_id: int, *, arm: bool) -> list[Mapping]:
+        """Which pages of a frozen process are to be written; its mappings.
+
+        ``arm``: writes from now on are noted.
+        """
         begin = time.monotonic()
         settings, pid = self.settings, task.pid
         armed = tracking.arm(task, self._gadgets[pid], settings.method) if arm else None
         marks, compare = self._marks(task)
+        described = mappings.describe(proc.layout(pid, task.layout), file_id)
         pointers = [registers(tid).rsp for tid in task.process.threads]
         if armed is not None:
             self._armed.append(armed)
@@ -273,6 +277,7 @@ class _Run:
         target = Target(settings.images, Kind.PAGEMAP.file_name(pid), pages_id)
         self._jobs.append(_Job(Source(pid, compare=compare), target, parts, marks))
         self.report.scanning += time.monotonic() - begin
+        return described
 
     def _marks(self, task: Task) -> tuple[Marks, ParentPages | None]:
         """How the pages of a process are to be labelled, and what to compare them with, if anything."""
@@ -294,9 +299,8 @@ class _Run:
         for number, task in enumerate(tasks, start=1):
             ids = _object_ids(ROOT_OBJECT + number)
             captured = core.capture(task, self._gadgets[task.pid], components, ids)
-            described = mappings.describe(task, partial(table.add_mapped, task))
             arm = self.settings.leave_running and self.settings.track
-            self.find_pages(task, described, number, arm=arm)
+            described = self.find_pages(task, partial(table.add_mapped, task.pid), number, arm=arm)
             _write_task(_Captured(task, captured, described, ids), directory, table)
         _write_tables(directory, tree, table)
 
@@ -373,6 +377,8 @@ def _set_up_directory(settings: Settings) -> None:
         if link.is_symlink():
             link.unlink()
         if settings.parent is not None:
+            if not (directory / settings.parent).is_dir():
+                raise DumpError(f"--prev-images-dir {settings.parent}: no such directory in {directory}")
             if (directory / settings.parent).samefile(directory):
                 raise DumpError(f"{directory}: is its own --prev-images-dir")
             link.symlink_to(settings.parent)

@@ -71,12 +71,10 @@ class FileTable:
             self._named[key] = self._add_regular(name, status, flags, 0, NO_ONE).id
         return self._named[key]
 
-    def add_mapped(self, task: Task, vma: proc.Vma) -> tuple[int, int]:
+    def add_mapped(self, pid: int, vma: proc.Vma, vm_flags: frozenset[str]) -> tuple[int, int]:
         """The id of a mapped file, and the O_* flags that it is to be opened with."""
-        writable = vma.shared and "mw" in task.layout.flags[vma.start]
-        flags = os.O_RDWR if writable else os.O_RDONLY
-        name = mapped_name(task.pid, vma)
-        return self.add_named(name, proc.stat_through(task.pid, vma.link), flags), flags
+        flags = os.O_RDWR if vma.shared and "mw" in vm_flags else os.O_RDONLY
+        return self.add_named(mapped_name(pid, vma), proc.stat_through(pid, vma.link), flags), flags
 
     def add_link(self, pid: int, name: str) -> int:
         """The id of what ``/proc/<pid>/<name>`` leads to: exe, cwd, root."""

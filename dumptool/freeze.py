@@ -82,7 +82,9 @@ class FrozenTree:
         for process in self.alive:
             with suppress(ProcessLookupError):
                 os.kill(process.pid, signal.SIGKILL)
-        for tid in sorted(self._stopped, reverse=True):
+        # A leader's end can be waited for only after that of its other threads (ptrace(2)).
+        leaders = {process.pid for process in self.processes}
+        for tid in sorted(self._stopped, key=lambda tid: tid in leaders):
             with suppress(ChildProcessError):
                 while not _has_ended(os.waitpid(tid, 0x40000000)[1]):  # __WALL
                     pass

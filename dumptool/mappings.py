@@ -50,7 +50,7 @@ class Mapping:
 
     ``private``: pages may belong to the task alone. ``file_backed``: unchanged ones are in a file.
     ``lazy``: the restorer can leave pages to the daemon. ``readable``: with process_vm_readv. ``new``: made
-    since soft-dirty bits were last cleared.
+    since soft-dirty bits were last cleared. ``whole``: the kernel fills the pages, touched or not.
     """
 
     entry: VmaEntry
@@ -59,17 +59,18 @@ class Mapping:
     lazy: bool
     readable: bool
     new: bool
+    whole: bool
 
 
-FileIds = Callable[[proc.Vma], tuple[int, int]]
-"""The id of a mapped file in files.img, and the O_* flags that it is opened with."""
+FileIds = Callable[[proc.Vma, frozenset[str]], tuple[int, int]]
+"""For a mapping and its VmFlags: the file's id in files.img, the O_* flags that it is opened with."""
 
 
-def describe(task: Task, file_id: FileIds) -> list[Mapping]:
+def describe(layout: proc.Layout, file_id: FileIds) -> list[Mapping]:
     """All mappings of a process, in order."""
     mappings: list[Mapping] = []
-    for vma in task.layout.vmas:
-        flags = task.layout.flags[vma.start]
+    for vma in layout.vmas:
+        flags = layout.flags[vma.start]
         entry = _entry(vma, flags, file_id)
         before = mappings[-1].entry if mappings else None
         if before is not None and before.status & entry.status & VMA_VVAR and before.end == entry.start:
@@ -84,6 +85,7 @@ def describe(task: Task, file_id: FileIds) -> list[Mapping]:
                 lazy=lazy_capable(entry.flags, entry.status),
                 readable=bool(vma.prot & PROT_READ),
                 new="sd" in flags,
+                whole=bool(entry.status & VMA_VDSO),
             )
         )
     return mappings
@@ -114,7 +116,7 @@ def _entry(vma: proc.Vma, flags: frozenset[str], file_id: FileIds) -> VmaEntry:
     elif vma.inode:
         entry.status |= VMA_FILE_SHARED if vma.shared else VMA_FILE_PRIVATE
         entry.pgoff = vma.pgoff
-        entry.shmid, entry.fdflags = file_id(vma)
+        entry.shmid, entry.fdflags = file_id(vma, flags)
     else:
         entry.flags |= MAP_ANONYMOUS
         entry.status |= VMA_ANON_PRIVATE | (VMA_HEAP if vma.name == "[heap]" else 0)

@@ -80,6 +80,13 @@ class Runs:
             ffi.memmove(array, self.array, self.count * ffi.sizeof("struct lp_run"))
             self.array, self.room = array, room
 
+    def append(self, start: int, end: int, flags: int) -> None:
+        """Add one at the end."""
+        self.reserve(1)
+        run = self.array[self.count]
+        run.start, run.end, run.flags = start, end, flags
+        self.count += 1
+
     @property
     def end(self) -> Any:
         """Pointer behind the last one."""
@@ -130,11 +137,18 @@ def scan(
         runs = Runs()
         for mapping in group:
             first = runs.count
-            _scan_mapping(pagemap_fd, mapping, protect, runs)
+            if mapping.whole:
+                runs.append(mapping.entry.start, mapping.entry.end, 0)
+            else:
+                _scan_mapping(pagemap_fd, mapping, protect, runs)
             lib.lp_label_runs(
                 runs.array + first,
                 runs.count - first,
-                *((marks.with_, marks.without) if marks.known and not mapping.new else NEVER),
+                *(
+                    (marks.with_, marks.without)
+                    if marks.known and not (mapping.new or mapping.whole)
+                    else NEVER
+                ),
                 marks.unchanged(lazy=mapping.lazy),
                 marks.changed(lazy=mapping.lazy),
             )
@@ -312,9 +326,5 @@ def shared_part(fd: int, size: int) -> Part:
         except OSError:  # ENXIO: only a hole is left
             break
         at = os.lseek(fd, start, os.SEEK_HOLE)
-        runs.reserve(1)
-        run = runs.array[runs.count]
-        run.start, run.end = start // PAGE_SIZE * PAGE_SIZE, -(-at // PAGE_SIZE) * PAGE_SIZE
-        run.flags = PE_PRESENT
-        runs.count += 1
+        runs.append(start // PAGE_SIZE * PAGE_SIZE, -(-at // PAGE_SIZE) * PAGE_SIZE, PE_PRESENT)
     return Part(runs, readable=True, drop_zero=True)
