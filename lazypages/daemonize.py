@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from lazypages.errors import LazyPagesError
@@ -19,11 +20,11 @@ def open_pidfile(path: Path) -> int:
         raise LazyPagesError(f"--pidfile {path}: {error.strerror}") from error
 
 
-def daemonize(pidfile: int | None) -> None:
+def daemonize(pidfile: int | None) -> Callable[[], None]:
     """Returns in the daemon: a child in a session of its own, its pid in `pidfile`, stdio on /dev/null.
 
-    The process that calls it ends here: with 0 when the child has come that far, with 1 when it has not. It
-    must have one thread only.
+    The process that calls it ends here: with 0 when the child calls what this returns, to say that it is
+    ready; with 1 when the child ends before that. It must have one thread only.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -42,5 +43,9 @@ def daemonize(pidfile: int | None) -> None:
         os.dup2(null, fd)
     if null > 2:
         os.close(null)
-    os.write(tell_ready, b"\0")
-    os.close(tell_ready)
+
+    def tell() -> None:
+        os.write(tell_ready, b"\0")
+        os.close(tell_ready)
+
+    return tell

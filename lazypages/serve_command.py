@@ -9,8 +9,10 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -25,6 +27,7 @@ from lazypages.logs import MESSAGE
 from lazypages.loop.server import ServeOptions, Server
 from lazypages.metrics import Summary
 from lazypages.progress import TerminalWatch, watch_in_log
+from lazypages.remote_options import SOURCE_OPTIONS, add_options, sources_of
 from lazypages.restored import Expected, expect
 from lazypages.uffd import PAGE_SIZE
 
@@ -167,9 +170,7 @@ def _check_directory(option: str, path: Path) -> None:
     type=click.IntRange(min=0),
     help="Write one 0 byte to file descriptor FD and close it when a restore may be started.",
 )
-@click.option("--page-server", is_flag=True, help="Take pages from a page server. Not there yet.")
-@click.option("--address", metavar="ADDRESS", help="Address of the page server.")
-@click.option("--port", metavar="PORT", type=click.IntRange(1, 65535), help="Port of the page server.")
+@add_options(SOURCE_OPTIONS)
 @click.option(
     "--no-background",
     is_flag=True,
@@ -192,6 +193,7 @@ def _check_directory(option: str, path: Path) -> None:
 @click.pass_context
 def serve(
     ctx: click.Context,
+    /,
     *,
     images_dir: Path,
     work_dir: Path | None,
@@ -200,12 +202,10 @@ def serve(
     daemon: bool,
     pidfile: Path | None,
     status_fd: int | None,
-    page_server: bool,
-    address: str | None,
-    port: int | None,
     no_background: bool,
     stats_json: Path | None,
     loop: str,
+    **source_options: Any,
 ) -> None:
     """Give the tasks of a restored checkpoint their memory as they touch it.
 
@@ -214,26 +214,28 @@ def serve(
 
     It listens on the socket lazy-pages.socket in the work directory, where the restore looks for it.
     """
-    if page_server or address is not None or port is not None:
-        raise LazyPagesError(
-            "--page-server, --address, --port: no pages from a page server yet; use criu lazy-pages for that"
-        )
+    sources = sources_of(source_options)
     places = Places.of(images_dir, work_dir, log_file, pidfile, stats_json)
     level = logs.verbosity(verbose)
+    if daemon:
+        # Standard error will be /dev/null, but what is said still belongs where the caller's went; so does
+        # criu (observed with CRIU 4.2.1).
+        sys.stderr = os.fdopen(os.dup(2), "w", encoding="utf-8", errors="backslashreplace")
     terminal = _terminal() if level >= AUDIBLE and not daemon and sys.stderr.isatty() else None
-    logs.start(level, _log_stream(places.log_file, daemon, terminal), terminal)
+    logs.start(level, _log_stream(places.log_file, terminal), terminal)
     _raise_open_files()
     try:
         result = _serve(
             places,
-            ServeOptions(background=not no_background),
+            ServeOptions(not no_background, sources.page_servers, sources.remote),
+            sources.directories,
             loop=loop,
             daemon=daemon,
             status_fd=status_fd,
             terminal=terminal,
         )
     except Exception as error:
-        log.error("%s", error, extra=logs.SAID)  # noqa: TRY400 - no traceback for the user
+        log.error("%s", error, extra=logs.SAID)
         raise
     ctx.exit(0 if result.ok else 1)
 
@@ -241,6 +243,7 @@ def serve(
 def _serve(
     places: Places,
     options: ServeOptions,
+    directories: Sequence[Path],
     *,
     loop: str,
     daemon: bool,
@@ -248,25 +251,28 @@ def _serve(
     terminal: Console | None,
 ) -> Summary:
     """All that can go wrong for known reasons does so before a restore is told that it may start."""
-    expected = expect(places.images_dir, remote=False)
+    expected = expect(places.images_dir, remote=bool(options.page_servers), others=directories)
     _check_userfaultfd()
+    ready: list[Callable[[], None]] = []
+    if status_fd is not None:
+        _check_status_fd(status_fd)
+        ready.append(partial(tell_ready, status_fd))
     with ControlSocket(places.work_dir) as control:
         if daemon:
-            daemonize(open_pidfile(places.pidfile) if places.pidfile else None)
+            ready.append(daemonize(open_pidfile(places.pidfile) if places.pidfile else None))
         elif places.pidfile:
             log.warning("--pidfile does nothing without -d")
         # A terminal that goes away is no reason to leave tasks without their memory.
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         server = Server(expected, control, options)
-        if status_fd is not None:
-            tell_ready(status_fd)
-        log.log(MESSAGE, "%s", _invitation(places, expected))
-        watch = TerminalWatch(terminal) if terminal else watch_in_log
+        ready.append(lambda: log.log(MESSAGE, "%s", _invitation(places, expected)))
+        beside = _beside(ready, TerminalWatch(terminal) if terminal else watch_in_log)
         backend, backend_options = LOOPS[loop]
-        result = anyio.run(server.run, _harmless(watch), backend=backend, backend_options=backend_options)
+        result = anyio.run(server.run, beside, backend=backend, backend_options=backend_options)
     if result.tasks or result.finished:
         if terminal:
-            terminal.print(summary.table(result))
+            with suppress(OSError):  # it has gone away
+                terminal.print(summary.table(result))
         for line in summary.lines(result):
             log.log(MESSAGE, "%s", line, extra=logs.NOT_ON_TERMINAL)
     if places.stats_json:
@@ -301,12 +307,20 @@ def _check_userfaultfd() -> None:
             )
 
 
-def _harmless(
-    watch: Callable[[Server], Coroutine[Any, Any, None]],
+def _beside(
+    ready: Sequence[Callable[[], None]], watch: Callable[[Server], Coroutine[Any, Any, None]]
 ) -> Callable[[Server], Coroutine[Any, Any, None]]:
-    """Showing progress must never end the service: a terminal may go away at any time."""
+    """What runs beside the service: says that it is there, then shows progress.
+
+    No trouble with that may end the service: a terminal may go away at any time.
+    """
 
     async def run(server: Server) -> None:
+        for tell in ready:
+            try:
+                tell()
+            except (OSError, LazyPagesError) as error:
+                log.warning("nobody hears that a restore may be started: %s", error)
         try:
             await watch(server)
         except Exception as error:
@@ -321,14 +335,10 @@ def _terminal() -> Console:
     return Console(stderr=True, highlight=False)
 
 
-def _log_stream(log_file: Path | None, daemon: bool, terminal: Console | None) -> TextIO | None:
+def _log_stream(log_file: Path | None, terminal: Console | None) -> TextIO | None:
     """Where log lines go beside the terminal."""
     if log_file is not None:
         return logs.open_log(log_file)
-    if daemon:
-        # Standard error will be /dev/null, but errors still belong where the caller's went; so does criu
-        # (observed with CRIU 4.2.1).
-        return os.fdopen(os.dup(sys.stderr.fileno()), "w", encoding="utf-8", errors="backslashreplace")
     return None if terminal else sys.stderr
 
 
@@ -336,6 +346,13 @@ def _raise_open_files() -> None:
     """One uffd a task: all that we may have."""
     _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _check_status_fd(status_fd: int) -> None:
+    try:
+        os.fstat(status_fd)
+    except OSError as error:
+        raise LazyPagesError(f"--status-fd {status_fd}: {error.strerror}") from error
 
 
 def tell_ready(status_fd: int) -> None:

@@ -1,0 +1,304 @@
+"""What `lazypages serve` is for whoever starts it: terminal, log, background, files, signals.
+
+The tasks need no CRIU (tests/support/fake.py); the options are those of `criu lazy-pages`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+
+from tests.support.fake import Restored, compile_restored, restored_tasks, serve_command, write_images
+from tests.support.processes import Server, reap, wait_for
+from tests.support.terminal import OnTerminal
+
+PAGES = 300
+SOCKET = "lazy-pages.socket"
+
+
+@pytest.fixture(scope="module")
+def program() -> Iterator[Path]:
+    with TemporaryDirectory(prefix="lazypages-restored-") as folder:
+        yield compile_restored(Path(folder))
+
+
+@contextmanager
+def restored(program: Path, images: Path, tasks: int = 1) -> Iterator[Restored]:
+    """Tasks that can connect to the daemon of that directory."""
+    with restored_tasks(program, tasks, PAGES) as run:
+        write_images(images, run.pids, PAGES)
+        yield run
+
+
+def connect(tasks: Restored, work: Path) -> None:
+    """The whole hand-over, until the tasks go on."""
+    tasks.say(f"connect {work / SOCKET}")
+    tasks.say("finish")
+
+
+def check(tasks: Restored) -> None:
+    """Every byte is right."""
+    tasks.say("check")
+    assert set(tasks.statuses()) == {0}
+
+
+def command(images: Path, *options: str) -> list[str]:
+    return [sys.executable, "-m", "lazypages", "serve", "-D", str(images), *options]
+
+
+# On a terminal.
+
+
+def test_live_progress_and_summary(program: Path, tmp_path: Path) -> None:
+    with (
+        restored(program, tmp_path, 3) as tasks,
+        OnTerminal(command(tmp_path, "--no-background")) as terminal,
+    ):
+        terminal.wait_for(f"waiting for: criu restore --lazy-pages -D {tmp_path}")
+        connect(tasks, tmp_path)
+        tasks.say("touch 1")
+        for text in ("3 tasks", "to go", f"task {tasks.pids[2]}", "local 3"):
+            terminal.wait_for(text)
+        check(tasks)
+        assert terminal.wait() == 0
+    *_, summary = terminal.text().partition("3 tasks in ")
+    rows = [line.split() for line in summary.splitlines()]
+    assert any(row[:4] == ["local", "900", "3.5", "MiB"] for row in rows)
+    assert "a fault is answered in: p50 " in summary
+
+
+def test_a_log_file_beside_the_terminal(program: Path, tmp_path: Path) -> None:
+    """The terminal shows what matters, the file has all."""
+    options = ("--no-background", "-v4", "-o", "serve.log")
+    with restored(program, tmp_path) as tasks, OnTerminal(command(tmp_path, *options)) as terminal:
+        terminal.wait_for("waiting for")
+        connect(tasks, tmp_path)
+        check(tasks)
+        assert terminal.wait() == 0
+    log = (tmp_path / "serve.log").read_text()
+    assert "restore finished" in log
+    assert "restore finished" not in terminal.text()
+    assert "1 task in " in log
+    assert "1 task in " in terminal.text()
+    assert "\x1b" not in log
+
+
+def test_ctrl_c_completes_the_tasks(program: Path, tmp_path: Path) -> None:
+    with (
+        restored(program, tmp_path, 2) as tasks,
+        OnTerminal(command(tmp_path, "--no-background")) as terminal,
+    ):
+        terminal.wait_for("waiting for")
+        connect(tasks, tmp_path)
+        tasks.say("touch 1")
+        terminal.wait_for("local 2")
+        terminal.press(b"\x03")
+        assert terminal.wait() == 0
+        terminal.wait_for("2 tasks still miss 598 pages (2.3 MiB)")
+        check(tasks)
+
+
+def test_ctrl_c_before_anybody_came(program: Path, tmp_path: Path) -> None:
+    with restored(program, tmp_path), OnTerminal(command(tmp_path)) as terminal:
+        terminal.wait_for("waiting for")
+        terminal.press(b"\x03")
+        assert terminal.wait() == 1
+        terminal.wait_for("ended before a restore connected")
+    assert "Traceback" not in terminal.text()
+    assert not (tmp_path / SOCKET).exists()
+
+
+def test_a_terminal_that_goes_away_harms_nobody(program: Path, tmp_path: Path) -> None:
+    """SIGHUP, then no terminal to write to: the tasks still get all their memory."""
+    command = serve_command(tmp_path, "--no-background")
+    with restored(program, tmp_path, 2) as tasks, OnTerminal(command) as terminal:
+        terminal.wait_for("waiting for")
+        connect(tasks, tmp_path)
+        tasks.say("touch 1")
+        terminal.wait_for("local 2")
+        terminal.hang_up()
+        check(tasks)
+        assert terminal.wait() == 0
+    assert json.loads((tmp_path / "stats.json").read_text())["pages_copied"] == 2 * PAGES
+
+
+# In a log.
+
+
+def test_without_a_terminal_there_are_lines(program: Path, tmp_path: Path) -> None:
+    with restored(program, tmp_path) as tasks, Server(command(tmp_path), output=tmp_path / "out") as server:
+        server.wait_ready()
+        connect(tasks, tmp_path)
+        check(tasks)
+        assert server.wait() == 0
+    said = (tmp_path / "out").read_text()
+    assert "waiting for: criu restore --lazy-pages" in said
+    assert "1 task in " in said
+    assert f"from local: {PAGES} pages (1.2 MiB), " in said
+    assert "\x1b" not in said
+
+
+def test_silence(program: Path, tmp_path: Path) -> None:
+    with (
+        restored(program, tmp_path) as tasks,
+        Server(command(tmp_path, "-v0"), output=tmp_path / "out") as server,
+    ):
+        server.wait_ready()
+        connect(tasks, tmp_path)
+        check(tasks)
+        assert server.wait() == 0
+    assert (tmp_path / "out").read_text() == ""
+
+
+def test_files_lie_in_the_work_directory(program: Path, tmp_path: Path) -> None:
+    """As with criu, that is where socket and relative names are; the log is its owner's and starts afresh."""
+    images, work = tmp_path / "images", tmp_path / "work"
+    images.mkdir()
+    work.mkdir()
+    (work / "serve.log").write_text("of yesterday")
+    options = ["-W", str(work), "-o", "serve.log", "--stats-json", "stats.json", "-v"]
+    with (
+        restored(program, images) as tasks,
+        Server(command(images, *options), output=tmp_path / "out") as server,
+    ):
+        server.wait_ready()
+        assert (work / SOCKET).is_socket()
+        assert f"-D {images} -W {work}" in (work / "serve.log").read_text()
+        connect(tasks, work)
+        check(tasks)
+        assert server.wait() == 0
+    assert sorted(path.name for path in work.iterdir()) == ["serve.log", "stats.json"]
+    assert "of yesterday" not in (work / "serve.log").read_text()
+    assert json.loads((work / "stats.json").read_text())["ok"]
+
+
+def test_log_to_standard_output(program: Path, tmp_path: Path) -> None:
+    with restored(program, tmp_path) as tasks:
+        server = subprocess.Popen(
+            command(tmp_path, "-o", "-"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        with server:
+            wait_for("the socket", (tmp_path / SOCKET).exists)
+            connect(tasks, tmp_path)
+            check(tasks)
+            output, errors = server.communicate(timeout=60)
+    assert "1 task in " in output
+    assert errors == ""
+
+
+# In the background.
+
+
+def test_daemon(program: Path, tmp_path: Path) -> None:
+    options = ["-d", "--pidfile", "pid", "-o", "serve.log", "--stats-json", "stats.json"]
+    with restored(program, tmp_path) as tasks:
+        with Server(command(tmp_path, *options), output=tmp_path / "out") as starter:
+            assert starter.wait() == 0
+            assert starter.ready_bytes() == b"\0"
+        assert (tmp_path / "out").read_text() == ""
+        pidfile = tmp_path / "pid"
+        assert stat.S_IMODE(pidfile.stat().st_mode) == 0o600
+        text = pidfile.read_text()
+        assert text.isdecimal()  # and no newline
+        pid = int(text)
+        assert os.getsid(pid) == pid
+        for fd in (0, 1, 2):
+            assert os.readlink(f"/proc/{pid}/fd/{fd}") == "/dev/null"
+        connect(tasks, tmp_path)
+        check(tasks)
+        assert os.waitstatus_to_exitcode(reap(pid)) == 0  # an orphan of its starter, so our child
+    assert not (tmp_path / SOCKET).exists()
+    assert "1 task in " in (tmp_path / "serve.log").read_text()
+    assert json.loads((tmp_path / "stats.json").read_text())["ok"]
+    assert pidfile.exists()  # as criu leaves it
+
+
+def test_daemon_tells_its_starter_what_is_wrong(program: Path, tmp_path: Path) -> None:
+    """All is checked before it goes into the background."""
+
+    def start(*options: str) -> str:
+        done = subprocess.run(
+            command(tmp_path, "-d", *options), capture_output=True, text=True, timeout=60, check=False
+        )
+        assert done.returncode == 1
+        assert not (tmp_path / SOCKET).exists()
+        assert done.stdout == ""
+        return done.stderr
+
+    with restored(program, tmp_path):
+        (tmp_path / "pid").write_text("somebody's")
+        text = start("--pidfile", "pid")
+        assert text.startswith(f"lazypages: --pidfile {tmp_path / 'pid'} exists")
+        assert (tmp_path / "pid").read_text() == "somebody's"
+        pages = next(tmp_path.glob("pages-*.img"))
+        os.truncate(pages, pages.stat().st_size // 2)
+        assert pages.name in start("--pidfile", "other")
+        assert not (tmp_path / "other").exists()
+
+
+def test_pidfile_needs_the_background(program: Path, tmp_path: Path) -> None:
+    """criu writes none either; but we say so."""
+    words = command(tmp_path, "--pidfile", "pid")
+    with restored(program, tmp_path) as tasks, Server(words, output=tmp_path / "out") as server:
+        server.wait_ready()
+        connect(tasks, tmp_path)
+        check(tasks)
+        assert server.wait() == 0
+    assert not (tmp_path / "pid").exists()
+    assert "--pidfile does nothing without -d" in (tmp_path / "out").read_text()
+
+
+# Around it.
+
+
+def test_open_files_are_raised_to_the_hard_limit(program: Path, tmp_path: Path) -> None:
+    with restored(program, tmp_path):
+        limited = ["prlimit", "--nofile=64:512", *command(tmp_path)]
+        with Server(limited, output=tmp_path / "out") as server:
+            server.wait_ready()
+            limits = Path(f"/proc/{server.pid}/limits").read_text()
+            server.signal(signal.SIGTERM)
+            assert server.wait() == 1
+    (line,) = [line for line in limits.splitlines() if line.startswith("Max open files")]
+    assert line.split()[3:5] == ["512", "512"]
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--status-fd", "77"], "lazypages: --status-fd 77: Bad file descriptor\n"),
+        (["-o", "no/where"], "can't log to"),
+        (["--page-server", "--address", "::1", "--port", "27"], "page server"),
+    ],
+)
+def test_what_can_t_be_had(program: Path, tmp_path: Path, options: list[str], text: str) -> None:
+    with restored(program, tmp_path):
+        done = subprocess.run(
+            command(tmp_path, "-v1", *options), capture_output=True, text=True, timeout=60, check=False
+        )
+    assert done.returncode == 1
+    assert text in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / SOCKET).exists()
+
+
+def test_stats_that_can_t_be_written(program: Path, tmp_path: Path) -> None:
+    """The tasks are served all the same; the exit code says that something is missing."""
+    with restored(program, tmp_path) as tasks:
+        options = ["--stats-json", "no/where"]
+        with Server(command(tmp_path, *options), output=tmp_path / "out") as server:
+            server.wait_ready()
+            connect(tasks, tmp_path)
+            check(tasks)
+            assert server.wait() == 1
+    assert "--stats-json" in (tmp_path / "out").read_text()
