@@ -110,11 +110,20 @@ static int append(struct builder *builder, const struct lp_extent *extent)
 	return 0;
 }
 
+/* Hands over what was built, without the room that was not needed. */
+static void finish(struct builder *builder, struct lp_extents *table)
+{
+	struct lp_extent *shrunk = reallocarray(builder->table.extents, builder->table.count, sizeof(*shrunk));
+
+	if (shrunk)
+		builder->table.extents = shrunk;
+	*table = builder->table;
+}
+
 int lp_place(const struct lp_level *levels, uint32_t nr_levels, int remote, struct lp_extents *table)
 {
 	struct builder builder = {0};
 	struct cursor *cursors = calloc(nr_levels, sizeof(*cursors));
-	struct lp_extent *shrunk;
 
 	if (!cursors)
 		return -1;
@@ -134,10 +143,51 @@ int lp_place(const struct lp_level *levels, uint32_t nr_levels, int remote, stru
 		}
 	}
 	free(cursors);
-	shrunk = reallocarray(builder.table.extents, builder.table.count, sizeof(*shrunk));
-	if (shrunk)
-		builder.table.extents = shrunk;
-	*table = builder.table;
+	finish(&builder, table);
+	return 0;
+}
+
+int lp_fill(const struct lp_extents *top, uint32_t nr_levels, const struct lp_extents *other,
+	    struct lp_extents *table)
+{
+	struct builder builder = {0};
+	uint64_t k = 0;
+
+	for (uint64_t i = 0; i < top->count; i++) {
+		struct lp_extent rest = top->extents[i];
+		uint64_t stop = extent_end(&rest);
+
+		while (rest.start < stop) {
+			struct lp_extent piece = rest;
+			uint64_t end = stop;
+
+			while (k < other->count && extent_end(&other->extents[k]) <= rest.start)
+				k++;
+			if (rest.lazy && rest.source >= LP_SOURCE_REMOTE && k < other->count) {
+				const struct lp_extent *from = &other->extents[k];
+
+				if (from->start > rest.start) {
+					end = from->start < stop ? from->start : stop;
+				} else {
+					end = extent_end(from) < stop ? extent_end(from) : stop;
+					if (from->source < LP_SOURCE_REMOTE) {
+						piece.source = nr_levels + from->source;
+						piece.offset = from->offset + (rest.start - from->start);
+					}
+				}
+			}
+			piece.nr_pages = (end - piece.start) / PAGE_SIZE;
+			if (append(&builder, &piece)) {
+				lp_extents_free(&builder.table);
+				return -1;
+			}
+			if (rest.source < LP_SOURCE_REMOTE)
+				rest.offset += end - rest.start;
+			rest.start = end;
+			rest.nr_pages = (stop - end) / PAGE_SIZE;
+		}
+	}
+	finish(&builder, table);
 	return 0;
 }
 

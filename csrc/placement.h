@@ -41,6 +41,14 @@ int lp_place(const struct lp_level *levels, uint32_t nr_levels, int remote, stru
 void lp_extents_free(struct lp_extents *table);
 
 /*
+ * The same pages, but those that are lazy and in no level of `top` taken from
+ * `other` where a level holds them there; its levels count on from nr_levels.
+ * Linear in the extents of both. 0, or -1 when memory is short.
+ */
+int lp_fill(const struct lp_extents *top, uint32_t nr_levels, const struct lp_extents *other,
+	    struct lp_extents *table);
+
+/*
  * Adds up the pages in each of the spans, which are sorted and do not overlap:
  * nr_levels + 2 counts a span, one for each level, then remote, then lost.
  */

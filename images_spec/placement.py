@@ -120,6 +120,16 @@ class ExtentTable:
             for at in range(0, len(counts), width)
         ]
 
+    def filled_from(self, other: ExtentTable) -> ExtentTable:
+        """The same pages; those that are lazy and in no level here from ``other``, where a level there has them.
+
+        Levels of ``other`` count on from ``nr_levels``.
+        """
+        table = ffi.new("struct lp_extents *")
+        if lib.lp_fill(self._table, self.nr_levels, other._table, table):
+            raise MemoryError
+        return ExtentTable(table, self.nr_levels + other.nr_levels)
+
     def check_covered(self, spans: Sequence[Span], path: Path) -> None:
         """Raises ``ImageError`` (for the pagemap at ``path``) when a lazy page lies in none of the spans.
 

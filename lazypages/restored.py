@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from images_spec.checkpoint import TaskImages, open_checkpoint
+from images_spec.checkpoint import Checkpoint, TaskImages, open_checkpoint
 from images_spec.errors import ImageError
 from lazypages.sources.local import MappedPages
 from lazypages.uffd import TaskMemory
@@ -15,7 +16,8 @@ from lazypages.uffd import TaskMemory
 class Expected:
     """A task that a restore of the checkpoint will hand over. ``memory`` is None for a zombie.
 
-    ``sources``: names of the levels, as in summaries: ``local``, ``parent-1``, ``parent-2``, ...
+    ``sources``: names of the levels, as in summaries: ``local``, ``parent-1``, ``parent-2``, ..., then
+    ``local:DIR`` for directories beside the checkpoint.
     """
 
     pid: int
@@ -28,35 +30,49 @@ def level_names(count: int) -> tuple[str, ...]:
     return tuple("local" if level == 0 else f"parent-{level}" for level in range(count))
 
 
-def expect(images_dir: Path, *, remote: bool) -> dict[int, Expected]:
+def expect(images_dir: Path, *, remote: bool, others: Sequence[Path] = ()) -> dict[int, Expected]:
     """Reads and checks all of a checkpoint, maps its pages; by pid. Raises ImageError, before anything is served.
 
-    Pages that no source has are refused here: a restore that needs them can't end well.
+    ``others``: image directories to look into for lazy pages that this one lacks, in this order. Pages that no
+    source has are refused here: a restore that needs them can't end well.
     """
     checkpoint = open_checkpoint(images_dir)
+    known = [open_checkpoint(directory) for directory in others]
     mapped = MappedPages()
     return {
-        task.pid: _expect_task(checkpoint.load_task(task.pid, remote), images_dir, mapped)
+        task.pid: _expect_task(checkpoint.load_task(task.pid, remote), checkpoint, known, mapped)
         for task in checkpoint.tasks
     }
 
 
-def _expect_task(images: TaskImages, images_dir: Path, mapped: MappedPages) -> Expected:
+def _expect_task(
+    images: TaskImages, checkpoint: Checkpoint, others: Sequence[Checkpoint], mapped: MappedPages
+) -> Expected:
     if images.is_dead:
         return Expected(images.pid, None, 0, ())
-    counts = images.extents.counts()
+    extents, levels = images.extents, list(images.levels)
+    names = list(level_names(len(levels)))
+    for other in others:
+        if all(task.pid != images.pid for task in other.tasks):
+            continue
+        more = other.load_task(images.pid, False)
+        extents = extents.filled_from(more.extents)
+        levels += more.levels
+        names += [f"local:{level.directory}" for level in more.levels]
+    counts = extents.counts()
     if counts.lost.lazy:
-        raise ImageError(images_dir / f"pagemap-{images.pid}.img", _lost_text(images, counts.lost.lazy))
+        path = checkpoint.directory / f"pagemap-{images.pid}.img"
+        raise ImageError(path, _lost_text(images, counts.lost.lazy))
     return Expected(
         images.pid,
         TaskMemory(
-            extents=images.extents,
+            extents=extents,
             vmas=images.vmas,
             wiped=images.wiped,
-            levels=[mapped.map(level.pages, level.pages_size) for level in images.levels],
+            levels=[mapped.map(level.pages, level.pages_size) for level in levels],
         ),
         sum(level.lazy for level in counts.levels) + counts.remote.lazy,
-        level_names(len(images.levels)),
+        tuple(names),
     )
 
 

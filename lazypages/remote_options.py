@@ -1,0 +1,164 @@
+"""Command-line options that say where pages come from beside the images, spelled as CRIU's where CRIU has them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lazypages.errors import LazyPagesError
+from lazypages.sources.remote import RemoteOptions
+from lazypages.sources.url import (
+    FORMS,
+    ConnectedSocket,
+    LocalSource,
+    PageServerAddress,
+    TcpServer,
+    UnixServer,
+    parse_source,
+)
+from lazypages.tls import DEFAULT_CACERT, DEFAULT_CERT, DEFAULT_KEY, TlsFiles
+from lazypages.wire import Layout
+
+AUTO = "auto"
+DEFAULT_ADDRESS = "127.0.0.1"
+
+_PATH = click.Path(path_type=Path)
+
+TLS_OPTIONS = [
+    click.option(
+        "--tls", is_flag=True, help="With --page-server: certificates on both sides, and encryption."
+    ),
+    click.option(
+        "--tls-cacert", metavar="FILE", type=_PATH, help=f"Who is trusted.  [default: {DEFAULT_CACERT}]"
+    ),
+    click.option("--tls-cacrl", metavar="FILE", type=_PATH, help="Which certificates are revoked."),
+    click.option(
+        "--tls-cert",
+        metavar="FILE",
+        type=_PATH,
+        default=DEFAULT_CERT,
+        help="Our certificate.",
+        show_default=True,
+    ),
+    click.option(
+        "--tls-key",
+        metavar="FILE",
+        type=_PATH,
+        default=DEFAULT_KEY,
+        help="Its private key.",
+        show_default=True,
+    ),
+    click.option(
+        "--tls-no-cn-verify", is_flag=True, help="The server's certificate need not name its address."
+    ),
+]
+
+SOURCE_OPTIONS = [
+    click.option("--page-server", is_flag=True, help="Take what is not in the images from a page server."),
+    click.option(
+        "--address", metavar="ADDRESS", help=f"Address of the page server.  [default: {DEFAULT_ADDRESS}]"
+    ),
+    click.option("--port", metavar="PORT", type=click.IntRange(1, 65535), help="Port of the page server."),
+    click.option(
+        "--ps-socket",
+        metavar="FD",
+        type=click.IntRange(min=0),
+        help="File descriptor of a socket that is connected to the page server.",
+    ),
+    click.option(
+        "--source",
+        "sources",
+        metavar="URL",
+        multiple=True,
+        help=f"Where else pages may be: {FORMS}. May be given several times; page servers share the work and "
+        "stand in for each other, directories come first.",
+    ),
+    click.option(
+        "--page-server-protocol",
+        type=click.Choice([AUTO, *(layout.value for layout in Layout)]),
+        default=AUTO,
+        show_default=True,
+        help="Which CRIU's protocol the page server speaks: up to 4.1.1, or from 4.2.",
+    ),
+    click.option(
+        "--source-deadline",
+        metavar="SECONDS",
+        type=click.FloatRange(min=0, min_open=True),
+        help="How long a page may be awaited before it is given up: its task gets SIGBUS when it touches it.  "
+        "[default: for ever]",
+    ),
+    *TLS_OPTIONS,
+]
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+def add_options(options: Sequence[Decorator]) -> Decorator:
+    """Adds all of them to a command, in this order in its help."""
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """What the options say. ``directories``: images that may hold what those of the restore do not."""
+
+    directories: tuple[Path, ...]
+    page_servers: tuple[PageServerAddress, ...]
+    remote: RemoteOptions
+
+
+def tls_files(options: dict[str, Any]) -> TlsFiles:
+    """Of the values of TLS_OPTIONS."""
+    return TlsFiles(
+        cacert=options["tls_cacert"],
+        cert=options["tls_cert"],
+        key=options["tls_key"],
+        cacrl=options["tls_cacrl"],
+        check_name=not options["tls_no_cn_verify"],
+    )
+
+
+def sources_of(options: dict[str, Any]) -> Sources:
+    """Of the values of SOURCE_OPTIONS. Raises LazyPagesError for what does not go together."""
+    directories: list[Path] = []
+    servers: list[PageServerAddress] = []
+    if options["page_server"]:
+        servers.append(_page_server(options))
+    elif any(options[name] is not None for name in ("address", "port", "ps_socket")) or options["tls"]:
+        raise LazyPagesError("--address, --port, --ps-socket and --tls go with --page-server")
+    for text in options["sources"]:
+        match parse_source(text):
+            case LocalSource(directory):
+                directories.append(directory)
+            case TcpServer() | UnixServer() | ConnectedSocket() as server:
+                servers.append(server)
+    protocol = options["page_server_protocol"]
+    return Sources(
+        tuple(directories),
+        tuple(servers),
+        RemoteOptions(
+            layout=None if protocol == AUTO else Layout(protocol),
+            deadline=options["source_deadline"],
+            tls=tls_files(options),
+        ),
+    )
+
+
+def _page_server(options: dict[str, Any]) -> PageServerAddress:
+    if options["ps_socket"] is not None:
+        return ConnectedSocket(options["ps_socket"])
+    if options["port"] is None:
+        raise LazyPagesError(
+            "--page-server needs --port (and --address, if it is on another machine), or --ps-socket"
+        )
+    return TcpServer(options["address"] or DEFAULT_ADDRESS, options["port"], options["tls"])
