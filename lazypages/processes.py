@@ -42,7 +42,7 @@ class Process:
     def holds_anonymous_memory(self, addr: int) -> bool:
         """Whether private anonymous memory is mapped at `addr`; True too when that can't be read."""
         try:
-            with Path(f"/proc/{self.pid}/maps").open() as maps:
+            with Path(f"/proc/{self.pid}/maps").open(errors="replace") as maps:
                 for line in maps:
                     span, permissions, _offset, _device, inode, *_name = line.split()
                     start, end = (int(part, 16) for part in span.split("-"))
@@ -58,7 +58,7 @@ class Process:
 
 def _innermost_pid(real_pid: int) -> int | None:
     try:
-        with Path(f"/proc/{real_pid}/status").open() as status:
+        with Path(f"/proc/{real_pid}/status").open(errors="replace") as status:
             for line in status:
                 if line.startswith("NSpid:"):
                     return int(line.split()[-1])

@@ -35,7 +35,7 @@ def become_subreaper() -> None:
 def _stat(pid: int) -> tuple[str, int] | None:
     """State letter and parent pid of a process; None when there is none (proc_pid_stat(5))."""
     try:
-        text = Path(f"/proc/{pid}/stat").read_text()
+        text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
     except (FileNotFoundError, ProcessLookupError):
         return None
     state, ppid = text[text.rindex(")") + 2 :].split()[:2]
