@@ -17,8 +17,17 @@ from lazypages.errors import LazyPagesError
 COMMANDS = {
     "serve": ("lazypages.serve_command:serve", "Give restored tasks their memory as they touch it."),
     "restore": ("lazypages.restore.cli:restore_command", "Bring tasks back, as criu restore does."),
+    "page-server": (
+        "lazypages.pageserver.cli:page_server_command",
+        "Give pages to restores elsewhere, or receive images.",
+    ),
+    "page-server": (
+        "lazypages.pageserver.cli:page_server_command",
+        "Receive a dump over the network, or give its pages to lazy restores.",
+    ),
     "show": ("lazypages.cli:show", "Say what an image directory holds."),
     "demo": ("lazypages.demo:demo", "See it work: checkpoint a live task, bring it back lazily."),
+    "bench": ("lazypages.bench.cli:bench_command", "Compare with criu lazy-pages on this machine."),
 }
 
 
