@@ -21,10 +21,6 @@ COMMANDS = {
         "lazypages.pageserver.cli:page_server_command",
         "Give pages to restores elsewhere, or receive images.",
     ),
-    "page-server": (
-        "lazypages.pageserver.cli:page_server_command",
-        "Receive a dump over the network, or give its pages to lazy restores.",
-    ),
     "show": ("lazypages.cli:show", "Say what an image directory holds."),
     "demo": ("lazypages.demo:demo", "See it work: checkpoint a live task, bring it back lazily."),
     "bench": ("lazypages.bench.cli:bench_command", "Compare with criu lazy-pages on this machine."),
