@@ -10,7 +10,7 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Self
 
 from dumptool import core, mappings, memory, proc, survey, tracking
 from dumptool.chain import PARENT_LINK, Chain, ParentPages
-from dumptool.errors import DumpError
+from dumptool.errors import DumpError, TaskGoneError
 from dumptool.files import FileTable
 from dumptool.freeze import FrozenTree, freeze, members
 from dumptool.mappings import FileIds, Mapping
@@ -136,6 +136,7 @@ def pre_dump(settings: Settings, watcher: Watcher) -> Report:
     The tree stands still only while it is looked at and its memory is write-protected. Raises ``DumpError``
     (``UnsupportedError``) or ``ImageError``; the tree goes on then too.
     """
+    settings = replace(settings, allow=replace(settings.allow, file_locks=True))  # not this level's business
     with _Run(settings, watcher) as run:
         run.look()
         with run.frozen() as tree:
@@ -220,7 +221,8 @@ class _Run:
         self._before = survey.look_at_all(processes)
         survey.check(processes, self._before, settings.allow)
         for pid, task in self._before.items():
-            self._gadgets[pid] = Gadgets(pid, task.layout.vmas)
+            with suppress(TaskGoneError):
+                self._gadgets[pid] = Gadgets(pid, task.layout.vmas)
         _set_up_directory(settings)
         if settings.parent is not None:
             self._chain = Chain(settings.images / settings.parent)
@@ -231,9 +233,10 @@ class _Run:
         """The tree, stopped. Other runs of the tool are kept away."""
         self.watcher.stage("freezing")
         for task in self._before.values():
-            fd = tracking.lock(task)
-            if fd is not None:
-                self._resources.callback(os.close, fd)
+            with suppress(TaskGoneError):
+                fd = tracking.lock(task)
+                if fd is not None:
+                    self._resources.callback(os.close, fd)
         with freeze(self.settings.pid, self.settings.timeout) as tree:
             self.report.processes = len(tree.processes)
             self.report.threads = sum(len(process.threads) for process in tree.alive)
@@ -311,9 +314,14 @@ class _Run:
         self.watcher.total(sum(part.runs.pages(PE_PRESENT) for job in self._jobs for part in job.parts))
         for job in self._jobs:
             source = replace(job.source, running=running)
-            self.report.counts.add(
-                memory.write(job.target, source, job.parts, job.marks, self.watcher.copied)
-            )
+            try:
+                counts = memory.write(job.target, source, job.parts, job.marks, self.watcher.copied)
+            except TaskGoneError:
+                if not running or source.pid == self.settings.pid:
+                    raise
+                job.target.remove()  # it has ended: the next level has it no more
+            else:
+                self.report.counts.add(counts)
         self.report.writing += time.monotonic() - begin
 
     def copy_shared(self, tasks: list[Task]) -> None:

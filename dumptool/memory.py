@@ -236,6 +236,11 @@ class Target:
     def pages(self) -> Path:
         return self.directory / f"pages-{self.pages_id}.img"
 
+    def remove(self) -> None:
+        """Unmake both."""
+        self.pages.unlink(missing_ok=True)
+        (self.directory / self.pagemap_name).unlink(missing_ok=True)
+
 
 def write(target: Target, source: Source, parts: Sequence[Part], marks: Marks, progress: Progress) -> Counts:
     """Writes a pagemap and its pages file. Raises ``DumpError`` (memory), ``ImageError`` (files)."""

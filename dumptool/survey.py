@@ -93,23 +93,33 @@ def look_at_all(processes: Iterable[Process], before: dict[int, Task] | None = N
 
 
 def check(processes: Sequence[Process], tasks: dict[int, Task], options: Options) -> None:
-    """Raises ``UnsupportedError`` with everything that stands in the way."""
+    """Raises ``UnsupportedError`` with everything that stands in the way.
+
+    Processes that end meanwhile stand in nobody's way; ``TaskGoneError`` if the root of the tree does.
+    """
     refusals: list[Refusal] = []
+    pids = {one.pid for one in processes}
     for process in processes:
-        refusals += _family(process, {one.pid for one in processes}, options)
-        if process.zombie and len(process.threads) > 1:
-            refusals.append(Refusal(process.pid, "", "its first thread has ended, others have not"))
-    for task in tasks.values():
-        refusals += _process(task)
-        refusals += _files(task, options)
-        refusals += _mappings(task)
+        try:
+            refusals += _family(process, pids, options)
+            if process.pid in tasks:
+                refusals += _own(tasks[process.pid], options)
+        except TaskGoneError:
+            if process.ppid == 0:
+                raise
     refusals += _pipes(tasks)
     refusals += _shared(list(tasks.values()))
     if refusals:
         raise UnsupportedError(sorted(set(refusals)))
 
 
+def _own(task: Task, options: Options) -> list[Refusal]:
+    return [*_process(task), *_files(task, options), *_mappings(task)]
+
+
 def _family(process: Process, pids: Collection[int], options: Options) -> Iterator[Refusal]:
+    if process.zombie and len(process.threads) > 1:
+        yield Refusal(process.pid, "", "its first thread has ended, others have not")
     if options.shell_job:
         return
     own = proc.stat(process.pid)
@@ -270,11 +280,24 @@ def _pipes(tasks: dict[int, Task]) -> Iterator[Refusal]:
             links = {os.readlink(f"/proc/{entry}/fd/{fd}") for fd in os.listdir(f"/proc/{entry}/fd")}
         except OSError:
             continue
-        for link in links & held.keys():
+        shared = links & held.keys()
+        if shared and _descends(int(entry), tasks):
+            continue  # a child that has been born since we looked
+        for link in shared:
             pid, fd = held[link]
             yield Refusal(
                 pid, f"fd {fd}", f"{link} leads out of the tree, to pid {entry}; that end is not saved"
             )
+
+
+def _descends(pid: int, tasks: Collection[int]) -> bool:
+    """Whether a process is in the tree of these."""
+    try:
+        while pid > 1 and pid not in tasks:
+            pid = proc.stat(pid).ppid
+    except TaskGoneError:
+        return True  # ended: it holds nothing any more
+    return pid in tasks
 
 
 def _shared(tasks: Sequence[Task]) -> Iterator[Refusal]:

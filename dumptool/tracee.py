@@ -16,7 +16,7 @@ from enum import IntEnum
 from typing import Any
 
 from dumptool._ptrace import ffi, lib
-from dumptool.errors import DumpError, system_error
+from dumptool.errors import DumpError, TaskGoneError, system_error
 from dumptool.proc import Vma
 
 SIGINFO_SIZE = 128
@@ -206,8 +206,11 @@ class Gadgets:
         self.pointer = ffi.new("struct lp_gadgets *")
         for vma in vmas:
             readable_code = vma.prot & 5 == 5
-            if readable_code and lib.lp_find_gadgets(pid, vma.start, vma.end, self.pointer) == 0:
+            outcome = lib.lp_find_gadgets(pid, vma.start, vma.end, self.pointer) if readable_code else -1
+            if outcome == 0:
                 return
+            if outcome == -errno.ESRCH:
+                raise TaskGoneError(f"pid {pid}: no such process (any more)")
         raise DumpError(
             f"pid {pid}: its code has no `syscall; ret` or no return from signal handlers, so that no system "
             "call can be run in it safely"

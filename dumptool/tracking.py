@@ -249,7 +249,10 @@ def lock(task: Task) -> int | None:
     tracker = own_tracker(task)
     if tracker is None:
         return None
-    fd = os.open(f"/proc/{task.pid}/fd/{tracker.memfd}", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fd = os.open(f"/proc/{task.pid}/fd/{tracker.memfd}", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None  # closed meanwhile, or the process has ended
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

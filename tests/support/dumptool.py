@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from images_spec.images import Kind, read_one
 from images_spec.messages import DumpStatsEntry
 from images_spec.pagemap import Pagemap
 from tests.support.criu import Criu
-from tests.support.processes import describe, nothing_left
+from tests.support.processes import descendants, describe, nothing_left
 
 COMMAND = (sys.executable, "-m", "dumptool")
 
@@ -91,6 +92,14 @@ def task(*command: str | Path, cwd: Path | None = None, output: Path | None = No
             if process.poll() is None:
                 process.kill()
             process.wait(30)
+
+
+def reap_all() -> None:
+    """Free the pids of the dead that have become ours."""
+    for pid, state in descendants().items():
+        if state == "Z":
+            with suppress(ChildProcessError):
+                os.waitpid(pid, os.WNOHANG)
 
 
 def is_unharmed(pid: int) -> None:

@@ -1,0 +1,23 @@
+/* Counts, slowly, and says so: `counter LINES MICROSECONDS`. What it prints depends on nothing but LINES. */
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <time.h>
+
+int main(int argc, char **argv)
+{
+	long lines = argc > 1 ? atol(argv[1]) : 0, pause = argc > 2 ? atol(argv[2]) : 0;
+	uint64_t state = 1;
+
+	for (long i = 0; i < lines; i++) {
+		struct timespec ts = { pause / 1000000, pause % 1000000 * 1000 };
+
+		state = state * 6364136223846793005u + 1442695040888963407u;
+		printf("%ld %016lx\n", i, state);
+		fflush(stdout);
+		if (pause)
+			while (nanosleep(&ts, &ts))
+				;
+	}
+	return 0;
+}
