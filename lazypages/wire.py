@@ -314,6 +314,16 @@ class ClientCodec(_ReceiveBuffer):
         """Requests that have no complete answer yet."""
         return len(self._asked)
 
+    @property
+    def oldest(self) -> Get | None:
+        """The request that is answered first."""
+        return self._asked[0] if self._asked else None
+
+    @property
+    def at_boundary(self) -> bool:
+        """Whether what was received ends with a whole answer."""
+        return not len(self) and not self._missing
+
     def get(self, pid: int, vaddr: int, nr_pages: int) -> bytes:
         """The bytes that ask for `nr_pages` (> 0) pages from `vaddr` on."""
         if self._closing:
@@ -352,7 +362,7 @@ class ClientCodec(_ReceiveBuffer):
             raise RemoteProtocolError(
                 f"the page server sends what nobody asked for: {bytes(self._peek(min(len(self), 32))).hex()}"
             )
-        return self._end_of_file(complete=not len(self) and not self._missing)
+        return self._end_of_file(complete=self.at_boundary)
 
     def _header(self) -> Pages | ZeroPages | Answered | Closed | Eof | None:
         word, nr_pages, vaddr, dst_id = self._struct.unpack(self._take(self._struct.size))

@@ -1,0 +1,198 @@
+"""Where a page server listens, and the sockets that come of it."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import os
+import selectors
+import signal
+import socket
+import ssl
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Final
+
+from lazypages.errors import LazyPagesError
+from lazypages.sources.link import KEEPALIVE
+from lazypages.tls import TlsError, TlsFiles
+
+log = logging.getLogger("lazypages")
+
+LOOPBACK: Final = "127.0.0.1"
+UNIX_PREFIX: Final = "unix:"
+HANDSHAKE_TIMEOUT: Final = 30.0  # s
+BACKLOG: Final = 64
+
+
+class ListenError(LazyPagesError):
+    """The server can't listen there, or should not."""
+
+
+def listen(address: str | None, port: int, *, public: bool) -> tuple[socket.socket, str]:
+    """A listening socket, and how to name it: `address` is a host, an IPv4 or IPv6 address, or unix:PATH.
+
+    Loopback without an address; port 0 is one of the kernel's choice. Raises ListenError, also for an address that
+    others can reach unless `public`.
+    """
+    if address is not None and address.startswith(UNIX_PREFIX):
+        return _listen_unix(Path(address.removeprefix(UNIX_PREFIX)))
+    host = LOOPBACK if address is None else address
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError as error:
+        raise ListenError(f"--address {host}: {error.strerror}") from None
+    family, _, _, _, where = found[0]
+    if not public and not ipaddress.ip_address(str(where[0]).partition("%")[0]).is_loopback:
+        raise ListenError(
+            f"--address {host}: everybody who reaches it could read or write the memory of tasks: "
+            "use --tls, or say --insecure"
+        )
+    sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(where)
+        sock.listen(BACKLOG)
+    except OSError as error:
+        sock.close()
+        raise ListenError(f"can't listen at {host} port {port}: {error.strerror}") from None
+    bound, number = sock.getsockname()[:2]
+    return sock, f"[{bound}]:{number}" if family == socket.AF_INET6 else f"{bound}:{number}"
+
+
+def _listen_unix(path: Path) -> tuple[socket.socket, str]:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        if path.is_socket() and not _is_alive(path):
+            path.unlink()
+        sock.bind(str(path))
+        path.chmod(0o600)
+        sock.listen(BACKLOG)
+    except OSError as error:
+        sock.close()
+        raise ListenError(f"can't listen at {UNIX_PREFIX}{path}: {error.strerror or error}") from None
+    return sock, f"{UNIX_PREFIX}{path}"
+
+
+def _is_alive(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(str(path))
+        except OSError:
+            return False
+        return True
+
+
+def connected_socket(fd: int) -> socket.socket:
+    """The socket of --ps-socket. Raises ListenError."""
+    try:
+        sock = socket.socket(fileno=fd)
+        sock.getpeername()
+    except OSError as error:
+        raise ListenError(f"--ps-socket {fd}: no connected socket: {error.strerror}") from None
+    return sock
+
+
+def prepare(sock: socket.socket, tls: TlsFiles | None, name: str | None) -> socket.socket:
+    """An accepted socket, ready to be read; with TLS after the handshake. Raises TlsError.
+
+    `name`: the server's --address, which the client's certificate must name too (as with CRIU), or None.
+    """
+    if sock.family != socket.AF_UNIX:
+        with suppress(OSError):  # a client that is gone already is found out by reading
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for option, value in KEEPALIVE.items():
+                sock.setsockopt(socket.IPPROTO_TCP, option, value)
+    if tls is None:
+        return sock
+    sock.settimeout(HANDSHAKE_TIMEOUT)
+    try:
+        secure = tls.server_context().wrap_socket(sock, server_side=True)
+    except ssl.SSLError as error:
+        sock.close()
+        raise TlsError(f"TLS: {getattr(error, 'verify_message', None) or error.reason or error}") from None
+    except OSError as error:
+        sock.close()
+        raise TlsError(f"TLS: no handshake: {error.strerror or error}") from None
+    try:
+        tls.verify_peer(secure.getpeercert(), name)
+    except TlsError:
+        secure.close()
+        raise
+    secure.settimeout(None)
+    return secure
+
+
+def hang_up(sock: socket.socket, *, clean: bool) -> None:
+    """Close a connection; after a clean end, TLS says good-bye to a client that does so too."""
+    if clean and isinstance(sock, ssl.SSLSocket):
+        with suppress(OSError, ValueError):
+            sock.settimeout(1.0)
+            sock.unwrap()
+    sock.close()
+
+
+@contextmanager
+def until_signalled() -> Iterator[int]:
+    """A file descriptor that is readable once SIGINT or SIGTERM has come."""
+    readable, writable = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    wakeup = signal.set_wakeup_fd(writable)
+    for number in before:
+        signal.signal(number, lambda *_: None)
+    try:
+        yield readable
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(wakeup)
+        os.close(readable)
+        os.close(writable)
+
+
+def accept_all(listener: socket.socket, stop: int, handle: Callable[[socket.socket, str], object]) -> None:
+    """`handle(socket, name)` in a thread for each client, until `stop` is readable; then all are cut off.
+
+    `handle` closes its socket.
+    """
+    listener.setblocking(False)
+    clients: dict[threading.Thread, socket.socket] = {}
+    with selectors.DefaultSelector() as selector:
+        selector.register(listener, selectors.EVENT_READ)
+        selector.register(stop, selectors.EVENT_READ)
+        while not any(key.fd == stop for key, _ in selector.select()):
+            try:
+                sock, peer = listener.accept()
+            except OSError as error:
+                log.warning("a client could not be taken: %s", error.strerror)
+                continue
+            sock.setblocking(True)
+            name = f"client {peer[0]} port {peer[1]}" if peer else "a client"
+            # The duplicate can be shut down whatever the thread has made of the original.
+            thread = threading.Thread(target=handle, args=(sock, name), name=name, daemon=True)
+            clients[thread] = sock.dup()
+            thread.start()
+            for ended in [thread for thread in clients if not thread.is_alive()]:
+                clients.pop(ended).close()
+    for thread, sock in clients.items():
+        with suppress(OSError):
+            sock.shutdown(socket.SHUT_RDWR)
+        thread.join()
+        sock.close()
+
+
+def accept_one(listener: socket.socket, stop: int) -> tuple[socket.socket, str] | None:
+    """The first client; None when `stop` becomes readable before one comes."""
+    listener.setblocking(False)
+    with selectors.DefaultSelector() as selector:
+        selector.register(listener, selectors.EVENT_READ)
+        selector.register(stop, selectors.EVENT_READ)
+        while not any(key.fd == stop for key, _ in selector.select()):
+            with suppress(BlockingIOError, ConnectionAbortedError):
+                sock, peer = listener.accept()
+                sock.setblocking(True)
+                return sock, f"client {peer[0]} port {peer[1]}" if peer else "a client"
+    return None

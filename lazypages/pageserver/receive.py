@@ -1,0 +1,274 @@
+"""Receive mode: writes the images that `criu dump --page-server` and the like send, byte for byte as CRIU's own
+server does (compared with 4.1.1 and 4.2.1 in the tests)."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import logging
+import os
+import socket
+import struct
+from bisect import bisect_right
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO, Final
+
+from images_spec.checkpoint import PARENT_LINK, parent_chain
+from images_spec.errors import ImageMissingError
+from images_spec.flags import PE_PARENT, PE_PRESENT
+from images_spec.images import COMMON_MAGIC, Kind
+from images_spec.messages import PagemapEntry, PagemapHead
+from images_spec.pagemap import Pagemap
+from lazypages import wire
+from lazypages.errors import LazyPagesError
+from lazypages.wire import PAGE_SIZE, Command, Header, ImageType, Layout, RemoteProtocolError, ServerCodec
+
+log = logging.getLogger("lazypages")
+
+FIRST_PAGES_ID: Final = 0x10001  # so that ids don't clash with those of the dump itself (reference §4)
+BUFFER_SIZE: Final = 1 << 20
+_FALLOC_PUNCH_HOLE: Final = 0x02 | 0x01  # with FALLOC_FL_KEEP_SIZE (fallocate(2))
+
+
+class ReceiveError(LazyPagesError):
+    """The images can't be written, or the dump contradicts its parent."""
+
+
+@dataclass(slots=True)
+class _Image:
+    """The pagemap and pages images that are written at the moment."""
+
+    dst_id: int
+    name: str
+    pagemap: BinaryIO
+    pages: BinaryIO
+    parents: list[_ParentLevel]
+
+
+@dataclass(slots=True)
+class _ParentLevel:
+    """One level of the chain below: its pagemap, and where each entry's pages are in its pages file."""
+
+    pagemap: Pagemap
+    pages: Path
+    offsets: list[int] = field(default_factory=list)
+    fd: int | None = None
+
+    @classmethod
+    def load(cls, directory: Path, name: str) -> _ParentLevel:
+        pagemap = Pagemap.load(directory / name)
+        level = cls(pagemap, directory / f"pages-{pagemap.pages_id}.img")
+        offset = 0
+        for entry in pagemap:
+            level.offsets.append(offset)
+            if entry.flags & PE_PRESENT:
+                offset += entry.nr_pages * PAGE_SIZE
+        return level
+
+    def overlapping(self, start: int, end: int) -> list[tuple[int, int, int, int]]:
+        """(start, end, flags, offset of start in the pages file) of what the level has of [start, end)."""
+        found = []
+        pagemap = self.pagemap
+        index = bisect_right(range(len(pagemap)), start, key=lambda index: pagemap[index].vaddr) - 1
+        for place in range(max(index, 0), len(pagemap)):
+            entry = pagemap[place]
+            if entry.vaddr >= end:
+                break
+            first, last = max(start, entry.vaddr), min(end, entry.vaddr + entry.nr_pages * PAGE_SIZE)
+            if first < last:
+                found.append((first, last, entry.flags, self.offsets[place] + first - entry.vaddr))
+        return found
+
+
+class ImageReceiver:
+    """Writes into `directory`, whose parent (if any) `parent` links to already."""
+
+    def __init__(self, directory: Path, *, auto_dedup: bool) -> None:
+        self._directory = directory
+        self._auto_dedup = auto_dedup
+        self._image: _Image | None = None
+        self._next_id = FIRST_PAGES_ID
+        self.pages = 0
+
+    def has_parent(self, dst_id: int) -> bool:
+        """Whether the parent directory has this image."""
+        return os.path.lexists(self._directory / PARENT_LINK / _pagemap_name(dst_id))
+
+    def open(self, dst_id: int) -> bool:
+        """Begin an image; the one before is complete. Returns whether it has a parent."""
+        self.close()
+        name = _pagemap_name(dst_id)
+        parents = self._parents(name)
+        pages_id, self._next_id = self._next_id, self._next_id + 1
+        pagemap, pages = self._directory / name, self._directory / f"pages-{pages_id}.img"
+        self._image = _Image(dst_id, name, _create(pagemap), _create(pages), parents)
+        self._image.pagemap.write(
+            struct.pack("<II", COMMON_MAGIC, Kind.PAGEMAP.magic) + _framed(PagemapHead(pages_id=pages_id))
+        )
+        return bool(parents)
+
+    def add(self, header: Header, layout: Layout) -> None:
+        """An entry of the pagemap; its pages follow in write() if it has any."""
+        image = self._image
+        if image is None or image.dst_id != header.dst_id:
+            self.open(header.dst_id)
+            image = self._image
+        assert image is not None
+        flags = {Command.ADD: PE_PRESENT, Command.HOLE: PE_PARENT}.get(header.command, header.flags)
+        start, end = header.vaddr, header.vaddr + header.nr_pages * PAGE_SIZE
+        if image.parents:
+            if flags & PE_PRESENT:
+                if self._auto_dedup:
+                    _punch(image.parents, start, end)
+            elif flags & PE_PARENT:
+                _check_covered(image.parents[0], start, end)
+        entry = PagemapEntry(vaddr=start, flags=flags)
+        if layout is Layout.CRIU_4_1:
+            entry.compat_nr_pages = header.nr_pages
+        else:
+            entry.compat_nr_pages, entry.nr_pages = 0, header.nr_pages
+        image.pagemap.write(_framed(entry))
+
+    def write(self, data: memoryview) -> None:
+        """Some bytes of the pages of the last entry."""
+        assert self._image is not None
+        self._image.pages.write(data)
+        self.pages += len(data)
+
+    def close(self) -> None:
+        """The image that is open is complete."""
+        if self._image is not None:
+            image, self._image = self._image, None
+            image.pagemap.close()
+            image.pages.close()
+            for level in image.parents:
+                if level.fd is not None:
+                    os.close(level.fd)
+
+    def _parents(self, name: str) -> list[_ParentLevel]:
+        levels = []
+        for directory in parent_chain(self._directory)[1:]:
+            try:
+                levels.append(_ParentLevel.load(directory, name))
+            except ImageMissingError:
+                break
+        return levels
+
+
+class ReceiveConnection:
+    """The one client of receive mode."""
+
+    def __init__(self, sock: socket.socket, receiver: ImageReceiver) -> None:
+        self._sock = sock
+        self._receiver = receiver
+        self._codec = ServerCodec(size=BUFFER_SIZE)
+
+    def run(self) -> None:
+        """Until the client has said CLOSE and is gone. Raises LazyPagesError, ImageError otherwise."""
+        closed = False
+        while True:
+            try:
+                self._codec.received(self._sock.recv_into(self._codec.writable()))
+            except OSError as error:
+                if closed:
+                    return
+                raise ReceiveError(f"the dump's connection is lost: {error.strerror or error}") from None
+            while (event := self._codec.next_event()) is not None:
+                match event:
+                    case Header():
+                        closed = self._handle(event) or closed
+                    case wire.Payload(data):
+                        try:
+                            self._receiver.write(data)
+                        except OSError as error:
+                            raise ReceiveError(f"the images can't be written: {error.strerror}") from None
+                    case wire.Probed():
+                        self._sock.sendall(self._codec.answer_probe(wire.NO_FEATURES))
+                    case wire.Eof():
+                        if not closed:
+                            raise ReceiveError(
+                                "the client has gone without CLOSE: the dump has failed, the images are not complete"
+                            )
+                        return
+
+    def _handle(self, header: Header) -> bool:
+        layout, receiver = self._codec.layout, self._receiver
+        try:
+            match header.command:
+                case Command.OPEN2:
+                    self._sock.sendall(wire.answer_open(has_parent=receiver.open(header.dst_id)))
+                case Command.OPEN:
+                    receiver.open(header.dst_id)
+                case Command.PARENT:
+                    self._sock.sendall(wire.answer_parent(has_parent=receiver.has_parent(header.dst_id)))
+                case Command.ADD | Command.ADD_F | Command.HOLE:
+                    assert layout is not None
+                    receiver.add(header, layout)
+                case Command.GET:
+                    raise RemoteProtocolError(
+                        "the client asks for pages; that takes page-server --lazy-pages"
+                    )
+                case Command.CLOSE | Command.FORCE_CLOSE:
+                    receiver.close()
+                    self._sock.sendall(wire.answer_close())
+                    return True
+        except OSError as error:
+            raise ReceiveError(f"the images can't be written: {error.strerror or error}") from None
+        return False
+
+
+def _pagemap_name(dst_id: int) -> str:
+    kind, number = wire.decode_dst_id(dst_id)
+    return Kind.PAGEMAP.file_name(number if kind is ImageType.TASK else f"shmem-{number}")
+
+
+def _create(path: Path) -> BinaryIO:
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    return os.fdopen(fd, "wb", buffering=1 << 16)
+
+
+def _framed(message: PagemapHead | PagemapEntry) -> bytes:
+    data = message.SerializeToString()
+    return struct.pack("<I", len(data)) + data
+
+
+def _check_covered(parent: _ParentLevel, start: int, end: int) -> None:
+    """Pages that are said to be in the parent must be there. Raises ReceiveError."""
+    place = start
+    for first, last, _, _ in parent.overlapping(start, end):
+        if first > place:
+            break
+        place = last
+    if place < end:
+        raise ReceiveError(
+            f"the dump says that page {place:#x} is in its parent, but {parent.pagemap.path} does not have it"
+        )
+
+
+def _punch(levels: list[_ParentLevel], start: int, end: int) -> None:
+    """Give back the room of pages that have come anew, in whichever level holds them. Raises ReceiveError."""
+    if not levels:
+        return
+    level = levels[0]
+    for first, last, flags, offset in level.overlapping(start, end):
+        if flags & PE_PRESENT:
+            try:
+                if level.fd is None:
+                    level.fd = os.open(level.pages, os.O_RDWR | os.O_CLOEXEC)
+                _punch_hole(level.fd, offset, last - first)
+            except OSError as error:
+                raise ReceiveError(f"--auto-dedup: {level.pages}: {error.strerror}") from None
+        elif flags & PE_PARENT:
+            _punch(levels[1:], first, last)
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+
+
+def _punch_hole(fd: int, offset: int, size: int) -> None:
+    while _libc.fallocate(fd, _FALLOC_PUNCH_HOLE, offset, size):
+        number = ctypes.get_errno()
+        if number != errno.EINTR:
+            raise OSError(number, os.strerror(number))

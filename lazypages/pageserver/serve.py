@@ -1,0 +1,102 @@
+"""`--lazy-pages`: answers the GETs of any number of clients, each in a thread of its own, for as long as it runs.
+
+Threads, because a page that is not in the page cache keeps its reader waiting for the disk; the others go on. The
+pages go from the mapped file to the socket in one system call; only TLS needs them in memory of ours.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import ssl
+
+from images_spec.errors import ImageError
+from lazypages import wire
+from lazypages.pageserver.images import Piece, ServedImages
+from lazypages.wire import PAGE_SIZE, Command, Features, Header, RemoteProtocolError, ServerCodec
+
+log = logging.getLogger("lazypages")
+
+MAX_ANSWER = 1024  # pages of one answer; the client asks again for the rest
+BUFFER_SIZE = 16 << 10  # bytes of requests that are received at once
+
+
+class PageConnection:
+    """One client."""
+
+    def __init__(self, sock: socket.socket, images: ServedImages, name: str) -> None:
+        self._sock = sock
+        self._images = images
+        self._name = name
+        self._codec = ServerCodec(size=BUFFER_SIZE)
+        self.pages = 0
+
+    def run(self) -> bool:
+        """Until the client has closed, or breaks the protocol. Whether it ended as it should."""
+        try:
+            while True:
+                self._codec.received(self._sock.recv_into(self._codec.writable()))
+                while (event := self._codec.next_event()) is not None:
+                    match event:
+                        case Header(command=Command.GET):
+                            if not self._get(event):
+                                return False
+                        case Header():
+                            self._sock.sendall(self._answer(event))
+                        case wire.Probed(features):
+                            granted = features & wire.ALL_FEATURES
+                            self._sock.sendall(self._codec.answer_probe(granted))
+                        case wire.Eof(complete):
+                            if not complete:
+                                log.warning("%s: closed in the middle of a request", self._name)
+                            return complete
+        except (RemoteProtocolError, ImageError) as error:
+            log.error("%s: %s; closing", self._name, error)
+        except OSError as error:
+            log.warning("%s: %s", self._name, error.strerror or error)
+        return False
+
+    def _answer(self, header: Header) -> bytes:
+        match header.command:
+            case Command.CLOSE | Command.FORCE_CLOSE:
+                return wire.answer_close()
+            case Command.PARENT:
+                return wire.answer_parent(has_parent=False)
+        raise RemoteProtocolError(
+            f"sends {header.command.name}, but this server gives pages (--lazy-pages) and takes none"
+        )
+
+    def _get(self, request: Header) -> bool:
+        pieces = self._images.find(request.dst_id, request.vaddr, min(request.nr_pages, MAX_ANSWER))
+        pages = sum(piece.size for piece in pieces) // PAGE_SIZE
+        self.pages += pages
+        granted = self._codec.features
+        if not pages:
+            log.warning(
+                "%s: asks for page %#x of task %d, which is not here",
+                self._name,
+                request.vaddr,
+                request.dst_id,
+            )
+            if not granted & Features.MISSING:
+                return False  # as CRIU's server does
+            self._sock.sendall(self._codec.answer_get(request, 0))
+        elif granted & Features.ZERO and all(piece.is_zero() for piece in pieces):
+            self._sock.sendall(self._codec.answer_get(request, pages, zero=True))
+        else:
+            self._send(self._codec.answer_get(request, pages), pieces)
+        return True
+
+    def _send(self, header: bytes, pieces: list[Piece]) -> None:
+        if isinstance(self._sock, ssl.SSLSocket):
+            # One record for a small answer; and no reading of mapped memory here, where a file cut short is fatal.
+            self._sock.sendall(header + b"".join(piece.read() for piece in pieces))
+            return
+        views = [memoryview(header), *(piece.view() for piece in pieces)]
+        while views:
+            sent = self._sock.sendmsg(views[:64])
+            while views and sent >= len(views[0]):
+                sent -= len(views[0])
+                del views[0]
+            if sent:
+                views[0] = views[0][sent:]

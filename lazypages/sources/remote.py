@@ -1,0 +1,633 @@
+"""Pages from page servers: CRIU's and ours, one or several with the same content.
+
+A connection to a server is a *lane*. CRIU's servers take one connection in their whole life, and end a task that
+they keep frozen when it closes; so a lane that has gone silent is given up only for another one of which the
+server has answered the first question. Our own servers take any number: faults get a lane of their own.
+
+What can't be had at the moment waits, and is asked for again: of the other servers at once, of the same one after
+a pause that grows. Only a deadline, if there is one, makes pages lost; nothing here ever makes them zeros.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Final
+
+import anyio
+from anyio.abc import TaskGroup
+
+from lazypages import wire
+from lazypages.sources.backlog import Backlog, Wanted
+from lazypages.sources.link import Link, LinkError, connect
+from lazypages.sources.url import ConnectedSocket, PageServerAddress, TcpServer
+from lazypages.sources.window import Sent, Window
+from lazypages.tls import TlsError, TlsFiles
+from lazypages.wire import PAGE_SIZE, ClientCodec, Features, Layout, RemoteProtocolError
+
+log = logging.getLogger("lazypages")
+
+# A server of CRIU's copies what lies before a page in its pipe (up to 1 MiB) for each request, and without
+# CAP_SYS_RESOURCE it fails past the 16th page of a pipe, however small the request (reference §8, 9).
+CRIU_MAX_PAGES: Final = 64
+OUR_MAX_PAGES: Final = 256
+URGENT_MAX_PAGES: Final = 16  # neighbouring faults that are asked for as one
+MIN_PAGES: Final = 4  # of a background request
+ALONE_WINDOW: Final = 1 << 20  # bytes of background on a lane without faults, at least
+URGENT_WINDOW: Final = 4 << 20  # bytes of faults on their way on one lane
+
+CONNECT_TIMEOUT: Final = 10.0  # s
+SILENCE: Final = 3.0  # s without a byte, while answers are due, that make a lane suspect
+SILENT_ROUND_TRIPS: Final = 20  # and so many round trips
+BACKOFF: Final = (0.05, 5.0)  # s: first and longest pause before a server is tried again
+REFUSED_BACKOFF: Final = (0.2, 10.0)  # the same for a page that all servers refuse
+WARN_INTERVAL: Final = 30.0  # s
+TICK: Final = 0.1  # s between looks at what waits, while something does
+CLOSE_TIMEOUT: Final = 5.0  # s for the server's answer to CLOSE
+# How long a server of the old layout may take to answer the probe before it counts as new: the images were
+# written by a new CRIU, or by an old one or nobody knows.
+PROBE_PATIENCE: Final = {Layout.CRIU_4_2: 0.5, Layout.CRIU_4_1: 5.0, None: 2.0}
+
+OnPages = Callable[[int, int, memoryview], Awaitable[None]]
+OnLost = Callable[[int, int, int, str], Awaitable[None]]
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteOptions:
+    """``layout``: of the header, when the user has said it. ``written_by``: the layout of the CRIU that wrote the
+    images, a hint for finding out. ``deadline``: seconds after which pages that can't be had are lost; None: never.
+    """
+
+    layout: Layout | None = None
+    written_by: Layout | None = None
+    deadline: float | None = None
+    tls: TlsFiles | None = None
+
+
+@dataclass(slots=True)
+class ServerStats:
+    """What one server has given: counts since the start; ``round_trip`` in seconds, None before the first answer."""
+
+    address: str
+    connected: bool = False
+    connections: int = 0
+    requests: int = 0
+    pages: int = 0
+    bytes: int = 0
+    round_trip: float | None = None
+
+
+@dataclass(slots=True, eq=False)
+class _Lane:
+    """One connection to a server, from the attempt to connect until its end."""
+
+    server: _Server
+    urgent_only: bool
+    second: bool  # there is another one already that may come back to life
+    scope: anyio.CancelScope = field(default_factory=anyio.CancelScope)
+    link: Link | None = None
+    codec: ClientCodec | None = None
+    up: bool = False
+    down: bool = False
+    silent: bool = False
+    heard: float = 0.0  # when the last byte came, or the first of what is due was asked for
+    window: Window = field(default_factory=Window)
+    sent: deque[tuple[Sent, int, bool]] = field(default_factory=deque)  # (when, bytes, urgent)
+    background_bytes: int = 0
+    urgent_bytes: int = 0
+    reserved: Wanted | None = (
+        None  # a refused page that goes alone: nothing else suffers if the server closes
+    )
+    unsent: bytearray = field(default_factory=bytearray)
+    writable: anyio.Event = field(default_factory=anyio.Event)
+    closed: anyio.Event = field(default_factory=anyio.Event)
+
+    @property
+    def usable(self) -> bool:
+        return self.up and not self.silent and self.reserved is None
+
+    @property
+    def ours(self) -> bool:
+        return self.codec is not None and bool(self.codec.features)
+
+    @property
+    def in_flight(self) -> int:
+        return self.background_bytes + self.urgent_bytes
+
+    @property
+    def expected_wait(self) -> float:
+        """Seconds until an answer to what is asked now, roughly."""
+        smoothed = self.window.smoothed or 0.0
+        return smoothed * (1 + self.in_flight / self.window.limit)
+
+
+@dataclass(eq=False)
+class _Server:
+    address: PageServerAddress
+    stats: ServerStats
+    lanes: list[_Lane] = field(default_factory=list)
+    changed: anyio.Event = field(default_factory=anyio.Event)
+    many: bool = False  # takes more than one connection
+    complained: float = float("-inf")
+
+    def notify(self) -> None:
+        self.changed.set()
+        self.changed = anyio.Event()
+
+
+class RemotePages:
+    """Asks page servers for pages; answers come through the callbacks. Made by `open_remote`.
+
+    All methods are for the event loop's thread. Addresses are those at dump time, in bytes.
+    """
+
+    def __init__(
+        self,
+        servers: Sequence[PageServerAddress],
+        options: RemoteOptions,
+        on_pages: OnPages,
+        on_lost: OnLost,
+        group: TaskGroup,
+    ) -> None:
+        self._options = options
+        self._on_pages, self._on_lost = on_pages, on_lost
+        self._group = group
+        self._servers = [_Server(address, ServerStats(str(address))) for address in servers]
+        self._backlog = Backlog()
+        self._wake = anyio.Event()
+        self._room = anyio.Event()
+        self._closing = False
+
+    def request(self, ranges: Iterable[tuple[int, int, int]], *, urgent: bool) -> None:
+        """Ask for ranges of (pid, address, pages); what is on its way already is not asked for again.
+
+        Faults are `urgent`: they go out before all others. Give what belongs together in one call, so that
+        neighbours become one request. Each page comes once, however often it was asked for before it came, or is
+        lost.
+        """
+        now = time.monotonic()
+        for pid, address, nr_pages in ranges:
+            self._backlog.add(pid, address, address + nr_pages * PAGE_SIZE, urgent=urgent, now=now)
+        self._wake.set()
+        self._dispatch()
+
+    def forget(self, pid: int) -> None:
+        """Nobody waits for any page of this task any more."""
+        self._backlog.drop_task(pid)
+
+    @property
+    def room(self) -> int:
+        """Pages that the background may ask for now without a fault waiting for them longer than it must."""
+        room = 0
+        for lane in self._background_lanes():
+            room += max(0, self._background_limit(lane) - lane.background_bytes)
+        return max(0, room // PAGE_SIZE - self._backlog.queued_pages(urgent=False))
+
+    async def wait_for_room(self) -> int:
+        """Wait until `room` is at least one page, and return it."""
+        while not (room := self.room):
+            self._room = anyio.Event()
+            await self._room.wait()
+        return room
+
+    def stats(self) -> list[ServerStats]:
+        """Counts per server, in the order in which they were given."""
+        return [server.stats for server in self._servers]
+
+    def _start(self) -> None:
+        for server in self._servers:
+            self._group.start_soon(partial(self._keep_connected, server, urgent_only=False))
+            self._group.start_soon(partial(self._keep_connected, server, urgent_only=True))
+        self._group.start_soon(self._tend)
+
+    # -- sending -------------------------------------------------------------------------------------------
+
+    def _background_lanes(self) -> list[_Lane]:
+        return [
+            lane for server in self._servers for lane in server.lanes if lane.usable and not lane.urgent_only
+        ]
+
+    def _background_limit(self, lane: _Lane) -> int:
+        """Bytes of background that may be on their way: little while a fault waits on the same lane, and more than
+        needed where faults have a lane of their own."""
+        if any(other.urgent_only and other.up for other in lane.server.lanes):
+            return max(lane.window.limit, ALONE_WINDOW)
+        return MIN_PAGES * PAGE_SIZE if lane.urgent_bytes else lane.window.limit
+
+    def _urgent_lane(self) -> _Lane | None:
+        best, best_wait = None, 0.0
+        for server in self._servers:
+            lanes = [lane for lane in server.lanes if lane.usable]
+            for lane in [lane for lane in lanes if lane.urgent_only] or lanes:
+                wait = lane.expected_wait
+                if lane.urgent_bytes < URGENT_WINDOW and (best is None or wait < best_wait):
+                    best, best_wait = lane, wait
+        return best
+
+    def _dispatch(self) -> None:
+        """Send what may be sent now."""
+        backlog = self._backlog
+        for server in self._servers:
+            for lane in server.lanes:
+                if lane.reserved is not None and lane.reserved.gone:
+                    lane.reserved = None
+        while backlog.queued_pages(urgent=True) and (fastest := self._urgent_lane()):
+            if (wanted := backlog.take(URGENT_MAX_PAGES, fastest, urgent=True)) is None:
+                break
+            self._send(fastest, wanted)
+        if backlog.refused:
+            self._dispatch_refused()
+        if backlog.queued_pages(urgent=False):
+            for lane in sorted(self._background_lanes(), key=lambda lane: lane.background_bytes):
+                self._dispatch_background(lane)
+
+    def _dispatch_background(self, lane: _Lane) -> None:
+        largest = OUR_MAX_PAGES if lane.ours else CRIU_MAX_PAGES
+        while self._background_limit(lane) > lane.background_bytes:
+            pages = max(MIN_PAGES, min(largest, self._background_limit(lane) // 4 // PAGE_SIZE))
+            wanted = self._backlog.take(pages, lane, urgent=False)
+            if wanted is None:
+                return
+            self._send(lane, wanted)
+
+    def _dispatch_refused(self) -> None:
+        """Pages that a server has refused go alone, to a server that has not: it may close for them, too."""
+        now = time.monotonic()
+        up = [server for server in self._servers if any(lane.up for lane in server.lanes)]
+        for wanted in list(self._backlog.refused):
+            if wanted.not_before > now:
+                continue
+            candidates = [server for server in up if server not in wanted.refused]
+            if up and not candidates:
+                wanted.refused.clear()  # refused by all: each gets another chance, later
+                wanted.not_before = now + _pause(REFUSED_BACKOFF, wanted.attempts)
+                wanted.attempts += 1
+                continue
+            lanes = [lane for server in candidates for lane in server.lanes if not lane.urgent_only]
+            lanes.sort(key=lambda lane: lane.reserved is None)  # the one that is kept free for it
+            for lane in [lane for lane in lanes if lane.reserved is wanted or lane.usable][:1]:
+                lane.reserved = wanted
+                if not lane.sent:
+                    self._backlog.retake(wanted, lane)
+                    self._send(lane, wanted)
+
+    def _send(self, lane: _Lane, wanted: Wanted) -> None:
+        assert lane.codec is not None
+        now = time.monotonic()
+        size = wanted.end - wanted.start
+        if not lane.sent:
+            lane.heard = now
+        lane.sent.append((lane.window.send(now), size, wanted.urgent))
+        if wanted.urgent:
+            lane.urgent_bytes += size
+        else:
+            lane.background_bytes += size
+        lane.server.stats.requests += 1
+        self._write(lane, lane.codec.get(wanted.pid, wanted.start, wanted.nr_pages))
+
+    def _write(self, lane: _Lane, data: bytes) -> None:
+        """Send, at once if the socket takes it. An error is left for the lane's reader to find."""
+        assert lane.link is not None
+        if not lane.unsent:
+            try:
+                data = data[lane.link.send(data) :]
+            except LinkError:
+                return
+        if data:
+            lane.unsent += data
+            lane.writable.set()
+
+    async def _write_rest(self, lane: _Lane) -> None:
+        assert lane.link is not None
+        while True:
+            lane.writable = anyio.Event()
+            await lane.writable.wait()
+            while lane.unsent:
+                await lane.link.wait_writable()
+                try:
+                    del lane.unsent[: lane.link.send(lane.unsent)]
+                except LinkError:
+                    return
+
+    # -- receiving -----------------------------------------------------------------------------------------
+
+    async def _receive(self, lane: _Lane) -> None:
+        """Until the connection ends. Raises LinkError, RemoteProtocolError."""
+        link, codec = lane.link, lane.codec
+        assert link is not None
+        assert codec is not None
+        while True:
+            await link.wait_readable()
+            count = link.recv_into(codec.writable())
+            if count is None:
+                continue
+            codec.received(count)
+            lane.heard = time.monotonic()
+            if lane.silent:
+                lane.silent = False
+                lane.server.notify()
+            while (event := codec.next_event()) is not None:
+                match event:
+                    case wire.Pages(pid, address, data):
+                        await self._deliver(lane, pid, address, data)
+                    case wire.ZeroPages(pid, address, nr_pages):
+                        await self._deliver(lane, pid, address, memoryview(bytes(nr_pages * PAGE_SIZE)))
+                    case wire.Answered(asked, nr_pages):
+                        self._answered(lane, asked, nr_pages)
+                    case wire.Closed(status):
+                        if status:
+                            log.warning("%s: status %d at the end", lane.server.address, status)
+                        lane.closed.set()
+                        return
+                    case wire.Eof(complete):
+                        raise LinkError(
+                            "closed by the server" if complete else "closed in the middle of an answer"
+                        )
+            self._dispatch()
+            self._notice_room()
+
+    async def _deliver(self, lane: _Lane, pid: int, address: int, data: memoryview) -> None:
+        stats = lane.server.stats
+        stats.pages += len(data) // PAGE_SIZE
+        stats.bytes += len(data)
+        for start, end in self._backlog.arrived(pid, address, address + len(data)):
+            await self._on_pages(pid, start, data[start - address : end - address])
+
+    def _answered(self, lane: _Lane, asked: wire.Get, nr_pages: int) -> None:
+        now = time.monotonic()
+        sent, size, urgent = lane.sent.popleft()
+        if urgent:
+            lane.urgent_bytes -= size
+        else:
+            lane.background_bytes -= size
+        if not lane.sent and lane.reserved is not None and lane.reserved.owner is lane:
+            lane.reserved = None
+        lane.window.answered(now, sent, nr_pages * PAGE_SIZE)
+        lane.server.stats.round_trip = lane.window.smoothed
+        start, end = asked.vaddr + nr_pages * PAGE_SIZE, asked.vaddr + asked.nr_pages * PAGE_SIZE
+        for rest in self._backlog.owned(lane, asked.pid, start, end):
+            if nr_pages:
+                self._backlog.again(rest)  # a short answer: the server had no more in one piece
+            else:
+                self._refused(lane, rest)
+
+    def _refused(self, lane: _Lane, wanted: Wanted) -> None:
+        log.info("%s: seems not to have page %#x of task %d", lane.server.address, wanted.start, wanted.pid)
+        self._backlog.refuse(wanted, lane.server)
+
+    def _notice_room(self) -> None:
+        if not self._room.is_set() and self.room:
+            self._room.set()
+
+    # -- lanes ---------------------------------------------------------------------------------------------
+
+    async def _run_lane(self, lane: _Lane) -> None:
+        """Connect, and serve as a lane until the connection ends; puts back what it leaves unanswered."""
+        reason = ""
+        try:
+            with lane.scope:
+                await self._connect(lane)
+                async with anyio.create_task_group() as group:
+                    group.start_soon(self._write_rest, lane)
+                    self._dispatch()
+                    self._notice_room()
+                    try:
+                        await self._receive(lane)
+                    finally:
+                        group.cancel_scope.cancel()
+            if lane.scope.cancelled_caught:
+                reason = "given up for another connection"
+        except* (LinkError, RemoteProtocolError, TlsError) as errors:
+            reason = str(_first(errors))
+        finally:
+            self._lane_ended(lane, reason)
+
+    def _lane_ended(self, lane: _Lane, reason: str) -> None:
+        was_up, lane.up, lane.down = lane.up, False, True
+        if reason and not self._closing:
+            self._complain(lane, reason, was_up=was_up)
+        if (
+            lane.codec is not None
+            and lane.codec.at_boundary
+            and reason.startswith(("closed by", "Connection reset"))
+        ):
+            # So a server of CRIU's says that it hasn't got the page that it was asked for first.
+            asked = lane.codec.oldest
+            if asked is not None:
+                end = asked.vaddr + asked.nr_pages * PAGE_SIZE
+                for wanted in self._backlog.owned(lane, asked.pid, asked.vaddr, end)[:1]:
+                    self._refused(lane, wanted)
+        self._backlog.give_back(lane)
+        if lane.link is not None:
+            lane.link.close()
+        lane.server.lanes.remove(lane)
+        lane.server.stats.connected = any(other.up for other in lane.server.lanes)
+        lane.closed.set()
+        lane.server.notify()
+        self._dispatch()
+
+    def _complain(self, lane: _Lane, reason: str, *, was_up: bool) -> None:
+        now = time.monotonic()
+        waiting = sum(1 for _ in self._backlog)
+        level = logging.INFO
+        if was_up or now - lane.server.complained > WARN_INTERVAL:
+            level, lane.server.complained = logging.WARNING, now
+        log.log(
+            level,
+            "page server %s: %s%s",
+            lane.server.address,
+            reason,
+            f"; {waiting} requests wait, trying again" if waiting else "",
+        )
+
+    async def _connect(self, lane: _Lane) -> None:
+        """Raises LinkError, TlsError, RemoteProtocolError."""
+        with anyio.move_on_after(CONNECT_TIMEOUT):
+            lane.link = await connect(lane.server.address, self._options.tls)
+        if lane.link is None:
+            raise LinkError(f"no connection within {CONNECT_TIMEOUT:g} s")
+        lane.heard = time.monotonic()
+        if lane.second:
+            with anyio.move_on_after(CONNECT_TIMEOUT):
+                await self._probe(lane, lane.link)
+            if lane.codec is None:
+                raise LinkError(f"no answer within {CONNECT_TIMEOUT:g} s")
+        else:
+            await self._probe(lane, lane.link)
+        assert lane.codec is not None
+        lane.heard = time.monotonic()
+        lane.up, lane.silent = True, False
+        lane.server.many = bool(lane.codec.features & Features.CONNECTIONS)
+        lane.server.stats.connected = True
+        lane.server.stats.connections += 1
+        log.info(
+            "page server %s: connected (%s)",
+            lane.server.address,
+            "lazypages" if lane.codec.features else lane.codec.layout.value,
+        )
+        lane.server.notify()
+
+    async def _probe(self, lane: _Lane, link: Link) -> None:
+        """Find out who answers, and how: see wire. Also shows that somebody does."""
+        told = self._options.layout
+        unsent = wire.PROBE_FIRST + (wire.PROBE_REST if told is Layout.CRIU_4_2 else b"")
+        await _send_all(link, unsent)
+        patience = PROBE_PATIENCE[self._options.written_by] + 8 * (link.round_trip() or 0.0)
+        answer = bytearray()
+        layout = told or Layout.CRIU_4_1
+        if told is None:
+            with anyio.move_on_after(patience):
+                await _receive_all(link, answer)
+            if not answer:
+                await _send_all(link, wire.PROBE_REST)
+                layout = Layout.CRIU_4_2
+        await _receive_all(link, answer)
+        features = wire.probe_answer(bytes(answer))
+        if features is None:
+            lane.codec = ClientCodec(layout)
+        else:
+            lane.codec = ClientCodec(Layout.CRIU_4_2, features)
+
+    async def _keep_connected(self, server: _Server, *, urgent_only: bool) -> None:
+        """See to it that there is one good lane (or a second one, for faults only)."""
+        failures, retry_at = 0, 0.0
+        while not self._closing:
+            lanes = [lane for lane in server.lanes if lane.urgent_only is urgent_only]
+            good = [lane for lane in lanes if lane.up and not lane.silent]
+            if good:
+                failures = 0
+                for lane in lanes:
+                    if lane is not good[-1]:
+                        lane.scope.cancel()
+                await server.changed.wait()
+                if not any(lane.up for lane in lanes):
+                    retry_at = time.monotonic() + _pause(BACKOFF, failures)
+                continue
+            now = time.monotonic()
+            hopeless = [lane for lane in lanes if now - lane.heard > SILENCE or lane.silent]
+            wanted = not urgent_only or server.many
+            if wanted and len(hopeless) == len(lanes) < 2 and now >= retry_at:
+                if isinstance(server.address, ConnectedSocket) and server.stats.connections:
+                    await server.changed.wait()
+                    continue
+                lane = _Lane(server, urgent_only, second=bool(lanes), heard=now)
+                server.lanes.append(lane)
+                self._group.start_soon(self._run_lane, lane)
+                failures += 1
+                retry_at = now + _pause(BACKOFF, failures)
+                lanes.append(lane)
+            with anyio.move_on_after(max(0.02, min(1.0, retry_at - time.monotonic())) if wanted else 3600):
+                await server.changed.wait()
+
+    # -- what waits ----------------------------------------------------------------------------------------
+
+    async def _tend(self) -> None:
+        """Notice what waits for too long: lanes that are silent, refused pages, pages past the deadline."""
+        warned = time.monotonic()
+        while True:
+            if not self._backlog:
+                self._wake = anyio.Event()
+                await self._wake.wait()
+                warned = time.monotonic()
+            await anyio.sleep(TICK)
+            now = time.monotonic()
+            for server in self._servers:
+                for lane in server.lanes:
+                    self._check_silence(lane, now)
+            deadline = self._options.deadline
+            if deadline is not None:
+                for wanted in [wanted for wanted in self._backlog if now - wanted.since > deadline]:
+                    self._backlog.drop(wanted)
+                    reason = f"no page server gave it within {deadline:g} s"
+                    await self._on_lost(wanted.pid, wanted.start, wanted.nr_pages, reason)
+            oldest = min((wanted.since for wanted in self._backlog), default=now)
+            if now - max(oldest, warned) > WARN_INTERVAL:
+                warned = now
+                pages = sum(wanted.nr_pages for wanted in self._backlog)
+                log.warning(
+                    "%d pages are awaited from page servers, for up to %.0f s; still trying",
+                    pages,
+                    now - oldest,
+                )
+            self._dispatch()
+
+    def _check_silence(self, lane: _Lane, now: float) -> None:
+        patience = max(SILENCE, SILENT_ROUND_TRIPS * (lane.window.smoothed or 0.0))
+        if lane.up and not lane.silent and lane.sent and now - lane.heard > patience:
+            log.warning("page server %s: silent for %.1f s", lane.server.address, now - lane.heard)
+            lane.silent = True
+            self._backlog.give_back(lane)
+            lane.server.notify()
+
+    # -- the end -------------------------------------------------------------------------------------------
+
+    async def _close(self) -> None:
+        """Tell all servers that this is the end, and wait a little for their answers."""
+        self._closing = True
+        lanes = [lane for server in self._servers for lane in server.lanes if lane.up]
+        for lane in lanes:
+            assert lane.codec is not None
+            self._write(lane, lane.codec.close(force=isinstance(lane.server.address, ConnectedSocket)))
+        with anyio.move_on_after(CLOSE_TIMEOUT, shield=True):
+            for lane in lanes:
+                await lane.closed.wait()
+
+
+@asynccontextmanager
+async def open_remote(
+    servers: Sequence[PageServerAddress],
+    on_pages: OnPages,
+    on_lost: OnLost,
+    options: RemoteOptions | None = None,
+) -> AsyncIterator[RemotePages]:
+    """Connections to `servers`, all with the same content, while the context lasts; any event loop of anyio's.
+
+    `on_pages(pid, address, data)` is awaited for pages as they arrive; nothing more is received on that connection
+    until it returns, and `data` is good only until then. `on_lost(pid, address, nr_pages, reason)`: the deadline has
+    passed. A server that can't be reached is tried again and again; nothing is raised for it. Raises TlsError when
+    the certificates can't be used.
+    """
+    options = options or RemoteOptions()
+    if any(isinstance(server, TcpServer) and server.tls for server in servers):
+        (options.tls or TlsFiles()).client_context()
+    async with anyio.create_task_group() as group:
+        remote = RemotePages(servers, options, on_pages, on_lost, group)
+        remote._start()
+        yield remote
+        await remote._close()
+        group.cancel_scope.cancel()
+
+
+async def _send_all(link: Link, data: bytes) -> None:
+    while data := data[link.send(data) :]:
+        await link.wait_writable()
+
+
+async def _receive_all(link: Link, answer: bytearray) -> None:
+    """The rest of an answer to the probe. What has arrived is in `answer` also when this is cancelled."""
+    room = memoryview(bytearray(wire.PROBE_ANSWER_SIZE))
+    while missing := wire.PROBE_ANSWER_SIZE - len(answer):
+        await link.wait_readable()
+        count = link.recv_into(room[:missing])
+        if count == 0:
+            raise LinkError("closed by the server before it answered")
+        answer += room[: count or 0]
+
+
+def _pause(limits: tuple[float, float], attempt: int) -> float:
+    """Seconds: twice as long each time, up to a limit, give or take a half."""
+    first, longest = limits
+    return min(longest, first * (1 << min(attempt, 16))) * random.uniform(0.5, 1.5)  # noqa: S311
+
+
+def _first(errors: BaseExceptionGroup[Exception]) -> BaseException:
+    error: BaseException = errors
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
