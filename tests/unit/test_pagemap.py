@@ -99,10 +99,11 @@ unknown_parts = st.sampled_from(
 
 
 @settings(max_examples=400)
-@given(st.lists(st.tuples(messages(), unknown_parts), max_size=6))
-def test_agrees_with_protobuf_on_whole_messages(parts: list[tuple[PagemapEntry, bytes]]) -> None:
-    data = framed(HEAD, *(unknown + message.SerializeToString() for message, unknown in parts))
-    wanted = [by_the_rule(message) for message, _ in parts]
+@given(st.lists(st.tuples(unknown_parts, messages(), unknown_parts), max_size=6))
+def test_agrees_with_protobuf_on_whole_messages(parts: list[tuple[bytes, PagemapEntry, bytes]]) -> None:
+    bodies = [before + message.SerializeToString() + after for before, message, after in parts]
+    data = framed(HEAD, *bodies)
+    wanted = [by_the_rule(message) for _, message, _ in parts]
     if is_sound(wanted):
         parsed = Pagemap(data, PATH)
         assert list(parsed) == wanted
@@ -215,6 +216,8 @@ FIRST = 8 + 4 + len(HEAD) + 4
         (framed(HEAD, b"\x08\x00\x10\x01\x33\x34"), "PagemapEntry can't be decoded", FIRST),
         (framed(HEAD, b"\x88\x80\x80\x80\x80\x01\x00\x10\x01"), "PagemapEntry can't be decoded", FIRST),
         (framed(HEAD, b"\x88\x80\x80\x80\x80\x00\x00\x10\x01"), "PagemapEntry can't be decoded", FIRST),
+        (framed(HEAD, b"\x88\x80\x80\x80\x10\x00\x10\x01"), "PagemapEntry can't be decoded", FIRST),
+        (framed(HEAD, b"\x08\x00\x10\x01\x2a\x00"), "PagemapEntry can't be decoded", FIRST),
         (framed(HEAD, b"\x08\x00\x10\x01\x37"), "PagemapEntry can't be decoded", FIRST),
         (framed(HEAD, b"\x08\x00\x10\x01\x3a\x02a"), "PagemapEntry can't be decoded", FIRST),
         (framed(HEAD, b"\x08\x00\x10\x01\x31abc"), "PagemapEntry can't be decoded", FIRST),
