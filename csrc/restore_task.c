@@ -127,6 +127,7 @@ static int put_data(struct lp_restorer *r, uint32_t index, const void *data, siz
 /* The first task: a child of the restorer.  It sleeps until it is seized. */
 static int spawn_root(struct clone_args *args, pid_t *made)
 {
+	pid_t parent = getpid();
 	sigset_t all, before;
 	long pid;
 	int rc;
@@ -137,6 +138,8 @@ static int spawn_root(struct clone_args *args, pid_t *made)
 	pid = syscall(SYS_clone3, args, sizeof(*args));
 	if (pid == 0) {
 		prctl(PR_SET_PDEATHSIG, SIGKILL); /* until PTRACE_O_EXITKILL does it */
+		if (getppid() != parent)
+			_exit(1);
 		for (;;)
 			pause();
 	}

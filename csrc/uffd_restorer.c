@@ -522,6 +522,9 @@ static int get_ready(const char *argument, const char **plan)
 	if (prctl(PR_SET_CHILD_SUBREAPER, 1)) /* see kill_all */
 		return -errno;
 	umask(0);
+	/* Tasks inherit what is ignored, whatever CLONE_CLEAR_SIGHAND says, and Python ignores some signals. */
+	for (int signo = 1; signo < NSIG; signo++)
+		signal(signo, SIG_DFL);
 	return drop_rseq();
 }
 

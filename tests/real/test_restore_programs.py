@@ -1,0 +1,367 @@
+"""`lazypages restore` of ordinary programs in the middle of their work: they go on where they were."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import sqlite3
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from images_spec import images
+from images_spec.images import Kind
+from tests.real.test_restore import RESTORE, OurRestore
+from tests.support.criu import Criu, all_criu
+from tests.support.processes import descendants, nothing_left, reap, wait_for
+from tests.support.restore import criu_daemon, our_daemon
+
+SOURCES = Path(__file__).parent / "restore_programs"
+MODES = ["eager", "lazy under lazypages", "lazy under criu"]
+
+
+def compile_program(name: str, folder: Path, *flags: str) -> Path:
+    program = folder / name
+    source = str(SOURCES / f"{name}.c")
+    command = ["gcc", "-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread", *flags]
+    subprocess.run([*command, "-o", str(program), source], check=True, timeout=60)
+    return program
+
+
+@dataclass
+class Job:
+    """A program under way, in a session of its own; its standard descriptors are /dev/null."""
+
+    command: list[str]
+    folder: Path
+    criu: Criu
+    pid: int = 0
+
+    @property
+    def images(self) -> Path:
+        return self.folder / "images"
+
+    def start(self, ready: Callable[[], object]) -> None:
+        null = subprocess.DEVNULL
+        process = subprocess.Popen(
+            self.command, stdin=null, stdout=null, stderr=null, start_new_session=True, cwd=self.folder
+        )
+        self.pid = process.pid
+        process.returncode = 0  # we wait for it ourselves, in each of its incarnations
+        wait_for("the program to be in the middle of its work", ready)
+
+    def dump(self, *options: str) -> None:
+        self.images.mkdir()
+        self.criu.dump(self.pid, self.images, *options)
+        dumped = [path.stem.removeprefix("core-") for path in self.images.glob("core-*.img")]
+
+        def gone() -> bool:
+            with suppress(ChildProcessError):
+                os.waitpid(-1, os.WNOHANG)  # orphans of the task are our children
+            return not any(Path("/proc", tid).exists() for tid in dumped)
+
+        wait_for("the dumped tasks to be gone", gone)
+
+    @contextmanager
+    def restored(self, mode: str) -> Iterator[Callable[[], None]]:
+        """The job runs again; what is yielded waits until all memory is there, as the end of the block does."""
+        ours = OurRestore(self.criu.release)
+        if mode == "eager":
+            ours.restore(self.images, lazy=False)
+            yield lambda: None
+            return
+        daemon = our_daemon() if mode == "lazy under lazypages" else criu_daemon(self.criu)
+        with daemon.start(self.images, self.images) as server:
+            server.wait_ready()
+            ours.restore(self.images)
+
+            def complete() -> None:
+                assert server.wait() == 0
+
+            yield complete
+            complete()
+
+    def end(self) -> int:
+        return os.waitstatus_to_exitcode(reap(self.pid))
+
+
+@pytest.fixture(params=all_criu()[:1])
+def criu(request: pytest.FixtureRequest) -> Criu:
+    assert isinstance(request.param, Criu)
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _cleanup() -> Iterator[None]:
+    with nothing_left():
+        yield
+
+
+def lines(path: Path) -> int:
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_counter(mode: str, criu: Criu, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    job = Job([str(compile_program("counter", tmp_path, "-static")), str(out)], tmp_path, criu)
+    job.start(lambda: lines(out) > 20)
+    job.dump()
+    assert lines(out) < 200
+    with job.restored(mode):
+        assert job.end() == 42
+    assert out.read_text().split() == [str(number) for number in range(200)]
+
+
+def test_attached_ends_as_the_task_does(criu: Criu, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    job = Job([str(compile_program("counter", tmp_path, "-static")), str(out)], tmp_path, criu)
+    job.start(lambda: lines(out) > 20)
+    job.dump()
+    at_dump = out.read_bytes()
+    attached = [*RESTORE, "-D", str(job.images), "--pidfile", "pid"]
+    assert subprocess.run(attached, check=False, timeout=60).returncode == 42
+    assert (job.images / "pid").read_text() == str(job.pid)
+    assert lines(out) == 200
+    # Once more, and ended by a signal.
+    out.write_bytes(at_dump)
+    (job.images / "pid").unlink()
+    with subprocess.Popen(attached) as restorer:
+        wait_for("the task to run", lambda: lines(out) > at_dump.count(b"\n"))
+        assert descendants(restorer.pid) == {job.pid: descendants()[job.pid]}
+        os.kill(job.pid, signal.SIGTERM)
+        assert restorer.wait(30) == 128 + signal.SIGTERM
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_vectors_and_locks(mode: str, criu: Criu, tmp_path: Path) -> None:
+    program = str(compile_program("vectors", tmp_path))
+    undisturbed, out, go = tmp_path / "undisturbed", tmp_path / "out", tmp_path / "go"
+    go.touch()
+    subprocess.run([program, str(undisturbed), str(go)], check=True, timeout=60)
+    go.unlink()
+    job = Job([program, str(out), str(go)], tmp_path, criu)
+    job.start(lambda: lines(out) == 1)
+    job.dump()
+    with job.restored(mode):
+        go.touch()
+        assert job.end() == 0
+    assert sorted(out.read_text().splitlines()) == sorted(undisturbed.read_text().splitlines())
+
+
+PYTHON = """
+    import hashlib, sys, threading, time
+    out = open(sys.argv[1], "w")
+    def work(number):
+        digest = str(number).encode()
+        for turn in range(60_000):
+            digest = hashlib.sha256(digest).digest()
+            if turn % 3_000 == 0:
+                rows[number].append(digest.hex())
+                time.sleep(0.01)
+    rows = [[] for _ in range(4)]
+    threads = [threading.Thread(target=work, args=[number]) for number in range(4)]
+    for thread in threads: thread.start()
+    while not all(len(row) > 3 for row in rows): time.sleep(0.001)
+    print("half", file=out, flush=True)
+    for thread in threads: thread.join()
+    for row in rows: print(*row, file=out)
+    out.close()
+"""
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_python_with_threads(mode: str, criu: Criu, tmp_path: Path) -> None:
+    program = [sys.executable, "-c", textwrap.dedent(PYTHON)]
+    undisturbed, out = tmp_path / "undisturbed", tmp_path / "out"
+    subprocess.run([*program, str(undisturbed)], check=True, timeout=60)
+    job = Job([*program, str(out)], tmp_path, criu)
+    job.start(lambda: lines(out) == 1)
+    job.dump()
+    assert lines(out) == 1
+    with job.restored(mode):
+        assert job.end() == 0
+    assert out.read_bytes() == undisturbed.read_bytes()
+
+
+SHELL = """
+    i=0
+    while [ $i -lt 150 ]; do echo "line $i"; i=$((i + 1)); sleep 0.01; done |
+    while read -r line; do echo "got $line" >> "$0"; done
+    echo end >> "$0"
+"""
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_shell_with_children_and_a_pipe(mode: str, criu: Criu, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    job = Job(["/bin/sh", "-c", textwrap.dedent(SHELL), str(out)], tmp_path, criu)
+    job.start(lambda: lines(out) > 20)
+    job.dump()
+    assert lines(out) < 150
+    with job.restored(mode):
+        assert job.end() == 0
+    assert out.read_text() == "".join(f"got line {number}\n" for number in range(150)) + "end\n"
+
+
+SQLITE = """
+    import os, sqlite3, sys, time
+    database, ready, go = sys.argv[1:]
+    connection = sqlite3.connect(database, isolation_level=None)
+    connection.execute("PRAGMA cache_size = 10")  # so that pages are written before the commit
+    connection.execute("CREATE TABLE t (k INTEGER PRIMARY KEY, v TEXT)")
+    connection.execute("BEGIN IMMEDIATE")
+    rows = ((k, "v" * (k % 300)) for k in range(20_000))
+    connection.executemany("INSERT INTO t VALUES (?, ?)", rows)
+    open(ready, "w").close()
+    while not os.path.exists(go): time.sleep(0.001)
+    connection.execute("UPDATE t SET v = v || k WHERE k % 7 = 0")
+    connection.execute("COMMIT")
+    connection.close()
+"""
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_sqlite_in_a_transaction(mode: str, criu: Criu, tmp_path: Path) -> None:
+    database, ready, go = (tmp_path / name for name in ("database", "ready", "go"))
+    program = [sys.executable, "-c", textwrap.dedent(SQLITE), str(database), str(ready), str(go)]
+    job = Job(program, tmp_path, criu)
+    job.start(ready.exists)
+    job.dump("--file-locks")
+    with job.restored(mode):
+        with (
+            sqlite3.connect(database, timeout=0) as other,
+            pytest.raises(sqlite3.OperationalError, match="locked"),
+        ):
+            other.execute("BEGIN IMMEDIATE")  # the lock is held again
+        go.touch()
+        assert job.end() == 0
+    with sqlite3.connect(database) as connection:
+        assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+        expected = [(k, "v" * (k % 300) + (str(k) if k % 7 == 0 else "")) for k in range(20_000)]
+        assert connection.execute("SELECT k, v FROM t ORDER BY k").fetchall() == expected
+
+
+# What of /proc is no property of the task but of the moment or the machine.
+STATUS = re.compile(
+    r"^(Name|Umask|State|Tgid|Pid|PPid|TracerPid|Uid|Gid|FDSize|Groups|Threads|SigPnd|ShdPnd|SigBlk|SigIgn|SigCgt"
+    r"|Cap\w+|NoNewPrivs|Seccomp|THP_enabled):.*$",
+    re.MULTILINE,
+)
+STAT_FIELDS = {"ppid": 3, "pgrp": 4, "session": 5, "tty": 6, "nice": 18, "threads": 19, "policy": 40} | {
+    name: number
+    for number, name in enumerate(
+        "start_data end_data start_brk arg_start arg_end env_start env_end".split(), 44
+    )
+}
+
+
+def descriptor(proc: Path, fd: str) -> tuple[str, int, int]:
+    """What it is, position, flags; without O_LARGEFILE, which open(2) adds to all that it opens."""
+    info = dict(
+        line.split(":\t", 1) for line in (proc / "fdinfo" / fd).read_text().splitlines() if ":\t" in line
+    )
+    name = re.sub(r"pipe:\[\d+\]", "pipe", os.readlink(proc / "fd" / fd))
+    return name, int(info["pos"]), int(info["flags"], 8) & ~0o100000
+
+
+def snapshot(pid: int) -> dict[str, object]:
+    """All that can be seen of a quiet task from outside."""
+    proc = Path(f"/proc/{pid}")
+    seen: dict[str, object] = {}
+    for tid in sorted(int(path.name) for path in (proc / "task").iterdir()):
+        task = proc / "task" / str(tid)
+        status = (task / "status").read_text(errors="replace")
+        seen[f"{tid} status"] = [m[0] for m in STATUS.finditer(status) if not m[0].startswith("FDSize")]
+        seen[f"{tid} comm"] = (task / "comm").read_bytes()
+    fields = (proc / "stat").read_bytes().rpartition(b")")[2].split()
+    seen["stat"] = {name: fields[number - 2] for name, number in STAT_FIELDS.items()}
+    if fields[0] == b"Z":
+        return {"stat": seen["stat"], "comm": seen[f"{pid} comm"], "exit": fields[-1]}
+    for name in ("cmdline", "environ", "auxv", "limits", "personality", "oom_score_adj"):
+        seen[name] = (proc / name).read_bytes()
+    seen["links"] = {name: os.readlink(proc / name) for name in ("exe", "cwd", "root")}
+    seen["fds"] = {path.name: descriptor(proc, path.name) for path in (proc / "fd").iterdir()}
+    seen["maps"] = (proc / "maps").read_text()
+    # "ac", accounted for: stays with mappings that were writable while their contents came.
+    seen["VmFlags"] = [
+        set(flags.split()) - {"ac"}
+        for flags in re.findall("^VmFlags:(.*)$", (proc / "smaps").read_text(), re.MULTILINE)
+    ]
+    return seen
+
+
+def wait_quiet(pids: list[int]) -> None:
+    states = [path / "status" for pid in pids for path in Path(f"/proc/{pid}/task").iterdir()]
+    wait_for("all tasks to sleep", lambda: not any("State:\tR" in path.read_text() for path in states))
+
+
+def memory(pid: int, areas_of_rseq: list[range]) -> dict[str, bytes]:
+    """All readable memory; without the areas in which the kernel notes the CPU."""
+    seen = {}
+    with open(f"/proc/{pid}/mem", "rb", buffering=0) as file:
+        for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+            start, end = (int(part, 16) for part in line.split()[0].split("-"))
+            if "[vvar" in line or "[vsyscall" in line or line.split()[1][0] != "r":
+                continue
+            data = bytearray()
+            file.seek(start)
+            while len(data) < end - start:
+                piece = file.read(end - start - len(data))
+                assert piece
+                data += piece
+            for area in areas_of_rseq:
+                if start <= area.start < end:
+                    data[area.start - start : area.stop - start] = bytes(len(area))
+            seen[f"{start:x}-{end:x}"] = bytes(data)
+    return seen
+
+
+def rseq_areas(directory: Path) -> list[range]:
+    entries = [
+        images.read_one(path, Kind.CORE).thread_core.rseq_entry for path in directory.glob("core-*.img")
+    ]
+    return [range(e.rseq_abi_pointer, e.rseq_abi_pointer + e.rseq_abi_size) for e in entries]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_everything_that_a_task_has(mode: str, criu: Criu, tmp_path: Path) -> None:
+    """A tree with as much state as there is, compared from outside before and after, memory too."""
+    folder = tmp_path / "work"
+    folder.mkdir()
+    job = Job([str(compile_program("state", tmp_path)), str(folder)], tmp_path, criu)
+    job.start((folder / "ready").exists)
+    pids = [job.pid, *descendants(job.pid)]
+    wait_quiet(pids)
+    before = {pid: snapshot(pid) for pid in pids}
+    contents = {pid: memory(pid, []) for pid in pids if "maps" in before[pid]}
+    job.dump("--file-locks")
+    areas = rseq_areas(job.images)
+    with job.restored(mode) as complete:
+        complete()  # /proc shows no memory that is still to come
+        assert sorted([job.pid, *descendants(job.pid)]) == sorted(pids)
+        wait_quiet(pids)
+        after = {pid: snapshot(pid) for pid in pids}
+        assert len(after) == 6
+        for pid in pids:
+            for key, value in before[pid].items():
+                assert after[pid][key] == value, f"{key} of {pid}"
+            if pid in contents:
+                now = memory(pid, areas)
+                assert now.keys() == contents[pid].keys()
+                for where, data in contents[pid].items():
+                    start = int(where.split("-")[0], 16)
+                    expected = bytearray(data)
+                    for area in areas:
+                        if start <= area.start < start + len(data):
+                            expected[area.start - start : area.stop - start] = bytes(len(area))
+                    assert now[where] == expected, f"{where} of {pid}"
+        for pid in sorted(pids, reverse=True):
+            os.kill(pid, signal.SIGKILL)
