@@ -189,7 +189,8 @@ class Server:
 
     def story(self) -> str:
         """What it printed and logged, for a failure message."""
-        return "".join(tail(path) for path in (self._output, *self._logs))
+        state = f"--- {self.process.args!r}: exit {self.process.poll()}\n"
+        return state + "".join(tail(path) for path in (self._output, *self._logs))
 
     def wait_ready(self, timeout: float = 30) -> None:
         """Until the ready byte is there; fails the test when it ends or stays silent instead."""

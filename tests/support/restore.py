@@ -13,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -226,7 +226,6 @@ class Daemon:
     name: str
     command: tuple[str, ...]
     ours: bool = True
-    env: dict[str, str] = field(default_factory=dict, hash=False)
 
     def __str__(self) -> str:
         return self.name
@@ -236,9 +235,7 @@ class Daemon:
         command = [*self.command, "-D", str(images), "-W", str(work), "-v4", "-o", "serve.log"]
         if self.ours:
             command += ["--stats-json", str(work / "stats.json")]
-        return Server(
-            command, output=work / "serve.out", logs=[work / "serve.log"], env=os.environ | self.env
-        )
+        return Server(command, output=work / "serve.out", logs=[work / "serve.log"])
 
 
 def criu_daemon(criu: Criu) -> Daemon:
@@ -248,7 +245,8 @@ def criu_daemon(criu: Criu) -> Daemon:
 
 def our_daemon(*options: str, name: str = "lazypages") -> Daemon:
     """`lazypages serve`."""
-    return Daemon(name, (sys.executable, "-m", "lazypages", "serve", *options))
+    command = (sys.executable, "-X", "faulthandler", "-m", "lazypages", "serve", *options)
+    return Daemon(name, command)
 
 
 @dataclass
