@@ -15,7 +15,7 @@ from lazypages.restore.dump import Alive, Dump
 from lazypages.restore.errors import RestoreError
 from lazypages.restore.machine import Machine
 from lazypages.restore.plan import Plan
-from lazypages.restore.syscalls import Nr
+from lazypages.restore.syscalls import TCSETS, TIOCSPGRP, Nr
 
 _ONCE = os.O_CREAT | os.O_EXCL | os.O_TRUNC | os.O_NOCTTY | os.O_CLOEXEC
 """Flags that mean something while a file is opened, and nothing afterwards."""
@@ -216,3 +216,32 @@ def take_locks(plan: Plan, dump: Dump, thread: int, pid: int) -> None:
         else:
             record = struct.pack("<hhxxxxqqixxxx", lock.type, os.SEEK_SET, lock.start, lock.len, 0)
             plan.call(thread, label, Nr.FCNTL, lock.fd, LOCK_COMMANDS[lock.flag], plan.data, data=record)
+
+
+def set_up_terminals(plan: Plan, dump: Dump, machine: Machine, threads: Mapping[int, int]) -> None:
+    """Settings of the terminals as they were, and who is in the foreground; ``threads``: the leaders by pid.
+
+    All signals are blocked, so that nobody is stopped for doing this from the background (tcsetattr(3)).
+    """
+    done: set[int] = set()
+    for process in dump.processes:
+        for entry in process.alive.fds if process.alive else ():
+            file = dump.files[entry.id]
+            if file.type != FdType.FD_TTY or file.tty.tty_info_id in done:
+                continue
+            done.add(file.tty.tty_info_id)
+            info = dump.ttys.get(file.tty.tty_info_id)
+            if info is None:
+                continue
+            thread = threads[process.pid]
+            if info.HasField("termios"):
+                term = info.termios
+                characters = bytes(value & 0xFF for value in term.c_cc)[:19].ljust(19, b"\0")
+                modes = (term.c_iflag, term.c_oflag, term.c_cflag, term.c_lflag, term.c_line & 0xFF)
+                record = struct.pack("<4IB", *modes) + characters
+                label = "set the terminal's modes"
+                plan.call(thread, label, Nr.IOCTL, entry.fd, TCSETS, plan.data, data=record)
+            if info.pgrp in threads and machine.controls_terminal:
+                record = struct.pack("<i", info.pgrp)
+                label = f"put process group {info.pgrp} into the terminal's foreground"
+                plan.call(thread, label, Nr.IOCTL, entry.fd, TIOCSPGRP, plan.data, data=record)

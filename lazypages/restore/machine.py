@@ -78,3 +78,14 @@ class Machine:
     def in_use(self, pid: int) -> bool:
         """Whether a process or thread, of which there may be a trace only, has this id."""
         return Path(f"/proc/{pid}").exists()
+
+    @cached_property
+    def controls_terminal(self) -> bool:
+        """Whether ``terminal`` is the controlling one of our session."""
+        if self.terminal is None:
+            return False
+        try:
+            os.tcgetpgrp(self.terminal)
+        except OSError:
+            return False
+        return True

@@ -275,8 +275,8 @@ class Memory:
             if memory is not None:
                 by_file.setdefault(memory, []).append(vma)
             elif vma.status & (VMA_FILE_PRIVATE | VMA_FILE_SHARED):
-                writable = vma.status & VMA_FILE_SHARED and vma.fdflags & os.O_ACCMODE != os.O_RDONLY
-                slot = self._files.mapped(vma.shmid, os.O_RDWR if writable else os.O_RDONLY, where)
+                access = os.O_RDWR if vma.fdflags & os.O_ACCMODE == os.O_RDWR else os.O_RDONLY
+                slot = self._files.mapped(vma.shmid, access, where)
                 by_file.setdefault(slot, []).append(vma)
             else:
                 tighten += self._map_one(thread, vma, alive, -1)

@@ -13,7 +13,7 @@ from images_spec.messages import Machine as MachineType
 from lazypages.restore import memory, registers, state, tree
 from lazypages.restore.dump import Alive, Dump, Process
 from lazypages.restore.errors import RestoreError
-from lazypages.restore.files import Files, check_descriptors, check_locks, give_files, take_locks
+from lazypages.restore.files import Files, check_descriptors, check_locks, give_files, set_up_terminals, take_locks
 from lazypages.restore.machine import Machine
 from lazypages.restore.plan import NONE, SCRATCH_CODE, SCRATCH_DATA, Plan
 from lazypages.restore.syscalls import (
@@ -168,6 +168,8 @@ class _Planner:
             self._state.process(threads.leader, process.pid, alive)
             for thread, tid, core in threads.all:
                 self._state.thread(thread, tid, core, leader=tid == process.pid)
+        leaders = {pid: threads.leader for pid, threads in self._threads.items()}
+        set_up_terminals(plan, self._dump, self._machine, leaders)
         for process, alive, threads in self._alive():
             take_locks(plan, self._dump, threads.leader, process.pid)
             self._state.late(threads.all, process.pid, alive)

@@ -18,10 +18,12 @@ import pytest
 
 from images_spec import images
 from images_spec.images import Kind
+from images_spec.messages import CoreEntry
 from tests.real.test_restore import RESTORE, OurRestore
 from tests.support.criu import Criu, all_criu
 from tests.support.processes import descendants, nothing_left, reap, wait_for
 from tests.support.restore import criu_daemon, our_daemon
+from tests.support.terminal import OnTerminal
 
 SOURCES = Path(__file__).parent / "restore_programs"
 MODES = ["eager", "lazy under lazypages", "lazy under criu"]
@@ -365,3 +367,106 @@ def test_everything_that_a_task_has(mode: str, criu: Criu, tmp_path: Path) -> No
                     assert now[where] == expected, f"{where} of {pid}"
         for pid in sorted(pids, reverse=True):
             os.kill(pid, signal.SIGKILL)
+
+
+def settled(path: Path) -> CoreEntry:
+    """A core image without what moves on by itself."""
+    core = images.read_one(path, Kind.CORE)
+    if not core.HasField("thread_info"):
+        return core
+    for timer in (core.tc.timers.real, core.tc.timers.virt, core.tc.timers.prof):
+        timer.vsec = timer.vusec = 0
+    # The CPU notices on its own that a component is as it was at first.
+    core.thread_info.fpregs.xsave.xstate_bv &= ~3
+    core.tc.flags = 0  # PF_* bits: whether it has used privileges, whether it has forked and not executed
+    return core
+
+
+def test_dumped_again(criu: Criu, tmp_path: Path) -> None:
+    """What /proc does not show: handlers, masks, alternate stacks, timers, all registers, rseq, robust lists …"""
+    folder = tmp_path / "work"
+    folder.mkdir()
+    job = Job([str(compile_program("state", tmp_path)), str(folder)], tmp_path, criu)
+    job.start((folder / "ready").exists)
+    wait_quiet([job.pid, *descendants(job.pid)])
+    job.dump("--file-locks")
+    again = tmp_path / "again"
+    again.mkdir()
+    with job.restored("eager"):
+        criu.dump(job.pid, again)
+    cores = sorted(path.name for path in job.images.glob("core-*.img"))
+    assert cores == sorted(path.name for path in again.glob("core-*.img"))
+    for name in cores:
+        assert str(settled(again / name)) == str(settled(job.images / name)), name
+    for name in (path.name for path in job.images.glob("mm-*.img")):
+        assert str(images.read_one(again / name, Kind.MM)) == str(images.read_one(job.images / name, Kind.MM))
+    real = images.read_one(again / f"core-{job.pid}.img", Kind.CORE).tc.timers.real
+    assert real.isec == 3000
+    assert 4000 < real.vsec <= 5000
+    assert [(entry.pid, entry.ppid, entry.pgid, entry.sid) for entry in images.read(again / "pstree.img", Kind.PSTREE)] == [
+        (entry.pid, entry.ppid, entry.pgid, entry.sid) for entry in images.read(job.images / "pstree.img", Kind.PSTREE)
+    ]
+
+
+def test_another_user(criu: Criu, tmp_path: Path) -> None:
+    """CRIU can't dump it without CAP_SYS_RESOURCE, so the image is changed to say so."""
+    out = tmp_path / "out"
+    job = Job([str(compile_program("counter", tmp_path, "-static")), str(out)], tmp_path, criu)
+    job.start(lambda: lines(out) > 20)
+    job.dump()
+    path = job.images / f"core-{job.pid}.img"
+    core = images.read_one(path, Kind.CORE)
+    creds = core.thread_core.creds
+    creds.uid, creds.euid, creds.suid, creds.fsuid = 2001, 2002, 2003, 2002
+    creds.gid, creds.egid, creds.sgid, creds.fsgid = 3001, 3002, 3003, 3002
+    creds.groups[:] = [5, 77]
+    creds.cap_prm[:] = creds.cap_eff[:] = [1 << 10, 0]
+    core.tc.oom_score_adj = 77
+    images.write(path, Kind.CORE, [core])
+    with job.restored("eager"):
+        status = Path(f"/proc/{job.pid}/status").read_text()
+        assert "\nUid:\t2001\t2002\t2003\t2002\n" in status
+        assert "\nGid:\t3001\t3002\t3003\t3002\n" in status
+        assert "\nGroups:\t5 77 \n" in status
+        assert f"\nCapPrm:\t{1 << 10:016x}\nCapEff:\t{1 << 10:016x}\n" in status
+        assert Path(f"/proc/{job.pid}/oom_score_adj").read_text() == "77\n"
+        assert job.end() == 42
+    assert lines(out) == 200
+
+
+TERMINAL = """
+    import sys, termios
+    settings = termios.tcgetattr(0)
+    settings[3] &= ~termios.ECHO
+    termios.tcsetattr(0, termios.TCSANOW, settings)
+    print("ready", flush=True)
+    for line in sys.stdin:
+        print("you said", line.strip(), flush=True)
+        if line.strip() == "end": break
+    print("echo is", bool(termios.tcgetattr(0)[3] & termios.ECHO), flush=True)
+"""
+
+
+def test_shell_job(criu: Criu, tmp_path: Path) -> None:
+    """A program on a terminal goes on on another one."""
+    directory = tmp_path / "images"
+    directory.mkdir()
+    program = [sys.executable, "-c", textwrap.dedent(TERMINAL)]
+    shell = ["/bin/sh", "-c", '"$0" "$@"; :', *program]
+    with OnTerminal(shell) as terminal:
+        terminal.wait_for("ready")
+        (pid,) = descendants(terminal.process.pid)
+        terminal.press(b"one\n")
+        terminal.wait_for("you said one")
+        criu.dump(pid, directory, "--shell-job")
+    output = subprocess.run([*RESTORE, "-D", str(directory), "-d"], capture_output=True, text=True, timeout=60, check=False)
+    assert output.returncode == 1
+    assert "--shell-job" in output.stderr
+    restore = ["/bin/sh", "-c", '"$0" "$@"; echo exit $?', *RESTORE, "-D", str(directory), "--shell-job"]
+    with OnTerminal(restore) as terminal:
+        wait_for("the program to be back", Path(f"/proc/{pid}").exists)
+        terminal.press(b"two\n")
+        terminal.wait_for("you said two")
+        terminal.press(b"end\n")
+        terminal.wait_for("exit 0")
+        assert "echo is False" in terminal.text()
