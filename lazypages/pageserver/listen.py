@@ -172,16 +172,27 @@ def accept_all(listener: socket.socket, stop: int, handle: Callable[[socket.sock
             sock.setblocking(True)
             name = f"client {peer[0]} port {peer[1]}" if peer else "a client"
             # The duplicate can be shut down whatever the thread has made of the original.
-            thread = threading.Thread(target=handle, args=(sock, name), name=name, daemon=True)
-            clients[thread] = sock.dup()
+            duplicate = sock.dup()
+            thread = threading.Thread(
+                target=_handle, args=(handle, sock, duplicate, name), name=name, daemon=True
+            )
+            clients[thread] = duplicate
             thread.start()
             for ended in [thread for thread in clients if not thread.is_alive()]:
-                clients.pop(ended).close()
+                del clients[ended]
     for thread, sock in clients.items():
         with suppress(OSError):
             sock.shutdown(socket.SHUT_RDWR)
         thread.join()
-        sock.close()
+
+
+def _handle(
+    handle: Callable[[socket.socket, str], object], sock: socket.socket, duplicate: socket.socket, name: str
+) -> None:
+    try:
+        handle(sock, name)
+    finally:
+        duplicate.close()  # or the connection would stay open
 
 
 def accept_one(listener: socket.socket, stop: int) -> tuple[socket.socket, str] | None:
