@@ -16,7 +16,7 @@ from images_spec.images import Kind, read_one
 from images_spec.messages import DumpStatsEntry
 from images_spec.pagemap import Pagemap
 from tests.support.criu import Criu
-from tests.support.processes import descendants, describe, nothing_left
+from tests.support.processes import descendants, describe, nothing_left, wait_for
 
 COMMAND = (sys.executable, "-m", "dumptool")
 
@@ -103,10 +103,18 @@ def reap_all() -> None:
 
 
 def is_unharmed(pid: int) -> None:
-    """Fail unless the process is there, untraced, not stopped, with no signal blocked."""
-    fields = dict(
-        line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":\t" in line
+    """Fail unless all its threads are there, untraced, not stopped, and soon with no signal blocked.
+
+    A thread whose tracer has died in the middle of a system call needs a moment to come back.
+    """
+    wait_for(
+        f"{describe(pid)} to be as before", lambda: all(map(_is_free, Path(f"/proc/{pid}/task").iterdir()))
     )
-    assert fields["TracerPid"] == "0", describe(pid)
-    assert fields["State"][0] in "RSD", describe(pid)
-    assert int(fields["SigBlk"], 16) == 0, describe(pid)
+
+
+def _is_free(thread: Path) -> bool:
+    fields = dict(
+        line.split(":\t", 1) for line in (thread / "status").read_text().splitlines() if ":\t" in line
+    )
+    assert fields["State"][0] != "Z", describe(int(thread.name))
+    return fields["TracerPid"] == "0" and fields["State"][0] in "RSD" and int(fields["SigBlk"], 16) == 0

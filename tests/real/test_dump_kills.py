@@ -1,0 +1,146 @@
+"""dumptool is killed at any moment, or fails: the tasks live on, unharmed and untraced."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+
+from dumptool.dump import Settings, Watcher, dump, pre_dump
+from dumptool.freeze import freeze
+from dumptool.proc import layout
+from dumptool.tracee import Gadgets, session
+from tests.support.dumptool import is_unharmed, run, task
+from tests.support.processes import reap, wait_for
+
+PROGRAMS = Path(__file__).parent.parent / "support" / "programs"
+KILLS = 200
+ROUNDS = "5000"
+NR_GETITIMER = 36
+
+
+@pytest.fixture(scope="module")
+def workers() -> Iterator[Path]:
+    with TemporaryDirectory(prefix="lazypages-workers-") as folder:
+        path = Path(folder) / "workers"
+        command = ["gcc", "-std=gnu11", "-O2", "-pthread", "-o", path, PROGRAMS / "workers.c"]
+        subprocess.run(command, check=True, timeout=120)
+        yield path
+
+
+def in_child(work: object) -> int:
+    """Runs a function in a forked child; its pid."""
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        assert callable(work)
+        work()
+    finally:
+        os._exit(1)
+
+
+def expected_output(workers: Path) -> bytes:
+    return subprocess.run([workers, ROUNDS, "0"], check=True, capture_output=True, timeout=60).stdout
+
+
+def test_killed_200_times_at_random(workers: Path, tmp_path: Path) -> None:
+    """Half of the kills come in dumps, half in pre-dumps, which leave tracking behind at most."""
+    output = tmp_path / "output"
+    chance = random.Random(20_261_123)
+    finished = 0
+    with task(workers, ROUNDS, "2000", output=output) as pid:
+        wait_for("the threads", lambda: len(os.listdir(f"/proc/{pid}/task")) == 5)
+
+        def work(number: int) -> None:
+            settings = Settings(pid, tmp_path / f"images-{number % 4}", leave_running=True)
+            (dump if number % 2 else pre_dump)(settings, Watcher())
+            os._exit(0)
+
+        for number in range(KILLS):
+            child = in_child(lambda number=number: work(number))
+            time.sleep(chance.random() * 0.045)
+            os.kill(child, signal.SIGKILL)
+            finished += os.waitstatus_to_exitcode(reap(child)) == 0
+            is_unharmed(pid)
+        assert finished < KILLS // 2, "most runs had ended before they were killed"
+        assert reap(pid) == 0
+    assert output.read_bytes() == expected_output(workers)
+
+
+def test_killed_between_any_two_system_calls(workers: Path, tmp_path: Path) -> None:
+    """All the time of these runs goes into injected system calls."""
+    output = tmp_path / "output"
+    chance = random.Random(7)
+    with task(workers, ROUNDS, "2000", output=output) as pid:
+        wait_for("the threads", lambda: len(os.listdir(f"/proc/{pid}/task")) == 5)
+        gadgets = Gadgets(pid, layout(pid).vmas)
+
+        def work() -> None:
+            with freeze(pid) as tree:
+                while True:
+                    for tid in tree.root.threads:
+                        with session(tid, gadgets) as inside:
+                            inside.filled("<QQQQ", NR_GETITIMER, lambda at: (0, at))
+
+        for _ in range(100):
+            child = in_child(work)
+            time.sleep(0.002 + chance.random() * 0.01)
+            os.kill(child, signal.SIGKILL)
+            reap(child)
+            is_unharmed(pid)
+        assert reap(pid) == 0
+    assert output.read_bytes() == expected_output(workers)
+
+
+def test_signals_wait_until_a_session_is_over(workers: Path) -> None:
+    """One that arrives in the middle is taken by its handler afterwards; a stop signal stops it afterwards."""
+    with task(workers, "100000", "1000") as pid:
+        wait_for("the threads", lambda: len(os.listdir(f"/proc/{pid}/task")) == 5)
+        gadgets = Gadgets(pid, layout(pid).vmas)
+        with freeze(pid) as tree, session(pid, gadgets) as inside:
+            os.kill(pid, signal.SIGUSR1)
+            os.kill(pid, signal.SIGSTOP)
+            for _ in range(5):
+                assert inside.call(39) == pid
+            assert tree.root.threads
+        wait_for("the stop", lambda: Path(f"/proc/{pid}/stat").read_text().split(") ")[1][0] == "T")
+        os.kill(pid, signal.SIGCONT)
+        wait_for("its going on", lambda: Path(f"/proc/{pid}/stat").read_text().split(") ")[1][0] in "SR")
+        is_unharmed(pid)
+
+
+def test_a_stopped_task_stays_stopped(workers: Path, tmp_path: Path) -> None:
+    with task(workers, "100000", "1000") as pid:
+        wait_for("the threads", lambda: len(os.listdir(f"/proc/{pid}/task")) == 5)
+        os.kill(pid, signal.SIGSTOP)
+        assert run("dump", "-t", pid, "-D", tmp_path / "images", "-R").returncode == 0
+        time.sleep(0.05)
+        assert Path(f"/proc/{pid}/stat").read_text().split(") ")[1][0] == "T"
+        os.kill(pid, signal.SIGCONT)
+        wait_for("its going on", lambda: Path(f"/proc/{pid}/stat").read_text().split(") ")[1][0] in "SR")
+
+
+@pytest.mark.parametrize("image", ["pages-1.img", "core-{pid}.img", "inventory.img", "pagemap-{pid}.img"])
+def test_no_room_for_an_image(image: str, workers: Path, tmp_path: Path) -> None:
+    with task(workers, "100000", "1000") as pid:
+        wait_for("the threads", lambda: len(os.listdir(f"/proc/{pid}/task")) == 5)
+        images = tmp_path / "images"
+        images.mkdir()
+        name = images / image.format(pid=pid)
+        if image == "inventory.img":
+            name.mkdir()  # a link to /dev/full would be replaced
+        else:
+            name.symlink_to("/dev/full")
+        result = run("dump", "-t", pid, "-D", images)
+        assert result.returncode == 1
+        assert len(result.stderr.splitlines()) == 1
+        assert result.stderr.startswith("dumptool: ")
+        is_unharmed(pid)

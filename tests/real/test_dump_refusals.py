@@ -1,0 +1,175 @@
+"""What dumptool can't save it names, by pid, descriptor and kind, and leaves the tasks alone."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dumptool import survey
+from dumptool.dump import Settings, Watcher, dump
+from dumptool.errors import UnsupportedError
+from tests.support.dumptool import is_unharmed, run, task
+from tests.support.processes import nothing_left, wait_for
+
+SETUP = (
+    "import ctypes, mmap, os, select, socket, sys, time, signal; libc = ctypes.CDLL(None, use_errno=True); "
+)
+READY = "; print('ready', flush=True); time.sleep(1000)"
+
+REFUSED = {
+    "unix socket": ("s = socket.socket(socket.AF_UNIX)", r"fd \d+: socket:\[\d+\] is a socket"),
+    "tcp socket": ("s = socket.create_server(('127.0.0.1', 0))", r"fd \d+: socket:\[\d+\] is a socket"),
+    "epoll": ("e = select.epoll()", r"fd \d+: anon_inode:\[eventpoll\]"),
+    "eventfd": ("e = os.eventfd(0)", r"fd \d+: anon_inode:\[eventfd\]"),
+    "memfd": ("m = os.memfd_create('x')", r"fd \d+: /memfd:x \(deleted\) is a memfd"),
+    "mapped memfd": (
+        "m = os.memfd_create('x'); os.truncate(m, 4096); a = mmap.mmap(m, 4096); os.close(m)",
+        r"mapping [0-9a-f]+-[0-9a-f]+: is a memfd",
+    ),
+    "io_uring": ("u = libc.syscall(425, 4, bytes(120)); assert u >= 0", r"fd \d+: anon_inode:\[io_uring\]"),
+    "userfaultfd": ("u = libc.syscall(323, 0); assert u >= 0", r"fd \d+: anon_inode:\[userfaultfd\]"),
+    "pidfd": ("p = os.pidfd_open(os.getpid())", r"fd \d+: .*pidfd.* is not saved"),
+    "fifo": ("os.mkfifo('fifo'); f = os.open('fifo', os.O_RDWR)", r"fd \d+: .*fifo is a named pipe"),
+    "deleted file": (
+        "f = open('file', 'w'); os.unlink('file')",
+        r"fd \d+: .*file \(deleted\) can't be found under this name",
+    ),
+    "renamed file": (
+        "f = open('file', 'w'); os.rename('file', 'g'); open('file', 'w')",
+        None,
+    ),
+    "lock": (
+        "import fcntl; f = open('file', 'w'); fcntl.flock(f, fcntl.LOCK_EX)",
+        r"fd \d+: a lock is held on .*file: allow it with --file-locks",
+    ),
+    "shared memory": (
+        "i = libc.shmget(0, 4096, 0o1600); libc.shmat.restype = ctypes.c_void_p; "
+        "a = libc.shmat(i, None, 0); libc.shmctl(i, 0, None)",
+        r"mapping [0-9a-f]+-[0-9a-f]+: is System V shared memory",
+    ),
+    "device": ("f = open('/dev/ptmx', 'rb+', buffering=0)", r"fd \d+: /dev/(pts/)?ptmx is a device"),
+    "namespace": ("assert libc.unshare(0x04000000) == 0", r"is in a namespace of its own \(uts:\[\d+\]\)"),
+    "chroot": ("os.mkdir('root'); os.chroot('root')", r"has another root directory \(chroot\): .*/root"),
+    "seccomp": (
+        "libc.prctl(38, 1, 0, 0, 0); f = (ctypes.c_uint64 * 1)(0x7fff000000000006); "
+        "p = (ctypes.c_uint64 * 2)(1, ctypes.addressof(f)); "
+        "assert libc.prctl(22, 2, p, 0, 0) == 0",
+        r"thread \d+ is under seccomp",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", [name for name, (_, reason) in REFUSED.items() if reason])
+def test_named_and_left_alone(what: str, tmp_path: Path) -> None:
+    code, reason = REFUSED[what]
+    assert reason
+    output = tmp_path / "output"
+    with task(sys.executable, "-c", SETUP + code + READY, cwd=tmp_path, output=output) as pid:
+        wait_for("the program", lambda: "\n" in output.read_text())
+        assert output.read_text() == "ready\n"
+        with pytest.raises(UnsupportedError, match=reason) as caught:
+            dump(Settings(pid, tmp_path / "images"), Watcher())
+        assert all(refusal.pid == pid for refusal in caught.value.refusals)
+        assert not (tmp_path / "images").exists()
+        is_unharmed(pid)
+
+
+def test_every_reason_is_one_line(tmp_path: Path) -> None:
+    output = tmp_path / "output"
+    code = SETUP + "s = socket.socket(); e = os.eventfd(0)" + READY
+    with task(sys.executable, "-c", code, output=output) as pid:
+        wait_for("the program", lambda: "\n" in output.read_text())
+        result = run("dump", "-t", pid, "-D", tmp_path / "images")
+    assert result.returncode == 1
+    first, second = result.stderr.splitlines()
+    assert first.startswith(f"dumptool: can't be dumped: pid {pid} fd 3: socket:[")
+    assert second == f"dumptool: can't be dumped: pid {pid} fd 4: anon_inode:[eventfd] is not saved"
+
+
+def test_what_comes_up_after_the_first_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second look, at the frozen tree, refuses too, and the tree goes on."""
+    output = tmp_path / "output"
+    code = "signal.signal(signal.SIGUSR1, lambda *_: (os.eventfd(0), print('made', flush=True)))"
+    look = survey.check
+    with task(sys.executable, "-c", SETUP + code + READY, output=output) as pid:
+        wait_for("the program", lambda: "\n" in output.read_text())
+
+        def check_and_change(*arguments: object) -> None:
+            look(*arguments)  # type: ignore[arg-type]
+            if "made" not in output.read_text():
+                os.kill(pid, signal.SIGUSR1)
+                wait_for("the eventfd", lambda: "made" in output.read_text())
+
+        monkeypatch.setattr(survey, "check", check_and_change)
+        with pytest.raises(UnsupportedError, match="eventfd"):
+            dump(Settings(pid, tmp_path / "images"), Watcher())
+        is_unharmed(pid)
+        assert not (tmp_path / "images" / "inventory.img").exists()
+
+
+def test_a_traced_task(tmp_path: Path) -> None:
+    tracer = (
+        "import ctypes, os, sys, time; libc = ctypes.CDLL(None); "
+        "assert libc.ptrace(0x4206, int(sys.argv[1]), None, None) == 0; "
+        "print('ready', flush=True); time.sleep(1000)"
+    )
+    with nothing_left(), task("/bin/sleep", "1000") as pid:
+        debugger = subprocess.Popen([sys.executable, "-c", tracer, str(pid)], stdout=subprocess.PIPE)
+        try:
+            assert debugger.stdout
+            assert debugger.stdout.readline() == b"ready\n"
+            result = run("dump", "-t", pid, "-D", tmp_path / "images")
+        finally:
+            debugger.kill()
+            debugger.communicate(timeout=30)
+    assert result.returncode == 1
+    assert result.stderr == (
+        f"dumptool: can't be dumped: pid {pid}: thread {pid} is traced by pid {debugger.pid} "
+        "(a debugger or strace): end that\n"
+    )
+
+
+def test_a_pipe_that_leads_out_of_the_tree(tmp_path: Path) -> None:
+    with nothing_left():
+        process = subprocess.Popen(
+            ["/bin/sleep", "1000"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True
+        )
+        try:
+            result = run("dump", "-t", process.pid, "-D", tmp_path / "images")
+        finally:
+            process.kill()
+            process.communicate(timeout=30)
+    assert result.returncode == 1
+    assert "fd 1: pipe:[" in result.stderr
+    assert f"leads out of the tree, to pid {os.getpid()}" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["-t", "4194300"], "pid 4194300: no such process"),
+        (["-t", "2"], "pid 2: "),
+    ],
+)
+def test_no_such_task(arguments: list[str], reason: str, tmp_path: Path) -> None:
+    result = run("dump", *arguments, "-D", tmp_path / "images")
+    assert result.returncode == 1
+    assert result.stderr.startswith(f"dumptool: {reason}")
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_parent_that_is_none(tmp_path: Path) -> None:
+    with task("/bin/sleep", "1000") as pid:
+        result = run("dump", "-t", pid, "-D", tmp_path / "images", "--prev-images-dir", "../nowhere")
+        assert result.returncode == 1
+        assert "nowhere" in result.stderr
+        (tmp_path / "empty").mkdir()
+        result = run("dump", "-t", pid, "-D", tmp_path / "images", "--prev-images-dir", "../empty")
+        assert result.returncode == 1
+        assert "inventory.img" in result.stderr
+        is_unharmed(pid)
