@@ -6,10 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from images_spec import images as image_files
 from images_spec.checkpoint import Checkpoint, TaskImages, open_checkpoint
 from images_spec.errors import ImageError
+from images_spec.images import Kind
+from images_spec.messages import PagemapEntry
 from lazypages.sources.local import MappedPages
 from lazypages.uffd import TaskMemory
+from lazypages.wire import Layout
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +47,23 @@ def expect(images_dir: Path, *, remote: bool, others: Sequence[Path] = ()) -> di
         task.pid: _expect_task(checkpoint.load_task(task.pid, remote), checkpoint, known, mapped)
         for task in checkpoint.tasks
     }
+
+
+def written_by(images_dir: Path) -> Layout | None:
+    """Which CRIU wrote the images, by how its pagemaps count pages: a hint at the protocol of its page server.
+
+    None when nothing tells. Raises ImageError.
+    """
+    for task in open_checkpoint(images_dir).tasks:
+        path = images_dir / Kind.PAGEMAP.file_name(task.pid)
+        if not path.exists():
+            continue  # of a zombie
+        for message in image_files.iter(path, Kind.PAGEMAP):
+            if isinstance(message, PagemapEntry):
+                if not message.HasField("nr_pages"):
+                    return Layout.CRIU_4_1
+                return None if message.compat_nr_pages else Layout.CRIU_4_2
+    return None
 
 
 def _expect_task(

@@ -11,7 +11,7 @@ import signal
 import sys
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -28,7 +28,7 @@ from lazypages.loop.server import ServeOptions, Server
 from lazypages.metrics import Summary
 from lazypages.progress import TerminalWatch, watch_in_log
 from lazypages.remote_options import SOURCE_OPTIONS, add_options, sources_of
-from lazypages.restored import Expected, expect
+from lazypages.restored import Expected, expect, written_by
 from lazypages.uffd import PAGE_SIZE
 
 if TYPE_CHECKING:
@@ -252,6 +252,9 @@ def _serve(
 ) -> Summary:
     """All that can go wrong for known reasons does so before a restore is told that it may start."""
     expected = expect(places.images_dir, remote=bool(options.page_servers), others=directories)
+    if options.page_servers and options.remote.layout is None:
+        hint = replace(options.remote, written_by=written_by(places.images_dir))
+        options = replace(options, remote=hint)
     _check_userfaultfd()
     ready: list[Callable[[], None]] = []
     if status_fd is not None:

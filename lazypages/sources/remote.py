@@ -192,7 +192,8 @@ class RemotePages:
     async def wait_for_room(self) -> int:
         """Wait until `room` is at least one page, and return it."""
         while not (room := self.room):
-            self._room = anyio.Event()
+            if self._room.is_set():
+                self._room = anyio.Event()  # one for all who wait
             await self._room.wait()
         return room
 

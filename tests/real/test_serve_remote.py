@@ -1,0 +1,165 @@
+"""Real `criu restore --lazy-pages` whose pages come from page servers, CRIU's and ours."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.support.criu import Criu, all_criu
+from tests.support.processes import Server, nothing_left
+from tests.support.remote import criu_page_server, leave_at_source, our_page_server
+from tests.support.restore import Checkpoints, lazy_restore, our_daemon
+
+both = pytest.mark.parametrize("criu", all_criu())
+OURS = Criu("4.1")
+
+
+def page_server(
+    kind: str, criu: Criu, images: Path, work: Path
+) -> AbstractContextManager[tuple[int, Server]]:
+    work.mkdir()
+    return criu_page_server(criu, images, work) if kind == "criu" else our_page_server(images, work)
+
+
+@contextmanager
+def page_server_at(sock: Path, images: Path, work: Path) -> Iterator[Server]:
+    """Ours, on a unix socket."""
+    work.mkdir()
+    command = [sys.executable, "-m", "lazypages", "page-server", "--lazy-pages", "-D", str(images)]
+    command += ["-W", str(work), "--address", f"unix:{sock}", "-v4", "-o", "page-server.log"]
+    with Server(command, output=work / "out", logs=[work / "page-server.log"]) as server:
+        server.wait_ready()
+        yield server
+
+
+def remote_options(port: int) -> list[str]:
+    return ["--page-server", "--address", "127.0.0.1", "--port", str(port)]
+
+
+@both
+@pytest.mark.parametrize("server", ["criu", "ours"])
+@pytest.mark.parametrize("scenario", ["single", "tree", "interpreter", "fragments"])
+def test_all_from_a_server(
+    criu: Criu, server: str, scenario: str, checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    """In the background: each page is placed once, and the server hears the end."""
+    checkpoint = checkpoints.get(criu, scenario)
+    images = tmp_path / "images"
+    left = leave_at_source(checkpoint.images, images)
+    with nothing_left(), page_server(server, criu, checkpoint.images, tmp_path / "server") as (port, process):
+        with lazy_restore(checkpoint, our_daemon(*remote_options(port)), tmp_path, images) as restored:
+            assert restored.server.wait() == 0
+            stats = restored.stats()
+            assert {task["pid"]: task["pages"]["copied_by_source"] for task in stats["tasks"]} == {
+                pid: {"remote": pages} for pid, pages in left.items()
+            }
+            # a fault may ask once more for a page that is on its way behind others
+            crossed = stats["page_servers"][0]["pages"]
+            assert sum(left.values()) <= crossed <= sum(left.values()) + stats["faults"]
+            restored.go()
+            assert restored.wait_tasks() == 0
+            restored.check_verdict()
+        if server == "criu":
+            assert process.wait() == 0
+
+
+@both
+@pytest.mark.parametrize("server", ["criu", "ours"])
+@pytest.mark.parametrize("scenario", ["single", "threads", "family", "moves", "unmaps", "forks_under_load"])
+def test_faults_over_the_network(
+    criu: Criu, server: str, scenario: str, checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    """By faults alone, half of the pages here and half there, while the tasks fork and change their layout."""
+    checkpoint = checkpoints.get(criu, scenario)
+    images = tmp_path / "images"
+    leave_at_source(checkpoint.images, images, share=0.5)
+    with (
+        nothing_left(),
+        page_server(server, criu, checkpoint.images, tmp_path / "server") as (port, _process),
+        lazy_restore(
+            checkpoint, our_daemon("--no-background", *remote_options(port)), tmp_path, images
+        ) as restored,
+    ):
+        restored.check_all()
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "trio", "uvloop"])
+def test_loops(loop: str, checkpoints: Checkpoints, tmp_path: Path) -> None:
+    checkpoint = checkpoints.get(OURS, "tree")
+    images = tmp_path / "images"
+    leave_at_source(checkpoint.images, images, share=0.8)
+    with (
+        nothing_left(),
+        page_server("ours", OURS, checkpoint.images, tmp_path / "server") as (port, _process),
+        lazy_restore(
+            checkpoint, our_daemon("--loop", loop, *remote_options(port)), tmp_path, images
+        ) as restored,
+    ):
+        restored.check_all()
+
+
+def test_a_directory_stands_in(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    """--source local:DIR: what the images lack is taken from there, and nothing needs a network."""
+    checkpoint = checkpoints.get(OURS, "tree")
+    images = tmp_path / "images"
+    left = leave_at_source(checkpoint.images, images, share=0.5)
+    daemon = our_daemon("--source", f"local:{checkpoint.images}")
+    with lazy_restore(checkpoint, daemon, tmp_path, images) as restored:
+        assert restored.server.wait() == 0
+        for task in restored.stats()["tasks"]:
+            assert task["pages"]["copied_by_source"][f"local:{checkpoint.images}"] == left[task["pid"]]
+        restored.go()
+        assert restored.wait_tasks() == 0
+        restored.check_verdict()
+
+
+def test_nobody_has_them(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    """Images without their pages and no server: refused before a restore can begin."""
+    images = tmp_path / "images"
+    leave_at_source(checkpoints.get(OURS, "single").images, images)
+    with our_daemon().start(images, tmp_path) as server:
+        assert server.wait() == 1
+        assert "--page-server" in server.story()
+    assert not (tmp_path / "lazy-pages.socket").exists()
+
+
+def test_a_server_that_goes_away(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    """Tasks wait for their pages; a server that is killed and started anew is gone on with."""
+    checkpoint = checkpoints.get(OURS, "single")
+    images, sock = tmp_path / "images", tmp_path / "pages.sock"
+    leave_at_source(checkpoint.images, images)
+    daemon = our_daemon("--no-background", "--source", f"unix:{sock}")
+    with nothing_left(), ExitStack() as stack:
+        first = stack.enter_context(page_server_at(sock, checkpoint.images, tmp_path / "first"))
+        restored = stack.enter_context(lazy_restore(checkpoint, daemon, tmp_path, images))
+        first.signal(signal.SIGKILL)
+        first.process.wait()
+        restored.go()
+        time.sleep(1)
+        assert restored.reports() == []
+        sock.unlink(missing_ok=True)
+        stack.enter_context(page_server_at(sock, checkpoint.images, tmp_path / "second"))
+        restored.check_end()
+
+
+def test_deadline(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    """Nobody gives the pages in time: the task gets SIGBUS, never zeros, and the status says so."""
+    checkpoint = checkpoints.get(OURS, "single")
+    images = tmp_path / "images"
+    leave_at_source(checkpoint.images, images)
+    with nothing_left(), page_server("ours", OURS, checkpoint.images, tmp_path / "server") as (port, process):
+        daemon = our_daemon("--no-background", "--source-deadline", "1", *remote_options(port))
+        with lazy_restore(checkpoint, daemon, tmp_path, images) as restored:
+            process.signal(signal.SIGKILL)
+            process.process.wait()
+            restored.go()
+            assert restored.wait_tasks() == -signal.SIGBUS
+            assert restored.server.wait() == 1
+            assert "no page server gave it within 1 s" in restored.server.story()
+            assert restored.stats()["tasks"][0]["state"] == "lost"
