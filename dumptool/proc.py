@@ -360,8 +360,8 @@ def parse_timers(text: str) -> list[PosixTimer]:
     """Parses /proc/<pid>/timers. ``thread``: of SIGEV_THREAD_ID."""
     kinds = {"signal": 0, "none": 1, "thread": 2}
     timers = []
-    for part in text.split("ID: ")[1:]:
-        fields = parse_fields("ID: " + part)
+    for part in re.split(r"^(?=ID:)", text, flags=re.MULTILINE)[1:]:
+        fields = parse_fields(part)
         signal, _, value = fields["signal"].partition("/")
         kind, _, target = fields["notify"].partition("/")
         who, _, number = target.partition(".")

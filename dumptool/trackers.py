@@ -77,11 +77,9 @@ class Tracker:
     def owned_by(self, pid: int, start_time: int) -> bool:
         """Whether it is this very process that it tracks, and not one that the process was forked from."""
         record = self.record
-        return (
-            record is not None
-            and self.uffd is not None
-            and (record.pid, record.start_time) == (pid, start_time)
-        )
+        if record is None or (record.pid, record.start_time) != (pid, start_time):
+            return False
+        return record.uffd == NO_UFFD or self.uffd is not None
 
 
 def find(pid: int, files: Sequence[OpenFile]) -> list[Tracker]:

@@ -1,0 +1,151 @@
+"""When a tracker vouches for a level, and when not; soft-dirty bits, which the test machine's kernel lacks."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from dumptool import memory, trackers, tracking
+from dumptool._ptrace import lib
+from dumptool.errors import DumpError
+from dumptool.memory import Marks
+from dumptool.proc import FdInfo, OpenFile
+from dumptool.trackers import FEATURES, MEMFD_LINK, NO_UFFD, UFFD_LINK, Record, Tracker
+from dumptool.tracking import Armed, Method
+
+RECORD = Record(pid=10, start_time=77, uffd=993, arming="a", level="run-1")
+
+
+def task(*found: Tracker, pid: int = 10, start_time: int = 77) -> Any:
+    return SimpleNamespace(pid=pid, stat=SimpleNamespace(start_time=start_time), trackers=found)
+
+
+def test_a_record_is_written_in_one_piece() -> None:
+    assert Record.decode(RECORD.encode()) == RECORD
+    assert len(RECORD.encode()) == len(Record(1, 1, 1).encode()) == trackers.RECORD_SIZE
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"{}", b"[]", b"junk", b'{"pid": "1", "start_time": 1, "uffd": 1}', RECORD.encode()[:40]]
+)
+def test_what_is_no_record(data: bytes) -> None:
+    assert Record.decode(data) is None
+
+
+def test_vouches_for_its_own_level_only() -> None:
+    tracker = Tracker(992, 993, RECORD)
+    assert tracking.vouched(task(tracker), "run-1") == (lib.LP_PAGE_WPALLOWED, lib.LP_PAGE_WRITTEN)
+    assert tracking.vouched(task(tracker), "run-0") is None
+    assert tracking.vouched(task(tracker), "") is None
+    assert tracking.vouched(task(Tracker(992, 993, replace(RECORD, level=""))), "run-1") is None
+    assert tracking.vouched(task(Tracker(992, 993, replace(RECORD, level=""))), "") is None
+    assert tracking.vouched(task(tracker, pid=11), "run-1") is None  # forked
+    assert tracking.vouched(task(tracker, start_time=78), "run-1") is None  # another with its pid
+    assert tracking.vouched(task(Tracker(992, None, RECORD)), "run-1") is None  # the uffd has been closed
+    assert tracking.vouched(task(), "run-1") is None
+
+
+def test_soft_dirty_bits_need_no_userfaultfd() -> None:
+    tracker = Tracker(992, None, replace(RECORD, uffd=NO_UFFD))
+    assert tracking.vouched(task(tracker), "run-1") == (0, lib.LP_PAGE_SOFT_DIRTY)
+
+
+def open_file(fd: int, link: str, features: int | None = None) -> OpenFile:
+    other = {} if features is None else {"API": f"aa:{features:x}:1ffff"}
+    return OpenFile(fd, link, os.stat("/"), FdInfo(0, 0, 0, (), other))
+
+
+def test_found_among_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
+    records: dict[int, Record | None] = {992: RECORD, 994: None}
+    monkeypatch.setattr(trackers, "_read", lambda _pid, fd: records[fd])
+    done = FEATURES | 1 << 31
+    files = [
+        open_file(3, UFFD_LINK, 1 << 1),  # a userfaultfd of the program's own
+        open_file(992, MEMFD_LINK),
+        open_file(993, UFFD_LINK, done),
+    ]
+    assert trackers.find(10, files) == [Tracker(992, 993, RECORD)]
+    half_made = [*files, open_file(994, MEMFD_LINK), open_file(995, UFFD_LINK, 0)]
+    assert trackers.find(10, half_made) == [Tracker(992, 993, RECORD), Tracker(994, 995, None)]
+    assert trackers.find(10, [open_file(993, UFFD_LINK, done)]) == []
+
+
+def test_soft_dirty_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages without the bit are unchanged, but for mappings made since the bits were cleared."""
+    found = {
+        0x1000: [(0x1000, 0x2000, 0), (0x2000, 0x4000, lib.LP_PAGE_SOFT_DIRTY)],
+        0x9000: [(0x9000, 0xA000, 0)],
+    }
+
+    def scan_mapping(_fd: int, mapping: Any, _protect: bool, runs: memory.Runs) -> None:
+        for run in found[mapping.entry.start]:
+            runs.append(*run)
+
+    def mapping(start: int, *, new: bool) -> Any:
+        entry = SimpleNamespace(start=start, end=start + 0x4000)
+        return SimpleNamespace(
+            entry=entry, private=True, file_backed=False, lazy=True, readable=True, new=new, whole=False
+        )
+
+    monkeypatch.setattr(memory, "_scan_mapping", scan_mapping)
+    marks = Marks(*tracking.CATEGORIES["soft-dirty"])
+    (part,) = memory.scan(-1, [mapping(0x1000, new=False), mapping(0x9000, new=True)], marks)
+    assert list(part.runs) == [(0x1000, 0x2000, 3), (0x2000, 0x4000, 6), (0x9000, 0xA000, 6)]
+
+
+def test_soft_dirty_bits_are_cleared(monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[tuple[str, bytes]] = []
+
+    class File:
+        def __init__(self, name: str, *_arguments: object, **_options: object) -> None:
+            self._name = name
+
+        def __enter__(self) -> File:
+            return self
+
+        def __exit__(self, *_exception: object) -> None:
+            pass
+
+        def write(self, data: bytes) -> None:
+            written.append((self._name, data))
+
+    monkeypatch.setattr(tracking, "open", File, raising=False)
+    Armed(task(), RECORD, memfd=-1, uffd=None).clear()
+    assert written == [("/proc/10/clear_refs", b"4")]
+    Armed(task(), RECORD, memfd=-1, uffd=5).clear()
+    assert len(written) == 1
+
+
+def test_only_the_last_arming_is_completed() -> None:
+    with tempfile.TemporaryFile() as file:
+        trackers.store(file.fileno(), replace(RECORD, arming="mine", level=""))
+        Armed(task(), replace(RECORD, arming="mine", level=""), file.fileno(), None).complete("run-2")
+        stored = Record.decode(os.pread(file.fileno(), trackers.RECORD_SIZE, 0))
+        assert stored is not None
+        assert stored.level == "run-2"
+        trackers.store(file.fileno(), replace(RECORD, arming="another", level=""))
+        Armed(task(), replace(RECORD, arming="mine", level=""), file.fileno(), None).complete("run-3")
+        stored = Record.decode(os.pread(file.fileno(), trackers.RECORD_SIZE, 0))
+        assert stored is not None
+        assert stored.level == ""
+
+
+def test_this_kernel_and_soft_dirty_bits() -> None:
+    config = Path("/proc/config.gz")
+    if config.exists():
+        import gzip
+
+        has = "CONFIG_MEM_SOFT_DIRTY=y" in gzip.decompress(config.read_bytes()).decode()
+        assert tracking.soft_dirty_works() == has
+
+
+def test_asking_for_soft_dirty_bits_where_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracking, "soft_dirty_works", lambda: False)
+    with pytest.raises(DumpError, match="no soft-dirty"):
+        tracking._make(task(), SimpleNamespace(), Method.SOFT_DIRTY)  # type: ignore[arg-type]
