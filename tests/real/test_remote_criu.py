@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from lazypages.sources.url import TcpServer
 from lazypages.wire import PAGE_SIZE, Layout
 from tests.support.criu import Criu, all_criu, raised_pipe_limit
 from tests.support.pages import LOOP_NAMES, LOOPS, Contents, fetch
-from tests.support.processes import end, nothing_left, wait_for
+from tests.support.processes import nothing_left, wait_for
 from tests.support.restore import Checkpoints, Program
 
 both = pytest.mark.parametrize("criu", all_criu())
@@ -50,6 +51,12 @@ def lazy_pages(images: Path) -> Contents:
                     if flags & PE_LAZY:
                         contents[int(pid), address] = data
     return contents
+
+
+def read_memory(pid: int, places: list[tuple[int, int]]) -> Contents:
+    """The pages as the task itself has them."""
+    with open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:
+        return {place: os.pread(memory.fileno(), PAGE_SIZE, place[1]) for place in places}
 
 
 def layout_of(criu: Criu) -> Layout:
@@ -88,9 +95,9 @@ def test_page_server(criu: Criu, told: int, checkpoints: Checkpoints, tmp_path: 
 @both
 @pytest.mark.parametrize("loop", LOOPS, ids=LOOP_NAMES)
 def test_frozen_task(criu: Criu, loop: dict[str, Any], program: Program, tmp_path: Path) -> None:
-    """`criu dump --lazy-pages` gives the same bytes as a full dump of the same task, frozen in the same state."""
-    lazy, full, results = tmp_path / "lazy", tmp_path / "full", tmp_path / "results"
-    for directory in (lazy, full, results):
+    """`criu dump --lazy-pages` gives the bytes that the frozen task has."""
+    lazy, results = tmp_path / "lazy", tmp_path / "results"
+    for directory in (lazy, results):
         directory.mkdir()
     port = free_port()
     with nothing_left():
@@ -103,18 +110,17 @@ def test_frozen_task(criu: Criu, loop: dict[str, Any], program: Program, tmp_pat
             cwd="/",
         )
         wait_for("the victim to fill its memory", (results / "ready").exists)
-        criu.dump(victim.pid, full, "--leave-stopped")
-        contents = lazy_pages(full)
         options = ["--address", "127.0.0.1", "--port", str(port)]
         with criu.lazy_dump(victim.pid, lazy, *options) as server:
             server.wait_ready()
-            assert not any(lazy_pages(lazy).values())
-            wanted = {place: page for place, page in contents.items() if place in lazy_pages(lazy)}
-            assert len(wanted) > 1000
-            fetched = fetch([TcpServer("127.0.0.1", port)], list(lazy_pages(lazy)), loop=loop)
+            promised = lazy_pages(lazy)
+            assert not any(promised.values())
+            assert len(promised) > 1000
+            contents = read_memory(victim.pid, list(promised))
+            fetched = fetch([TcpServer("127.0.0.1", port)], list(promised), loop=loop)
             assert server.wait() == 0
-        end([victim.pid])
-    assert {place: fetched.pages[place] for place in wanted} == wanted
+        victim.wait(30)  # CRIU ends it once the client has all
+    fetched.check(contents)
 
 
 @both
