@@ -37,7 +37,7 @@ struct uffdio_poison {
 #define RETRY_MS 1	      /* until an answer that was put off is tried again */
 #define IDLE_MS 50	      /* without a fault: then no task's CPU is followed */
 #define CHUNK_QUIET (512u << 10) /* bytes a background copy takes at a time */
-#define CHUNK_BUSY (16u << 10)	 /* the same while tasks fault: one waits for this at most */
+#define CHUNK_BUSY (64u << 10)	 /* the same while tasks fault: one waits for this at most */
 #define BUSY_NS (2 * NS / 1000)	 /* how long after a fault tasks count as faulting */
 #define LEAD_MIN ((uint64_t)1 << 20)
 #define LEAD_MAX ((uint64_t)32 << 20)
