@@ -85,7 +85,7 @@ def _verbosity(_ctx: click.Context, _param: click.Parameter, values: Sequence[st
     callback=_verbosity,
     help="4: say each step; less: errors only.  [default: 2]",
 )
-def restore_command(
+def restore_command(  # noqa: PLR0917 - the options
     images_dir: Path,
     work_dir: Path | None,
     lazy_pages: bool,
@@ -168,4 +168,4 @@ def _become_restorer(plan: bytes, inherited: Sequence[int]) -> None:
         file.write(plan)
     for number in (fd, *inherited):
         os.set_inheritable(number, True)
-    os.execv(RESTORER, [RESTORER.name, str(fd)])
+    os.execv(RESTORER, [RESTORER.name, str(fd)])  # noqa: S606 - a shell is no use here

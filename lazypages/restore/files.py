@@ -166,7 +166,7 @@ def check_regular(entry: RegFileEntry, deleted: bool, whose: str) -> None:
         )
 
 
-def give_files(plan: Plan, files: Files, thread: int, pid: int, alive: Alive, link_fd: int) -> None:
+def give_files(plan: Plan, files: Files, thread: int, pid: int, alive: Alive, *, link_fd: int) -> None:
     """All descriptors of a task, lowest first, and where it is in the file tree."""
     for entry in sorted(alive.fds, key=lambda entry: entry.fd):
         whose = f"task {pid}, fd {entry.fd}"

@@ -7,6 +7,7 @@ import os
 import struct
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
@@ -91,7 +92,7 @@ def find_scratch(spaces: Iterable[MmEntry], machine: Machine) -> int:
 
 
 def special_places(mm: MmEntry, machine: Machine, path: Path) -> list[tuple[int, int]]:
-    """Where vvar and vdso of this kernel must go: start and size of each, in the machine's order; [] for none.
+    """Where vvar and vdso of this kernel go: start and size of each, in the machine's order; [] for none.
 
     CRIU takes the vvar mappings of newer kernels (6.13 on) for one (observed with CRIU 4.1.1), so sizes are
     compared in sum. Raises ``RestoreError`` when they are another kernel's.
@@ -106,7 +107,7 @@ def special_places(mm: MmEntry, machine: Machine, path: Path) -> list[tuple[int,
     ):
         theirs = [vma for vma in dumped if vma.status & status]
         size, wanted = sum(vma.end - vma.start for vma in theirs), sum(part.size for part in ours)
-        contiguous = all(a.end == b.start for a, b in zip(theirs, theirs[1:], strict=False))
+        contiguous = all(a.end == b.start for a, b in pairwise(theirs))
         if size != wanted or not contiguous:
             name = "vdso" if status == VMA_VDSO else "vvar"
             raise RestoreError(
@@ -153,7 +154,7 @@ def check_vdso(alive: Alive, machine: Machine, pid: int, path: Path) -> None:
                 dumped += file.read(hi - lo)
         if len(dumped) != vma.end - vma.start:
             raise RestoreError(
-                f"{path.name}: task {pid}'s vdso is not in the images, so it can't be told to be this kernel's"
+                f"{path.name}: task {pid}'s vdso is not in the images, so nobody knows which kernel's it is"
             )
         if dumped != machine.vdso:
             raise RestoreError(
@@ -163,7 +164,7 @@ def check_vdso(alive: Alive, machine: Machine, pid: int, path: Path) -> None:
 
 
 def check_mappings(dump: Dump, alive: Alive, pid: int, path: Path, *, lazy: bool) -> None:
-    """Raises ``RestoreError`` for mappings and pages that can't be restored, ``ImageError`` for absurd ones."""
+    """Raises ``RestoreError`` for what can't be restored, ``ImageError`` for what is absurd."""
     if alive.mm.aios:
         raise RestoreError(f"task {pid}: uses asynchronous I/O (io_setup), which can't be restored")
     for vma in alive.mm.vmas:
@@ -214,7 +215,7 @@ class Shared:
         levels = [files.pages(level) if level else NONE for level in contents.levels]
         everything = [FillRange(0, size, TAKE_EAGER | TAKE_LAZY)]
         label = f"read the contents of shared memory {ident}"
-        plan.fill(NONE, levels, everything, extent_bytes(contents.extents), label, shared=slot)
+        plan.fill(NONE, levels, everything, extents=extent_bytes(contents.extents), label=label, shared=slot)
         return slot
 
 
@@ -235,7 +236,13 @@ class Memory:
         tighten = self._map(thread, pid, alive)
         ranges = [FillRange(vma.start, vma.end, self._take(vma)) for vma in mm.vmas]
         levels = [self._files.pages(level.pages) if level.pages else NONE for level in alive.memory.levels]
-        plan.fill(thread, levels, ranges, extent_bytes(alive.memory.extents), "read the memory's contents")
+        plan.fill(
+            thread,
+            levels,
+            ranges,
+            extents=extent_bytes(alive.memory.extents),
+            label="read the memory's contents",
+        )
         for vma in tighten:
             size = vma.end - vma.start
             label = f"protect {vma.start:#x}-{vma.end:#x}"
@@ -319,7 +326,7 @@ class Memory:
     def _describe(self, thread: int, pid: int, mm: MmEntry) -> None:
         """What the kernel knows of the space: program, break, arguments, auxiliary vector.
 
-        PR_SET_MM_MAP asks for CAP_CHECKPOINT_RESTORE or CAP_SYS_ADMIN and that only for the program; the other
+        PR_SET_MM_MAP asks for CAP_CHECKPOINT_RESTORE or CAP_SYS_ADMIN, and only for the program; the other
         variants of PR_SET_MM need CAP_SYS_RESOURCE (kernel/sys.c, prctl_set_mm_map; tried under 6.18).
         """
         plan = self._plan

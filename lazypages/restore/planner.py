@@ -13,7 +13,14 @@ from images_spec.messages import Machine as MachineType
 from lazypages.restore import memory, registers, state, tree
 from lazypages.restore.dump import Alive, Dump, Process
 from lazypages.restore.errors import RestoreError
-from lazypages.restore.files import Files, check_descriptors, check_locks, give_files, set_up_terminals, take_locks
+from lazypages.restore.files import (
+    Files,
+    check_descriptors,
+    check_locks,
+    give_files,
+    set_up_terminals,
+    take_locks,
+)
 from lazypages.restore.machine import Machine
 from lazypages.restore.plan import NONE, SCRATCH_CODE, SCRATCH_DATA, Plan
 from lazypages.restore.syscalls import (
@@ -49,7 +56,7 @@ class Order:
 
 
 def check(dump: Dump, order: Order, machine: Machine) -> None:
-    """Raises ``RestoreError`` for everything that is known beforehand to go wrong, before anything is made."""
+    """Raises ``RestoreError`` for all that is known beforehand to go wrong; nothing has been made yet."""
     _check_ids(dump)
     for process in dump.processes:
         _check_pids(process, machine)
@@ -152,7 +159,7 @@ class _Planner:
         for process, alive, threads in self._alive():
             path = self._dump.path(Kind.MM, process.pid)
             space.build(threads.leader, process.pid, alive, path)
-            give_files(plan, self._files, threads.leader, process.pid, alive, self._link_fd)
+            give_files(plan, self._files, threads.leader, process.pid, alive, link_fd=self._link_fd)
             for tid, core in alive.threads.items():
                 if tid != process.pid:
                     thread = plan.spawn(threads.leader, tid, THREAD_FLAGS, f"make thread {tid}")
@@ -167,7 +174,7 @@ class _Planner:
         for process, alive, threads in self._alive():
             self._state.process(threads.leader, process.pid, alive)
             for thread, tid, core in threads.all:
-                self._state.thread(thread, tid, core, leader=tid == process.pid)
+                self._state.thread(thread, core, leader=tid == process.pid)
         leaders = {pid: threads.leader for pid, threads in self._threads.items()}
         set_up_terminals(plan, self._dump, self._machine, leaders)
         for process, alive, threads in self._alive():
@@ -249,11 +256,11 @@ class _Planner:
             plan.regs(
                 thread,
                 registers.general(core.thread_info),
-                state.blocked(process.core.tc, core.thread_core, leader=tid == process.pid),
-                process.core.tc.task_state == TaskState.TASK_STOPPED,
-                bits,
-                registers.fxsave(core.thread_info.fpregs, path),
-                components,
+                blocked=state.blocked(process.core.tc, core.thread_core, leader=tid == process.pid),
+                stop=process.core.tc.task_state == TaskState.TASK_STOPPED,
+                xstate_bv=bits,
+                fxsave=registers.fxsave(core.thread_info.fpregs, path),
+                components=components,
             )
 
     def _let_go(self) -> None:
@@ -271,7 +278,7 @@ class _Planner:
 def _check_helper(pid: int, machine: Machine) -> None:
     if machine.in_use(pid):
         raise RestoreError(
-            f"pid {pid}: led a session or process group of the dumped tasks and is in use by another process now"
+            f"pid {pid}: led a session or process group of the dumped tasks; another process has it now"
         )
 
 

@@ -27,11 +27,11 @@ COMPONENTS: Mapping[int, tuple[str, str, int, str]] = {
     7: ("hi16_zmm", "Q", 128, "avx512f"),
     9: ("pkru", "I", 2, "ospke"),
 }
-"""Component number (Intel SDM 1, 13.1) -> field of UserX86XsaveEntry, type and number of its values, CPU flag."""
+"""Component (Intel SDM 1, 13.1) -> field of UserX86XsaveEntry, type and number of its values, CPU flag."""
 
 _INTERNAL_ERRORS = (512, 513, 514)
 _RESTART_BLOCK = 516
-"""linux/errno.h: what an interrupted system call returns to the kernel's own restart code, never to a task."""
+"""linux/errno.h: what an interrupted system call returns to the kernel's restart code, never to a task."""
 _WORD = (1 << 64) - 1
 _EINTR = 4
 _SYSCALL_INSN_SIZE = 2
@@ -40,8 +40,8 @@ _SYSCALL_INSN_SIZE = 2
 def general(info: ThreadInfoX86) -> bytes:
     """struct user_regs_struct.
 
-    A dump tool puts an interrupted system call right (reference/criu-interfaces §5); where it has not, the call is
-    called again here, or fails with EINTR when only the kernel that was interrupted could go on with it.
+    A dump tool puts an interrupted system call right (reference/criu-interfaces §5). Where it has not, the
+    call is made again here, or fails with EINTR when only the kernel that was interrupted could go on.
     """
     regs = info.gpregs
     ax, ip, orig = regs.ax, regs.ip, regs.orig_ax
@@ -98,7 +98,7 @@ def extended(fpregs: UserX86FpregsEntry, machine: Machine, path: Path) -> tuple[
             raise RestoreError(f"{path.name}: the task uses registers ({flag}) that this CPU does not have")
         values = list(getattr(xsave, field))
         if number == 9:  # CRIU leaves out the padding
-            values = (values + [0])[:count]
+            values = [*values, 0][:count]
         if len(values) != count:
             raise ImageError(path, f"{field} has {len(values)} values, not {count}")
         components.append((number, struct.pack(f"<{count}{code}", *values)))

@@ -136,7 +136,7 @@ class State:
             label = f"set RLIMIT_{RLIMIT_NAMES[number]} to {_limit(limit.cur)} and {_limit(limit.max)}"
             plan.call(thread, label, Nr.PRLIMIT64, 0, number, data, 0, data=record)
 
-    def thread(self, thread: int, tid: int, core: CoreEntry, *, leader: bool) -> None:
+    def thread(self, thread: int, core: CoreEntry, *, leader: bool) -> None:
         """What each thread has, credentials included. Blocked signals stay blocked."""
         plan, data, own = self._plan, self._plan.data, core.thread_core
         comm = (own.comm or core.tc.comm) if leader else own.comm
@@ -173,7 +173,7 @@ class State:
             self._plan.call(thread, "set the niceness", Nr.SETPRIORITY, 0, 0, own.sched_nice)
 
     def _credentials(self, thread: int, creds: CredsEntry) -> None:
-        """With user ids changing under SECBIT_NO_SETUID_FIXUP no capability is lost on the way, capabilities(7)."""
+        """Under SECBIT_NO_SETUID_FIXUP no capability is lost while user ids change, capabilities(7)."""
         plan, data = self._plan, self._plan.data
         sets = _capability_sets(creds)
         groups = struct.pack(f"<{len(creds.groups)}I", *creds.groups)

@@ -1,8 +1,8 @@
 """In which order processes are made so that sessions and process groups come out as they were.
 
-A session can only be inherited from the process that makes another one, or founded (setsid(2)); so a process is
-made while its maker is in the right session. Where the leader of a session or group is gone, a helper takes its
-pid for a while. Pure.
+A session can only be inherited from the process that makes another one, or founded (setsid(2)); so a process
+is made while its maker is in the right session. Where the leader of a session or group is gone, a helper takes
+its pid for a while. Pure.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def order(members: Sequence[Member], *, own_session: int, own_group: int, shell_
     outside = root.sid not in pids
     if outside and not shell_job:
         raise RestoreError(
-            f"task {root.pid} belongs to session {root.sid}, which was not dumped: restore it with --shell-job"
+            f"task {root.pid} is in session {root.sid}, which was not dumped: restore it with --shell-job"
         )
     if outside:
         members = [_adopt(member, root.sid, own_session, own_group, pids) for member in members]

@@ -187,7 +187,7 @@ def test_killed_in_the_middle(job: Job) -> None:
         command = [*RESTORE, "-D", str(job.images), "-d", "--lazy-pages"]
         with subprocess.Popen(command) as restore:
             connection, _ = daemon.accept()
-            data, fds, *_ = socket.recv_fds(connection, 5, 1)
+            _, fds, *_ = socket.recv_fds(connection, 5, 1)
             assert Path(f"/proc/{job.pid}").exists()
             restore.kill()
             restore.wait()

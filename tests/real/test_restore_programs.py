@@ -260,7 +260,7 @@ STATUS = re.compile(
 STAT_FIELDS = {"ppid": 3, "pgrp": 4, "session": 5, "tty": 6, "nice": 18, "threads": 19, "policy": 40} | {
     name: number
     for number, name in enumerate(
-        "start_data end_data start_brk arg_start arg_end env_start env_end".split(), 44
+        ["start_data", "end_data", "start_brk", "arg_start", "arg_end", "env_start", "env_end"], 44
     )
 }
 
@@ -403,8 +403,12 @@ def test_dumped_again(criu: Criu, tmp_path: Path) -> None:
     real = images.read_one(again / f"core-{job.pid}.img", Kind.CORE).tc.timers.real
     assert real.isec == 3000
     assert 4000 < real.vsec <= 5000
-    assert [(entry.pid, entry.ppid, entry.pgid, entry.sid) for entry in images.read(again / "pstree.img", Kind.PSTREE)] == [
-        (entry.pid, entry.ppid, entry.pgid, entry.sid) for entry in images.read(job.images / "pstree.img", Kind.PSTREE)
+    assert [
+        (entry.pid, entry.ppid, entry.pgid, entry.sid)
+        for entry in images.read(again / "pstree.img", Kind.PSTREE)
+    ] == [
+        (entry.pid, entry.ppid, entry.pgid, entry.sid)
+        for entry in images.read(job.images / "pstree.img", Kind.PSTREE)
     ]
 
 
@@ -459,7 +463,9 @@ def test_shell_job(criu: Criu, tmp_path: Path) -> None:
         terminal.press(b"one\n")
         terminal.wait_for("you said one")
         criu.dump(pid, directory, "--shell-job")
-    output = subprocess.run([*RESTORE, "-D", str(directory), "-d"], capture_output=True, text=True, timeout=60, check=False)
+    output = subprocess.run(
+        [*RESTORE, "-D", str(directory), "-d"], capture_output=True, text=True, timeout=60, check=False
+    )
     assert output.returncode == 1
     assert "--shell-job" in output.stderr
     restore = ["/bin/sh", "-c", '"$0" "$@"; echo exit $?', *RESTORE, "-D", str(directory), "--shell-job"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -20,12 +21,12 @@ WORD = (1 << 64) - 1
 
 
 class Kernel(Machine):
-    special = [
+    special: ClassVar = [
         Special("[vvar]", 0x1000, 0x4000),
         Special("[vvar_vclock]", 0x5000, 0x2000),
         Special("[vdso]", 0x7000, 0x2000),
     ]
-    cpu_flags = frozenset({"avx"})
+    cpu_flags: ClassVar = frozenset({"avx"})
 
 
 def vma(start: int, end: int, status: int) -> VmaEntry:
@@ -106,7 +107,7 @@ def test_scratch_is_free_in_all_tasks() -> None:
         space(vma(SCRATCH_LOW + 8192, SCRATCH_LOW + 12288, 1)),
     ]
     assert find_scratch(taken, Kernel()) == SCRATCH_LOW + 12288
-    with pytest.raises(RestoreError, match="no .* bytes"):
+    with pytest.raises(RestoreError, match=r"no .* bytes"):
         find_scratch([space(vma(0x1000, 0x7FFFFFFFF000, 1))], Kernel())
 
 
