@@ -284,7 +284,7 @@ def _pipes(tasks: dict[int, Task]) -> Iterator[Refusal]:
         if shared and _descends(int(entry), tasks):
             continue  # a child that has been born since we looked
         for link in shared:
-            pid, fd = held[link]
+            pid, fd = held.pop(link)  # one holder is enough to read
             yield Refusal(
                 pid, f"fd {fd}", f"{link} leads out of the tree, to pid {entry}; that end is not saved"
             )
