@@ -62,7 +62,7 @@ struct lp_task {
 	struct lp_space *space;
 	struct lp_lock lock;
 	int uffd; /* -1 once closed */
-	bool remote;
+	bool remote, is_child;
 	_Atomic bool gone, complete;
 	struct lp_change *changes; /* of the layout, not made in the space yet: nothing may be answered */
 	size_t nr_changes, cap_changes;
@@ -269,6 +269,15 @@ static void lose(struct lp_task *t, const struct lp_answer *run, uint64_t skip, 
 			  });
 }
 
+/*
+ * A page that a forked child has not: all that its parent had was registered, so another thread unmapped it while one
+ * forked, and the kernel told of the fork first; or it is not for children (MADV_DONTFORK).
+ */
+static void drop_page(struct lp_task *t, const struct lp_answer *run, uint64_t skip)
+{
+	add(&t->dropped[source_index(t, run->source)], lp_space_commit(t->space, run->dense + skip, 1));
+}
+
 /* What becomes of the claims on pages that can't be copied now. */
 enum claims {
 	KEEP_CLAIMS,	/* the caller tries again */
@@ -342,7 +351,10 @@ static int copy_run(struct lp_task *t, const struct lp_answer *run, const void *
 			/* The kernel looks for the VMA before it looks whether the layout is changing. */
 			if (error == ENOENT && try_page(t, run->addr + at) == EAGAIN)
 				continue;
-			lose(t, run, done, 1, error);
+			if (error == ENOENT && t->is_child)
+				drop_page(t, run, done);
+			else
+				lose(t, run, done, 1, error);
 			done++;
 		}
 	}
@@ -581,6 +593,7 @@ static void forked(struct lp_task *t, int uffd)
 	free(dropped.by_source);
 	memcpy(child->levels, t->levels, t->nr_levels * sizeof(*t->levels));
 	child->remote = t->remote;
+	child->is_child = true;
 	child->total = lp_space_pending(t->space);
 	lp_plan_init(&child->plan, t->plan.max_window);
 	/* told before it is served, so that its first notice comes after this one */
@@ -670,12 +683,15 @@ static void keep_change(struct lp_task *t, const struct uffd_msg *msg)
 
 static void make_changes(struct lp_task *t)
 {
-	while (t->nr_changes) {
-		size_t first = lp_space_first(t->space, t->changes, t->nr_changes);
-		struct lp_change change = t->changes[first];
+	struct lp_change change, *last = NULL;
 
+	while (t->nr_changes) {
+		size_t next = lp_space_next_change(t->space, last, t->changes, t->nr_changes);
+
+		last = &change;
+		change = t->changes[next];
 		t->nr_changes--;
-		memmove(&t->changes[first], &t->changes[first + 1], (t->nr_changes - first) * sizeof(change));
+		memmove(&t->changes[next], &t->changes[next + 1], (t->nr_changes - next) * sizeof(change));
 		make_change(t, &change);
 	}
 	if (t->remote)
@@ -1156,25 +1172,38 @@ void lp_task_regain(struct lp_task *t)
 	lp_unlock_alone(&t->lock);
 }
 
-/* One range; pages that are there or out of reach count as done. Returns pages settled or -errno. */
+/*
+ * One range; pages that are there already count as done.  So do those that are not registered, for nothing can be done about
+ * them; the owner is told. Returns pages settled or -errno.
+ */
 static int64_t poison_range(struct lp_task *t, const struct lp_answer *run)
 {
-	uint64_t done = 0;
+	uint64_t done = 0, step = run->nr_pages;
 
 	while (done < run->nr_pages) {
-		struct uffdio_poison poison = {.range = {.start = run->addr + (done << LP_PAGE_SHIFT),
-							 .len = (run->nr_pages - done) << LP_PAGE_SHIFT}};
+		uint64_t addr = run->addr + (done << LP_PAGE_SHIFT), left = run->nr_pages - done, nr = 1;
+		struct uffdio_poison poison = {
+			.range = {.start = addr, .len = (step < left ? step : left) << LP_PAGE_SHIFT}};
 		int error = 0;
-		uint64_t nr;
 
 		if (ioctl(t->uffd, UFFDIO_POISON, &poison))
 			error = poison.updated < 0 ? (int)-poison.updated : errno;
 		if (poison.updated > 0) {
 			nr = (uint64_t)poison.updated >> LP_PAGE_SHIFT;
 			add(&t->stats.poisoned, nr);
-		} else if (error == EEXIST || error == ENOENT) {
-			nr = 1;
-			wake(t, run->addr + (done << LP_PAGE_SHIFT), 1);
+			if (!error)
+				step *= 2;
+		} else if (error == ENOENT && poison.range.len > LP_PAGE_SIZE) {
+			/* more than one VMA */
+			step = (poison.range.len >> LP_PAGE_SHIFT) / 2;
+			continue;
+		} else if (error == ENOENT) {
+			if (try_page(t, addr) == EAGAIN)
+				return -EAGAIN;
+			if (run->kind != LP_LOST)
+				lose(t, run, done, 1, ENOENT);
+		} else if (error == EEXIST) {
+			wake(t, addr, 1);
 		} else {
 			if (means_gone(error))
 				is_gone(t);

@@ -535,8 +535,11 @@ void lp_space_lose(struct lp_space *s, uint64_t dense, uint64_t nr)
 
 uint64_t lp_space_regain(struct lp_space *s)
 {
-	uint64_t count = clear_bits(s->lost, 0, s->image->nr_pages);
+	uint64_t count = 0;
 
+	for (size_t i = 0; i < s->image->nr; i++)
+		if (s->image->slots[i].source != LP_SOURCE_LOST)
+			count += clear_bits(s->lost, s->image->slots[i].dense, slot_pages(s->image, i));
 	atomic_fetch_sub(&s->nr_lost, count);
 	return count;
 }
@@ -752,22 +755,28 @@ static bool leaves(const struct lp_space *s, const struct lp_change *change, uin
 	return taken(s, change->start > start ? change->start : start, min_u64(end, change->start + change->len));
 }
 
-size_t lp_space_first(const struct lp_space *s, const struct lp_change *changes, size_t nr)
+size_t lp_space_next_change(const struct lp_space *s, const struct lp_change *last, const struct lp_change *changes,
+			    size_t nr)
 {
-	size_t first = 0;
+	size_t next = 0;
 
+	if (last && last->kind == LP_REMAPPED)
+		for (size_t i = 0; i < nr; i++)
+			if (changes[i].kind == LP_UNMAPPED && changes[i].start == last->start &&
+			    changes[i].len == last->len)
+				return i;
 	for (size_t steps = 0; steps < nr; steps++) {
-		const struct lp_change *change = &changes[first];
+		const struct lp_change *change = &changes[next];
 		size_t before = 0;
 
 		if (change->kind != LP_REMAPPED || !taken(s, change->to, change->to + change->len))
-			return first;
-		while (before < nr && (before == first ||
-				       !leaves(s, &changes[before], change->to, change->to + change->len)))
+			return next;
+		while (before < nr &&
+		       (before == next || !leaves(s, &changes[before], change->to, change->to + change->len)))
 			before++;
 		if (before == nr)
-			return first;
-		first = before;
+			return next;
+		next = before;
 	}
 	return 0; /* each waits for another: not what a kernel tells */
 }

@@ -51,7 +51,7 @@ enum lp_change_kind {
 	LP_FORKED,
 	LP_REMOVED,  /* MADV_DONTNEED, MADV_FREE, MADV_REMOVE: the range stays and is zero */
 	LP_UNMAPPED, /* munmap, or something else mapped in its place: the range is gone */
-	LP_REMAPPED, /* mremap: what was in the range is at `to`; the range is empty, LP_UNMAPPED follows unless it stays */
+	LP_REMAPPED, /* mremap: what was in the range is at `to`; the range is empty, LP_UNMAPPED for it follows unless it stays */
 };
 
 /* A layout event, as the kernel tells it. */
@@ -132,22 +132,28 @@ uint64_t lp_space_commit(struct lp_space *space, uint64_t dense, uint64_t nr);
 void lp_space_release(struct lp_space *space, uint64_t dense, uint64_t nr);
 /* Claimed pages that no source can give. */
 void lp_space_lose(struct lp_space *space, uint64_t dense, uint64_t nr);
-/* Makes lost pages pending as before: a source has come back. Returns how many. */
+/* Makes lost pages pending as before, but for those that never had a source: one has come back. Returns how many. */
 uint64_t lp_space_regain(struct lp_space *space);
 /* Those of the pages dumped at [image, +nr_pages) that are lost are not waited for any more. (exclusive) */
 void lp_space_forget(struct lp_space *space, uint64_t image, uint64_t nr_pages, struct lp_counts *dropped);
 
 /*
- * Which of the changes that are still to be made is to be made first; `changes` is in the order in which the kernel told
- * them, and holds all that were begun so far.
+ * Which of the changes that are still to be made is to be made next; `changes` is in the order in which the kernel told
+ * them, and holds all that were begun so far; last is the one made before, or NULL.
  *
  * That is not always the order in which they happened: an event is told when the change has been made and the mmap lock
  * been dropped, and mremap tells where things went before it tells that the old place is unmapped.  Meanwhile another
  * thread can move other memory to the place that is free now, and its event may come first.  (fs/userfaultfd.c and
- * mm/mremap.c; seen with Linux 6.18: tests/real/test_engine_order.py.)  But memory can only move to where nothing is. So
- * what moves to a place that is still taken waits for the first change that leaves it.
+ * mm/mremap.c; seen with Linux 6.18: tests/real/test_engine_order.py.)  But what one mremap does is done at once, and
+ * memory can only move to where nothing is.  So what moves to a place that is still taken waits for the first change that
+ * leaves it.
+ *
+ * One thing can't be told: when what has arrived leaves as well before the first that left has told so.  Then the one that
+ * tells first is taken for the first.  For that to be wrong, a thread must be preempted between dropping the mmap lock and
+ * queueing its event, while another thread's mremap gets the very place, is told, wakes up, leaves, and is told again.
  */
-size_t lp_space_first(const struct lp_space *space, const struct lp_change *changes, size_t nr);
+size_t lp_space_next_change(const struct lp_space *space, const struct lp_change *last, const struct lp_change *changes,
+			    size_t nr);
 
 /* Changes. (exclusive) 0 or -ENOMEM. */
 void lp_space_remove(struct lp_space *space, uint64_t start, uint64_t end, struct lp_counts *dropped);

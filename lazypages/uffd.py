@@ -206,9 +206,9 @@ class ServedTask:
         """
         return _check(int(lib.lp_task_poison(self._handle, everything)))
 
-    def forget(self, addr: int, nr_pages: int) -> None:
-        """The range is known not to be the task's any more; nobody waits for it."""
-        lib.lp_task_forget(self._handle, addr, nr_pages)
+    def forget(self, image: int, nr_pages: int) -> None:
+        """Those of the pages, by address at dump time, that are lost are known not to be in the task any more."""
+        lib.lp_task_forget(self._handle, image, nr_pages)
 
     def probe(self) -> bool:
         """Whether the task still has its memory; True too when that can't be told at the moment."""

@@ -530,7 +530,7 @@ static void swarm(uint64_t at, size_t pages, uint64_t id, uint64_t seed, size_t 
  * event has been read, and to tell the second (mremap tells where it went, then that the old place is unmapped).
  */
 struct race {
-	char *place, *aside, *other; /* leaver: place -> aside (or away); arriver: other -> place */
+	char *place, *aside, *other, *onward; /* leaver: place -> aside, or away; arriver: other -> place (-> onward) */
 	size_t pages;
 	_Atomic bool go, over;
 };
@@ -575,6 +575,9 @@ static void *race_thread(void *arg)
 		if (mremap(r->other, r->pages * PAGE, r->pages * PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, r->place) ==
 		    MAP_FAILED)
 			_exit(5);
+		if (r->onward && mremap(r->place, r->pages * PAGE, r->pages * PAGE, MREMAP_MAYMOVE | MREMAP_FIXED,
+					r->onward) == MAP_FAILED)
+			_exit(5);
 		r->over = true;
 		break;
 	default:
@@ -585,15 +588,16 @@ static void *race_thread(void *arg)
 	return NULL;
 }
 
-/* Leaves to `aside` (0: to nowhere) what is at `place`, while what is at `other` moves to `place`. */
-static void race(uint64_t place, uint64_t aside, uint64_t other, size_t pages, uint64_t place_id, uint64_t other_id)
+/* aside 0: the leaver unmaps; onward 0: the arriver stays. */
+static void race(uint64_t place, uint64_t aside, uint64_t other, uint64_t onward, size_t pages, uint64_t place_id,
+		 uint64_t other_id)
 {
-	struct race r = {(char *)place, (char *)aside, (char *)other, pages, false, false};
+	struct race r = {(char *)place, (char *)aside, (char *)other, (char *)onward, pages, false, false};
 	struct racer racers[] = {{&r, 0}, {&r, 1}, {&r, 2}};
 
 	run_threads(race_thread, racers, sizeof(racers[0]), 3);
 	for (size_t i = 0; i < pages; i++) {
-		look((char *)place + i * PAGE, other_id + i, "what arrived");
+		look((char *)(onward ? onward : place) + i * PAGE, other_id + i, "what arrived");
 		if (aside)
 			look((char *)aside + i * PAGE, place_id + i, "what left");
 	}
@@ -729,7 +733,7 @@ static void obey(const char *name, const uint64_t *a)
 	} else if (!strcmp(name, "swarm")) {
 		swarm(a[0], a[1], a[2], a[3], a[4], a[5], (int)a[6]);
 	} else if (!strcmp(name, "race")) {
-		race(a[0], a[1], a[2], a[3], a[4], a[5]);
+		race(a[0], a[1], a[2], a[3], a[4], a[5], a[6]);
 	} else if (!strcmp(name, "fork")) {
 		fork_child();
 	} else if (!strcmp(name, "forks")) {
