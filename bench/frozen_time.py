@@ -1,0 +1,126 @@
+"""How long a task stands still: `bench/frozen_time.py [--size MIB…] [--dirty MIB] [--criu CRIU] [--repeat N]`.
+
+A task fills SIZE of memory and then keeps writing to DIRTY of it. Beside each other: a dump of all of it by
+dumptool and by CRIU, and dumptool's dump after two pre-dumps. Times are the tools' own (stats-dump), medians,
+milliseconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import mmap
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from images_spec.images import Kind, read_one
+from images_spec.messages import DumpStatsEntry
+
+MIB = 1 << 20
+PEERS = ("dumptool", "dumptool after pre-dumps", "criu")
+
+
+def victim(size: int, dirty: int) -> None:
+    """Fills memory, says so, writes on and on."""
+    memory = mmap.mmap(-1, size * MIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    block = os.urandom(MIB)
+    for at in range(size):
+        memory[at * MIB : (at + 1) * MIB] = block[at % MIB :] + block[: at % MIB]
+    Path("ready").touch()
+    count = 0
+    while True:
+        count += 1
+        for page in range(0, dirty * MIB, mmap.PAGESIZE):
+            memory[page] = count & 0xFF
+        time.sleep(0.05)
+
+
+@contextmanager
+def running(size: int, dirty: int, folder: Path) -> Iterator[int]:
+    """The victim, ready."""
+    (folder / "ready").unlink(missing_ok=True)
+    process = subprocess.Popen(
+        [sys.executable, __file__, "--victim", str(size), str(dirty)],
+        cwd=folder,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)},
+    )
+    try:
+        while not (folder / "ready").exists():
+            if process.poll() is not None:
+                sys.exit("the victim has ended")
+            time.sleep(0.02)
+        yield process.pid
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+
+
+def run(*command: str | Path) -> None:
+    result = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
+    if result.returncode:
+        sys.exit(f"{' '.join(map(str, command))}: exit {result.returncode}\n{result.stderr}")
+
+
+def dumptool(action: str, pid: int, images: Path, *options: str) -> DumpStatsEntry:
+    run(sys.executable, "-m", "dumptool", action, "-t", str(pid), "-D", images, *options)
+    return read_one(images / Kind.STATS.file_name("dump"), Kind.STATS).dump
+
+
+def measure(peer: str, pid: int, folder: Path, criu: str) -> DumpStatsEntry:
+    """One dump that leaves the task running."""
+    top = folder / "top"
+    if peer == "criu":
+        top.mkdir()
+        run(criu, "dump", "-t", str(pid), "-D", top, "-R", "-o", "dump.log")
+        return read_one(top / Kind.STATS.file_name("dump"), Kind.STATS).dump
+    if peer == "dumptool":
+        return dumptool("dump", pid, top, "-R")
+    dumptool("pre-dump", pid, folder / "0")
+    dumptool("pre-dump", pid, folder / "1", "--prev-images-dir", "../0")
+    return dumptool("dump", pid, top, "--prev-images-dir", "../1", "-R")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", type=int, nargs="+", default=[64, 1024], help="MiB of the task")
+    parser.add_argument("--dirty", type=int, default=16, help="MiB that it keeps writing")
+    parser.add_argument("--criu", default=shutil.which("criu") or "", help="path of criu; empty: without")
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--victim", type=int, nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.victim:
+        victim(*arguments.victim)
+    print(f"Linux {os.uname().release}, {os.cpu_count()} CPUs; {arguments.dirty} MiB written all the time")
+    print(f"{'task':>9}  {'':26}{'freezing':>10}{'frozen':>10}{'pages written':>15}")
+    for size in arguments.size:
+        for peer in PEERS:
+            if peer == "criu" and not arguments.criu:
+                continue
+            found = []
+            with tempfile.TemporaryDirectory(prefix="lazypages-frozen-") as name:
+                place = Path(name)
+                with running(size, arguments.dirty, place) as pid:
+                    for number in range(arguments.repeat):
+                        folder = place / str(number)
+                        folder.mkdir()
+                        found.append(measure(peer, pid, folder, arguments.criu))
+                        shutil.rmtree(folder)
+            freezing = statistics.median(one.freezing_time for one in found) / 1000
+            frozen = statistics.median(one.frozen_time for one in found) / 1000
+            pages = statistics.median(one.pages_written for one in found)
+            print(f"{size:>5} MiB  {peer:26}{freezing:>10.1f}{frozen:>10.1f}{pages:>15.0f}", flush=True)
+
+
+main()
