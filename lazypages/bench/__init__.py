@@ -1,0 +1,1 @@
+"""`lazypages bench`: our daemon, CRIU's and the least that any handler must do, side by side."""

@@ -1,0 +1,73 @@
+"""Whether our daemon did as much as it should and no more: counts, never times, which a busy machine changes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from lazypages.bench.peers import OURS
+from lazypages.bench.suite import Row
+from lazypages.bench.workloads import Order, Source, Workload, level_of
+
+#: Calls that a daemon may make beside those that its faults need: a few for each task.
+_SPARE = 16
+
+
+def failures(row: Row) -> Iterator[str]:
+    """What is not as designed in a row, one line each. A missing peer is a failure unless it is known to be unable."""
+    for name, why in row.absent.items():
+        if "\n" in why or "WRONG" in why:
+            yield f"{name}: {why}"
+    for run in row.rounds.get(OURS, []):
+        assert run.stats is not None
+        yield from _check(row.workload, run.stats, int(run.metrics["faults"]))
+
+
+def _check(workload: Workload, stats: dict[str, Any], faults_inside: int) -> Iterator[str]:
+    layout = workload.layout
+    tasks = stats["tasks"]
+    faults = stats["faults"]
+    copied = sum(task["pages"]["copied"] for task in tasks)
+    calls = {name: sum(task["calls"][name] for task in tasks) for name in ("copy", "read", "wake")}
+    order = workload.order_of_touches()
+    spare = _SPARE * layout.tasks
+
+    def bound(what: str, value: int, most: int) -> Iterator[str]:
+        if value > most:
+            yield f"{what}: {value}, but at most {most} are needed"
+
+    if not stats["ok"]:
+        yield "the summary is not ok"
+    yield from bound("uffd reads", calls["read"], 2 * faults + spare)
+    yield from bound("wake-ups", calls["wake"], faults // 10 + spare)
+    if workload.background:
+        if not workload.real and copied != layout.pages * layout.tasks:
+            yield f"{copied} pages copied, but the checkpoint has {layout.pages * layout.tasks}"
+        return
+    zero = sum(1 for page in order if page % layout.stride) * layout.tasks
+    data = len(order) * layout.tasks - zero
+    if workload.order is Order.SEQUENTIAL:
+        yield from bound("faults of a scan", faults, len(order) // 16 + spare)
+        yield from bound("copies of a scan", calls["copy"], faults + spare)
+    elif workload.threads == 1:
+        # A few pages come by chance: neighbours that were touched one after the other look like a scan.
+        if not data + zero - spare <= faults <= faults_inside:
+            yield f"{faults} faults for {data + zero} first touches"
+        yield from bound("copies", calls["copy"], data + spare)
+        yield from bound("pages copied", copied, data + 64 * spare)
+    yield from _check_levels(workload, stats)
+
+
+def _check_levels(workload: Workload, stats: dict[str, Any]) -> Iterator[str]:
+    layout = workload.layout
+    if layout.source is Source.REMOTE or not layout.depth:
+        return
+    wanted: dict[str, int] = {}
+    for page in workload.order_of_touches():
+        level = level_of(page, layout.depth)
+        name = f"parent-{level}" if level else "local"
+        wanted[name] = wanted.get(name, 0) + 1
+    found = stats["copied_by_source"]
+    for name, count in wanted.items():
+        if not count <= found.get(name, 0) <= count + _SPARE:
+            yield f"{found.get(name, 0)} pages from {name}, but {count} were touched"
