@@ -1,0 +1,134 @@
+"""The command line: spellings of criu's, what it teaches, what it says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from dumptool import cli
+from dumptool.dump import Report, Settings
+from dumptool.errors import DumpError, Refusal, UnsupportedError
+from dumptool.memory import Counts
+from dumptool.survey import Options
+from dumptool.tracking import Method
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[Settings]:
+    """The settings of dumps and pre-dumps, which are not made."""
+    found: list[Settings] = []
+
+    def make(settings: Settings, _watcher: object) -> Report:
+        found.append(settings)
+        return Report(1, 2, 0.001, 0.02, counts=Counts(10, 256, 512, 0), tracked="uffd-wp")
+
+    monkeypatch.setattr(cli, "dump", make)
+    monkeypatch.setattr(cli, "pre_dump", make)
+    return found
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(cli.cli, arguments, prog_name="dumptool")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["dump", "-t", "7", "-D", "/d", "-R", "-j", "-l", "-v4"],
+        ["dump", "-t7", "-D/d", "-R", "--shell-job", "--file-locks", "-v", "-v"],
+        ["dump", "--tree", "7", "--images-dir", "/d", "--leave-running", "-j", "-l", "--verbosity=4"],
+        ["dump", "--tree=7", "--images-dir=/d", "-Rjl"],
+    ],
+)
+def test_spellings(arguments: list[str], calls: list[Settings]) -> None:
+    assert run(*arguments).exit_code == 0
+    allow = Options(shell_job=True, file_locks=True)
+    assert calls == [Settings(7, Path("/d"), leave_running=True, allow=allow)]
+
+
+def test_levels(calls: list[Settings]) -> None:
+    options = ["--prev-images-dir", "../1", "--track-mem", "--parent-pages", "eager"]
+    assert run("pre-dump", "-t", "7", "-D", "/d", "--dirty-tracking", "compare", *options).exit_code == 0
+    (settings,) = calls
+    assert (settings.parent, settings.method, settings.lazy_parents) == ("../1", Method.COMPARE, False)
+    assert settings.track
+
+
+def test_says_how_long_it_stood_still(calls: list[Settings]) -> None:
+    result = run("dump", "-t", "7", "-D", "/d")
+    assert "2.0 MiB written, 1.0 MiB left to the parent" in result.output
+    assert "stopping took 1.0 ms, stopped for 20.0 ms" in result.output
+    assert run("dump", "-t", "7", "-D", "/d", "-v0").output == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        (["dump"], "Missing option '-t'"),
+        (["dump", "-t", "0"], "-t"),
+        (["dump", "-t", "x"], "-t"),
+        (["pre-dump", "-t", "7", "--lazy-pages"], "No such option '--lazy-pages'"),
+        (["dump", "-t", "7", "-v9x"], "not a level"),
+    ],
+)
+def test_wrong_command_lines(arguments: list[str], what: str, calls: list[Settings]) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert what in result.output
+    assert not calls
+
+
+@pytest.mark.parametrize("command", ["dump", "pre-dump"])
+def test_help_teaches(command: str) -> None:
+    text = run(command, "--help").output
+    assert "Examples" in text
+    assert f"dumptool {command} " in text
+    assert "--prev-images-dir" in text
+
+
+@pytest.mark.parametrize(
+    ("error", "lines"),
+    [
+        (DumpError("pid 7: no such process"), ["dumptool: pid 7: no such process"]),
+        (
+            UnsupportedError([Refusal(7, "fd 3", "is a socket"), Refusal(8, "", "is odd")]),
+            [
+                "dumptool: can't be dumped: pid 7 fd 3: is a socket",
+                "dumptool: can't be dumped: pid 8: is odd",
+            ],
+        ),
+    ],
+)
+def test_errors_are_lines(error: DumpError, lines: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_arguments: Any) -> Report:
+        raise error
+
+    monkeypatch.setattr(cli, "dump", fail)
+    result = run("dump", "-t", "7", "-D", "/d")
+    assert result.exit_code == 1
+    assert result.stderr.splitlines() == lines
+
+
+def test_a_bar_only_for_long_dumps() -> None:
+    class Bars:
+        def __init__(self) -> None:
+            self.totals: list[int] = []
+            self.advanced = 0
+
+        def add_task(self, _text: str, *, total: int) -> int:
+            self.totals.append(total)
+            return 1
+
+        def advance(self, _bar: int, amount: int) -> None:
+            self.advanced += amount
+
+    for pages, totals in ((100, []), (100_000, [100_000 * 4096])):
+        bars = Bars()
+        watcher = cli._Bar(bars)  # type: ignore[arg-type]
+        watcher.total(pages)
+        watcher.copied(7)
+        assert bars.totals == totals
+        assert bars.advanced == (7 * 4096 if totals else 0)
