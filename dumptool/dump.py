@@ -216,6 +216,7 @@ class _Run:
         """All that can be found out and refused before anything is stopped."""
         settings = self.settings
         self.watcher.stage("looking")
+        memory.guard_category()
         survey.check_permission(settings.pid)
         processes = members(settings.pid)
         self._before = survey.look_at_all(processes)

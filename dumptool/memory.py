@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ STEP_PAGES = 16384
 CHUNK = 4096
 """Runs that an array has room for at first."""
 
+WANTED = lib.LP_PAGE_WPALLOWED | lib.LP_PAGE_WRITTEN | lib.LP_PAGE_SOFT_DIRTY
 NEVER = (1 << 63, 0)
 """A category that no page has."""
 
@@ -107,6 +109,24 @@ class Runs:
             room = made.count
 
 
+@lru_cache(maxsize=1)
+def guard_category() -> int:
+    """LP_PAGE_GUARD where the kernel knows it (Linux 6.15), else 0.
+
+    Raises ``DumpError`` where it has no PAGEMAP_SCAN at all.
+    """
+    fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        for category in (lib.LP_PAGE_GUARD, 0):
+            what = ffi.new("struct lp_scan *", {"any": lib.LP_PAGE_PRESENT, "wanted": category})
+            at, count, runs = ffi.new("uint64_t *"), ffi.new("size_t *"), Runs(1)
+            if lib.lp_scan_pages(fd, what, at, PAGE_SIZE, runs.array, runs.room, count) == 0:
+                return int(category)
+    finally:
+        os.close(fd)
+    raise DumpError("this kernel can't tell which pages a task has (PAGEMAP_SCAN): Linux 6.7 is needed")
+
+
 @dataclass(slots=True)
 class Part:
     """Runs that are copied in the same way. ``readable``: see Mapping; ``drop_zero``: zero needs no entry."""
@@ -164,7 +184,7 @@ def _scan_mapping(pagemap_fd: int, mapping: Mapping, protect: bool, runs: Runs) 
         {
             "excluded": lib.LP_PAGE_FILE if mapping.file_backed else lib.LP_PAGE_PFNZERO,
             "any": lib.LP_PAGE_PRESENT | lib.LP_PAGE_SWAPPED,
-            "wanted": lib.LP_PAGE_WPALLOWED | lib.LP_PAGE_WRITTEN | lib.LP_PAGE_SOFT_DIRTY,
+            "wanted": WANTED | guard_category(),
             "protect": protect,
         },
     )
@@ -174,6 +194,11 @@ def _scan_mapping(pagemap_fd: int, mapping: Mapping, protect: bool, runs: Runs) 
         outcome = lib.lp_scan_pages(
             pagemap_fd, what, at, mapping.entry.end, runs.end, runs.room - runs.count, count
         )
+        if lib.lp_count_pages(runs.end, count[0], lib.LP_PAGE_GUARD):
+            raise DumpError(
+                f"mapping {mapping.entry.start:x}-{mapping.entry.end:x} has guard regions (madvise), "
+                "which are not saved"
+            )
         runs.count += count[0]
         if outcome == -1 and protect:  # EPERM: this mapping is not ours to protect
             what.protect = False

@@ -12,7 +12,7 @@ import pytest
 
 from dumptool import survey
 from dumptool.dump import Settings, Watcher, dump
-from dumptool.errors import UnsupportedError
+from dumptool.errors import DumpError, UnsupportedError
 from tests.support.dumptool import is_unharmed, run, task
 from tests.support.processes import nothing_left, wait_for
 
@@ -110,6 +110,22 @@ def test_what_comes_up_after_the_first_look(tmp_path: Path, monkeypatch: pytest.
             dump(Settings(pid, tmp_path / "images"), Watcher())
         is_unharmed(pid)
         assert not (tmp_path / "images" / "inventory.img").exists()
+
+
+def test_guard_regions(tmp_path: Path) -> None:
+    """Their pages look like swapped ones, but can't be read (madvise(2), MADV_GUARD_INSTALL, Linux 6.13)."""
+    output = tmp_path / "output"
+    code = (
+        "m = mmap.mmap(-1, 65536, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS); m.write(bytes(65536)); "
+        "a = ctypes.addressof(ctypes.c_char.from_buffer(m)); "
+        "assert libc.madvise(ctypes.c_void_p(a + 4096), 4096, 102) == 0"
+    )
+    with task(sys.executable, "-c", SETUP + code + READY, cwd=tmp_path, output=output) as pid:
+        wait_for("the program", lambda: "\n" in output.read_text())
+        assert output.read_text() == "ready\n"
+        with pytest.raises(DumpError, match="guard regions"):
+            dump(Settings(pid, tmp_path / "images"), Watcher())
+        is_unharmed(pid)
 
 
 def test_a_traced_task(tmp_path: Path) -> None:
