@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -229,8 +230,7 @@ def demo(mib: int, criu: Path | None) -> None:
     puts it), else our own dumptool and `lazypages restore` do. The memory is served by `lazypages serve`.
     """
     _check_kernel()
-    _become_subreaper()
-    with TemporaryDirectory(prefix="lazypages-demo-") as folder:
+    with _subreaper(), TemporaryDirectory(prefix="lazypages-demo-") as folder:
         tools = choose(criu, Path(folder))
         show(tools, Path(folder), mib * MIB)
 
@@ -248,9 +248,18 @@ def _check_kernel() -> None:
         )
 
 
-def _become_subreaper() -> None:
-    """Tasks that a restore leaves behind become our children (prctl(2)): they can be waited for, ended."""
+@contextmanager
+def _subreaper() -> Iterator[None]:
+    """Tasks that a restore leaves behind become our children (prctl(2)); none of them outlives us."""
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    try:
+        yield
+    finally:
+        while children := Path(f"/proc/self/task/{threading.get_native_id()}/children").read_text().split():
+            for child in children:
+                os.kill(int(child), signal.SIGKILL)
+            for child in children:
+                os.waitpid(int(child), 0)
 
 
 def choose(wanted: Path | None, folder: Path) -> Tools:

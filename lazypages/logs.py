@@ -71,6 +71,7 @@ def open_log(path: Path) -> TextIO:
 def start(level: int, stream: TextIO | None, terminal: Console | None) -> None:
     """Logs to `stream` by verbosity `level`, and on a terminal; with both, that gets only what matters."""
     logging.addLevelName(MESSAGE, "MESSAGE")
+    logging.raiseExceptions = False  # a log that can't be written is no reason for a traceback
     log.handlers.clear()
     log.propagate = False
     log.setLevel(_THRESHOLDS[level])

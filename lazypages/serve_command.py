@@ -237,6 +237,8 @@ def serve(
     except Exception as error:
         log.error("%s", error, extra=logs.SAID)
         raise
+    finally:
+        _forget_unsaid()
     ctx.exit(0 if result.ok else 1)
 
 
@@ -256,7 +258,9 @@ def _serve(
         hint = replace(options.remote, written_by=written_by(places.images_dir))
         options = replace(options, remote=hint)
     _check_userfaultfd()
-    ready: list[Callable[[], None]] = []
+    ready: list[Callable[[], None]] = [
+        lambda: log.log(MESSAGE, "%s", _invitation(places, expected)),
+    ]
     if status_fd is not None:
         _check_status_fd(status_fd)
         ready.append(partial(tell_ready, status_fd))
@@ -268,7 +272,6 @@ def _serve(
         # A terminal that goes away is no reason to leave tasks without their memory.
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         server = Server(expected, control, options)
-        ready.append(lambda: log.log(MESSAGE, "%s", _invitation(places, expected)))
         beside = _beside(ready, TerminalWatch(terminal) if terminal else watch_in_log)
         backend, backend_options = LOOPS[loop]
         result = anyio.run(server.run, beside, backend=backend, backend_options=backend_options)
@@ -343,6 +346,17 @@ def _log_stream(log_file: Path | None, terminal: Console | None) -> TextIO | Non
     if log_file is not None:
         return logs.open_log(log_file)
     return None if terminal else sys.stderr
+
+
+def _forget_unsaid() -> None:
+    """What a terminal or reader that has gone away did not take must not turn the exit status into 120."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, stream.fileno())
+            os.close(null)
 
 
 def _raise_open_files() -> None:
