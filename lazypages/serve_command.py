@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import anyio
 import click
 
+from images_spec.errors import ImageError
 from lazypages import kernel, logs, summary
 from lazypages.control import ControlSocket
 from lazypages.daemonize import daemonize, open_pidfile
