@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from dumptool.proc import OpenFile
@@ -64,15 +64,24 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Tracker:
-    """A tracker found in a process: the descriptor numbers there, and the record."""
+    """A tracker found in a process: the descriptor numbers there, and the record.
+
+    ``strays``: further userfaultfds that a run has left there that was killed while it made the tracker.
+    """
 
     memfd: int
     uffd: int | None
     record: Record | None
+    strays: tuple[int, ...] = ()
+
+    @property
+    def uffds(self) -> tuple[int, ...]:
+        return self.strays if self.uffd is None else (self.uffd, *self.strays)
 
     @property
     def fds(self) -> tuple[int, ...]:
-        return (self.memfd,) if self.uffd is None else (self.memfd, self.uffd)
+        """In the order in which they are to be closed: the memfd tells whose the others are."""
+        return (*self.uffds, self.memfd)
 
     def owned_by(self, pid: int, start_time: int) -> bool:
         """Whether it is this very process that it tracks, and not one that the process was forked from."""
@@ -91,10 +100,9 @@ def find(pid: int, files: Sequence[OpenFile]) -> list[Tracker]:
             record = _read(pid, file.fd)
             uffd = record.uffd if record is not None and record.uffd in uffds else None
             found.append(Tracker(file.fd, uffd, record))
-    unclaimed = uffds - {tracker.uffd for tracker in found}
-    for place, tracker in enumerate(found):
-        if tracker.record is None and unclaimed:
-            found[place] = Tracker(tracker.memfd, unclaimed.pop(), None)
+    strays = tuple(sorted(uffds - {tracker.uffd for tracker in found}))
+    if found and strays:
+        found[0] = replace(found[0], strays=strays)
     return found
 
 

@@ -235,7 +235,7 @@ def remove(task: Task, gadgets: Gadgets) -> list[int]:
     """
     if not task.trackers:
         return []
-    kept = [take_fd(task.pid, tracker.uffd) for tracker in task.trackers if tracker.uffd is not None]
+    kept = [take_fd(task.pid, uffd) for tracker in task.trackers for uffd in tracker.uffds]
     with session(task.pid, gadgets) as inside:
         remove_from(inside, task.trackers)
     return kept

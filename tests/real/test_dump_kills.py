@@ -17,7 +17,7 @@ from dumptool.dump import Settings, Watcher, dump, pre_dump
 from dumptool.freeze import freeze
 from dumptool.proc import layout
 from dumptool.tracee import Gadgets, session
-from tests.support.dumptool import is_unharmed, run, task
+from tests.support.dumptool import check, is_unharmed, run, task
 from tests.support.processes import reap, wait_for
 
 PROGRAMS = Path(__file__).parent.parent / "support" / "programs"
@@ -71,6 +71,10 @@ def test_killed_200_times_at_random(workers: Path, tmp_path: Path) -> None:
             finished += os.waitstatus_to_exitcode(reap(child)) == 0
             is_unharmed(pid)
         assert finished < KILLS // 2, "most runs had ended before they were killed"
+        check("pre-dump", "-t", pid, "-D", tmp_path / "last-0")
+        check("dump", "-t", pid, "-D", tmp_path / "last-1", "--prev-images-dir", "../last-0", "-R")
+        assert len(os.listdir(f"/proc/{pid}/fd")) == 3, "something of ours is left in it"
+        is_unharmed(pid)
         assert reap(pid) == 0
     assert output.read_bytes() == expected_output(workers)
 

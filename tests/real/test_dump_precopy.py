@@ -128,6 +128,21 @@ def test_a_dump_that_is_left_running_can_be_the_parent(running: Writer, tmp_path
     running.ends_right()
 
 
+def test_lazy_pages_are_left_out(running: Writer, tmp_path: Path) -> None:
+    """`dump --lazy-pages`: LAZY without data for what has changed; without a page server the task goes on."""
+    check("pre-dump", "-t", running.pid, "-D", tmp_path / "0")
+    running.next_step()
+    check("dump", "-t", running.pid, "-D", tmp_path / "1", "--prev-images-dir", "../0", "--lazy-pages")
+    flags = running.table_flags(tmp_path / "1")
+    assert flags == {page: PE_LAZY if page in written_in(1) else PE_PARENT | PE_LAZY for page in range(PAGES)}
+    counted = stats(tmp_path / "1")
+    assert counted.pages_lazy >= len(written_in(1))
+    assert (tmp_path / "1" / "pages-1.img").stat().st_size == counted.pages_written * PAGE
+    status = Path(f"/proc/{running.pid}/status").read_text()
+    assert "TracerPid:\t0" in status
+    running.ends_right()
+
+
 def trackers(pid: int) -> list[str]:
     links = [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")]
     return [link for link in links if "userfaultfd" in link or "memfd" in link]

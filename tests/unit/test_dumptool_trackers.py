@@ -72,7 +72,10 @@ def test_found_among_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     assert trackers.find(10, files) == [Tracker(992, 993, RECORD)]
     half_made = [*files, open_file(994, MEMFD_LINK), open_file(995, UFFD_LINK, 0)]
-    assert trackers.find(10, half_made) == [Tracker(992, 993, RECORD), Tracker(994, 995, None)]
+    first, second = trackers.find(10, half_made)
+    assert first == Tracker(992, 993, RECORD, strays=(995,))
+    assert second == Tracker(994, None, None)
+    assert first.fds == (993, 995, 992)
     assert trackers.find(10, [open_file(993, UFFD_LINK, done)]) == []
 
 
