@@ -89,8 +89,11 @@ class PageConnection:
 
     def _send(self, header: bytes, pieces: list[Piece]) -> None:
         if isinstance(self._sock, ssl.SSLSocket):
-            # One record for a small answer; and no reading of mapped memory here, where a file cut short is fatal.
-            self._sock.sendall(header + b"".join(piece.read() for piece in pieces))
+            # Header and pages in records of their own: CRIU's client waits for the socket between the two, and would
+            # not see what GnuTLS has taken from it already (observed with 4.1.1). And no reading of mapped memory
+            # here, where a file that was cut short would be fatal.
+            self._sock.sendall(header)
+            self._sock.sendall(b"".join(piece.read() for piece in pieces))
             return
         views = [memoryview(header), *(piece.view() for piece in pieces)]
         while views:
