@@ -1,4 +1,4 @@
-"""`lazypages restore` of images that real CRIU has made: victims check every byte from inside.
+"""`lazypages restore` of images of real CRIU and of dumptool: victims check every byte from inside.
 
 Eager, lazily under CRIU's own daemon, and lazily under `lazypages serve`.
 """
@@ -7,26 +7,29 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
 from tests.support.criu import Criu, all_criu
+from tests.support.dumptool import DumpedByUs
 from tests.support.processes import tail
 from tests.support.restore import (
     Checkpoints,
+    Program,
     criu_daemon,
     eager_restore,
     lazy_restore,
     our_daemon,
 )
 
-WIRED = "from lazypages import cli; cli.COMMANDS['restore'] = ('lazypages.restore.cli:restore_command', ''); cli.main()"
-RESTORE = (sys.executable, "-c", WIRED, "restore")
+RESTORE = (sys.executable, "-m", "lazypages", "restore")
 older, newer = all_criu()
 
-EAGER = ["threads", "fragments", "protection", "syscalls", "tree", "crowd", "interpreter"]
+EAGER = ["threads", "protection", "tree", "interpreter"]
 
 
 class OurRestore(Criu):
@@ -71,7 +74,7 @@ def test_eager(criu: Criu, scenario: str, checkpoints: Checkpoints, tmp_path: Pa
 
 @pytest.mark.parametrize("criu", [newer])
 @pytest.mark.parametrize(
-    "scenario", [*EAGER, "stack", "heap", "moves", "discards", "family", "inherit_early"]
+    "scenario", [*EAGER, "stack", "heap", "moves", "discards", "family", "inherit_early", "syscalls", "crowd"]
 )
 def test_lazy(criu: Criu, scenario: str, checkpoints: Checkpoints, tmp_path: Path) -> None:
     checkpoint = replace(checkpoints.get(criu, scenario), criu=OurRestore(criu.release))
@@ -81,8 +84,35 @@ def test_lazy(criu: Criu, scenario: str, checkpoints: Checkpoints, tmp_path: Pat
 
 # Those that CRIU's own daemon serves (reference/criu-interfaces §8 has what it does not).
 @pytest.mark.parametrize("criu", [older, newer])
-@pytest.mark.parametrize("scenario", ["plain", "threads", "tree", "interpreter"])
+@pytest.mark.parametrize("scenario", ["threads", "tree"])
 def test_lazy_under_criu(criu: Criu, scenario: str, checkpoints: Checkpoints, tmp_path: Path) -> None:
     checkpoint = replace(checkpoints.get(criu, scenario), criu=OurRestore(criu.release))
     with lazy_restore(checkpoint, criu_daemon(criu), tmp_path) as restored:
         restored.check_all()
+
+
+@pytest.fixture(scope="module")
+def chains(program: Program) -> Iterator[Checkpoints]:
+    """Taken by dumptool: two pre-dumps, then the dump."""
+    with TemporaryDirectory(prefix="lazypages-dumps-") as folder:
+        yield Checkpoints(Path(folder), program)
+
+
+@pytest.mark.parametrize("scenario", ["threads", "fragments", "tree", "interpreter"])
+@pytest.mark.parametrize("mode", ["eager", "lazy", "lazy under criu"])
+def test_no_criu_at_all(mode: str, scenario: str, chains: Checkpoints, tmp_path: Path) -> None:
+    """Unchanged pages are in the parents; CRIU's own daemon needs them to be eager."""
+    by = DumpedByUs("4.2", pre_dumps=2)
+    if mode == "lazy under criu":
+        by = DumpedByUs("4.1", pre_dumps=2, parent_pages="eager")
+    dumped = chains.get(by, scenario)
+    checkpoint = replace(dumped, criu=OurRestore(by.release))
+    if mode == "eager":
+        with eager_restore(checkpoint, tmp_path, checkpoint.images) as restored:
+            restored.go()
+            assert restored.wait_tasks() == 0
+            restored.check_verdict()
+        return
+    daemon = our_daemon() if mode == "lazy" else criu_daemon(Criu(by.release))
+    with lazy_restore(checkpoint, daemon, tmp_path) as lazy:
+        lazy.check_all()

@@ -1,5 +1,5 @@
 /*
- * state DIRECTORY: a tree of tasks, each with as much of its own state as there is, that then waits for
+ * state DIRECTORY [leaderless]: a tree of tasks, each with as much of its own state as there is, that then waits for
  * ever.  DIRECTORY/ready appears when all is set up.
  */
 #define _GNU_SOURCE
@@ -8,6 +8,7 @@
 #include <linux/capability.h>
 #include <pthread.h>
 #include <sched.h>
+#include <stdbool.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -63,14 +64,12 @@ static void sleep_for_ever(void)
 		pause();
 }
 
-/* With fewer rights, in a session of its own, with a process group in it whose leader is gone. */
-static void fewer_rights(void)
+/* A process in a group whose leader is gone. */
+static void leave_a_group(void)
 {
-	gid_t groups[] = { 4711, 12 };
 	int group[2];
 	char byte;
 
-	CHECK(setsid());
 	CHECK(pipe(group));
 	pid_t leader = fork();
 	if (!leader) {
@@ -90,6 +89,16 @@ static void fewer_rights(void)
 	}
 	CHECK(read(group[0], &byte, 1));
 	CHECK(waitpid(leader, NULL, 0));
+}
+
+/* With fewer rights, in a session of its own. */
+static void fewer_rights(bool leaderless)
+{
+	gid_t groups[] = { 4711, 12 };
+
+	CHECK(setsid());
+	if (leaderless)
+		leave_a_group();
 	CHECK(setgroups(2, groups));
 	CHECK(prctl(PR_SET_KEEPCAPS, 1));
 	CHECK(prctl(PR_CAPBSET_DROP, 25 /* CAP_SYS_TIME */));
@@ -115,6 +124,7 @@ int main(int argc, char **argv)
 	union sigval value = { .sival_int = 4711 };
 	sigset_t mask;
 	int fd, ends[2];
+	bool leaderless = argc > 2;
 	pthread_t other;
 
 	if (argc < 2 || chdir(argv[1]))
@@ -153,7 +163,7 @@ int main(int argc, char **argv)
 	CHECK(pipe(said));
 	pid_t fewer = fork();
 	if (!fewer)
-		fewer_rights();
+		fewer_rights(leaderless);
 	CHECK(read(said[0], &byte, 1));
 	close(said[0]);
 	close(said[1]);
