@@ -236,7 +236,8 @@ def serve(
             terminal=terminal,
         )
     except Exception as error:
-        log.error("%s", error, extra=logs.SAID)
+        foreseen = isinstance(error, LazyPagesError | ImageError)
+        log.error("%s", error, extra=logs.SAID, exc_info=not foreseen)
         raise
     finally:
         _forget_unsaid()
