@@ -33,6 +33,7 @@ BASE = 0x1000_0000_0000
 #: The pid of the first task (task.c).
 FIRST_PID = 2
 
+#: Tags of stale pages: those of the tasks, and this much more for each level.
 STALE = 1 << 20
 _LAZY_DATA = flags.PE_PRESENT | flags.PE_LAZY
 
@@ -119,7 +120,7 @@ def _runs(layout: Layout, level: int, task: int) -> Iterator[tuple[int, int, int
         yield 0, task + 1, 0, layout.pages, layout.stride
         return
     for place, first, count, owner in runs_of_level(layout, level):
-        yield place, task + 1 if owner == level else STALE + level, first, count, 1
+        yield place, task + 1 + (0 if owner == level else STALE * level), first, count, 1
 
 
 def _sparse(layout: Layout, order: array.array[int], task: int) -> Iterator[tuple[int, int, int, int, int]]:

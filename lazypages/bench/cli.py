@@ -88,7 +88,7 @@ def bench_command(  # noqa: PLR0917 - the options
     if not console.is_terminal:
         console.width = _FILE_WIDTH
     with tempfile.TemporaryDirectory(prefix="lazypages-bench-", dir=folder) as name:
-        work = Path(name)
+        work = Path(name).resolve()
         programs = Programs.compile(work)
         everybody = peers.all_peers(programs, found)
         machine = describe_machine(work, [name for name, _path in found])

@@ -16,6 +16,9 @@
 #define PAGE 4096ull
 #define WORDS (PAGE / sizeof(uint64_t))
 
+/* In the current directory: a whole path may be too long for a socket. */
+#define SOCKET "lazy-pages.socket"
+
 /* "Restore finished" (reference/criu-interfaces §1). */
 #define FINISH 0x52535446u
 

@@ -25,6 +25,7 @@ class Daemon:
     """
 
     def __init__(self, command: Sequence[str], output: Path) -> None:
+        """Starts `command`; `output` gets what it prints. Raises BenchError."""
         self._output = output
         self._command = command
         self._started = time.monotonic()

@@ -1,7 +1,7 @@
 /*
  * The least that a handler must do: the limit that daemons are compared with.
  *
- *   loop --socket PATH --status-fd N --pages FILES --base B --size PAGES [--stride S] [--cpu C] [--bulk THREADS]
+ *   loop --work DIR --status-fd N --pages FILES --base B --size PAGES [--stride S] [--cpu C] [--bulk THREADS]
  *
  * Speaks the protocol of `criu lazy-pages` towards the restorer, but knows nothing of images: page p of task t is page
  * p / stride of the file FILES with the number t - 1 (tasks have the pids 2, 3, ...), for p divisible by stride, and zero
@@ -155,23 +155,20 @@ static void use_cpu(long cpu)
 		die("sched_setaffinity");
 }
 
-static int listen_at(const char *path)
+static int listen_in(const char *work)
 {
-	struct sockaddr_un name = {.sun_family = AF_UNIX};
+	struct sockaddr_un name = {.sun_family = AF_UNIX, .sun_path = SOCKET};
 	int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
 
-	if (strlen(path) >= sizeof(name.sun_path))
-		die("the path of the socket is too long: %s", path);
-	strcpy(name.sun_path, path);
-	if (fd < 0 || bind(fd, (struct sockaddr *)&name, sizeof(name)) || listen(fd, 1))
-		die("%s", path);
+	if (fd < 0 || chdir(work) || bind(fd, (struct sockaddr *)&name, sizeof(name)) || listen(fd, 1))
+		die("%s/%s", work, SOCKET);
 	return fd;
 }
 
 int main(int argc, char **argv)
 {
 	static const struct option known[] = {
-		{"socket", required_argument, NULL, 's'}, {"status-fd", required_argument, NULL, 'f'},
+		{"work", required_argument, NULL, 'w'}, {"status-fd", required_argument, NULL, 'f'},
 		{"pages", required_argument, NULL, 'p'},  {"base", required_argument, NULL, 'b'},
 		{"size", required_argument, NULL, 'z'},	  {"stride", required_argument, NULL, 'd'},
 		{"cpu", required_argument, NULL, 'c'},	  {"bulk", required_argument, NULL, 'B'},
@@ -180,11 +177,11 @@ int main(int argc, char **argv)
 	int letter, status_fd = -1, control, epfd = epoll_create1(EPOLL_CLOEXEC);
 	struct epoll_event event = {.events = EPOLLIN}, ready;
 	uint64_t bulk = 0;
-	const char *path = NULL;
+	const char *work = NULL;
 
 	while ((letter = getopt_long(argc, argv, "", known, NULL)) != -1) {
 		switch (letter) {
-		case 's': path = optarg; break;
+		case 'w': work = optarg; break;
 		case 'f': status_fd = (int)number(optarg); break;
 		case 'p': files = optarg; break;
 		case 'b': base = number(optarg); break;
@@ -196,9 +193,9 @@ int main(int argc, char **argv)
 		}
 	}
 	tasks = calloc(MAX_TASKS, sizeof(*tasks));
-	if (!path || !files || !base || !size || !stride || !tasks)
-		die("usage: loop --socket PATH --status-fd N --pages FILES --base B --size PAGES [...]");
-	control = listen_at(path);
+	if (!work || !files || !base || !size || !stride || !tasks)
+		die("usage: loop --work DIR --status-fd N --pages FILES --base B --size PAGES [...]");
+	control = listen_in(work);
 	if (status_fd >= 0 && (write(status_fd, "", 1) != 1 || close(status_fd)))
 		die("--status-fd");
 	control = accept4(control, NULL, NULL, SOCK_CLOEXEC);

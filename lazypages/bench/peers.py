@@ -16,7 +16,6 @@ from lazypages.bench.errors import BenchError
 from lazypages.bench.programs import Programs
 from lazypages.bench.workloads import Workload
 
-SOCKET = "lazy-pages.socket"
 CRIU_DIR = Path("/var/cache/lazypages/criu")
 
 #: Names of peers that are looked up in what was found.
@@ -46,6 +45,10 @@ class Peer:
     @property
     def is_ours(self) -> bool:
         return False
+
+    def server(self, criu: Path) -> Path:
+        """The CRIU whose page server it can talk to, where `criu` is everybody else's."""
+        return criu
 
     def cannot(self, workload: Workload) -> str | None:
         """Why there is no such row for this peer; None if there is."""
@@ -79,6 +82,10 @@ class CriuDaemon(Peer):
     """CRIU's own. ``program``: its executable."""
 
     program: Path
+
+    def server(self, criu: Path) -> Path:  # noqa: ARG002
+        # Its own: the protocol has changed with 4.2 (reference/criu-interfaces §4).
+        return self.program
 
     def cannot(self, workload: Workload) -> str | None:
         # It reads such a page from the parent, never copies it, and the task hangs (reference/criu-interfaces §7).
@@ -117,7 +124,7 @@ class BareLoop(Peer):
 
     def command(self, checkpoint: Checkpoint, work: Path, port: int | None) -> list[str]:  # noqa: ARG002
         layout = checkpoint.layout
-        command = [str(self.programs.loop), "--socket", str(work / SOCKET), "--pages", checkpoint.flat]
+        command = [str(self.programs.loop), "--work", str(work), "--pages", checkpoint.flat]
         command += ["--base", hex(BASE), "--size", str(layout.span), "--stride", str(layout.stride)]
         if self.threads:
             command += ["--bulk", str(self.threads)]

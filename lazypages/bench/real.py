@@ -74,7 +74,7 @@ def run(dumped: Dumped, peer: Peer, work: Path) -> Run:
     with ExitStack() as stack:
         port = None
         if workload.layout.source is Source.REMOTE:
-            port = stack.enter_context(page_server(dumped.criu, checkpoint.served, work))
+            port = stack.enter_context(page_server(peer.server(dumped.criu), checkpoint.served, work))
         daemon = stack.enter_context(Daemon(peer.command(checkpoint, work, port), work / "daemon.out"))
         daemon.wait_ready()
         # Without --detach it waits for the task; when it ends, so does the namespace.

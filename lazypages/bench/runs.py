@@ -16,7 +16,7 @@ from typing import Any
 from lazypages.bench.checkpoints import BASE, Checkpoint
 from lazypages.bench.daemons import Daemon
 from lazypages.bench.errors import BenchError
-from lazypages.bench.peers import SOCKET, Peer, stats_path
+from lazypages.bench.peers import Peer, stats_path
 from lazypages.bench.programs import Programs
 from lazypages.bench.remote import page_server
 from lazypages.bench.results import Results, Touches
@@ -62,7 +62,7 @@ def run(
         if peer.takes_remote and workload.layout.source is Source.REMOTE:
             if criu is None:
                 raise BenchError("a page server is needed: name a CRIU")
-            port = stack.enter_context(page_server(criu, checkpoint.served, work))
+            port = stack.enter_context(page_server(peer.server(criu), checkpoint.served, work))
         daemon = stack.enter_context(Daemon(peer.command(checkpoint, work, port), work / "daemon.out"))
         daemon.wait_ready()
         loop_before = daemon.main_thread_cpu()
@@ -111,7 +111,7 @@ def _task_command(
 ) -> list[str]:
     layout = workload.layout
     options: dict[str, object] = {
-        "socket": work / SOCKET,
+        "work": work,
         "results": work / "results",
         "order": checkpoint.order,
         "base": BASE,

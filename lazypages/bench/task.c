@@ -69,7 +69,7 @@ struct results {
 enum { SIZE_OF_HEADER = 4096 };
 
 static struct {
-	const char *socket, *results, *order, *go;
+	const char *work, *results, *order, *go;
 	uint64_t base, pages, stride, tasks, threads, batch;
 	long cpu;
 	bool write, chase, turns, background, pass;
@@ -404,16 +404,13 @@ static void finish(int socket)
 
 static int be_restorer(void)
 {
-	struct sockaddr_un name = {.sun_family = AF_UNIX};
+	struct sockaddr_un name = {.sun_family = AF_UNIX, .sun_path = SOCKET};
 	int control = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0), status, failed = 0;
 	char byte;
 
 	prctl(PR_SET_PDEATHSIG, SIGKILL);
-	if (strlen(option.socket) >= sizeof(name.sun_path))
-		die("the path of the socket is too long: %s", option.socket);
-	strcpy(name.sun_path, option.socket);
-	if (control < 0 || connect(control, (struct sockaddr *)&name, sizeof(name)))
-		die("%s", option.socket);
+	if (control < 0 || chdir(option.work) || connect(control, (struct sockaddr *)&name, sizeof(name)))
+		die("%s/%s", option.work, SOCKET);
 	results->connected = now_ns();
 	for (task = 0; task < option.tasks; task++) {
 		pid_t pid = fork();
@@ -491,7 +488,7 @@ static int victim(void)
 int main(int argc, char **argv)
 {
 	static const struct option known[] = {
-		{"socket", required_argument, NULL, 's'},  {"results", required_argument, NULL, 'r'},
+		{"work", required_argument, NULL, 'w'},  {"results", required_argument, NULL, 'r'},
 		{"order", required_argument, NULL, 'o'},   {"go", required_argument, NULL, 'g'},
 		{"base", required_argument, NULL, 'b'},	   {"pages", required_argument, NULL, 'p'},
 		{"stride", required_argument, NULL, 'd'},  {"tasks", required_argument, NULL, 't'},
@@ -505,7 +502,7 @@ int main(int argc, char **argv)
 
 	while ((letter = getopt_long(argc, argv, "", known, NULL)) != -1) {
 		switch (letter) {
-		case 's': option.socket = optarg; break;
+		case 'w': option.work = optarg; break;
 		case 'r': option.results = optarg; break;
 		case 'o': option.order = optarg; break;
 		case 'g': option.go = optarg; break;
