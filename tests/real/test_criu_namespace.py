@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.criu import Criu, all_criu
-from tests.support.processes import nothing_left
+from tests.support.processes import nothing_left, wait_for
 from tests.support.restore import SCENARIOS, Checkpoint, Daemon, LazyRestore, Program, our_daemon
 
 NAMESPACE = ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc")
@@ -74,3 +75,19 @@ def test_tasks_in_a_namespace(criu: Criu, options: tuple[str, ...], program: Pro
         assert restorer.wait(60) == 0
         restored.check_verdict()
         assert restored.server.wait() == 0
+
+
+@pytest.mark.parametrize("criu", all_criu()[:1])
+def test_the_right_task_is_killed(criu: Criu, program: Program, tmp_path: Path) -> None:
+    """Interrupted twice: its pid in the namespace is the one of somebody else outside."""
+    checkpoint = take(criu, "forever", program, tmp_path)
+    with restore(checkpoint, our_daemon("--no-background"), tmp_path) as (restored, restorer):
+        log = tmp_path / "restore.log"
+        wait_for("the restore", lambda: log.exists() and "Tasks resumed" in log.read_text(errors="replace"))
+        restored.server.signal(signal.SIGSTOP)  # so that both wait for it when it goes on
+        restored.server.signal(signal.SIGINT)
+        restored.server.signal(signal.SIGTERM)
+        restored.server.signal(signal.SIGCONT)
+        assert restored.server.wait() == 1
+        restorer.wait(30)  # CRIU, which is the namespace's init here, waits for its task
+        assert [task["state"] for task in restored.stats()["tasks"]] == ["killed"]
