@@ -72,18 +72,14 @@ class PageServer(Server):
         return TcpServer("127.0.0.1", self.port)
 
 
+def page_server_command(*arguments: str | Path) -> list[str]:
+    """`lazypages page-server …`."""
+    return [sys.executable, "-c", _PAGE_SERVER, "page-server", *map(str, arguments)]
+
+
 def page_server(images: Path, *options: str | Path, output: Path | None = None) -> PageServer:
     """`lazypages page-server -D images …`; its log goes to `output`."""
-    command = [
-        sys.executable,
-        "-c",
-        _PAGE_SERVER,
-        "page-server",
-        "-D",
-        str(images),
-        "-v3",
-        *map(str, options),
-    ]
+    command = page_server_command("-D", images, "-v3", *options)
     return PageServer(command, output=output or images / "page-server.out")
 
 
