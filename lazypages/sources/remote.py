@@ -180,6 +180,7 @@ class RemotePages:
     def forget(self, pid: int) -> None:
         """Nobody waits for any page of this task any more."""
         self._backlog.drop_task(pid)
+        self._notice_room()
 
     @property
     def room(self) -> int:
@@ -561,6 +562,7 @@ class RemotePages:
                     now - oldest,
                 )
             self._dispatch()
+            self._notice_room()
 
     def _check_silence(self, lane: _Lane, now: float) -> None:
         patience = max(SILENCE, SILENT_ROUND_TRIPS * (lane.window.smoothed or 0.0))
