@@ -25,7 +25,7 @@ _FILE_WIDTH = 200
 ROUNDS = {"quick": 1, "default": 3, "full": 9, "targets": 5}
 
 
-@click.command()
+@click.command("bench")
 @click.option(
     "--quick",
     "extent",

@@ -31,8 +31,11 @@ def check_plot(path: Path) -> None:
 
 
 def plot(path: Path, rows: Sequence[Row], title: str) -> None:
-    """Draws the first round of every row into one PNG, or one page with a picture a row. Raises BenchError."""
-    drawn = [row for row in rows if row.rounds]
+    """Draws the first round of every row into one PNG, or one page with a picture a row. Raises BenchError.
+
+    Idle tasks make one touch: there is nothing to draw.
+    """
+    drawn = [row for row in rows if row.rounds and row.workload.touches > 1]
     try:
         if path.suffix == ".png":
             _draw(drawn, title).savefig(path, dpi=100)
@@ -110,7 +113,7 @@ def _touches(axis: Any, row: Row, peer: str, slowest: int) -> None:
     dots = axis.scatter(
         [at / 1e6 for at in touches.at[::step]],
         touches.page[::step],
-        c=[max(ns, 100) / 1 for ns in touches.ns[::step]],
+        c=[max(ns, 100) for ns in touches.ns[::step]],
         norm=norm,
         s=2,
         linewidths=0,
