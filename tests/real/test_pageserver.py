@@ -56,9 +56,9 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
 
 
 def converse(port: int, said: bytes) -> bytes:
-    """All that the server answers until it or we have closed."""
+    """All that the server answers until it closes, or cuts us off."""
     answers = bytearray()
-    with socket.create_connection(("127.0.0.1", port), timeout=30) as sock:
+    with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=30) as sock:
         sock.sendall(said)
         sock.shutdown(socket.SHUT_WR)
         while data := sock.recv(1 << 16):
@@ -108,8 +108,7 @@ def test_garbage(server: PageServer) -> None:
         b"\xff" * 100,
         get(Layout.CRIU_4_2, 0, 1)[:20],
     ):
-        with suppress(ConnectionResetError):
-            assert converse(server.port, said) == b""
+        assert converse(server.port, said) == b""
     added = Layout.CRIU_4_2.pack(Header(Command.OPEN2, dst_id=77 << 8 | 1))
     assert converse(server.port, added) == b""
     assert converse(server.port, get(Layout.CRIU_4_1, 0, 1)) == answer(Layout.CRIU_4_1, 0, 1)

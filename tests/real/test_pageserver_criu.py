@@ -139,7 +139,7 @@ class Recorder:
 def replay(said: bytes | bytearray, port: int) -> bytes:
     """Say it again to another server; its answers, as far as they come."""
     answers = bytearray()
-    with suppress(ConnectionError), socket.create_connection(("127.0.0.1", port), timeout=60) as sock:
+    with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=60) as sock:
         sock.sendall(said)  # the answers are few and small: they find room on their way
         sock.shutdown(socket.SHUT_WR)
         while data := sock.recv(1 << 16):

@@ -29,12 +29,6 @@ LOOP_NAMES = ["asyncio", "uvloop", "trio"]
 
 Contents = dict[tuple[int, int], bytes]  # (pid, address) -> page
 
-_PAGE_SERVER = (
-    "from lazypages.cli import COMMANDS, main;"
-    "COMMANDS['page-server'] = ('lazypages.pageserver.cli:page_server_command', '');"
-    "main()"
-)
-
 
 def page_at(pid: int, address: int, salt: int = 0) -> bytes:
     """The bytes of a page that no other page has."""
@@ -74,7 +68,7 @@ class PageServer(Server):
 
 def page_server_command(*arguments: str | Path) -> list[str]:
     """`lazypages page-server …`."""
-    return [sys.executable, "-c", _PAGE_SERVER, "page-server", *map(str, arguments)]
+    return [sys.executable, "-m", "lazypages", "page-server", *map(str, arguments)]
 
 
 def page_server(images: Path, *options: str | Path, output: Path | None = None) -> PageServer:
