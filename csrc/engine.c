@@ -62,6 +62,7 @@ struct lp_task {
 	struct lp_space *space;
 	struct lp_lock lock;
 	int uffd; /* -1 once closed */
+	bool closed; /* under the engine's lock: nobody is to hear of it any more */
 	bool remote, is_child;
 	_Atomic bool gone, complete;
 	struct lp_change *changes; /* of the layout, not made in the space yet: nothing may be answered */
@@ -134,6 +135,8 @@ static void notify(struct lp_engine *e, struct lp_notice notice)
 	struct lp_notice *last;
 
 	pthread_mutex_lock(&e->lock);
+	if (notice.task->closed)
+		goto out;
 	last = e->nr_notices ? &e->notices[e->nr_notices - 1] : NULL;
 	if (last && notice.kind == LP_NOTICE_LOST && last->kind == notice.kind && last->task == notice.task &&
 	    last->error == notice.error && last->image + (last->nr_pages << LP_PAGE_SHIFT) == notice.image &&
@@ -542,17 +545,28 @@ static void task_free(struct lp_task *t)
 	free(t);
 }
 
-/* From here on the engine serves it. */
-static int task_start(struct lp_task *t)
+/* From here on the engine owns it, and it may be closed. */
+static void task_link(struct lp_task *t)
 {
 	struct lp_engine *e = t->engine;
-	struct epoll_event event = {.events = EPOLLIN, .data.ptr = t};
 
 	pthread_mutex_lock(&e->lock);
 	t->next = e->tasks;
 	e->tasks = t;
 	pthread_mutex_unlock(&e->lock);
-	return epoll_ctl(e->epfd, EPOLL_CTL_ADD, t->uffd, &event) ? -errno : 0;
+}
+
+/* From here on the engine serves it, unless it has been closed already. */
+static int task_start(struct lp_task *t)
+{
+	struct epoll_event event = {.events = EPOLLIN, .data.ptr = t};
+	int rc = 0;
+
+	lp_lock_alone(&t->lock);
+	if (t->uffd >= 0 && epoll_ctl(t->engine->epfd, EPOLL_CTL_ADD, t->uffd, &event))
+		rc = -errno;
+	lp_unlock_alone(&t->lock);
+	return rc;
 }
 
 /* Counters that a layout event drops pages into, and their way into the task's. */
@@ -596,6 +610,7 @@ static void forked(struct lp_task *t, int uffd)
 	child->is_child = true;
 	child->total = lp_space_pending(t->space);
 	lp_plan_init(&child->plan, t->plan.max_window);
+	task_link(child); /* whoever is told of it may close it at once */
 	/* told before it is served, so that its first notice comes after this one */
 	notify(t->engine, (struct lp_notice){.kind = LP_NOTICE_FORKED, .task = child, .parent = t});
 	rc = task_start(child);
@@ -992,14 +1007,11 @@ struct lp_task *lp_task_new(struct lp_engine *e, int uffd, const struct lp_exten
 	lp_plan_init(&t->plan, max_readahead);
 	int rc = task_start(t);
 	if (rc) {
-		/* nothing has served it yet: as if it had never been */
-		pthread_mutex_lock(&e->lock);
-		e->tasks = t->next;
-		pthread_mutex_unlock(&e->lock);
 		task_free(t);
 		errno = -rc;
 		return NULL;
 	}
+	task_link(t);
 	check_complete(t);
 	return t;
 }
@@ -1016,6 +1028,7 @@ void lp_task_close(struct lp_task *t)
 	t->uffd = -1;
 	lp_unlock_alone(&t->lock);
 	pthread_mutex_lock(&e->lock);
+	t->closed = true;
 	for (link = &e->tasks; *link; link = &(*link)->next)
 		if (*link == t) {
 			*link = t->next;
