@@ -121,16 +121,26 @@ def watch(watcher: Callable[[Stage], object], stage: Stage, seconds: float) -> N
     anyio.run(run)
 
 
-def test_the_log_gets_a_line_when_something_has_changed(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+class Lines(logging.Handler):
+    """What is logged, as text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+def test_the_log_gets_a_line_when_something_has_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    log = Lines()
     monkeypatch.setattr(progress, "LINE", 0.001)
-    monkeypatch.setattr(logging.getLogger("lazypages"), "propagate", True)
+    monkeypatch.setattr(progress.log, "handlers", [log])
+    monkeypatch.setattr(progress.log, "level", MESSAGE)
     half = summary(report(total=4, pending=2, state=State.SERVING))
     whole = summary(report(total=4, pending=0))
-    with caplog.at_level(MESSAGE, logger="lazypages"):
-        watch(watch_in_log, Stage(half, half, half, whole), 0.5)
-    assert [record.getMessage().split(",")[0] for record in caplog.records] == ["1 task: 50%", "1 task: 100%"]
+    watch(watch_in_log, Stage(half, half, half, whole), 0.5)
+    assert [line.split(",")[0] for line in log.lines] == ["1 task: 50%", "1 task: 100%"]
 
 
 def test_the_terminal_is_clean_afterwards() -> None:
