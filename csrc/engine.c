@@ -632,7 +632,6 @@ static void make_change(struct lp_task *t, const struct lp_change *change)
 		goto out;
 	switch (change->kind) {
 	case LP_FORKED:
-		add(&t->stats.forks, 1);
 		forked(t, change->uffd);
 		break;
 	case LP_REMOVED:
@@ -1055,16 +1054,17 @@ int64_t lp_task_transfer(struct lp_task *t, uint64_t max_bytes)
 	lp_aside_begin(&aside, &t->engine->follow);
 	for (int turned = 0, tries = 0; brought < max_bytes && !rc;) {
 		bool busy = now_ns() - atomic_load_explicit(&t->engine->last_fault, memory_order_relaxed) < BUSY_NS;
-		uint64_t cursor = atomic_load(&t->cursor);
+		uint64_t cursor = atomic_load(&t->cursor), most = busy ? CHUNK_BUSY : CHUNK_QUIET;
 		struct lp_answer run;
 
+		if (most > max_bytes - brought)
+			most = (max_bytes - brought + LP_PAGE_SIZE - 1) & ~(LP_PAGE_SIZE - 1);
 		lp_lock_shared(&t->lock);
 		if (t->uffd < 0 || atomic_load(&t->gone)) {
 			rc = -ESRCH;
 		} else if (t->nr_changes) {
 			rc = -EAGAIN;
-		} else if (!lp_space_next(t->space, cursor, (busy ? CHUNK_BUSY : CHUNK_QUIET) >> LP_PAGE_SHIFT, false,
-					  &run)) {
+		} else if (!lp_space_next(t->space, cursor, most >> LP_PAGE_SHIFT, false, &run)) {
 			/* round again once: what was released behind us */
 			if (turned++ || !cursor)
 				rc = 1;

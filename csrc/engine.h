@@ -97,7 +97,7 @@ struct lp_task *lp_task_new(struct lp_engine *engine, int uffd, const struct lp_
 void lp_task_close(struct lp_task *task);
 
 /*
- * Brings pages that wait, from the lowest address on, round again at the end; gives way to faults.  At most about max_bytes.
+ * Brings pages that wait, from the lowest address on, round again at the end; gives way to faults.  At most max_bytes, rounded up to pages.
  * Returns bytes brought; 0 when there is nothing to bring; -EAGAIN when a layout event is in the way; -ESRCH.
  */
 int64_t lp_task_transfer(struct lp_task *task, uint64_t max_bytes);

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import pytest
 
@@ -133,7 +133,12 @@ class Task:
         return fd
 
     def open_uffd(self, features: int = FEATURES) -> int:
-        self.do("uffd", features)
+        self.tell("uffd", features)
+        return self.received_uffd()
+
+    def received_uffd(self) -> int:
+        """The answer to "uffd"."""
+        self.reply()
         return self._receive_fd()
 
     def fork(self) -> Task:
@@ -147,7 +152,7 @@ class Task:
             if register:
                 assert self.do("register", start, pages) == "0"
 
-    def check(
+    def tell_check(
         self,
         at: int,
         pages: int,
@@ -157,10 +162,14 @@ class Task:
         threads: int = 1,
         writes: bool = False,
         together: bool = False,
-        timeout: float = 60,
     ) -> None:
-        """Checks every byte of pages, whose ids follow `first_id` (0: that they are zero)."""
-        self.do("check", at, pages, first_id, order, threads, writes, together, timeout=timeout)
+        """Starts to check every byte of pages, whose ids follow `first_id` (0: that they are zero)."""
+        self.tell("check", at, pages, first_id, order, threads, writes, together)
+
+    def check(self, at: int, pages: int, first_id: int, **options: Any) -> None:
+        """Checks every byte of pages (see :meth:`tell_check`)."""
+        self.tell_check(at, pages, first_id, **options)
+        self.reply()
 
     def mremap(
         self, at: int, pages: int, to: int | None, new_pages: int | None = None, flags: int = 0

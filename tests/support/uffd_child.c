@@ -251,7 +251,8 @@ static void peek(uint64_t at)
 
 /*
  * Page i of the arena should have the id expect[i].  The layout thread makes `changing` odd, changes, says what it
- * expects now, and makes it even.  Who finds the same even number before and after a touch knows what had to be there.
+ * expects now, and makes it even.  Others touch at all times; who finds the same even number before and after knows
+ * what had to be there.
  */
 struct churn {
 	char *at;
@@ -260,7 +261,7 @@ struct churn {
 	_Atomic uint64_t *expect;
 	_Atomic uint64_t changing, done[6];
 	_Atomic bool over;
-	_Atomic uint64_t touched;
+	_Atomic uint64_t touched, sure;
 };
 
 struct worker {
@@ -274,19 +275,22 @@ static void touch(struct churn *c, uint64_t *seed)
 	uint64_t before = c->changing, expected = c->expect[page];
 	const char *at = c->at + page * PAGE, *what;
 
-	if (before % 2 || expected == NOWHERE)
-		return;
 	may_escape = 1;
-	if (sigsetjmp(escape, 1)) { /* unmapped under our feet */
+	if (sigsetjmp(escape, 1)) { /* unmapped, perhaps under our feet */
 		may_escape = 0;
+		if (before % 2 == 0 && c->changing == before && expected != NOWHERE)
+			found_bad("touched: nothing at page %zu where id %#lx should be", page, expected);
 		return;
 	}
 	what = wrong(at, expected);
 	may_escape = 0;
-	if (c->changing != before)
-		return;
 	c->touched++;
-	if (what)
+	if (before % 2 || c->changing != before)
+		return;
+	c->sure++;
+	if (expected == NOWHERE)
+		found_bad("touched: something at page %zu where nothing should be", page);
+	else if (what)
 		found_bad("touched: %s at page %zu where id %#lx should be", what, page, expected);
 }
 
@@ -294,16 +298,6 @@ static void set_expect(struct churn *c, size_t from, size_t n, uint64_t id)
 {
 	for (size_t i = from; i < from + n; i++)
 		c->expect[i] = id;
-}
-
-/* A few pages only: the others are to stay away as long as they can. */
-static void look_at_some(struct churn *c, size_t from, size_t n, const char *when)
-{
-	size_t some[] = {from, from + n - 1, from + mix(&c->seed) % n};
-
-	for (size_t i = 0; i < 3; i++)
-		if (c->expect[some[i]] != NOWHERE)
-			look(c->at + some[i] * PAGE, c->expect[some[i]], when);
 }
 
 static size_t run_of(struct churn *c, size_t from, size_t most, bool mapped)
@@ -315,7 +309,13 @@ static size_t run_of(struct churn *c, size_t from, size_t most, bool mapped)
 	return n;
 }
 
-static void change(struct churn *c)
+/* Where to look after a change. */
+struct spot {
+	size_t from, n;
+	const char *when;
+};
+
+static void change(struct churn *c, struct spot spots[2])
 {
 	size_t from = mix(&c->seed) % c->pages, n = run_of(c, from, 1 + mix(&c->seed) % c->longest, true);
 	size_t to = mix(&c->seed) % (c->pages - n + 1), kind = mix(&c->seed) % 6, more = 0;
@@ -330,7 +330,7 @@ static void change(struct churn *c)
 		if (madvise(old, n * PAGE, MADV_DONTNEED))
 			return;
 		set_expect(c, from, n, 0);
-		look_at_some(c, from, n, "after madvise");
+		spots[0] = (struct spot){from, n, "after madvise"};
 		break;
 	case 1:
 		if (mix(&c->seed) % 4 || munmap(old, n * PAGE)) /* rarely: nothing comes back */
@@ -352,24 +352,34 @@ static void change(struct churn *c)
 			c->expect[to + i] = c->expect[from + i];
 			c->expect[from + i] = kind == 3 ? 0 : NOWHERE;
 		}
-		look_at_some(c, to, n, "after mremap");
-		look_at_some(c, from, n, "what DONTUNMAP left");
+		spots[0] = (struct spot){to, n, "after mremap"};
+		spots[1] = (struct spot){from, n, "what DONTUNMAP left"};
 		break;
 	case 4:
 		if (n < 2 || mremap(old, n * PAGE, n / 2 * PAGE, 0) == MAP_FAILED)
 			return;
 		set_expect(c, from + n / 2, n - n / 2, NOWHERE);
-		look_at_some(c, from, n / 2, "after shrinking");
+		spots[0] = (struct spot){from, n / 2, "after shrinking"};
 		break;
 	case 5: /* into a hole, in place */
 		more = run_of(c, from + n, 16, false);
 		if (!more || mremap(old, n * PAGE, (n + more) * PAGE, 0) == MAP_FAILED)
 			return;
 		set_expect(c, from + n, more, 0);
-		look_at_some(c, from, n + more, "after growing");
+		spots[0] = (struct spot){from, n + more, "after growing"};
 		break;
 	}
 	c->done[kind]++;
+}
+
+/* At a few pages only: the others are to stay away as long as they can. */
+static void look_at_spot(struct churn *c, const struct spot *spot)
+{
+	size_t some[] = {spot->from, spot->from + spot->n - 1, spot->from + mix(&c->seed) % (spot->n ? spot->n : 1)};
+
+	for (size_t i = 0; i < 3 && spot->n; i++)
+		if (c->expect[some[i]] != NOWHERE)
+			look(c->at + some[i] * PAGE, c->expect[some[i]], spot->when);
 }
 
 static void *churn_thread(void *arg)
@@ -381,9 +391,13 @@ static void *churn_thread(void *arg)
 		while (!c->over)
 			touch(c, &w->seed);
 	for (size_t round = 0; !w->seed && round < c->rounds && !bad.is; round++) {
+		struct spot spots[2] = {0};
+
 		c->changing++;
-		change(c);
+		change(c, spots);
 		c->changing++;
+		look_at_spot(c, &spots[0]);
+		look_at_spot(c, &spots[1]);
 	}
 	if (!w->seed)
 		c->over = true;
@@ -404,8 +418,8 @@ static void churn(uint64_t at, size_t pages, uint64_t id, uint64_t seed, size_t 
 	for (size_t i = 0; i < pages && !bad.is; i++)
 		if (c.expect[i] != NOWHERE)
 			look(c.at + i * PAGE, c.expect[i], "at the end");
-	say_found("touched %lu, madvise %lu, munmap %lu, mremap %lu and %lu, shrunk %lu, grown %lu", c.touched, c.done[0],
-		  c.done[1], c.done[2], c.done[3], c.done[4], c.done[5]);
+	say_found("touched %lu, %lu for sure, madvise %lu, munmap %lu, mremap %lu and %lu, shrunk %lu, grown %lu", c.touched, c.sure,
+		  c.done[0], c.done[1], c.done[2], c.done[3], c.done[4], c.done[5]);
 	free((void *)c.expect);
 }
 
@@ -664,22 +678,45 @@ static void fork_child(void)
 	close(ends[0]);
 }
 
-/* Children, one after the other but all alive at the same time, that check and go. */
-static void forks(int n, uint64_t at, size_t pages, uint64_t id)
+struct checker {
+	pthread_t thread;
+	char stack[STACK] __attribute__((aligned(4096)));
+};
+
+/* Forks children while threads check the same memory; each child checks it too, while more are forked. */
+static void forks(int n, uint64_t at, size_t pages, uint64_t id, int threads)
 {
+	struct walk w = {.at = (char *)at, .pages = pages, .id = id, .order = RANDOM, .together = true};
+	static struct checker checkers[MAX_THREADS];
+	struct walk *arg = &w;
+	uint64_t seed = id;
 	int failed = 0;
 	pid_t pids[n];
 
+	w.shuffled = xcalloc(pages, sizeof(size_t));
+	for (size_t i = 0; i < pages; i++) {
+		size_t j = mix(&seed) % (i + 1);
+
+		w.shuffled[i] = w.shuffled[j];
+		w.shuffled[j] = i;
+	}
+	for (int i = 0; i < threads; i++) {
+		pthread_attr_t attr;
+
+		pthread_attr_init(&attr);
+		pthread_attr_setstack(&attr, checkers[i].stack, STACK);
+		if (pthread_create(&checkers[i].thread, &attr, walk_thread, &arg))
+			_exit(4);
+	}
 	for (int i = 0; i < n; i++) {
 		pids[i] = fork();
 		if (pids[i] < 0)
 			_exit(7);
 		if (!pids[i]) {
 			prctl(PR_SET_PDEATHSIG, SIGKILL);
-			for (size_t page = 0; page < pages; page++)
-				if (wrong((char *)at + page * PAGE, id + page))
-					_exit(1);
-			_exit(0);
+			bad.is = false;
+			walk_thread(&arg);
+			_exit(bad.is);
 		}
 	}
 	for (int i = 0; i < n; i++) {
@@ -688,10 +725,12 @@ static void forks(int n, uint64_t at, size_t pages, uint64_t id)
 		if (waitpid(pids[i], &status, 0) < 0 || status)
 			failed++;
 	}
+	for (int i = 0; i < threads; i++)
+		pthread_join(checkers[i].thread, NULL);
+	free(w.shuffled);
 	if (failed)
-		say("no %d of %d children", failed, n);
-	else
-		say("ok");
+		found_bad("%d of %d children", failed, n);
+	say_found("");
 }
 
 static void obey(const char *name, const uint64_t *a)
@@ -706,6 +745,9 @@ static void obey(const char *name, const uint64_t *a)
 			       -1);
 	} else if (!strcmp(name, "uffd")) {
 		open_uffd(a[0]);
+	} else if (!strcmp(name, "close")) {
+		result(close(uffd));
+		uffd = -1;
 	} else if (!strcmp(name, "register")) {
 		struct uffdio_register reg = {.range = {a[0], len}, .mode = UFFDIO_REGISTER_MODE_MISSING};
 
@@ -737,7 +779,7 @@ static void obey(const char *name, const uint64_t *a)
 	} else if (!strcmp(name, "fork")) {
 		fork_child();
 	} else if (!strcmp(name, "forks")) {
-		forks((int)a[0], a[1], a[2], a[3]);
+		forks((int)a[0], a[1], a[2], a[3], (int)a[4]);
 	} else {
 		say("no such command: %s", name);
 	}

@@ -1,0 +1,710 @@
+"""The engine and the kernel: tasks that register their own memory, each byte checked from inside.
+
+What CRIU can't be made to do on purpose, and what must never happen: wrong bytes, zeros for data, a thread that waits
+for ever. See ``tests/support/uffd.py``.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import signal
+import time
+
+import pytest
+
+from lazypages.uffd import BusyError, NoticeKind, TaskGoneError
+from tests.support.uffd import (
+    BACKWARD,
+    BASE,
+    FORWARD,
+    MREMAP_DONTUNMAP,
+    PAGE,
+    RANDOM,
+    PagesFile,
+    Service,
+    Task,
+    until,
+)
+
+GIB = 1 << 30
+PAGES = 512
+MADV_DONTNEED, MADV_DONTFORK, MADV_NOHUGEPAGE, MADV_WIPEONFORK = 4, 10, 15, 18
+
+
+@pytest.fixture(scope="module")
+def file() -> PagesFile:
+    return PagesFile(16384)
+
+
+def one_mapping(service: Service, file: PagesFile, pages: int = PAGES, **options: int) -> tuple[Task, int]:
+    """A task with one registered mapping of `pages` at BASE. Returns it and its uffd."""
+    task = service.task()
+    uffd = task.open_uffd()
+    task.map((BASE, pages))
+    return task, uffd
+
+
+# Faults.
+
+
+@pytest.mark.parametrize("order", [FORWARD, BACKWARD, RANDOM], ids=["up", "down", "random"])
+@pytest.mark.parametrize("writes", [False, True], ids=["reads", "writes"])
+@pytest.mark.parametrize(
+    ("threads", "together"), [(1, False), (4, False), (4, True)], ids=["1", "4", "4 together"]
+)
+def test_faults(file: PagesFile, order: int, writes: bool, threads: int, together: bool) -> None:
+    with Service() as service:
+        task, uffd = one_mapping(service, file)
+        served = service.serve(uffd, [(BASE, PAGES, 0, 0)], [(BASE, PAGES)], file)
+        task.check(BASE, PAGES, file.first_id, order=order, threads=threads, writes=writes, together=together)
+        service.wait(NoticeKind.COMPLETE, served)
+        copied, dropped, answered = served.sources()
+        assert copied.levels == (PAGES,)
+        assert dropped.total == 0
+        assert 0 < answered.levels[0] <= served.stats().faults
+        task.check(BASE, PAGES, file.first_id)
+
+
+@pytest.mark.parametrize("order", [FORWARD, BACKWARD, RANDOM], ids=["up", "down", "random"])
+def test_faults_while_the_background_brings_the_same(file: PagesFile, order: int) -> None:
+    pages = 8192
+    with Service() as service:
+        task, uffd = one_mapping(service, file, pages)
+        served = service.serve(uffd, [(BASE, pages, 0, 0)], [(BASE, pages)], file)
+        transfers = [service.transfer(served, 64 << 10) for _ in range(2)]
+        task.check(BASE, pages, file.first_id, order=order, threads=4, writes=True)
+        service.wait(NoticeKind.COMPLETE, served)
+        assert not any(transfer.error for transfer in transfers)
+        assert served.sources()[0].total == pages  # each once
+
+
+def test_background_alone_brings_all(file: PagesFile) -> None:
+    with Service() as service:
+        task, uffd = one_mapping(service, file)
+        served = service.serve(uffd, [(BASE, PAGES, 0, 0)], [(BASE, PAGES)], file)
+        brought = 0
+        while count := served.transfer(1 << 20):
+            brought += count
+        assert brought == PAGES * PAGE
+        assert served.pending == 0
+        task.check(BASE, PAGES, file.first_id)
+        assert served.stats().faults == 0
+
+
+def test_fragments_levels_and_zeros(file: PagesFile) -> None:
+    """Every second page from one level or another, the pages between were never touched."""
+    parent = PagesFile(64, level=1)
+    extents = [(BASE + 2 * i * PAGE, 1, (i // 2) * PAGE, i % 2) for i in range(64)]
+    with Service() as service:
+        task, uffd = one_mapping(service, file, 128)
+        served = service.serve(uffd, extents, [(BASE, 128)], file, parent)
+        assert served.remaining().levels == (32, 32)
+        for i in range(64):
+            task.check(BASE + 2 * i * PAGE, 1, (parent if i % 2 else file).first_id + i // 2)
+            task.check(BASE + (2 * i + 1) * PAGE, 1, 0)
+        assert served.sources()[0].levels == (32, 32)
+        assert served.stats().faults_zero == 64
+
+
+def test_many_tasks_at_once(file: PagesFile) -> None:
+    count, pages = 200, 32
+    with Service() as service:
+        tasks = [service.task() for _ in range(count)]
+        for task in tasks:
+            task.tell("uffd", 0x4E)
+        uffds = [task.received_uffd() for task in tasks]
+        for task in tasks:
+            task.map((BASE, pages))
+        served = [
+            service.serve(uffd, [(BASE, pages, i * pages * PAGE, 0)], [(BASE, pages)], file)
+            for i, uffd in enumerate(uffds)
+        ]
+        for i, task in enumerate(tasks):
+            task.tell_check(BASE, pages, file.first_id + i * pages, order=RANDOM, threads=2)
+        for task in tasks:
+            task.reply()
+        until("all to be complete", lambda: not any(one.pending for one in served))
+
+
+# What is there already, can't be reached, or can't be read.
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_pages_that_the_task_has_placed_itself(file: PagesFile, background: bool) -> None:
+    """EEXIST: theirs stay. In the middle of a run it makes the copy a partial one."""
+    own = 77 << 40
+    with Service() as service:
+        task, uffd = one_mapping(service, file)
+        for page in (0, 1, 17, 100, PAGES - 1):
+            assert task.do("copy", BASE + page * PAGE, own + page) == "0"
+        served = service.serve(uffd, [(BASE, PAGES, 0, 0)], [(BASE, PAGES)], file, max_readahead=64)
+        if background:
+            while served.transfer(1 << 20):
+                pass
+        else:
+            task.check(BASE + 2 * PAGE, 15, file.first_id + 2)
+            task.check(BASE + 18 * PAGE, 82, file.first_id + 18, order=BACKWARD)
+            task.check(BASE + 101 * PAGE, PAGES - 102, file.first_id + 101)
+        for page in (0, 1, 17, 100, PAGES - 1):
+            task.check(BASE + page * PAGE, 1, own + page)
+        for first, last in ((2, 17), (18, 100), (101, PAGES - 1)):
+            task.check(BASE + first * PAGE, last - first, file.first_id + first)
+        assert served.stats().present >= 1
+        assert served.lost == 0
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_mappings_split_without_an_event(file: PagesFile, background: bool) -> None:
+    """mprotect and madvise split VMAs, and a copy must stay within one (ENOENT): every page comes all the same."""
+    with Service() as service:
+        task, uffd = one_mapping(service, file)
+        served = service.serve(uffd, [(BASE, PAGES, 0, 0)], [(BASE, PAGES)], file, max_readahead=64)
+        for first, count in ((3, 1), (10, 7), (40, 300)):
+            assert task.do("mprotect", BASE + first * PAGE, count, mmap.PROT_READ) == "0"
+        assert task.do("madvise", BASE + 100 * PAGE, 5, MADV_NOHUGEPAGE) == "0"
+        if background:
+            while served.transfer(1 << 20):
+                pass
+            assert served.pending == 0
+        task.check(BASE, PAGES, file.first_id)
+        assert served.lost == 0
+
+
+def test_page_that_was_never_registered(file: PagesFile) -> None:
+    """Told, not silent; the registered neighbours come."""
+    with Service() as service:
+        task = service.task()
+        uffd = task.open_uffd()
+        task.map((BASE, 8))
+        task.map((BASE + 8 * PAGE, 1), register=False)
+        task.map((BASE + 9 * PAGE, 8))
+        served = service.serve(uffd, [(BASE, 17, 0, 0)], [(BASE, 17)], file)
+        while served.transfer(1 << 20):
+            pass
+        notice = service.wait(NoticeKind.LOST, served)
+        assert (notice.error, notice.addr, notice.image, notice.nr_pages) == (
+            errno.ENOENT,
+            BASE + 8 * PAGE,
+            BASE + 8 * PAGE,
+            1,
+        )
+        assert (served.pending, served.lost) == (1, 1)
+        task.check(BASE, 8, file.first_id)
+        task.check(BASE + 9 * PAGE, 8, file.first_id + 9)
+        served.forget(notice.image, 4)
+        assert (served.pending, served.lost) == (0, 0)
+        service.wait(NoticeKind.COMPLETE, served)
+
+
+def test_forgetting_touches_nothing_but_what_is_lost(file: PagesFile) -> None:
+    """By the time the owner forgets, other memory may have come to where the lost page was."""
+    with Service() as service:
+        task = service.task()
+        uffd = task.open_uffd()
+        task.map((BASE, 1), register=False)
+        task.map((BASE + GIB, 8))
+        served = service.serve(
+            uffd,
+            [(BASE, 1, 0, 0), (BASE + GIB, 8, PAGE, 0)],
+            [(BASE, 1), (BASE + GIB, 8)],
+            file,
+            max_readahead=1,
+        )
+        assert served.transfer(PAGE)
+        notice = service.wait(NoticeKind.LOST, served)
+        assert task.mremap(BASE + GIB, 8, BASE) == BASE
+        served.forget(notice.image, 8)
+        assert served.lost == 0
+        task.check(BASE, 8, file.first_id + 1)
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_truncated_pages_file(background: bool) -> None:
+    """Lost, and a touch raises SIGBUS once they are poisoned; what is still in the file comes."""
+    file = PagesFile(64)
+    with Service() as service:
+        task, uffd = one_mapping(service, file, 64)
+        served = service.serve(uffd, [(BASE, 64, 0, 0)], [(BASE, 64)], file, max_readahead=64)
+        file.truncate(50)
+        if background:
+            while served.transfer(1 << 20):
+                pass
+            assert (served.pending, served.lost) == (14, 14)
+            task.tell("peek", BASE + 55 * PAGE)
+        else:
+            task.check(BASE, 30, file.first_id)
+            task.tell("peek", BASE + 50 * PAGE)
+        notice = service.wait(NoticeKind.LOST, served)
+        assert notice.error == errno.EFAULT
+        assert notice.addr >= BASE + 50 * PAGE
+        assert task.busy()  # not zeros
+        assert served.poison(everything=False) == served.stats().poisoned > 0
+        assert task.reply() == f"signal {signal.SIGBUS}"
+        task.check(BASE, 50, file.first_id)
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_poisoned_pages(file: PagesFile, closed: bool) -> None:
+    """All that is pending raises SIGBUS, through mappings split in any way; what had come stays. So after the close."""
+    with Service() as service:
+        task, uffd = one_mapping(service, file, 64)
+        served = service.serve(uffd, [(BASE, 60, 0, 0)], [(BASE, 64)], file, max_readahead=1)
+        task.check(BASE + 5 * PAGE, 3, file.first_id + 5)
+        for first, count in ((1, 1), (10, 7), (20, 30)):
+            assert task.do("mprotect", BASE + first * PAGE, count, mmap.PROT_READ) == "0"
+        assert served.poison(everything=True) == 57
+        assert served.pending == 0
+        service.wait(NoticeKind.COMPLETE, served)
+        if closed:
+            assert task.do("close") == "0"  # as CRIU's restorer does
+            served.close()
+        for page in (*range(5), *range(8, 60)):
+            assert task.do("peek", BASE + page * PAGE) == f"signal {signal.SIGBUS}"
+        task.check(BASE + 5 * PAGE, 3, file.first_id + 5)
+        task.check(BASE + 60 * PAGE, 4, 0)
+
+
+def test_a_waiting_thread_gets_the_signal(file: PagesFile) -> None:
+    """A lost page that is waited for; its neighbours, pending but not lost, are not poisoned with it."""
+    with Service() as service:
+        task, uffd = one_mapping(service, file, 3)
+        lost = 0xFFFFFFFF
+        served = service.serve(
+            uffd,
+            [(BASE, 1, 0, 0), (BASE + PAGE, 1, 0, lost), (BASE + 2 * PAGE, 1, 2 * PAGE, 0)],
+            [(BASE, 3)],
+            file,
+        )
+        assert served.lost == 1
+        task.tell("peek", BASE + PAGE)
+        notice = service.wait(NoticeKind.LOST, served)
+        assert (notice.error, notice.addr, notice.since > 0) == (0, BASE + PAGE, True)
+        assert task.busy()
+        served.regain()  # there is no source: still lost
+        assert task.busy()
+        assert served.poison(everything=False) == 1
+        assert task.reply() == f"signal {signal.SIGBUS}"
+        task.check(BASE, 1, file.first_id)
+        task.check(BASE + 2 * PAGE, 1, file.first_id + 2)
+
+
+def test_poisoning_what_is_not_registered_is_told(file: PagesFile) -> None:
+    with Service() as service:
+        task = service.task()
+        uffd = task.open_uffd()
+        task.map((BASE, 1), register=False)
+        task.map((BASE + PAGE, 3))
+        served = service.serve(uffd, [(BASE, 4, 0, 0)], [(BASE, 4)], file)
+        served.poison(everything=True)
+        notice = service.wait(NoticeKind.LOST, served)
+        assert (notice.error, notice.addr, notice.nr_pages) == (errno.ENOENT, BASE, 1)
+        assert task.do("peek", BASE + PAGE) == f"signal {signal.SIGBUS}"
+
+
+# Layout.
+
+
+@pytest.mark.parametrize("seed", range(1, 5))
+def test_layout_in_turmoil(file: PagesFile, seed: int) -> None:
+    """One thread discards, unmaps, moves over other lazy memory, moves and stays, shrinks, grows; three touch."""
+    pages = 16384
+    with Service() as service:
+        task, uffd = one_mapping(service, file, pages)
+        served = service.serve(uffd, [(BASE, pages, 0, 0)], [(BASE, pages)], file, max_readahead=8)
+        transfer = service.transfer(served, 16 << 10, pause=0.001)
+        story = task.do("churn", BASE, pages, file.first_id, seed, 1500, 200, 3)
+        assert served.lost == 0, story
+        transfer.stop()
+        assert transfer.error is None
+        until("the rest", lambda: served.transfer(1 << 20) == 0 == served.pending)
+        copied, dropped, _ = served.sources()
+        assert copied.total + dropped.total == pages
+
+
+def test_ranges_of_many_gib(file: PagesFile) -> None:
+    """Lengths beyond 32 bits in REMAP, REMOVE and UNMAP; a page of data in each GiB."""
+    gib = GIB // PAGE
+    with Service() as service:
+        task, uffd = one_mapping(service, file, 12 * gib)
+        served = service.serve(
+            uffd,
+            [(BASE + i * GIB, 2, 2 * i * PAGE, 0) for i in range(12)],
+            [(BASE, 12 * gib)],
+            file,
+            max_readahead=1,
+        )
+        to = BASE + 100 * GIB
+        assert task.mremap(BASE + 6 * GIB, 6 * gib, to) == to
+        task.check(to, 1, file.first_id + 12)
+        task.check(to + 5 * GIB, 2, file.first_id + 22)
+        assert task.do("madvise", to + GIB, 3 * gib, MADV_DONTNEED) == "0"
+        for i in range(1, 4):
+            task.check(to + i * GIB, 2, 0)
+        task.check(to + 4 * GIB, 2, file.first_id + 20)
+        assert task.do("munmap", BASE + GIB, 5 * gib) == "0"
+        task.check(BASE, 2, file.first_id)
+        task.check(to + PAGE, 1, file.first_id + 13)
+        service.wait(NoticeKind.COMPLETE, served)
+        assert served.sources()[1].levels == (16,)
+
+
+def test_unmapped_and_mapped_anew(file: PagesFile) -> None:
+    """What is mapped where lazy memory was is not ours, until it is registered; then it is zero."""
+    with Service() as service:
+        task, uffd = one_mapping(service, file)
+        served = service.serve(uffd, [(BASE, PAGES, 0, 0)], [(BASE, PAGES)], file, max_readahead=1)
+        assert task.do("munmap", BASE + 10 * PAGE, 20) == "0"
+        task.map((BASE + 10 * PAGE, 20), register=False)
+        task.check(BASE + 10 * PAGE, 10, 0)
+        assert task.do("register", BASE + 10 * PAGE, 20) == "0"
+        task.check(BASE + 20 * PAGE, 10, 0)
+        task.check(BASE, 10, file.first_id)
+        task.check(BASE + 30 * PAGE, PAGES - 30, file.first_id + 30)
+        service.wait(NoticeKind.COMPLETE, served)
+
+
+def test_what_dontunmap_leaves_is_zero_and_can_move_on(file: PagesFile) -> None:
+    with Service() as service:
+        task, uffd = one_mapping(service, file, 16)
+        served = service.serve(uffd, [(BASE, 16, 0, 0)], [(BASE, 16)], file, max_readahead=1)
+        away, further = BASE + GIB, BASE + 2 * GIB
+        assert task.mremap(BASE, 16, away, flags=MREMAP_DONTUNMAP) == away
+        task.check(BASE, 8, 0)
+        assert task.mremap(BASE, 16, further) == further
+        task.check(further, 16, 0)
+        assert task.mremap(away, 16, BASE) == BASE
+        task.check(BASE, 16, file.first_id)
+        service.wait(NoticeKind.COMPLETE, served)
+
+
+def test_zero_pages_that_have_moved(file: PagesFile) -> None:
+    """Memory that has grown since the dump is registered too, and moves with the rest."""
+    with Service() as service:
+        task, uffd = one_mapping(service, file, 16)
+        served = service.serve(uffd, [(BASE, 16, 0, 0)], [(BASE, 16)], file, max_readahead=1)
+        assert task.mremap(BASE, 16, None, 32) == BASE
+        to = BASE + GIB
+        assert task.mremap(BASE, 32, to) == to
+        task.check(to + 16 * PAGE, 16, 0)
+        task.check(to, 16, file.first_id)
+        assert served.lost == 0
+
+
+# Forks.
+
+
+def adopt_fork(service: Service, task: Task) -> Task:
+    return service.adopt(task.fork())
+
+
+def test_generations_that_part(file: PagesFile) -> None:
+    """Child and grandchild are served, and what one does to its memory does not touch the others'."""
+    with Service() as service:
+        task, uffd = one_mapping(service, file)
+        served = service.serve(uffd, [(BASE, PAGES, 0, 0)], [(BASE, PAGES)], file, max_readahead=1)
+        task.check(BASE, 5, file.first_id)
+        child = adopt_fork(service, task)
+        fork = service.wait(NoticeKind.FORKED)
+        assert fork.parent is served
+        assert fork.task.total == PAGES - 5
+        assert child.do("madvise", BASE, 20, MADV_DONTNEED) == "0"
+        assert child.mremap(BASE + 100 * PAGE, 50, BASE + GIB) == BASE + GIB
+        child.do("poke", BASE + 30 * PAGE, 2, 99 << 40)
+        grandchild = adopt_fork(service, child)
+        assert service.wait(NoticeKind.FORKED).parent is fork.task
+        assert grandchild.do("munmap", BASE + 200 * PAGE, 100) == "0"
+        assert grandchild.mremap(BASE + GIB, 50, BASE + 200 * PAGE) == BASE + 200 * PAGE
+
+        task.check(BASE, PAGES, file.first_id, order=RANDOM, threads=2)
+        for one in (grandchild, child):
+            one.check(BASE, 20, 0)
+            one.check(BASE + 20 * PAGE, 10, file.first_id + 20)
+            one.check(BASE + 30 * PAGE, 2, 99 << 40)
+            one.check(BASE + 32 * PAGE, 68, file.first_id + 32)
+            one.check(BASE + 150 * PAGE, 50, file.first_id + 150)
+            one.check(BASE + 300 * PAGE, PAGES - 300, file.first_id + 300)
+        child.check(BASE + 200 * PAGE, 100, file.first_id + 200)
+        child.check(BASE + GIB, 50, file.first_id + 100)
+        grandchild.check(BASE + 200 * PAGE, 50, file.first_id + 100)
+        for kind in (served, fork.task):
+            service.wait(NoticeKind.COMPLETE, kind)
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_fork_storm(file: PagesFile, background: bool) -> None:
+    """200 children, forked while threads of the parent fault. During a fork the kernel refuses all copies."""
+    pages = 1024
+    with Service() as service:
+        task, uffd = one_mapping(service, file, pages)
+        task.map((BASE + GIB, 8192), register=False)
+        task.do("poke", BASE + GIB, 8192, 1)  # page tables: a fork takes its time
+        served = service.serve(uffd, [(BASE, pages, 0, 0)], [(BASE, pages)], file, max_readahead=1)
+        if background:
+            service.transfer(served, PAGE, pause=0.001)
+        task.do("forks", 200, BASE, pages, file.first_id, 3)
+        children = [service.wait(NoticeKind.FORKED).task for _ in range(200)]
+        assert not any(child.lost for child in (served, *children))
+        for child in children:  # they are gone, or have all
+            until("its end", lambda child=child: not child.pending or not child.probe())
+            child.close()
+
+
+def test_wiped_on_fork(file: PagesFile) -> None:
+    """MADV_WIPEONFORK at dump time: pages that are pending are zero in the child, and data in the parent."""
+    with Service() as service:
+        task, uffd = one_mapping(service, file, 48)
+        assert task.do("madvise", BASE + 16 * PAGE, 16, MADV_WIPEONFORK) == "0"
+        served = service.serve(
+            uffd,
+            [(BASE, 48, 0, 0)],
+            [(BASE, 16), (BASE + 16 * PAGE, 16), (BASE + 32 * PAGE, 16)],
+            file,
+            wiped=[(BASE + 16 * PAGE, 16)],
+            max_readahead=1,
+        )
+        task.check(BASE + 16 * PAGE, 2, file.first_id + 16)
+        child = adopt_fork(service, task)
+        child.check(BASE + 16 * PAGE, 16, 0)
+        child.check(BASE, 16, file.first_id)
+        child.check(BASE + 32 * PAGE, 16, file.first_id + 32)
+        task.check(BASE, 48, file.first_id)
+        service.wait(NoticeKind.COMPLETE, served)
+
+
+def test_child_without_some_mappings(file: PagesFile) -> None:
+    """MADV_DONTFORK: what a child has not is not missed there, and nobody is told of a loss."""
+    with Service() as service:
+        task, uffd = one_mapping(service, file, 48)
+        service.serve(uffd, [(BASE, 48, 0, 0)], [(BASE, 48)], file, max_readahead=1)
+        assert task.do("madvise", BASE + 16 * PAGE, 16, MADV_DONTFORK) == "0"
+        child = adopt_fork(service, task)
+        served = service.wait(NoticeKind.FORKED).task
+        while served.transfer(1 << 20):
+            pass
+        assert (served.pending, served.lost) == (0, 0)
+        child.check(BASE, 16, file.first_id)
+        child.check(BASE + 32 * PAGE, 16, file.first_id + 32)
+        task.check(BASE, 48, file.first_id)
+        assert not [notice for notice in service.look() if notice.kind is NoticeKind.LOST]
+
+
+# Ends.
+
+
+def test_killed_while_it_waits(file: PagesFile) -> None:
+    with Service() as service:
+        task, uffd = one_mapping(service, file, 4)
+        served = service.serve(uffd, [(BASE, 4, 0, 0xFFFFFFFF)], [(BASE, 4)], file)
+        task.tell("peek", BASE)
+        service.wait(NoticeKind.LOST, served)
+        assert served.probe()
+        os.kill(task.pid, signal.SIGKILL)
+        until("its end to be seen", lambda: not served.probe())
+        service.wait(NoticeKind.GONE, served)
+        with pytest.raises(TaskGoneError):
+            served.transfer(PAGE)
+
+
+def test_killed_while_the_background_copies(file: PagesFile) -> None:
+    with Service() as service:
+        task, uffd = one_mapping(service, file, 16384)
+        served = service.serve(uffd, [(BASE, 16384, 0, 0)], [(BASE, 16384)], file)
+        assert served.transfer(1 << 20)
+        os.kill(task.pid, signal.SIGKILL)
+        with pytest.raises(TaskGoneError):  # noqa: PT012
+            while served.transfer(1 << 20):
+                time.sleep(0.001)
+        service.wait(NoticeKind.GONE, served)
+
+
+def test_no_notices_about_closed_tasks(file: PagesFile) -> None:
+    """Neither about a task nor of it as a parent, however many were waiting to be read."""
+    with Service() as service:
+        task, uffd = one_mapping(service, file, 64)
+        served = service.serve(uffd, [(BASE, 64, 0, 0)], [(BASE, 64)], file)
+        child = adopt_fork(service, task)
+        task.check(BASE, 64, file.first_id)
+        until("it to be complete", lambda: served.pending == 0)
+        served.close()
+        notices = service.look()
+        assert [notice.task for notice in notices if notice.task is served] == []
+        fork = service.wait(NoticeKind.FORKED)
+        assert fork.parent is None
+        child.check(BASE, 64, file.first_id)
+        task.check(BASE, 64, file.first_id)
+        service.wait(NoticeKind.COMPLETE, fork.task)
+
+
+def test_tasks_closed_while_others_fault(file: PagesFile) -> None:
+    """A hundred come, are served and closed, beside one that keeps the engine busy."""
+    with Service() as service:
+        busy, uffd = one_mapping(service, file, 4096)
+        service.serve(uffd, [(BASE, 4096, 0, 0)], [(BASE, 4096)], file, max_readahead=1)
+        busy.tell_check(BASE, 4096, file.first_id, order=RANDOM, threads=2)
+        for _ in range(100):
+            task, uffd = one_mapping(service, file, 8)
+            served = service.serve(uffd, [(BASE, 8, 0, 0)], [(BASE, 8)], file)
+            task.check(BASE, 8, file.first_id)
+            service.wait(NoticeKind.COMPLETE, served)
+            served.close()
+            task.close()
+        busy.reply()
+
+
+def test_engine_ends_with_tasks_open(file: PagesFile) -> None:
+    """Threads that wait, transfers that were asked for, changes that were not made: no leak, no crash."""
+    for _ in range(3):
+        with Service() as service:
+            task, uffd = one_mapping(service, file, 64)
+            served = service.serve(
+                uffd, [(BASE, 32, 0, 0), (BASE + 32 * PAGE, 32, 0, 0xFFFFFFFF)], [(BASE, 64)], file
+            )
+            adopt_fork(service, task)
+            task.tell("peek", BASE + 40 * PAGE)
+            service.wait(NoticeKind.LOST, served)
+
+
+def test_extents_past_the_pages_file_are_refused() -> None:
+    file = PagesFile(8)
+    with Service() as service:
+        for extent in ((BASE, 9, 0, 0), (BASE, 1, 8 * PAGE, 0), (BASE, 1, 1 << 62, 0), (BASE, 1, 0, 1)):
+            _, uffd = one_mapping(service, file, 16)
+            with pytest.raises(OSError, match="Invalid argument"):
+                service.serve(uffd, [extent], [(BASE, 16)], file)
+            with pytest.raises(OSError, match="Bad file"):
+                os.fstat(uffd)  # taken over all the same
+
+
+# A remote source.
+
+REMOTE = 0xFFFFFFFE
+
+
+def deliver(served: object, image: int, data: bytes) -> int:
+    """Until the layout is at rest."""
+    while True:
+        try:
+            return served.deliver(image, data)  # type: ignore[attr-defined,no-any-return]
+        except BusyError:
+            time.sleep(0.001)
+
+
+def test_a_fault_that_a_remote_source_answers(file: PagesFile) -> None:
+    with Service() as service:
+        task, uffd = one_mapping(service, file, 64)
+        served = service.serve(uffd, [(BASE, 64, 0, REMOTE)], [(BASE, 64)], max_readahead=8)
+        task.tell_check(BASE + 5 * PAGE, 1, file.first_id + 5)
+        need = service.wait(NoticeKind.NEED, served)
+        assert (need.image, need.nr_pages, need.since > 0) == (BASE + 5 * PAGE, 1, True)
+        assert task.busy()
+        assert deliver(served, need.image, file.page_bytes(5)) == 1
+        task.reply()
+        assert served.transfer(1 << 20) == 0  # the rest is not for the background to copy
+        image, count, cursor = served.claim_remote(0, 1000)
+        assert (image, count, cursor) == (BASE, 5, BASE + 5 * PAGE)
+        assert served.claim_remote(cursor, 10)[:2] == (BASE + 6 * PAGE, 10)
+        task.tell_check(BASE + 2 * PAGE, 1, file.first_id + 2)
+        assert service.wait(NoticeKind.HURRY, served).image == BASE + 2 * PAGE
+        assert deliver(served, BASE, file.page_bytes(0, 5)) == 5
+        task.reply()
+        deliver(served, BASE + 6 * PAGE, file.page_bytes(6, 58))  # more than was asked for: good to have
+        task.check(BASE, 64, file.first_id)
+        service.wait(NoticeKind.COMPLETE, served)
+        assert served.sources()[0].remote == 64
+
+
+def test_a_remote_source_that_fails_and_comes_back(file: PagesFile) -> None:
+    with Service() as service:
+        task, uffd = one_mapping(service, file, 16)
+        served = service.serve(uffd, [(BASE, 16, 0, REMOTE)], [(BASE, 16)], max_readahead=1)
+        task.tell_check(BASE, 1, file.first_id)
+        need = service.wait(NoticeKind.NEED, served)
+        served.fail_remote(need.image, 1, lost=False)
+        need = service.wait(NoticeKind.NEED, served)  # the thread was woken and has asked again
+        served.fail_remote(need.image, 1, lost=True)
+        notice = service.wait(NoticeKind.LOST, served)
+        assert (notice.error, notice.addr, served.lost) == (errno.ENODATA, BASE, 1)
+        assert task.busy()
+        served.regain()
+        need = service.wait(NoticeKind.NEED, served)
+        assert served.lost == 0
+        assert deliver(served, need.image, file.page_bytes(0)) == 1
+        task.reply()
+
+
+def test_layout_changes_while_pages_are_on_their_way(file: PagesFile) -> None:
+    """What comes is placed where its memory is by now, in pieces, and nowhere if that is gone."""
+    with Service() as service:
+        task, uffd = one_mapping(service, file, 64)
+        served = service.serve(uffd, [(BASE, 64, 0, REMOTE)], [(BASE, 64)])
+        assert served.claim_remote(0, 64)[1] == 64
+        assert task.mremap(BASE + 10 * PAGE, 10, BASE + GIB) == BASE + GIB
+        assert task.do("madvise", BASE + 30 * PAGE, 10, MADV_DONTNEED) == "0"
+        assert task.do("munmap", BASE + 50 * PAGE, 5) == "0"
+        task.tell_check(BASE + GIB, 10, file.first_id + 10)
+        assert service.wait(NoticeKind.HURRY, served).addr == BASE + GIB
+        assert deliver(served, BASE, file.page_bytes(0, 64)) == 49
+        task.reply()
+        task.check(BASE, 10, file.first_id)
+        task.check(BASE + 20 * PAGE, 10, file.first_id + 20)
+        task.check(BASE + 30 * PAGE, 10, 0)
+        task.check(BASE + 40 * PAGE, 10, file.first_id + 40)
+        task.check(BASE + 55 * PAGE, 9, file.first_id + 55)
+        assert served.pending == 0
+        assert served.sources()[1].remote == 15
+
+
+def test_a_child_forked_while_pages_are_on_their_way(file: PagesFile) -> None:
+    """It asks for itself."""
+    with Service() as service:
+        task, uffd = one_mapping(service, file, 16)
+        served = service.serve(uffd, [(BASE, 16, 0, REMOTE)], [(BASE, 16)], max_readahead=1)
+        assert served.claim_remote(0, 16)[1] == 16
+        child = adopt_fork(service, task)
+        forked = service.wait(NoticeKind.FORKED).task
+        assert forked.pending == 16
+        child.tell_check(BASE + 3 * PAGE, 1, file.first_id + 3)
+        assert service.wait(NoticeKind.NEED, forked).image == BASE + 3 * PAGE
+        deliver(served, BASE, file.page_bytes(0, 16))
+        assert (served.pending, forked.pending) == (0, 16)
+        deliver(forked, BASE, file.page_bytes(0, 16))
+        child.reply()
+        child.check(BASE, 16, file.first_id)
+        task.check(BASE, 16, file.first_id)
+
+
+def test_remote_turmoil(file: PagesFile) -> None:
+    """Layout in turmoil as above, with a remote source that answers late and loses a request now and then."""
+    pages = 4096
+    with Service() as service:
+        task, uffd = one_mapping(service, file, pages)
+        served = service.serve(uffd, [(BASE, pages, 0, REMOTE)], [(BASE, pages)], max_readahead=8)
+        task.tell("churn", BASE, pages, file.first_id, 5, 400, 100, 3)
+        wanted: list[tuple[int, int]] = []
+        cursor = turn = 0
+        deadline = time.monotonic() + 60
+        while task.busy(0):
+            assert time.monotonic() < deadline
+            for notice in service.look():
+                assert notice.kind in {NoticeKind.NEED, NoticeKind.HURRY, NoticeKind.COMPLETE}
+                if notice.kind is NoticeKind.NEED:
+                    wanted.append((notice.image, notice.nr_pages))
+            service.notices.clear()
+            turn += 1
+            if turn % 4 == 0 and len(wanted) < 8:
+                image, count, cursor = served.claim_remote(cursor, 16)
+                if count:
+                    wanted.append((image, count))
+                else:
+                    cursor = 0
+            if not wanted:
+                continue
+            image, count = wanted.pop(0)
+            if turn % 5 == 0:
+                served.fail_remote(image, count, lost=False)
+            else:
+                deliver(served, image, file.page_bytes((image - BASE) // PAGE, count))
+        task.reply()
+        assert served.lost == 0
