@@ -6,6 +6,8 @@ import os
 import signal
 from pathlib import Path
 
+import anyio
+
 
 class Process:
     """A process that can be killed without mistaking another for it; owns a pidfd."""
@@ -51,6 +53,10 @@ class Process:
         except OSError:
             return True
         return False
+
+    async def wait_exit(self) -> None:
+        """Until it has exited, all its threads included (pidfd_open(2))."""
+        await anyio.wait_readable(self._pidfd)
 
     def close(self) -> None:
         os.close(self._pidfd)

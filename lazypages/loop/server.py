@@ -143,14 +143,15 @@ class Server:
     # The restorer.
 
     async def _receive(self, engine: Engine) -> None:
-        while not self._connected:
-            connection = await self._control.accept()
-            with connection:
-                await self._receive_tasks(engine, connection)
+        with await self._control.accept() as connection:
+            # One restore a daemon: a second one fails at once rather than wait for nobody.
+            self._connected = True
+            self._started = time.monotonic()
+            self._control.close()
+            await self._receive_tasks(engine, connection)
         if not self._finished:
-            log.error(
-                "the restorer closed the connection before it was finished; tasks that it left are served on"
-            )
+            rest = "; tasks that it left are served on" if self._by_task else ""
+            log.error("the restore failed: it closed the connection before it was finished%s", rest)
 
     async def _receive_tasks(self, engine: Engine, connection: Connection) -> None:
         try:

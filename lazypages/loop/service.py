@@ -122,7 +122,7 @@ class TaskService:
                 self._check_complete()
             case NoticeKind.GONE:
                 self._gone = True
-                self._end(State.GONE)
+                self._end(State.GONE if self._served.pending else State.COMPLETE)
             case NoticeKind.LOST:
                 self._wrong.append(notice)
                 self._wrong_seen.set()
@@ -152,6 +152,8 @@ class TaskService:
                     group.start_soon(self._fetch, self._remote)
                 group.start_soon(self._tend_wrong)
                 group.start_soon(self._watch)
+                if self.process and not self.identity.forked:
+                    group.start_soon(self._watch_exit, self.process)
                 await self._ended.wait()
                 group.cancel_scope.cancel()
         finally:
@@ -210,6 +212,11 @@ class TaskService:
         if not self._final:
             log.error("%s: %d pages, at %#x when dumped: %s", self.identity.name, nr_pages, image, reason)
             self._served.fail_remote(image, nr_pages, lost=True)
+
+    async def _watch_exit(self, process: Process) -> None:
+        await process.wait_exit()
+        while self._served.probe():
+            await anyio.sleep(BUSY_PAUSE)  # its memory goes last
 
     async def _watch(self) -> None:
         while self._served.probe():
