@@ -13,6 +13,7 @@ import click
 
 from dumptool.dump import Report, Settings, Watcher, dump, pre_dump
 from dumptool.errors import UnsupportedError
+from dumptool.serve import PageService
 from dumptool.survey import Options
 from dumptool.tracking import Method
 from images_spec.errors import ImageError
@@ -20,6 +21,8 @@ from images_spec.flags import PAGE_SIZE
 from lazypages import logs
 from lazypages.errors import LazyPagesError
 from lazypages.logs import MESSAGE
+from lazypages.pageserver.listen import LOOPBACK, UNIX_PREFIX, listen
+from lazypages.remote_options import TLS_OPTIONS, add_options, tls_files
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -45,6 +48,19 @@ Examples
   And back, lazily, what has not changed since the last pre-dump too:
     lazypages serve -D /var/ckpt/3 &
     criu restore --lazy-pages -D /var/ckpt/3 -d
+  To another host, which has all image directories but not yet what has changed
+  since the last pre-dump; the program ends here when all of it is there:
+    dumptool dump -t 4711 -D /var/ckpt/3 --prev-images-dir ../2 \\
+      --lazy-pages --address 10.0.0.1 --port 27000 --tls
+    lazypages serve -D /var/ckpt/3 --page-server \\
+      --address 10.0.0.1 --port 27000 --tls &
+    criu restore --lazy-pages -D /var/ckpt/3 -d
+
+\b
+--lazy-pages
+  A client that is lost ends nothing: the tasks stay stopped, and the next
+  client gets every page. Ctrl-C or SIGTERM lets them go on here after all
+  (exit status 1): what was restored elsewhere must not run then.
 
 \b
 What can't be saved
@@ -226,17 +242,62 @@ def _settings(options: dict[str, Any]) -> Settings:
 @click.option(
     "--lazy-pages",
     is_flag=True,
-    help="Leave out the pages that a page server is to deliver. There is none yet: the tasks go on.",
+    help="Leave out what a lazy restore can do without; keep the tree stopped and give these pages to "
+    "`lazypages serve --page-server` (or `criu lazy-pages --page-server`) until it needs no more.",
 )
+@click.option(
+    "--address",
+    metavar="ADDRESS",
+    help=f"With --lazy-pages: listen there, a host, an IPv4 or IPv6 address, or unix:PATH.  [default: {LOOPBACK}]",
+)
+@click.option(
+    "--port",
+    metavar="PORT",
+    type=click.IntRange(0, 65535),
+    help="With --lazy-pages: listen there; 0 is a free one, named in the log.  [default: 0]",
+)
+@click.option(
+    "--status-fd",
+    metavar="FD",
+    type=click.IntRange(min=0),
+    help="With --lazy-pages: write one 0 byte to FD when the images are complete and the pages can be had.",
+)
+@click.option("--tls", is_flag=True, help="With --lazy-pages: certificates on both sides, and encryption.")
+@add_options(TLS_OPTIONS[1:-1])  # the files
+@click.option(
+    "--tls-no-cn-verify", is_flag=True, help="Let clients pass whose certificate does not name --address."
+)
+@click.option("--insecure", is_flag=True, help="Allow an address that others can reach without --tls.")
 def dump_command(**options: Any) -> None:
     """Write all images of a tree of processes and end it (or let it go on).
 
     The tree is stopped meanwhile, and runs on unharmed if anything fails, even if dumptool is killed.
     """
     settings = _settings(options)
-    with _watcher(options) as watcher:
-        report = dump(settings, watcher)
+    with _watcher(options) as watcher, _service(options) as serve:
+        report = dump(settings, watcher, serve)
     _tell(report, "dumped")
+
+
+@contextmanager
+def _service(options: dict[str, Any]) -> Iterator[PageService | None]:
+    """The page server of --lazy-pages, listening already: what is wrong with it stops no task."""
+    address, port, tls = options["address"], options["port"], None
+    if not options["lazy_pages"]:
+        if address is not None or port is not None or options["status_fd"] is not None or options["tls"]:
+            raise click.UsageError("--address, --port, --status-fd and --tls go with --lazy-pages")
+        yield None
+        return
+    if options["tls"]:
+        tls = tls_files(options)
+        tls.server_context()  # to fail before anything is stopped
+    listener, name = listen(address, port or 0, public=options["insecure"] or options["tls"])
+    try:
+        with listener:
+            yield PageService(listener, name, address, tls, options["status_fd"])
+    finally:
+        if address is not None and address.startswith(UNIX_PREFIX):
+            Path(address.removeprefix(UNIX_PREFIX)).unlink(missing_ok=True)
 
 
 @cli.command("pre-dump", epilog=PRE_DUMP_EPILOG)

@@ -165,7 +165,10 @@ def dump(settings: Settings, watcher: Watcher, serve: Serve | None = None) -> Re
             run.finish()
             if settings.lazy_pages and serve is not None:
                 watcher.stage("serving")
-                serve(tree, settings)
+                run.report.frozen = time.monotonic() - tree.frozen_since
+                run.write_stats()  # for whoever copies the images now; written anew at the end
+                with run.worthless_on_error():
+                    serve(tree, settings)
             if settings.leave_running or (settings.lazy_pages and serve is None):
                 if not settings.track:
                     run.untrack(tasks)
@@ -368,6 +371,15 @@ class _Run:
             armed.complete(self._run_id)
         methods = {"uffd-wp" if armed.can_protect else "soft-dirty" for armed in self._armed}
         self.report.tracked = ", ".join(sorted(methods))
+
+    @contextmanager
+    def worthless_on_error(self) -> Iterator[None]:
+        """A directory that lacks pages which nobody serves any more is no dump."""
+        try:
+            yield
+        except BaseException:
+            (self.settings.images / Kind.INVENTORY.file_name()).unlink(missing_ok=True)
+            raise
 
     def write_stats(self) -> None:
         """stats-dump, when all times are known."""

@@ -9,10 +9,12 @@ from __future__ import annotations
 import logging
 import socket
 import ssl
+from collections.abc import Sequence
+from typing import Protocol
 
 from images_spec.errors import ImageError
 from lazypages import wire
-from lazypages.pageserver.images import Piece, ServedImages
+from lazypages.errors import LazyPagesError
 from lazypages.wire import PAGE_SIZE, Command, Features, Header, RemoteProtocolError, ServerCodec
 
 log = logging.getLogger("lazypages")
@@ -21,15 +23,42 @@ MAX_ANSWER = 1024  # pages of one answer; the client asks again for the rest
 BUFFER_SIZE = 16 << 10  # bytes of requests that are received at once
 
 
-class PageConnection:
-    """One client."""
+class Piece(Protocol):
+    """`size` bytes of pages that go into an answer."""
 
-    def __init__(self, sock: socket.socket, images: ServedImages, name: str) -> None:
+    @property
+    def size(self) -> int: ...
+
+    def view(self) -> memoryview:
+        """The bytes, where they are."""
+
+    def read(self) -> bytes:
+        """A copy of the bytes. Raises ImageError."""
+
+    def is_zero(self) -> bool:
+        """Whether there is nothing but zeros in it."""
+
+
+class Pages(Protocol):
+    """What is served: images, or the memory of tasks."""
+
+    def find(self, pid: int, address: int, nr_pages: int) -> Sequence[Piece]:
+        """The first pages of the range, up to all of them; nothing if the first one is not here.
+
+        Raises LazyPagesError or ImageError when they are but can't be had: the connection is closed then.
+        """
+
+
+class PageConnection:
+    """One client. `pages`: how many it was given; `closed`: it has said that it needs no more."""
+
+    def __init__(self, sock: socket.socket, images: Pages, name: str) -> None:
         self._sock = sock
         self._images = images
         self._name = name
         self._codec = ServerCodec(size=BUFFER_SIZE)
         self.pages = 0
+        self.closed = False
 
     def run(self) -> bool:
         """Until the client has closed, or breaks the protocol. Whether it ended as it should."""
@@ -50,7 +79,7 @@ class PageConnection:
                             if not complete:
                                 log.warning("%s: closed in the middle of a request", self._name)
                             return complete
-        except (RemoteProtocolError, ImageError) as error:
+        except (LazyPagesError, ImageError) as error:
             log.error("%s: %s; closing", self._name, error)
         except OSError as error:
             log.warning("%s: %s", self._name, error.strerror or error)
@@ -59,6 +88,7 @@ class PageConnection:
     def _answer(self, header: Header) -> bytes:
         match header.command:
             case Command.CLOSE | Command.FORCE_CLOSE:
+                self.closed = True
                 return wire.answer_close()
             case Command.PARENT:
                 return wire.answer_parent(has_parent=False)
@@ -87,7 +117,7 @@ class PageConnection:
             self._send(self._codec.answer_get(request, pages), pieces)
         return True
 
-    def _send(self, header: bytes, pieces: list[Piece]) -> None:
+    def _send(self, header: bytes, pieces: Sequence[Piece]) -> None:
         if isinstance(self._sock, ssl.SSLSocket):
             # Header and pages in records of their own: CRIU's client waits for the socket between the two, and would
             # not see what GnuTLS has taken from it already (observed with 4.1.1). And no reading of mapped memory

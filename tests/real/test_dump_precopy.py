@@ -14,8 +14,8 @@ import pytest
 
 from images_spec.flags import PE_LAZY, PE_PARENT, PE_PRESENT
 from tests.support.criu import RELEASES, Criu, all_criu
-from tests.support.dumptool import check, pages, reap_all, run, stats, task
-from tests.support.processes import reap, wait_for
+from tests.support.dumptool import COMMAND, check, pages, reap_all, run, stats, task
+from tests.support.processes import Server, reap, wait_for
 from tests.support.restore import our_daemon
 
 SOURCE = Path(__file__).parent.parent / "support" / "programs" / "writer.c"
@@ -129,10 +129,14 @@ def test_a_dump_that_is_left_running_can_be_the_parent(running: Writer, tmp_path
 
 
 def test_lazy_pages_are_left_out(running: Writer, tmp_path: Path) -> None:
-    """`dump --lazy-pages`: LAZY without data for what has changed; without a page server the task goes on."""
+    """`dump --lazy-pages`: LAZY without data for what has changed. A signal while it serves: the task goes on."""
     check("pre-dump", "-t", running.pid, "-D", tmp_path / "0")
     running.next_step()
-    check("dump", "-t", running.pid, "-D", tmp_path / "1", "--prev-images-dir", "../0", "--lazy-pages")
+    options = ["-t", str(running.pid), "-D", str(tmp_path / "1"), "--prev-images-dir", "../0", "--lazy-pages"]
+    with Server([*COMMAND, "dump", *options], output=tmp_path / "dump.out") as serving:
+        serving.wait_ready()
+        serving.signal(signal.SIGTERM)
+        assert serving.wait() == 1
     flags = running.table_flags(tmp_path / "1")
     assert flags == {page: PE_LAZY if page in written_in(1) else PE_PARENT | PE_LAZY for page in range(PAGES)}
     counted = stats(tmp_path / "1")

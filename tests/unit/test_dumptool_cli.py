@@ -21,7 +21,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Settings]:
     """The settings of dumps and pre-dumps, which are not made."""
     found: list[Settings] = []
 
-    def make(settings: Settings, _watcher: object) -> Report:
+    def make(settings: Settings, *_rest: object) -> Report:
         found.append(settings)
         return Report(1, 2, 0.001, 0.02, counts=Counts(10, 256, 512, 0), tracked="uffd-wp")
 
