@@ -76,6 +76,7 @@ struct lp_task {
 	uint64_t lead, led_at;	 /* how far the background was sent ahead of a thread, and when; bytes, ns */
 	uint64_t total;
 	pid_t pid; /* 0: not known */
+	uint64_t tag;
 	uint32_t nr_levels;
 	struct lp_level *levels;
 	counter_t *copied, *dropped, *served; /* by source: levels, remote, lost */
@@ -608,11 +609,12 @@ static void forked(struct lp_task *t, int uffd)
 	memcpy(child->levels, t->levels, t->nr_levels * sizeof(*t->levels));
 	child->remote = t->remote;
 	child->is_child = true;
+	child->tag = t->tag;
 	child->total = lp_space_pending(t->space);
 	lp_plan_init(&child->plan, t->plan.max_window);
 	task_link(child); /* whoever is told of it may close it at once */
 	/* told before it is served, so that its first notice comes after this one */
-	notify(t->engine, (struct lp_notice){.kind = LP_NOTICE_FORKED, .task = child, .parent = t});
+	notify(t->engine, (struct lp_notice){.kind = LP_NOTICE_FORKED, .task = child});
 	rc = task_start(child);
 	if (rc)
 		notify_task(child, LP_NOTICE_FAILED, -rc);
@@ -912,6 +914,16 @@ int lp_engine_notice_fd(const struct lp_engine *e)
 	return e->noticefd;
 }
 
+bool lp_engine_has_tasks(struct lp_engine *e)
+{
+	bool any;
+
+	pthread_mutex_lock(&e->lock);
+	any = e->tasks != NULL;
+	pthread_mutex_unlock(&e->lock);
+	return any;
+}
+
 static void serve_put_off(struct lp_engine *e)
 {
 	struct lp_task *t = e->put_off, *next;
@@ -976,7 +988,8 @@ static bool within_levels(const struct lp_extent *e, const struct lp_level *leve
 
 struct lp_task *lp_task_new(struct lp_engine *e, int uffd, const struct lp_extent *extents, size_t nr_extents,
 			    const struct lp_range *vmas, size_t nr_vmas, const struct lp_range *wiped, size_t nr_wiped,
-			    const struct lp_level *levels, uint32_t nr_levels, uint64_t max_readahead, pid_t pid)
+			    const struct lp_level *levels, uint32_t nr_levels, uint64_t max_readahead, pid_t pid,
+			    uint64_t tag)
 {
 	struct lp_task *t = task_alloc(e, uffd, nr_levels);
 
@@ -1001,6 +1014,7 @@ struct lp_task *lp_task_new(struct lp_engine *e, int uffd, const struct lp_exten
 	}
 	t->total = lp_space_pending(t->space);
 	t->pid = pid;
+	t->tag = tag;
 	if (t->remote)
 		lp_space_index(t->space);
 	lp_plan_init(&t->plan, max_readahead);
@@ -1022,6 +1036,7 @@ void lp_task_close(struct lp_task *t)
 	size_t kept = 0;
 
 	lp_lock_alone(&t->lock);
+	make_changes(t); /* a child whose uffd has come is not to be lost with its parent */
 	epoll_ctl(e->epfd, EPOLL_CTL_DEL, t->uffd, NULL);
 	close(t->uffd);
 	t->uffd = -1;
@@ -1036,8 +1051,6 @@ void lp_task_close(struct lp_task *t)
 	t->next_dead = e->dead;
 	e->dead = t;
 	for (size_t i = 0; i < e->nr_notices; i++) {
-		if (e->notices[i].parent == t)
-			e->notices[i].parent = NULL;
 		if (e->notices[i].task != t)
 			e->notices[kept++] = e->notices[i];
 	}
@@ -1291,6 +1304,11 @@ int lp_task_probe(struct lp_task *t)
 }
 
 /* ---- what there is to know ---- */
+
+uint64_t lp_task_tag(const struct lp_task *t)
+{
+	return t->tag;
+}
 
 uint32_t lp_task_nr_levels(const struct lp_task *t)
 {

@@ -33,7 +33,7 @@ struct lp_engine;
 struct lp_task;
 
 enum lp_notice_kind {
-	LP_NOTICE_FORKED = 1, /* task is new, a child of parent (NULL: closed since), and served already */
+	LP_NOTICE_FORKED = 1, /* task is new, the child of one with the same tag, and served already */
 	LP_NOTICE_NEED,	      /* pages [image, +nr_pages) are wanted from a remote source, a thread waits for the first */
 	LP_NOTICE_HURRY,      /* a thread waits for a page that is on its way */
 	LP_NOTICE_LOST,	      /* pages [image, +nr_pages), now at addr, can't be had: error is why */
@@ -45,7 +45,7 @@ enum lp_notice_kind {
 struct lp_notice {
 	uint32_t kind;
 	int32_t error; /* errno, 0 if there is none */
-	struct lp_task *task, *parent;
+	struct lp_task *task;
 	uint64_t image, addr, nr_pages;
 	uint64_t since; /* CLOCK_MONOTONIC ns when the fault was read, 0 if no thread waits */
 };
@@ -78,6 +78,8 @@ void lp_engine_free(struct lp_engine *engine);
 /* Readable when there are notices. */
 int lp_engine_notice_fd(const struct lp_engine *engine);
 size_t lp_engine_notices(struct lp_engine *engine, struct lp_notice *notices, size_t max);
+/* Whether any task is not closed, those that nobody has been told of yet among them. */
+bool lp_engine_has_tasks(struct lp_engine *engine);
 /* Serves until lp_engine_stop. 0 or -errno. */
 int lp_engine_run(struct lp_engine *engine);
 void lp_engine_stop(struct lp_engine *engine);
@@ -85,11 +87,11 @@ void lp_engine_stop(struct lp_engine *engine);
 /*
  * A task, served from now on if lp_engine_run runs.  Takes over the uffd, also when it fails (NULL, errno).  The mapped
  * levels must stay until the engine is freed; EINVAL when an extent reaches past its level.  pid: the process here, 0 if it
- * is not known.
+ * is not known.  tag: the owner's, for this task and all that it forks.
  */
 struct lp_task *lp_task_new(struct lp_engine *engine, int uffd, const struct lp_extent *extents, size_t nr_extents,
 			    const struct lp_range *vmas, size_t nr_vmas, const struct lp_range *wiped, size_t nr_wiped,
-			    const struct lp_level *levels, uint32_t nr_levels, uint64_t max_readahead, pid_t pid);
+			    const struct lp_level *levels, uint32_t nr_levels, uint64_t max_readahead, pid_t pid, uint64_t tag);
 /*
  * Ends the service and closes the uffd: what is missing then is zero for the task, so only when nothing is.  No notice about
  * it is given any more, and the pointer is no longer valid.
@@ -125,6 +127,7 @@ void lp_task_forget(struct lp_task *task, uint64_t image, uint64_t nr_pages);
 /* 0 while the task has its memory, -ESRCH when it is gone, -EAGAIN when that can't be told now. */
 int lp_task_probe(struct lp_task *task);
 
+uint64_t lp_task_tag(const struct lp_task *task);
 uint32_t lp_task_nr_levels(const struct lp_task *task);
 uint64_t lp_task_total(const struct lp_task *task); /* pages pending at the start */
 uint64_t lp_task_pending(const struct lp_task *task);

@@ -59,7 +59,7 @@ struct lp_task;
 struct lp_notice {
     uint32_t kind;
     int32_t error;
-    struct lp_task *task, *parent;
+    struct lp_task *task;
     uint64_t image, addr, nr_pages, since;
 };
 struct lp_level { const void *base; uint64_t size; };
@@ -72,12 +72,13 @@ struct lp_engine *lp_engine_new(void);
 void lp_engine_free(struct lp_engine *engine);
 int lp_engine_notice_fd(const struct lp_engine *engine);
 size_t lp_engine_notices(struct lp_engine *engine, struct lp_notice *notices, size_t max);
+bool lp_engine_has_tasks(struct lp_engine *engine);
 int lp_engine_run(struct lp_engine *engine);
 void lp_engine_stop(struct lp_engine *engine);
 struct lp_task *lp_task_new(struct lp_engine *engine, int uffd, const struct lp_extent *extents, size_t nr_extents,
                             const struct lp_range *vmas, size_t nr_vmas, const struct lp_range *wiped,
                             size_t nr_wiped, const struct lp_level *levels, uint32_t nr_levels,
-                            uint64_t max_readahead, int pid);
+                            uint64_t max_readahead, int pid, uint64_t tag);
 void lp_task_close(struct lp_task *task);
 int64_t lp_task_transfer(struct lp_task *task, uint64_t max_bytes);
 uint64_t lp_task_claim_remote(struct lp_task *task, uint64_t cursor, uint64_t max_pages, uint64_t *image,
@@ -89,6 +90,7 @@ void lp_task_regain(struct lp_task *task);
 int64_t lp_task_poison(struct lp_task *task, bool all);
 void lp_task_forget(struct lp_task *task, uint64_t image, uint64_t nr_pages);
 int lp_task_probe(struct lp_task *task);
+uint64_t lp_task_tag(const struct lp_task *task);
 uint32_t lp_task_nr_levels(const struct lp_task *task);
 uint64_t lp_task_total(const struct lp_task *task);
 uint64_t lp_task_pending(const struct lp_task *task);

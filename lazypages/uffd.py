@@ -48,14 +48,12 @@ class Notice:
     """Something about `task` that the engine does not decide. For FORKED, `task` is the child.
 
     ``image``, ``addr``, ``nr_pages``: the pages it is about, by address at dump time and by address now.
-    ``error``: an errno or 0. ``parent``: for FORKED, None if it is closed already. ``since``: CLOCK_MONOTONIC in ns
-    of the fault that waits, or 0.
+    ``error``: an errno or 0. ``since``: CLOCK_MONOTONIC in ns of the fault that waits, or 0.
     """
 
     kind: NoticeKind
     task: ServedTask
     error: int
-    parent: ServedTask | None
     image: int
     addr: int
     nr_pages: int
@@ -145,6 +143,8 @@ class ServedTask:
     def __init__(self, engine: Engine, handle: Any) -> None:
         self._engine = engine
         self._handle = handle
+        #: What Engine.add was given, for this task and all that it forks.
+        self.tag = int(lib.lp_task_tag(handle))
         self.nr_levels = int(lib.lp_task_nr_levels(handle))
         #: Pages pending at the start.
         self.total = int(lib.lp_task_total(handle))
@@ -284,7 +284,7 @@ class Engine:
     def stop(self) -> None:
         lib.lp_engine_stop(self._handle)
 
-    def add(self, uffd: int, memory: TaskMemory, pid: int = 0) -> ServedTask:
+    def add(self, uffd: int, memory: TaskMemory, *, pid: int = 0, tag: int = 0) -> ServedTask:
         """Serves a task from now on. Owns uffd from here, also if it fails. ``pid``: the process; 0: not known.
 
         Raises OSError: EINVAL when extents, VMAs and pages files do not fit together.
@@ -308,10 +308,22 @@ class Engine:
             len(memory.levels),
             memory.max_readahead,
             pid,
+            tag,
         )
         if handle == ffi.NULL:
             raise OSError(ffi.errno, os.strerror(ffi.errno))
         return self._adopt(handle)
+
+    @property
+    def has_tasks(self) -> bool:
+        """Whether any task is not closed, those that no notice has told of yet among them."""
+        return bool(lib.lp_engine_has_tasks(self._handle))
+
+    def leftovers(self) -> list[ServedTask]:
+        """All tasks that are not closed. Takes the notices that there are."""
+        while self.notices():
+            pass
+        return list(self._tasks.values())
 
     def notices(self) -> list[Notice]:
         """Takes what has happened since the last call, in order; does not block. Never about a closed task."""
@@ -326,7 +338,6 @@ class Engine:
                     kind,
                     self._tasks[raw.task],
                     raw.error,
-                    self._tasks.get(raw.parent),
                     raw.image,
                     raw.addr,
                     raw.nr_pages,

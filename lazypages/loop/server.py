@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, field
@@ -22,13 +23,13 @@ from lazypages.control import (
     TaskArrived,
     ZombieArrived,
 )
-from lazypages.loop.service import Identity, TaskService
+from lazypages.loop.service import Identity, TaskService, poison_now
 from lazypages.metrics import Summary
 from lazypages.processes import Process
-from lazypages.restored import Expected, level_names
+from lazypages.restored import Expected
 from lazypages.sources.remote import RemoteOptions, RemotePages, open_remote
 from lazypages.sources.url import PageServerAddress
-from lazypages.uffd import PAGE_SIZE, Engine, Notice, NoticeKind, ServedTask
+from lazypages.uffd import PAGE_SIZE, Engine, NoticeKind, ServedTask
 
 log = logging.getLogger("lazypages")
 
@@ -68,6 +69,9 @@ class Server:
         self._started = time.monotonic()
         self._services: list[TaskService] = []
         self._by_task: dict[ServedTask, TaskService] = {}
+        self._processes: dict[int, Process] = {}
+        self._forks: Counter[int] = Counter()
+        self._one_ended = anyio.Event()
         self._families: dict[int, list[TaskService]] = {}  # a restored task and what it has forked
         self._remote: RemotePages | None = None
         self._turns = anyio.CapacityLimiter(TRANSFER_THREADS)
@@ -92,6 +96,8 @@ class Server:
         with Engine() as engine:
             async with AsyncExitStack() as stack:
                 stack.callback(self._close_processes)
+                # Whatever happens: children that nobody has heard of yet do not get zeros.
+                stack.callback(_poison_leftovers, engine)
                 engine_group = await stack.enter_async_context(anyio.create_task_group())
                 # From here on the engine's thread ends, however this ends, before the engine is freed.
                 stack.callback(engine.stop)
@@ -113,15 +119,15 @@ class Server:
                     async with anyio.create_task_group() as tasks:
                         self._tasks = tasks
                         await self._receive(engine)
+                        await self._all_ended(engine)
                     if self._remote:
                         await self._meet(self._remote)
                     helpers.cancel_scope.cancel()
         return self.summary()
 
     def _close_processes(self) -> None:
-        for service in self._services:
-            if service.process and not service.identity.forked:
-                service.process.close()
+        for process in self._processes.values():
+            process.close()
 
     # The page servers.
 
@@ -198,7 +204,7 @@ class Server:
                 process.close()
             raise
         try:
-            served = engine.add(event.uffd, expected.memory, process.pid if process else 0)
+            served = engine.add(event.uffd, expected.memory, pid=process.pid if process else 0, tag=event.pid)
         except OSError as error:
             if process:
                 process.kill()
@@ -206,6 +212,8 @@ class Server:
             raise ControlError(f"task {event.pid} can't be served: {error.strerror}") from error
         identity = Identity(f"task {event.pid}", event.pid, False, expected.lazy_pages, expected.sources)
         log.info("%s: %d pages are lazy", identity.name, expected.lazy_pages)
+        if process:
+            self._processes[event.pid] = process
         self._start(served, identity, process)
 
     def _restore_finished(self) -> None:
@@ -219,6 +227,12 @@ class Server:
                 service.start_background()
 
     # The tasks.
+
+    async def _all_ended(self, engine: Engine) -> None:
+        """Forked children of whom the news is still on its way are waited for as well."""
+        while engine.has_tasks:
+            self._one_ended = anyio.Event()
+            await self._one_ended.wait()
 
     def _start(self, served: ServedTask, identity: Identity, process: Process | None) -> None:
         service = TaskService(
@@ -238,6 +252,7 @@ class Server:
             await service.run()
         finally:
             del self._by_task[served]
+            self._one_ended.set()
             family = self._families[service.identity.pid]
             family.remove(service)
             if not family and self._remote:
@@ -253,26 +268,19 @@ class Server:
             urgent: list[tuple[int, int, int]] = []
             for notice in engine.notices():
                 if notice.kind is NoticeKind.FORKED:
-                    self._forked(notice)
+                    self._forked(notice.task)
                 elif service := self._by_task.get(notice.task):
                     service.handle(notice, urgent)
             if urgent and self._remote:
                 self._remote.request(urgent, urgent=True)
 
-    def _forked(self, notice: Notice) -> None:
-        parent = self._by_task.get(notice.parent) if notice.parent else None
-        if parent:
-            parent.children += 1
-            name = f"{parent.identity.name}, fork {parent.children}"
-            pid, sources, process = parent.identity.pid, parent.identity.sources, parent.process
-        elif notice.task.pending:
-            name, pid, process = "fork of a task that ended", 0, None
-            sources = level_names(notice.task.nr_levels)
-        else:
-            # Its parent was complete, so it is too. Nobody is left who would wait for its service to end.
-            notice.task.close()
-            return
-        self._start(notice.task, Identity(name, pid, True, notice.task.total, sources), process)
+    def _forked(self, served: ServedTask) -> None:
+        pid = served.tag
+        self._forks[pid] += 1
+        identity = Identity(
+            f"task {pid}, fork {self._forks[pid]}", pid, True, served.total, self._expected[pid].sources
+        )
+        self._start(served, identity, self._processes.get(pid))
 
     # The user.
 
@@ -309,6 +317,12 @@ class Server:
                 group.start_soon(service.give_up)
         # Whatever the restorer still has to say does not matter any more.
         self._tasks.cancel_scope.cancel()
+
+
+def _poison_leftovers(engine: Engine) -> None:
+    for served in engine.leftovers():
+        if served.pending and not poison_now(served):
+            log.error("a forked task misses %d pages and can't be stopped from reading zeros", served.pending)
 
 
 async def _run_engine(engine: Engine) -> None:

@@ -63,7 +63,6 @@ class TaskService:
         remote: RemotePages | None,
     ) -> None:
         self.identity = identity
-        self.children = 0
         self._served = served
         self.process = process
         self._turns = transfer_turns
@@ -290,20 +289,22 @@ class TaskService:
         if self._served.pending and not self._gone and self._state is not State.KILLED:
             # Only after an error of ours. Closing would give the task zeros.
             self._state = State.KILLED
-            if not self._poison_now() or not self.identity.forked:
+            if not poison_now(self._served) or not self.identity.forked:
                 self._kill("the daemon failed")
         self._final = self._measure()
         self._served.close()
 
-    def _poison_now(self) -> bool:
-        while True:
-            try:
-                self._served.poison(everything=True)
-            except BusyError:
-                time.sleep(BUSY_PAUSE)
-            except TaskGoneError:
-                return True
-            except OSError:
-                return False
-            else:
-                return True
+
+def poison_now(served: ServedTask) -> bool:
+    """Poisons all that is pending, without the event loop. False when this kernel can't."""
+    while True:
+        try:
+            served.poison(everything=True)
+        except BusyError:
+            time.sleep(BUSY_PAUSE)
+        except TaskGoneError:
+            return True
+        except OSError:
+            return False
+        else:
+            return True
