@@ -166,7 +166,7 @@ def dump(settings: Settings, watcher: Watcher, serve: Serve | None = None) -> Re
             if settings.lazy_pages and serve is not None:
                 watcher.stage("serving")
                 run.report.frozen = time.monotonic() - tree.frozen_since
-                run.write_stats()  # for whoever copies the images now; written anew at the end
+                run.write_stats()  # with the images, which somebody may move away from now on
                 with run.worthless_on_error():
                     serve(tree, settings)
             if settings.leave_running or (settings.lazy_pages and serve is None):
@@ -176,7 +176,8 @@ def dump(settings: Settings, watcher: Watcher, serve: Serve | None = None) -> Re
             else:
                 run.report.frozen = time.monotonic() - tree.frozen_since
                 tree.kill()
-        run.write_stats()
+        if not settings.lazy_pages or serve is None:
+            run.write_stats()
     return run.report
 
 
