@@ -36,7 +36,9 @@ class BuildExt(build_ext):
         objects = self.compiler.compile(
             sources, output_dir=self.build_temp, extra_postargs=["-O2", "-std=gnu11", "-Wall", "-Wextra"]
         )
-        self.compiler.link_executable(objects, target.name, output_dir=str(target.parent), extra_postargs=["-static"])
+        self.compiler.link_executable(
+            objects, target.name, output_dir=str(target.parent), extra_postargs=["-static"]
+        )
 
 
 setup(
