@@ -20,9 +20,10 @@ import pytest
 from images_spec.flags import PAGE_SIZE, PE_LAZY
 from lazypages.sources.remote import RemoteOptions
 from lazypages.sources.url import TcpServer
-from lazypages.wire import Layout
+from lazypages.wire import Command, Header, Layout
 from tests.real.test_criu_namespace import restore
 from tests.real.test_pageserver_criu import remote_daemon
+from tests.support.certificates import Authority
 from tests.support.criu import Criu, all_criu
 from tests.support.dumptool import COMMAND, is_unharmed, pages
 from tests.support.pages import Contents, fetch
@@ -216,23 +217,48 @@ def test_leave_running(program: Program, tmp_path: Path) -> None:
         victim.goes_on_here(tmp_path)
 
 
-def test_a_client_that_never_asked(program: Program, tmp_path: Path) -> None:
+@pytest.mark.parametrize("layout", Layout)
+def test_a_client_that_never_asked(layout: Layout, program: Program, tmp_path: Path) -> None:
     """A daemon that is ended before anybody restored says CLOSE as well: it has got nothing, so nothing ends."""
     with (
         running(Criu("4.1"), "single", program, tmp_path) as victim,
         lazy_dump(victim.pid, victim.checkpoint.images) as source,
     ):
         source.wait_ready()
-        with ours(source.port).start(victim.checkpoint.images, tmp_path) as daemon:
-            daemon.wait_ready()
-            source.wait_said("connected")
-            daemon.signal(signal.SIGTERM)
-            assert daemon.wait() == 1
+        with socket.create_connection(("127.0.0.1", source.port), timeout=30) as client:
+            client.sendall(layout.pack(Header(Command.CLOSE)))
+            assert client.recv(4, socket.MSG_WAITALL) == bytes(4)
         source.wait_said("without asking for a page")
         assert victim.is_frozen(source.pid)
         source.signal(signal.SIGTERM)
         assert source.wait() == 1
         victim.goes_on_here(tmp_path)
+
+
+def test_tls(program: Program, tmp_path: Path) -> None:
+    """Only who has a certificate gets pages."""
+    authority = Authority(tmp_path / "pki")
+    here, there = authority.issue("source"), authority.issue("destination")
+    with (
+        running(Criu("4.1"), "single", program, tmp_path) as victim,
+        lazy_dump(victim.pid, victim.checkpoint.images, *authority.options(here)) as source,
+    ):
+        source.wait_ready()
+        expected = contents(victim)
+        with socket.create_connection(("127.0.0.1", source.port), timeout=30) as client:
+            client.sendall(layout_4_1_get(victim.pid, min(expected)[1]))
+            source.wait_said("ERROR")
+        assert victim.is_frozen(source.pid)
+        address = TcpServer("127.0.0.1", source.port, tls=True)
+        options = RemoteOptions(tls=authority.files(there))
+        fetch([address], list(expected), options=options).check(expected)
+        assert source.wait() == 0
+        assert victim.has_ended()
+
+
+def layout_4_1_get(pid: int, address: int) -> bytes:
+    """A request for one page."""
+    return Layout.CRIU_4_1.pack(Header(Command.GET, 1, address, pid))
 
 
 def test_the_frozen_task_is_killed(program: Program, tmp_path: Path) -> None:
