@@ -210,6 +210,7 @@ class _Clients:
         self._service, self._pages, self._ended, self._over = service, pages, ended, over
         self._lock = threading.Lock()
         self._connected = 0
+        self._given = 0  # answers with pages, since there was no connection at all
         self._done = False
         self._gone: SourceGoneError | None = None
 
@@ -224,8 +225,10 @@ class _Clients:
         finally:
             with self._lock:
                 self._connected -= 1
-            if not self._done:
-                self._left(name, closed=closed)
+                if not self._done:
+                    self._left(name, closed=closed)
+                if not self._connected:
+                    self._given = 0
 
     def _give(self, sock: socket.socket, name: str) -> bool:
         """Whether the client has said that it needs no more."""
@@ -246,15 +249,17 @@ class _Clients:
     def find(self, pid: int, address: int, nr_pages: int) -> Sequence[Copied]:
         """As ``FrozenPages.find``; without a process that was killed there is nothing to wait for."""
         try:
-            return self._pages.find(pid, address, nr_pages)
+            found = self._pages.find(pid, address, nr_pages)
         except SourceGoneError as error:
             self._gone = error
             os.eventfd_write(self._ended, 1)
             raise
+        with self._lock:
+            self._given += len(found)
+        return found
 
     def _left(self, name: str, *, closed: bool) -> None:
-        missing = self._pages.never_asked
-        if closed and (missing < self._pages.total or not self._pages.total):
+        if closed and (self._given or not self._pages.total):
             self._done = True
             os.eventfd_write(self._ended, 1)
         elif self._over():
@@ -266,7 +271,7 @@ class _Clients:
                 "%s: gone before it was done, %s were never asked for; the tasks stay frozen, waiting for a client "
                 "(Ctrl-C or SIGTERM lets them go on here)",
                 name,
-                _size(missing),
+                _size(self._pages.never_asked),
             )
 
     def conclude(self) -> None:

@@ -219,12 +219,21 @@ def test_leave_running(program: Program, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("layout", Layout)
 def test_a_client_that_never_asked(layout: Layout, program: Program, tmp_path: Path) -> None:
-    """A daemon that is ended before anybody restored says CLOSE as well: it has got nothing, so nothing ends."""
+    """A daemon that is ended before anybody restored says CLOSE as well: it has got nothing, so nothing ends.
+
+    What another one had got before, and lost, does not count.
+    """
     with (
         running(Criu("4.1"), "single", program, tmp_path) as victim,
         lazy_dump(victim.pid, victim.checkpoint.images) as source,
     ):
         source.wait_ready()
+        (pid, address), page = next(iter(contents(victim).items()))
+        with socket.create_connection(("127.0.0.1", source.port), timeout=30) as client:
+            client.sendall(layout.pack(Header(Command.GET, 1, address, pid)))
+            answer = client.recv(layout.header_size + PAGE_SIZE, socket.MSG_WAITALL)
+            assert answer[layout.header_size :] == page
+        source.wait_said("gone before it was done")
         with socket.create_connection(("127.0.0.1", source.port), timeout=30) as client:
             client.sendall(layout.pack(Header(Command.CLOSE)))
             assert client.recv(4, socket.MSG_WAITALL) == bytes(4)
@@ -246,7 +255,7 @@ def test_tls(program: Program, tmp_path: Path) -> None:
         source.wait_ready()
         expected = contents(victim)
         with socket.create_connection(("127.0.0.1", source.port), timeout=30) as client:
-            client.sendall(layout_4_1_get(victim.pid, min(expected)[1]))
+            client.sendall(Layout.CRIU_4_1.pack(Header(Command.GET, 1, min(expected)[1], victim.pid)))
             source.wait_said("ERROR")
         assert victim.is_frozen(source.pid)
         address = TcpServer("127.0.0.1", source.port, tls=True)
@@ -254,11 +263,6 @@ def test_tls(program: Program, tmp_path: Path) -> None:
         fetch([address], list(expected), options=options).check(expected)
         assert source.wait() == 0
         assert victim.has_ended()
-
-
-def layout_4_1_get(pid: int, address: int) -> bytes:
-    """A request for one page."""
-    return Layout.CRIU_4_1.pack(Header(Command.GET, 1, address, pid))
 
 
 def test_the_frozen_task_is_killed(program: Program, tmp_path: Path) -> None:
