@@ -120,9 +120,12 @@ class Server:
                         self._tasks = tasks
                         await self._receive(engine)
                         await self._all_ended(engine)
-                    if self._remote:
+                    if self._remote and self.summary().ok:
                         await self._meet(self._remote)
                     helpers.cancel_scope.cancel()
+                if self._remote and not self.summary().ok:
+                    # The source still has all pages, and hears that nobody else does.
+                    self._remote.abandon()
         return self.summary()
 
     def _close_processes(self) -> None:

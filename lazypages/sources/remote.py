@@ -163,6 +163,7 @@ class RemotePages:
         self._wake = anyio.Event()
         self._room = anyio.Event()
         self._closing = False
+        self._abandoned = False
 
     def request(self, ranges: Iterable[tuple[int, int, int]], *, urgent: bool) -> None:
         """Ask for ranges of (pid, address, pages); what is on its way already is not asked for again.
@@ -574,9 +575,15 @@ class RemotePages:
 
     # -- the end -------------------------------------------------------------------------------------------
 
+    def abandon(self) -> None:
+        """At the end only hang up: a server that hears CLOSE ends the task whose pages it has."""
+        self._abandoned = True
+
     async def _close(self) -> None:
         """Tell all servers that this is the end, and wait a little for their answers."""
         self._closing = True
+        if self._abandoned:
+            return
         lanes = [lane for server in self._servers for lane in server.lanes if lane.up]
         for lane in lanes:
             assert lane.codec is not None

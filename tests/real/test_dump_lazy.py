@@ -184,6 +184,31 @@ def test_a_client_is_killed(second: str, program: Program, tmp_path: Path) -> No
         assert victim.has_ended()
 
 
+def test_a_client_gives_up(program: Program, tmp_path: Path) -> None:
+    """Two interrupts kill the restored task; the source must not take that for an end, for it has the only one left."""
+    criu = Criu("4.2")
+    with (
+        running(criu, "threads", program, tmp_path) as victim,
+        lazy_dump(victim.pid, victim.checkpoint.images) as source,
+    ):
+        source.wait_ready()
+        work = tmp_path / "work"
+        work.mkdir()
+        with restore(victim.checkpoint, ours(source.port, "--no-background"), work) as (restored, _):
+            wait_for("the restore", lambda: "Restore finished" in tail(work / "restore.log"))
+            source.signal(signal.SIGSTOP)  # so that nothing more can be completed
+            restored.server.signal(signal.SIGINT)
+            wait_for("the first interrupt", lambda: "still miss" in restored.server.story())
+            restored.server.signal(signal.SIGINT)
+            assert restored.server.wait() == 1
+            source.signal(signal.SIGCONT)
+            source.wait_said("gone before it was done")
+            assert victim.is_frozen(source.pid)
+        source.signal(signal.SIGTERM)
+        assert source.wait() == 1
+        victim.goes_on_here(tmp_path)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_resumed_on_request(number: int, program: Program, tmp_path: Path) -> None:
     """A signal, while a client is in the middle: the tasks go on here, and nobody gets another page."""
