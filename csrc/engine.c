@@ -2,6 +2,7 @@
 #include "engine.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <pthread.h>
 #include <sched.h>
 #include <stdatomic.h>
@@ -44,7 +45,7 @@ struct uffdio_poison {
 #define LEAD_MEMORY_NS (NS / 10)
 #define LOOKAHEAD_TRIES 8	 /* runs that another thread may take before we do */
 #define ANYWHERE ((uint64_t)1 << 38) /* an address that every task can have */
-#define SETTLE_TRIES 32		 /* looks at a task whose layout is changing, before others have their turn */
+#define SERVE_TRIES 4		 /* for a task whose layout is changing, before others have their turn */
 
 typedef _Atomic uint64_t counter_t;
 
@@ -167,9 +168,11 @@ size_t lp_engine_notices(struct lp_engine *e, struct lp_notice *notices, size_t 
 	pthread_mutex_lock(&e->lock);
 	clear_fd(e->noticefd);
 	nr = e->nr_notices < max ? e->nr_notices : max;
-	memcpy(notices, e->notices, nr * sizeof(*notices));
-	memmove(e->notices, e->notices + nr, (e->nr_notices - nr) * sizeof(*notices));
-	e->nr_notices -= nr;
+	if (nr) {
+		memcpy(notices, e->notices, nr * sizeof(*notices));
+		memmove(e->notices, e->notices + nr, (e->nr_notices - nr) * sizeof(*notices));
+		e->nr_notices -= nr;
+	}
 	if (e->nr_notices)
 		signal_fd(e->noticefd);
 	pthread_mutex_unlock(&e->lock);
@@ -514,6 +517,8 @@ static struct lp_task *task_alloc(struct lp_engine *e, int uffd, uint32_t nr_lev
 		return NULL;
 	t->engine = e;
 	t->uffd = uffd;
+	/* CRIU's is non-blocking already, but one that is not would stop the service of all */
+	fcntl(uffd, F_SETFL, O_NONBLOCK);
 	t->nr_levels = nr_levels;
 	t->levels = calloc(nr_levels + 1, sizeof(*t->levels));
 	t->copied = calloc(3 * ((size_t)nr_levels + 2), sizeof(counter_t));
@@ -697,19 +702,24 @@ static void keep_change(struct lp_task *t, const struct uffd_msg *msg)
 	t->changes[t->nr_changes++] = change;
 }
 
-static void make_changes(struct lp_task *t)
+/* Those that can be made already, or all of them when the layout is at rest. */
+static void make_changes(struct lp_task *t, bool at_rest)
 {
-	struct lp_change change, *last = NULL;
+	struct lp_change *changes = t->changes;
+	size_t nr = t->nr_changes, next;
 
-	while (t->nr_changes) {
-		size_t next = lp_space_next_change(t->space, last, t->changes, t->nr_changes);
+	while (nr && (next = lp_space_next_change(t->space, changes, nr, at_rest)) < nr) {
+		struct lp_change change = changes[next];
 
-		last = &change;
-		change = t->changes[next];
-		t->nr_changes--;
-		memmove(&t->changes[next], &t->changes[next + 1], (t->nr_changes - next) * sizeof(change));
+		memmove(&changes[1], changes, next * sizeof(change));
+		changes++;
+		nr--;
 		make_change(t, &change);
 	}
+	if (nr == t->nr_changes)
+		return;
+	memmove(t->changes, changes, nr * sizeof(*changes));
+	t->nr_changes = nr;
 	if (t->remote)
 		lp_space_index(t->space);
 	check_complete(t);
@@ -726,8 +736,11 @@ static void read_failed(struct lp_task *t, int error)
 	nanosleep(&pause, NULL);
 }
 
-/* Reads all that the uffd has to say (lock held exclusively): faults go to t->faults, layout events to t->changes. */
-static void drain(struct lp_task *t)
+/*
+ * Reads all that the uffd has to say (lock held exclusively): faults go to t->faults, layout events to t->changes.
+ * False when there is more that can't be read now.
+ */
+static bool drain(struct lp_task *t)
 {
 	struct uffd_msg msgs[MESSAGES];
 	uint64_t now = 0;
@@ -739,8 +752,10 @@ static void drain(struct lp_task *t)
 		if (n < 0) {
 			if (errno == EINTR)
 				continue;
-			if (errno != EAGAIN)
+			if (errno != EAGAIN) {
 				read_failed(t, errno);
+				return false;
+			}
 			break;
 		}
 		for (size_t i = 0; i < (size_t)n / sizeof(*msgs); i++) {
@@ -758,30 +773,28 @@ static void drain(struct lp_task *t)
 	} while (n < 0 || n == sizeof(msgs));
 	if (now)
 		atomic_store_explicit(&t->engine->last_fault, now, memory_order_relaxed);
+	return true;
 }
 
 /*
- * Reads, and settles the layout when it is at rest (lock held exclusively).  Until then changes are kept, for it needs all
- * of them to tell their order, and nothing is answered, which the kernel would refuse with EAGAIN anyway: it counts the
- * changes that have begun and whose event nobody has read.
+ * Reads, and makes the changes that have been told (lock held exclusively).  As long as one of them has to wait nothing is
+ * answered, which the kernel would refuse with EAGAIN anyway: it counts the changes that have begun and have not been read.
  */
 static void catch_up(struct lp_task *t)
 {
-	for (int tries = 0; tries < SETTLE_TRIES; tries++) {
-		int error;
+	bool all = drain(t);
+	int error;
 
-		drain(t);
-		if (!t->nr_changes)
-			return;
-		error = try_page(t, ANYWHERE);
-		if (error != EAGAIN) {
-			if (means_gone(error))
-				is_gone(t);
-			make_changes(t);
-			return;
-		}
-		sched_yield();
-	}
+	make_changes(t, false);
+	if (!all || (!t->nr_changes && !lp_space_awaits_rest(t->space)))
+		return;
+	error = try_page(t, ANYWHERE);
+	if (error == EAGAIN)
+		return;
+	if (means_gone(error))
+		is_gone(t);
+	make_changes(t, true);
+	lp_space_rest(t->space);
 }
 
 static void try_again(struct lp_task *t)
@@ -802,14 +815,15 @@ static void put_off(struct lp_task *t, struct fault fault)
 		wake(t, fault.addr, 1);
 }
 
-static void serve(struct lp_task *t)
+/* Reads and answers all; false when something could not be answered yet. */
+static bool serve_once(struct lp_task *t)
 {
 	struct faults again;
 
 	lp_lock_alone(&t->lock);
 	if (t->uffd < 0) {
 		lp_unlock_alone(&t->lock);
-		return;
+		return true;
 	}
 	catch_up(t);
 	if (t->nr_changes) {
@@ -820,7 +834,7 @@ static void serve(struct lp_task *t)
 	}
 	if (t->nr_changes || (!t->faults.nr && !t->put_off.nr)) {
 		lp_unlock_alone(&t->lock);
-		return;
+		return !t->nr_changes;
 	}
 	lp_lock_downgrade(&t->lock);
 	again = t->put_off;
@@ -836,6 +850,14 @@ static void serve(struct lp_task *t)
 		lp_follow_fault(&t->engine->follow, t->pid, t->faults.at[0].since);
 	t->faults.nr = 0;
 	free(again.at);
+	return !t->put_off.nr;
+}
+
+/* A thread that changes the layout is done soon, once it has been told of; before others have their turn it is waited for. */
+static void serve(struct lp_task *t)
+{
+	for (int tries = 0; tries < SERVE_TRIES && !serve_once(t); tries++)
+		sched_yield(); /* it may need this CPU */
 }
 
 /* ---- the engine ---- */
@@ -1036,7 +1058,7 @@ void lp_task_close(struct lp_task *t)
 	size_t kept = 0;
 
 	lp_lock_alone(&t->lock);
-	make_changes(t); /* a child whose uffd has come is not to be lost with its parent */
+	make_changes(t, true); /* a child whose uffd has come is not to be lost with its parent */
 	epoll_ctl(e->epfd, EPOLL_CTL_DEL, t->uffd, NULL);
 	close(t->uffd);
 	t->uffd = -1;

@@ -34,7 +34,7 @@ struct lp_task;
 
 enum lp_notice_kind {
 	LP_NOTICE_FORKED = 1, /* task is new, the child of one with the same tag, and served already */
-	LP_NOTICE_NEED,	      /* pages [image, +nr_pages) are wanted from a remote source, a thread waits for the first */
+	LP_NOTICE_NEED,	      /* pages [image, +nr_pages) are wanted from a remote source, a thread waits for one */
 	LP_NOTICE_HURRY,      /* a thread waits for a page that is on its way */
 	LP_NOTICE_LOST,	      /* pages [image, +nr_pages), now at addr, can't be had: error is why */
 	LP_NOTICE_COMPLETE,   /* nothing is pending any more */

@@ -26,6 +26,9 @@ struct image {
 
 typedef _Atomic uint64_t word_t;
 
+/* How many moves can wait to be told that their old place is unmapped: more than a task has threads in mremap. */
+#define MAX_LEFT 64
+
 struct lp_space {
 	struct image *image;
 	struct lp_region *regions;
@@ -34,6 +37,8 @@ struct lp_space {
 	bool by_image_valid;
 	word_t *pending, *claimed, *lost;
 	_Atomic uint64_t nr_pending, nr_lost;
+	struct lp_range left[MAX_LEFT]; /* by mremap; that these are unmapped is told later, unless they stay */
+	size_t nr_left;
 };
 
 static size_t nr_words(const struct image *image)
@@ -597,32 +602,6 @@ static word_t *copy_bits(const struct lp_space *s, const word_t *bits)
 	return copy;
 }
 
-struct lp_space *lp_space_clone(struct lp_space *s, struct lp_counts *dropped)
-{
-	struct lp_space *c = calloc(1, sizeof(*c));
-
-	if (!c)
-		return NULL;
-	c->image = s->image;
-	atomic_fetch_add(&s->image->refs, 1);
-	c->cap_regions = s->nr_regions + 8;
-	c->nr_regions = s->nr_regions;
-	c->regions = malloc(c->cap_regions * sizeof(*c->regions));
-	c->pending = copy_bits(s, s->pending);
-	c->claimed = calloc(nr_words(s->image) + 1, sizeof(word_t));
-	c->lost = copy_bits(s, s->lost);
-	if (!c->regions || !c->pending || !c->claimed || !c->lost) {
-		lp_space_free(c);
-		return NULL;
-	}
-	memcpy(c->regions, s->regions, s->nr_regions * sizeof(*s->regions));
-	atomic_init(&c->nr_pending, atomic_load(&s->nr_pending));
-	atomic_init(&c->nr_lost, atomic_load(&s->nr_lost));
-	for (size_t i = 0; i < c->image->nr_wiped; i++)
-		drop(c, c->image->wiped[i].start, c->image->wiped[i].end, dropped);
-	return c;
-}
-
 static void drop_regions(struct lp_space *s, uint64_t start, uint64_t end, struct lp_counts *dropped)
 {
 	for (size_t r = region_at(s, start); r < s->nr_regions && s->regions[r].start < end; r++) {
@@ -685,12 +664,81 @@ static void cut(struct lp_space *s, uint64_t start, uint64_t end)
 	splice(s, first, last - first, rest, nr);
 }
 
+/* The first region in [start, end) that is empty; nr_regions when there is none. */
+static size_t first_empty(const struct lp_space *s, uint64_t start, uint64_t end)
+{
+	for (size_t r = region_at(s, start); start < end && r < s->nr_regions && s->regions[r].start < end; r++)
+		if (s->regions[r].image >= LP_NO_IMAGE)
+			return r;
+	return s->nr_regions;
+}
+
+/* Cuts what is empty out of [start, end); there is room for one more. */
+static void cut_empty(struct lp_space *s, uint64_t start, uint64_t end)
+{
+	size_t r;
+
+	while ((r = first_empty(s, start, end)) < s->nr_regions)
+		cut(s, s->regions[r].start > start ? s->regions[r].start : start, min_u64(s->regions[r].end, end));
+}
+
+/* Of places where nothing empty is any more, nothing more will be told. */
+static void forget_left(struct lp_space *s)
+{
+	size_t kept = 0;
+
+	for (size_t i = 0; i < s->nr_left; i++)
+		if (first_empty(s, s->left[i].start, s->left[i].end) < s->nr_regions)
+			s->left[kept++] = s->left[i];
+	s->nr_left = kept;
+}
+
+struct lp_space *lp_space_clone(struct lp_space *s, struct lp_counts *dropped)
+{
+	struct lp_space *c = calloc(1, sizeof(*c));
+
+	if (!c)
+		return NULL;
+	c->image = s->image;
+	atomic_fetch_add(&s->image->refs, 1);
+	c->cap_regions = s->nr_regions + s->nr_left + 8;
+	c->nr_regions = s->nr_regions;
+	c->regions = malloc(c->cap_regions * sizeof(*c->regions));
+	c->pending = copy_bits(s, s->pending);
+	c->claimed = calloc(nr_words(s->image) + 1, sizeof(word_t));
+	c->lost = copy_bits(s, s->lost);
+	if (!c->regions || !c->pending || !c->claimed || !c->lost) {
+		lp_space_free(c);
+		return NULL;
+	}
+	memcpy(c->regions, s->regions, s->nr_regions * sizeof(*s->regions));
+	atomic_init(&c->nr_pending, atomic_load(&s->nr_pending));
+	atomic_init(&c->nr_lost, atomic_load(&s->nr_lost));
+	for (size_t i = 0; i < c->image->nr_wiped; i++)
+		drop(c, c->image->wiped[i].start, c->image->wiped[i].end, dropped);
+	/* of what is unmapped already, nobody will tell the child's */
+	for (size_t i = 0; i < s->nr_left; i++)
+		cut_empty(c, s->left[i].start, s->left[i].end);
+	return c;
+}
+
+void lp_space_rest(struct lp_space *s)
+{
+	s->nr_left = 0;
+}
+
+bool lp_space_awaits_rest(const struct lp_space *s)
+{
+	return s->nr_left;
+}
+
 int lp_space_unmap(struct lp_space *s, uint64_t start, uint64_t end, struct lp_counts *dropped)
 {
 	if (reserve(s, 1))
 		return -ENOMEM;
 	drop_regions(s, start, end, dropped);
 	cut(s, start, end);
+	forget_left(s);
 	return 0;
 }
 
@@ -702,7 +750,8 @@ static void insert(struct lp_space *s, const struct lp_region *regions, size_t n
 
 int lp_space_remap(struct lp_space *s, uint64_t from, uint64_t to, uint64_t len, struct lp_counts *dropped)
 {
-	const struct lp_region left = {from, from + len, LP_NO_IMAGE};
+	const struct lp_range left = {from, from + len};
+	const struct lp_region empty = {from, from + len, LP_NO_IMAGE};
 	size_t first = region_at(s, from), last = first, nr = 0;
 	uint64_t at = from;
 	struct lp_region *moved;
@@ -732,11 +781,15 @@ int lp_space_remap(struct lp_space *s, uint64_t from, uint64_t to, uint64_t len,
 	if (at < from + len)
 		moved[nr++] = (struct lp_region){at - from + to, to + len, LP_NO_IMAGE};
 	cut(s, from, from + len);
-	insert(s, &left, 1);
+	insert(s, &empty, 1);
 	drop_regions(s, to, to + len, dropped);
 	cut(s, to, to + len);
 	insert(s, moved, nr);
 	free(moved);
+	forget_left(s);
+	if (s->nr_left == MAX_LEFT)
+		memmove(s->left, s->left + 1, --s->nr_left * sizeof(s->left[0]));
+	s->left[s->nr_left++] = left;
 	return 0;
 }
 
@@ -755,27 +808,44 @@ static bool leaves(const struct lp_space *s, const struct lp_change *change, uin
 	return taken(s, change->start > start ? change->start : start, min_u64(end, change->start + change->len));
 }
 
-size_t lp_space_next_change(const struct lp_space *s, const struct lp_change *last, const struct lp_change *changes,
-			    size_t nr)
+/* Which change leaves [start, end), where something is; nr when that is not told yet. Not change `but`, which moves there. */
+static size_t who_leaves(const struct lp_space *s, const struct lp_change *changes, size_t nr, size_t but,
+			 uint64_t start, uint64_t end, bool at_rest)
+{
+	/* what a move has left is unmapped by the same mremap, not by who moves there next */
+	for (size_t left = 0; left < s->nr_left; left++) {
+		const struct lp_range *range = &s->left[left];
+
+		if (first_empty(s, range->start > start ? range->start : start, min_u64(range->end, end)) ==
+		    s->nr_regions)
+			continue;
+		for (size_t i = 0; i < nr; i++)
+			if (changes[i].kind == LP_UNMAPPED && changes[i].start == range->start &&
+			    changes[i].len == range->end - range->start)
+				return i;
+		if (!at_rest)
+			return nr;
+	}
+	for (size_t i = 0; i < nr; i++)
+		if (i != but && leaves(s, &changes[i], start, end))
+			return i;
+	return nr;
+}
+
+size_t lp_space_next_change(const struct lp_space *s, const struct lp_change *changes, size_t nr, bool at_rest)
 {
 	size_t next = 0;
 
-	if (last && last->kind == LP_REMAPPED)
-		for (size_t i = 0; i < nr; i++)
-			if (changes[i].kind == LP_UNMAPPED && changes[i].start == last->start &&
-			    changes[i].len == last->len)
-				return i;
 	for (size_t steps = 0; steps < nr; steps++) {
 		const struct lp_change *change = &changes[next];
-		size_t before = 0;
+		size_t before;
 
 		if (change->kind != LP_REMAPPED || !taken(s, change->to, change->to + change->len))
 			return next;
-		while (before < nr &&
-		       (before == next || !leaves(s, &changes[before], change->to, change->to + change->len)))
-			before++;
+		before = who_leaves(s, changes, nr, next, change->to, change->to + change->len,
+				    at_rest);
 		if (before == nr)
-			return next;
+			return at_rest ? next : nr;
 		next = before;
 	}
 	return 0; /* each waits for another: not what a kernel tells */

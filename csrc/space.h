@@ -138,22 +138,24 @@ uint64_t lp_space_regain(struct lp_space *space);
 void lp_space_forget(struct lp_space *space, uint64_t image, uint64_t nr_pages, struct lp_counts *dropped);
 
 /*
- * Which of the changes that are still to be made is to be made next; `changes` is in the order in which the kernel told
- * them, and holds all that were begun so far; last is the one made before, or NULL.
+ * Which of the changes that the kernel has told is to be made next; `changes` is in the order in which it told them.
+ * nr: none before more is told; never when the layout is at rest, that is, when all that has begun has been told.
  *
- * That is not always the order in which they happened: an event is told when the change has been made and the mmap lock
- * been dropped, and mremap tells where things went before it tells that the old place is unmapped.  Meanwhile another
- * thread can move other memory to the place that is free now, and its event may come first.  (fs/userfaultfd.c and
- * mm/mremap.c; seen with Linux 6.18: tests/real/test_engine_order.py.)  But what one mremap does is done at once, and
- * memory can only move to where nothing is.  So what moves to a place that is still taken waits for the first change that
- * leaves it.
+ * Changes are not always told in the order in which they happened: an event is queued when the change has been made and the
+ * mmap lock been dropped, and mremap tells where things went before it tells that the old place is unmapped.  Meanwhile
+ * another thread can move other memory to the place that is free now, and its event may come first.  (fs/userfaultfd.c and
+ * mm/mremap.c; seen with Linux 6.18: tests/real/test_engine_order.py.)  But memory can only move to where nothing is. So
+ * what moves to a place that is still taken waits until it is told who has left it, and the changes told later wait too.
  *
  * One thing can't be told: when what has arrived leaves as well before the first that left has told so.  Then the one that
  * tells first is taken for the first.  For that to be wrong, a thread must be preempted between dropping the mmap lock and
  * queueing its event, while another thread's mremap gets the very place, is told, wakes up, leaves, and is told again.
  */
-size_t lp_space_next_change(const struct lp_space *space, const struct lp_change *last, const struct lp_change *changes,
-			    size_t nr);
+size_t lp_space_next_change(const struct lp_space *space, const struct lp_change *changes, size_t nr, bool at_rest);
+/* The layout is at rest, all changes are made: what mremap has left and nobody has told to be unmapped stays. (exclusive) */
+void lp_space_rest(struct lp_space *space);
+/* Whether it would make a difference to be at rest. */
+bool lp_space_awaits_rest(const struct lp_space *space);
 
 /* Changes. (exclusive) 0 or -ENOMEM. */
 void lp_space_remove(struct lp_space *space, uint64_t start, uint64_t end, struct lp_counts *dropped);

@@ -42,8 +42,8 @@ void lp_space_release(struct lp_space *space, uint64_t dense, uint64_t nr);
 void lp_space_lose(struct lp_space *space, uint64_t dense, uint64_t nr);
 uint64_t lp_space_regain(struct lp_space *space);
 void lp_space_forget(struct lp_space *space, uint64_t image, uint64_t nr_pages, struct lp_counts *dropped);
-size_t lp_space_next_change(const struct lp_space *space, const struct lp_change *last,
-                            const struct lp_change *changes, size_t nr);
+size_t lp_space_next_change(const struct lp_space *space, const struct lp_change *changes, size_t nr, bool at_rest);
+void lp_space_rest(struct lp_space *space);
 void lp_space_remove(struct lp_space *space, uint64_t start, uint64_t end, struct lp_counts *dropped);
 int lp_space_unmap(struct lp_space *space, uint64_t start, uint64_t end, struct lp_counts *dropped);
 int lp_space_remap(struct lp_space *space, uint64_t from, uint64_t to, uint64_t len, struct lp_counts *dropped);

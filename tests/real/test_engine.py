@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import resource
 import signal
 import time
 
@@ -490,6 +491,26 @@ def test_child_without_some_mappings(file: PagesFile) -> None:
         assert not [notice for notice in service.look() if notice.kind is NoticeKind.LOST]
 
 
+def test_no_file_descriptor_for_a_child(file: PagesFile) -> None:
+    """The fork waits, the owner is told; when one is free again, all goes on."""
+    with Service() as service:
+        task, uffd = one_mapping(service, file, 64)
+        served = service.serve(uffd, [(BASE, 64, 0, 0)], [(BASE, 64)], file, max_readahead=1)
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        free = os.dup(0)
+        os.close(free)
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
+            task.tell("forks", 1, BASE, 64, file.first_id, 1)
+            assert service.wait(NoticeKind.FAILED, served).error == errno.EMFILE
+            assert task.busy()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        task.reply()
+        service.wait(NoticeKind.FORKED)
+        task.check(BASE, 64, file.first_id)
+
+
 # Ends.
 
 
@@ -564,6 +585,19 @@ def test_engine_ends_with_tasks_open(file: PagesFile) -> None:
             adopt_fork(service, task)
             task.tell("peek", BASE + 40 * PAGE)
             service.wait(NoticeKind.LOST, served)
+
+
+def test_a_blocking_uffd(file: PagesFile) -> None:
+    """It is made non-blocking, and so is that of a child: reading it must not stop the service of all."""
+    with Service() as service:
+        task = service.task()
+        uffd = task.open_uffd(blocking=True)
+        task.map((BASE, 16))
+        service.serve(uffd, [(BASE, 16, 0, 0)], [(BASE, 16)], file, max_readahead=1)
+        task.check(BASE, 4, file.first_id)
+        child = adopt_fork(service, task)
+        child.check(BASE, 16, file.first_id)
+        task.check(BASE, 16, file.first_id)
 
 
 def test_extents_past_the_pages_file_are_refused() -> None:

@@ -179,17 +179,23 @@ class Space:
         child._add_dropped(by_source)
         return child
 
-    def make(self, changes: Sequence[Change]) -> None:
-        """Makes changes (but forks) as the engine does."""
-        left = list(changes)
-        last: Any = ffi.NULL
-        while left:
-            rows = ffi.new("struct lp_change[]", [change.row() for change in left])
-            change = left.pop(lib.lp_space_next_change(self._space, last, rows, len(left)))
-            last = ffi.new("struct lp_change *", change.row())
+    def rest(self) -> None:
+        lib.lp_space_rest(self._space)
+
+    def make(self, changes: list[Change], *, at_rest: bool) -> None:
+        """Makes and removes those changes (no forks) that can be made, as the engine does."""
+        while changes:
+            rows = ffi.new("struct lp_change[]", [change.row() for change in changes])
+            following = lib.lp_space_next_change(self._space, rows, len(changes), at_rest)
+            if following == len(changes):
+                break
+            change = changes.pop(following)
             if change.kind == "LP_REMOVED":
                 self.remove(change.start, change.start + change.length)
             elif change.kind == "LP_UNMAPPED":
                 self.unmap(change.start, change.start + change.length)
             else:
                 self.remap(change.start, change.to, change.length)
+        if at_rest:
+            assert not changes
+            self.rest()

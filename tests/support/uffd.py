@@ -102,7 +102,7 @@ class Task:
 
     def tell(self, command: str, *args: int) -> None:
         """Starts a command; :meth:`reply` waits for its end."""
-        self._control.sendall(" ".join([command, *map(str, args)]).encode() + b"\n")
+        self._control.sendall(" ".join([command, *(str(int(arg)) for arg in args)]).encode() + b"\n")
 
     def reply(self, timeout: float = 60) -> str:
         self._control.settimeout(timeout)
@@ -132,8 +132,8 @@ class Task:
         _, (fd,), *_ = socket.recv_fds(self._control, 1, 1)
         return fd
 
-    def open_uffd(self, features: int = FEATURES) -> int:
-        self.tell("uffd", features)
+    def open_uffd(self, features: int = FEATURES, *, blocking: bool = False) -> int:
+        self.tell("uffd", features, blocking)
         return self.received_uffd()
 
     def received_uffd(self) -> int:

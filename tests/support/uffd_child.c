@@ -628,11 +628,11 @@ static void result(long rc)
 		say("ok %ld", rc);
 }
 
-static void open_uffd(uint64_t features)
+static void open_uffd(uint64_t features, bool blocking)
 {
 	struct uffdio_api api = {.api = UFFD_API, .features = features};
 
-	uffd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
+	uffd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | (blocking ? 0 : O_NONBLOCK));
 	if (uffd < 0 || ioctl(uffd, UFFDIO_API, &api)) {
 		say("no userfaultfd: errno %d", errno);
 		return;
@@ -744,7 +744,7 @@ static void obey(const char *name, const uint64_t *a)
 			       0 :
 			       -1);
 	} else if (!strcmp(name, "uffd")) {
-		open_uffd(a[0]);
+		open_uffd(a[0], a[1]);
 	} else if (!strcmp(name, "close")) {
 		result(close(uffd));
 		uffd = -1;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import random
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -324,6 +325,8 @@ class SpaceAgainstPages(RuleBasedStateMachine):
             space.unmap(self.addr(unit), self.addr(unit + length))
             for i in range(length):
                 del model.image[unit + i]
+        else:
+            space.rest()
 
     @rule(which=st.integers(0, 9))
     def fork(self, which: int) -> None:
@@ -455,6 +458,39 @@ def test_what_has_no_source_stays_lost() -> None:
     assert space.claim(0, 2) == 0
 
 
+def test_claims_of_many_threads() -> None:
+    """No page has two holders at a time, and each arrives once. (The C runs without the GIL.)"""
+    pages = 4096
+    space = Space([Extent(0x100000, pages)], [(0x100000, 0x100000 + pages * PAGE)])
+    held: set[int] = set()
+    arrived = [0] * 4
+
+    def work(me: int) -> None:
+        randomness = random.Random(me)
+        while space.pending > space.lost:
+            first = randomness.randrange(pages)
+            got = space.claim(first, min(randomness.randrange(1, 200), pages - first))
+            if not got:
+                continue
+            mine = set(range(first, first + got))
+            assert not mine & held
+            held.update(mine)
+            held.difference_update(mine)  # not ours any more when the next call lets others go on
+            match randomness.randrange(3):
+                case 0:
+                    space.release(first, got)
+                case 1:
+                    space.lose(first, got)
+                    space.regain()
+                case 2:
+                    arrived[me] += space.commit(first, got)
+
+    with ThreadPoolExecutor(4) as threads:
+        for done in [threads.submit(work, me) for me in range(4)]:
+            done.result(60)
+    assert (sum(arrived), space.pending, space.lost) == (pages, 0, 0)
+
+
 # A million extents, each in a mapping of its own. Walking over them at each question would take many minutes: the
 # time-out of the test is what would tell.
 N = 1_000_000
@@ -498,6 +534,16 @@ def test_changes_of_a_million(million: Space) -> None:
         child.remove(at + 3 * 1000 * PAGE, at + 3 * 1001 * PAGE)
     assert child.pending == 2 * N - 400
     assert million.pending == 2 * N
+
+
+def test_a_child_has_not_what_is_told_later_to_be_unmapped() -> None:
+    """Forked between the two events of an mremap."""
+    space = Space([Extent(0x10000, 2)], [VMA])
+    space.remap(0x10000, 0x40000, 0x10000)
+    child = space.clone()
+    assert [region[:2] for region in child.regions()] == [(0x40000, 0x50000)]
+    space.unmap(*VMA)
+    assert space.regions() == child.regions()
 
 
 # The order of changes.
@@ -590,5 +636,9 @@ def where(space: Space, image: int) -> int | None:
 )
 def test_order(changes: list[Change], place: int | None, other: int | None) -> None:
     space = Space([Extent(PLACE, 4), Extent(OTHER, 4)], [(PLACE, PLACE + LENGTH), (OTHER, OTHER + LENGTH)])
-    space.make(changes)
+    told: list[Change] = []
+    for change in changes:
+        told.append(change)
+        space.make(told, at_rest=False)
+    space.make(told, at_rest=True)
     assert (where(space, PLACE), where(space, OTHER)) == (place, other)
