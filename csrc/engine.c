@@ -1313,7 +1313,8 @@ int lp_task_probe(struct lp_task *t)
 {
 	int error;
 
-	lp_lock_shared(&t->lock);
+	/* alone: what has just arrived is accounted for before its task is found gone */
+	lp_lock_alone(&t->lock);
 	error = t->uffd < 0 ? ESRCH : try_page(t, ANYWHERE);
 	if (means_gone(error)) {
 		is_gone(t);
@@ -1321,7 +1322,7 @@ int lp_task_probe(struct lp_task *t)
 	} else if (error != EAGAIN) {
 		error = 0;
 	}
-	lp_unlock_shared(&t->lock);
+	lp_unlock_alone(&t->lock);
 	return -error;
 }
 

@@ -14,7 +14,10 @@
  * read with the task's lock held exclusively, copies are made with it shared.
  * The kernel hands out faults before the events that are already queued
  * (fs/userfaultfd.c, userfaultfd_ctx_read), so all that can be read is read
- * and the events are settled before any fault is answered.
+ * and the events are settled before any fault is answered.  An event may tell
+ * of what can't have happened yet, since those of several threads are told out
+ * of order (lp_space_next_change): then nothing is answered until the one that
+ * is missing has been told, too.
  *
  * Whoever claims a page and does not bring it wakes its range: a thread that
  * waits there faults again, and the fault is seen anew.  No fault is lost.
@@ -100,7 +103,7 @@ void lp_task_close(struct lp_task *task);
 
 /*
  * Brings pages that wait, from the lowest address on, round again at the end; gives way to faults.  At most max_bytes, rounded up to pages.
- * Returns bytes brought; 0 when there is nothing to bring; -EAGAIN when a layout event is in the way; -ESRCH.
+ * Returns bytes brought; 0 when there is nothing to bring at the moment; -EAGAIN when a layout event is in the way; -ESRCH.
  */
 int64_t lp_task_transfer(struct lp_task *task, uint64_t max_bytes);
 /* Claims the next run of pages that a remote source must give; 0 pages when there is none. */

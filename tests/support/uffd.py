@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import mmap
 import os
 import select
+import shutil
 import socket
 import struct
 import subprocess
@@ -38,6 +40,7 @@ ENOENT, EEXIST, EFAULT, SIGBUS = 2, 17, 14, 7
 @cache
 def _program() -> Path:
     folder = tempfile.mkdtemp(prefix="lazypages-uffd-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     program, source = Path(folder) / "uffd_child", Path(__file__).with_name("uffd_child.c")
     subprocess.run(
         ["gcc", "-std=gnu11", "-O1", "-Wall", "-Wextra", "-Werror", "-pthread", source, "-o", program],

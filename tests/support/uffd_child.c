@@ -554,13 +554,21 @@ struct racer {
 	int role;
 };
 
-static void pin(int cpu)
+/* To the first or, if there is one, the second of the CPUs that we may use. */
+static void pin(int which)
 {
-	cpu_set_t set;
+	cpu_set_t all, one;
 
-	CPU_ZERO(&set);
-	CPU_SET(cpu, &set);
-	if (sched_setaffinity(0, sizeof(set), &set))
+	if (sched_getaffinity(getpid(), sizeof(all), &all))
+		_exit(6);
+	CPU_ZERO(&one);
+	for (int cpu = 0; cpu < CPU_SETSIZE && which >= 0; cpu++)
+		if (CPU_ISSET(cpu, &all)) {
+			CPU_ZERO(&one);
+			CPU_SET(cpu, &one);
+			which--;
+		}
+	if (sched_setaffinity(0, sizeof(one), &one))
 		_exit(6);
 }
 
