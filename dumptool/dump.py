@@ -18,7 +18,7 @@ from typing import Self
 
 from dumptool import core, mappings, memory, proc, survey, tracking
 from dumptool.chain import PARENT_LINK, Chain, ParentPages
-from dumptool.errors import DumpError, TaskGoneError
+from dumptool.errors import DumpError, TaskGoneError, UnsupportedError
 from dumptool.files import FileTable
 from dumptool.freeze import FrozenTree, freeze, members
 from dumptool.mappings import FileIds, Mapping
@@ -53,6 +53,10 @@ NAMESPACE_IDS = {
 """Equal in inventory and ids images: the tasks have the namespaces of who dumps them."""
 ROOT_OBJECT = 1
 """vm, files, fs and sighand id of the dumper in the inventory; those of tasks count on from here."""
+
+
+#: Seconds for the child of a vfork to call execve or to exit.
+VFORK_PATIENCE = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,11 +226,22 @@ class _Run:
         self.watcher.stage("looking")
         memory.guard_category()
         survey.check_permission(settings.pid)
-        processes = members(settings.pid)
-        self._before = survey.look_at_all(processes)
-        survey.check(processes, self._before, settings.allow)
+        deadline = time.monotonic() + VFORK_PATIENCE
+        while True:
+            processes = members(settings.pid)
+            self._before = survey.look_at_all(processes)
+            try:
+                survey.check(processes, self._before, settings.allow)
+                break
+            except UnsupportedError:
+                # The child of a vfork shares its parent's memory for a moment, and nothing is wrong with that.
+                if time.monotonic() > deadline or not survey.any_in_vfork(processes):
+                    raise
+                time.sleep(0.005)
         for pid, task in self._before.items():
-            with suppress(TaskGoneError):
+            # Where they can't be found now, in a process that is just ending or is not itself yet, a second look when
+            # all stands still finds them, or says why not.
+            with suppress(DumpError):
                 self._gadgets[pid] = Gadgets(pid, task.layout.vmas)
         _set_up_directory(settings)
         if settings.parent is not None:

@@ -95,6 +95,10 @@ def _has_ended(status: int) -> bool:
     return os.WIFEXITED(status) or os.WIFSIGNALED(status)
 
 
+#: Seconds that a thread may take to stop before the others are let go on for it.
+PATIENCE = 0.1
+
+
 class _Freezer:
     def __init__(self, root: int, timeout: float) -> None:
         self._root, self._deadline = root, time.monotonic() + timeout
@@ -118,6 +122,7 @@ class _Freezer:
             self._stop(new)
 
     def _stop(self, tids: list[int]) -> None:
+        begin = time.monotonic()
         waiting = []
         for tid in tids:
             # A thread that ends just now is not there in the next look round.
@@ -137,10 +142,23 @@ class _Freezer:
                         self.stopped[tid] = group_stop
             waiting = still
             if waiting:
-                if time.monotonic() > self._deadline:
+                now = time.monotonic()
+                if now > self._deadline:
                     raise DumpError(f"thread {waiting[0]} does not stop ({_why(waiting[0])})")
+                if now > begin + PATIENCE:
+                    self._release()
                 time.sleep(pause)
                 pause = min(pause * 1.5, 0.005)
+
+    def _release(self) -> None:
+        """Let those go on that have stopped; the next look round finds them again.
+
+        A parent in vfork stops only when its child has called execve or exited (vfork(2)), which one that we have
+        stopped never does.
+        """
+        for tid in list(self.stopped):
+            tracee.detach(tid)
+            del self.stopped[tid]
 
 
 def _why(tid: int) -> str:

@@ -10,6 +10,7 @@ import os
 import re
 import stat
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from dumptool import proc, trackers
@@ -324,6 +325,16 @@ def _shared(tasks: Sequence[Task]) -> Iterator[Refusal]:
                     continue
                 if shared:
                     yield Refusal(task.pid, "", f"shares its {what} with pid {other.pid}, which is not saved")
+
+
+def any_in_vfork(processes: Iterable[Process]) -> bool:
+    """Whether a thread sleeps uninterruptibly, as one does in vfork until its child is done (vfork(2))."""
+    for process in processes:
+        for tid in process.threads:
+            with suppress(TaskGoneError):
+                if proc.stat(tid).state == "D":
+                    return True
+    return False
 
 
 def check_permission(pid: int) -> None:

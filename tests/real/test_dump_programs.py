@@ -52,7 +52,7 @@ def program(name: str, built: Path, folder: Path) -> Program:
     match name:
         case "counter" | "workers":
             path = str(built / name)
-            rounds, pause = ("500", "2000") if name == "counter" else ("300", "2000")
+            rounds, pause = ("500", "2000") if name == "counter" else ("1500", "2000")
             return Program([path, rounds, pause], [path, rounds, "0"], 50 if name == "counter" else 1)
         case "shell":
             slow, fast = (PIPELINE.format(lines=60, pause=pause) for pause in ("0.02", "0"))
