@@ -57,13 +57,13 @@ static void *worker(void *argument)
 	block[33] = 0x5a5a - number;
 	pthread_barrier_wait(&started);
 	if (number % 2) { /* works on */
-		while (!go) {
+		do {
 			pthread_mutex_lock(&lock);
 			turns++;
 			sums[number]++;
 			pthread_mutex_unlock(&lock);
 			x87 = x87 * 3 / 3;
-		}
+		} while (!go); /* once at least: the undisturbed run may find the file at once */
 	} else if (__builtin_cpu_supports("avx512f")) {
 		hold_wide(block, &go);
 	} else {
