@@ -6,16 +6,19 @@ for ever. See ``tests/support/uffd.py``.
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import fcntl
 import mmap
 import os
 import resource
 import signal
+import struct
 import time
 
 import pytest
 
-from lazypages.uffd import BusyError, NoticeKind, TaskGoneError
+from lazypages.uffd import BusyError, NoticeKind, ServedTask, TaskGoneError
 from tests.support.uffd import (
     BACKWARD,
     BASE,
@@ -31,6 +34,7 @@ from tests.support.uffd import (
 
 GIB = 1 << 30
 PAGES = 512
+REMOTE, LOST = 0xFFFFFFFE, 0xFFFFFFFF  # csrc/extent.h
 MADV_DONTNEED, MADV_DONTFORK, MADV_NOHUGEPAGE, MADV_WIPEONFORK = 4, 10, 15, 18
 
 
@@ -45,6 +49,20 @@ def one_mapping(service: Service, file: PagesFile, pages: int = PAGES, **options
     uffd = task.open_uffd()
     task.map((BASE, pages))
     return task, uffd
+
+
+def bring(served: ServedTask) -> int:
+    """What background transfer brings, if the layout is at rest."""
+    try:
+        return served.transfer(1 << 20)
+    except BusyError:
+        return 0
+
+
+def place_without_waking(uffd: int, at: int, page: bytes) -> None:
+    """UFFDIO_COPY with MODE_DONTWAKE (userfaultfd(2))."""
+    source = ctypes.create_string_buffer(page, len(page))
+    fcntl.ioctl(uffd, 0xC028AA03, struct.pack("QQQQq", at, ctypes.addressof(source), len(page), 1, 0))
 
 
 # Faults.
@@ -154,6 +172,22 @@ def test_pages_that_the_task_has_placed_itself(file: PagesFile, background: bool
             task.check(BASE + first * PAGE, last - first, file.first_id + first)
         assert served.stats().present >= 1
         assert served.lost == 0
+
+
+def test_a_page_that_somebody_places_without_waking(file: PagesFile) -> None:
+    """EEXIST again: whoever waits for the page is woken all the same."""
+    with Service() as service:
+        task, uffd = one_mapping(service, file, 4)
+        other = os.dup(uffd)
+        served = service.serve(uffd, [(BASE, 4, 0, REMOTE)], [(BASE, 4)], max_readahead=1)
+        task.tell_check(BASE, 1, file.first_id)
+        need = service.wait(NoticeKind.NEED, served)
+        place_without_waking(other, BASE, file.page_bytes(0))
+        os.close(other)
+        assert task.busy()
+        assert deliver(served, need.image, file.page_bytes(0)) == 1
+        task.reply()
+        assert served.stats().present == 1
 
 
 @pytest.mark.parametrize("background", [False, True])
@@ -271,10 +305,9 @@ def test_a_waiting_thread_gets_the_signal(file: PagesFile) -> None:
     """A lost page that is waited for; its neighbours, pending but not lost, are not poisoned with it."""
     with Service() as service:
         task, uffd = one_mapping(service, file, 3)
-        lost = 0xFFFFFFFF
         served = service.serve(
             uffd,
-            [(BASE, 1, 0, 0), (BASE + PAGE, 1, 0, lost), (BASE + 2 * PAGE, 1, 2 * PAGE, 0)],
+            [(BASE, 1, 0, 0), (BASE + PAGE, 1, 0, LOST), (BASE + 2 * PAGE, 1, 2 * PAGE, 0)],
             [(BASE, 3)],
             file,
         )
@@ -319,7 +352,7 @@ def test_layout_in_turmoil(file: PagesFile, seed: int) -> None:
         assert served.lost == 0, story
         transfer.stop()
         assert transfer.error is None
-        until("the rest", lambda: served.transfer(1 << 20) == 0 == served.pending)
+        until("the rest", lambda: bring(served) == served.pending == 0)
         copied, dropped, _ = served.sources()
         assert copied.total + dropped.total == pages
 
@@ -378,6 +411,20 @@ def test_what_dontunmap_leaves_is_zero_and_can_move_on(file: PagesFile) -> None:
         assert task.mremap(away, 16, BASE) == BASE
         task.check(BASE, 16, file.first_id)
         service.wait(NoticeKind.COMPLETE, served)
+
+
+def test_memory_that_moves_to_where_nothing_was_registered(file: PagesFile) -> None:
+    """We take the place for taken, and nothing tells that it is not: it is at rest that we know."""
+    with Service() as service:
+        task = service.task()
+        uffd = task.open_uffd()
+        task.map((BASE, 16))
+        task.map((BASE + GIB, 16), register=False)
+        served = service.serve(uffd, [(BASE, 16, 0, 0)], [(BASE, 16), (BASE + GIB, 16)], file)
+        assert task.mremap(BASE, 16, BASE + GIB) == BASE + GIB
+        until("the background to bring all", lambda: bring(served) == served.pending == 0)
+        assert served.stats().faults == 0
+        task.check(BASE + GIB, 16, file.first_id)
 
 
 def test_zero_pages_that_have_moved(file: PagesFile) -> None:
@@ -517,7 +564,7 @@ def test_no_file_descriptor_for_a_child(file: PagesFile) -> None:
 def test_killed_while_it_waits(file: PagesFile) -> None:
     with Service() as service:
         task, uffd = one_mapping(service, file, 4)
-        served = service.serve(uffd, [(BASE, 4, 0, 0xFFFFFFFF)], [(BASE, 4)], file)
+        served = service.serve(uffd, [(BASE, 4, 0, LOST)], [(BASE, 4)], file)
         task.tell("peek", BASE)
         service.wait(NoticeKind.LOST, served)
         assert served.probe()
@@ -580,7 +627,7 @@ def test_engine_ends_with_tasks_open(file: PagesFile) -> None:
         with Service() as service:
             task, uffd = one_mapping(service, file, 64)
             served = service.serve(
-                uffd, [(BASE, 32, 0, 0), (BASE + 32 * PAGE, 32, 0, 0xFFFFFFFF)], [(BASE, 64)], file
+                uffd, [(BASE, 32, 0, 0), (BASE + 32 * PAGE, 32, 0, LOST)], [(BASE, 64)], file
             )
             adopt_fork(service, task)
             task.tell("peek", BASE + 40 * PAGE)
@@ -613,14 +660,12 @@ def test_extents_past_the_pages_file_are_refused() -> None:
 
 # A remote source.
 
-REMOTE = 0xFFFFFFFE
 
-
-def deliver(served: object, image: int, data: bytes) -> int:
+def deliver(served: ServedTask, image: int, data: bytes) -> int:
     """Until the layout is at rest."""
     while True:
         try:
-            return served.deliver(image, data)  # type: ignore[attr-defined,no-any-return]
+            return served.deliver(image, data)
         except BusyError:
             time.sleep(0.001)
 

@@ -1,0 +1,73 @@
+/*
+ * Threads claim, release, lose, regain and commit pages of one address space
+ * until all have arrived.  Exits 1 when a page has two holders at a time, or
+ * arrives twice, or the counts disagree at the end.
+ */
+#define _GNU_SOURCE
+#include "space.h"
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+
+#define PAGES 20000
+#define THREADS 4
+
+static struct lp_space *space;
+static atomic_int holders[PAGES];
+static _Atomic uint64_t arrived;
+
+static void fail(const char *what, uint64_t page)
+{
+	fprintf(stderr, "%s: page %lu\n", what, (unsigned long)page);
+	exit(1);
+}
+
+static void *work(void *arg)
+{
+	unsigned seed = (unsigned)(size_t)arg;
+
+	while (lp_space_pending(space)) {
+		uint64_t from = (uint64_t)rand_r(&seed) % PAGES, most = 1 + (uint64_t)rand_r(&seed) % 150, nr;
+
+		nr = lp_space_claim(space, from, most < PAGES - from ? most : PAGES - from);
+		for (uint64_t i = from; i < from + nr; i++)
+			if (atomic_fetch_add(&holders[i], 1))
+				fail("two holders", i);
+		for (uint64_t i = from; i < from + nr; i++)
+			atomic_fetch_sub(&holders[i], 1);
+		switch (rand_r(&seed) % 8) {
+		case 0:
+			arrived += lp_space_commit(space, from, nr);
+			break;
+		case 1:
+			lp_space_lose(space, from, nr);
+			lp_space_regain(space);
+			break;
+		default:
+			lp_space_release(space, from, nr);
+		}
+	}
+	return NULL;
+}
+
+int main(void)
+{
+	const struct lp_extent extent = {.start = 0x100000, .nr_pages = PAGES, .lazy = 1};
+	const struct lp_range vma = {0x100000, 0x100000 + PAGES * LP_PAGE_SIZE};
+	pthread_t threads[THREADS];
+
+	for (int round = 0; round < 5; round++) {
+		space = lp_space_new(&extent, 1, &vma, 1, NULL, 0);
+		arrived = 0;
+		for (size_t i = 0; i < THREADS; i++)
+			pthread_create(&threads[i], NULL, work, (void *)(i + 1));
+		for (size_t i = 0; i < THREADS; i++)
+			pthread_join(threads[i], NULL);
+		if (arrived != PAGES || lp_space_lost(space))
+			fail("arrived or lost", arrived);
+		lp_space_free(space);
+	}
+	return 0;
+}
