@@ -21,6 +21,7 @@
 #include "lock.h"
 #include "plan.h"
 #include "smaps.h"
+#include "trace.h"
 
 /* Linux 6.6; older headers don't have it. */
 #ifndef UFFDIO_POISON
@@ -78,6 +79,7 @@ struct lp_task {
 	uint64_t total;
 	pid_t pid; /* 0: not known */
 	uint64_t tag;
+	uint32_t number; /* of this memory, in traces */
 	uint32_t nr_levels;
 	struct lp_level *levels;
 	counter_t *copied, *dropped, *served; /* by source: levels, remote, lost */
@@ -95,6 +97,8 @@ struct lp_engine {
 	_Atomic uint64_t last_fault;
 	struct lp_follow follow; /* the serving thread's; which CPU it is at, anyone may read */
 	struct lp_task *put_off; /* tasks with answers put off; the serving thread's */
+	struct lp_trace *trace;	 /* NULL: none */
+	_Atomic uint32_t nr_memories;
 	pthread_mutex_t lock;	 /* of what follows */
 	struct lp_task *tasks, *dead;
 	struct lp_notice *notices;
@@ -128,6 +132,53 @@ static void clear_fd(int fd)
 	ssize_t rc = read(fd, &count, sizeof(count));
 
 	(void)rc;
+}
+
+/* ---- tracing ---- */
+
+static uint16_t trace_source(uint32_t source)
+{
+	if (source == LP_SOURCE_REMOTE)
+		return LP_TRACE_REMOTE;
+	return source == LP_SOURCE_LOST ? LP_TRACE_NOWHERE : (uint16_t)source;
+}
+
+static void trace_at(const struct lp_task *t, uint64_t time, enum lp_trace_kind kind, uint16_t source, uint64_t addr,
+		     uint64_t pages, uint64_t detail)
+{
+	lp_trace_put(t->engine->trace, &(struct lp_trace_record){
+					       .time = time,
+					       .addr = addr,
+					       .pages = pages,
+					       .detail = detail,
+					       .task = (uint32_t)t->tag,
+					       .memory = t->number,
+					       .kind = kind,
+					       .source = source,
+				       });
+}
+
+/* Now, if anybody wants to know. */
+static void trace(const struct lp_task *t, enum lp_trace_kind kind, uint16_t source, uint64_t addr, uint64_t pages,
+		  uint64_t detail)
+{
+	if (t->engine->trace)
+		trace_at(t, now_ns(), kind, source, addr, pages, detail);
+}
+
+/* What began at `begun` and is done now; 0: nobody wants to know. */
+static void trace_took(const struct lp_task *t, uint64_t begun, enum lp_trace_kind kind, uint16_t source, uint64_t addr,
+		       uint64_t pages)
+{
+	uint64_t now = begun ? now_ns() : 0;
+
+	if (begun)
+		trace_at(t, now, kind, source, addr, pages, now - begun);
+}
+
+static uint64_t trace_begins(const struct lp_task *t)
+{
+	return t->engine->trace ? now_ns() : 0;
 }
 
 /* ---- notices ---- */
@@ -186,14 +237,18 @@ static void notify_task(struct lp_task *t, uint32_t kind, int error)
 
 static void is_gone(struct lp_task *t)
 {
-	if (!atomic_exchange(&t->gone, true))
-		notify_task(t, LP_NOTICE_GONE, 0);
+	if (atomic_exchange(&t->gone, true))
+		return;
+	trace(t, LP_TRACE_GONE, LP_TRACE_NO_SOURCE, 0, 0, 0);
+	notify_task(t, LP_NOTICE_GONE, 0);
 }
 
 static void check_complete(struct lp_task *t)
 {
-	if (!lp_space_pending(t->space) && !atomic_exchange(&t->complete, true))
-		notify_task(t, LP_NOTICE_COMPLETE, 0);
+	if (lp_space_pending(t->space) || atomic_exchange(&t->complete, true))
+		return;
+	trace(t, LP_TRACE_COMPLETE, LP_TRACE_NO_SOURCE, 0, 0, 0);
+	notify_task(t, LP_NOTICE_COMPLETE, 0);
 }
 
 /* ---- measuring ---- */
@@ -218,10 +273,13 @@ uint64_t lp_histogram_bound(uint32_t bucket)
 	return ((8 + (uint64_t)(bucket % 8) + 1) << (exponent - 3)) - 1;
 }
 
-static void answered(struct lp_task *t, uint64_t since)
+/* The fault read at `since`, on one of the pages at addr. */
+static void answered(struct lp_task *t, uint64_t since, uint16_t source, uint64_t addr, uint64_t pages)
 {
-	uint64_t ns = now_ns() - since, max = atomic_load(&t->stats.service_max);
+	uint64_t now = now_ns(), ns = now - since, max = atomic_load(&t->stats.service_max);
 
+	if (t->engine->trace)
+		trace_at(t, now, LP_TRACE_ANSWERED, source, addr, pages, ns);
 	atomic_fetch_add_explicit(&t->histogram[bucket_of(ns)], 1, memory_order_relaxed);
 	while (ns > max && !atomic_compare_exchange_weak(&t->stats.service_max, &max, ns))
 		;
@@ -266,6 +324,7 @@ static int try_page(struct lp_task *t, uint64_t addr)
 static void lose(struct lp_task *t, const struct lp_answer *run, uint64_t skip, uint64_t nr, int error)
 {
 	lp_space_lose(t->space, run->dense + skip, nr);
+	trace(t, LP_TRACE_LOST, trace_source(run->source), run->addr + (skip << LP_PAGE_SHIFT), nr, (uint64_t)error);
 	notify(t->engine, (struct lp_notice){
 				  .kind = LP_NOTICE_LOST,
 				  .error = error,
@@ -456,28 +515,34 @@ static int answer(struct lp_task *t, struct fault fault)
 		rc = zero_page(t, fault.addr);
 		if (!rc) {
 			add(&t->stats.faults_zero, 1);
-			answered(t, fault.since);
+			answered(t, fault.since, LP_TRACE_ZERO, fault.addr, 1);
 		}
 		return rc;
 	case LP_DATA:
-		if (!claim_window(t, &run))
+		if (!claim_window(t, &run)) {
+			trace(t, LP_TRACE_LEFT, trace_source(run.source), fault.addr, 1, 0);
 			return 0; /* another thread brings it, and wakes */
+		}
 		rc = copy_run(t, &run, level_bytes(t, &run), RELEASE);
 		if (!rc) {
 			add(&t->stats.faults_served, 1);
 			add(&t->served[run.source], 1);
-			answered(t, fault.since);
+			answered(t, fault.since, trace_source(run.source), run.addr, run.nr_pages);
 		}
 		return rc;
 	case LP_REMOTE:
-		if (!claim_window(t, &run))
+		if (!claim_window(t, &run)) {
+			trace(t, LP_TRACE_LEFT, LP_TRACE_REMOTE, fault.addr, 1, 0);
 			return 0;
+		}
+		trace(t, LP_TRACE_WANTED, LP_TRACE_REMOTE, run.addr, run.nr_pages, run.image);
 		notice.kind = LP_NOTICE_NEED;
 		notice.addr = run.addr;
 		notice.image = run.image;
 		notice.nr_pages = run.nr_pages;
 		break;
 	case LP_CLAIMED:
+		trace(t, LP_TRACE_LEFT, trace_source(run.source), fault.addr, 1, 0);
 		if (run.source != LP_SOURCE_REMOTE) {
 			lead_on(t, fault);
 			return 0;
@@ -551,6 +616,13 @@ static void task_free(struct lp_task *t)
 	free(t);
 }
 
+/* It has its tag, and what it waits for. parent: the number of the memory that it was forked from. */
+static void number_memory(struct lp_task *t, uint32_t parent)
+{
+	t->number = atomic_fetch_add(&t->engine->nr_memories, 1) + 1;
+	trace(t, LP_TRACE_MEMORY, LP_TRACE_NO_SOURCE, 0, t->total, parent);
+}
+
 /* From here on the engine owns it, and it may be closed. */
 static void task_link(struct lp_task *t)
 {
@@ -616,6 +688,7 @@ static void forked(struct lp_task *t, int uffd)
 	child->is_child = true;
 	child->tag = t->tag;
 	child->total = lp_space_pending(t->space);
+	number_memory(child, t->number);
 	lp_plan_init(&child->plan, t->plan.max_window);
 	task_link(child); /* whoever is told of it may close it at once */
 	/* told before it is served, so that its first notice comes after this one */
@@ -654,6 +727,7 @@ static void make_change(struct lp_task *t, const struct lp_change *change)
 		rc = lp_space_remap(t->space, change->start, change->to, change->len, &dropped);
 		break;
 	}
+	trace(t, LP_TRACE_FORKED + change->kind, LP_TRACE_NO_SOURCE, change->start, change->len >> LP_PAGE_SHIFT, change->to);
 	if (change->kind != LP_FORKED)
 		wake(t, change->start, change->len >> LP_PAGE_SHIFT);
 	drop_into(t, by_source);
@@ -766,6 +840,9 @@ static bool drain(struct lp_task *t)
 			if (!now)
 				now = now_ns();
 			add(&t->stats.faults, 1);
+			if (t->engine->trace)
+				trace_at(t, now, LP_TRACE_FAULT, LP_TRACE_NO_SOURCE,
+					 msgs[i].arg.pagefault.address & ~(LP_PAGE_SIZE - 1), 1, 0);
 			if (!push(&t->faults, (struct fault){msgs[i].arg.pagefault.address & ~(LP_PAGE_SIZE - 1), now}))
 				/* the thread faults again, later */
 				wake(t, msgs[i].arg.pagefault.address & ~(LP_PAGE_SIZE - 1), 1);
@@ -809,6 +886,7 @@ static void try_again(struct lp_task *t)
 static void put_off(struct lp_task *t, struct fault fault)
 {
 	add(&t->stats.retried, 1);
+	trace(t, LP_TRACE_PUT_OFF, LP_TRACE_NO_SOURCE, fault.addr, 1, 0);
 	if (push(&t->put_off, fault))
 		try_again(t);
 	else
@@ -988,6 +1066,11 @@ int lp_engine_run(struct lp_engine *e)
 	return rc;
 }
 
+void lp_engine_trace(struct lp_engine *e, struct lp_trace *trace)
+{
+	e->trace = trace;
+}
+
 void lp_engine_stop(struct lp_engine *e)
 {
 	atomic_store(&e->stop, true);
@@ -1037,6 +1120,7 @@ struct lp_task *lp_task_new(struct lp_engine *e, int uffd, const struct lp_exten
 	t->total = lp_space_pending(t->space);
 	t->pid = pid;
 	t->tag = tag;
+	number_memory(t, 0);
 	if (t->remote)
 		lp_space_index(t->space);
 	lp_plan_init(&t->plan, max_readahead);
@@ -1107,7 +1191,11 @@ int64_t lp_task_transfer(struct lp_task *t, uint64_t max_bytes)
 		} else {
 			run.nr_pages = lp_space_claim(t->space, run.dense, run.nr_pages);
 			if (run.nr_pages) {
+				uint64_t begun = trace_begins(t);
+
 				rc = copy_run(t, &run, level_bytes(t, &run), RELEASE_AND_WAKE);
+				if (!rc)
+					trace_took(t, begun, LP_TRACE_BROUGHT, trace_source(run.source), run.addr, run.nr_pages);
 				brought += run.nr_pages << LP_PAGE_SHIFT;
 			} else if (++tries > LOOKAHEAD_TRIES) {
 				rc = 1;
@@ -1137,6 +1225,7 @@ uint64_t lp_task_claim_remote(struct lp_task *t, uint64_t cursor, uint64_t max_p
 			break;
 	}
 	if (nr) {
+		trace(t, LP_TRACE_FETCHED, LP_TRACE_REMOTE, run.addr, nr, run.image);
 		*image = run.image;
 		*next_cursor = run.addr + (nr << LP_PAGE_SHIFT);
 	}
@@ -1175,7 +1264,11 @@ int64_t lp_task_deliver(struct lp_task *t, uint64_t image, uint64_t nr_pages, co
 	else if (t->nr_changes)
 		rc = -EAGAIN;
 	while (!rc && next_piece(t, &at, end, true, &piece)) {
+		uint64_t begun = trace_begins(t);
+
 		rc = copy_run(t, &piece, (const char *)buffer + (at - image), KEEP_CLAIMS);
+		if (!rc)
+			trace_took(t, begun, LP_TRACE_ARRIVED, LP_TRACE_REMOTE, piece.addr, piece.nr_pages);
 		placed += piece.nr_pages;
 		at += piece.nr_pages << LP_PAGE_SHIFT;
 	}
@@ -1183,11 +1276,11 @@ int64_t lp_task_deliver(struct lp_task *t, uint64_t image, uint64_t nr_pages, co
 	return rc ? rc : (int64_t)placed;
 }
 
-void lp_task_answered(struct lp_task *t, uint64_t since)
+void lp_task_answered(struct lp_task *t, uint64_t since, uint64_t addr, uint64_t nr_pages)
 {
 	add(&t->stats.faults_served, 1);
 	add(&t->served[t->nr_levels], 1);
-	answered(t, since);
+	answered(t, since, LP_TRACE_REMOTE, addr, nr_pages);
 }
 
 void lp_task_fail_remote(struct lp_task *t, uint64_t image, uint64_t nr_pages, bool lost)
@@ -1239,6 +1332,7 @@ static int64_t poison_range(struct lp_task *t, const struct lp_answer *run)
 		if (poison.updated > 0) {
 			nr = (uint64_t)poison.updated >> LP_PAGE_SHIFT;
 			add(&t->stats.poisoned, nr);
+			trace(t, LP_TRACE_POISONED, trace_source(run->source), addr, nr, 0);
 			if (!error)
 				step *= 2;
 		} else if (error == ENOENT && poison.range.len > LP_PAGE_SIZE) {

@@ -34,6 +34,7 @@
 
 struct lp_engine;
 struct lp_task;
+struct lp_trace;
 
 enum lp_notice_kind {
 	LP_NOTICE_FORKED = 1, /* task is new, the child of one with the same tag, and served already */
@@ -86,6 +87,8 @@ bool lp_engine_has_tasks(struct lp_engine *engine);
 /* Serves until lp_engine_stop. 0 or -errno. */
 int lp_engine_run(struct lp_engine *engine);
 void lp_engine_stop(struct lp_engine *engine);
+/* Before it has tasks: what happens to them is put there. The trace must outlive the engine. */
+void lp_engine_trace(struct lp_engine *engine, struct lp_trace *trace);
 
 /*
  * A task, served from now on if lp_engine_run runs.  Takes over the uffd, also when it fails (NULL, errno).  The mapped
@@ -114,8 +117,8 @@ uint64_t lp_task_claim_remote(struct lp_task *task, uint64_t cursor, uint64_t ma
  * skipped.  Returns pages placed, or -EAGAIN (call again with the same), -ESRCH.
  */
 int64_t lp_task_deliver(struct lp_task *task, uint64_t image, uint64_t nr_pages, const void *buffer);
-/* A fault that a notice told of (`since`) has its page now: for the statistics. */
-void lp_task_answered(struct lp_task *task, uint64_t since);
+/* A fault that a notice told of (`since`, pages [addr, +nr_pages)) has its page now: for the statistics. */
+void lp_task_answered(struct lp_task *task, uint64_t since, uint64_t addr, uint64_t nr_pages);
 /* The claimed pages won't come: ask again (lost false) or say that no source has them. */
 void lp_task_fail_remote(struct lp_task *task, uint64_t image, uint64_t nr_pages, bool lost);
 /* A source has come back: lost pages are wanted again. */

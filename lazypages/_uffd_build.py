@@ -54,6 +54,22 @@ struct lp_plan { uint64_t max_window; ...; };
 void lp_plan_init(struct lp_plan *plan, uint64_t max_window);
 struct lp_window lp_plan_fault(struct lp_plan *plan, uint64_t page);
 
+struct lp_trace;
+struct lp_trace_record {
+    uint64_t time, addr, pages, detail;
+    uint32_t task, memory;
+    uint16_t kind, source;
+    uint32_t unused;
+};
+struct lp_trace *lp_trace_new(size_t records);
+void lp_trace_free(struct lp_trace *trace);
+bool lp_trace_put(struct lp_trace *trace, const struct lp_trace_record *record);
+int64_t lp_trace_drain(struct lp_trace *trace, int fd);
+int lp_trace_run(struct lp_trace *trace, int fd);
+void lp_trace_stop(struct lp_trace *trace);
+uint64_t lp_trace_written(const struct lp_trace *trace);
+uint64_t lp_trace_dropped(const struct lp_trace *trace);
+
 struct lp_engine;
 struct lp_task;
 struct lp_notice {
@@ -75,6 +91,7 @@ size_t lp_engine_notices(struct lp_engine *engine, struct lp_notice *notices, si
 bool lp_engine_has_tasks(struct lp_engine *engine);
 int lp_engine_run(struct lp_engine *engine);
 void lp_engine_stop(struct lp_engine *engine);
+void lp_engine_trace(struct lp_engine *engine, struct lp_trace *trace);
 struct lp_task *lp_task_new(struct lp_engine *engine, int uffd, const struct lp_extent *extents, size_t nr_extents,
                             const struct lp_range *vmas, size_t nr_vmas, const struct lp_range *wiped,
                             size_t nr_wiped, const struct lp_level *levels, uint32_t nr_levels,
@@ -84,7 +101,7 @@ int64_t lp_task_transfer(struct lp_task *task, uint64_t max_bytes);
 uint64_t lp_task_claim_remote(struct lp_task *task, uint64_t cursor, uint64_t max_pages, uint64_t *image,
                               uint64_t *next_cursor);
 int64_t lp_task_deliver(struct lp_task *task, uint64_t image, uint64_t nr_pages, const void *buffer);
-void lp_task_answered(struct lp_task *task, uint64_t since);
+void lp_task_answered(struct lp_task *task, uint64_t since, uint64_t addr, uint64_t nr_pages);
 void lp_task_fail_remote(struct lp_task *task, uint64_t image, uint64_t nr_pages, bool lost);
 void lp_task_regain(struct lp_task *task);
 int64_t lp_task_poison(struct lp_task *task, bool all);
@@ -107,11 +124,13 @@ CSRC = Path("csrc")  # builds run at the project's root
 
 ffibuilder.set_source(
     "lazypages._uffd",
-    '#include "engine.h"\n#include "plan.h"\n#include "space.h"\n',
-    sources=[str(CSRC / name) for name in ("space.c", "plan.c", "smaps.c", "follow.c", "engine.c")],
+    '#include "engine.h"\n#include "plan.h"\n#include "space.h"\n#include "trace.h"\n',
+    sources=[
+        str(CSRC / name) for name in ("space.c", "plan.c", "smaps.c", "follow.c", "trace.c", "engine.c")
+    ],
     depends=[
         str(CSRC / name)
-        for name in ("extent.h", "space.h", "plan.h", "smaps.h", "lock.h", "follow.h", "engine.h")
+        for name in ("extent.h", "space.h", "plan.h", "smaps.h", "lock.h", "follow.h", "trace.h", "engine.h")
     ],
     include_dirs=[str(CSRC)],
     extra_compile_args=["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Wno-unused-parameter"],

@@ -10,7 +10,7 @@ import resource
 import signal
 import sys
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -35,6 +35,8 @@ from lazypages.uffd import PAGE_SIZE
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from lazypages.tracing import Tracer
+
 log = logging.getLogger("lazypages")
 
 LOOPS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -53,8 +55,9 @@ Examples
     criu restore -D /var/ckpt/job1 --lazy-pages -d
   In the background; the command returns when a restore may be started:
     lazypages serve -D /var/ckpt/job1 -d --pidfile serve.pid -o serve.log
-  The numbers of the summary for a program:
-    lazypages serve -D /var/ckpt/job1 --stats-json stats.json
+  The numbers of the summary for a program, and a picture of all that happened:
+    lazypages serve -D /var/ckpt/job1 --stats-json stats.json --trace trace
+    lazypages plot /var/ckpt/job1/trace -o trace.html
 
 \b
 Ctrl-C (SIGINT) and SIGTERM
@@ -92,15 +95,17 @@ class Places:
     log_file: Path | None
     pidfile: Path | None
     stats_json: Path | None
+    trace: Path | None
 
     @classmethod
-    def of(
+    def of(  # noqa: PLR0917 - the options
         cls,
         images_dir: Path,
         work_dir: Path | None,
         log_file: Path | None,
         pidfile: Path | None,
         stats_json: Path | None,
+        trace: Path | None,
     ) -> Places:
         """Raises LazyPagesError if a directory is not there."""
         _check_directory("-D", images_dir)
@@ -116,6 +121,7 @@ class Places:
             log_path,
             pidfile and work / pidfile,
             stats_json and work / stats_json,
+            trace and work / trace,
         )
 
 
@@ -184,6 +190,12 @@ def _check_directory(option: str, path: Path) -> None:
     help="At the end write all numbers to FILE.",
 )
 @click.option(
+    "--trace",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Record every fault and transfer in FILE; `lazypages plot` draws it.",
+)
+@click.option(
     "--loop",
     type=click.Choice(list(LOOPS)),
     default="uvloop",
@@ -205,6 +217,7 @@ def serve(
     status_fd: int | None,
     no_background: bool,
     stats_json: Path | None,
+    trace: Path | None,
     loop: str,
     **source_options: Any,
 ) -> None:
@@ -216,7 +229,7 @@ def serve(
     It listens on the socket lazy-pages.socket in the work directory, where the restore looks for it.
     """
     sources = sources_of(source_options)
-    places = Places.of(images_dir, work_dir, log_file, pidfile, stats_json)
+    places = Places.of(images_dir, work_dir, log_file, pidfile, stats_json, trace)
     level = logs.verbosity(verbose)
     if daemon:
         # Standard error will be /dev/null, but what is said still belongs where the caller's went; so does
@@ -259,6 +272,7 @@ def _serve(
     if options.page_servers and options.remote.layout is None:
         hint = replace(options.remote, written_by=written_by(places.images_dir))
         options = replace(options, remote=hint)
+    tracer = _tracer(places, expected)
     _check_userfaultfd()
     ready: list[Callable[[], None]] = [
         lambda: log.log(MESSAGE, "%s", _invitation(places, expected)),
@@ -273,10 +287,11 @@ def _serve(
             log.warning("--pidfile does nothing without -d")
         # A terminal that goes away is no reason to leave tasks without their memory.
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        server = Server(expected, control, options)
+        server = Server(expected, control, replace(options, trace=tracer.ring if tracer else None))
         beside = _beside(ready, TerminalWatch(terminal) if terminal else watch_in_log)
         backend, backend_options = LOOPS[loop]
-        result = anyio.run(server.run, beside, backend=backend, backend_options=backend_options)
+        with tracer or nullcontext():
+            result = anyio.run(server.run, beside, backend=backend, backend_options=backend_options)
     if result.tasks or result.finished:
         if terminal:
             with suppress(OSError):  # it has gone away
@@ -299,6 +314,16 @@ def _invitation(places: Places, expected: Mapping[int, Expected]) -> str:
         f"{summary.count(len(alive), 'task')}, {summary.size(pages * PAGE_SIZE)} to bring; "
         f"waiting for: criu restore --lazy-pages {where}"
     )
+
+
+def _tracer(places: Places, expected: Mapping[int, Expected]) -> Tracer | None:
+    """Its file is made now, its thread starts in the daemon. Raises TraceError."""
+    if places.trace is None:
+        return None
+    from lazypages.tracing import Tracer  # noqa: PLC0415 - a restore waits for what is imported
+
+    levels = {pid: task.sources for pid, task in expected.items() if task.memory is not None}
+    return Tracer(places.trace, places.images_dir, levels)
 
 
 def _check_userfaultfd() -> None:

@@ -12,10 +12,13 @@ import errno
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from lazypages._uffd import ffi, lib
 from lazypages.errors import LazyPagesError
+
+if TYPE_CHECKING:
+    from lazypages.tracing import Ring
 
 PAGE_SIZE = 4096
 
@@ -187,9 +190,9 @@ class ServedTask:
         buffer = ffi.from_buffer(data)
         return _check(int(lib.lp_task_deliver(self._handle, image, len(buffer) // PAGE_SIZE, buffer)))
 
-    def answered(self, since: int) -> None:
-        """The fault of a notice has its page now; for the statistics."""
-        lib.lp_task_answered(self._handle, since)
+    def answered(self, notice: Notice) -> None:
+        """The fault that the notice is of has its page now; for the statistics."""
+        lib.lp_task_answered(self._handle, notice.since, notice.addr, notice.nr_pages)
 
     def fail_remote(self, image: int, nr_pages: int, *, lost: bool) -> None:
         """Gives claims back: the pages are wanted again or, if `lost`, can't be had."""
@@ -251,14 +254,19 @@ def histogram_bound(bucket: int) -> int:
 
 
 class Engine:
-    """Watches the uffds of many tasks. Use as a context manager; :meth:`run` must have returned before it ends."""
+    """Watches the uffds of many tasks. Use as a context manager; :meth:`run` must have returned before it ends.
+
+    ``trace``: gets a record of everything; it must outlive the engine.
+    """
 
     _BATCH = 256
 
-    def __init__(self) -> None:
+    def __init__(self, trace: Ring | None = None) -> None:
         self._handle = lib.lp_engine_new()
         if self._handle == ffi.NULL:
             raise OSError(ffi.errno, os.strerror(ffi.errno))
+        if trace:
+            lib.lp_engine_trace(self._handle, trace.handle)
         self._tasks: dict[Any, ServedTask] = {}
         self._keep: list[Any] = []
         self._notices = ffi.new("struct lp_notice[]", self._BATCH)

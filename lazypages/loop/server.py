@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import anyio
 from anyio import to_thread
@@ -31,6 +31,9 @@ from lazypages.sources.remote import RemoteOptions, RemotePages, open_remote
 from lazypages.sources.url import PageServerAddress
 from lazypages.uffd import PAGE_SIZE, Engine, NoticeKind, ServedTask
 
+if TYPE_CHECKING:
+    from lazypages.tracing import Ring
+
 log = logging.getLogger("lazypages")
 
 #: Threads that bring pages in the background at the same time.
@@ -44,12 +47,14 @@ FAREWELL = 10.0
 class ServeOptions:
     """``background``: bring pages that nobody touches, too, once the restore is finished.
 
-    ``page_servers``: for pages that are lazy and not in the images; all have the same content.
+    ``page_servers``: for pages that are lazy and not in the images; all have the same content. ``trace``: gets a
+    record of every fault and transfer.
     """
 
     background: bool = True
     page_servers: Sequence[PageServerAddress] = ()
     remote: RemoteOptions = field(default_factory=RemoteOptions)
+    trace: Ring | None = None
 
 
 class Server:
@@ -93,7 +98,7 @@ class Server:
 
         Raises nothing for what restorer and tasks do; the summary tells.
         """
-        with Engine() as engine:
+        with Engine(self._options.trace) as engine:
             async with AsyncExitStack() as stack:
                 stack.callback(self._close_processes)
                 # Whatever happens: children that nobody has heard of yet do not get zeros.

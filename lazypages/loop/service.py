@@ -67,7 +67,7 @@ class TaskService:
         self.process = process
         self._turns = transfer_turns
         self._remote = remote
-        self._waiting: list[tuple[int, int, int]] = []  # faults: [start, end) at dump time, since when (ns)
+        self._waiting: list[Notice] = []  # of faults that wait for a page server
         self._started = time.monotonic()
         self._may_close = False
         self._gone = False
@@ -116,7 +116,7 @@ class TaskService:
         match notice.kind:
             case NoticeKind.NEED | NoticeKind.HURRY:
                 urgent.append((self.identity.pid, notice.image, notice.nr_pages))
-                self._waiting.append((notice.image, notice.image + notice.nr_pages * PAGE_SIZE, notice.since))
+                self._waiting.append(notice)
             case NoticeKind.COMPLETE:
                 self._check_complete()
             case NoticeKind.GONE:
@@ -201,10 +201,14 @@ class TaskService:
                 break
         if self._waiting and not self._final:
             end = image + len(data)
-            answered = [fault for fault in self._waiting if fault[0] < end and image < fault[1]]
+            answered = [
+                fault
+                for fault in self._waiting
+                if fault.image < end and image < fault.image + fault.nr_pages * PAGE_SIZE
+            ]
             for fault in answered:
                 self._waiting.remove(fault)
-                self._served.answered(fault[2])
+                self._served.answered(fault)
 
     def pages_lost(self, image: int, nr_pages: int, reason: str) -> None:
         """No page server gives these."""

@@ -22,6 +22,7 @@ from typing import Any, Self
 import pytest
 
 from lazypages._uffd import ffi
+from lazypages.tracing import Ring
 from lazypages.uffd import BusyError, Engine, Notice, NoticeKind, ServedTask, TaskGoneError, TaskMemory
 
 PAGE = 4096
@@ -220,8 +221,8 @@ class Transfer(threading.Thread):
 class Service:
     """An engine in a thread of its own. Ends tasks, transfers and engine in the right order on the way out."""
 
-    def __init__(self) -> None:
-        self.engine = Engine()
+    def __init__(self, trace: Ring | None = None) -> None:
+        self.engine = Engine(trace)
         self.notices: list[Notice] = []
         self._taken = 0
         self._tasks: list[Task] = []

@@ -1,0 +1,207 @@
+"""`lazypages serve --trace`: what is in the file is what happened to real tasks."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+
+from lazypages._uffd import lib
+from lazypages.tracing import REMOTE, ZERO, Kind, Record, Ring, Trace, read_trace
+from lazypages.uffd import NoticeKind
+from tests.support.criu import Criu
+from tests.support.fake import BASE, PAGE, compile_restored, restored_tasks, serve, write_images
+from tests.support.processes import wait_for
+from tests.support.restore import Checkpoints, lazy_restore, our_daemon
+from tests.support.uffd import BASE as OTHER_BASE
+from tests.support.uffd import RANDOM, PagesFile, Service
+
+PAGES = 600
+REMOTE_SOURCE = 0xFFFFFFFE  # csrc/extent.h
+
+
+@pytest.fixture(scope="module")
+def restored_program() -> Iterator[Path]:
+    with TemporaryDirectory(prefix="lazypages-restored-") as folder:
+        yield compile_restored(Path(folder))
+
+
+def faults_and_answers(records: list[Record]) -> tuple[Counter[tuple[int, int]], Counter[tuple[int, int]]]:
+    """(memory, time of the fault) of both: an answer says how long ago the fault was read."""
+    faults = Counter((r.memory, r.time) for r in records if r.kind == Kind.FAULT)
+    answers = Counter((r.memory, r.time - r.detail) for r in records if r.kind == Kind.ANSWERED)
+    return faults, answers
+
+
+def test_every_fault_of_every_task_is_in_the_trace(restored_program: Path, tmp_path: Path) -> None:
+    with restored_tasks(restored_program, 3, PAGES) as tasks:
+        write_images(tmp_path, tasks.pids, PAGES)
+        with serve(tmp_path, "--no-background", "--trace", "trace") as server:
+            server.wait_ready()
+            tasks.say(f"connect {tmp_path}/lazy-pages.socket")
+            tasks.say("finish")
+            tasks.say("check")
+            assert tasks.statuses() == [0, 0, 0]
+            assert server.wait() == 0
+    trace = read_trace(tmp_path / "trace")
+    stats = json.loads((tmp_path / "stats.json").read_text())
+    assert trace.complete
+    assert trace.dropped == 0
+    assert {known["pid"]: known["levels"] for known in trace.header["tasks"]} == {
+        pid: ["local"] for pid in tasks.pids
+    }
+    records = list(trace)
+    times = [record.time for record in records if record.kind in {Kind.FAULT, Kind.ANSWERED}]
+    assert times == sorted(times)  # one thread's
+    faults, answers = faults_and_answers(records)
+    assert faults == answers
+    assert faults.total() == stats["faults"]
+    for task in stats["tasks"]:
+        own = [record for record in records if record.task == task["pid"]]
+        served = [record for record in own if record.kind == Kind.ANSWERED]
+        assert len(served) == task["faults"]["total"]
+        assert {trace.source_name(record.task, record.source) for record in served} == {"local"}
+        # each page once, and with its fault among them
+        brought = [page for r in served for page in range(r.addr // PAGE, r.addr // PAGE + r.pages)]
+        assert sorted(brought) == list(range(BASE // PAGE, BASE // PAGE + PAGES))
+        fault_at = {record.time: record.addr for record in own if record.kind == Kind.FAULT}
+        for record in served:
+            assert record.addr <= fault_at[record.time - record.detail] < record.addr + record.pages * PAGE
+        assert [r.pages for r in own if r.kind == Kind.MEMORY] == [PAGES]
+        assert sum(r.kind == Kind.COMPLETE for r in own) == 1
+
+
+def test_background_transfer_is_in_the_trace(restored_program: Path, tmp_path: Path) -> None:
+    with restored_tasks(restored_program, 2, PAGES) as tasks:
+        write_images(tmp_path, tasks.pids, PAGES)
+        with serve(tmp_path, "--trace", str(tmp_path / "elsewhere")) as server:
+            server.wait_ready()
+            tasks.say(f"connect {tmp_path}/lazy-pages.socket")
+            tasks.say("finish")
+            assert server.wait() == 0
+            tasks.say("check")
+            assert tasks.statuses() == [0, 0]
+    records = [record for record in read_trace(tmp_path / "elsewhere") if record.kind == Kind.BROUGHT]
+    assert sum(record.pages for record in records) == 2 * PAGES
+    assert {record.source for record in records} == {0}
+    assert all(0 < record.detail < 60e9 for record in records)
+
+
+def test_real_criu_restore(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    """Forks and layout events of a task that changes its memory in every way."""
+    checkpoint = checkpoints.get(Criu("4.1"), "family")
+    with lazy_restore(checkpoint, our_daemon("--no-background", "--trace", "trace"), tmp_path) as restored:
+        restored.check_all()
+        stats = restored.stats()
+    records = list(read_trace(restored.work / "trace"))
+    kinds = Counter(record.kind for record in records)
+    for name, kind in (
+        ("fork", Kind.FORKED),
+        ("remap", Kind.REMAPPED),
+        ("remove", Kind.REMOVED),
+        ("unmap", Kind.UNMAPPED),
+    ):
+        assert kinds[kind] == sum(task["events"][name] for task in stats["tasks"]), name
+    assert kinds[Kind.FAULT] == stats["faults"]
+    assert kinds[Kind.MEMORY] == len(stats["tasks"])
+    parents = {record.memory: record.detail for record in records if record.kind == Kind.MEMORY}
+    assert all(parent == 0 or parent in parents for parent in parents.values())
+    assert sum(parent != 0 for parent in parents.values()) == kinds[Kind.FORKED]
+
+
+def test_what_was_written_before_a_kill_is_readable(restored_program: Path, tmp_path: Path) -> None:
+    path = tmp_path / "trace"
+    with restored_tasks(restored_program, 1, PAGES) as tasks:
+        write_images(tmp_path, tasks.pids, PAGES)
+        with serve(tmp_path, "--no-background", "--trace", "trace") as server:
+            server.wait_ready()
+            tasks.say(f"connect {tmp_path}/lazy-pages.socket")
+            tasks.say("finish")
+            tasks.say("touch 5")
+            wait_for("an answer in the file", lambda: any(r.kind == Kind.ANSWERED for r in read_trace(path)))
+            os.kill(tasks.pids[0], signal.SIGKILL)  # it would read zeros
+            os.kill(server.pid, signal.SIGKILL)
+            tasks.statuses()
+    trace = read_trace(path)
+    assert not trace.complete
+    assert any(record.kind == Kind.FAULT for record in trace)
+
+
+def drained(ring: Ring, path: Path) -> list[Record]:
+    with path.open("wb") as out:
+        assert lib.lp_trace_drain(ring.handle, out.fileno()) >= 0
+    return list(Trace(path, {}, memoryview(path.read_bytes())))
+
+
+def test_pages_from_elsewhere_zeros_and_poison(tmp_path: Path) -> None:
+    ring, file = Ring(1 << 10), PagesFile(8)
+    extents = [(OTHER_BASE, 2, 0, 0), (OTHER_BASE + 2 * PAGE, 4, 0, REMOTE_SOURCE)]
+    with Service(ring) as service:
+        task = service.task()
+        uffd = task.open_uffd()
+        task.map((OTHER_BASE, 8))
+        served = service.serve(uffd, extents, [(OTHER_BASE, 8)], file, max_readahead=1)
+        task.check(OTHER_BASE + 6 * PAGE, 1, 0)
+        task.tell_check(OTHER_BASE + 2 * PAGE, 1, file.first_id + 2)
+        need = service.wait(NoticeKind.NEED, served)
+        assert served.deliver(need.image, file.page_bytes(2)) == 1
+        served.answered(need)
+        task.reply()
+        assert served.claim_remote(0, 1)[1] == 1
+        served.fail_remote(OTHER_BASE + 3 * PAGE, 1, lost=True)
+        assert served.poison(everything=True) == 5
+    records = drained(ring, tmp_path / "out")
+    found = [
+        (record.kind, record.source, (record.addr - OTHER_BASE) // PAGE, record.pages)
+        for record in records
+        if record.kind not in {Kind.MEMORY, Kind.COMPLETE, Kind.GONE, Kind.FAULT}
+    ]
+    assert found[:6] == [
+        (Kind.ANSWERED, ZERO, 6, 1),
+        (Kind.WANTED, REMOTE, 2, 1),
+        (Kind.ARRIVED, REMOTE, 2, 1),
+        (Kind.ANSWERED, REMOTE, 2, 1),
+        (Kind.FETCHED, REMOTE, 3, 1),
+        (Kind.LOST, REMOTE, 3, 1),
+    ]
+    poisoned = [(source, first, pages) for kind, source, first, pages in found[6:] if kind == Kind.POISONED]
+    assert poisoned == [(0, 0, 2), (REMOTE, 3, 1), (REMOTE, 4, 2)]
+    faults, answers = faults_and_answers(records)
+    assert faults == answers
+
+
+def test_a_ring_that_is_too_small_costs_records_and_no_pages(tmp_path: Path) -> None:
+    ring, file, pages = Ring(16), PagesFile(512), 512
+    with Service(ring) as service:
+        task = service.task()
+        uffd = task.open_uffd()
+        task.map((OTHER_BASE, pages))
+        served = service.serve(
+            uffd, [(OTHER_BASE, pages, 0, 0)], [(OTHER_BASE, pages)], file, max_readahead=1
+        )
+        task.check(OTHER_BASE, pages, file.first_id, order=RANDOM)
+        service.wait(NoticeKind.COMPLETE, served)
+        faults = served.stats().faults
+    records = drained(ring, tmp_path / "out")
+    assert len(records) == 17  # what fitted, and how many did not
+    assert records[-1].kind == Kind.DROPPED
+    # also a start, a completion and perhaps an end
+    assert 2 * faults <= ring.written + ring.dropped <= 2 * faults + 3
+    assert records[-1].pages == ring.dropped
+
+
+def test_a_trace_that_can_not_be_made_is_told_before_anybody_waits(
+    restored_program: Path, tmp_path: Path
+) -> None:
+    with restored_tasks(restored_program, 1, PAGES) as tasks:
+        write_images(tmp_path, tasks.pids, PAGES)
+        with serve(tmp_path, "--trace", "no/such/place") as server:
+            assert server.wait() == 1
+            assert "--trace" in server.story()
+            assert "No such file or directory" in server.story()
