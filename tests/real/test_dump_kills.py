@@ -22,7 +22,7 @@ from tests.support.processes import reap, wait_for
 
 PROGRAMS = Path(__file__).parent.parent / "support" / "programs"
 KILLS = 200
-ROUNDS = "5000"
+ROUNDS, REST = "20000", "5000"
 NR_GETITIMER = 36
 
 
@@ -48,42 +48,63 @@ def in_child(work: object) -> int:
 
 
 def expected_output(workers: Path) -> bytes:
-    return subprocess.run([workers, ROUNDS, "0"], check=True, capture_output=True, timeout=60).stdout
+    command = [workers, ROUNDS, "0", "/"]
+    return subprocess.run(command, check=True, capture_output=True, timeout=60).stdout
 
 
 def test_killed_200_times_at_random(workers: Path, tmp_path: Path) -> None:
-    """Half of the kills come in dumps, half in pre-dumps, which leave tracking behind at most."""
-    output = tmp_path / "output"
+    """Half of the kills come in dumps, half in pre-dumps, which leave tracking behind at most.
+
+    They are spread over the time that an undisturbed run takes on this machine just now.
+    """
+    output, go = tmp_path / "output", tmp_path / "go"
     chance = random.Random(20_261_123)
-    finished = 0
-    with task(workers, ROUNDS, "2000", output=output) as pid:
+    with task(workers, ROUNDS, REST, go, output=output) as pid:
         wait_for("the threads", lambda: len(os.listdir(f"/proc/{pid}/task")) == 5)
 
-        def work(number: int) -> None:
-            settings = Settings(pid, tmp_path / f"images-{number % 4}", leave_running=True)
-            (dump if number % 2 else pre_dump)(settings, Watcher())
-            os._exit(0)
+        def begin(number: int) -> int:
+            def work() -> None:
+                settings = Settings(pid, tmp_path / f"images-{number % 4}", leave_running=True)
+                (dump if number % 2 else pre_dump)(settings, Watcher())
+                os._exit(0)
 
-        for number in range(KILLS):
-            child = in_child(lambda number=number: work(number))
-            time.sleep(chance.random() * 0.045)
+            return in_child(work)
+
+        def undisturbed(number: int) -> float:
+            """Seconds that such a run takes."""
+            started = time.monotonic()
+            _, status = os.waitpid(begin(number), 0)
+            assert status == 0
+            return time.monotonic() - started
+
+        killed = 0
+        while killed < KILLS:
+            if killed % 20 == 0:
+                durations = [undisturbed(0), undisturbed(1)]
+            child = begin(killed)
+            time.sleep(chance.random() * durations[killed % 2])
             os.kill(child, signal.SIGKILL)
-            finished += os.waitstatus_to_exitcode(reap(child)) == 0
+            _, status = os.waitpid(child, 0)
             is_unharmed(pid)
-        assert finished < KILLS // 2, "most runs had ended before they were killed"
+            if os.waitstatus_to_exitcode(status) == -signal.SIGKILL:
+                killed += 1
+            else:
+                assert status == 0
+                durations[killed % 2] = undisturbed(killed)  # it had ended before: they are faster now
         check("pre-dump", "-t", pid, "-D", tmp_path / "last-0")
         check("dump", "-t", pid, "-D", tmp_path / "last-1", "--prev-images-dir", "../last-0", "-R")
         assert len(os.listdir(f"/proc/{pid}/fd")) == 3, "something of ours is left in it"
         is_unharmed(pid)
+        go.touch()
         assert reap(pid) == 0
     assert output.read_bytes() == expected_output(workers)
 
 
 def test_killed_between_any_two_system_calls(workers: Path, tmp_path: Path) -> None:
     """All the time of these runs goes into injected system calls."""
-    output = tmp_path / "output"
+    output, go = tmp_path / "output", tmp_path / "go"
     chance = random.Random(7)
-    with task(workers, ROUNDS, "2000", output=output) as pid:
+    with task(workers, ROUNDS, REST, go, output=output) as pid:
         wait_for("the threads", lambda: len(os.listdir(f"/proc/{pid}/task")) == 5)
         gadgets = Gadgets(pid, layout(pid).vmas)
 
@@ -100,13 +121,14 @@ def test_killed_between_any_two_system_calls(workers: Path, tmp_path: Path) -> N
             os.kill(child, signal.SIGKILL)
             reap(child)
             is_unharmed(pid)
+        go.touch()
         assert reap(pid) == 0
     assert output.read_bytes() == expected_output(workers)
 
 
-def test_signals_wait_until_a_session_is_over(workers: Path) -> None:
+def test_signals_wait_until_a_session_is_over(workers: Path, tmp_path: Path) -> None:
     """One that arrives in the middle is taken by its handler afterwards; a stop signal stops it afterwards."""
-    with task(workers, "100000", "1000") as pid:
+    with task(workers, ROUNDS, REST, tmp_path / "go") as pid:
         wait_for("the threads", lambda: len(os.listdir(f"/proc/{pid}/task")) == 5)
         gadgets = Gadgets(pid, layout(pid).vmas)
         with freeze(pid) as tree, session(pid, gadgets) as inside:
@@ -122,7 +144,7 @@ def test_signals_wait_until_a_session_is_over(workers: Path) -> None:
 
 
 def test_a_stopped_task_stays_stopped(workers: Path, tmp_path: Path) -> None:
-    with task(workers, "100000", "1000") as pid:
+    with task(workers, ROUNDS, REST, tmp_path / "go") as pid:
         wait_for("the threads", lambda: len(os.listdir(f"/proc/{pid}/task")) == 5)
         os.kill(pid, signal.SIGSTOP)
         assert run("dump", "-t", pid, "-D", tmp_path / "images", "-R").returncode == 0
@@ -134,7 +156,7 @@ def test_a_stopped_task_stays_stopped(workers: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("image", ["pages-1.img", "core-{pid}.img", "inventory.img", "pagemap-{pid}.img"])
 def test_no_room_for_an_image(image: str, workers: Path, tmp_path: Path) -> None:
-    with task(workers, "100000", "1000") as pid:
+    with task(workers, ROUNDS, REST, tmp_path / "go") as pid:
         wait_for("the threads", lambda: len(os.listdir(f"/proc/{pid}/task")) == 5)
         images = tmp_path / "images"
         images.mkdir()

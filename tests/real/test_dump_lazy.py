@@ -27,7 +27,7 @@ from tests.support.certificates import Authority
 from tests.support.criu import Criu, all_criu
 from tests.support.dumptool import COMMAND, is_unharmed, pages
 from tests.support.pages import Contents, fetch
-from tests.support.processes import Server, nothing_left, reap, tail, wait_for
+from tests.support.processes import Server, nothing_left, reap, start, tail, wait_for
 from tests.support.restore import SCENARIOS, Checkpoint, Daemon, Program, Restored, our_daemon
 
 both = pytest.mark.parametrize("criu", all_criu())
@@ -92,18 +92,10 @@ def running(criu: Criu, scenario: str, program: Program, folder: Path) -> Iterat
     results = folder / "results"
     results.mkdir()
     with nothing_left():
-        victim = subprocess.Popen(
-            program.command(scenario, results),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-            cwd="/",
-        )
+        victim = start(program.command(scenario, results), cwd="/")
         wait_for("the victim to fill its memory", (results / "ready").exists)
         checkpoint = Checkpoint(criu, SCENARIOS[scenario], victim.pid, folder / "images", results)
         yield Victim(checkpoint)
-        victim.returncode = victim.returncode or 0  # reaped, or about to be ended
 
 
 def ours(port: int, *options: str) -> Daemon:
@@ -118,8 +110,10 @@ def contents(victim: Victim) -> Contents:
 
 
 @both
-@pytest.mark.parametrize("client", ["ours", "criu"])
-@pytest.mark.parametrize("scenario", ["threads", "tree"])
+@pytest.mark.parametrize(
+    ("client", "scenario"),
+    [("ours", "threads"), ("ours", "tree"), ("criu", "small_stacks"), ("criu", "tree")],
+)
 def test_migration(criu: Criu, client: str, scenario: str, program: Program, tmp_path: Path) -> None:
     """Every byte arrives; the source is ended when the client needs no more."""
     with (
@@ -160,8 +154,9 @@ def test_both_layouts_and_the_bytes_of_the_frozen_task(criu: Criu, program: Prog
 def test_a_client_is_killed(second: str, program: Program, tmp_path: Path) -> None:
     """Midway: nothing happens to the source, and the next client completes."""
     criu = Criu("4.1")
+    scenario = "threads" if second == "ours" else "small_stacks"
     with (
-        running(criu, "threads", program, tmp_path) as victim,
+        running(criu, scenario, program, tmp_path) as victim,
         lazy_dump(victim.pid, victim.checkpoint.images) as source,
     ):
         source.wait_ready()

@@ -18,18 +18,21 @@ import pytest
 
 from tests.support.criu import Criu, all_criu
 from tests.support.dumptool import check, reap_all
-from tests.support.processes import nothing_left, reap, wait_for
+from tests.support.processes import nothing_left, reap, start, wait_for
 
 PROGRAMS = Path(__file__).parent.parent / "support" / "programs"
 PIPELINE = (
-    "i=0; while [ $i -lt {lines} ]; do echo $i; i=$((i+1)); sleep {pause}; done | "
+    'i=0; while [ $i -lt 1000 ]; do echo $i; i=$((i+1)); [ -e "$0" ] || sleep 0.02; done | '
     'while read x; do echo "$x has come"; done; echo end'
 )
 
 
 @dataclass(frozen=True)
 class Program:
-    """How to run it slowly, so that it can be caught, and undisturbed; `lines`: to wait for before the dump."""
+    """What to run, slowly until there is the file `go`, and then fast; or fast from the start.
+
+    Run slowly it takes ten seconds at least. `lines`: to wait for before the dump.
+    """
 
     slow: list[str]
     fast: list[str]
@@ -48,21 +51,22 @@ def built() -> Iterator[Path]:
         yield Path(folder)
 
 
-def program(name: str, built: Path, folder: Path) -> Program:
+def program(name: str, built: Path, folder: Path, go: Path) -> Program:
     match name:
         case "counter" | "workers":
             path = str(built / name)
-            rounds, pause = ("500", "2000") if name == "counter" else ("1500", "2000")
-            return Program([path, rounds, pause], [path, rounds, "0"], 50 if name == "counter" else 1)
+            rounds = "6000"
+            fast = [path, rounds, "0", str(go)]
+            return Program([path, rounds, "2000", str(go)], fast, 50 if name == "counter" else 1)
         case "shell":
-            slow, fast = (PIPELINE.format(lines=60, pause=pause) for pause in ("0.02", "0"))
-            return Program(["/bin/sh", "-c", slow], ["/bin/sh", "-c", fast], 10)
+            command = ["/bin/sh", "-c", PIPELINE]
+            return Program([*command, str(go)], [*command, "/"], 10)
         case _:
-            start = [sys.executable, str(PROGRAMS / "database.py")]
+            command = [sys.executable, str(PROGRAMS / "database.py")]
             slow_file, fast_file = str(folder / "slow.db"), str(folder / "fast.db")
             return Program(
-                [*start, slow_file, "1000", "0.001"],
-                [*start, fast_file, "1000", "0"],
+                [*command, slow_file, "10000", "0.001", str(go)],
+                [*command, fast_file, "10000", "0", str(go)],
                 1,
                 ("--file-locks",),
             )
@@ -72,19 +76,12 @@ def program(name: str, built: Path, folder: Path) -> Program:
 @pytest.mark.parametrize("criu", all_criu())
 @pytest.mark.parametrize("name", ["counter", "workers", "shell", "sqlite"])
 def test_goes_on_where_it_was(name: str, criu: Criu, pre_dump: bool, built: Path, tmp_path: Path) -> None:
-    what = program(name, built, tmp_path)
+    go = tmp_path / "go"
+    what = program(name, built, tmp_path, go)
     expected = subprocess.run(what.fast, check=True, capture_output=True, timeout=60).stdout
     output, images = tmp_path / "output", tmp_path / "images"
     with nothing_left():
-        with output.open("wb") as stream:
-            process = subprocess.Popen(
-                what.slow,
-                stdin=subprocess.DEVNULL,
-                stdout=stream,
-                stderr=stream,
-                start_new_session=True,
-                env={"PATH": os.environ["PATH"]},
-            )
+        process = start(what.slow, output=output, env={"PATH": os.environ["PATH"]})
         wait_for("output", lambda: output.read_bytes().count(b"\n") >= what.lines)
         parent = []
         if pre_dump:
@@ -95,8 +92,11 @@ def test_goes_on_where_it_was(name: str, criu: Criu, pre_dump: bool, built: Path
         assert process.wait(30) == -9
         reap_all()
         caught = output.read_bytes()
+        assert len(caught) < len(expected), "it had ended before it was dumped"
         criu.restore(images, *what.options, lazy=False)
+        if what.lines > 1:
+            wait_for("more output", lambda: len(output.read_bytes()) > len(caught))
+        go.touch()
         code = os.waitstatus_to_exitcode(reap(process.pid))
     assert output.read_bytes() == expected
     assert code == 0
-    assert len(caught) < len(expected), "it had ended before it was dumped"

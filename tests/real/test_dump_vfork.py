@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.dumptool import check, is_unharmed
-from tests.support.processes import nothing_left, wait_for
+from tests.support.processes import nothing_left, start, wait_for
 
 # The child of vfork shares its parent's memory, and sleeps a little before it ends.
 SOURCE = r"""
@@ -42,15 +42,10 @@ def test_dumped_between_two(tmp_path: Path) -> None:
     source.write_text(SOURCE)
     subprocess.run(["gcc", "-O1", "-static", "-o", program, source], check=True, timeout=60)
     with nothing_left():
-        with output.open("wb") as stream:
-            process = subprocess.Popen(
-                [program], stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, start_new_session=True
-            )
+        process = start([program], output=output)
         wait_for("output", output.read_bytes)
         for number in range(3):
             check("pre-dump", "-t", process.pid, "-D", tmp_path / f"level{number}")
             is_unharmed(process.pid)
         before = len(output.read_bytes())
         wait_for("it to go on", lambda: len(output.read_bytes()) > before)
-        process.kill()
-        process.wait()

@@ -33,7 +33,7 @@ def test_restored_at_once(release: str, scenario: str, dumps: Checkpoints, tmp_p
 
 
 @pytest.mark.parametrize("release", RELEASES)
-@pytest.mark.parametrize("scenario", ["threads", "stack", "tree", "interpreter"])
+@pytest.mark.parametrize("scenario", ["small_stacks", "stack", "tree", "interpreter"])
 def test_restored_lazily_by_criu(release: str, scenario: str, dumps: Checkpoints, tmp_path: Path) -> None:
     criu = DumpedByUs(release)
     with lazy_restore(dumps.get(criu, scenario), criu_daemon(criu), tmp_path) as restored:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import filecmp
 import os
 import socket
-import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -23,7 +22,7 @@ from tests.real.test_remote_criu import free_port, layout_of, lazy_pages
 from tests.support.certificates import Authority
 from tests.support.criu import Criu, all_criu, raised_pipe_limit
 from tests.support.pages import BASE, PageServer, fetch, page_at, page_server
-from tests.support.processes import Server, nothing_left, wait_for
+from tests.support.processes import Server, nothing_left, start, wait_for
 from tests.support.restore import Checkpoints, Daemon, Program, lazy_restore
 
 both = pytest.mark.parametrize("criu", all_criu())
@@ -156,14 +155,7 @@ def test_dump(criu: Criu, scenario: str, program: Program, tmp_path: Path) -> No
         directory.mkdir()
     with nothing_left(), our_receiver(ours, tmp_path) as server:
         server.wait_ready()
-        victim = subprocess.Popen(
-            program.command(scenario, results),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-            cwd="/",
-        )
+        victim = start(program.command(scenario, results), cwd="/")
         wait_for("the victim to fill its memory", (results / "ready").exists)
         with Recorder(server.port) as recorder:
             to = ["--page-server", "--address", "127.0.0.1", "--port", str(recorder.port)]

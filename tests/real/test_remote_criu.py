@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from lazypages.sources.url import TcpServer
 from lazypages.wire import PAGE_SIZE, Layout
 from tests.support.criu import Criu, all_criu, raised_pipe_limit
 from tests.support.pages import LOOP_NAMES, LOOPS, Contents, fetch
-from tests.support.processes import nothing_left, wait_for
+from tests.support.processes import nothing_left, start, wait_for
 from tests.support.restore import Checkpoints, Program
 
 both = pytest.mark.parametrize("criu", all_criu())
@@ -101,14 +100,7 @@ def test_frozen_task(criu: Criu, loop: dict[str, Any], program: Program, tmp_pat
         directory.mkdir()
     port = free_port()
     with nothing_left():
-        victim = subprocess.Popen(
-            program.command("single", results),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-            cwd="/",
-        )
+        victim = start(program.command("single", results), cwd="/")
         wait_for("the victim to fill its memory", (results / "ready").exists)
         options = ["--address", "127.0.0.1", "--port", str(port)]
         with criu.lazy_dump(victim.pid, lazy, *options) as server:

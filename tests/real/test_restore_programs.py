@@ -22,7 +22,7 @@ from images_spec.messages import CoreEntry
 from tests.real.test_restore import RESTORE, OurRestore
 from tests.support.criu import Criu
 from tests.support.dumptool import DumpedByUs
-from tests.support.processes import descendants, nothing_left, reap, wait_for
+from tests.support.processes import descendants, nothing_left, reap, start, wait_for
 from tests.support.restore import criu_daemon, our_daemon
 from tests.support.terminal import OnTerminal
 
@@ -52,12 +52,7 @@ class Job:
         return self.folder / "images"
 
     def start(self, ready: Callable[[], object]) -> None:
-        null = subprocess.DEVNULL
-        process = subprocess.Popen(
-            self.command, stdin=null, stdout=null, stderr=null, start_new_session=True, cwd=self.folder
-        )
-        self.pid = process.pid
-        process.returncode = 0  # we wait for it ourselves, in each of its incarnations
+        self.pid = start(self.command, cwd=self.folder).pid
         wait_for("the program to be in the middle of its work", ready)
 
     def dump(self, *options: str) -> None:

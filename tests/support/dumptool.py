@@ -16,7 +16,7 @@ from images_spec.images import Kind, read_one
 from images_spec.messages import DumpStatsEntry
 from images_spec.pagemap import Pagemap
 from tests.support.criu import Criu
-from tests.support.processes import descendants, describe, nothing_left, wait_for
+from tests.support.processes import descendants, describe, nothing_left, start, wait_for
 
 COMMAND = (sys.executable, "-m", "dumptool")
 
@@ -77,21 +77,7 @@ def pages(images: Path, pid: int) -> dict[int, int]:
 def task(*command: str | Path, cwd: Path | None = None, output: Path | None = None) -> Iterator[int]:
     """A program in a session of its own, its pid; ended on the way out. Standard output goes to a file."""
     with nothing_left():
-        with open(output or "/dev/null", "wb") as stream:
-            process = subprocess.Popen(
-                [str(word) for word in command],
-                stdin=subprocess.DEVNULL,
-                stdout=stream,
-                stderr=stream,
-                start_new_session=True,
-                cwd=cwd or "/",
-            )
-        try:
-            yield process.pid
-        finally:
-            if process.poll() is None:
-                process.kill()
-            process.wait(30)
+        yield start(command, output=output, cwd=cwd or "/").pid
 
 
 def reap_all() -> None:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import pytest
 
@@ -108,14 +108,41 @@ def end(pids: Sequence[int], timeout: float = 30) -> None:
         time.sleep(0.005)
 
 
+_started: list[subprocess.Popen[bytes]] = []
+
+
+def start(
+    command: Sequence[str | Path], *, output: Path | None = None, **options: Any
+) -> subprocess.Popen[bytes]:
+    """A program in a session of its own, for the block of `nothing_left` that it is in.
+
+    What it says goes to `output`, else nowhere. `options`: of subprocess.Popen. Its pid may be waited for by others.
+    """
+    with (output or Path(os.devnull)).open("wb") as stream:
+        process = subprocess.Popen(
+            [str(word) for word in command],
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=stream,
+            start_new_session=True,
+            **options,
+        )
+    _started.append(process)
+    return process
+
+
 @contextmanager
 def nothing_left() -> Iterator[None]:
     """End on the way out every descendant of ours that was not there on the way in."""
-    before = descendants()
+    before, started = descendants(), len(_started)
     try:
         yield
     finally:
-        end([pid for pid in descendants() if pid not in before])
+        while new := [pid for pid in descendants() if pid not in before]:
+            end(new)  # and then a child that one of them has just had
+        for process in _started[started:]:
+            process.poll()  # so that it knows of its end, and is not warned of in some later test
+        del _started[started:]
 
 
 def wait_for(what: str, ready: Callable[[], object], timeout: float = 30) -> None:

@@ -1,12 +1,16 @@
-/* Counts, slowly, and says so: `counter LINES MICROSECONDS`. What it prints depends on nothing but LINES. */
+/*
+ * Counts and says so, slowly until there is a file of the name GO: `counter LINES MICROSECONDS GO`. What it prints
+ * depends on nothing but LINES.
+ */
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <time.h>
+#include <unistd.h>
 
 int main(int argc, char **argv)
 {
-	long lines = argc > 1 ? atol(argv[1]) : 0, pause = argc > 2 ? atol(argv[2]) : 0;
+	long lines = argc > 3 ? atol(argv[1]) : 0, pause = argc > 3 ? atol(argv[2]) : 0;
 	uint64_t state = 1;
 
 	for (long i = 0; i < lines; i++) {
@@ -15,7 +19,7 @@ int main(int argc, char **argv)
 		state = state * 6364136223846793005u + 1442695040888963407u;
 		printf("%ld %016lx\n", i, state);
 		fflush(stdout);
-		if (pause)
+		if (pause && access(argv[3], F_OK))
 			while (nanosleep(&ts, &ts))
 				;
 	}

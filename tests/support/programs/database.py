@@ -1,10 +1,14 @@
-"""A transaction that takes its time: `database.py FILE ROWS SECONDS`; says what is in the database at its end."""
+"""A transaction that takes its time: `database.py FILE ROWS SECONDS GO`; says what is in the database at its end.
 
+It rests after each row until there is a file of the name GO.
+"""
+
+import os
 import sqlite3
 import sys
 import time
 
-path, rows, pause = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
+path, rows, pause, go = sys.argv[1], int(sys.argv[2]), float(sys.argv[3]), sys.argv[4]
 with sqlite3.connect(path, isolation_level=None) as database:
     database.execute(
         "pragma cache_size = 10"
@@ -15,7 +19,8 @@ with sqlite3.connect(path, isolation_level=None) as database:
     print("begun", flush=True)
     for row in range(rows):
         database.execute("insert into numbers values (?, ?)", (row, f"{row:0200d}"))
-        time.sleep(pause)
+        if not os.path.exists(go):
+            time.sleep(pause)
     database.execute("commit")
     print(database.execute("select count(*), sum(number), sum(length(text)) from numbers").fetchone())
     print(database.execute("pragma integrity_check").fetchone())

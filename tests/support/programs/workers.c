@@ -1,6 +1,7 @@
 /*
- * Threads that share a lock, each with thread-local data and sums in AVX registers: `workers ROUNDS MICROSECONDS`.
- * What it prints depends on nothing but ROUNDS.
+ * Threads that share a lock, each with thread-local data and sums in AVX registers: `workers ROUNDS
+ * MICROSECONDS GO`. They rest after each round until there is a file of the name GO. What it prints depends on nothing
+ * but ROUNDS.
  */
 #define _GNU_SOURCE
 #include <immintrin.h>
@@ -17,6 +18,7 @@
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t turned = PTHREAD_COND_INITIALIZER;
 static long rounds, rest, turn, handled;
+static const char *go;
 static uint64_t total;
 static __thread uint64_t mine;
 static __thread char name[16];
@@ -50,7 +52,7 @@ static void *work(void *argument)
 		total = total * 17 + mine;
 		pthread_cond_broadcast(&turned);
 		pthread_mutex_unlock(&lock);
-		if (rest)
+		if (rest && access(go, F_OK))
 			usleep(rest);
 	}
 	pthread_mutex_lock(&lock);
@@ -75,8 +77,11 @@ int main(int argc, char **argv)
 	pthread_t threads[THREADS];
 	struct sigaction action = { .sa_handler = count, .sa_flags = SA_RESTART };
 
-	rounds = argc > 1 ? atol(argv[1]) : 0;
-	rest = argc > 2 ? atol(argv[2]) : 0;
+	if (argc < 4)
+		return 2;
+	rounds = atol(argv[1]);
+	rest = atol(argv[2]);
+	go = argv[3];
 	sigaction(SIGUSR1, &action, NULL);
 	printf("started\n");
 	fflush(stdout);
