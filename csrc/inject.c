@@ -87,6 +87,35 @@ int lp_poll_stop(pid_t tid, int *group_stop)
 	return wait_stop(tid, WNOHANG, group_stop);
 }
 
+int lp_drop_sigstop(pid_t tid)
+{
+	int waited = 0, interrupted = 0;
+	int rc = request(PTRACE_CONT, tid, 0, 0);
+
+	while (!rc) {
+		int signo, event, deliver = 0;
+
+		rc = next_stop(tid, WNOHANG, &signo, &event);
+		if (rc == -EAGAIN) {
+			usleep(100);
+			rc = ++waited == 1000 && !interrupted ? lp_interrupt(tid) : 0;
+			interrupted |= waited >= 1000;
+			continue;
+		}
+		if (rc || event == PTRACE_EVENT_STOP)
+			break;
+		if (event == 0 && signo == SIGSTOP && !interrupted) {
+			interrupted = 1;
+			rc = lp_interrupt(tid);
+		} else if (event == 0 && signo != SIGSTOP && signo != SYSCALL_STOP) {
+			deliver = signo;
+		}
+		if (!rc)
+			rc = request(PTRACE_CONT, tid, 0, deliver);
+	}
+	return rc;
+}
+
 int lp_interrupt_wait(pid_t tid)
 {
 	int rc = lp_interrupt(tid);

@@ -36,6 +36,13 @@ int lp_wait_stop(pid_t tid, int *group_stop);
 /* The same without waiting: -EAGAIN while the task has not stopped yet. */
 int lp_poll_stop(pid_t tid, int *group_stop);
 
+/*
+ * Let a stopped thread, for whose process SIGSTOP is pending, take its signals up to that one, which is dropped: it
+ * stops nothing, and nobody is told.  Signals before it are given to the thread.  Afterwards it is stopped again; it has
+ * not been in user mode, unless somebody's SIGCONT has taken the SIGSTOP away.
+ */
+int lp_drop_sigstop(pid_t tid);
+
 /* lp_interrupt and lp_wait_stop. */
 int lp_interrupt_wait(pid_t tid);
 

@@ -61,6 +61,9 @@ Examples
   A client that is lost ends nothing: the tasks stay stopped, and the next
   client gets every page. Ctrl-C or SIGTERM lets them go on here after all
   (exit status 1): what was restored elsewhere must not run then.
+  If dumptool itself is killed they stay stopped too, as by SIGSTOP, so that
+  they can't run twice. Then it is you who decides: `kill -CONT` for each of the
+  processes lets them go on here, `kill -KILL` ends them.
 
 \b
 What can't be saved
@@ -271,7 +274,8 @@ def _settings(options: dict[str, Any]) -> Settings:
 def dump_command(**options: Any) -> None:
     """Write all images of a tree of processes and end it (or let it go on).
 
-    The tree is stopped meanwhile, and runs on unharmed if anything fails, even if dumptool is killed.
+    The tree is stopped meanwhile, and runs on unharmed if anything fails, even if dumptool is killed (but see
+    --lazy-pages below).
     """
     settings = _settings(options)
     with _watcher(options) as watcher, _service(options) as serve:

@@ -1,7 +1,8 @@
 """Make a dump or a pre-dump of a tree of processes: who does what, in which order.
 
 Refusals come before anything is stopped. While the tree is stopped nothing is changed in it that does not
-come back by itself, so that it goes on after every failure, and when this process is killed.
+come back by itself, so that it goes on after every failure, and when this process is killed. Once its
+pages are being served (``--lazy-pages``), it stays stopped if we are killed: it may be running elsewhere.
 """
 
 from __future__ import annotations
@@ -171,9 +172,11 @@ def dump(settings: Settings, watcher: Watcher, serve: Serve | None = None) -> Re
                 watcher.stage("serving")
                 run.report.frozen = time.monotonic() - tree.frozen_since
                 run.write_stats()  # with the images, which somebody may move away from now on
+                tree.hold()
                 with run.worthless_on_error():
                     serve(tree, settings)
             if settings.leave_running or (settings.lazy_pages and serve is None):
+                tree.release()
                 if not settings.track:
                     run.untrack(tasks)
                 run.report.frozen = tree.thaw()

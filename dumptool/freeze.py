@@ -1,6 +1,9 @@
 """Stop a whole tree of processes, and let it go on again.
 
-Threads are seized (PTRACE_SEIZE): when we die, however we die, the kernel lets them all go on (ptrace(2)).
+Threads are seized (PTRACE_SEIZE): when we die, however we die, the kernel lets them all go on (ptrace(2)). Where
+that must not be, because what they are goes on elsewhere (``FrozenTree.hold``), SIGSTOP is sent to each process:
+nobody takes it while all threads are in ptrace stops, but a thread that comes out of one does before it is back
+in user mode, and stops its whole process.
 """
 
 from __future__ import annotations
@@ -60,6 +63,7 @@ class FrozenTree:
     freezing_time: float
     frozen_since: float
     _stopped: set[int] = field(repr=False, default_factory=set)
+    _held: dict[int, bool] = field(repr=False, default_factory=dict)  # pid: did SIGCONT wait for it?
 
     @property
     def root(self) -> Process:
@@ -70,11 +74,35 @@ class FrozenTree:
         """Without the zombies."""
         return [process for process in self.processes if not process.zombie]
 
+    def hold(self) -> None:
+        """From now on the tree stays stopped, as by SIGSTOP, should we be killed."""
+        for process in self.alive:
+            if not process.stop_signal:  # else it stays stopped anyway
+                with suppress(TaskGoneError, ProcessLookupError):
+                    self._held[process.pid] = proc.is_pending(process.pid, signal.SIGCONT)
+                    os.kill(process.pid, signal.SIGSTOP)
+
+    def release(self) -> None:
+        """Undo ``hold``: neither the tree nor its parent sees anything of it."""
+        threads = {process.pid: process.threads for process in self.processes}
+        while self._held:
+            pid = next(iter(self._held))
+            tid = next(tid for tid in threads[pid] if tid in self._stopped)
+            with suppress(TaskGoneError, ProcessLookupError):
+                while proc.is_pending(pid, signal.SIGSTOP):  # else somebody's SIGCONT has taken it away
+                    tracee.drop_sigstop(tid)
+                if self._held[pid]:  # SIGSTOP has thrown it out (signal(7))
+                    os.kill(pid, signal.SIGCONT)
+            del self._held[pid]
+
     def thaw(self) -> float:
         """Let all go on; seconds that they were frozen. Calling it again does nothing."""
-        for tid in sorted(self._stopped):
-            tracee.detach(tid)
-        self._stopped.clear()
+        try:
+            self.release()
+        finally:
+            for tid in sorted(self._stopped):
+                tracee.detach(tid)
+            self._stopped.clear()
         return time.monotonic() - self.frozen_since
 
     def kill(self) -> None:
@@ -89,6 +117,7 @@ class FrozenTree:
                 while not _has_ended(os.waitpid(tid, 0x40000000)[1]):  # __WALL
                     pass
         self._stopped.clear()
+        self._held.clear()
 
 
 def _has_ended(status: int) -> bool:
@@ -145,7 +174,7 @@ class _Freezer:
                 now = time.monotonic()
                 if now > self._deadline:
                     raise DumpError(f"thread {waiting[0]} does not stop ({_why(waiting[0])})")
-                if now > begin + PATIENCE:
+                if now > begin + PATIENCE and any(map(_is_uninterruptible, waiting)):
                     self._release()
                 time.sleep(pause)
                 pause = min(pause * 1.5, 0.005)
@@ -154,11 +183,17 @@ class _Freezer:
         """Let those go on that have stopped; the next look round finds them again.
 
         A parent in vfork stops only when its child has called execve or exited (vfork(2)), which one that we have
-        stopped never does.
+        stopped never does. (One that merely waits for a CPU would only wait longer.)
         """
         for tid in list(self.stopped):
             tracee.detach(tid)
             del self.stopped[tid]
+
+
+def _is_uninterruptible(tid: int) -> bool:
+    with suppress(TaskGoneError):
+        return proc.stat(tid).state == "D"
+    return False
 
 
 def _why(tid: int) -> str:

@@ -172,6 +172,11 @@ def status(pid: int, tid: int | None = None) -> dict[str, str]:
     return parse_fields(read_text(pid, "status" if tid is None else f"task/{tid}/status"))
 
 
+def is_pending(pid: int, signal: int) -> bool:
+    """Whether the signal waits for the process as a whole, not for one thread (proc_pid_status(5), ShdPnd)."""
+    return bool(int(status(pid)["ShdPnd"], 16) & 1 << signal - 1)
+
+
 def parse_limits(text: str) -> list[tuple[int, int]]:
     """(soft, hard) in the order of the RLIMIT_* numbers."""
 

@@ -2,7 +2,8 @@
 
 The tree stays frozen until a client has said that it needs no more (CLOSE); a client that is merely gone
 changes nothing, and the next one gets every page anew. So the tasks run here or there, never on both sides: only
-a signal to us, which is somebody's decision, lets them go on here after all.
+a signal to us, which is somebody's decision, lets them go on here after all. If we are killed, they stay stopped
+(``FrozenTree.hold``).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import select
+import signal
 import socket
 import threading
 from array import array
@@ -184,6 +186,7 @@ class PageService:
         """
         with (
             frozen_pages(tree, settings) as pages,
+            _no_hangup(),
             until_signalled() as signalled,
             _event() as ended,
             select.epoll() as stop,
@@ -296,6 +299,16 @@ class _Clients:
 
 def _size(pages: int) -> str:
     return f"{pages} pages ({pages * PAGE_SIZE / (1 << 20):.1f} MiB)"
+
+
+@contextmanager
+def _no_hangup() -> Iterator[None]:
+    """A terminal that goes away decides nothing."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @contextmanager

@@ -59,6 +59,11 @@ def poll_stop(tid: int) -> int | None:
     return int(group_stop[0])
 
 
+def drop_sigstop(tid: int) -> None:
+    """Take away the SIGSTOP that is pending for its process: nothing stops because of it. It stays traced."""
+    _check(lib.lp_drop_sigstop(tid), tid, "does not take its signals")
+
+
 def detach(tid: int) -> None:
     """Let it go on. One that has been killed meanwhile is no error."""
     outcome = lib.lp_detach(tid)
