@@ -18,6 +18,7 @@
 #include <linux/userfaultfd.h>
 
 #include "follow.h"
+#include "guard.h"
 #include "lock.h"
 #include "plan.h"
 #include "smaps.h"
@@ -93,6 +94,7 @@ struct lp_task {
 struct lp_engine {
 	int epfd, wakefd, noticefd;
 	void *nowhere; /* a page that can't be read */
+	struct lp_guard *guard; /* may be NULL */
 	_Atomic bool stop, running;
 	_Atomic uint64_t last_fault;
 	struct lp_follow follow; /* the serving thread's; which CPU it is at, anyone may read */
@@ -247,6 +249,7 @@ static void check_complete(struct lp_task *t)
 {
 	if (lp_space_pending(t->space) || atomic_exchange(&t->complete, true))
 		return;
+	lp_guard_complete(t->engine->guard, t->uffd);
 	trace(t, LP_TRACE_COMPLETE, LP_TRACE_NO_SOURCE, 0, 0, 0);
 	notify_task(t, LP_NOTICE_COMPLETE, 0);
 }
@@ -599,10 +602,19 @@ static struct lp_task *task_alloc(struct lp_engine *e, int uffd, uint32_t nr_lev
 	return t;
 }
 
+/* The number stays taken until the guard has forgotten what it knew of it. */
+static void close_uffd(struct lp_task *t)
+{
+	dup3(t->engine->wakefd, t->uffd, O_CLOEXEC);
+	lp_guard_names(t->engine->guard, t->uffd, 0);
+	close(t->uffd);
+	t->uffd = -1;
+}
+
 static void task_free(struct lp_task *t)
 {
 	if (t->uffd >= 0)
-		close(t->uffd);
+		close_uffd(t);
 	for (size_t i = 0; i < t->nr_changes; i++)
 		if (t->changes[i].kind == LP_FORKED)
 			close(t->changes[i].uffd);
@@ -940,7 +952,7 @@ static void serve(struct lp_task *t)
 
 /* ---- the engine ---- */
 
-struct lp_engine *lp_engine_new(void)
+struct lp_engine *lp_engine_new(struct lp_guard *guard)
 {
 	struct lp_engine *e = calloc(1, sizeof(*e));
 	struct epoll_event event = {.events = EPOLLIN};
@@ -949,6 +961,7 @@ struct lp_engine *lp_engine_new(void)
 		return NULL;
 	pthread_mutex_init(&e->lock, NULL);
 	atomic_init(&e->follow.cpu, -1);
+	e->guard = guard;
 	e->epfd = epoll_create1(EPOLL_CLOEXEC);
 	e->wakefd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	e->noticefd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
@@ -1120,6 +1133,7 @@ struct lp_task *lp_task_new(struct lp_engine *e, int uffd, const struct lp_exten
 	t->total = lp_space_pending(t->space);
 	t->pid = pid;
 	t->tag = tag;
+	lp_guard_names(e->guard, uffd, pid);
 	number_memory(t, 0);
 	if (t->remote)
 		lp_space_index(t->space);
@@ -1144,8 +1158,7 @@ void lp_task_close(struct lp_task *t)
 	lp_lock_alone(&t->lock);
 	make_changes(t, true); /* a child whose uffd has come is not to be lost with its parent */
 	epoll_ctl(e->epfd, EPOLL_CTL_DEL, t->uffd, NULL);
-	close(t->uffd);
-	t->uffd = -1;
+	close_uffd(t);
 	lp_unlock_alone(&t->lock);
 	pthread_mutex_lock(&e->lock);
 	t->closed = true;

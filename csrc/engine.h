@@ -30,6 +30,7 @@
 #include <stdint.h>
 #include <sys/types.h>
 
+#include "guard.h"
 #include "space.h"
 
 struct lp_engine;
@@ -77,7 +78,8 @@ struct lp_stats {
 	uint64_t service_max;	/* ns */
 };
 
-struct lp_engine *lp_engine_new(void); /* NULL with errno set */
+/* guard: told of the uffds; may be NULL.  NULL with errno set */
+struct lp_engine *lp_engine_new(struct lp_guard *guard);
 void lp_engine_free(struct lp_engine *engine);
 /* Readable when there are notices. */
 int lp_engine_notice_fd(const struct lp_engine *engine);

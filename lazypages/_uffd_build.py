@@ -84,7 +84,12 @@ struct lp_stats {
     uint64_t faults, faults_zero, faults_served, retried, zero_pages, present, copies, reads, wakes, poisoned;
     uint64_t forks, remaps, removes, unmaps, service_max;
 };
-struct lp_engine *lp_engine_new(void);
+struct lp_guard;
+struct lp_guard *lp_guard_start(int log_fd);
+void lp_guard_end(struct lp_guard *guard);
+int lp_guard_pid(const struct lp_guard *guard);
+
+struct lp_engine *lp_engine_new(struct lp_guard *guard);
 void lp_engine_free(struct lp_engine *engine);
 int lp_engine_notice_fd(const struct lp_engine *engine);
 size_t lp_engine_notices(struct lp_engine *engine, struct lp_notice *notices, size_t max);
@@ -126,11 +131,22 @@ ffibuilder.set_source(
     "lazypages._uffd",
     '#include "engine.h"\n#include "plan.h"\n#include "space.h"\n#include "trace.h"\n',
     sources=[
-        str(CSRC / name) for name in ("space.c", "plan.c", "smaps.c", "follow.c", "trace.c", "engine.c")
+        str(CSRC / name)
+        for name in ("space.c", "plan.c", "smaps.c", "follow.c", "guard.c", "trace.c", "engine.c")
     ],
     depends=[
         str(CSRC / name)
-        for name in ("extent.h", "space.h", "plan.h", "smaps.h", "lock.h", "follow.h", "trace.h", "engine.h")
+        for name in (
+            "extent.h",
+            "space.h",
+            "plan.h",
+            "smaps.h",
+            "lock.h",
+            "follow.h",
+            "guard.h",
+            "trace.h",
+            "engine.h",
+        )
     ],
     include_dirs=[str(CSRC)],
     extra_compile_args=["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Wno-unused-parameter"],

@@ -30,7 +30,7 @@ from lazypages.metrics import Summary
 from lazypages.progress import TerminalWatch, watch_in_log
 from lazypages.remote_options import SOURCE_OPTIONS, add_options, sources_of
 from lazypages.restored import Expected, expect, written_by
-from lazypages.uffd import PAGE_SIZE
+from lazypages.uffd import PAGE_SIZE, Guard
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -236,7 +236,8 @@ def serve(
         # criu (observed with CRIU 4.2.1).
         sys.stderr = os.fdopen(os.dup(2), "w", encoding="utf-8", errors="backslashreplace")
     terminal = _terminal() if level >= AUDIBLE and not daemon and sys.stderr.isatty() else None
-    logs.start(level, _log_stream(places.log_file, terminal), terminal)
+    log_stream = _log_stream(places.log_file, terminal)
+    logs.start(level, log_stream, terminal)
     _raise_open_files()
     try:
         result = _serve(
@@ -247,6 +248,7 @@ def serve(
             daemon=daemon,
             status_fd=status_fd,
             terminal=terminal,
+            log_fd=(log_stream or sys.stderr).fileno(),
         )
     except Exception as error:
         foreseen = isinstance(error, LazyPagesError | ImageError)
@@ -266,6 +268,7 @@ def _serve(
     daemon: bool,
     status_fd: int | None,
     terminal: Console | None,
+    log_fd: int,
 ) -> Summary:
     """All that can go wrong for known reasons does so before a restore is told that it may start."""
     expected = expect(places.images_dir, remote=bool(options.page_servers), others=directories)
@@ -287,10 +290,11 @@ def _serve(
             log.warning("--pidfile does nothing without -d")
         # A terminal that goes away is no reason to leave tasks without their memory.
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        server = Server(expected, control, replace(options, trace=tracer.ring if tracer else None))
         beside = _beside(ready, TerminalWatch(terminal) if terminal else watch_in_log)
         backend, backend_options = LOOPS[loop]
-        with tracer or nullcontext():
+        with Guard(log_fd) as guard, tracer or nullcontext():
+            options = replace(options, trace=tracer.ring if tracer else None)
+            server = Server(expected, control, options, guard)
             result = anyio.run(server.run, beside, backend=backend, backend_options=backend_options)
     if result.tasks or result.finished:
         if terminal:

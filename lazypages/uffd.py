@@ -253,6 +253,28 @@ def histogram_bound(bucket: int) -> int:
     return int(lib.lp_histogram_bound(bucket))
 
 
+class Guard:
+    """A second process that holds this one's file descriptors, and so the uffds, when this one is killed.
+
+    Tasks that miss pages would read zeros where they are missing then; it kills them first, and says so on
+    `log_fd`. Forked tasks, whose processes are not known, it keeps waiting. It is begun while there is one thread
+    only, shares the table of file descriptors from then on (see csrc/guard.h), and ends with the context. Raises
+    OSError.
+    """
+
+    def __init__(self, log_fd: int) -> None:
+        self.handle = lib.lp_guard_start(log_fd)
+        if self.handle == ffi.NULL:
+            raise OSError(ffi.errno, os.strerror(ffi.errno))
+        self.pid = int(lib.lp_guard_pid(self.handle))
+
+    def __enter__(self) -> Guard:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        lib.lp_guard_end(self.handle)
+
+
 class Engine:
     """Watches the uffds of many tasks. Use as a context manager; :meth:`run` must have returned before it ends.
 
@@ -261,8 +283,8 @@ class Engine:
 
     _BATCH = 256
 
-    def __init__(self, trace: Ring | None = None) -> None:
-        self._handle = lib.lp_engine_new()
+    def __init__(self, trace: Ring | None = None, guard: Guard | None = None) -> None:
+        self._handle = lib.lp_engine_new(guard.handle if guard else ffi.NULL)
         if self._handle == ffi.NULL:
             raise OSError(ffi.errno, os.strerror(ffi.errno))
         if trace:

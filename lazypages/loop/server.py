@@ -29,7 +29,7 @@ from lazypages.processes import Process
 from lazypages.restored import Expected
 from lazypages.sources.remote import RemoteOptions, RemotePages, open_remote
 from lazypages.sources.url import PageServerAddress
-from lazypages.uffd import PAGE_SIZE, Engine, NoticeKind, ServedTask
+from lazypages.uffd import PAGE_SIZE, Engine, Guard, NoticeKind, ServedTask
 
 if TYPE_CHECKING:
     from lazypages.tracing import Ring
@@ -61,11 +61,16 @@ class Server:
     """Serves one restore of one checkpoint: `expected` tasks, arriving on `control`."""
 
     def __init__(
-        self, expected: Mapping[int, Expected], control: ControlSocket, options: ServeOptions
+        self,
+        expected: Mapping[int, Expected],
+        control: ControlSocket,
+        options: ServeOptions,
+        guard: Guard | None = None,
     ) -> None:
         self._expected = expected
         self._control = control
         self._options = options
+        self._guard = guard
         self._awaited = set(expected)
         self._zombies = 0
         self._finished = False
@@ -98,7 +103,7 @@ class Server:
 
         Raises nothing for what restorer and tasks do; the summary tells.
         """
-        with Engine(self._options.trace) as engine:
+        with Engine(self._options.trace, self._guard) as engine:
             async with AsyncExitStack() as stack:
                 stack.callback(self._close_processes)
                 # Whatever happens: children that nobody has heard of yet do not get zeros.

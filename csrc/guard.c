@@ -1,0 +1,237 @@
+#define _GNU_SOURCE
+#include "guard.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/resource.h>
+#include <sys/socket.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <linux/userfaultfd.h>
+
+#define MAX_FDS (1u << 20)
+#define PAGE 4096
+#define COMPLETE (-1)
+#define LOOK_MS 20
+#define ANYWHERE ((uint64_t)1 << 38) /* an address that every task can have */
+
+struct lp_guard {
+	pid_t pid;
+	int daemon; /* pidfd */
+	int log_fd;
+	int nr_fds;
+	void *nowhere; /* a page that can't be read */
+	_Atomic int32_t about[]; /* by uffd: 0: nothing is known; a pid; COMPLETE */
+};
+
+static size_t size_of(int nr_fds)
+{
+	return sizeof(struct lp_guard) + (size_t)nr_fds * sizeof(_Atomic int32_t);
+}
+
+/* Whether the memory behind a uffd exists no more; a copy of nothing to nowhere tells. */
+static bool is_gone(const struct lp_guard *g, int uffd)
+{
+	struct uffdio_copy copy = {.dst = ANYWHERE, .src = (uintptr_t)g->nowhere, .len = PAGE};
+	int error;
+
+	if (!ioctl(uffd, UFFDIO_COPY, &copy))
+		return false; /* can't be */
+	error = copy.copy < 0 ? (int)-copy.copy : errno;
+	return error == ESRCH || error == ENOSPC;
+}
+
+static bool is_uffd(int fd)
+{
+	char path[32], name[32];
+	ssize_t n;
+
+	snprintf(path, sizeof(path), "/proc/self/fd/%d", fd);
+	n = readlink(path, name, sizeof(name) - 1);
+	if (n < 0)
+		return false;
+	name[n] = 0;
+	return !strcmp(name, "anon_inode:[userfaultfd]");
+}
+
+__attribute__((format(printf, 2, 3))) static void say(const struct lp_guard *g, const char *format, ...)
+{
+	char line[256];
+	va_list args;
+	ssize_t rc;
+	int n;
+
+	va_start(args, format);
+	n = vsnprintf(line, sizeof(line), format, args);
+	va_end(args);
+	rc = write(g->log_fd, line, (size_t)n);
+	(void)rc;
+}
+
+/* SIGKILL for the process behind a uffd, if it is still the one that was named. */
+static void kill_task(const struct lp_guard *g, int uffd, pid_t pid)
+{
+	int pidfd = (int)syscall(SYS_pidfd_open, pid, 0);
+
+	if (pidfd < 0)
+		return;
+	/* its number can't have been given to another while its memory is there */
+	if (!is_gone(g, uffd) && !syscall(SYS_pidfd_send_signal, pidfd, SIGKILL, NULL, 0))
+		say(g, "lazypages: the daemon was killed; task %d misses pages and is killed, too\n", (int)pid);
+	close(pidfd);
+}
+
+/* Takes out what a restorer has sent and the daemon has not read: uffds may be among it. */
+static void receive_rest(int fd)
+{
+	char byte[256], control[CMSG_SPACE(64 * sizeof(int))];
+	struct iovec iov = {byte, sizeof(byte)};
+	struct msghdr msg;
+
+	shutdown(fd, SHUT_RD); /* nothing more can come after this */
+	do
+		msg = (struct msghdr){
+			.msg_iov = &iov, .msg_iovlen = 1, .msg_control = control, .msg_controllen = sizeof(control)};
+	while (recvmsg(fd, &msg, MSG_DONTWAIT | MSG_CMSG_CLOEXEC) > 0);
+}
+
+static void receive_all_rest(const struct lp_guard *g)
+{
+	int domain;
+	socklen_t len = sizeof(domain);
+
+	for (int fd = 0; fd < g->nr_fds; fd++) {
+		if (getsockopt(fd, SOL_SOCKET, SO_DOMAIN, &domain, &len) || domain != AF_UNIX)
+			continue;
+		fcntl(fd, F_SETFL, O_NONBLOCK);
+		for (int other; (other = accept4(fd, NULL, NULL, SOCK_CLOEXEC)) >= 0;)
+			receive_rest(other);
+		receive_rest(fd);
+	}
+}
+
+/* The daemon is gone.  Everything here works on the file descriptors that it has left. */
+static void take_over(struct lp_guard *g)
+{
+	const struct timespec pause = {.tv_nsec = LOOK_MS * 1000000};
+	int unknown = 0, left;
+
+	receive_all_rest(g);
+	for (int fd = 0; fd < g->nr_fds; fd++) {
+		int32_t about = atomic_load(&g->about[fd]);
+
+		if (about == COMPLETE || fcntl(fd, F_GETFD) < 0 || !is_uffd(fd))
+			atomic_store(&g->about[fd], COMPLETE); /* nothing to hold */
+		else if (about > 0)
+			kill_task(g, fd, about);
+		else if (!is_gone(g, fd))
+			unknown++;
+	}
+	if (unknown)
+		say(g, "lazypages: the daemon was killed; tasks whose pids it did not know wait for pages that will not come: %d; end them\n", unknown);
+	do {
+		nanosleep(&pause, NULL);
+		left = 0;
+		for (int fd = 0; fd < g->nr_fds; fd++)
+			left += atomic_load(&g->about[fd]) != COMPLETE && !is_gone(g, fd);
+	} while (left);
+}
+
+_Noreturn static void guard(struct lp_guard *g)
+{
+	struct pollfd daemon = {g->daemon, POLLIN, 0};
+	sigset_t all;
+
+	/* what ends the daemon regularly may come to its whole group or terminal */
+	sigfillset(&all);
+	sigprocmask(SIG_SETMASK, &all, NULL);
+	setsid();
+	prctl(PR_SET_NAME, "lazypages-guard");
+	while (poll(&daemon, 1, -1) < 0)
+		;
+	take_over(g);
+	_exit(0);
+}
+
+struct lp_guard *lp_guard_start(int log_fd)
+{
+	struct rlimit limit;
+	struct lp_guard *g;
+	int nr_fds = MAX_FDS, saved;
+	pid_t pid;
+
+	if (!getrlimit(RLIMIT_NOFILE, &limit) && limit.rlim_cur < MAX_FDS)
+		nr_fds = (int)limit.rlim_cur;
+	g = mmap(NULL, size_of(nr_fds), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+	if (g == MAP_FAILED)
+		return NULL;
+	g->nr_fds = nr_fds;
+	g->log_fd = log_fd;
+	g->nowhere = mmap(NULL, PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	g->daemon = (int)syscall(SYS_pidfd_open, getpid(), 0);
+	if (g->nowhere == MAP_FAILED || g->daemon < 0)
+		goto fail;
+	/* as fork(2), but for the file descriptors; no signal tells of its end */
+	pid = (pid_t)syscall(SYS_clone, CLONE_FILES, NULL, NULL, NULL, NULL);
+	if (!pid)
+		guard(g);
+	g->pid = pid;
+	if (pid > 0)
+		return g;
+fail:
+	saved = errno;
+	if (g->daemon >= 0)
+		close(g->daemon);
+	if (g->nowhere != MAP_FAILED)
+		munmap(g->nowhere, PAGE);
+	munmap(g, size_of(nr_fds));
+	errno = saved;
+	return NULL;
+}
+
+void lp_guard_end(struct lp_guard *g)
+{
+	kill(g->pid, SIGKILL);
+	while (waitpid(g->pid, NULL, __WALL) < 0 && errno == EINTR)
+		;
+	close(g->daemon);
+	munmap(g->nowhere, PAGE);
+	munmap(g, size_of(g->nr_fds));
+}
+
+pid_t lp_guard_pid(const struct lp_guard *g)
+{
+	return g->pid;
+}
+
+static void know(struct lp_guard *g, int uffd, int32_t about)
+{
+	if (g && uffd >= 0 && uffd < g->nr_fds)
+		atomic_store(&g->about[uffd], about);
+}
+
+void lp_guard_names(struct lp_guard *g, int uffd, pid_t pid)
+{
+	know(g, uffd, pid);
+}
+
+void lp_guard_complete(struct lp_guard *g, int uffd)
+{
+	know(g, uffd, COMPLETE);
+}
