@@ -97,6 +97,7 @@ struct lp_engine {
 	struct lp_guard *guard; /* may be NULL */
 	_Atomic bool stop, running;
 	_Atomic uint64_t last_fault;
+	int ready; /* tasks that have something to say, of those that the last look at all of them has shown */
 	struct lp_follow follow; /* the serving thread's; which CPU it is at, anyone may read */
 	struct lp_task *put_off; /* tasks with answers put off; the serving thread's */
 	struct lp_trace *trace;	 /* NULL: none */
@@ -929,6 +930,10 @@ static bool serve_once(struct lp_task *t)
 	lp_lock_downgrade(&t->lock);
 	again = t->put_off;
 	t->put_off = (struct faults){0};
+	if (t->engine->ready == 1 && t->faults.nr == 1 && !again.nr)
+		lp_follow_yield(&t->engine->follow, t->faults.at[0].since);
+	else
+		lp_follow_insist(&t->engine->follow);
 	for (size_t i = 0; i < again.nr; i++)
 		if (answer(t, again.at[i]) == -EAGAIN)
 			put_off(t, again.at[i]);
@@ -1049,6 +1054,19 @@ static void serve_put_off(struct lp_engine *e)
 	}
 }
 
+static int next_events(struct lp_engine *e, struct epoll_event *events)
+{
+	bool following = atomic_load(&e->follow.cpu) >= 0;
+	int n = 0;
+
+	if (atomic_load(&e->follow.yields)) {
+		n = epoll_wait(e->epfd, events, EVENTS, 0);
+		if (!n)
+			lp_follow_insist(&e->follow);
+	}
+	return n ? n : epoll_wait(e->epfd, events, EVENTS, e->put_off ? RETRY_MS : following ? IDLE_MS : -1);
+}
+
 int lp_engine_run(struct lp_engine *e)
 {
 	struct epoll_event events[EVENTS];
@@ -1056,14 +1074,14 @@ int lp_engine_run(struct lp_engine *e)
 
 	lp_follow_init(&e->follow);
 	while (!rc && !atomic_load(&e->stop)) {
-		bool following = atomic_load(&e->follow.cpu) >= 0;
 		int n;
 
 		/* no task that epoll_wait has named is buried before the next epoll_wait */
 		bury(e);
-		n = epoll_wait(e->epfd, events, EVENTS, e->put_off ? RETRY_MS : following ? IDLE_MS : -1);
+		n = next_events(e, events);
 		if (n < 0 && errno != EINTR)
 			rc = -errno;
+		e->ready = n;
 		if (!n && !e->put_off)
 			lp_follow_nobody(&e->follow);
 		for (int i = 0; i < n; i++) {
@@ -1075,7 +1093,7 @@ int lp_engine_run(struct lp_engine *e)
 		if (e->put_off)
 			serve_put_off(e);
 	}
-	lp_follow_nobody(&e->follow);
+	lp_follow_end(&e->follow);
 	return rc;
 }
 
@@ -1183,7 +1201,7 @@ int64_t lp_task_transfer(struct lp_task *t, uint64_t max_bytes)
 	struct lp_aside aside;
 	int rc = 0;
 
-	lp_aside_begin(&aside, &t->engine->follow);
+	lp_aside_begin(&aside);
 	for (int turned = 0, tries = 0; brought < max_bytes && !rc;) {
 		bool busy = now_ns() - atomic_load_explicit(&t->engine->last_fault, memory_order_relaxed) < BUSY_NS;
 		uint64_t cursor = atomic_load(&t->cursor), most = busy ? CHUNK_BUSY : CHUNK_QUIET;
@@ -1191,6 +1209,7 @@ int64_t lp_task_transfer(struct lp_task *t, uint64_t max_bytes)
 
 		if (most > max_bytes - brought)
 			most = (max_bytes - brought + LP_PAGE_SIZE - 1) & ~(LP_PAGE_SIZE - 1);
+		lp_aside_look(&aside, &t->engine->follow);
 		lp_lock_shared(&t->lock);
 		if (t->uffd < 0 || atomic_load(&t->gone)) {
 			rc = -ESRCH;

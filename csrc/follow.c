@@ -3,32 +3,146 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <limits.h>
+#include <linux/futex.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/resource.h>
+#include <sys/syscall.h>
+#include <time.h>
 #include <unistd.h>
 
+#define US 1000ull
 #define MS 1000000ull
-#define LOOK_EVERY (5 * MS)	    /* while one CPU is followed, or may be soon */
-#define LOOK_SELDOM (100 * MS)	    /* after looks that disagreed, or said nothing */
+#define LOOK_SOON (200 * US)	 /* after a move; doubled as long as looks agree */
+#define LOOK_EVERY (5 * MS)	 /* while they do */
+#define LOOK_SELDOM (100 * MS)	 /* after looks that say nothing */
+#define MOVE_PAUSE (1 * MS)	 /* moves in shorter turns: the scheduler knows better */
+#define WATCH_NS (1 * MS)	 /* giving way without progress for so long, or for twice that, is ended */
+#define PENALTY (100 * MS)	 /* how long not to give way after that; doubled each time */
+#define PENALTY_MAX (3200 * MS)
 #define BACKGROUND_NICE 10
 
+/* ---- giving way ---- */
+
+static bool set_policy(pid_t tid, int policy)
+{
+	const struct sched_param none = {0};
+
+	return !sched_setscheduler(tid, policy, &none);
+}
+
+static void pause_ns(uint64_t ns)
+{
+	const struct timespec time = {.tv_nsec = (long)ns};
+
+	nanosleep(&time, NULL);
+}
+
+/*
+ * Sleeps while nobody gives way.  A thread that gives way and makes no progress may be kept from its CPU by somebody else than
+ * the thread that it has woken: it gets its old rank, and every CPU to run at.
+ */
+static void *watch(void *arg)
+{
+	struct lp_follow *f = arg;
+
+	while (!atomic_load(&f->stop)) {
+		uint32_t before = atomic_load(&f->progress);
+
+		if (!atomic_load(&f->yields)) {
+			atomic_store(&f->asleep, 1);
+			if (!atomic_load(&f->yields) && !atomic_load(&f->stop))
+				syscall(SYS_futex, &f->asleep, FUTEX_WAIT_PRIVATE, 1, NULL, NULL, 0);
+			atomic_store(&f->asleep, 0);
+			continue;
+		}
+		pause_ns(WATCH_NS);
+		if (atomic_load(&f->yields) && atomic_load(&f->progress) == before) {
+			set_policy(f->tid, SCHED_OTHER);
+			sched_setaffinity(f->tid, sizeof(f->home), &f->home);
+			atomic_store(&f->rescued, true);
+		}
+	}
+	return NULL;
+}
+
+static void wake_watcher(struct lp_follow *f)
+{
+	if (atomic_exchange(&f->asleep, 0))
+		syscall(SYS_futex, &f->asleep, FUTEX_WAKE_PRIVATE, 1, NULL, NULL, 0);
+}
+
+/* Whether a thread that has become SCHED_IDLE may change back; without CAP_SYS_NICE it may not (sched(7)). */
+static void *try_yield(void *arg)
+{
+	*(bool *)arg = set_policy(0, SCHED_IDLE) && set_policy(0, SCHED_OTHER);
+	return NULL;
+}
+
+static bool can_yield(void)
+{
+	bool can = false;
+	pthread_t thread;
+
+	if (sched_getscheduler(0) != SCHED_OTHER || pthread_create(&thread, NULL, try_yield, &can))
+		return false;
+	pthread_join(thread, NULL);
+	return can;
+}
+
+void lp_follow_yield(struct lp_follow *f, uint64_t now)
+{
+	if (!f->watched || atomic_load(&f->cpu) < 0 || now < f->not_before)
+		return;
+	atomic_fetch_add(&f->progress, 1);
+	if (atomic_load(&f->yields))
+		return;
+	atomic_store(&f->yields, true);
+	wake_watcher(f);
+	set_policy(0, SCHED_IDLE);
+}
+
+void lp_follow_insist(struct lp_follow *f)
+{
+	if (!atomic_load(&f->yields))
+		return;
+	set_policy(0, SCHED_OTHER);
+	atomic_store(&f->yields, false);
+	atomic_fetch_add(&f->progress, 1);
+}
+
+/* We have been kept from our CPU: not for a while then. */
+static void pay(struct lp_follow *f, uint64_t now)
+{
+	if (!atomic_exchange(&f->rescued, false))
+		return;
+	lp_follow_nobody(f);
+	f->penalty = now < f->not_before + 2 * f->penalty ? f->penalty * 2 : PENALTY;
+	if (f->penalty > PENALTY_MAX)
+		f->penalty = PENALTY_MAX;
+	f->not_before = now + f->penalty;
+}
+
+/* ---- following ---- */
+
 /* The CPU on which the only thread of a process ran last; -1 if it has several, or is not there. */
-static int cpu_of(pid_t pid)
+static int cpu_of(struct lp_follow *f, pid_t pid)
 {
 	char path[32], stat[1024], *field;
 	long threads, cpu;
 	ssize_t n;
-	int fd;
 
-	snprintf(path, sizeof(path), "/proc/%d/stat", (int)pid);
-	fd = open(path, O_RDONLY | O_CLOEXEC);
-	if (fd < 0)
-		return -1;
-	n = read(fd, stat, sizeof(stat) - 1);
-	close(fd);
+	if (pid != f->pid) {
+		if (f->stat_fd >= 0)
+			close(f->stat_fd);
+		snprintf(path, sizeof(path), "/proc/%d/stat", (int)pid);
+		f->stat_fd = open(path, O_RDONLY | O_CLOEXEC);
+		f->pid = pid;
+	}
+	n = f->stat_fd < 0 ? -1 : pread(f->stat_fd, stat, sizeof(stat) - 1, 0);
 	if (n <= 0)
 		return -1;
 	stat[n] = 0;
@@ -51,71 +165,99 @@ void lp_follow_init(struct lp_follow *f)
 {
 	memset(f, 0, sizeof(*f));
 	atomic_init(&f->cpu, -1);
-	f->seen = -1;
+	f->stat_fd = -1;
+	f->tid = (pid_t)syscall(SYS_gettid);
 	f->able = !sched_getaffinity(0, sizeof(f->home), &f->home) && CPU_COUNT(&f->home) > 1;
+	f->watched = f->able && can_yield() && !pthread_create(&f->watcher, NULL, watch, f);
+}
+
+void lp_follow_end(struct lp_follow *f)
+{
+	lp_follow_nobody(f);
+	if (f->watched) {
+		atomic_store(&f->stop, true);
+		wake_watcher(f);
+		pthread_join(f->watcher, NULL);
+		f->watched = false;
+	}
+	if (f->stat_fd >= 0)
+		close(f->stat_fd);
+	f->stat_fd = -1;
 }
 
 void lp_follow_nobody(struct lp_follow *f)
 {
+	lp_follow_insist(f);
 	if (atomic_exchange(&f->cpu, -1) >= 0)
 		sched_setaffinity(0, sizeof(f->home), &f->home);
-	f->seen = -1;
 	f->next_look = 0;
 }
 
-static void go_to(struct lp_follow *f, int cpu)
+static bool go_to(struct lp_follow *f, int cpu)
 {
 	cpu_set_t there;
 
-	if (cpu == atomic_load(&f->cpu))
-		return;
 	CPU_ZERO(&there);
 	CPU_SET(cpu, &there);
-	if (!sched_setaffinity(0, sizeof(there), &there))
-		atomic_store(&f->cpu, cpu);
+	if (sched_setaffinity(0, sizeof(there), &there))
+		return false;
+	atomic_store(&f->cpu, cpu);
+	return true;
 }
 
 void lp_follow_fault(struct lp_follow *f, pid_t pid, uint64_t now)
 {
-	int cpu, before = f->seen;
+	int cpu;
 
-	if (!f->able || now < f->next_look)
+	if (!f->able)
 		return;
-	cpu = pid ? cpu_of(pid) : -1;
-	if (cpu >= 0 && !CPU_ISSET(cpu, &f->home))
-		cpu = -1;
-	if (cpu >= 0 && (before < 0 || cpu == before)) {
-		go_to(f, cpu);
-		f->seen = cpu;
-		f->next_look = now + LOOK_EVERY;
-	} else {
-		/* faults come from here and from there: the scheduler knows better */
+	pay(f, now);
+	if (now < f->next_look)
+		return;
+	cpu = pid ? cpu_of(f, pid) : -1;
+	if (cpu < 0 || !CPU_ISSET(cpu, &f->home) || (cpu != atomic_load(&f->cpu) && now < f->moved + MOVE_PAUSE)) {
+		/* nothing is known, or it changes too quickly */
 		lp_follow_nobody(f);
-		f->seen = cpu;
-		f->next_look = now + (cpu >= 0 ? LOOK_EVERY : LOOK_SELDOM);
+		f->next_look = now + (cpu < 0 ? LOOK_SELDOM : LOOK_EVERY);
+	} else if (cpu == atomic_load(&f->cpu)) {
+		f->interval = f->interval * 2 < LOOK_EVERY ? f->interval * 2 : LOOK_EVERY;
+		f->next_look = now + f->interval;
+	} else if (go_to(f, cpu)) {
+		f->moved = now;
+		f->interval = LOOK_SOON;
+		f->next_look = now + f->interval;
 	}
 }
 
-void lp_aside_begin(struct lp_aside *a, const struct lp_follow *f)
-{
-	int cpu = atomic_load(&f->cpu);
-	cpu_set_t rest;
+/* ---- the background ---- */
 
+void lp_aside_begin(struct lp_aside *a)
+{
 	errno = 0;
 	a->nice = getpriority(PRIO_PROCESS, 0);
 	if (a->nice < BACKGROUND_NICE)
 		setpriority(PRIO_PROCESS, 0, BACKGROUND_NICE);
-	a->moved = cpu >= 0 && !sched_getaffinity(0, sizeof(a->home), &a->home);
-	if (!a->moved)
+	a->cpu = -1;
+	a->able = !sched_getaffinity(0, sizeof(a->home), &a->home) && CPU_COUNT(&a->home) > 1;
+}
+
+void lp_aside_look(struct lp_aside *a, const struct lp_follow *f)
+{
+	int cpu = atomic_load(&f->cpu);
+	cpu_set_t rest = a->home;
+
+	if (!a->able || cpu == a->cpu)
 		return;
-	rest = a->home;
-	CPU_CLR(cpu, &rest);
-	a->moved = CPU_COUNT(&rest) > 0 && !sched_setaffinity(0, sizeof(rest), &rest);
+	if (cpu >= 0)
+		CPU_CLR(cpu, &rest);
+	if (CPU_COUNT(&rest) > 0)
+		sched_setaffinity(0, sizeof(rest), &rest);
+	a->cpu = cpu;
 }
 
 void lp_aside_end(const struct lp_aside *a)
 {
-	if (a->moved)
+	if (a->cpu >= 0)
 		sched_setaffinity(0, sizeof(a->home), &a->home);
 	setpriority(PRIO_PROCESS, 0, a->nice);
 }

@@ -1,12 +1,19 @@
 /*
- * Which CPU to serve from.  The thread that faults sleeps until it is answered, so its CPU is free, and an answer from
- * there costs two context switches; an answer from another CPU costs two wake-ups of an idle one, several times as much
- * (shared/design.md, section 2).  CRIU does not ask for thread ids in fault messages, so the CPU is looked up in /proc
- * now and then.
+ * Which CPU to serve from, and how to stay there.  The thread that faults sleeps until it is answered, so its CPU is free,
+ * and an answer from there costs two context switches; an answer from another CPU costs two wake-ups of an idle one, several
+ * times as much (shared/design.md, section 2).  CRIU does not ask for thread ids in fault messages, so the CPU is looked up
+ * in /proc now and then.
+ *
+ * Being there is not enough: the thread that is woken finds its CPU taken, by us, and while another one is idle the scheduler
+ * puts it there (select_idle_sibling in kernel/sched/fair.c; seen with perf sched: at every first answer after we had moved).
+ * But a CPU that runs nothing beside SCHED_IDLE counts as idle.  So the serving thread is SCHED_IDLE while it wakes the only
+ * thread that waits: that takes its CPU back at once, and we go on there when it sleeps in the next fault.  Others that want
+ * this CPU could then keep us from it for long: a second thread watches, and ends that state when we make no progress in it.
  */
 #ifndef LAZYPAGES_FOLLOW_H
 #define LAZYPAGES_FOLLOW_H
 
+#include <pthread.h>
 #include <sched.h>
 #include <stdbool.h>
 #include <stdint.h>
@@ -16,14 +23,28 @@ struct lp_follow {
 	cpu_set_t home;	      /* where the thread may run when it follows nobody */
 	bool able;	      /* there is more than one CPU to choose from */
 	_Atomic int cpu;      /* the one that is followed; -1: none */
-	int seen;	      /* the one of the last look; -1: none that says anything */
-	uint64_t next_look;   /* CLOCK_MONOTONIC, ns */
+	uint64_t next_look, interval, moved; /* CLOCK_MONOTONIC and durations, ns */
+	pid_t pid;	      /* whom stat_fd tells about */
+	int stat_fd;
+	/* giving way */
+	pid_t tid;
+	pthread_t watcher;
+	bool watched;	      /* the watcher runs: giving way is possible */
+	_Atomic bool yields, stop, rescued;
+	_Atomic uint32_t progress;
+	_Atomic uint32_t asleep; /* the watcher is; a futex */
+	uint64_t not_before, penalty;
 };
 
-/* To be called by the serving thread. */
+/* To be called by the serving thread, first and last. */
 void lp_follow_init(struct lp_follow *follow);
+void lp_follow_end(struct lp_follow *follow);
 /* A fault of the process pid (0: not known) was read at `now`. */
 void lp_follow_fault(struct lp_follow *follow, pid_t pid, uint64_t now);
+/* The answer that comes next wakes the only thread that is known to wait; `now` is of its fault. */
+void lp_follow_yield(struct lp_follow *follow, uint64_t now);
+/* There is more to do than that, or nothing. */
+void lp_follow_insist(struct lp_follow *follow);
 /* Back to all CPUs. */
 void lp_follow_nobody(struct lp_follow *follow);
 
@@ -32,10 +53,12 @@ void lp_follow_nobody(struct lp_follow *follow);
  */
 struct lp_aside {
 	cpu_set_t home;
-	int nice;
-	bool moved;
+	int nice, cpu; /* away from this one; -1: from none */
+	bool able;
 };
-void lp_aside_begin(struct lp_aside *aside, const struct lp_follow *follow);
+void lp_aside_begin(struct lp_aside *aside);
+/* To be called now and then. */
+void lp_aside_look(struct lp_aside *aside, const struct lp_follow *follow);
 void lp_aside_end(const struct lp_aside *aside);
 
 #endif
