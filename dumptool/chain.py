@@ -16,6 +16,8 @@ from images_spec.pagemap import Pagemap
 from images_spec.placement import ExtentTable, resolve
 
 PARENT_LINK = "parent"
+SENT_PREFIX = "sent-"
+"""Of the name of a pagemap whose pages (and which itself) a page server has been sent."""
 MAX_LEVELS = 256
 
 
@@ -40,16 +42,12 @@ class Chain:
         Raises ``ImageError`` when a level can't be what its pagemap promises.
         """
         pagemaps: list[Pagemap | None] = []
-        for level in self.levels:
-            try:
-                pagemaps.append(Pagemap.load(level / Kind.PAGEMAP.file_name(pid)))
-            except ImageMissingError:
-                pagemaps.append(None)
-        if pagemaps[0] is None:
-            return None
         paths: list[Path | None] = []
-        for level, pagemap in zip(self.levels, pagemaps, strict=True):
-            path = level / f"pages-{pagemap.pages_id}.img" if pagemap is not None else None
+        for level in self.levels:
+            pagemap, path = _load(level, Kind.PAGEMAP.file_name(pid))
+            if pagemap is None and not pagemaps:
+                return None
+            pagemaps.append(pagemap)
             if pagemap is not None and path is not None and pagemap.present_pages:
                 try:
                     pagemap.check_pages_size(path.stat().st_size, path)
@@ -57,6 +55,19 @@ class Chain:
                     raise ImageError(path, f"can't be read: {error.strerror}") from None
             paths.append(path)
         return ParentPages(resolve(pagemaps, remote=False), paths)
+
+
+def _load(level: Path, name: str) -> tuple[Pagemap | None, Path | None]:
+    """A pagemap of a level and its pages file; None where there is none: those of --page-server are elsewhere."""
+    try:
+        pagemap = Pagemap.load(level / name)
+        return pagemap, level / f"pages-{pagemap.pages_id}.img"
+    except ImageMissingError:
+        pass
+    try:
+        return Pagemap.load(level / (SENT_PREFIX + name)), None
+    except ImageMissingError:
+        return None, None
 
 
 class ParentPages:

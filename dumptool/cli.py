@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -13,6 +14,7 @@ import click
 
 from dumptool.dump import Report, Settings, Watcher, dump, pre_dump
 from dumptool.errors import UnsupportedError
+from dumptool.send import PageServer
 from dumptool.serve import PageService
 from dumptool.survey import Options
 from dumptool.tracking import Method
@@ -22,7 +24,9 @@ from lazypages import logs
 from lazypages.errors import LazyPagesError
 from lazypages.logs import MESSAGE
 from lazypages.pageserver.listen import LOOPBACK, UNIX_PREFIX, listen
-from lazypages.remote_options import TLS_OPTIONS, add_options, tls_files
+from lazypages.remote_options import AUTO, TLS_OPTIONS, tls_files
+from lazypages.sources.url import ConnectedSocket, TcpServer, UnixServer
+from lazypages.wire import Layout
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -48,6 +52,11 @@ Examples
   And back, lazily, what has not changed since the last pre-dump too:
     lazypages serve -D /var/ckpt/3 &
     criu restore --lazy-pages -D /var/ckpt/3 -d
+  Pages straight to the disk of another host (and then, with what is left in
+  /var/ckpt/1, a whole checkpoint there):
+    lazypages page-server -D /var/ckpt/1 --address 10.0.0.2 --port 27001 --tls
+    dumptool dump -t 4711 -D /var/ckpt/1 \\
+      --page-server --address 10.0.0.2 --port 27001 --tls
   To another host, which has all image directories but not yet what has changed
   since the last pre-dump; the program ends here when all of it is there:
     dumptool dump -t 4711 -D /var/ckpt/3 --prev-images-dir ../2 \\
@@ -64,6 +73,14 @@ Examples
   If dumptool itself is killed they stay stopped too, as by SIGSTOP, so that
   they can't run twice. Then it is you who decides: `kill -CONT` for each of the
   processes lets them go on here, `kill -KILL` ends them.
+
+\b
+--page-server
+  Takes `lazypages page-server` or `criu page-server` at the other end, which
+  get each level into a directory of their own (--prev-images-dir there as
+  here). No page is written here. If the server is lost before it has all, the
+  tasks go on and there is no dump. CRIU's server from 4.2 on with --tls needs
+  --page-server-protocol criu-4.2.
 
 \b
 What can't be saved
@@ -84,6 +101,10 @@ Examples
     dumptool pre-dump -t 4711 -D /var/ckpt/1
     dumptool pre-dump -t 4711 -D /var/ckpt/2 --prev-images-dir ../1
   The last level is a `dumptool dump --prev-images-dir ../2`.
+  The same, with the pages going to `lazypages page-server -D …/2 --port 27001
+  --prev-images-dir ../1` on another host:
+    dumptool pre-dump -t 4711 -D /var/ckpt/2 --prev-images-dir ../1 \\
+      --page-server --address 10.0.0.2 --port 27001
 
 \b
 Dirty tracking
@@ -142,8 +163,8 @@ def cli() -> None:
     """
 
 
-def _common(command: F) -> F:
-    """The options that both commands have."""
+def _common(command: F, *, address: str, port: str) -> F:
+    """The options that both commands have; what those two mean differs."""
     for option in reversed(
         (
             click.option(
@@ -183,6 +204,37 @@ def _common(command: F) -> F:
                 show_default=True,
                 help="Unchanged pages: left to the daemon at a lazy restore (needs `lazypages serve`), or "
                 "read by the restore itself (choose this for `criu lazy-pages`).",
+            ),
+            click.option(
+                "--page-server",
+                is_flag=True,
+                help="Send all pages to a page server, and write none to the disk here.",
+            ),
+            click.option(
+                "--address",
+                metavar="ADDRESS",
+                help=f"{address}  A host, an IPv4 or IPv6 address, or unix:PATH.  [default: {LOOPBACK}]",
+            ),
+            click.option("--port", metavar="PORT", type=click.IntRange(0, 65535), help=port),
+            click.option(
+                "--ps-socket",
+                metavar="FD",
+                type=click.IntRange(min=0),
+                help="With --page-server: a socket that is connected to it.",
+            ),
+            click.option(
+                "--page-server-protocol",
+                type=click.Choice([AUTO, *(layout.value for layout in Layout)]),
+                default=AUTO,
+                show_default=True,
+                help="Which CRIU's protocol the page server speaks: up to 4.1.1, or from 4.2.",
+            ),
+            click.option("--tls", is_flag=True, help="Certificates on both sides, and encryption."),
+            *TLS_OPTIONS[1:-1],  # the files
+            click.option(
+                "--tls-no-cn-verify",
+                is_flag=True,
+                help="The other side's certificate need not name --address.",
             ),
             click.option(
                 "-j", "--shell-job", is_flag=True, help="Allow somebody else's session and terminal."
@@ -233,11 +285,50 @@ def _settings(options: dict[str, Any]) -> Settings:
         track=options["track_mem"],
         allow=Options(shell_job=options["shell_job"], file_locks=options.get("file_locks", False)),
         timeout=options["timeout"],
+        page_server=_page_server(options),
     )
 
 
+def _page_server(options: dict[str, Any]) -> PageServer | None:
+    """Of --page-server and what goes with it. Raises ``click.UsageError`` for what does not go together."""
+    address, port, ps_socket, tls = (options[name] for name in ("address", "port", "ps_socket", "tls"))
+    lazy = options.get("lazy_pages", False)
+    if not options["page_server"]:
+        if ps_socket is not None:
+            raise click.UsageError("--ps-socket goes with --page-server")
+        if not lazy and (
+            address is not None or port is not None or tls or options.get("status_fd") is not None
+        ):
+            raise click.UsageError(
+                "--address, --port and --tls go with --page-server or --lazy-pages, --status-fd with --lazy-pages"
+            )
+        return None
+    if lazy or options.get("status_fd") is not None:
+        raise click.UsageError(
+            "--lazy-pages and --status-fd don't go with --page-server: it listens at --address, this one connects there"
+        )
+    protocol = options["page_server_protocol"]
+    layout = None if protocol == AUTO else Layout(protocol)
+    on_this_machine = address is not None and address.startswith(UNIX_PREFIX)
+    if tls and (on_this_machine or ps_socket is not None):
+        raise click.UsageError("--tls needs a host to be verified: it goes with --address and --port")
+    if ps_socket is not None:
+        return PageServer(ConnectedSocket(ps_socket), None, layout)
+    if on_this_machine:
+        return PageServer(UnixServer(Path(address.removeprefix(UNIX_PREFIX))), None, layout)
+    if not port:
+        raise click.UsageError(
+            "--page-server needs --port (and --address, if it is on another machine), or --ps-socket"
+        )
+    return PageServer(TcpServer(address or LOOPBACK, port, tls), tls_files(options) if tls else None, layout)
+
+
 @cli.command("dump", epilog=DUMP_EPILOG)
-@_common
+@partial(
+    _common,
+    address="Where the page server is, or, with --lazy-pages, where to listen.",
+    port="Its port; with --lazy-pages 0, the default, is a free one, named in the log.",
+)
 @click.option(
     "-R", "--leave-running", is_flag=True, help="Let the tasks go on afterwards.  [default: end them]"
 )
@@ -249,28 +340,16 @@ def _settings(options: dict[str, Any]) -> Settings:
     "`lazypages serve --page-server` (or `criu lazy-pages --page-server`) until it needs no more.",
 )
 @click.option(
-    "--address",
-    metavar="ADDRESS",
-    help=f"With --lazy-pages: listen there, a host, an IPv4 or IPv6 address, or unix:PATH.  [default: {LOOPBACK}]",
-)
-@click.option(
-    "--port",
-    metavar="PORT",
-    type=click.IntRange(0, 65535),
-    help="With --lazy-pages: listen there; 0 is a free one, named in the log.  [default: 0]",
-)
-@click.option(
     "--status-fd",
     metavar="FD",
     type=click.IntRange(min=0),
     help="With --lazy-pages: write one 0 byte to FD when the images are complete and the pages can be had.",
 )
-@click.option("--tls", is_flag=True, help="With --lazy-pages: certificates on both sides, and encryption.")
-@add_options(TLS_OPTIONS[1:-1])  # the files
 @click.option(
-    "--tls-no-cn-verify", is_flag=True, help="Let clients pass whose certificate does not name --address."
+    "--insecure",
+    is_flag=True,
+    help="With --lazy-pages: allow an address that others can reach without --tls.",
 )
-@click.option("--insecure", is_flag=True, help="Allow an address that others can reach without --tls.")
 def dump_command(**options: Any) -> None:
     """Write all images of a tree of processes and end it (or let it go on).
 
@@ -280,7 +359,7 @@ def dump_command(**options: Any) -> None:
     settings = _settings(options)
     with _watcher(options) as watcher, _service(options) as serve:
         report = dump(settings, watcher, serve)
-    _tell(report, "dumped")
+    _tell(report, "dumped", settings.page_server)
 
 
 @contextmanager
@@ -288,8 +367,6 @@ def _service(options: dict[str, Any]) -> Iterator[PageService | None]:
     """The page server of --lazy-pages, listening already: what is wrong with it stops no task."""
     address, port, tls = options["address"], options["port"], None
     if not options["lazy_pages"]:
-        if address is not None or port is not None or options["status_fd"] is not None or options["tls"]:
-            raise click.UsageError("--address, --port, --status-fd and --tls go with --lazy-pages")
         yield None
         return
     if options["tls"]:
@@ -305,7 +382,7 @@ def _service(options: dict[str, Any]) -> Iterator[PageService | None]:
 
 
 @cli.command("pre-dump", epilog=PRE_DUMP_EPILOG)
-@_common
+@partial(_common, address="Where the page server is.", port="Its port.")
 def pre_dump_command(**options: Any) -> None:
     """Copy the memory of a tree while it runs, and track what it writes from then on.
 
@@ -315,16 +392,17 @@ def pre_dump_command(**options: Any) -> None:
     settings = _settings(options)
     with _watcher(options) as watcher:
         report = pre_dump(settings, watcher)
-    _tell(report, "pre-dumped")
+    _tell(report, "pre-dumped", settings.page_server)
 
 
-def _tell(report: Report, what: str) -> None:
+def _tell(report: Report, what: str, page_server: PageServer | None) -> None:
     counts = report.counts
 
     def megabytes(pages: int) -> str:
         return f"{pages * PAGE_SIZE / (1 << 20):.1f} MiB"
 
-    parts = [f"{megabytes(counts.written + report.shared.written)} written"]
+    done = "written" if page_server is None else f"sent to {page_server.address}"
+    parts = [f"{megabytes(counts.written + report.shared.written)} {done}"]
     if counts.in_parent:
         parts.append(f"{megabytes(counts.in_parent)} left to the parent")
     if counts.lazy:

@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Self
 
 from dumptool import core, mappings, memory, proc, survey, tracking
-from dumptool.chain import PARENT_LINK, Chain, ParentPages
+from dumptool.chain import PARENT_LINK, SENT_PREFIX, Chain, ParentPages
 from dumptool.errors import DumpError, TaskGoneError, UnsupportedError
 from dumptool.files import FileTable
 from dumptool.freeze import FrozenTree, freeze, members
 from dumptool.mappings import FileIds, Mapping
-from dumptool.memory import Counts, Marks, Part, Source, Target
+from dumptool.memory import Counts, Marks, Part, Sink, Source, Target
+from dumptool.send import PageServer, Sender, SentTarget
 from dumptool.survey import Task
 from dumptool.tracee import Gadgets, registers, xstate_components
 from dumptool.tracking import Armed, Method
@@ -39,6 +40,7 @@ from images_spec.messages import (
     StatsEntry,
     TaskKobjIdsEntry,
 )
+from lazypages.wire import ImageType
 
 IMAGE_VERSION = 2
 NAMESPACE_IDS = {
@@ -66,7 +68,7 @@ class Settings:
 
     ``parent``: directory of the parent level relative to ``images``, or None. ``leave_running``: the tree
     goes on after a dump; with ``track`` as well, what it writes from then on is tracked. ``timeout``:
-    seconds for the tree to stop.
+    seconds for the tree to stop. ``page_server``: pages go there, not into ``images``.
     """
 
     pid: int
@@ -79,6 +81,7 @@ class Settings:
     track: bool = False
     allow: survey.Options = field(default_factory=survey.Options)
     timeout: float = 10
+    page_server: PageServer | None = None
 
 
 @dataclass(slots=True)
@@ -198,7 +201,7 @@ class _Job:
     """The pages of one process that are to be written."""
 
     source: Source
-    target: Target
+    target: Sink
     parts: list[Part]
     marks: Marks
 
@@ -210,6 +213,7 @@ class _Run:
         self.settings, self.watcher, self.report = settings, watcher, Report()
         self._run_id = str(uuid.uuid4())
         self._chain: Chain | None = None
+        self._sender: Sender | None = None
         self._parents: dict[int, ParentPages | None] = {}
         self._before: dict[int, Task] = {}
         self._gadgets: dict[int, Gadgets] = {}
@@ -250,6 +254,11 @@ class _Run:
         if settings.parent is not None:
             self._chain = Chain(settings.images / settings.parent)
             self._parents = {pid: self._chain.pages_of(pid) for pid in self._before}
+        if settings.page_server is not None:
+            self._sender = self._resources.enter_context(Sender(settings.page_server))
+            for pid, pages in self._parents.items():
+                if pages is not None and not self._sender.has_parent(pid):
+                    self._parents[pid] = None  # then all is sent
 
     @contextmanager
     def frozen(self) -> Iterator[FrozenTree]:
@@ -300,10 +309,18 @@ class _Run:
             armed.clear()
         if marks.known:
             parts = memory.only_in_parent(parts, self._parents.get(pid), marks)
-        target = Target(settings.images, Kind.PAGEMAP.file_name(pid), pages_id)
+        target = self._target(ImageType.TASK, pid, pages_id)
         self._jobs.append(_Job(Source(pid, compare=compare), target, parts, marks))
         self.report.scanning += time.monotonic() - begin
         return described
+
+    def _target(self, kind: ImageType, number: int, pages_id: int) -> Sink:
+        directory = self.settings.images
+        if self._sender is not None:
+            parents = kind is ImageType.TASK and self._parents.get(number) is not None
+            return SentTarget(self._sender, directory, kind, number, parents)
+        name = Kind.PAGEMAP.file_name(number if kind is ImageType.TASK else f"shmem-{number}")
+        return Target(directory, name, pages_id)
 
     def _marks(self, task: Task) -> tuple[Marks, ParentPages | None]:
         """How the pages of a process are to be labelled, and what to compare them with, if anything."""
@@ -355,11 +372,10 @@ class _Run:
                 if not survey.is_shared_anonymous(vma) or vma.inode in seen:
                     continue
                 seen.add(vma.inode)
-                name, pages_id = Kind.PAGEMAP.file_name(f"shmem-{vma.inode}"), len(self._jobs) + len(seen)
+                target = self._target(ImageType.SHMEM, vma.inode, len(self._jobs) + len(seen))
                 fd = os.open(f"/proc/{task.pid}/{vma.link}", os.O_RDONLY | os.O_CLOEXEC)
                 try:
                     part = memory.shared_part(fd, os.fstat(fd).st_size)
-                    target = Target(self.settings.images, name, pages_id)
                     source = Source(task.pid, fd=fd)
                     self.report.shared.add(memory.write(target, source, [part], Marks(), self.watcher.copied))
                 finally:
@@ -373,7 +389,12 @@ class _Run:
                 self._resources.callback(os.close, fd)
 
     def finish(self) -> None:
-        """The inventory, last of all: without it the directory is no dump. Trackers now vouch for it."""
+        """The inventory, last of all: without it the directory is no dump. Trackers now vouch for it.
+
+        A page server must have everything before.
+        """
+        if self._sender is not None:
+            self._sender.close()
         root = _object_ids(ROOT_OBJECT)
         entry = InventoryEntry(
             img_version=IMAGE_VERSION,
@@ -422,7 +443,11 @@ def _set_up_directory(settings: Settings) -> None:
             if (directory / settings.parent).samefile(directory):
                 raise DumpError(f"{directory}: is its own --prev-images-dir")
             link.symlink_to(settings.parent)
-        (directory / Kind.INVENTORY.file_name()).unlink(missing_ok=True)
+        stale = [Kind.INVENTORY.file_name(), f"{SENT_PREFIX}*.img"]
+        if settings.page_server is not None:
+            stale.append(Kind.PAGEMAP.file_name("*"))  # what is here counts more than what was sent
+        for path in [path for pattern in stale for path in directory.glob(pattern)]:
+            path.unlink(missing_ok=True)
     except OSError as error:
         raise DumpError(f"{directory}: {error.strerror}") from None
 

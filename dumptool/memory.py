@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from dumptool._ptrace import ffi, lib
 from dumptool.chain import ParentPages
@@ -249,9 +250,46 @@ class Source:
     compare: ParentPages | None = None
 
 
+class Image(Protocol):
+    """Where the pages of one process go, step by step.
+
+    ``pages_fd``: pages are written there, at its position. ``step_pages``: how many at once, about.
+    """
+
+    @property
+    def pages_fd(self) -> int: ...
+
+    @property
+    def step_pages(self) -> int: ...
+
+    def add(self, runs: Runs) -> None:
+        """The entries that a step has made; the pages of those that are PRESENT have been written."""
+
+
+class Sink(Protocol):
+    """What can be opened once, to be such an image."""
+
+    def open(self) -> AbstractContextManager[Image]:
+        """Raises ``DumpError``, ``ImageError``."""
+
+    def remove(self) -> None:
+        """Unmake it."""
+
+
+@dataclass(frozen=True, slots=True)
+class _LocalImage:
+    pages_fd: int
+    writer: PagemapWriter
+    step_pages: int = STEP_PAGES
+
+    def add(self, runs: Runs) -> None:
+        for start, end, flags in runs:
+            self.writer.add(start, (end - start) // PAGE_SIZE, flags)
+
+
 @dataclass(frozen=True, slots=True)
 class Target:
-    """The images to be written: a pagemap by the given name, and pages-<pages_id>.img beside it."""
+    """A ``Sink`` on the disk: a pagemap by the given name, and pages-<pages_id>.img beside it."""
 
     directory: Path
     pagemap_name: str
@@ -261,43 +299,43 @@ class Target:
     def pages(self) -> Path:
         return self.directory / f"pages-{self.pages_id}.img"
 
+    @contextmanager
+    def open(self) -> Iterator[Image]:
+        """Raises ``DumpError``, ``ImageError``."""
+        path = self.pages
+        try:
+            pages_fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise DumpError(f"{path}: can't be written: {error.strerror}") from None
+        try:
+            with PagemapWriter(self.directory / self.pagemap_name, self.pages_id) as writer:
+                yield _LocalImage(pages_fd, writer)
+        finally:
+            os.close(pages_fd)
+
     def remove(self) -> None:
         """Unmake both."""
         self.pages.unlink(missing_ok=True)
         (self.directory / self.pagemap_name).unlink(missing_ok=True)
 
 
-def write(target: Target, source: Source, parts: Sequence[Part], marks: Marks, progress: Progress) -> Counts:
-    """Writes a pagemap and its pages file. Raises ``DumpError`` (memory), ``ImageError`` (files)."""
+def write(target: Sink, source: Source, parts: Sequence[Part], marks: Marks, progress: Progress) -> Counts:
+    """Writes a pagemap and its pages. Raises ``DumpError`` (memory, network), ``ImageError`` (files)."""
     counts = Counts()
-    path = target.pages
-    try:
-        pages_fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise DumpError(f"{path}: can't be written: {error.strerror}") from None
-    try:
-        with PagemapWriter(target.directory / target.pagemap_name, target.pages_id) as writer:
-            for part in parts:
-                counts.scanned += part.runs.pages()
-                for runs in _copied(pages_fd, source, part, marks):
-                    written = 0
-                    for start, end, flags in runs:
-                        nr_pages = (end - start) // PAGE_SIZE
-                        writer.add(start, nr_pages, flags)
-                        if flags & PE_PARENT:
-                            counts.in_parent += nr_pages
-                        elif flags & PE_PRESENT:
-                            written += nr_pages
-                        else:
-                            counts.lazy += nr_pages
-                    counts.written += written
-                    progress(written)
-    finally:
-        os.close(pages_fd)
+    with target.open() as image:
+        for part in parts:
+            counts.scanned += part.runs.pages()
+            for runs in _copied(image, source, part, marks):
+                image.add(runs)
+                written = runs.pages(PE_PRESENT)
+                counts.in_parent += runs.pages(PE_PARENT)
+                counts.lazy += runs.pages() - runs.pages(PE_PRESENT) - runs.pages(PE_PARENT)
+                counts.written += written
+                progress(written)
     return counts
 
 
-def _copied(pages_fd: int, source: Source, part: Part, marks: Marks) -> Iterator[Runs]:
+def _copied(image: Image, source: Source, part: Part, marks: Marks) -> Iterator[Runs]:
     """Copies a part step by step; what the pagemap has to say of each step."""
     mem_fd = source.fd
     if mem_fd is None and not part.readable:
@@ -309,7 +347,7 @@ def _copied(pages_fd: int, source: Source, part: Part, marks: Marks) -> Iterator
         {
             "pid": source.pid,
             "mem_fd": -1 if mem_fd is None else mem_fd,
-            "pages_fd": pages_fd,
+            "pages_fd": image.pages_fd,
             "drop_zero": part.drop_zero,
             "drop_missing": source.running,
             "parent": parent,
@@ -319,7 +357,7 @@ def _copied(pages_fd: int, source: Source, part: Part, marks: Marks) -> Iterator
         },
     )
     cursor, found, written = (ffi.new(kind) for kind in ("struct lp_cursor *", "size_t *", "uint64_t *"))
-    made = Runs(STEP_PAGES + BUFFER_PAGES + part.runs.count)
+    made = Runs(image.step_pages + BUFFER_PAGES + part.runs.count)
     try:
         while cursor.run < part.runs.count:
             found[0] = 0
@@ -328,7 +366,7 @@ def _copied(pages_fd: int, source: Source, part: Part, marks: Marks) -> Iterator
                 part.runs.array,
                 part.runs.count,
                 cursor,
-                STEP_PAGES,
+                image.step_pages,
                 made.array,
                 made.room,
                 found,

@@ -108,8 +108,11 @@ class ImageReceiver:
         )
         return bool(parents)
 
-    def add(self, header: Header, layout: Layout) -> None:
-        """An entry of the pagemap; its pages follow in write() if it has any."""
+    def add(self, header: Header, layout: Layout | None) -> None:
+        """An entry of the pagemap; its pages follow in write() if it has any.
+
+        ``layout``: of CRIU's, whose server would write an image that only its own kin can read; None: for all.
+        """
         image = self._image
         if image is None or image.dst_id != header.dst_id:
             self.open(header.dst_id)
@@ -124,10 +127,10 @@ class ImageReceiver:
             elif flags & PE_PARENT:
                 _check_covered(image.parents[0], start, end)
         entry = PagemapEntry(vaddr=start, flags=flags)
-        if layout is Layout.CRIU_4_1:
-            entry.compat_nr_pages = header.nr_pages
-        else:
-            entry.compat_nr_pages, entry.nr_pages = 0, header.nr_pages
+        fits = header.nr_pages <= Layout.CRIU_4_1.max_pages
+        entry.compat_nr_pages = header.nr_pages if fits and layout is not Layout.CRIU_4_2 else 0
+        if layout is not Layout.CRIU_4_1:
+            entry.nr_pages = header.nr_pages
         image.pagemap.write(_framed(entry))
 
     def write(self, data: memoryview) -> None:
@@ -163,11 +166,15 @@ class ReceiveConnection:
         self._sock = sock
         self._receiver = receiver
         self._codec = ServerCodec(size=BUFFER_SIZE)
+        self._ours = False  # is the client
 
     def run(self) -> None:
-        """Until the client has said CLOSE and is gone. Raises LazyPagesError, ImageError otherwise."""
-        closed = False
-        while True:
+        """Until the client has said CLOSE and is gone, or FORCE_CLOSE (its socket may be somebody else's too).
+
+        Raises LazyPagesError, ImageError otherwise.
+        """
+        closed = forced = False
+        while not forced:
             try:
                 self._codec.received(self._sock.recv_into(self._codec.writable()))
             except OSError as error:
@@ -178,12 +185,14 @@ class ReceiveConnection:
                 match event:
                     case Header():
                         closed = self._handle(event) or closed
+                        forced = event.command is Command.FORCE_CLOSE
                     case wire.Payload(data):
                         try:
                             self._receiver.write(data)
                         except OSError as error:
                             raise ReceiveError(f"the images can't be written: {error.strerror}") from None
                     case wire.Probed():
+                        self._ours = True
                         self._sock.sendall(self._codec.answer_probe(wire.NO_FEATURES))
                     case wire.Eof():
                         if not closed:
@@ -203,8 +212,7 @@ class ReceiveConnection:
                 case Command.PARENT:
                     self._sock.sendall(wire.answer_parent(has_parent=receiver.has_parent(header.dst_id)))
                 case Command.ADD | Command.ADD_F | Command.HOLE:
-                    assert layout is not None
-                    receiver.add(header, layout)
+                    receiver.add(header, None if self._ours else layout)
                 case Command.GET:
                     raise RemoteProtocolError(
                         "the client asks for pages; that takes page-server --lazy-pages"

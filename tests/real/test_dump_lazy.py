@@ -307,7 +307,7 @@ def test_the_frozen_task_is_killed(program: Program, tmp_path: Path) -> None:
     [
         (["--lazy-pages", "--address", "0.0.0.0"], "--insecure"),
         (["--lazy-pages", "--tls", "--tls-cert", "/nowhere"], "/nowhere"),
-        (["--port", "0"], "go with --lazy-pages"),
+        (["--port", "0"], "go with --page-server or --lazy-pages"),
     ],
 )
 def test_refused_before_anything_is_stopped(

@@ -6,6 +6,7 @@ import random
 import socket
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 from lazypages.sources.remote import RemoteOptions
 from lazypages.sources.url import ConnectedSocket, TcpServer, UnixServer
 from lazypages.wire import PAGE_SIZE, Layout
+from tests.support.liar import LIES, Liar
 from tests.support.pages import (
     BASE,
     LOOP_NAMES,
@@ -142,6 +144,34 @@ def test_500_random_cuts(images: tuple[Path, Contents], server: PageServer) -> N
     with Proxy(("127.0.0.1", server.port), plan) as proxy:
         while proxy.connections < len(cuts):
             fetch([TcpServer("127.0.0.1", proxy.port)], list(contents), timeout=150).check(contents)
+
+
+@every_loop
+def test_wrong_answers(loop: dict[str, Any], images: tuple[Path, Contents]) -> None:
+    """To another address, for another task, of too many pages, of what was asked before…: none of it is taken."""
+    contents = images[1]
+    with Liar(contents, 60) as liar:
+        while not liar.truthful:
+            fetch([TcpServer("127.0.0.1", liar.port)], list(contents), loop=loop).check(contents)
+        assert liar.told == set(LIES)
+
+
+def test_answers_in_another_order(images: tuple[Path, Contents], server: PageServer) -> None:
+    """Three ways to the same server, each connection as slow as chance will have it: later requests come first."""
+    contents = images[1]
+    chance = random.Random(9)
+    pauses = [chance.choice([0.0, 0.001, 0.02]) for _ in range(100)]
+    with ExitStack() as stack:
+        proxies = [
+            stack.enter_context(
+                Proxy(("127.0.0.1", server.port), lambda _: None, lambda number: pauses[number % 100])
+            )
+            for _ in range(3)
+        ]
+        addresses = [TcpServer("127.0.0.1", proxy.port) for proxy in proxies]
+        fetched = fetch(addresses, list(contents))
+        fetched.check(contents)
+        assert all(one.pages for one in fetched.stats)
 
 
 def test_stalls(images: tuple[Path, Contents], server: PageServer) -> None:

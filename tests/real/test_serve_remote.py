@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import signal
 import sys
 import time
@@ -11,13 +12,16 @@ from pathlib import Path
 
 import pytest
 
+from images_spec.flags import PAGE_SIZE
 from tests.support.criu import Criu, all_criu
 from tests.support.processes import Server, nothing_left
+from tests.support.proxy import Fault, Proxy
 from tests.support.remote import criu_page_server, leave_at_source, our_page_server
 from tests.support.restore import Checkpoints, lazy_restore, our_daemon
 
 both = pytest.mark.parametrize("criu", all_criu())
 OURS = Criu("4.1")
+CUTS = 500
 
 
 def page_server(
@@ -146,6 +150,40 @@ def test_a_server_that_goes_away(checkpoints: Checkpoints, tmp_path: Path) -> No
         sock.unlink(missing_ok=True)
         stack.enter_context(page_server_at(sock, checkpoint.images, tmp_path / "second"))
         restored.check_end()
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("mode", [[], ["--no-background"]], ids=["background", "no-background"])
+def test_500_random_cuts_while_a_task_runs(mode: list[str], checkpoints: Checkpoints, tmp_path: Path) -> None:
+    """Every connection is cut somewhere, some are slow: every byte is right at the end, and no task has ended."""
+    checkpoint = checkpoints.get(OURS, "threads")
+    images = tmp_path / "images"
+    leave_at_source(checkpoint.images, images)
+    chance, cuts = random.Random(4), 0
+    pauses = [chance.choice([0.0, 0.0, 0.002]) for _ in range(100)]
+
+    def plan(_: int) -> Fault | None:
+        nonlocal cuts
+        cuts += 1
+        if cuts > CUTS:
+            return None
+        return Fault(chance.randrange(4, 24 * PAGE_SIZE), chance.choice(["close", "reset"]))
+
+    with ExitStack() as stack:
+        stack.enter_context(nothing_left())
+        port, _ = stack.enter_context(page_server("ours", OURS, checkpoint.images, tmp_path / "server"))
+        daemon_options = []
+        for _ in range(4):
+            proxy = Proxy(("127.0.0.1", port), plan, lambda number: pauses[number % 100])
+            daemon_options += ["--source", f"tcp://127.0.0.1:{stack.enter_context(proxy).port}"]
+        rounds = 0
+        while cuts < CUTS:
+            work = tmp_path / f"work-{rounds}"
+            work.mkdir()
+            rounds += 1
+            checkpoint.forget_results()
+            with lazy_restore(checkpoint, our_daemon(*mode, *daemon_options), work, images) as restored:
+                restored.check_all()
 
 
 def test_deadline(checkpoints: Checkpoints, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import selectors
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -28,10 +29,15 @@ Plan = Callable[[int], Fault | None]  # by the number of the connection, from 0 
 
 
 class Proxy:
-    """Listens on loopback (`port`) and connects each client to `target`; `plan` says what goes wrong."""
+    """Listens on loopback (`port`) and connects each client to `target`; `plan` says what goes wrong.
 
-    def __init__(self, target: tuple[str, int], plan: Plan) -> None:
-        self._target, self._plan = target, plan
+    `pause`: seconds, by the number of the connection, that each piece from the server takes longer.
+    """
+
+    def __init__(
+        self, target: tuple[str, int], plan: Plan, pause: Callable[[int], float] = lambda _: 0.0
+    ) -> None:
+        self._target, self._plan, self._pause = target, plan, pause
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
         self.connections = 0
@@ -61,7 +67,7 @@ class Proxy:
                 client, _ = self._listener.accept()
             except OSError:
                 return
-            fault = self._plan(self.connections)
+            fault, pause = self._plan(self.connections), self._pause(self.connections)
             self.connections += 1
             try:
                 server = socket.create_connection(self._target)
@@ -69,11 +75,11 @@ class Proxy:
                 client.close()
                 continue
             self._ends += [client, server]
-            thread = threading.Thread(target=self._pump, args=(client, server, fault))
+            thread = threading.Thread(target=self._pump, args=(client, server, fault, pause))
             self._threads.append(thread)
             thread.start()
 
-    def _pump(self, client: socket.socket, server: socket.socket, fault: Fault | None) -> None:
+    def _pump(self, client: socket.socket, server: socket.socket, fault: Fault | None, pause: float) -> None:
         passed = 0
         with selectors.DefaultSelector() as selector:
             selector.register(client, selectors.EVENT_READ, server)
@@ -93,6 +99,8 @@ class Proxy:
                             data = bytes(
                                 byte ^ 0x5A for byte in data
                             )  # "garbage": the others are over by now
+                        if source is server:
+                            time.sleep(pause)
                         sink.sendall(data)
                     except OSError:
                         self._end(client, server)

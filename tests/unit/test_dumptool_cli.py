@@ -12,8 +12,12 @@ from dumptool import cli
 from dumptool.dump import Report, Settings
 from dumptool.errors import DumpError, Refusal, UnsupportedError
 from dumptool.memory import Counts
+from dumptool.send import PageServer
 from dumptool.survey import Options
 from dumptool.tracking import Method
+from lazypages.sources.url import ConnectedSocket, TcpServer, UnixServer
+from lazypages.tls import TlsFiles
+from lazypages.wire import Layout
 
 
 @pytest.fixture
@@ -132,3 +136,49 @@ def test_a_bar_only_for_long_dumps() -> None:
         watcher.copied(7)
         assert bars.totals == totals
         assert bars.advanced == (7 * 4096 if totals else 0)
+
+
+@pytest.mark.parametrize("command", ["dump", "pre-dump"])
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--port", "7"], PageServer(TcpServer("127.0.0.1", 7))),
+        (["--address", "::1", "--port=7"], PageServer(TcpServer("::1", 7))),
+        (["--address", "unix:/run/ps"], PageServer(UnixServer(Path("/run/ps")))),
+        (["--ps-socket", "5"], PageServer(ConnectedSocket(5))),
+        (
+            ["--port", "7", "--page-server-protocol", "criu-4.1"],
+            PageServer(TcpServer("127.0.0.1", 7), layout=Layout.CRIU_4_1),
+        ),
+        (
+            ["--port", "7", "--tls", "--tls-cacert", "/ca", "--tls-no-cn-verify"],
+            PageServer(TcpServer("127.0.0.1", 7, tls=True), TlsFiles(Path("/ca"), check_name=False)),
+        ),
+    ],
+)
+def test_page_server(command: str, arguments: list[str], expected: PageServer, calls: list[Settings]) -> None:
+    result = run(command, "-t", "7", "-D", "/d", "--page-server", *arguments)
+    assert result.exit_code == 0, result.output
+    assert [settings.page_server for settings in calls] == [expected]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--page-server"],
+        ["--page-server", "--port", "0"],
+        ["--page-server", "--lazy-pages", "--port", "7"],
+        ["--page-server", "--port", "7", "--status-fd", "1"],
+        ["--page-server", "--ps-socket", "5", "--tls"],
+        ["--page-server", "--address", "unix:/run/ps", "--tls"],
+        ["--port", "7"],
+        ["--tls"],
+        ["--ps-socket", "5"],
+        ["--lazy-pages", "--ps-socket", "5"],
+    ],
+)
+def test_what_does_not_go_together(arguments: list[str], calls: list[Settings]) -> None:
+    result = run("dump", "-t", "7", "-D", "/d", *arguments)
+    assert result.exit_code == 2
+    assert "Error: " in result.output
+    assert calls == []

@@ -1,0 +1,280 @@
+"""Pages that go to a page server while they are dumped, and not to the disk (``--page-server``).
+
+The server may be CRIU's or ours, in receive mode (reference/criu-interfaces §4): it writes the pagemaps and pages
+images of all tasks into a directory of its own. What stays here is what CRIU leaves here too, the small images, and
+beside them each pagemap once more as ``sent-pagemap-<pid>.img``: the next level must know which pages this one has.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import socket
+import ssl
+import struct
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from dumptool.chain import SENT_PREFIX
+from dumptool.errors import DumpError
+from dumptool.memory import BUFFER_PAGES, Runs
+from images_spec.flags import PAGE_SIZE, PE_PRESENT
+from images_spec.images import Kind
+from images_spec.pagemap import PagemapWriter
+from lazypages import wire
+from lazypages.sources.link import KEEPALIVE, USER_TIMEOUT
+from lazypages.sources.url import ConnectedSocket, PageServerAddress, TcpServer, UnixServer
+from lazypages.tls import TlsFiles
+from lazypages.wire import Command, Header, ImageType, Layout, encode_dst_id
+
+STEP_PAGES = 1024
+"""Gathered here before they are sent: 4 MiB. No entry of a pagemap at the server is larger than this, and a buffer."""
+CONNECT_TIMEOUT = 10.0  # s
+PATIENCE = 60.0  # s without progress: a tree must not stand still for ever
+PROBE_PATIENCE = 2.0  # s for a server of CRIU's old layout to answer, plus some round trips
+MAX_IOVS = 1024  # IOV_MAX (limits.h)
+
+
+class SendError(DumpError):
+    """The page server can't be reached, or has not taken everything."""
+
+
+@dataclass(frozen=True, slots=True)
+class PageServer:
+    """What the command line says of it. ``layout``: of the protocol's headers; None: to be found out."""
+
+    address: PageServerAddress
+    tls: TlsFiles | None = None
+    layout: Layout | None = None
+
+
+class Sender:
+    """A connection to a page server in receive mode; a context manager. All raise ``SendError``, also ``TlsError``."""
+
+    def __init__(self, server: PageServer) -> None:
+        self._address = server.address
+        with self._errors():
+            self._sock = _connect(server)
+        try:
+            self._layout = server.layout or self._find_layout()
+        except BaseException:
+            self._sock.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._sock.close()
+
+    def has_parent(self, pid: int) -> bool:
+        """Whether the server's parent directory has a pagemap of this task."""
+        return bool(self._ask(Header(Command.PARENT, dst_id=encode_dst_id(ImageType.TASK, pid)), "=i"))
+
+    def open(self, dst_id: int) -> bool:
+        """Begin an image. Whether the server has its parent."""
+        return bool(self._ask(Header(Command.OPEN2, dst_id=dst_id), "=B"))
+
+    def send(self, dst_id: int, runs: Runs, pages: memoryview) -> None:
+        """Entries of the pagemap of the open image; ``pages``: of those that are PRESENT, one after the other."""
+        pieces: list[bytes | memoryview] = []
+        at = 0
+        for start, end, flags in runs:
+            header = Header(Command.ADD_F, (end - start) // PAGE_SIZE, start, dst_id, flags)
+            pieces.append(self._layout.pack(header))
+            if flags & PE_PRESENT:
+                pieces.append(pages[at : at + end - start])
+                at += end - start
+        self._send(pieces)
+
+    def close(self) -> None:
+        """Everything is there when this returns."""
+        # As CRIU does: after CLOSE its server waits for the end of the connection, which does not come for a socket
+        # that somebody else has open as well (reference/criu-interfaces §4).
+        force = isinstance(self._address, ConnectedSocket)
+        status = self._ask(Header(Command.FORCE_CLOSE if force else Command.CLOSE), "=i")
+        if status:
+            raise SendError(f"page server {self._address}: says that it has failed (status {status})")
+        if isinstance(self._sock, ssl.SSLSocket):
+            with self._errors():
+                self._sock = self._sock.unwrap()
+        self._sock.close()
+
+    def _find_layout(self) -> Layout:
+        if isinstance(self._sock, ssl.SSLSocket):
+            # The question in two pieces is two records, which CRIU 4.2 does not put together (see sources/remote.py).
+            return Layout.CRIU_4_1
+        self._send([wire.PROBE_FIRST])
+        with self._errors():
+            round_trip = _round_trip(self._sock)
+            self._sock.settimeout(PROBE_PATIENCE + 8 * round_trip)
+            try:
+                answer = self._sock.recv(1)
+                layout = Layout.CRIU_4_1
+            except TimeoutError:
+                answer, layout = b"", Layout.CRIU_4_2
+            self._sock.settimeout(PATIENCE)
+        if layout is Layout.CRIU_4_2:
+            self._send([wire.PROBE_REST])
+        elif not answer:
+            raise self._closed()
+        answer += self._receive(wire.PROBE_ANSWER_SIZE - len(answer))
+        return layout if wire.probe_answer(answer) is None else Layout.CRIU_4_2
+
+    def _ask(self, header: Header, answer: str) -> int:
+        self._send([self._layout.pack(header)])
+        (value,) = struct.unpack(answer, self._receive(struct.calcsize(answer)))
+        assert isinstance(value, int)
+        return value
+
+    def _receive(self, size: int) -> bytes:
+        data = b""
+        with self._errors():
+            while len(data) < size:
+                more = self._sock.recv(size - len(data))
+                if not more:
+                    raise self._closed()
+                data += more
+        return data
+
+    def _send(self, pieces: list[bytes | memoryview]) -> None:
+        with self._errors():
+            if isinstance(self._sock, ssl.SSLSocket):
+                for piece in pieces:  # CRIU wants a header in a record of its own
+                    self._sock.sendall(piece)
+                return
+            first = 0
+            while first < len(pieces):
+                sent = self._sock.sendmsg(pieces[first : first + MAX_IOVS])
+                while first < len(pieces) and sent >= len(pieces[first]):
+                    sent -= len(pieces[first])
+                    first += 1
+                if sent:
+                    pieces[first] = memoryview(pieces[first])[sent:]
+
+    def _closed(self) -> SendError:
+        return SendError(
+            f"page server {self._address}: has closed the connection; its log says why, and what it has got is no image"
+        )
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except TimeoutError:
+            raise SendError(f"page server {self._address}: nothing has moved for {PATIENCE:g} s") from None
+        except ssl.SSLError as error:
+            what = getattr(error, "verify_message", None) or error.reason or error
+            raise SendError(f"page server {self._address}: TLS: {what}") from None
+        except (BrokenPipeError, ConnectionResetError):
+            raise self._closed() from None
+        except OSError as error:
+            raise SendError(f"page server {self._address}: {error.strerror or error}") from None
+
+
+class SentImage:
+    """One image at the server; a ``dumptool.memory.Image``."""
+
+    step_pages = STEP_PAGES
+
+    def __init__(self, sender: Sender, dst_id: int, record: PagemapWriter, stack: ExitStack) -> None:
+        self._sender, self._dst_id, self._record = sender, dst_id, record
+        self.pages_fd = os.memfd_create("lazypages-pages", os.MFD_CLOEXEC)
+        stack.callback(os.close, self.pages_fd)
+        size = (STEP_PAGES + BUFFER_PAGES) * PAGE_SIZE
+        os.ftruncate(self.pages_fd, size)
+        self._pages = memoryview(mmap.mmap(self.pages_fd, size))  # unmapped when nobody refers to it any more
+
+    def add(self, runs: Runs) -> None:
+        """Sends what one step has made."""
+        self._sender.send(self._dst_id, runs, self._pages)
+        os.lseek(self.pages_fd, 0, os.SEEK_SET)
+        for start, end, flags in runs:
+            self._record.add(start, (end - start) // PAGE_SIZE, flags)
+
+
+@dataclass(frozen=True, slots=True)
+class SentTarget:
+    """Where an image goes: to the server; and its pagemap, for the next level, to ``directory``.
+
+    ``number``: the pid of a task or the id of shared memory. ``parents``: whether it has pages of its parent.
+    """
+
+    sender: Sender
+    directory: Path
+    kind: ImageType
+    number: int
+    parents: bool = False
+
+    @property
+    def record(self) -> Path:
+        """The pagemap that stays here."""
+        name = self.number if self.kind is ImageType.TASK else f"shmem-{self.number}"
+        return self.directory / (SENT_PREFIX + Kind.PAGEMAP.file_name(name))
+
+    @contextmanager
+    def open(self) -> Iterator[SentImage]:
+        """Raises ``SendError``, ``ImageError``."""
+        dst_id = encode_dst_id(self.kind, self.number)
+        if not self.sender.open(dst_id) and self.parents:
+            raise SendError(f"the page server has no parent of the pages of task {self.number} any more")
+        with PagemapWriter(self.record, 1) as record, ExitStack() as stack:
+            yield SentImage(self.sender, dst_id, record, stack)
+
+    def remove(self) -> None:
+        """The next level must send all pages: those at the server are of a task that was just ending."""
+        self.record.unlink(missing_ok=True)
+
+
+def _connect(server: PageServer) -> socket.socket:
+    match server.address:
+        case UnixServer(path):
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+            try:
+                sock.settimeout(CONNECT_TIMEOUT)
+                sock.connect(str(path))
+            except BaseException:
+                sock.close()
+                raise
+        case ConnectedSocket(fd):
+            sock = socket.socket(fileno=fd)
+            sock.getpeername()
+        case TcpServer(host, port):
+            sock = socket.create_connection((host, port), CONNECT_TIMEOUT)
+            _set_up(sock)
+    sock.settimeout(PATIENCE)
+    return sock if server.tls is None else _start_tls(sock, server.tls, server.address)
+
+
+def _set_up(sock: socket.socket) -> None:
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in KEEPALIVE.items():
+        sock.setsockopt(socket.IPPROTO_TCP, option, value)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, USER_TIMEOUT)
+
+
+def _start_tls(sock: socket.socket, files: TlsFiles, address: PageServerAddress) -> ssl.SSLSocket:
+    assert isinstance(address, TcpServer)
+    try:
+        secure = files.client_context().wrap_socket(sock, server_hostname=address.host)
+    except BaseException:
+        sock.close()
+        raise
+    try:
+        files.verify_peer(secure.getpeercert(), address.host)
+    except BaseException:
+        secure.close()
+        raise
+    return secure
+
+
+def _round_trip(sock: socket.socket) -> float:
+    """Seconds, as the kernel has measured for TCP (struct tcp_info, tcpi_rtt)."""
+    if sock.family == socket.AF_UNIX:
+        return 0.0
+    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
+    return int.from_bytes(info[68:72], "little") / 1e6
