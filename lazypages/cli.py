@@ -22,6 +22,7 @@ COMMANDS = {
         "Give pages to restores elsewhere, or receive images.",
     ),
     "show": ("lazypages.cli:show", "Say what an image directory holds."),
+    "plot": ("lazypages.plot_command:plot_command", "Draw what serve --trace has recorded."),
     "demo": ("lazypages.demo:demo", "See it work: checkpoint a live task, bring it back lazily."),
     "bench": ("lazypages.bench.cli:bench_command", "Compare with criu lazy-pages on this machine."),
 }

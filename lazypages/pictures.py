@@ -1,0 +1,96 @@
+"""What pictures have in common: where they go, how latencies are drawn. Needs matplotlib, an extra."""
+
+from __future__ import annotations
+
+import html
+import io
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lazypages.errors import LazyPagesError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SUFFIXES = (".png", ".html")
+
+#: Points of a distribution: all of the tail, and as many of the rest.
+_TAIL = 1000
+_POINTS = 2000
+
+
+class PictureError(LazyPagesError):
+    """There can be no such picture."""
+
+
+def check_picture(option: str, path: Path) -> None:
+    """Raises PictureError when `path`, given as `option`, can't be drawn; to be known before any work."""
+    if path.suffix not in SUFFIXES:
+        raise PictureError(f"{option} {path}: the name must end in .png or .html")
+    new_figure(option=option)
+
+
+def new_figure(*, option: str = "a picture", **options: Any) -> Figure:
+    """An empty figure. Raises PictureError without matplotlib."""
+    try:
+        from matplotlib.figure import Figure  # noqa: PLC0415 - an extra
+    except ImportError:
+        raise PictureError(f"{option} needs matplotlib: pip install 'lazypages[plot]'") from None
+    return Figure(**options)
+
+
+def write_picture(
+    option: str, path: Path, title: str, whole: Callable[[], Figure], parts: Callable[[], Sequence[Figure]]
+) -> None:
+    """`whole` as one PNG, or `parts` one below the other on a page that needs nothing else. Raises PictureError."""
+    try:
+        if path.suffix == ".png":
+            whole().savefig(path, dpi=100)
+        else:
+            path.write_text(_page(title, parts()))
+    except OSError as error:
+        raise PictureError(f"{option} {path}: {error.strerror}") from None
+
+
+def _page(title: str, figures: Sequence[Figure]) -> str:
+    text = html.escape(title)
+    parts = [f"<!doctype html><meta charset=utf-8><title>{text}</title><h1>{text}</h1>"]
+    for figure in figures:
+        picture = io.StringIO()
+        figure.savefig(picture, format="svg")
+        svg = picture.getvalue()
+        parts.append(svg[svg.index("<svg") :])
+    return "\n".join(parts) + "\n"
+
+
+def draw_slower(axis: Any, ordered: Sequence[int], label: str, **style: Any) -> None:
+    """The share of latencies (ns, sorted) that took longer, over time."""
+    count = len(ordered)
+    step = max(1, count // _POINTS)
+    kept = [*range(0, max(0, count - _TAIL), step), *range(max(0, count - _TAIL), count)]
+    axis.plot(
+        [max(ordered[i], 1) / 1000 for i in kept],
+        [1 - i / count for i in kept],
+        label=label,
+        linewidth=1,
+        **style,
+    )
+
+
+def slower_axis(axis: Any, title: str, what: str) -> None:
+    """Axes for draw_slower, after the lines: both logarithmic, so that tails are seen. `what` is what took so long."""
+    from matplotlib.ticker import FuncFormatter, NullFormatter  # noqa: PLC0415 - an extra
+
+    low, high = axis.dataLim.intervalx
+    axis.set(xscale="log", yscale="log", title=title, xlabel=f"{what}, us", ylabel="share that took longer")
+    if 0 < low <= high < math.inf:
+        axis.set_xlim(10 ** math.floor(math.log10(low)), 10 ** math.floor(math.log10(high) + 1))
+    axis.xaxis.set_major_formatter(
+        FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}")
+    )
+    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.grid(visible=True, which="major", alpha=0.3)
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(fontsize="x-small")

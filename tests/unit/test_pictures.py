@@ -1,0 +1,106 @@
+"""Pictures: of traces with all kinds of records, and what is said when there can be none."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from lazypages._uffd import ffi, lib
+from lazypages.cli import cli
+from lazypages.pictures import PictureError, check_picture
+from lazypages.tracing import NO_SOURCE, REMOTE, ZERO, Kind, Tracer
+
+BASE = 0x7F00_0000_0000
+PAGE = 4096
+MAGIC = {".png": b"\x89PNG", ".html": b"<!doctype html>"}
+#: kind, memory, page, pages, source, detail
+Happened = tuple[Kind, int, int, int, int, int]
+
+
+def everything() -> Iterable[Happened]:
+    """Two tasks and a fork, all kinds of records, memory at three places."""
+    rng = random.Random(1)
+    for memory in (1, 2, 3):
+        yield Kind.MEMORY, memory, 0, 2000, NO_SOURCE, 1 if memory == 3 else 0
+        for _ in range(300):
+            page = rng.choice((0, 1 << 20, 1 << 30)) + rng.randrange(600)
+            yield Kind.FAULT, memory, page, 1, NO_SOURCE, 0
+            source = rng.choice((0, 1, ZERO, REMOTE))
+            yield Kind.ANSWERED, memory, page, rng.randrange(1, 9), source, rng.randrange(2000, 500_000)
+            yield Kind.BROUGHT, memory, page, 64, rng.choice((0, 1)), 20_000
+        for kind in (Kind.LEFT, Kind.ARRIVED, Kind.LOST, Kind.POISONED):
+            yield kind, memory, 5, 16, REMOTE, 5
+        for kind in (Kind.PUT_OFF, Kind.REMOVED, Kind.UNMAPPED, Kind.REMAPPED, Kind.FORKED, Kind.COMPLETE):
+            yield kind, memory, 700, 10, NO_SOURCE, 0
+
+
+def write(path: Path, happened: Iterable[Happened]) -> None:
+    with Tracer(path, path.parent, dict.fromkeys((1, 2, 3), ("local", "parent-1"))) as tracer:
+        for number, (kind, memory, page, pages, source, detail) in enumerate(happened):
+            fields = {"kind": kind, "task": memory, "memory": memory, "source": source, "pages": pages}
+            fields |= {"time": 10**12 + number * 10_000, "addr": BASE + page * PAGE, "detail": detail}
+            assert lib.lp_trace_put(tracer.ring.handle, ffi.new("struct lp_trace_record *", fields))
+
+
+def plot(*arguments: object) -> tuple[int, str]:
+    result = CliRunner().invoke(cli, ["plot", *map(str, arguments)])
+    assert not result.exception or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.output
+
+
+@pytest.mark.parametrize("suffix", MAGIC)
+def test_all_kinds_of_records_are_drawn(suffix: str, tmp_path: Path) -> None:
+    write(tmp_path / "trace", everything())
+    picture = tmp_path / f"picture{suffix}"
+    assert plot(tmp_path / "trace", "-o", picture) == (0, "")
+    assert picture.read_bytes().startswith(MAGIC[suffix])
+    if suffix == ".html":
+        text = picture.read_text()
+        assert text.count("<svg") == 4  # all of them, then each
+        assert f"{tmp_path}, 3 tasks, 900 faults" in text
+
+
+@pytest.mark.parametrize(
+    "happened",
+    [
+        [(Kind.ANSWERED, 1, 0, 1, 0, 1000)],
+        [(Kind.BROUGHT, 1, 0, 1, 0, 1000)],
+        [(Kind.LOST, 1, 0, 1, 0, 5)],
+        [(Kind.ANSWERED, 1, 0, 1, 0, 0), (Kind.ANSWERED, 1, 0, 1, 0, 0)],
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_traces_with_hardly_anything_are_drawn(happened: list[Happened], tmp_path: Path) -> None:
+    write(tmp_path / "trace", happened)
+    assert plot(tmp_path / "trace", "-o", tmp_path / "picture.png") == (0, "")
+
+
+def test_what_can_not_be_drawn_is_one_line(tmp_path: Path) -> None:
+    trace, picture = tmp_path / "trace", tmp_path / "picture.png"
+    write(trace, [])
+    code, said = plot(trace, "-o", picture)
+    assert (code, said.count("\n")) == (1, 1)
+    assert "nothing to draw" in said
+    code, said = plot(tmp_path / "other", "-o", picture)
+    assert (code, said) == (1, f"lazypages: {tmp_path}/other: No such file or directory\n")
+    write(trace, [(Kind.BROUGHT, 1, 0, 1, 0, 1000)])
+    code, said = plot(trace, "-o", tmp_path / "no" / "picture.png")
+    assert (code, said) == (1, f"lazypages: --output {tmp_path}/no/picture.png: No such file or directory\n")
+
+
+def test_other_names_are_refused() -> None:
+    with pytest.raises(PictureError, match=r"must end in \.png or \.html"):
+        check_picture("--plot", Path("picture.svg"))
+
+
+def test_a_missing_matplotlib_is_one_line_that_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    code, said = plot(tmp_path / "trace", "-o", tmp_path / "picture.png")
+    assert (code, said) == (1, "lazypages: --output needs matplotlib: pip install 'lazypages[plot]'\n")
