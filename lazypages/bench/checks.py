@@ -5,12 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from lazypages.bench.peers import OURS
+from lazypages.bench.peers import BOTH, OURS, TRACED
+from lazypages.bench.runs import Run
 from lazypages.bench.suite import Row
 from lazypages.bench.workloads import Order, Source, Workload, level_of
 
 #: Calls that a daemon may make beside those that its faults need: a few for each task.
 _SPARE = 16
+#: How often a daemon may go to sleep beside waiting for faults: its start, its loop, its threads.
+_SPARE_WAITS = 1000
+#: Pages that a copy of the background brings at least where they lie together (CHUNK_BUSY of csrc/engine.c).
+_CHUNK = 16
+
+
+OF_OURS = (OURS, BOTH, TRACED)
 
 
 def failures(row: Row) -> Iterator[str]:
@@ -18,12 +26,14 @@ def failures(row: Row) -> Iterator[str]:
     for name, why in row.absent.items():
         if "\n" in why or "WRONG" in why:
             yield f"{name}: {why}"
-    for run in row.rounds.get(OURS, []):
-        assert run.stats is not None
-        yield from _check(row.workload, run.stats, int(run.metrics["faults"]))
+    for name in OF_OURS:
+        for run in row.rounds.get(name, []):
+            yield from (f"{name}: {line}" for line in _check(row.workload, run))
 
 
-def _check(workload: Workload, stats: dict[str, Any], faults_inside: int) -> Iterator[str]:
+def _check(workload: Workload, run: Run) -> Iterator[str]:
+    stats, faults_inside = run.stats, int(run.metrics["faults"])
+    assert stats is not None
     layout = workload.layout
     tasks = stats["tasks"]
     faults = stats["faults"]
@@ -40,9 +50,18 @@ def _check(workload: Workload, stats: dict[str, Any], faults_inside: int) -> Ite
         yield "the summary is not ok"
     yield from bound("uffd reads", calls["read"], 2 * faults + spare)
     yield from bound("wake-ups", calls["wake"], faults // 10 + spare)
+    if layout.source is Source.LOCAL:
+        # Beside reading and copying it waits, if only now and then: answers come without Python and its loop.
+        yield from bound("waits of the daemon", int(run.metrics["waits"]), 2 * faults + _SPARE_WAITS + spare)
     if workload.background:
-        if not workload.real and copied != layout.pages * layout.tasks:
-            yield f"{copied} pages copied, but the checkpoint has {layout.pages * layout.tasks}"
+        if not workload.real:
+            pages = layout.pages * layout.tasks
+            if copied != pages:
+                yield f"{copied} pages copied, but the checkpoint has {pages}"
+            together = min(layout.entry_pages, _CHUNK)
+            if layout.source is Source.LOCAL:
+                # each fault may cut in two what the background would have copied at once
+                yield from bound("copies", calls["copy"], 2 * faults + pages // together + spare)
         return
     zero = sum(1 for page in order if page % layout.stride) * layout.tasks
     data = len(order) * layout.tasks - zero

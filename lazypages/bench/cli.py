@@ -13,11 +13,12 @@ from rich.console import Console
 from lazypages.bench import checks, peers, report, suite
 from lazypages.bench.errors import BenchError
 from lazypages.bench.machine import describe_machine, idle_share
-from lazypages.bench.plot import check_plot, plot
+from lazypages.bench.plot import plot
 from lazypages.bench.programs import Programs
 from lazypages.bench.suite import Row, Suite
 from lazypages.bench.targets import print_targets
-from lazypages.bench.workloads import Source, Workload
+from lazypages.bench.workloads import Workload
+from lazypages.pictures import check_picture
 
 #: Columns of a table that goes to a file.
 _FILE_WIDTH = 200
@@ -51,6 +52,7 @@ ROUNDS = {"quick": 1, "default": 3, "full": 9, "targets": 5}
 @click.option(
     "--no-criu", is_flag=True, help="Leave CRIU out, and with it what needs its page server or its restore."
 )
+@click.option("--trace", "traced", is_flag=True, help="Ours with --trace, too: what does tracing cost?")
 @click.option(
     "--dir", "folder", type=click.Path(path_type=Path, exists=True), help="Directory for the images."
 )
@@ -68,6 +70,7 @@ def bench_command(  # noqa: PLR0917 - the options
     only: tuple[str, ...],
     criu: tuple[Path, ...],
     no_criu: bool,
+    traced: bool,
     folder: Path | None,
     json_path: Path | None,
     plot_path: Path | None,
@@ -83,14 +86,14 @@ def bench_command(  # noqa: PLR0917 - the options
     found = [] if no_criu else peers.find_criu(criu)
     workloads = _workloads(extent, only, criu=bool(found))
     if plot_path:
-        check_plot(plot_path)
+        check_picture("--plot", plot_path)
     console = Console()
     if not console.is_terminal:
         console.width = _FILE_WIDTH
     with tempfile.TemporaryDirectory(prefix="lazypages-bench-", dir=folder) as name:
         work = Path(name).resolve()
         programs = Programs.compile(work)
-        everybody = peers.all_peers(programs, found)
+        everybody = peers.all_peers(programs, found, traced=traced)
         machine = describe_machine(work, [name for name, _path in found])
         report.print_machine(console, machine)
         report.print_busy(console, idle_share(), "before we begin")
@@ -122,7 +125,7 @@ def _workloads(extent: str, only: tuple[str, ...], *, criu: bool) -> list[Worklo
     ]
     chosen = [w for w in every if not only or any(text in w.name for text in only)]
     if not criu:
-        chosen = [w for w in chosen if not w.real and w.layout.source is not Source.REMOTE]
+        chosen = [w for w in chosen if not w.real]
     if not chosen:
         raise BenchError("no workload is left; see --only")
     return chosen

@@ -137,6 +137,7 @@ class Daemon:
             "ready": self.ready,
             "cpu": self._usage.ru_utime + self._usage.ru_stime - self._cpu_at_ready,
             "switches": self._usage.ru_nvcsw + self._usage.ru_nivcsw,
+            "waits": self._usage.ru_nvcsw,
             "rss": self._peak_rss,
             "anon": self._peak_anon,
         }

@@ -35,7 +35,8 @@ def _mebibytes(value: float) -> str:
 
 
 #: Latencies are of all first touches, those that found their page already there among them. ``loop``: CPU time of our
-#: event loop from ready until all touches are made (its start and the arrival of tasks included), by faults.
+#: event loop from ready until all touches are made (its start and the arrival of tasks included), by faults. ``waits``:
+#: how often a thread of the daemon went to sleep.
 METRICS = (
     Metric("p50", "p50 us", _microseconds),
     Metric("p90", "p90 us", _microseconds),
@@ -54,6 +55,7 @@ METRICS = (
     Metric("cpu", "CPU", _seconds),
     Metric("loop", "Python/fault us", _microseconds),
     Metric("switches", "switches", _count, shown=False),
+    Metric("waits", "waits", _count, shown=False),
     Metric("rss", "RSS MiB", _mebibytes, shown=False),
     Metric("anon", "anon MiB", _mebibytes),
 )

@@ -7,20 +7,26 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from lazypages.bench.checkpoints import BASE, Checkpoint
 from lazypages.bench.errors import BenchError
 from lazypages.bench.programs import Programs
-from lazypages.bench.workloads import Workload
+from lazypages.bench.workloads import Source, Workload
 
 CRIU_DIR = Path("/var/cache/lazypages/criu")
 
 #: Names of peers that are looked up in what was found.
 OURS = "lazypages serve"
+BOTH = "the same, our page server"
+TRACED = "the same, with --trace"
 LIMIT = "loop, same CPU"
+
+#: Why a peer has no numbers where nothing is remote; not worth telling.
+ONLY_REMOTE = "for remote sources only"
 
 #: The CPU where the bare loop and the task share one.
 SHARED_CPU = 0
@@ -46,9 +52,14 @@ class Peer:
     def is_ours(self) -> bool:
         return False
 
-    def server(self, criu: Path) -> Path:
-        """The CRIU whose page server it can talk to, where `criu` is everybody else's."""
-        return criu
+    def server(self, criu: Path | None, images: Path, work: Path) -> Callable[[int], list[str]]:
+        """How its page server is started, given a port: CRIU's, where `criu` is everybody else's.
+
+        Raises BenchError without one. `--status-fd N` is added.
+        """
+        if criu is None:
+            raise BenchError("a page server of CRIU's is needed: name a CRIU")
+        return partial(_serve_pages, [str(criu)], images, work)
 
     def cannot(self, workload: Workload) -> str | None:
         """Why there is no such row for this peer; None if there is."""
@@ -61,16 +72,23 @@ class Peer:
 
 @dataclass(frozen=True, slots=True)
 class LazyPages(Peer):
-    """Ours, started as a user starts it."""
+    """Ours, started as a user starts it. ``both``: with our page server at the other end, too."""
 
     options: tuple[str, ...] = ()
+    both: bool = False
 
     @property
     def is_ours(self) -> bool:
         return True
 
-    def cannot(self, workload: Workload) -> str | None:  # noqa: ARG002
-        return None
+    def cannot(self, workload: Workload) -> str | None:
+        return ONLY_REMOTE if self.both and workload.layout.source is not Source.REMOTE else None
+
+    def server(self, criu: Path | None, images: Path, work: Path) -> Callable[[int], list[str]]:
+        if self.both:
+            return partial(_serve_pages, [sys.executable, "-m", "lazypages"], images, work)
+        # by name: dataclasses with slots are made anew, and super() alone does not find them (Python < 3.14)
+        return Peer.server(self, criu, images, work)
 
     def command(self, checkpoint: Checkpoint, work: Path, port: int | None) -> list[str]:
         command = [sys.executable, "-m", "lazypages", "serve", *_directories(checkpoint, work), *self.options]
@@ -83,9 +101,9 @@ class CriuDaemon(Peer):
 
     program: Path
 
-    def server(self, criu: Path) -> Path:  # noqa: ARG002
+    def server(self, criu: Path | None, images: Path, work: Path) -> Callable[[int], list[str]]:  # noqa: ARG002
         # Its own: the protocol has changed with 4.2 (reference/criu-interfaces §4).
-        return self.program
+        return Peer.server(self, self.program, images, work)
 
     def cannot(self, workload: Workload) -> str | None:
         # It reads such a page from the parent, never copies it, and the task hangs (reference/criu-interfaces §7).
@@ -131,10 +149,12 @@ class BareLoop(Peer):
         return [*command, "--cpu", str(SHARED_CPU)] if self.shared_cpu else command
 
 
-def all_peers(programs: Programs, criu: Sequence[tuple[str, Path]]) -> list[Peer]:
-    """Everybody, ours first. ``criu``: names and executables."""
+def all_peers(programs: Programs, criu: Sequence[tuple[str, Path]], *, traced: bool = False) -> list[Peer]:
+    """Everybody, ours first. ``criu``: names and executables. ``traced``: ours with a trace, too."""
     return [
         LazyPages(OURS),
+        *([LazyPages(TRACED, ("--trace", "trace"))] if traced else []),
+        LazyPages(BOTH, both=True),
         *(CriuDaemon(name, path) for name, path in criu),
         BareLoop(LIMIT, programs, shared_cpu=True),
         BareLoop("loop, any CPU", programs),
@@ -154,6 +174,11 @@ def stats_path(work: Path) -> Path:
 
 def _directories(checkpoint: Checkpoint, work: Path) -> list[str]:
     return ["-D", str(checkpoint.images), "-W", str(work)]
+
+
+def _serve_pages(program: list[str], images: Path, work: Path, port: int) -> list[str]:
+    command = [*program, "page-server", "--lazy-pages", "-D", str(images), "-W", str(work), "-v1"]
+    return [*command, "--address", "127.0.0.1", "--port", str(port)]
 
 
 def _remote(port: int | None) -> list[str]:

@@ -18,16 +18,17 @@ FLAGS = ("-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread")
 
 @dataclass(frozen=True, slots=True)
 class Programs:
-    """Paths of the executables: the task that faults, the bare loop, and what writes pages files."""
+    """Paths of the executables: the task that faults, the bare loop, what writes pages files, a link with a delay."""
 
     task: Path
     loop: Path
     fill: Path
+    delay: Path
 
     @classmethod
     def compile(cls, folder: Path) -> Self:
         """Builds them in `folder`, with $CC or cc. Raises BenchError."""
-        return cls(*(_compile(name, folder) for name in ("task", "loop", "fill")))
+        return cls(*(_compile(name, folder) for name in ("task", "loop", "fill", "delay")))
 
     def fill_pages(
         self, path: Path, runs: Iterable[tuple[int, int, int, int, int]], order: Path | None

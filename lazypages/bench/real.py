@@ -67,14 +67,15 @@ def dump(workload: Workload, folder: Path, programs: Programs, criu: Path) -> Du
     return Dumped(workload, Checkpoint(workload.layout, images, full, "", order), criu, results)
 
 
-def run(dumped: Dumped, peer: Peer, work: Path) -> Run:
+def run(dumped: Dumped, peer: Peer, programs: Programs, work: Path) -> Run:
     """Restores it with `peer` as the daemon, in `work`, an empty directory. Raises BenchError as runs.run does."""
     workload, checkpoint = dumped.workload, dumped.checkpoint
     os.truncate(dumped.results, 0)
     with ExitStack() as stack:
         port = None
         if workload.layout.source is Source.REMOTE:
-            port = stack.enter_context(page_server(peer.server(dumped.criu), checkpoint.served, work))
+            server = peer.server(dumped.criu, checkpoint.served, work)
+            port = stack.enter_context(page_server(server, work, programs, workload.layout.round_trip))
         daemon = stack.enter_context(Daemon(peer.command(checkpoint, work, port), work / "daemon.out"))
         daemon.wait_ready()
         # Without --detach it waits for the task; when it ends, so does the namespace.

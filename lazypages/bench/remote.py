@@ -1,28 +1,39 @@
-"""A remote source on this machine: CRIU's page server, which answers GETs out of complete images."""
+"""A remote source on this machine: a page server, which answers GETs out of complete images, behind a link."""
 
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from lazypages.bench.daemons import Daemon
 from lazypages.bench.errors import BenchError
+from lazypages.bench.programs import Programs
 
 PIPE_MAX_SIZE = Path("/proc/sys/fs/pipe-max-size")
 
 
 @contextmanager
-def page_server(criu: Path, images: Path, work: Path) -> Iterator[int]:
-    """Serves `images` to one client, for as long as the block lasts: its port on 127.0.0.1. Raises BenchError."""
+def page_server(
+    command: Callable[[int], list[str]], work: Path, programs: Programs, round_trip: int
+) -> Iterator[int]:
+    """What `command` starts, given a port of 127.0.0.1 to listen on, runs as long as the block: where clients find it.
+
+    ``round_trip``: ms that their link to it takes. Raises BenchError.
+    """
     port = _free_port()
-    command = [str(criu), "page-server", "--lazy-pages", "-D", str(images), "-W", str(work), "-v1"]
-    command += ["--address", "127.0.0.1", "--port", str(port)]
-    with Daemon(command, work / "page-server.out") as server:
+    with ExitStack() as stack:
+        server = stack.enter_context(Daemon(command(port), work / "page-server.out"))
         server.wait_ready()
+        where = port
+        if round_trip:
+            where = _free_port()
+            link = [str(programs.delay), "--listen", str(where), "--to", str(port)]
+            link += ["--ns", str(round_trip * 500_000)]
+            stack.enter_context(Daemon(link, work / "delay.out")).wait_ready()
         try:
-            yield port
+            yield where
         except BenchError as error:
             raise BenchError(f"{error}\npage server: {server.story()}") from error
 

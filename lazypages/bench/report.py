@@ -12,7 +12,7 @@ from rich.table import Table
 
 from lazypages.bench.machine import BUSY_SHARE
 from lazypages.bench.metrics import METRICS, Spread, ratios
-from lazypages.bench.peers import OURS, Peer
+from lazypages.bench.peers import ONLY_REMOTE, OURS, Peer
 from lazypages.bench.suite import Row
 
 #: Which metrics a row's table has; one that no peer has is left out.
@@ -103,6 +103,8 @@ def print_row(console: Console, row: Row, peers: Sequence[Peer]) -> None:
             table.add_row(peer.name, *cells)
     console.print(table)
     for name, why in row.absent.items():
+        if why == ONLY_REMOTE:
+            continue
         console.print(f"  {escape(name)}: {escape(why)}", style="dim", highlight=False, soft_wrap=True)
     print_busy(console, row.others, "meanwhile")
     console.print()

@@ -60,9 +60,8 @@ def run(
     with ExitStack() as stack:
         port = None
         if peer.takes_remote and workload.layout.source is Source.REMOTE:
-            if criu is None:
-                raise BenchError("a page server is needed: name a CRIU")
-            port = stack.enter_context(page_server(peer.server(criu), checkpoint.served, work))
+            server = peer.server(criu, checkpoint.served, work)
+            port = stack.enter_context(page_server(server, work, programs, workload.layout.round_trip))
         daemon = stack.enter_context(Daemon(peer.command(checkpoint, work, port), work / "daemon.out"))
         daemon.wait_ready()
         loop_before = daemon.main_thread_cpu()

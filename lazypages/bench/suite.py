@@ -44,6 +44,22 @@ def _tasks(name: str, tasks: int, *, turns: bool) -> Workload:
     return Workload(name, layout, Order.RANDOM, max(10, TOUCHES // tasks), turns=turns)
 
 
+def _far(round_trip: int, touches: int, mib: int) -> tuple[Workload, ...]:
+    """Over a link that takes `round_trip` ms: faults alone, the background alone."""
+    name = f"remote, {round_trip} ms"
+    layout = Layout(_pages(mib), source=Source.REMOTE, round_trip=round_trip)
+    return (
+        Workload(f"{name}: random, {mib} MiB", layout, Order.RANDOM, touches),
+        Workload(f"{name}: idle, {mib} MiB", layout, Order.RANDOM, 1, background=True),
+    )
+
+
+def _remote(name: str, order: Order, touches: int, *, threads: int = 1, round_trip: int = 0) -> Workload:
+    """Touches while the background goes on, then all of it, of 64 MiB."""
+    layout = Layout(_pages(64), source=Source.REMOTE, round_trip=round_trip)
+    return Workload(name, layout, order, touches, threads=threads, background=True, passes=True)
+
+
 #: What `targets` needs, by name; the other lists take from it.
 RANDOM = _random("random, 64 MiB", 64)
 BACKGROUND = Workload(
@@ -117,12 +133,15 @@ DEFAULT = (
     MILLION_ENTRIES,
     _random("chain of 1 parent: random, 64 MiB", 64, depth=1),
     _random("chain of 5 parents: random, 64 MiB", 64, depth=5),
+    _idle("chain of 1 parent: idle, 256 MiB", 256, depth=1),
     _idle("chain of 5 parents: idle, 256 MiB", 256, depth=5),
     _idle("idle, 64 MiB", 64),
     IDLE,
     _idle("idle, 1 GiB, cold", 1024, cold=True),
     REMOTE,
     _idle("remote: idle, 256 MiB", 256, source=Source.REMOTE),
+    *_far(1, 1000, 128),
+    *_far(20, 100, 32),
     REAL,
     REAL_REMOTE,
 )
@@ -130,6 +149,30 @@ DEFAULT = (
 FULL = (
     *DEFAULT,
     _random("random, 8 GiB", 8192),
+    _random("random, 1 GiB, cold", 1024, cold=True),
+    _tasks("100 tasks at once", 100, turns=False),
+    Workload("pointer chase, 1 GiB", Layout(_pages(1024)), Order.CHASE, TOUCHES),
+    Workload(
+        "writes with background, 512 MiB",
+        BACKGROUND.layout,
+        Order.RANDOM,
+        TOUCHES,
+        write=True,
+        background=True,
+    ),
+    Workload(
+        "8 threads with background, 512 MiB",
+        BACKGROUND.layout,
+        Order.RANDOM,
+        TOUCHES,
+        threads=8,
+        background=True,
+    ),
+    _remote("remote: sequential with background, 64 MiB", Order.SEQUENTIAL, _pages(64)),
+    _remote("remote: pointer chase with background, 64 MiB", Order.CHASE, TOUCHES),
+    _remote("remote: 8 threads with background, 64 MiB", Order.RANDOM, TOUCHES, threads=8),
+    _remote("remote, 1 ms: random with background, 64 MiB", Order.RANDOM, 1000, round_trip=1),
+    _remote("remote, 20 ms: random with background, 64 MiB", Order.RANDOM, 100, round_trip=20),
     Workload("sequential, 1 GiB", Layout(_pages(1024)), Order.SEQUENTIAL, _pages(1024)),
     Workload(
         "fragmented: idle, 200,000 entries", Layout(200_000, stride=2), Order.RANDOM, 1, background=True
@@ -153,6 +196,7 @@ QUICK = (
         "random with background, 64 MiB", Layout(_pages(64)), Order.RANDOM, 1000, background=True, passes=True
     ),
     _random("remote: random, 16 MiB", 16, touches=1000, source=Source.REMOTE),
+    _random("remote, 1 ms: random, 16 MiB", 16, touches=100, source=Source.REMOTE, round_trip=1),
     Workload(
         "criu restore: random, then all, 32 MiB",
         Layout(_pages(32)),
@@ -199,7 +243,8 @@ class Suite:
         Raises BenchError only when a checkpoint can't be made.
         """
         with ExitStack() as stack:
-            if any(workload.layout.source is Source.REMOTE for workload in workloads):
+            criu = any(isinstance(peer, CriuDaemon) for peer in self.peers)
+            if criu and any(workload.layout.source is Source.REMOTE for workload in workloads):
                 stack.enter_context(raised_pipe_limit())
             for number, workload in enumerate(workloads):
                 folder = self.folder / f"row-{number}"
@@ -250,7 +295,7 @@ class Suite:
         if workload.real:
             criu = next(peer.program for peer in self.peers if isinstance(peer, CriuDaemon))
             dumped = real.dump(workload, folder, self.programs, criu)
-            return lambda peer, work: real.run(dumped, peer, work)
+            return lambda peer, work: real.run(dumped, peer, self.programs, work)
         checkpoint = checkpoints.write(workload, folder, self.programs)
-        server = next((peer.program for peer in self.peers if isinstance(peer, CriuDaemon)), None)
-        return lambda peer, work: runs.run(workload, checkpoint, peer, self.programs, work, criu=server)
+        criu_server = next((peer.program for peer in self.peers if isinstance(peer, CriuDaemon)), None)
+        return lambda peer, work: runs.run(workload, checkpoint, peer, self.programs, work, criu=criu_server)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import socket
+import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,9 +14,11 @@ from click.testing import CliRunner
 
 from lazypages.bench import checkpoints, checks, runs
 from lazypages.bench.checkpoints import Checkpoint
+from lazypages.bench.checks import OF_OURS
 from lazypages.bench.cli import bench_command
+from lazypages.bench.daemons import Daemon
 from lazypages.bench.errors import BenchError
-from lazypages.bench.peers import LIMIT, OURS, BareLoop, LazyPages, Peer, all_peers
+from lazypages.bench.peers import BOTH, LIMIT, OURS, BareLoop, LazyPages, Peer, all_peers
 from lazypages.bench.programs import Programs
 from lazypages.bench.suite import Suite
 from lazypages.bench.workloads import Layout, Order, Source, Workload
@@ -40,6 +45,10 @@ WORKLOADS = (
     Workload("fragmented background", Layout(PAGES, stride=2), Order.RANDOM, 200, background=True),
     Workload("cold", Layout(PAGES), Order.RANDOM, 1, background=True, cold=True),
     Workload("remote", Layout(PAGES, source=Source.REMOTE), Order.RANDOM, 200),
+    Workload("far", Layout(PAGES, source=Source.REMOTE, round_trip=20), Order.RANDOM, 10),
+    Workload(
+        "far background", Layout(PAGES, source=Source.REMOTE, round_trip=1), Order.RANDOM, 1, background=True
+    ),
     Workload("restored by criu", Layout(PAGES), Order.RANDOM, 200, background=True, passes=True, real=True),
 )
 
@@ -47,7 +56,7 @@ WORKLOADS = (
 @pytest.mark.parametrize("workload", WORKLOADS, ids=[workload.name for workload in WORKLOADS])
 def test_every_peer_gives_the_right_memory(workload: Workload, programs: Programs, tmp_path: Path) -> None:
     criu = [(f"criu {release}", Criu(release).path) for release in RELEASES]
-    everybody = all_peers(programs, criu[:1] if workload.real else criu)
+    everybody = all_peers(programs, criu[:1] if workload.real else criu, traced=True)
     (row,) = Suite(programs, everybody, tmp_path, 1, lambda _: None).run([workload])
     assert list(checks.failures(row)) == []
     for peer in everybody:
@@ -55,9 +64,44 @@ def test_every_peer_gives_the_right_memory(workload: Workload, programs: Program
     for name, (run,) in row.rounds.items():
         assert len(run.touches.ns) == workload.touches * workload.layout.tasks, name
         assert run.metrics["faults"] > 0, name
-    (ours,) = row.rounds[OURS]
-    assert ours.stats
-    assert ours.stats["ok"]
+    for name in OF_OURS:
+        for ours in row.rounds.get(name, []):
+            assert ours.stats
+            assert ours.stats["ok"]
+
+
+def test_a_link_has_its_delay_and_loses_nothing(programs: Programs, tmp_path: Path) -> None:
+    """What is sent comes back by way of an echo, each byte, and not before its time."""
+    data = bytes(range(256)) * (1 << 14)
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    with socket.create_server(("127.0.0.1", 0)) as echo:
+        link = [str(programs.delay), "--listen", str(port), "--to", str(echo.getsockname()[1])]
+        with Daemon([*link, "--ns", str(50_000_000)], tmp_path / "out") as daemon:
+            daemon.wait_ready()
+            with socket.create_connection(("127.0.0.1", port)) as client, echo.accept()[0] as server:
+                thread = threading.Thread(target=_echo, args=(server,))
+                thread.start()
+                start = time.monotonic()
+                client.sendall(data[:1])
+                assert client.recv(1) == data[:1]
+                assert time.monotonic() - start >= 0.1
+                sender = threading.Thread(target=client.sendall, args=(data,))
+                sender.start()
+                found = bytearray()
+                while len(found) < len(data):
+                    found += client.recv(1 << 20)
+                assert found == data
+                sender.join()
+                client.shutdown(socket.SHUT_WR)
+                assert client.recv(1) == b""  # the end comes through, too
+                thread.join()
+
+
+def _echo(server: socket.socket) -> None:
+    while data := server.recv(1 << 20):
+        server.sendall(data)
+    server.shutdown(socket.SHUT_WR)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +152,9 @@ def test_the_command_writes_tables_json_and_a_picture(tmp_path: Path) -> None:
     arguments = [
         "--quick",
         "--only",
-        "random, 16 MiB",
+        "writes, 16 MiB",
+        "--only",
+        "remote: random",
         "--only",
         "20 tasks",
         "--no-criu",
@@ -120,7 +166,14 @@ def test_the_command_writes_tables_json_and_a_picture(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "p99.9 us" in result.output
     document = json.loads(json_path.read_text())
-    assert [row["workload"]["name"] for row in document["rows"]] == ["random, 16 MiB", "20 tasks"]
+    assert [row["workload"]["name"] for row in document["rows"]] == [
+        "writes, 16 MiB",
+        "20 tasks",
+        "remote: random, 16 MiB",
+    ]
+    remote = {peer["name"]: peer for peer in document["rows"][2]["peers"]}
+    assert "name a CRIU" in remote[OURS]["absent"]  # for its page server
+    assert remote[BOTH]["medians"]["p50"] > 0
     ours = document["rows"][0]["peers"][0]
     assert ours["name"] == OURS
     assert ours["medians"]["p50"] > 0

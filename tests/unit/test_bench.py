@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import io
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from images_spec.checkpoint import open_checkpoint
 from lazypages.bench import checkpoints, checks, plot, report, suite, targets
 from lazypages.bench.errors import BenchError
 from lazypages.bench.metrics import Spread, quantile, ratios
-from lazypages.bench.peers import LIMIT, OURS, BareLoop, CriuDaemon, LazyPages
+from lazypages.bench.peers import BOTH, LIMIT, ONLY_REMOTE, OURS, TRACED, BareLoop, CriuDaemon, LazyPages
 from lazypages.bench.programs import Programs
 from lazypages.bench.results import Touches
 from lazypages.bench.runs import Run
@@ -136,6 +137,24 @@ def test_peers_say_what_they_cannot(programs: Programs) -> None:
     assert bulk.cannot(real)
     assert not bulk.cannot(background)
     assert not any(LazyPages(OURS).cannot(workload) for workload in (chain, background, real))
+    both = LazyPages(BOTH, both=True)
+    assert both.cannot(background) == ONLY_REMOTE
+    assert both.cannot(Workload("", Layout(10, source=Source.REMOTE), Order.RANDOM, 1)) is None
+
+
+def test_a_page_server_is_of_the_same_kind_as_its_peer() -> None:
+    images, work = Path("/images"), Path("/work")
+    for peer, program in (
+        (LazyPages(OURS), "/criu"),
+        (LazyPages(BOTH, both=True), sys.executable),
+        (CriuDaemon(CRIU, Path("/other")), "/other"),
+    ):
+        command = peer.server(Path("/criu"), images, work)(77)
+        assert command[0] == program
+        assert "page-server" in command
+        assert command[-1] == "77"
+    with pytest.raises(BenchError, match="a page server of CRIU's is needed"):
+        LazyPages(OURS).server(None, images, work)
 
 
 def run_with(stats: dict[str, Any] | None = None, **metrics: float) -> Run:
@@ -149,7 +168,9 @@ def our_stats(**changes: Any) -> dict[str, Any]:
 
 
 def test_checks_accept_one_copy_and_one_read_a_fault() -> None:
-    row = Row(Workload("", Layout(1000), Order.RANDOM, 100), {OURS: [run_with(our_stats(), faults=100)]})
+    row = Row(
+        Workload("", Layout(1000), Order.RANDOM, 100), {OURS: [run_with(our_stats(), faults=100, waits=100)]}
+    )
     assert list(checks.failures(row)) == []
 
 
@@ -174,10 +195,28 @@ def test_checks_accept_one_copy_and_one_read_a_fault() -> None:
     ],
 )
 def test_checks_name_what_is_too_much(changes: dict[str, Any], said: str) -> None:
-    run = run_with(our_stats(**changes), faults=100)
+    run = run_with(our_stats(**changes), faults=100, waits=100)
     lines = list(checks.failures(Row(Workload("", Layout(1000), Order.RANDOM, 100), {OURS: [run]})))
     assert len(lines) == 1
     assert said in lines[0]
+
+
+def test_checks_count_how_often_the_daemon_waits() -> None:
+    run = run_with(our_stats(), faults=100, waits=2000)
+    lines = list(checks.failures(Row(Workload("", Layout(1000), Order.RANDOM, 100), {TRACED: [run]})))
+    assert lines == [f"{TRACED}: waits of the daemon: 2000, but at most 1216 are needed"]
+
+
+def test_checks_want_the_background_to_copy_many_pages_at_once() -> None:
+    workload = Workload("", Layout(16000), Order.RANDOM, 1, background=True)
+
+    def failures(copies: int) -> list[str]:
+        task = {"pages": {"copied": 16000}, "calls": {"copy": copies, "read": 1, "wake": 0}}
+        run = run_with(our_stats(faults=1, tasks=[task]), faults=1, waits=1)
+        return list(checks.failures(Row(workload, {OURS: [run]})))
+
+    assert failures(1000) == []
+    assert failures(1100) == [f"{OURS}: copies: 1100, but at most 1018 are needed"]
 
 
 def test_checks_count_the_pages_of_each_level() -> None:
@@ -185,16 +224,18 @@ def test_checks_count_the_pages_of_each_level() -> None:
     counts = {"local": 0, "parent-1": 0}
     for page in workload.order_of_touches():
         counts["parent-1" if level_of(page, 1) else "local"] += 1
-    right = Row(workload, {OURS: [run_with(our_stats(copied_by_source=counts), faults=100)]})
+    right = Row(workload, {OURS: [run_with(our_stats(copied_by_source=counts), faults=100, waits=100)]})
     assert list(checks.failures(right)) == []
-    stale = Row(workload, {OURS: [run_with(our_stats(copied_by_source={"parent-1": 100}), faults=100)]})
+    stale = Row(
+        workload, {OURS: [run_with(our_stats(copied_by_source={"parent-1": 100}), faults=100, waits=100)]}
+    )
     assert any("pages from local" in line for line in checks.failures(stale))
 
 
 def test_checks_want_every_page_of_a_drained_task_once() -> None:
     workload = Workload("", Layout(1000), Order.RANDOM, 1, background=True)
-    row = Row(workload, {OURS: [run_with(our_stats(), faults=1)]})
-    assert list(checks.failures(row)) == ["100 pages copied, but the checkpoint has 1000"]
+    row = Row(workload, {OURS: [run_with(our_stats(), faults=1, waits=1)]})
+    assert list(checks.failures(row)) == [f"{OURS}: 100 pages copied, but the checkpoint has 1000"]
 
 
 def test_checks_fail_for_wrong_memory_and_not_for_what_a_peer_cannot() -> None:
@@ -248,8 +289,3 @@ def test_plots_are_drawn(suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"picture{suffix}"
     plot.plot(path, [row, other, Row(suite.REMOTE)], "title")
     assert path.read_bytes().startswith(b"\x89PNG" if suffix == ".png" else b"<!doctype html>")
-
-
-def test_other_names_of_plots_are_refused_before_anything_is_measured() -> None:
-    with pytest.raises(BenchError, match=r"must end in \.png or \.html"):
-        plot.check_plot(Path("picture.svg"))
