@@ -1,6 +1,7 @@
 """The compiled parts; everything else is in pyproject.toml.
 
-* cffi modules (API mode): ``images_spec._pagemap``, ``lazypages._uffd``, ``dumptool._ptrace``.
+* cffi modules (API mode): ``images_spec._pagemap``, ``lazypages._uffd``, ``lazypages._pageserver``,
+  ``dumptool._ptrace``.
 * ``lazypages/uffd_restorer``: a static executable made from ``csrc/uffd_restorer.c``.
 
 A part whose sources are not there yet is left out, so that each can be worked on by itself.
@@ -16,6 +17,7 @@ HERE = Path(__file__).parent
 CFFI_BUILDERS = {
     "images_spec/_pagemap_build.py": "ffibuilder",
     "lazypages/_uffd_build.py": "ffibuilder",
+    "lazypages/_pageserver_build.py": "ffibuilder",
     "dumptool/_ptrace_build.py": "ffibuilder",
 }
 RESTORER_SOURCES = ["csrc/uffd_restorer.c", "csrc/restore_task.c", "csrc/inject.c"]

@@ -416,6 +416,15 @@ class ServerCodec(_ReceiveBuffer):
         self._after_probe = False
         self._closed = False
 
+    @property
+    def settled(self) -> bool:
+        """Whether all that comes next is a whole message in `layout`."""
+        return self.layout is not None and not (self._after_probe or self._missing or self._closed)
+
+    def take_rest(self) -> bytes:
+        """What was received of a message that is not complete; give it back with receive()."""
+        return bytes(self._take(len(self)))
+
     def next_event(self) -> Header | Payload | Probed | Eof | None:
         """What comes next in the bytes received so far; None: receive more. Raises RemoteProtocolError."""
         if self._missing:

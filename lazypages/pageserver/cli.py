@@ -9,6 +9,8 @@ import select
 import socket
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -224,7 +226,8 @@ class _Server:
             listener.close()
             return self._receive(*client, stop)
         if connected:
-            return self._give(listener.dup(), "the client")
+            with _cut_off(listener, stop):
+                return self._give(listener.dup(), "the client")
         accept_all(listener, stop, self._give)
         return True
 
@@ -236,7 +239,8 @@ class _Server:
         except TlsError as error:
             log.error("%s: %s", name, error)
             return False
-        connection = PageConnection(sock, self.images, name)
+        answerer = None if self._tls else self.images.answerer(sock.fileno())
+        connection = PageConnection(sock, self.images, name, answerer)
         clean = False
         try:
             clean = connection.run()
@@ -249,27 +253,37 @@ class _Server:
         """Raises LazyPagesError, ImageError."""
         receiver = self.receiver
         assert receiver is not None
-        plain = sock.dup()
-        clean = threading.Event()
-        watcher = threading.Thread(target=_cut_when, args=(stop, plain, clean), daemon=True)
-        watcher.start()
-        sock = prepare(sock, self._tls, self._address)
-        try:
-            ReceiveConnection(sock, receiver).run()
-            clean.set()
-        finally:
-            hang_up(sock, clean=clean.is_set())
-            plain.close()
-            receiver.close()
+        clean = False
+        with sock.dup() as plain, _cut_off(plain, stop):
+            sock = prepare(sock, self._tls, self._address)
+            try:
+                ReceiveConnection(sock, receiver).run()
+                clean = True
+            finally:
+                hang_up(sock, clean=clean)
+                receiver.close()
         log.info("%s: %.1f MiB received", name, receiver.pages / (1 << 20))
         return True
 
 
-def _cut_when(stop: int, sock: socket.socket, clean: threading.Event) -> None:
-    """End the connection of a dump that is under way when a signal comes."""
-    select.select([stop], [], [])
-    if not clean.is_set():
-        sock.shutdown(socket.SHUT_RDWR)
+@contextmanager
+def _cut_off(sock: socket.socket, stop: int) -> Iterator[None]:
+    """End the connection when a signal comes."""
+    over, done = os.pipe2(os.O_CLOEXEC)
+
+    def watch() -> None:
+        if over not in select.select([stop, over], [], [])[0]:
+            with suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        os.close(done)
+        watcher.join()
+        os.close(over)
 
 
 def _link_parent(directory: Path, parent: Path | None) -> None:

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-import ctypes
+import errno
 import mmap
 import os
 import re
-from bisect import bisect_right
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Final
 
 from images_spec.checkpoint import parent_chain
 from images_spec.errors import ImageError, ImageMissingError
 from images_spec.images import Kind
 from images_spec.pagemap import Pagemap
 from images_spec.placement import ExtentTable, resolve
-from lazypages.wire import PAGE_SIZE
+from lazypages._pageserver import ffi, lib
+from lazypages.errors import LazyPagesError
+from lazypages.wire import PAGE_SIZE, Features, Layout
+
+MAX_ANSWER: Final = 1024  # pages of one answer; the client asks again for the rest
+MAX_PIECES: Final = 256
+POLL: Final = 50_000  # ns, to begin with, that a connection looks for the next request before it sleeps
 
 _PAGEMAP_NAME = re.compile(re.escape(Kind.PAGEMAP.file_name("PID")).replace("PID", r"([0-9]+)"))
 _ZERO_PAGE = bytes(PAGE_SIZE)
-_WORDS = 4  # of 8 bytes, in a struct lp_extent (csrc/extent.h)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +34,7 @@ class PagesFile:
     path: Path
     fd: int
     data: memoryview
+    handle: Any  # struct lp_pages_file
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,61 +66,37 @@ class Piece:
         return data.count(0) == len(data)
 
 
-class _Task:
-    """Where each page of one task is."""
-
-    def __init__(self, extents: ExtentTable, levels: list[PagesFile | None]) -> None:
-        self._extents = extents  # keeps the memory of _words alive
-        self._levels = levels
-        size = len(extents) * _WORDS * 8
-        memory = (ctypes.c_char * size).from_address(extents.address) if size else b""
-        self._words = memoryview(memory).cast("B").cast("Q")
-        self._indices = range(len(extents))
-
-    def find(self, address: int, nr_pages: int) -> list[Piece]:
-        pieces = []
-        words = self._words
-        index = bisect_right(self._indices, address, key=lambda index: words[index * _WORDS]) - 1
-        while nr_pages and 0 <= index < len(self._indices):
-            start, count, offset = words[index * _WORDS : index * _WORDS + 3]
-            source = self._extents[index].source
-            skip = (address - start) // PAGE_SIZE
-            if not 0 <= skip < count or source >= len(self._levels) or (file := self._levels[source]) is None:
-                break
-            taken = min(nr_pages, count - skip)
-            pieces.append(Piece(file, offset + skip * PAGE_SIZE, taken * PAGE_SIZE))
-            address += taken * PAGE_SIZE
-            nr_pages -= taken
-            index += 1
-        return pieces
-
-
 class ServedImages:
     """All tasks of `directory`. Everything is read and checked at the start. Raises ImageError."""
 
     def __init__(self, directory: Path) -> None:
         chain = parent_chain(directory)
         self._files: dict[Path, PagesFile] = {}
-        self._tasks: dict[int, _Task] = {}
-        for name in sorted(os.listdir(directory)):
-            if match := _PAGEMAP_NAME.fullmatch(name):
-                pid = int(match[1])
-                self._tasks[pid] = self._load(pid, chain)
-        if not self._tasks:
+        names = (_PAGEMAP_NAME.fullmatch(name) for name in os.listdir(directory))
+        self.pids = sorted(int(match[1]) for match in names if match)
+        if not self.pids:
             raise ImageError(directory, "holds no pagemap image of a task")
-
-    @property
-    def pids(self) -> list[int]:
-        return list(self._tasks)
+        self._tables: list[ExtentTable] = []  # keep alive what the structs below point to
+        self._levels: list[Any] = []
+        self._tasks = ffi.new("struct lp_task_pages[]", len(self.pids))
+        for task, pid in zip(self._tasks, self.pids, strict=True):
+            self._load(task, pid, chain)
+        self._by_number = list(self._files.values())
+        self._served = ffi.new("struct lp_served *", (self._tasks, len(self.pids)))
 
     def find(self, pid: int, address: int, nr_pages: int) -> list[Piece]:
         """Where the first pages of the range are, up to all of them; nothing if the first one is not here."""
-        task = self._tasks.get(pid)
-        return task.find(address, nr_pages) if task else []
+        pieces = ffi.new("struct lp_piece[]", MAX_PIECES)
+        count = lib.lp_find_pages(self._served, pid, address, nr_pages, pieces, MAX_PIECES)
+        return [Piece(self._by_number[p.file.number], p.offset, p.size) for p in pieces[0:count]]
 
-    def _load(self, pid: int, chain: tuple[Path, ...]) -> _Task:
+    def answerer(self, fd: int) -> GetAnswerer:
+        """Answers the plain requests of the client on that socket, which must be a blocking one."""
+        return GetAnswerer(self, self._served, fd)
+
+    def _load(self, task: Any, pid: int, chain: tuple[Path, ...]) -> None:
         pagemaps: list[Pagemap] = []
-        levels: list[PagesFile | None] = []
+        levels: list[Any] = []
         for directory in chain:
             try:
                 pagemap = Pagemap.load(directory / Kind.PAGEMAP.file_name(pid))
@@ -122,18 +104,59 @@ class ServedImages:
                 break
             pagemaps.append(pagemap)
             levels.append(self._map(directory / f"pages-{pagemap.pages_id}.img", pagemap))
-        return _Task(resolve(pagemaps, remote=False), levels)
+        table = resolve(pagemaps, remote=False)
+        array = ffi.new("struct lp_pages_file *[]", levels)
+        self._tables.append(table)
+        self._levels.append(array)
+        task.pid, task.nr_extents, task.nr_levels = pid, len(table), len(levels)
+        task.extents = ffi.cast("struct lp_extent *", table.address)
+        task.levels = array
 
-    def _map(self, path: Path, pagemap: Pagemap) -> PagesFile | None:
+    def _map(self, path: Path, pagemap: Pagemap) -> Any:
         if not pagemap.present_pages:
-            return None
+            return ffi.NULL
         if path not in self._files:
             try:
                 fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
                 size = os.fstat(fd).st_size
-                data = mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ) if size else b""
+                data = memoryview(mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ) if size else b"")
             except (OSError, ValueError) as error:
                 raise ImageError(path, f"can't be mapped: {error}") from None
-            self._files[path] = PagesFile(path, fd, memoryview(data))
-        pagemap.check_pages_size(len(self._files[path].data), path)
-        return self._files[path]
+            handle = ffi.new("struct lp_pages_file *", (ffi.from_buffer(data), size, fd, len(self._files)))
+            self._files[path] = PagesFile(path, fd, data, handle)
+        file = self._files[path]
+        pagemap.check_pages_size(len(file.data), path)
+        return file.handle
+
+
+class GetAnswerer:
+    """Answers GETs in C, with the GIL released; made by ServedImages.answerer. `pages`: how many, so far."""
+
+    def __init__(self, images: ServedImages, served: Any, fd: int) -> None:
+        self._images = images  # keeps `served` alive
+        self._served = served
+        self._client = ffi.new("struct lp_client *")
+        self._client.fd, self._client.max_pages, self._client.poll_ns = fd, MAX_ANSWER, POLL
+
+    @property
+    def pages(self) -> int:
+        count: int = self._client.pages
+        return count
+
+    def run(self, layout: Layout, features: Features, received: bytes) -> tuple[bytes, bool]:
+        """Answer what is in `received`, and what comes after it, until there is something else than a GET of pages
+        that are here. Returns that and what follows, and whether the client has closed.
+
+        Raises OSError of the connection, LazyPagesError when a pages file was cut short.
+        """
+        client = self._client
+        client.header_size, client.features = layout.header_size, features
+        client.start, client.end = 0, len(received)
+        ffi.memmove(client.requests, received, len(received))
+        result = lib.lp_answer_gets(client, self._served)
+        if result == -errno.EFAULT:
+            raise LazyPagesError("a pages image was cut short while it was served")
+        if result < 0:
+            raise OSError(-result, os.strerror(-result))
+        rest = bytes(ffi.buffer(client.requests)[client.start : client.end])
+        return rest, result == lib.LP_CLIENT_EOF

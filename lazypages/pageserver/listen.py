@@ -5,15 +5,16 @@ from __future__ import annotations
 import ipaddress
 import logging
 import os
+import select
 import selectors
 import signal
 import socket
 import ssl
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from lazypages.errors import LazyPagesError
 from lazypages.sources.link import KEEPALIVE
@@ -25,6 +26,7 @@ LOOPBACK: Final = "127.0.0.1"
 UNIX_PREFIX: Final = "unix:"
 HANDSHAKE_TIMEOUT: Final = 30.0  # s
 BACKLOG: Final = 64
+RETRY: Final = 0.5  # s after which a client is taken that could not be taken
 
 
 class ListenError(LazyPagesError):
@@ -90,6 +92,7 @@ def connected_socket(fd: int) -> socket.socket:
     try:
         sock = socket.socket(fileno=fd)
         sock.getpeername()
+        sock.setblocking(True)
     except OSError as error:
         raise ListenError(f"--ps-socket {fd}: no connected socket: {error.strerror}") from None
     return sock
@@ -164,26 +167,40 @@ def accept_all(listener: socket.socket, stop: int, handle: Callable[[socket.sock
         selector.register(listener, selectors.EVENT_READ)
         selector.register(stop, selectors.EVENT_READ)
         while not any(key.fd == stop for key, _ in selector.select()):
-            try:
-                sock, peer = listener.accept()
-            except OSError as error:
-                log.warning("a client could not be taken: %s", error.strerror)
-                continue
-            sock.setblocking(True)
-            name = f"client {peer[0]} port {peer[1]}" if peer else "a client"
-            # The duplicate can be shut down whatever the thread has made of the original.
-            duplicate = sock.dup()
-            thread = threading.Thread(
-                target=_handle, args=(handle, sock, duplicate, name), name=name, daemon=True
-            )
-            clients[thread] = duplicate
-            thread.start()
             for ended in [thread for thread in clients if not thread.is_alive()]:
                 del clients[ended]
+            try:
+                with suppress(BlockingIOError, ConnectionAbortedError):  # gone before we came
+                    _start_client(*listener.accept(), handle, clients)
+            except (OSError, RuntimeError) as error:  # no more files, no more threads
+                log.warning("a client could not be taken: %s", getattr(error, "strerror", None) or error)
+                select.select([stop], [], [], RETRY)
     for thread, sock in clients.items():
         with suppress(OSError):
             sock.shutdown(socket.SHUT_RDWR)
         thread.join()
+
+
+def _start_client(
+    sock: socket.socket,
+    peer: Any,
+    handle: Callable[[socket.socket, str], object],
+    clients: dict[threading.Thread, socket.socket],
+) -> None:
+    """Raises OSError, RuntimeError, without a socket left open."""
+    name = f"client {peer[0]} port {peer[1]}" if peer else "a client"
+    with ExitStack() as cleanup:
+        cleanup.callback(sock.close)
+        sock.setblocking(True)
+        # The duplicate can be shut down whatever the thread has made of the original.
+        duplicate = sock.dup()
+        cleanup.callback(duplicate.close)
+        thread = threading.Thread(
+            target=_handle, args=(handle, sock, duplicate, name), name=name, daemon=True
+        )
+        thread.start()
+        cleanup.pop_all()
+    clients[thread] = duplicate
 
 
 def _handle(

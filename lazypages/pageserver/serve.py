@@ -1,7 +1,8 @@
 """`--lazy-pages`: answers the GETs of any number of clients, each in a thread of its own, for as long as it runs.
 
 Threads, because a page that is not in the page cache keeps its reader waiting for the disk; the others go on. The
-pages go from the mapped file to the socket in one system call; only TLS needs them in memory of ours.
+pages of images go from the mapped file to a plain socket in one system call, made by C without Python
+(`csrc/pageserver.c`). What is here is for all else: the first message, TLS, pages that are missing, CLOSE, garbage.
 """
 
 from __future__ import annotations
@@ -10,17 +11,18 @@ import logging
 import socket
 import ssl
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Final, Protocol
 
 from images_spec.errors import ImageError
 from lazypages import wire
+from lazypages._pageserver import lib
 from lazypages.errors import LazyPagesError
+from lazypages.pageserver.images import MAX_ANSWER, GetAnswerer
 from lazypages.wire import PAGE_SIZE, Command, Features, Header, RemoteProtocolError, ServerCodec
 
 log = logging.getLogger("lazypages")
 
-MAX_ANSWER = 1024  # pages of one answer; the client asks again for the rest
-BUFFER_SIZE = 16 << 10  # bytes of requests that are received at once
+BUFFER_SIZE: Final = lib.LP_REQUESTS_SIZE  # bytes of requests that are received at once
 
 
 class Piece(Protocol):
@@ -50,21 +52,31 @@ class Pages(Protocol):
 
 
 class PageConnection:
-    """One client. `pages`: how many it was given; `closed`: it has said that it needs no more."""
+    """One client. `pages`: how many it was given; `closed`: it has said that it needs no more.
 
-    def __init__(self, sock: socket.socket, images: Pages, name: str) -> None:
+    `answerer`, if there is one for `sock`, takes most requests off our hands.
+    """
+
+    def __init__(
+        self, sock: socket.socket, images: Pages, name: str, answerer: GetAnswerer | None = None
+    ) -> None:
         self._sock = sock
         self._images = images
         self._name = name
+        self._answerer = answerer
         self._codec = ServerCodec(size=BUFFER_SIZE)
-        self.pages = 0
+        self._pages = 0
         self.closed = False
+
+    @property
+    def pages(self) -> int:
+        return self._pages + (self._answerer.pages if self._answerer else 0)
 
     def run(self) -> bool:
         """Until the client has closed, or breaks the protocol. Whether it ended as it should."""
         try:
             while True:
-                self._codec.received(self._sock.recv_into(self._codec.writable()))
+                self._receive()
                 while (event := self._codec.next_event()) is not None:
                     match event:
                         case Header(command=Command.GET):
@@ -85,6 +97,17 @@ class PageConnection:
             log.warning("%s: %s", self._name, error.strerror or error)
         return False
 
+    def _receive(self) -> None:
+        """More bytes, that the codec has to deal with."""
+        codec, answerer = self._codec, self._answerer
+        if answerer is None or codec.layout is None or not codec.settled:
+            codec.received(self._sock.recv_into(codec.writable()))
+            return
+        rest, closed = answerer.run(codec.layout, codec.features, codec.take_rest())
+        codec.receive(rest)
+        if closed:
+            codec.received(0)
+
     def _answer(self, header: Header) -> bytes:
         match header.command:
             case Command.CLOSE | Command.FORCE_CLOSE:
@@ -99,7 +122,7 @@ class PageConnection:
     def _get(self, request: Header) -> bool:
         pieces = self._images.find(request.dst_id, request.vaddr, min(request.nr_pages, MAX_ANSWER))
         pages = sum(piece.size for piece in pieces) // PAGE_SIZE
-        self.pages += pages
+        self._pages += pages
         granted = self._codec.features
         if not pages:
             log.warning(

@@ -69,7 +69,7 @@ def installed() -> Iterator[Path]:
 @pytest.mark.timeout(300)
 def test_the_wheel_s_own_code_runs(installed: Path) -> None:
     """And not that of the tree, which is gone."""
-    for module in ("lazypages._uffd", "images_spec._pagemap", "dumptool._ptrace"):
+    for module in ("lazypages._uffd", "lazypages._pageserver", "images_spec._pagemap", "dumptool._ptrace"):
         text = run(installed / "python", "-c", f"import {module} as module; print(module.__file__)")
         assert text.startswith(str(installed.parent))
 

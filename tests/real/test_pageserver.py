@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import socket
 import subprocess
 import threading
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,7 @@ from tests.support.pages import (
     page_server_command,
     write_images,
 )
-from tests.support.processes import wait_for
+from tests.support.processes import Server, wait_for
 
 both = pytest.mark.parametrize("layout", Layout)
 
@@ -355,3 +356,93 @@ def test_tls_files_that_are_not_there(images: tuple[Path, Contents], tmp_path: P
     files.key.unlink()
     with pytest.raises(TlsError, match=r"--tls-key .*No such file"):
         fetch([TcpServer("127.0.0.1", 1, tls=True)], [(77, BASE)], options=RemoteOptions(tls=files))
+
+
+# -- clients that behave badly --------------------------------------------------------------------------------
+
+
+def test_client_that_does_not_read(server: PageServer) -> None:
+    """Its answers fill the sockets, and then only its own thread waits; the others are served, and so is it, later."""
+    layout, number = Layout.CRIU_4_2, 200
+    with socket.create_connection(("127.0.0.1", server.port), timeout=60) as slow:
+        said = get(layout, 0, 300) * number  # 240 MB of answers, more than any socket holds
+        slow.sendall(said)
+        for _ in range(20):
+            assert converse(server.port, get(layout, 3, 2)) == answer(layout, 3, 2)
+        slow.shutdown(socket.SHUT_WR)
+        expected = answer(layout, 0, 300)
+        with slow.makefile("rb") as stream:
+            assert all(stream.read(len(expected)) == expected for _ in range(number))
+            assert stream.read() == b""
+
+
+def test_signal_while_a_client_does_not_read(images: tuple[Path, Contents], tmp_path: Path) -> None:
+    with page_server(images[0], "--lazy-pages", output=tmp_path / "out") as server:
+        server.wait_ready()
+        with socket.create_connection(("127.0.0.1", server.port), timeout=30) as sock:
+            sock.sendall(get(Layout.CRIU_4_2, 0, 300) * 200)
+            assert sock.recv(1)
+            server.process.terminate()
+            assert server.wait(10) == 0
+
+
+def test_one_line_for_garbage(images: tuple[Path, Contents], tmp_path: Path) -> None:
+    """After good requests too, where C has the connection in hand; nothing that the client said is in the log."""
+    with page_server(images[0], "--lazy-pages", output=tmp_path / "out") as server:
+        server.wait_ready()
+        layout = Layout.CRIU_4_2
+        said = get(layout, 0, 1) * 3 + b"\xfeSECRET!" * 4000
+        received = converse(server.port, said)
+        assert (answer(layout, 0, 1) * 3).startswith(received)  # the rest may be lost in the reset
+        wait_for("the end of the connection", lambda: "gone after" in server.story())
+        lines = [line for line in (tmp_path / "out").read_text().splitlines() if "closing" in line]
+        assert len(lines) == 1
+        assert "unknown command" in lines[0]
+        assert "SECRET" not in server.story()
+
+
+def test_more_clients_than_files(images: tuple[Path, Contents], tmp_path: Path) -> None:
+    """Those that are too many wait until others have gone; the server says so, and does not spin."""
+    with page_server(images[0], "--lazy-pages", output=tmp_path / "out") as server:
+        server.wait_ready()
+        used = len(os.listdir(f"/proc/{server.process.pid}/fd"))
+        resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, (used + 6, used + 6))
+        with ExitStack() as stack:
+            clients = [
+                stack.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=30))
+                for _ in range(10)
+            ]
+            wait_for("the limit", lambda: "could not be taken: Too many open files" in server.story())
+            for client in clients:
+                client.sendall(get(Layout.CRIU_4_2, 0, 1))
+            for client in clients:
+                assert client.makefile("rb").read(32 + PAGE_SIZE) == answer(Layout.CRIU_4_2, 0, 1)
+                client.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.mark.parametrize("mode", ["--lazy-pages", "receive"])
+def test_ps_socket(mode: str, images: tuple[Path, Contents], tmp_path: Path) -> None:
+    """A connected socket that the caller has; a non-blocking one will do. A signal ends it, idle as it is."""
+    for signalled in (False, True):
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        directory = images[0] if mode == "--lazy-pages" else tmp_path
+        options = [mode] if mode == "--lazy-pages" else []
+        command = page_server_command("-D", directory, "-v3", *options, "--ps-socket", ours.fileno())
+        with theirs, Server(command, output=tmp_path / "out", pass_fds=[ours.fileno()]) as server:
+            ours.close()
+            theirs.settimeout(30)
+            if mode == "--lazy-pages":
+                theirs.sendall(get(Layout.CRIU_4_2, 0, 300))
+                expected = answer(Layout.CRIU_4_2, 0, 300)
+                assert theirs.makefile("rb").read(len(expected)) == expected
+            else:
+                theirs.sendall(Layout.CRIU_4_2.pack(Header(Command.OPEN2, dst_id=77 << 8 | 1)))
+                assert theirs.recv(1) == b"\0"
+            if signalled:
+                server.process.terminate()
+            else:
+                theirs.sendall(Layout.CRIU_4_2.pack(Header(Command.FORCE_CLOSE)))
+                assert theirs.recv(4) == bytes(4)
+                theirs.shutdown(socket.SHUT_WR)
+            assert server.wait(10) == (1 if signalled and mode == "receive" else 0)

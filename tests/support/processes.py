@@ -177,6 +177,7 @@ class Server:
         logs: Sequence[Path] = (),
         env: Mapping[str, str] | None = None,
         cwd: Path | None = None,
+        pass_fds: Sequence[int] = (),
     ) -> None:
         self._output, self._logs = output, logs
         self._status, status = os.pipe()
@@ -187,7 +188,7 @@ class Server:
                     stdin=subprocess.DEVNULL,
                     stdout=stream,
                     stderr=stream,
-                    pass_fds=[status],
+                    pass_fds=[status, *pass_fds],
                     env=dict(env) if env is not None else None,
                     cwd=cwd,
                 )

@@ -1,0 +1,315 @@
+/*
+ * See pageserver.h. The protocol: lazypages/wire.py.
+ */
+#include "pageserver.h"
+
+#include <errno.h>
+#include <sched.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/uio.h>
+#include <time.h>
+#include <unistd.h>
+
+#define PAGE_SIZE UINT64_C(4096)
+#define OLD_HEADER 24u
+#define NEW_HEADER 32u
+
+#define CMD_GET 7u
+#define CMD_ADD_F 6u
+#define FLAG_PRESENT (4u << 16)
+#define FLAG_ZERO (0x100u << 16)
+
+#define PIECES 256 /* of one answer */
+#define PROBE 16   /* bytes that tell most pages from zeros */
+
+/*
+ * Waking an idle CPU takes tens of microseconds, as long as a whole round trip
+ * of a fault over loopback. So after an answer the next request is looked for
+ * a while before sleeping; the while follows what the client does, as KVM's
+ * halt polling does, and ends when another thread wants the CPU.
+ */
+#define POLL_MIN_NS UINT64_C(10000)
+#define POLL_MAX_NS UINT64_C(80000)
+#define YIELD_NS UINT64_C(20000) /* a sched_yield() that took longer has let somebody else run */
+
+struct request {
+	uint64_t nr_pages, vaddr, pid;
+};
+
+static uint64_t now_ns(void)
+{
+	struct timespec ts;
+
+	clock_gettime(CLOCK_MONOTONIC, &ts);
+	return (uint64_t)ts.tv_sec * UINT64_C(1000000000) + (uint64_t)ts.tv_nsec;
+}
+
+static const struct lp_task_pages *find_task(const struct lp_served *served, uint64_t pid)
+{
+	uint64_t low = 0, high = served->nr_tasks;
+
+	while (low < high) {
+		uint64_t middle = low + (high - low) / 2;
+
+		if (served->tasks[middle].pid < pid)
+			low = middle + 1;
+		else
+			high = middle;
+	}
+	return low < served->nr_tasks && served->tasks[low].pid == pid ? &served->tasks[low] : NULL;
+}
+
+/* The first extent that ends after `vaddr`. */
+static uint64_t find_extent(const struct lp_task_pages *task, uint64_t vaddr)
+{
+	uint64_t low = 0, high = task->nr_extents;
+
+	while (low < high) {
+		uint64_t middle = low + (high - low) / 2;
+		const struct lp_extent *extent = &task->extents[middle];
+
+		if (extent->start + extent->nr_pages * PAGE_SIZE <= vaddr)
+			low = middle + 1;
+		else
+			high = middle;
+	}
+	return low;
+}
+
+size_t lp_find_pages(const struct lp_served *served, uint64_t pid, uint64_t vaddr, uint64_t nr_pages,
+		     struct lp_piece *pieces, size_t max)
+{
+	const struct lp_task_pages *task = find_task(served, pid);
+	size_t found = 0;
+
+	if (!task || vaddr % PAGE_SIZE)
+		return 0;
+	for (uint64_t i = find_extent(task, vaddr); nr_pages && i < task->nr_extents; i++) {
+		const struct lp_extent *extent = &task->extents[i];
+		const struct lp_pages_file *file;
+		struct lp_piece *last = found ? &pieces[found - 1] : NULL;
+		uint64_t skip, taken, offset;
+
+		if (vaddr < extent->start || extent->source >= task->nr_levels)
+			break;
+		file = task->levels[extent->source];
+		skip = (vaddr - extent->start) / PAGE_SIZE;
+		taken = extent->nr_pages - skip < nr_pages ? extent->nr_pages - skip : nr_pages;
+		offset = extent->offset + skip * PAGE_SIZE;
+		if (!file || offset > file->size || taken * PAGE_SIZE > file->size - offset)
+			break;
+		if (last && last->file == file && last->offset + last->size == offset) {
+			last->size += taken * PAGE_SIZE;
+		} else {
+			if (found == max)
+				break;
+			pieces[found++] = (struct lp_piece){file, offset, taken * PAGE_SIZE};
+		}
+		vaddr += taken * PAGE_SIZE;
+		nr_pages -= taken;
+	}
+	return found;
+}
+
+/* Reads the message at the beginning of `at`; false unless it is a GET of a range of pages, without flags. */
+static bool parse(const struct lp_client *client, const uint8_t *at, struct request *request)
+{
+	uint32_t command, count;
+
+	memcpy(&command, at, sizeof(command));
+	if (command != CMD_GET)
+		return false;
+	if (client->header_size == OLD_HEADER) {
+		memcpy(&count, at + 4, sizeof(count));
+		request->nr_pages = count;
+	} else {
+		memcpy(&request->nr_pages, at + 8, 8);
+	}
+	memcpy(&request->vaddr, at + client->header_size - 16, 8);
+	memcpy(&request->pid, at + client->header_size - 8, 8);
+	return request->nr_pages && request->vaddr % PAGE_SIZE == 0 &&
+	       request->nr_pages - 1 <= (UINT64_MAX - request->vaddr) / PAGE_SIZE;
+}
+
+static void put_header(const struct lp_client *client, uint8_t *at, const struct request *request, uint32_t flags,
+		       uint64_t nr_pages)
+{
+	uint32_t command = CMD_ADD_F | flags, count = (uint32_t)nr_pages;
+
+	memset(at, 0, client->header_size);
+	memcpy(at, &command, sizeof(command));
+	if (client->header_size == OLD_HEADER)
+		memcpy(at + 4, &count, sizeof(count));
+	else
+		memcpy(at + 8, &nr_pages, 8);
+	memcpy(at + client->header_size - 16, &request->vaddr, 8);
+	memcpy(at + client->header_size - 8, &request->pid, 8);
+}
+
+static bool all_zero(const uint8_t *data, size_t size)
+{
+	return !data[0] && !memcmp(data, data + 1, size - 1);
+}
+
+/* Whether a file holds nothing but zeros there: 1, 0, or -errno. Quick for most that do not. */
+static int is_zero(const struct lp_piece *piece)
+{
+	uint8_t buffer[32768];
+	uint64_t done = 0;
+
+	while (done < piece->size) {
+		uint64_t want = !done ? PROBE : piece->size - done;
+		ssize_t got;
+
+		got = pread(piece->file->fd, buffer, want < sizeof(buffer) ? want : sizeof(buffer),
+			    (off_t)(piece->offset + done));
+		if (got < 0 && errno == EINTR)
+			continue;
+		if (got <= 0)
+			return got ? -errno : -EFAULT;
+		if (!all_zero(buffer, (size_t)got))
+			return 0;
+		done += (uint64_t)got;
+	}
+	return 1;
+}
+
+static int pieces_are_zero(const struct lp_piece *pieces, size_t count)
+{
+	int zero = 1;
+
+	for (size_t i = 0; i < count && zero == 1; i++)
+		zero = is_zero(&pieces[i]);
+	return zero;
+}
+
+/* Sends all of it, however long the client takes. 0 or -errno. */
+static int send_all(int fd, struct iovec *iov, size_t count)
+{
+	while (count) {
+		struct msghdr message = {.msg_iov = iov, .msg_iovlen = count};
+		ssize_t sent = sendmsg(fd, &message, MSG_NOSIGNAL);
+
+		if (sent < 0) {
+			if (errno == EINTR)
+				continue;
+			return -errno;
+		}
+		while (count && (size_t)sent >= iov->iov_len) {
+			sent -= (ssize_t)iov->iov_len;
+			iov++;
+			count--;
+		}
+		if (sent) {
+			iov->iov_base = (uint8_t *)iov->iov_base + sent;
+			iov->iov_len -= (size_t)sent;
+		}
+	}
+	return 0;
+}
+
+/* 1: answered; 0: the first page is not here; -errno. */
+static int answer(struct lp_client *client, const struct lp_served *served, const struct request *request)
+{
+	uint64_t asked = request->nr_pages < client->max_pages ? request->nr_pages : client->max_pages, bytes = 0;
+	struct lp_piece pieces[PIECES];
+	struct iovec iov[1 + PIECES];
+	uint8_t header[NEW_HEADER];
+	size_t count;
+	int zero = 0, error;
+
+	count = lp_find_pages(served, request->pid, request->vaddr, asked, pieces, PIECES);
+	if (!count)
+		return 0;
+	for (size_t i = 0; i < count; i++) {
+		iov[1 + i].iov_base = (void *)(uintptr_t)(pieces[i].file->base + pieces[i].offset);
+		iov[1 + i].iov_len = pieces[i].size;
+		bytes += pieces[i].size;
+	}
+	if (client->features & LP_FEATURE_ZERO) {
+		zero = pieces_are_zero(pieces, count);
+		if (zero < 0)
+			return zero;
+	}
+	put_header(client, header, request, zero ? FLAG_ZERO : FLAG_PRESENT, bytes / PAGE_SIZE);
+	iov[0] = (struct iovec){header, client->header_size};
+	error = send_all(client->fd, iov, zero ? 1 : 1 + count);
+	if (error)
+		return error;
+	client->pages += bytes / PAGE_SIZE;
+	return 1;
+}
+
+/* Looks for a request for a while. -1 with EAGAIN when none has come. */
+static ssize_t poll_socket(struct lp_client *client)
+{
+	uint8_t *room = client->requests + client->end;
+	uint64_t began = now_ns(), now = began;
+
+	for (;;) {
+		ssize_t got = recv(client->fd, room, LP_REQUESTS_SIZE - client->end, MSG_DONTWAIT);
+		uint64_t before;
+
+		if (got >= 0 || errno != EAGAIN || now - began >= client->poll_ns)
+			return got;
+		before = now_ns();
+		sched_yield();
+		now = now_ns();
+		if (now - before > YIELD_NS) {
+			client->poll_ns = 0; /* somebody else has a use for this CPU */
+			return recv(client->fd, room, LP_REQUESTS_SIZE - client->end, MSG_DONTWAIT);
+		}
+	}
+}
+
+/* Waits for more requests: bytes received, 0 at the end, -errno. There is room. */
+static ssize_t receive(struct lp_client *client)
+{
+	ssize_t got = poll_socket(client);
+
+	if (got < 0 && errno == EAGAIN) {
+		uint64_t began = now_ns(), slept;
+
+		do
+			got = recv(client->fd, client->requests + client->end, LP_REQUESTS_SIZE - client->end, 0);
+		while (got < 0 && errno == EINTR);
+		slept = now_ns() - began;
+		if (slept > POLL_MAX_NS)
+			client->poll_ns /= 2;
+		else if (client->poll_ns < POLL_MAX_NS)
+			client->poll_ns = client->poll_ns ? client->poll_ns * 2 : POLL_MIN_NS;
+		if (client->poll_ns > POLL_MAX_NS)
+			client->poll_ns = POLL_MAX_NS;
+	}
+	return got < 0 ? -errno : got;
+}
+
+int lp_answer_gets(struct lp_client *client, const struct lp_served *served)
+{
+	for (;;) {
+		ssize_t got;
+
+		while (client->end - client->start >= client->header_size) {
+			struct request request;
+			int done = 0;
+
+			if (parse(client, client->requests + client->start, &request))
+				done = answer(client, served, &request);
+			if (done < 0)
+				return done;
+			if (!done)
+				return LP_CLIENT_OTHER;
+			client->start += client->header_size;
+		}
+		memmove(client->requests, client->requests + client->start, client->end - client->start);
+		client->end -= client->start;
+		client->start = 0;
+		got = receive(client);
+		if (got < 0)
+			return (int)got;
+		if (!got)
+			return LP_CLIENT_EOF;
+		client->end += (uint32_t)got;
+	}
+}

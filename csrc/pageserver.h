@@ -1,0 +1,85 @@
+/*
+ * The part of a page server that runs once for each fault of a client's: reads
+ * GETs from a socket and answers them from mapped pages files.
+ *
+ * One thread for each connection, because a page that is not in the page cache
+ * keeps its reader waiting for the disk, and a client that does not read keeps
+ * its writer waiting; the others go on. What is not a plain GET of a page that
+ * is here is left to the caller. Bytes of a mapped file are only ever touched
+ * by system calls: if the file was cut short that is EFAULT, and no SIGBUS.
+ */
+#ifndef LAZYPAGES_PAGESERVER_H
+#define LAZYPAGES_PAGESERVER_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "extent.h"
+
+/* A pages file, mapped for reading. */
+struct lp_pages_file {
+	const uint8_t *base;
+	uint64_t size; /* bytes */
+	int32_t fd;
+	uint32_t number; /* the caller's name for it */
+};
+
+/* Where each page of one task is. */
+struct lp_task_pages {
+	uint64_t pid;
+	const struct lp_extent *extents; /* sorted */
+	uint64_t nr_extents;
+	const struct lp_pages_file *const *levels; /* NULL: a level without data */
+	uint32_t nr_levels;
+};
+
+/* All that is served; read only. */
+struct lp_served {
+	const struct lp_task_pages *tasks; /* sorted by pid */
+	uint64_t nr_tasks;
+};
+
+/* A part of an answer. */
+struct lp_piece {
+	const struct lp_pages_file *file;
+	uint64_t offset; /* bytes */
+	uint64_t size;
+};
+
+/* Features that were granted (lazypages/wire.py). */
+#define LP_FEATURE_ZERO 4u
+
+#define LP_REQUESTS_SIZE 16384 /* bytes of requests that are received at once */
+
+/* A connection to a client. */
+struct lp_client {
+	int32_t fd;	      /* a blocking stream socket */
+	uint32_t header_size; /* 24 or 32: which of CRIU's layouts */
+	uint32_t features;
+	uint32_t max_pages; /* of one answer */
+	uint64_t pages;	    /* answered so far */
+	uint64_t poll_ns;   /* how long to look for the next request before sleeping; adapts itself */
+	uint32_t start, end;
+	uint8_t requests[LP_REQUESTS_SIZE]; /* received and not yet answered: [start, end) */
+};
+
+enum lp_client_state {
+	LP_CLIENT_EOF,	/* the client has closed; part of a request may be left */
+	LP_CLIENT_OTHER /* the next message is not for us */
+};
+
+/*
+ * The first pages of a range, up to all of them: how many pieces they are in,
+ * at most `max`. 0: the first page is not here.
+ */
+size_t lp_find_pages(const struct lp_served *served, uint64_t pid, uint64_t vaddr, uint64_t nr_pages,
+		     struct lp_piece *pieces, size_t max);
+
+/*
+ * Answers GETs until there is something else to do: an lp_client_state, or
+ * -errno of the socket or of a file; -EFAULT is a file that was cut short.
+ */
+int lp_answer_gets(struct lp_client *client, const struct lp_served *served);
+
+#endif

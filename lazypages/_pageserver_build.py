@@ -1,0 +1,49 @@
+"""Builds ``lazypages._pageserver``: answers to GETs, from csrc/pageserver.c (cffi, API mode).
+
+cffi releases the GIL around every call. What is declared here is what Python uses; the compiler checks it against
+the header.
+"""
+
+from pathlib import Path
+
+from cffi import FFI
+
+ffibuilder = FFI()
+
+ffibuilder.cdef("""
+struct lp_extent;
+struct lp_pages_file { const uint8_t *base; uint64_t size; int32_t fd; uint32_t number; };
+struct lp_task_pages {
+    uint64_t pid;
+    const struct lp_extent *extents;
+    uint64_t nr_extents;
+    const struct lp_pages_file *const *levels;
+    uint32_t nr_levels;
+};
+struct lp_served { const struct lp_task_pages *tasks; uint64_t nr_tasks; };
+struct lp_piece { const struct lp_pages_file *file; uint64_t offset, size; };
+#define LP_REQUESTS_SIZE ...
+#define LP_FEATURE_ZERO ...
+struct lp_client {
+    int32_t fd;
+    uint32_t header_size, features, max_pages;
+    uint64_t pages, poll_ns;
+    uint32_t start, end;
+    uint8_t requests[...];
+};
+enum lp_client_state { LP_CLIENT_EOF, LP_CLIENT_OTHER };
+size_t lp_find_pages(const struct lp_served *served, uint64_t pid, uint64_t vaddr, uint64_t nr_pages,
+                     struct lp_piece *pieces, size_t max);
+int lp_answer_gets(struct lp_client *client, const struct lp_served *served);
+""")
+
+CSRC = Path("csrc")  # builds run at the project's root
+
+ffibuilder.set_source(
+    "lazypages._pageserver",
+    '#include "pageserver.h"\n',
+    sources=[str(CSRC / "pageserver.c")],
+    depends=[str(CSRC / name) for name in ("extent.h", "pageserver.h")],
+    include_dirs=[str(CSRC)],
+    extra_compile_args=["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Wno-unused-parameter"],
+)
