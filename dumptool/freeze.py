@@ -83,7 +83,10 @@ class FrozenTree:
                     os.kill(process.pid, signal.SIGSTOP)
 
     def release(self) -> None:
-        """Undo ``hold``: neither the tree nor its parent sees anything of it."""
+        """Undo ``hold``: neither the tree nor its parent sees anything of it.
+
+        A SIGSTOP that somebody else has sent meanwhile is no other than ours: it is lost.
+        """
         threads = {process.pid: process.threads for process in self.processes}
         while self._held:
             pid = next(iter(self._held))

@@ -1,15 +1,17 @@
-"""Two hosts on one machine: network namespaces, and between them a link that delays every packet.
+"""Two hosts on one machine: network namespaces, and between them a link that delays, loses and is only so fast.
 
-`tc netem` would be the tool for the delay, but not every kernel has it (CONFIG_NET_SCH_NETEM is not set in the
-6.18 that this was written on). So each namespace has a TUN device instead (Documentation/networking/tuntap.rst), and a
-thread of ours carries the packets from one to the other, each after its delay.
+A veth pair, with `tc netem` for what is wrong with it (tc-netem(8)). But not every kernel has netem
+(CONFIG_NET_SCH_NETEM is not set in the 6.18 that this was written on). Then each namespace has a TUN device instead
+(Documentation/networking/tuntap.rst), and a thread of ours carries the packets from one to the other.
 """
 
 from __future__ import annotations
 
 import ctypes
 import fcntl
+import json
 import os
+import random
 import select
 import struct
 import subprocess
@@ -26,6 +28,27 @@ TUNSETIFF = 0x400454CA
 IFF_TUN_NO_PI = 0x0001 | 0x1000
 DEVICE = "link"
 LARGEST = 1 << 16  # bytes of a packet, at most
+LONGEST_QUEUE = 0.5  # s; what would wait longer is dropped
+
+
+@dataclass(frozen=True)
+class Link:
+    """`delay`: s, each way. `loss`: how probable it is for a packet. `rate`: bytes/s, each way; None: no limit."""
+
+    delay: float = 0.0
+    loss: float = 0.0
+    rate: float | None = None
+
+    def netem(self) -> list[str]:
+        """The words of `tc qdisc`; none for a link that only carries."""
+        words = []
+        if self.delay:
+            words += ["delay", f"{self.delay * 1e3:g}ms"]
+        if self.loss:
+            words += ["loss", f"{self.loss * 100:g}%"]
+        if self.rate is not None:
+            words += ["rate", f"{round(self.rate * 8)}bit"]
+        return ["netem", *words] if words else []
 
 
 @dataclass(frozen=True)
@@ -52,26 +75,57 @@ class Host:
         )
         assert result.returncode == 0, f"{result.args}: {result.returncode}\n{result.stderr}"
 
+    def sent(self) -> int:
+        """Bytes that it has sent to the other host so far, headers and all."""
+        assert self.namespace is not None
+        command = ["ip", "-n", self.namespace, "-json", "-s", "link", "show", "dev", DEVICE]
+        (found,) = json.loads(subprocess.run(command, capture_output=True, timeout=60, check=True).stdout)
+        sent: int = found["stats64"]["tx"]["bytes"]
+        return sent
+
 
 @contextmanager
-def two_hosts(delay: float) -> Iterator[tuple[Host, Host]]:
-    """Hosts whose packets to each other take `delay` seconds. Nothing of them is left afterwards."""
+def two_hosts(link: Link) -> Iterator[tuple[Host, Host]]:
+    """Hosts with that link between them. Nothing of them is left afterwards."""
     names = [f"lazypages-{os.getpid()}-{letter}" for letter in "ab"]
     here, hosts = Host(), [Host(f"10.77.0.{number}", name) for number, name in enumerate(names, start=1)]
     with ExitStack() as stack:
-        ends = []
+        for name in names:
+            here.run("ip", "netns", "add", name)
+            stack.callback(here.run, "ip", "netns", "del", name)
+        ends: list[int] = []
+        if _can_do(hosts[0], link):
+            peer = ("peer", "name", DEVICE, "netns", names[1])
+            here.run("ip", "-n", names[0], "link", "add", "name", DEVICE, "type", "veth", *peer)
+        else:
+            for name in names:
+                ends.append(_open_device(Path("/run/netns", name)))
+                stack.callback(os.close, ends[-1])
         for host in hosts:
-            assert host.namespace is not None
-            here.run("ip", "netns", "add", host.namespace)
-            stack.callback(here.run, "ip", "netns", "del", host.namespace)
-            end = _open_device(Path("/run/netns", host.namespace))
-            stack.callback(os.close, end)
-            ends.append(end)
             host.run("ip", "addr", "add", f"{host.address}/24", "dev", DEVICE)
             for device in ("lo", DEVICE):
                 host.run("ip", "link", "set", "dev", device, "up")
-        stack.enter_context(_carried(ends[0], ends[1], delay))
+            if not ends and link.netem():
+                host.run("tc", "qdisc", "add", "dev", DEVICE, "root", *link.netem())
+        if ends:
+            stack.enter_context(_carried(ends[0], ends[1], link))
         yield hosts[0], hosts[1]
+
+
+def _can_do(host: Host, link: Link) -> bool:
+    """Whether the kernel has what the link needs; tried on the loopback device of that namespace."""
+    if not link.netem():
+        return True
+    tried = [
+        subprocess.run(
+            host.command("tc", "qdisc", action, "dev", "lo", "root", "netem", "delay", "1ms"),
+            capture_output=True,
+            timeout=60,
+            check=False,
+        ).returncode
+        for action in ("add", "del")
+    ]
+    return tried == [0, 0]
 
 
 def _open_device(namespace: Path) -> int:
@@ -98,10 +152,11 @@ def _open_device(namespace: Path) -> int:
 
 
 @contextmanager
-def _carried(one: int, other: int, delay: float) -> Iterator[None]:
+def _carried(one: int, other: int, link: Link) -> Iterator[None]:
     """Packets go from each of the devices to the other one meanwhile."""
     over = os.eventfd(0, os.EFD_CLOEXEC)
-    thread = threading.Thread(target=_carry, args=({one: other, other: one}, delay, over))
+    directions = {fd: Direction(link, seed, to) for seed, (fd, to) in enumerate(((one, other), (other, one)))}
+    thread = threading.Thread(target=_carry, args=(directions, over))
     thread.start()
     try:
         yield
@@ -111,17 +166,47 @@ def _carried(one: int, other: int, delay: float) -> Iterator[None]:
         os.close(over)
 
 
-def _carry(across: dict[int, int], delay: float, over: int) -> None:
-    waiting: deque[tuple[float, int, bytes]] = deque()  # when, where to, what; the delay is always the same
+class Direction:
+    """What happens to packets on their way in one direction, to the device `to`."""
+
+    def __init__(self, link: Link, seed: int, to: int) -> None:
+        self.to = to
+        self._link, self._chance = link, random.Random(seed)
+        self._waiting: deque[tuple[float, bytes]] = deque()  # when it arrives
+        self._free_at = 0.0  # when the packet before has left
+
+    def send(self, packet: bytes, now: float) -> None:
+        """It may be lost, also because too many others wait already."""
+        if self._chance.random() < self._link.loss:
+            return
+        leaves = now
+        if self._link.rate is not None:
+            leaves = max(now, self._free_at) + len(packet) / self._link.rate
+            if leaves - now > LONGEST_QUEUE:
+                return
+            self._free_at = leaves
+        self._waiting.append((leaves + self._link.delay, packet))
+
+    def next_at(self) -> float | None:
+        """When the next one arrives, if any."""
+        return self._waiting[0][0] if self._waiting else None
+
+    def arrived(self, now: float) -> Iterator[bytes]:
+        """Those that are there by now."""
+        while self._waiting and self._waiting[0][0] <= now:
+            yield self._waiting.popleft()[1]
+
+
+def _carry(directions: dict[int, Direction], over: int) -> None:
     with select.epoll() as poll:
-        for fd in (*across, over):
+        for fd in (*directions, over):
             poll.register(fd, select.EPOLLIN)
         while True:
-            pause = max(0.0, waiting[0][0] - time.monotonic()) if waiting else None
-            for fd, _ in poll.poll(pause):
+            due = [at for one in directions.values() if (at := one.next_at()) is not None]
+            for fd, _ in poll.poll(max(0.0, min(due) - time.monotonic()) if due else None):
                 if fd == over:
                     return
-                waiting.append((time.monotonic() + delay, across[fd], os.read(fd, LARGEST)))
-            while waiting and waiting[0][0] <= time.monotonic():
-                _, fd, packet = waiting.popleft()
-                os.write(fd, packet)
+                directions[fd].send(os.read(fd, LARGEST), time.monotonic())
+            for one in directions.values():
+                for packet in one.arrived(time.monotonic()):
+                    os.write(one.to, packet)
