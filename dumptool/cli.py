@@ -23,6 +23,7 @@ from images_spec.flags import PAGE_SIZE
 from lazypages import logs
 from lazypages.errors import LazyPagesError
 from lazypages.logs import MESSAGE
+from lazypages.options import verbosity_option
 from lazypages.pageserver.listen import LOOPBACK, UNIX_PREFIX, listen
 from lazypages.remote_options import AUTO, TLS_OPTIONS, tls_files
 from lazypages.sources.url import ConnectedSocket, TcpServer, UnixServer
@@ -115,19 +116,6 @@ Dirty tracking
               parent's bytes
   auto        the first of these that works
 """
-
-
-class _Verbosity(click.ParamType[str]):
-    """A level, or ``v`` and its repetitions."""
-
-    name = "level"
-
-    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        try:
-            logs.verbosity([value])
-        except ValueError:
-            self.fail(f"{value!r} is not a level: 0 to 4", param, ctx)
-        return value
 
 
 class _Commands(click.Group):
@@ -255,18 +243,7 @@ def _common(command: F, *, address: str, port: str) -> F:
                 type=click.Path(path_type=Path),
                 help="Log to FILE in the images directory (- for stdout).",
             ),
-            click.option(
-                "-v",
-                "--verbosity",
-                "verbose",
-                type=_Verbosity(),
-                is_flag=False,
-                flag_value="v",
-                multiple=True,
-                metavar="[LEVEL]",
-                help="0 says nothing, 1 errors, 2 warnings, 3 information, 4 all; a bare -v is one more.  "
-                "[default: 2]",
-            ),
+            verbosity_option(),
         )
     ):
         command = option(command)
@@ -447,7 +424,7 @@ class _Bar(_Log):
 @contextmanager
 def _watcher(options: dict[str, Any]) -> Iterator[Watcher]:
     """Sets up what is said and where."""
-    level = logs.verbosity(options["verbose"])
+    level = options["verbosity"]
     on_terminal = level >= AUDIBLE and sys.stderr.isatty()
     stream = sys.stderr
     if options["log_file"] is not None:

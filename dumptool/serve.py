@@ -28,10 +28,10 @@ from images_spec._pagemap import ffi
 from images_spec.flags import PAGE_SIZE, PE_LAZY
 from images_spec.images import Kind
 from images_spec.pagemap import Pagemap
+from lazypages.daemonize import tell_ready
 from lazypages.logs import MESSAGE
 from lazypages.pageserver.listen import accept_all, hang_up, prepare, until_signalled
 from lazypages.pageserver.serve import PageConnection
-from lazypages.serve_command import tell_ready
 from lazypages.tls import TlsError, TlsFiles
 
 log = logging.getLogger("lazypages")

@@ -10,20 +10,23 @@ import stat
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 from images_spec import images
+from images_spec.core_pb2 import TaskState
 from images_spec.errors import ImageError, ImageMissingError
 from images_spec.flags import MADV_WIPEONFORK
 from images_spec.images import Kind
-from images_spec.messages import InventoryEntry, PstreeEntry, TaskState
 from images_spec.pagemap import Pagemap
 from images_spec.placement import ExtentTable, Span, lazy_vmas, resolve
+
+if TYPE_CHECKING:
+    from images_spec.messages import InventoryEntry, PstreeEntry
 
 PARENT_LINK = "parent"
 
 
-@dataclass(frozen=True, slots=True)
-class Task:
+class Task(NamedTuple):
     """A task of the tree. ``ppid`` is 0 for the root.
 
     ``threads``: ids, the leader's included. Of a zombie they mean nothing: CRIU 4.1.1 and 4.2.1 write
@@ -35,8 +38,7 @@ class Task:
     threads: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class TaskLevel:
+class TaskLevel(NamedTuple):
     """What one level of the chain has of a task: its pages file (absent when it has no data) and its size."""
 
     directory: Path
@@ -44,8 +46,7 @@ class TaskLevel:
     pages_size: int
 
 
-@dataclass(frozen=True, slots=True)
-class TaskImages:
+class TaskImages(NamedTuple):
     """A task's memory. ``Extent.source`` counts ``levels``.
 
     ``vmas``: the mappings that the restorer registers with userfaultfd; ``wiped``: those of them that a

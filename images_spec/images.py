@@ -11,38 +11,42 @@ import struct
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
+from importlib import import_module
 from pathlib import Path
-from typing import ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from google.protobuf.message import DecodeError, Message
 
 from images_spec._files import OutputFile, read_file
 from images_spec.errors import ImageError
-from images_spec.messages import (
-    CgroupEntry,
-    CoreEntry,
-    FdinfoEntry,
-    FileEntry,
-    FileLockEntry,
-    FsEntry,
-    GhostChunkEntry,
-    GhostFileEntry,
-    InventoryEntry,
-    MemfdInodeEntry,
-    MmEntry,
-    PagemapEntry,
-    PagemapHead,
-    PipeDataEntry,
-    PstreeEntry,
-    RemapFilePathEntry,
-    SeccompEntry,
-    StatsEntry,
-    TaskKobjIdsEntry,
-    TimensEntry,
-    TtyDataEntry,
-    TtyInfoEntry,
-    UtsnsEntry,
-)
+
+if TYPE_CHECKING:
+    from images_spec.messages import (
+        CgroupEntry,
+        CoreEntry,
+        FdinfoEntry,
+        FileEntry,
+        FileLockEntry,
+        FsEntry,
+        GhostChunkEntry,
+        GhostFileEntry,
+        InventoryEntry,
+        MemfdInodeEntry,
+        MmEntry,
+        PagemapEntry,
+        PagemapHead,
+        PipeDataEntry,
+        PstreeEntry,
+        RemapFilePathEntry,
+        SeccompEntry,
+        StatsEntry,
+        TaskKobjIdsEntry,
+        TimensEntry,
+        TtyDataEntry,
+        TtyInfoEntry,
+        UtsnsEntry,
+    )
 
 COMMON_MAGIC = 0x54564319
 SERVICE_MAGIC = 0x55105940
@@ -64,15 +68,17 @@ class Opening(Enum):
 class Kind(Generic[M]):
     """A type of image: its magic, its file's name, and what messages it holds.
 
-    ``name``: the file's name with ``{}`` for the id that it carries. ``message``: the class of its messages;
-    ``head``: of the first one, where that differs. ``single``: it holds exactly one message. ``payload``: how
-    many raw bytes follow a message, given how many are left in the file.
+    ``name``: the file's name with ``{}`` for the id that it carries. ``single``: it holds exactly one message.
+    ``payload``: how many raw bytes follow a message, given how many are left in the file.
+
+    ``message_name``, ``head_name``: of what it holds, and of the first if that differs, by module and class. They
+    are imported when they are first asked for: a restore waits for ``lazypages serve``, which reads few kinds.
     """
 
     name: str
     magic: int
-    message: type[M]
-    head: type[M] | None = None
+    message_name: str
+    head_name: str | None = None
     single: bool = False
     opening: Opening = Opening.COMMON
     payload: Callable[[M, int], int] | None = None
@@ -104,41 +110,67 @@ class Kind(Generic[M]):
         """``Kind.CORE.file_name(7)`` is ``core-7.img``; ``Kind.STATS.file_name("dump")``: ``stats-dump``."""
         return self.name.format(ident)
 
+    @cached_property
+    def message(self) -> type[M]:
+        """The class of its messages."""
+        return _message_class(self.message_name)
+
+    @cached_property
+    def head(self) -> type[M]:
+        """The class of the first one."""
+        return _message_class(self.head_name) if self.head_name else self.message
+
+
+def _message_class(name: str) -> type[Any]:
+    module, _, message = name.partition(".")
+    found: type[Any] = getattr(import_module(f"images_spec.{module}"), message)
+    return found
+
 
 def _pipe_payload(message: PipeDataEntry, _left: int) -> int:
     return message.bytes
 
 
 def _ghost_payload(message: GhostFileEntry | GhostChunkEntry, left: int) -> int:
+    from images_spec.files_pb2 import GhostChunkEntry  # noqa: PLC0415 - see Kind
+
     if isinstance(message, GhostChunkEntry):
         return message.len
     return 0 if message.chunks else left
 
 
-Kind.INVENTORY = Kind("inventory.img", 0x58313116, InventoryEntry, single=True, opening=Opening.BARE)
-Kind.PSTREE = Kind("pstree.img", 0x50273030, PstreeEntry)
-Kind.CORE = Kind("core-{}.img", 0x55053847, CoreEntry, single=True)
-Kind.IDS = Kind("ids-{}.img", 0x54432030, TaskKobjIdsEntry, single=True)
-Kind.MM = Kind("mm-{}.img", 0x57492820, MmEntry, single=True)
-Kind.PAGEMAP = Kind("pagemap-{}.img", 0x56084025, PagemapEntry, head=PagemapHead)
-Kind.FS = Kind("fs-{}.img", 0x51403912, FsEntry, single=True)
-Kind.FILES = Kind("files.img", 0x56303138, FileEntry)
-Kind.FDINFO = Kind("fdinfo-{}.img", 0x56213732, FdinfoEntry)
-Kind.STATS = Kind("stats-{}", 0x57093306, StatsEntry, single=True, opening=Opening.SERVICE)
-Kind.PIPES_DATA = Kind("pipes-data.img", 0x56453709, PipeDataEntry, payload=_pipe_payload)
-Kind.FIFO_DATA = Kind("fifo-data.img", 0x59333054, PipeDataEntry, payload=_pipe_payload)
-Kind.FILE_LOCKS = Kind("filelocks.img", 0x54323616, FileLockEntry)
-Kind.MEMFD = Kind("memfd.img", 0x48453499, MemfdInodeEntry)
-Kind.TTY_INFO = Kind("tty-info.img", 0x59453036, TtyInfoEntry)
-Kind.TTY_DATA = Kind("tty-data.img", 0x59413026, TtyDataEntry)
-Kind.REMAP_FPATH = Kind("remap-fpath.img", 0x59133954, RemapFilePathEntry)
-Kind.GHOST_FILE = Kind(
-    "ghost-file-{:x}.img", 0x52583605, GhostChunkEntry, head=GhostFileEntry, payload=_ghost_payload
+Kind.INVENTORY = Kind(
+    "inventory.img", 0x58313116, "inventory_pb2.InventoryEntry", single=True, opening=Opening.BARE
 )
-Kind.SECCOMP = Kind("seccomp.img", 0x64413049, SeccompEntry, single=True)
-Kind.TIMENS = Kind("timens-{}.img", 0x43114433, TimensEntry, single=True)
-Kind.UTSNS = Kind("utsns-{}.img", 0x54473203, UtsnsEntry, single=True)
-Kind.CGROUP = Kind("cgroup.img", 0x59383330, CgroupEntry, single=True)
+Kind.PSTREE = Kind("pstree.img", 0x50273030, "pstree_pb2.PstreeEntry")
+Kind.CORE = Kind("core-{}.img", 0x55053847, "core_pb2.CoreEntry", single=True)
+Kind.IDS = Kind("ids-{}.img", 0x54432030, "ids_pb2.TaskKobjIdsEntry", single=True)
+Kind.MM = Kind("mm-{}.img", 0x57492820, "mm_pb2.MmEntry", single=True)
+Kind.PAGEMAP = Kind(
+    "pagemap-{}.img", 0x56084025, "pagemap_pb2.PagemapEntry", head_name="pagemap_pb2.PagemapHead"
+)
+Kind.FS = Kind("fs-{}.img", 0x51403912, "fs_pb2.FsEntry", single=True)
+Kind.FILES = Kind("files.img", 0x56303138, "files_pb2.FileEntry")
+Kind.FDINFO = Kind("fdinfo-{}.img", 0x56213732, "files_pb2.FdinfoEntry")
+Kind.STATS = Kind("stats-{}", 0x57093306, "stats_pb2.StatsEntry", single=True, opening=Opening.SERVICE)
+Kind.PIPES_DATA = Kind("pipes-data.img", 0x56453709, "files_pb2.PipeDataEntry", payload=_pipe_payload)
+Kind.FIFO_DATA = Kind("fifo-data.img", 0x59333054, "files_pb2.PipeDataEntry", payload=_pipe_payload)
+Kind.FILE_LOCKS = Kind("filelocks.img", 0x54323616, "file_locks_pb2.FileLockEntry")
+Kind.MEMFD = Kind("memfd.img", 0x48453499, "memfd_pb2.MemfdInodeEntry")
+Kind.TTY_INFO = Kind("tty-info.img", 0x59453036, "tty_pb2.TtyInfoEntry")
+Kind.TTY_DATA = Kind("tty-data.img", 0x59413026, "tty_pb2.TtyDataEntry")
+Kind.REMAP_FPATH = Kind("remap-fpath.img", 0x59133954, "files_pb2.RemapFilePathEntry")
+Kind.GHOST_FILE = Kind(
+    "ghost-file-{:x}.img",
+    0x52583605,
+    "files_pb2.GhostChunkEntry",
+    head_name="files_pb2.GhostFileEntry",
+    payload=_ghost_payload,
+)
+Kind.SECCOMP = Kind("seccomp.img", 0x64413049, "environment_pb2.SeccompEntry", single=True)
+Kind.TIMENS = Kind("timens-{}.img", 0x43114433, "environment_pb2.TimensEntry", single=True)
+Kind.UTSNS = Kind("utsns-{}.img", 0x54473203, "environment_pb2.UtsnsEntry", single=True)
+Kind.CGROUP = Kind("cgroup.img", 0x59383330, "environment_pb2.CgroupEntry", single=True)
 
 
 def _missing(message: Message) -> str:
@@ -179,7 +211,7 @@ def decode(data: bytes, kind: Kind[M], path: Path) -> Iterator[tuple[M, bytes]]:
         if size > len(data) - place - 4:
             left = len(data) - place - 4
             raise ImageError(path, f"message of {size} bytes, but {left} are left", offset=place)
-        message = (kind.head or kind.message)() if count == 0 else kind.message()
+        message = (kind.message if count else kind.head)()
         name = message.DESCRIPTOR.name
         try:
             message.ParseFromString(data[place + 4 : place + 4 + size])
@@ -197,7 +229,7 @@ def decode(data: bytes, kind: Kind[M], path: Path) -> Iterator[tuple[M, bytes]]:
         yield message, data[place : place + payload]
         place += payload
         count += 1
-    if count == 0 and (kind.single or kind.head):
+    if count == 0 and (kind.single or kind.head_name):
         raise ImageError(path, "holds no message", offset=place)
 
 
@@ -211,7 +243,7 @@ def encode(kind: Kind[M], items: Iterable[tuple[M, bytes]], path: Path) -> Itera
     yield _U32.pack(kind.magic)
     count = 0
     for message, payload in items:
-        wanted = (kind.head or kind.message) if count == 0 else kind.message
+        wanted = kind.message if count else kind.head
         name = message.DESCRIPTOR.name
         if not isinstance(message, wanted) or (kind.single and count == 1):
             raise ImageError(path, f"a {name} does not belong here")
@@ -223,7 +255,7 @@ def encode(kind: Kind[M], items: Iterable[tuple[M, bytes]], path: Path) -> Itera
         yield _U32.pack(len(body)) + body
         yield payload
         count += 1
-    if count == 0 and (kind.single or kind.head):
+    if count == 0 and (kind.single or kind.head_name):
         raise ImageError(path, "would hold no message")
 
 

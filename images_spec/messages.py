@@ -2,6 +2,8 @@
 
 ``comm`` of tasks and names of files are ``bytes``: neither has an encoding (use ``os.fsdecode``). Fields that
 an enumeration describes are plain integers, so that a value newer than this project still decodes.
+
+To import this is to import all of them, which takes its time; see ``images.Kind``.
 """
 
 from images_spec.core_aarch64_pb2 import (

@@ -16,7 +16,7 @@ from images_spec._pagemap import ffi, lib
 from images_spec.errors import ImageError
 from images_spec.flags import PAGE_SIZE
 from images_spec.images import Kind, encode
-from images_spec.messages import PagemapHead
+from images_spec.pagemap_pb2 import PagemapHead
 
 
 class Entry(NamedTuple):

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from images_spec._pagemap import ffi, lib
 from images_spec.errors import ImageError
 from images_spec.flags import PAGE_SIZE, lazy_capable
-from images_spec.messages import MmEntry
 from images_spec.pagemap import Pagemap
+
+if TYPE_CHECKING:
+    from images_spec.mm_pb2 import MmEntry
 
 LAST_PAGE: Final = (1 << 64) - PAGE_SIZE
 """Past all that a pagemap can speak of."""
@@ -27,8 +28,7 @@ SOURCE_LOST: Final[int] = lib.LP_SOURCE_LOST
 """``Extent.source``: promised by a pagemap, held by no level."""
 
 
-@dataclass(frozen=True, slots=True)
-class Extent:
+class Extent(NamedTuple):
     """A run of pages whose data is in one place.
 
     ``start``: address at dump time. ``source``: the level that holds the data (0: the task's own image, 1:
@@ -48,8 +48,7 @@ class Extent:
         return self.start + self.nr_pages * PAGE_SIZE
 
 
-@dataclass(frozen=True, slots=True)
-class PageCount:
+class PageCount(NamedTuple):
     """Numbers of pages."""
 
     lazy: int = 0
@@ -60,8 +59,7 @@ class PageCount:
         return self.lazy + self.eager
 
 
-@dataclass(frozen=True, slots=True)
-class PageCounts:
+class PageCounts(NamedTuple):
     """Numbers of pages by where they are: in which level of the chain, or in none."""
 
     levels: tuple[PageCount, ...]

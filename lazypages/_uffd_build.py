@@ -123,12 +123,16 @@ void lp_task_remaining(struct lp_task *task, uint64_t *by_source);
 void lp_task_histogram(const struct lp_task *task, uint64_t *buckets);
 uint64_t lp_histogram_bound(uint32_t bucket);
 const struct lp_space *lp_task_space(const struct lp_task *task);
+
+#define SYS_userfaultfd ...
+long syscall(long number, ...);
 """)
 
 CSRC = Path("csrc")  # builds run at the project's root
 
 ffibuilder.set_source(
     "lazypages._uffd",
+    "#include <sys/syscall.h>\n#include <unistd.h>\n"
     '#include "engine.h"\n#include "plan.h"\n#include "space.h"\n#include "trace.h"\n',
     sources=[
         str(CSRC / name)

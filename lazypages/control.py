@@ -13,10 +13,9 @@ import os
 import socket
 import struct
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 import anyio
 
@@ -36,8 +35,7 @@ class ControlError(LazyPagesError):
     """The socket can't be had, or the restorer broke the protocol."""
 
 
-@dataclass(frozen=True, slots=True)
-class TaskArrived:
+class TaskArrived(NamedTuple):
     """A task's uffd, which the receiver owns now. ``real_pid``: its pid where the daemon runs; 0: not known."""
 
     pid: int
@@ -45,15 +43,13 @@ class TaskArrived:
     uffd: int
 
 
-@dataclass(frozen=True, slots=True)
-class ZombieArrived:
+class ZombieArrived(NamedTuple):
     """A dead task of the pstree; it has no memory."""
 
     pid: int
 
 
-@dataclass(frozen=True, slots=True)
-class RestoreFinished:
+class RestoreFinished(NamedTuple):
     """All tasks are registered and go on."""
 
 

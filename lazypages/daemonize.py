@@ -1,4 +1,4 @@
-"""Going into the background once everything is checked, as ``criu lazy-pages -d`` does."""
+"""Going into the background once everything is checked, and saying so, as ``criu lazy-pages`` does."""
 
 from __future__ import annotations
 
@@ -49,3 +49,12 @@ def daemonize(pidfile: int | None) -> Callable[[], None]:
         os.close(tell_ready)
 
     return tell
+
+
+def tell_ready(status_fd: int) -> None:
+    """One 0 byte, then the fd is closed, as ``criu lazy-pages --status-fd`` does. Raises LazyPagesError."""
+    try:
+        os.write(status_fd, b"\0")
+        os.close(status_fd)
+    except OSError as error:
+        raise LazyPagesError(f"--status-fd {status_fd}: {error.strerror}") from error

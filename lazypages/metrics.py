@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lazypages.sources.remote import ServerStats
 from lazypages.uffd import PAGE_SIZE, ServedTask, SourcePages, Stats, histogram_bound
+
+if TYPE_CHECKING:
+    from lazypages.sources.remote import ServerStats  # imported when there are any
 
 
 class State(enum.StrEnum):
@@ -26,8 +28,7 @@ class State(enum.StrEnum):
         return self in {State.COMPLETE, State.GONE}
 
 
-@dataclass(frozen=True, slots=True)
-class ServiceTimes:
+class ServiceTimes(NamedTuple):
     """From a fault being read to its answer, in ns, to within 12.5 %; ``counts`` per histogram bucket."""
 
     counts: Sequence[int]
@@ -62,8 +63,7 @@ class ServiceTimes:
 _NOTHING = SourcePages((), 0, 0)
 
 
-@dataclass(frozen=True, slots=True)
-class TaskReport:
+class TaskReport(NamedTuple):
     """One task's numbers at one moment, or at its end. Pages are counted, times are in seconds.
 
     ``pid``: as in the images; for a forked child the pid of the restored task that it descends from.
@@ -82,8 +82,8 @@ class TaskReport:
     copied: SourcePages = _NOTHING
     dropped: SourcePages = _NOTHING
     faults: SourcePages = _NOTHING
-    stats: Stats = field(default_factory=Stats)
-    times: ServiceTimes = field(default_factory=lambda: ServiceTimes([], 0))
+    stats: Stats = Stats()
+    times: ServiceTimes = ServiceTimes((), 0)
 
     def by_source(self, pages: SourcePages) -> dict[str, int]:
         """Counts by the names of sources, those without any left out."""
@@ -143,8 +143,7 @@ def measure(served: ServedTask) -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True, slots=True)
-class Summary:
+class Summary(NamedTuple):
     """A whole restore."""
 
     tasks: Sequence[TaskReport]

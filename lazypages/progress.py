@@ -9,8 +9,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import anyio
 
@@ -44,8 +43,7 @@ class Watched(Protocol):
     def summary(self) -> Summary: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Line:
+class Line(NamedTuple):
     """A task, or all of them. Pages; ``speed``: bytes a second lately; ``sources``: pages given, by name."""
 
     name: str

@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
 from lazypages.errors import LazyPagesError
-from lazypages.sources.remote import RemoteOptions
-from lazypages.sources.url import (
-    FORMS,
-    ConnectedSocket,
-    LocalSource,
-    PageServerAddress,
-    TcpServer,
-    UnixServer,
-    parse_source,
-)
+from lazypages.sources import FORMS
 from lazypages.tls import DEFAULT_CACERT, DEFAULT_CERT, DEFAULT_KEY, TlsFiles
-from lazypages.wire import Layout
+
+if TYPE_CHECKING:
+    from lazypages.sources.remote import RemoteOptions
+    from lazypages.sources.url import PageServerAddress
 
 AUTO = "auto"
+#: Values of wire.Layout, which is imported when one is needed.
+PROTOCOLS = ("criu-4.1", "criu-4.2")
 DEFAULT_ADDRESS = "127.0.0.1"
 
 _PATH = click.Path(path_type=Path)
@@ -79,7 +74,7 @@ SOURCE_OPTIONS = [
     ),
     click.option(
         "--page-server-protocol",
-        type=click.Choice([AUTO, *(layout.value for layout in Layout)]),
+        type=click.Choice([AUTO, *PROTOCOLS]),
         default=AUTO,
         show_default=True,
         help="Which CRIU's protocol the page server speaks: up to 4.1.1, or from 4.2.",
@@ -108,13 +103,15 @@ def add_options(options: Sequence[Decorator]) -> Decorator:
     return decorate
 
 
-@dataclass(frozen=True, slots=True)
-class Sources:
-    """What the options say. ``directories``: images that may hold what those of the restore do not."""
+class Sources(NamedTuple):
+    """What the options say. ``directories``: images that may hold what those of the restore do not.
+
+    ``remote``: None without page servers.
+    """
 
     directories: tuple[Path, ...]
     page_servers: tuple[PageServerAddress, ...]
-    remote: RemoteOptions
+    remote: RemoteOptions | None = None
 
 
 def tls_files(options: dict[str, Any]) -> TlsFiles:
@@ -130,31 +127,40 @@ def tls_files(options: dict[str, Any]) -> TlsFiles:
 
 def sources_of(options: dict[str, Any]) -> Sources:
     """Of the values of SOURCE_OPTIONS. Raises LazyPagesError for what does not go together."""
+    if not options["page_server"]:
+        if any(options[name] is not None for name in ("address", "port", "ps_socket")) or options["tls"]:
+            raise LazyPagesError("--address, --port, --ps-socket and --tls go with --page-server")
+        if not options["sources"]:
+            return Sources((), ())
+    # All that follows is slow to import, and not needed beside a checkpoint that is whole.
+    from lazypages.sources.remote import RemoteOptions  # noqa: PLC0415
+    from lazypages.sources.url import LocalSource, parse_source  # noqa: PLC0415
+    from lazypages.wire import Layout  # noqa: PLC0415
+
     directories: list[Path] = []
     servers: list[PageServerAddress] = []
     if options["page_server"]:
         servers.append(_page_server(options))
-    elif any(options[name] is not None for name in ("address", "port", "ps_socket")) or options["tls"]:
-        raise LazyPagesError("--address, --port, --ps-socket and --tls go with --page-server")
     for text in options["sources"]:
-        match parse_source(text):
-            case LocalSource(directory):
-                directories.append(directory)
-            case TcpServer() | UnixServer() | ConnectedSocket() as server:
-                servers.append(server)
+        source = parse_source(text)
+        if isinstance(source, LocalSource):
+            directories.append(source.directory)
+        else:
+            servers.append(source)
+    if not servers:
+        return Sources(tuple(directories), ())
     protocol = options["page_server_protocol"]
-    return Sources(
-        tuple(directories),
-        tuple(servers),
-        RemoteOptions(
-            layout=None if protocol == AUTO else Layout(protocol),
-            deadline=options["source_deadline"],
-            tls=tls_files(options),
-        ),
+    remote = RemoteOptions(
+        layout=None if protocol == AUTO else Layout(protocol),
+        deadline=options["source_deadline"],
+        tls=tls_files(options),
     )
+    return Sources(tuple(directories), tuple(servers), remote)
 
 
 def _page_server(options: dict[str, Any]) -> PageServerAddress:
+    from lazypages.sources.url import ConnectedSocket, TcpServer  # noqa: PLC0415 - as above
+
     if options["ps_socket"] is not None:
         return ConnectedSocket(options["ps_socket"])
     if options["port"] is None:

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 from images_spec import images as image_files
 from images_spec.checkpoint import Checkpoint, TaskImages, open_checkpoint
 from images_spec.errors import ImageError
 from images_spec.images import Kind
-from images_spec.messages import PagemapEntry
 from lazypages.sources.local import MappedPages
 from lazypages.uffd import TaskMemory
-from lazypages.wire import Layout
+
+if TYPE_CHECKING:
+    from lazypages.wire import Layout
 
 
-@dataclass(frozen=True, slots=True)
-class Expected:
+class Expected(NamedTuple):
     """A task that a restore of the checkpoint will hand over. ``memory`` is None for a zombie.
 
     ``sources``: names of the levels, as in summaries: ``local``, ``parent-1``, ``parent-2``, ..., then
@@ -54,6 +54,9 @@ def written_by(images_dir: Path) -> Layout | None:
 
     None when nothing tells. Raises ImageError.
     """
+    from images_spec.pagemap_pb2 import PagemapEntry  # noqa: PLC0415 - as below
+    from lazypages.wire import Layout  # noqa: PLC0415 - slow to import, and only needed with a page server
+
     for task in open_checkpoint(images_dir).tasks:
         path = images_dir / Kind.PAGEMAP.file_name(task.pid)
         if not path.exists():

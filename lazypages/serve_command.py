@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import logging
 import os
 import resource
@@ -11,10 +10,10 @@ import signal
 import sys
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 import anyio
 import click
@@ -22,11 +21,12 @@ import click
 from images_spec.errors import ImageError
 from lazypages import kernel, logs, summary
 from lazypages.control import ControlSocket
-from lazypages.daemonize import daemonize, open_pidfile
+from lazypages.daemonize import daemonize, open_pidfile, tell_ready
 from lazypages.errors import LazyPagesError
 from lazypages.logs import MESSAGE
 from lazypages.loop.server import ServeOptions, Server
 from lazypages.metrics import Summary
+from lazypages.options import verbosity_option
 from lazypages.progress import TerminalWatch, watch_in_log
 from lazypages.remote_options import SOURCE_OPTIONS, add_options, sources_of
 from lazypages.restored import Expected, expect, written_by
@@ -73,21 +73,7 @@ Exit status
 """
 
 
-class _Verbosity(click.ParamType[str]):
-    """A level, or ``v`` and its repetitions."""
-
-    name = "level"
-
-    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        try:
-            logs.verbosity([value])
-        except ValueError:
-            self.fail(f"{value!r} is not a level: 0 to 4", param, ctx)
-        return value
-
-
-@dataclass(frozen=True, slots=True)
-class Places:
+class Places(NamedTuple):
     """Directories and files. What is given as relative lies in the work directory, as with ``criu``."""
 
     images_dir: Path
@@ -151,17 +137,7 @@ def _check_directory(option: str, path: Path) -> None:
 @click.option(
     "-o", "--log-file", metavar="FILE", type=click.Path(path_type=Path), help="Log to FILE (- for stdout)."
 )
-@click.option(
-    "-v",
-    "--verbosity",
-    "verbose",
-    type=_Verbosity(),
-    is_flag=False,
-    flag_value="v",
-    multiple=True,
-    metavar="[LEVEL]",
-    help="0 says nothing, 1 errors, 2 warnings, 3 information, 4 all; a bare -v is one more.  [default: 2]",
-)
+@verbosity_option()
 @click.option(
     "-d", "--daemon", is_flag=True, help="Go into the background as soon as a restore may be started."
 )
@@ -211,7 +187,7 @@ def serve(
     images_dir: Path,
     work_dir: Path | None,
     log_file: Path | None,
-    verbose: tuple[str, ...],
+    verbosity: int,
     daemon: bool,
     pidfile: Path | None,
     status_fd: int | None,
@@ -230,14 +206,13 @@ def serve(
     """
     sources = sources_of(source_options)
     places = Places.of(images_dir, work_dir, log_file, pidfile, stats_json, trace)
-    level = logs.verbosity(verbose)
     if daemon:
         # Standard error will be /dev/null, but what is said still belongs where the caller's went; so does
         # criu (observed with CRIU 4.2.1).
         sys.stderr = os.fdopen(os.dup(2), "w", encoding="utf-8", errors="backslashreplace")
-    terminal = _terminal() if level >= AUDIBLE and not daemon and sys.stderr.isatty() else None
+    terminal = _terminal() if verbosity >= AUDIBLE and not daemon and sys.stderr.isatty() else None
     log_stream = _log_stream(places.log_file, terminal)
-    logs.start(level, log_stream, terminal)
+    logs.start(verbosity, log_stream, terminal)
     _raise_open_files()
     try:
         result = _serve(
@@ -272,9 +247,9 @@ def _serve(
 ) -> Summary:
     """All that can go wrong for known reasons does so before a restore is told that it may start."""
     expected = expect(places.images_dir, remote=bool(options.page_servers), others=directories)
-    if options.page_servers and options.remote.layout is None:
+    if options.remote and options.remote.layout is None:
         hint = replace(options.remote, written_by=written_by(places.images_dir))
-        options = replace(options, remote=hint)
+        options = options._replace(remote=hint)
     tracer = _tracer(places, expected)
     _check_userfaultfd()
     ready: list[Callable[[], None]] = [
@@ -293,7 +268,7 @@ def _serve(
         beside = _beside(ready, TerminalWatch(terminal) if terminal else watch_in_log)
         backend, backend_options = LOOPS[loop]
         with Guard(log_fd) as guard, tracer or nullcontext():
-            options = replace(options, trace=tracer.ring if tracer else None)
+            options = options._replace(trace=tracer.ring if tracer else None)
             server = Server(expected, control, options, guard)
             result = anyio.run(server.run, beside, backend=backend, backend_options=backend_options)
     if result.tasks or result.finished:
@@ -403,17 +378,10 @@ def _check_status_fd(status_fd: int) -> None:
         raise LazyPagesError(f"--status-fd {status_fd}: {error.strerror}") from error
 
 
-def tell_ready(status_fd: int) -> None:
-    """One 0 byte, then the fd is closed, as ``criu lazy-pages`` does. Raises LazyPagesError."""
-    try:
-        os.write(status_fd, b"\0")
-        os.close(status_fd)
-    except OSError as error:
-        raise LazyPagesError(f"--status-fd {status_fd}: {error.strerror}") from error
-
-
 def write_stats(path: Path, result: Summary) -> None:
     """The numbers of a summary as JSON. Raises LazyPagesError."""
+    import json  # noqa: PLC0415 - for the end, and a restore waits for our start
+
     try:
         path.write_text(json.dumps(result.as_dict(), indent=2) + "\n")
     except OSError as error:

@@ -10,9 +10,8 @@ from __future__ import annotations
 import ipaddress
 import os
 import ssl
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lazypages.errors import LazyPagesError
 
@@ -26,8 +25,7 @@ class TlsError(LazyPagesError):
     """Certificates that can't be used, or a peer that can't be trusted."""
 
 
-@dataclass(frozen=True, slots=True)
-class TlsFiles:
+class TlsFiles(NamedTuple):
     """The options: files (PEM), and whether a certificate must name the address (``check_name``).
 
     Without ``cacert``, DEFAULT_CACERT is used if it can be read, else what the system trusts; without

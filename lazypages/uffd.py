@@ -11,8 +11,7 @@ import enum
 import errno
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from lazypages._uffd import ffi, lib
 from lazypages.errors import LazyPagesError
@@ -46,8 +45,7 @@ class NoticeKind(enum.IntEnum):
     FAILED = 7
 
 
-@dataclass(frozen=True, slots=True)
-class Notice:
+class Notice(NamedTuple):
     """Something about `task` that the engine does not decide. For FORKED, `task` is the child.
 
     ``image``, ``addr``, ``nr_pages``: the pages it is about, by address at dump time and by address now.
@@ -72,8 +70,7 @@ class ExtentArray(Protocol):
     def __len__(self) -> int: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Stats:
+class Stats(NamedTuple):
     """Counters of one task (``struct lp_stats``); ``service_max`` in ns."""
 
     faults: int = 0
@@ -93,8 +90,7 @@ class Stats:
     service_max: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class SourcePages:
+class SourcePages(NamedTuple):
     """Pages by where they come from: one count a level of the image chain, then remote, then lost."""
 
     levels: tuple[int, ...]
@@ -111,8 +107,7 @@ class SourcePages:
         return cls(tuple(values[:nr_levels]), values[nr_levels], values[nr_levels + 1])
 
 
-@dataclass(frozen=True, slots=True)
-class TaskMemory:
+class TaskMemory(NamedTuple):
     """What a task's memory is made of, as the engine wants it.
 
     ``vmas``: lazy-capable VMAs as (start, end), sorted. ``wiped``: those of them that a forked child finds zeroed.
@@ -122,7 +117,7 @@ class TaskMemory:
     extents: ExtentArray
     vmas: Sequence[tuple[int, int]]
     wiped: Sequence[tuple[int, int]] = ()
-    levels: Sequence[Any | None] = field(default=())
+    levels: Sequence[Any | None] = ()
     max_readahead: int = MAX_READAHEAD
 
 
@@ -220,7 +215,7 @@ class ServedTask:
     def stats(self) -> Stats:
         stats = ffi.new("struct lp_stats *")
         lib.lp_task_stats(self._handle, stats)
-        return Stats(**{name: int(getattr(stats, name)) for name in Stats.__slots__})
+        return Stats(**{name: int(getattr(stats, name)) for name in Stats._fields})
 
     def sources(self) -> tuple[SourcePages, SourcePages, SourcePages]:
         """Pages copied, pages dropped by layout events, faults answered with data: each by source."""

@@ -8,8 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import anyio
 from anyio import to_thread
@@ -27,11 +26,11 @@ from lazypages.loop.service import Identity, TaskService, poison_now
 from lazypages.metrics import Summary
 from lazypages.processes import Process
 from lazypages.restored import Expected
-from lazypages.sources.remote import RemoteOptions, RemotePages, open_remote
-from lazypages.sources.url import PageServerAddress
 from lazypages.uffd import PAGE_SIZE, Engine, Guard, NoticeKind, ServedTask
 
 if TYPE_CHECKING:
+    from lazypages.sources.remote import RemoteOptions, RemotePages
+    from lazypages.sources.url import PageServerAddress
     from lazypages.tracing import Ring
 
 log = logging.getLogger("lazypages")
@@ -43,17 +42,16 @@ TRANSFER_THREADS = 2
 FAREWELL = 10.0
 
 
-@dataclass(frozen=True, slots=True)
-class ServeOptions:
+class ServeOptions(NamedTuple):
     """``background``: bring pages that nobody touches, too, once the restore is finished.
 
-    ``page_servers``: for pages that are lazy and not in the images; all have the same content. ``trace``: gets a
-    record of every fault and transfer.
+    ``page_servers``: for pages that are lazy and not in the images; all have the same content. ``remote``: how they
+    are asked; None: in the usual way. ``trace``: gets a record of every fault and transfer.
     """
 
     background: bool = True
     page_servers: Sequence[PageServerAddress] = ()
-    remote: RemoteOptions = field(default_factory=RemoteOptions)
+    remote: RemoteOptions | None = None
     trace: Ring | None = None
 
 
@@ -113,6 +111,8 @@ class Server:
                 stack.callback(engine.stop)
                 engine_group.start_soon(_run_engine, engine)
                 if self._options.page_servers:
+                    from lazypages.sources.remote import open_remote  # noqa: PLC0415 - slow to import
+
                     self._remote = await stack.enter_async_context(
                         open_remote(
                             self._options.page_servers,

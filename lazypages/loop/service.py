@@ -10,7 +10,7 @@ import errno
 import logging
 import os
 import time
-from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 import anyio
 import anyio.lowlevel
@@ -18,8 +18,10 @@ from anyio import to_thread
 
 from lazypages.metrics import State, TaskReport, measure
 from lazypages.processes import Process
-from lazypages.sources.remote import RemotePages
 from lazypages.uffd import PAGE_SIZE, BusyError, Notice, NoticeKind, ServedTask, TaskGoneError
+
+if TYPE_CHECKING:
+    from lazypages.sources.remote import RemotePages
 
 log = logging.getLogger("lazypages")
 
@@ -39,8 +41,7 @@ CLAIMED_PAUSE = 0.1
 BUSY_PAUSE = 0.001
 
 
-@dataclass(frozen=True, slots=True)
-class Identity:
+class Identity(NamedTuple):
     """Which task this is. ``pid``: as in the images; of a forked child, that of the task it descends from."""
 
     name: str

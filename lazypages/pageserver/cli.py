@@ -19,9 +19,10 @@ import click
 from images_spec.checkpoint import PARENT_LINK
 from images_spec.errors import ImageError
 from lazypages import logs
-from lazypages.daemonize import daemonize, open_pidfile
+from lazypages.daemonize import daemonize, open_pidfile, tell_ready
 from lazypages.errors import LazyPagesError
 from lazypages.logs import MESSAGE
+from lazypages.options import verbosity_option
 from lazypages.pageserver.images import ServedImages
 from lazypages.pageserver.listen import (
     LOOPBACK,
@@ -35,7 +36,6 @@ from lazypages.pageserver.listen import (
 )
 from lazypages.pageserver.receive import ImageReceiver, ReceiveConnection
 from lazypages.pageserver.serve import PageConnection
-from lazypages.serve_command import tell_ready
 from lazypages.tls import DEFAULT_CACERT, DEFAULT_CERT, DEFAULT_KEY, TlsError, TlsFiles
 from lazypages.wire import PAGE_SIZE
 
@@ -98,16 +98,7 @@ _PATH = click.Path(path_type=Path)
     "--auto-dedup", is_flag=True, help="Free the room of pages in parent images that have come anew."
 )
 @click.option("-o", "--log-file", metavar="FILE", type=_PATH, help="Log to FILE (- for stdout).")
-@click.option(
-    "-v",
-    "--verbosity",
-    "verbose",
-    is_flag=False,
-    flag_value="v",
-    multiple=True,
-    metavar="[LEVEL]",
-    help="0 says nothing, 1 errors, 2 warnings, 3 information, 4 all; a bare -v is one more.  [default: 2]",
-)
+@verbosity_option()
 @click.option("-d", "--daemon", is_flag=True, help="Go into the background once it listens.")
 @click.option(
     "--pidfile", metavar="FILE", type=_PATH, help="With -d: write the daemon's pid to FILE (a new one)."
@@ -139,7 +130,7 @@ def page_server_command(
     prev_images_dir: Path | None,
     auto_dedup: bool,
     log_file: Path | None,
-    verbose: tuple[str, ...],
+    verbosity: int,
     daemon: bool,
     pidfile: Path | None,
     status_fd: int | None,
@@ -160,12 +151,8 @@ def page_server_command(
             raise LazyPagesError(f"{option} {path} is not a directory")
     images_dir = images_dir.absolute()
     work = (work_dir or images_dir).absolute()
-    try:
-        level = logs.verbosity(verbose)
-    except ValueError:
-        raise click.BadParameter("not a level: 0 to 4", param_hint="-v") from None
     logs.start(
-        level,
+        verbosity,
         _log_stream(log_file and (log_file if log_file == logs.STDOUT else work / log_file), daemon),
         None,
     )

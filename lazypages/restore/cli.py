@@ -14,6 +14,7 @@ import lazypages
 from images_spec.errors import ImageError
 from lazypages import logs
 from lazypages.errors import LazyPagesError
+from lazypages.options import verbosity_option
 from lazypages.restore.dump import load
 from lazypages.restore.errors import RestoreError
 from lazypages.restore.machine import Machine
@@ -42,13 +43,6 @@ Exit status
 """
 
 
-def _verbosity(_ctx: click.Context, _param: click.Parameter, values: Sequence[str]) -> int:
-    try:
-        return logs.verbosity(values)
-    except ValueError as error:
-        raise click.BadParameter(f"{error} is not a level: 0 to 4") from None
-
-
 @click.command(epilog=EPILOG)
 @click.option(
     "-D",
@@ -75,16 +69,7 @@ def _verbosity(_ctx: click.Context, _param: click.Parameter, values: Sequence[st
 )
 @click.option("--shell-job", is_flag=True, help="The tasks go on in this session, on this terminal.")
 @click.option("-o", "--log-file", metavar="FILE", type=click.Path(path_type=Path), help="Log to FILE.")
-@click.option(
-    "-v",
-    "--verbosity",
-    is_flag=False,
-    flag_value="v",
-    multiple=True,
-    metavar="[LEVEL]",
-    callback=_verbosity,
-    help="4: say each step; less: errors only.  [default: 2]",
-)
+@verbosity_option("4: say each step; less: errors only.  [default: 2]")
 def restore_command(  # noqa: PLR0917 - the options
     images_dir: Path,
     work_dir: Path | None,

@@ -7,8 +7,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from lazypages.errors import LazyPagesError
-
-FORMS = "local:DIR, tcp://HOST:PORT, tls://HOST:PORT, unix:PATH or fd:N"
+from lazypages.sources import FORMS
 
 
 class SourceError(LazyPagesError):

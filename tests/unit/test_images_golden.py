@@ -39,7 +39,7 @@ def image(vector: dict[str, Any], magics: str) -> bytes:
 def meaning(vector: dict[str, Any], kind: Kind[Any]) -> list[tuple[Message, bytes]]:
     items = []
     for index, item in enumerate(vector["message"]):
-        message = (kind.head or kind.message)() if index == 0 else kind.message()
+        message = (kind.message if index else kind.head)()
         text_format.Parse(item["text"], message)
         items.append((message, bytes.fromhex(item.get("data", ""))))
     return items

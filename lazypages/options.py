@@ -1,0 +1,37 @@
+"""Command-line options that several commands have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import click
+
+from lazypages import logs
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_VERBOSITY = (
+    "0 says nothing, 1 errors, 2 warnings, 3 information, 4 all; a bare -v is one more.  [default: 2]"
+)
+
+
+def verbosity_option(text: str = _VERBOSITY) -> Callable[[F], F]:
+    """``-v``, spelled as ``criu`` has it; the command gets the level (see lazypages.logs) as `verbosity`."""
+    return click.option(
+        "-v",
+        "--verbosity",
+        is_flag=False,
+        flag_value="v",
+        multiple=True,
+        metavar="[LEVEL]",
+        callback=_level,
+        help=text,
+    )
+
+
+def _level(_ctx: click.Context, _param: click.Parameter, values: Sequence[str]) -> int:
+    try:
+        return logs.verbosity(values)
+    except ValueError as error:
+        raise click.BadParameter(f"{error} is not a level: 0 to 4") from None
