@@ -24,8 +24,9 @@ from lazypages.control import (
 )
 from lazypages.loop.service import Identity, TaskService, poison_now
 from lazypages.metrics import Summary
-from lazypages.processes import Process
+from lazypages.processes import Exits, Process
 from lazypages.restored import Expected
+from lazypages.summary import count, size
 from lazypages.uffd import PAGE_SIZE, Engine, Guard, NoticeKind, ServedTask
 
 if TYPE_CHECKING:
@@ -37,6 +38,11 @@ log = logging.getLogger("lazypages")
 
 #: Threads that bring pages in the background at the same time.
 TRANSFER_THREADS = 2
+
+#: Seconds between looks whether tasks without faults still exist, and how many are looked at: a thousand idle tasks
+#: must not cost anything. What exits is heard of at once; this is for what calls execve, and for forked children.
+PROBE_INTERVAL = 1.0
+PROBES = 200
 
 #: Seconds that a page server may take to be reached at the very end: it waits to be told that this is the end.
 FAREWELL = 10.0
@@ -78,6 +84,7 @@ class Server:
         self._services: list[TaskService] = []
         self._by_task: dict[ServedTask, TaskService] = {}
         self._processes: dict[int, Process] = {}
+        self._exits = Exits()
         self._forks: Counter[int] = Counter()
         self._one_ended = anyio.Event()
         self._families: dict[int, list[TaskService]] = {}  # a restored task and what it has forked
@@ -104,6 +111,7 @@ class Server:
         with Engine(self._options.trace, self._guard) as engine:
             async with AsyncExitStack() as stack:
                 stack.callback(self._close_processes)
+                stack.enter_context(self._exits)
                 # Whatever happens: children that nobody has heard of yet do not get zeros.
                 stack.callback(_poison_leftovers, engine)
                 engine_group = await stack.enter_async_context(anyio.create_task_group())
@@ -124,6 +132,8 @@ class Server:
                 async with anyio.create_task_group() as helpers:
                     await helpers.start(self._handle_signals, helpers.cancel_scope)
                     helpers.start_soon(self._dispatch, engine)
+                    helpers.start_soon(self._exits.run)
+                    helpers.start_soon(self._probe)
                     if watch:
                         helpers.start_soon(watch, self)
                     async with anyio.create_task_group() as tasks:
@@ -254,6 +264,8 @@ class Server:
         self._services.append(service)
         self._by_task[served] = service
         self._families.setdefault(identity.pid, []).append(service)
+        if process and not identity.forked:
+            self._exits.watch(process, service.process_exited)
         if self._finished:
             service.restore_finished()
             if self._options.background or self._draining:
@@ -274,6 +286,16 @@ class Server:
         log.info(
             "%s: %s, %d of %d pages copied", report.name, report.state, report.copied.total, report.total
         )
+
+    async def _probe(self) -> None:
+        """All tasks, some at a time."""
+        waiting: list[TaskService] = []
+        while True:
+            await anyio.sleep(PROBE_INTERVAL)
+            waiting = waiting or list(self._by_task.values())
+            for service in waiting[:PROBES]:
+                service.probe()
+            waiting = waiting[PROBES:]
 
     async def _dispatch(self, engine: Engine) -> None:
         while True:
@@ -313,13 +335,21 @@ class Server:
         self._draining = True
         missing = [service for service in self._services if service.pending]
         pages = sum(service.pending for service in missing)
-        log.error(
-            "%d tasks still miss %d pages (%.1f MiB), which they would lose: completing them first; "
-            "a second Ctrl-C (SIGINT, SIGTERM) kills them",
-            len(missing),
-            pages,
-            pages * PAGE_SIZE / (1 << 20),
-        )
+        if missing:
+            log.error(
+                "%s still %s %s (%s), which would be lost: completing first; "
+                "a second Ctrl-C (SIGINT, SIGTERM) kills instead",
+                count(len(missing), "task"),
+                "misses" if len(missing) == 1 else "miss",
+                count(pages, "page"),
+                size(pages * PAGE_SIZE),
+            )
+        elif self._finished:
+            log.error("no task misses a page any more: ending")
+        else:
+            log.error(
+                "the restore would fail now: waiting until it is finished; a second Ctrl-C (SIGINT, SIGTERM) ends at once"
+            )
         if self._finished:
             for service in missing:
                 service.start_background()

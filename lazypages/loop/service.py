@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import anyio
 import anyio.lowlevel
 from anyio import to_thread
+from anyio.abc import TaskGroup
 
 from lazypages.metrics import State, TaskReport, measure
 from lazypages.processes import Process
@@ -28,8 +29,8 @@ log = logging.getLogger("lazypages")
 #: Bytes that a task's background transfer brings before the next task has its turn.
 QUANTUM = 8 << 20
 
-#: Seconds between looks whether a task without faults still exists.
-PROBE_INTERVAL = 1.0
+#: Seconds between looks for pages that were claimed for a page server and have been given back.
+GIVEN_BACK_PAUSE = 1.0
 
 #: Pages that a task's background asks a page server for before the next task has its turn.
 REMOTE_QUANTUM = 256
@@ -74,8 +75,10 @@ class TaskService:
         self._gone = False
         self._state = State.SERVING
         self._wrong: list[Notice] = []
-        self._wrong_seen = anyio.Event()
-        self._background = anyio.Event()
+        self._tending = False
+        self._background = False
+        self._exited = False
+        self._group: TaskGroup | None = None  # while children may be started
         self._ended = anyio.Event()
         self._final: TaskReport | None = None
 
@@ -110,7 +113,21 @@ class TaskService:
 
     def start_background(self) -> None:
         """Bring what nobody has touched yet. Only once the restore is finished: before, nothing is registered."""
-        self._background.set()
+        if not self._background:
+            self._background = True
+            if self._group:
+                self._bring_rest(self._group)
+
+    def process_exited(self) -> None:
+        """The process has exited, all its threads included."""
+        self._exited = True
+        if self._group:
+            self._group.start_soon(self._await_gone)
+
+    def probe(self) -> None:
+        """Has the engine find out whether the task still exists: without faults nothing else tells."""
+        if not self._final:
+            self._served.probe()
 
     def handle(self, notice: Notice, urgent: list[tuple[int, int, int]]) -> None:
         """A notice of the engine about this task; never blocks. Adds to `urgent` what page servers must give."""
@@ -125,7 +142,8 @@ class TaskService:
                 self._end(State.GONE if self._served.pending else State.COMPLETE)
             case NoticeKind.LOST:
                 self._wrong.append(notice)
-                self._wrong_seen.set()
+                if self._group:
+                    self._tend(self._group)
             case NoticeKind.FAILED:
                 log.error("%s: userfaultfd: %s", self.identity.name, os.strerror(notice.error))
             case NoticeKind.FORKED:
@@ -146,21 +164,28 @@ class TaskService:
         """Returns when the task has all its memory, is gone, or has been given up; the uffd is closed then."""
         try:
             async with anyio.create_task_group() as group:
-                for _ in range(int(self._turns.total_tokens)):
-                    group.start_soon(self._transfer)
-                if self._remote:
-                    group.start_soon(self._fetch, self._remote)
-                group.start_soon(self._tend_wrong)
-                group.start_soon(self._watch)
-                if self.process and not self.identity.forked:
-                    group.start_soon(self._watch_exit, self.process)
-                await self._ended.wait()
+                # Its children are started when there is something to do: a thousand tasks are a normal number.
+                self._group = group
+                try:
+                    if self._background:
+                        self._bring_rest(group)
+                    if self._exited:
+                        group.start_soon(self._await_gone)
+                    self._tend(group)
+                    await self._ended.wait()
+                finally:
+                    self._group = None
                 group.cancel_scope.cancel()
         finally:
             self._close()
 
+    def _bring_rest(self, group: TaskGroup) -> None:
+        for _ in range(int(self._turns.total_tokens)):
+            group.start_soon(self._transfer)
+        if self._remote:
+            group.start_soon(self._fetch, self._remote)
+
     async def _transfer(self) -> None:
-        await self._background.wait()
         while True:
             try:
                 # The limiter is fair: a task that has had its turn goes to the end of the line.
@@ -177,7 +202,6 @@ class TaskService:
 
     async def _fetch(self, remote: RemotePages) -> None:
         """As _transfer, for what page servers have: asks for as much as does not keep faults waiting."""
-        await self._background.wait()
         cursor = 0
         while True:
             room = await remote.wait_for_room()
@@ -186,7 +210,7 @@ class TaskService:
                 remote.request([(self.identity.pid, image, nr_pages)], urgent=False)
                 await anyio.lowlevel.checkpoint()  # the other tasks' turn
             elif not cursor:
-                await anyio.sleep(PROBE_INTERVAL)  # all is asked for; some may be given back
+                await anyio.sleep(GIVEN_BACK_PAUSE)  # all is asked for; some may be given back
             cursor = following
 
     async def pages_arrived(self, image: int, data: memoryview) -> None:
@@ -217,20 +241,18 @@ class TaskService:
             log.error("%s: %d pages, at %#x when dumped: %s", self.identity.name, nr_pages, image, reason)
             self._served.fail_remote(image, nr_pages, lost=True)
 
-    async def _watch_exit(self, process: Process) -> None:
-        await process.wait_exit()
+    async def _await_gone(self) -> None:
         while self._served.probe():
             await anyio.sleep(BUSY_PAUSE)  # its memory goes last
 
-    async def _watch(self) -> None:
-        while self._served.probe():
-            await anyio.sleep(PROBE_INTERVAL)
+    def _tend(self, group: TaskGroup) -> None:
+        if self._wrong and not self._tending:
+            self._tending = True
+            group.start_soon(self._tend_wrong)
 
     async def _tend_wrong(self) -> None:
         """Pages that can't be had: the task may not read zeros there, and nobody else can bring them."""
-        while True:
-            await self._wrong_seen.wait()
-            self._wrong_seen = anyio.Event()
+        while self._wrong:
             notices, self._wrong = self._wrong, []
             for notice in notices:
                 self._explain(notice)
@@ -238,6 +260,7 @@ class TaskService:
                 if self._state is State.SERVING:
                     self._state = State.LOST
                 await self._poison(everything=False)
+        self._tending = False
 
     def _explain(self, notice: Notice) -> None:
         name, where = self.identity.name, f"{notice.nr_pages} pages at {notice.addr:#x}"

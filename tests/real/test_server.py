@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from tests.support.fake import compile_restored, restored_tasks, serve, write_images
-from tests.support.processes import wait_for
+from tests.support.fake import compile_restored, restored_tasks, serve, serve_command, write_images
+from tests.support.processes import Server, wait_for
 
 PAGES = 600
 LOOPS = ["uvloop", "asyncio", "trio"]
@@ -149,9 +150,56 @@ def test_interrupt_completes_the_tasks(loop: str, number: int, program: Path, tm
             tasks.say("touch 10")
             server.signal(number)
             assert server.wait() == 0
-            assert re.search(r"2 tasks still miss 1[01]\d\d pages", server.story())
+            assert re.search(r"2 tasks still miss 1,[01]\d\d pages", server.story())
             tasks.say("check")
             assert tasks.statuses() == [0, 0]
+
+
+def test_interrupt_before_any_task(tmp_path: Path) -> None:
+    """A restorer is there and has sent nothing: nobody misses anything, and the restore may still go on."""
+    write_images(tmp_path, [4242], PAGES)
+    with serve(tmp_path) as server, socket.socket(socket.AF_UNIX) as restorer:
+        server.wait_ready()
+        restorer.connect(str(tmp_path / "lazy-pages.socket"))
+        wait_for("the connection", lambda: not (tmp_path / "lazy-pages.socket").exists())
+        server.signal(signal.SIGINT)
+        wait_for("the message", lambda: "waiting until it is finished" in server.story())
+        assert "0 tasks" not in server.story()
+        restorer.close()
+        assert server.wait() == 1
+
+
+#: What a restore from local images has no use for: other commands, page servers, terminals, other loops, other images.
+UNUSED = (
+    *(
+        "lazypages.bench",
+        "lazypages.demo",
+        "lazypages.pageserver",
+        "lazypages.restore",
+        "lazypages.show",
+        "dumptool",
+    ),
+    *("lazypages.wire", "lazypages.sources.remote", "lazypages.sources.url"),
+    *("rich", "matplotlib", "trio", "json", "ctypes"),
+    *("images_spec.messages", "images_spec.files_pb2", "images_spec.environment_pb2", "images_spec.tty_pb2"),
+)
+
+
+def test_start_imports_nothing_in_vain(program: Path, tmp_path: Path) -> None:
+    """A restore waits for it, and importing is most of what it does."""
+    with restored_tasks(program, 1, PAGES) as tasks:
+        write_images(tmp_path, tasks.pids, PAGES)
+        executable, *rest = serve_command(tmp_path, "--loop", "uvloop")
+        with Server([executable, "-X", "importtime", *rest], output=tmp_path / "out") as server:
+            server.wait_ready()
+            lines = (tmp_path / "out").read_text().splitlines()
+            tasks.say(f"connect {tmp_path}/lazy-pages.socket")
+            tasks.say("finish")
+            tasks.say("check")
+            assert server.wait() == 0
+    imported = {line.rpartition("|")[2].strip() for line in lines if line.startswith("import time:")}
+    assert {"lazypages.serve_command", "uvloop"} <= imported
+    assert imported.isdisjoint(UNUSED)
 
 
 @pytest.mark.parametrize("loop", LOOPS)

@@ -13,6 +13,8 @@ from click.testing import CliRunner, Result
 
 from lazypages import logs
 from lazypages.cli import COMMANDS, cli
+from lazypages.remote_options import PROTOCOLS
+from lazypages.wire import Layout
 
 
 def run(*arguments: str) -> Result:
@@ -119,9 +121,13 @@ def test_show_of_what_is_no_checkpoint(tmp_path: Path) -> None:
     assert result.output == f"lazypages: {tmp_path}/inventory.img: no such image\n"
 
 
+def test_protocols_are_those_of_the_wire() -> None:
+    assert set(PROTOCOLS) == {layout.value for layout in Layout}
+
+
 def test_serve_starts_without_what_it_does_not_need() -> None:
     """A restore waits for it: no terminal library is imported unless there is a terminal."""
-    script = "import lazypages.serve_command, sys; print([m for m in ('rich', 'trio', 'uvloop') if m in sys.modules])"
+    script = "import lazypages.serve_command, sys; print([m for m in ('rich', 'trio', 'uvloop', 'lazypages.sources.remote') if m in sys.modules])"
     done = subprocess.run(
         [sys.executable, "-c", script],
         capture_output=True,
