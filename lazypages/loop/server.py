@@ -348,7 +348,8 @@ class Server:
             log.error("no task misses a page any more: ending")
         else:
             log.error(
-                "the restore would fail now: waiting until it is finished; a second Ctrl-C (SIGINT, SIGTERM) ends at once"
+                "the restore would fail now: waiting until it is finished; "
+                "a second Ctrl-C (SIGINT, SIGTERM) ends at once"
             )
         if self._finished:
             for service in missing:
