@@ -28,6 +28,9 @@ log = logging.getLogger("lazypages")
 FRAME = 0.2
 LINE = 5.0
 
+#: The longest pause in a log when nothing happens.
+QUIET_LINE = 60.0
+
 #: Seconds over which speed is measured.
 WINDOW = 1.5
 
@@ -115,12 +118,16 @@ async def watch_in_log(server: Watched) -> None:
     """A line now and then, as long as something happens; never returns."""
     speedometer = Speedometer(LINE)
     before = None
+    pause = LINE
     while True:
-        await anyio.sleep(LINE)
+        await anyio.sleep(pause)
         line = total(server.summary(), speedometer, time.monotonic())
         state = (line.name, line.remaining, line.faults)
-        if state != before:
-            before = state
+        if state == before:
+            # With a thousand tasks a look takes a while: the longer nothing happens, the rarer it is.
+            pause = min(2 * pause, QUIET_LINE)
+        else:
+            before, pause = state, LINE
             log.log(MESSAGE, "%s", describe(line))
 
 

@@ -121,7 +121,7 @@ class TaskService:
     def process_exited(self) -> None:
         """The process has exited, all its threads included."""
         self._exited = True
-        if self._group:
+        if self._group and self._served.probe():
             self._group.start_soon(self._await_gone)
 
     def probe(self) -> None:
