@@ -16,6 +16,8 @@ from lazypages.bench.errors import BenchError
 
 START_TIMEOUT = 120.0
 _CPUCLOCK_SCHED = 2
+#: An installation has its modules compiled; with this set, a source tree is compiled anew at each start.
+UNCOMPILED = "PYTHONDONTWRITEBYTECODE"
 
 
 class Daemon:
@@ -38,6 +40,7 @@ class Daemon:
                     stdout=stream,
                     stderr=stream,
                     pass_fds=[status],
+                    env={name: value for name, value in os.environ.items() if name != UNCOMPILED},
                 )
         except OSError as error:
             os.close(self._status)
