@@ -6,12 +6,22 @@ What /proc does not show is asked by system calls that a thread runs for us (``d
 from __future__ import annotations
 
 import struct
+from contextlib import suppress
 from dataclasses import dataclass
 
 from dumptool import proc, tracee
 from dumptool.errors import DumpError
-from dumptool.registers import thread_info
+from dumptool.freeze import Process
+from dumptool.registers import (
+    ERESTART_RESTARTBLOCK,
+    NR_RESTART_SYSCALL,
+    called_again_after_a_stop,
+    hidden_call,
+    resumable,
+    thread_info,
+)
 from dumptool.survey import Task
+from dumptool.tracee import Registers
 from images_spec.messages import (
     CoreEntry,
     CredsEntry,
@@ -49,6 +59,9 @@ PR_GET_TID_ADDRESS = 40
 PR_GET_THP_DISABLE = 42
 MEMBARRIER_CMD_GET_REGISTRATIONS = 1 << 9
 
+CODE_BEFORE = 7
+"""Bytes of code that ``hidden_call`` looks at."""
+
 SIGNALS = [signal for signal in range(1, 65) if signal not in (9, 19)]
 SIGSET_SIZE = 8
 SCHED_RT = (1, 2)
@@ -81,12 +94,18 @@ def capture(
     """All threads of a frozen process, which is unchanged afterwards."""
     cores, pointers = {}, []
     inside: Inside | None = None
+    handlers = _Handlers(task.pid)
     for tid in task.process.threads:
         regs, xstate = tracee.registers(tid), tracee.xstate(tid)
-        mask = tracee.signal_mask(tid)
+        mask, signal = tracee.signal_mask(tid), handlers.about_to_run(tid)
         pointers.append(regs.rsp)
         with tracee.session(tid, gadgets) as session:
-            info = thread_info(regs, xstate, components, _tid_address(session))
+            ready = resumable(
+                regs,
+                waits_in=_waits_in(task, tid, regs),
+                handler_flags=_sigaction(session, signal).flags if signal else None,
+            )
+            info = thread_info(ready, xstate, components, _tid_address(session))
             core = CoreEntry(
                 mtype=Machine.MACHINE_X86_64,
                 thread_info=info,
@@ -104,6 +123,53 @@ def capture(
     if inside is None:
         raise DumpError(f"pid {task.pid}: its first thread has ended")
     return Captured(cores, inside, tuple(pointers))
+
+
+def _waits_in(task: Task, tid: int, regs: Registers) -> int | None:
+    """The call that a thread in restart_syscall(2) made."""
+    if regs.orig_rax != NR_RESTART_SYSCALL or (1 << 64) - regs.rax != ERESTART_RESTARTBLOCK:
+        return None
+    code = b""
+    with suppress(DumpError):  # it can be executed only
+        code = tracee.read_memory(task.pid, regs.rip - CODE_BEFORE, CODE_BEFORE)
+    asleep = task.asleep.get(tid)
+    # Asleep in the same call when it was looked at, before it was stopped.
+    known = asleep is not None and asleep.registers == (
+        regs.rdi,
+        regs.rsi,
+        regs.rdx,
+        regs.r10,
+        regs.rsp,
+        regs.rip,
+    )
+    return hidden_call(code, asleep.kernel_function if asleep is not None and known else "", regs.rdi)
+
+
+class _Handlers:
+    """Which threads of a process are about to run a signal handler: the stop has come between signal and handler."""
+
+    def __init__(self, pid: int) -> None:
+        self._pid, self._shared_taken = pid, 0
+
+    def about_to_run(self, tid: int) -> int:
+        """The signal whose handler a thread is about to run; 0 for none."""
+        fields = proc.status(self._pid, tid)
+        own, shared, blocked, caught = (
+            int(fields[name], 16) for name in ("SigPnd", "ShdPnd", "SigBlk", "SigCgt")
+        )
+        shared &= ~self._shared_taken & ~blocked & caught
+        self._shared_taken |= shared  # one thread takes a signal that is everybody's
+        taken = own & ~blocked & caught or shared
+        return (taken & -taken).bit_length()
+
+
+def settle(process: Process) -> None:
+    """Has threads of a process that has just been frozen not notice the stop, where signal(7) says that they would."""
+    handlers = _Handlers(process.pid)
+    for tid in process.threads:
+        again = called_again_after_a_stop(tracee.registers(tid))
+        if again is not None and not handlers.about_to_run(tid):
+            tracee.set_registers(tid, again)
 
 
 def zombie(pid: int) -> CoreEntry:

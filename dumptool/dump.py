@@ -273,6 +273,8 @@ class _Run:
             self.report.processes = len(tree.processes)
             self.report.threads = sum(len(process.threads) for process in tree.alive)
             self.report.freezing = tree.freezing_time
+            for process in tree.alive:
+                core.settle(process)
             yield tree
 
     def live(self, tree: FrozenTree) -> list[Task]:

@@ -8,6 +8,16 @@ from dataclasses import replace
 
 from dumptool.errors import DumpError
 from dumptool.tracee import Registers
+from images_spec.interrupted import (
+    ALWAYS_EINTR,
+    NR_CLOCK_NANOSLEEP,
+    NR_FUTEX,
+    NR_NANOSLEEP,
+    NR_POLL,
+    SYSCALL_INSN_SIZE,
+    TIMED_WAITS,
+    again,
+)
 from images_spec.messages import (
     ThreadInfoX86,
     UserDesc,
@@ -20,10 +30,8 @@ from images_spec.messages import (
 EINTR = 4
 ERESTARTSYS, ERESTARTNOINTR, ERESTARTNOHAND, ERESTART_RESTARTBLOCK = 512, 513, 514, 516
 """linux/errno.h, for the kernel's own use: what an interrupted system call has in rax while it waits."""
-SYSCALL_INSN_SIZE = 2
-NR_FUTEX = 202
-FUTEX_WAIT_BITSET = 9
-FUTEX_FLAGS = 128 | 256
+NR_RESTART_SYSCALL = 219
+SA_RESTART = 0x10000000
 
 FIRST_TLS_ENTRY = 12
 """GDT_ENTRY_TLS_MIN of x86_64; three entries, which 64-bit code does not use."""
@@ -42,24 +50,66 @@ COMPONENTS: Mapping[int, tuple[str, str]] = {
 """Component number (Intel SDM 1, 13.1) -> field of UserX86XsaveEntry and the type of its values."""
 
 
-def resumable(regs: Registers) -> Registers:
+def resumable(regs: Registers, *, waits_in: int | None = None, handler_flags: int | None = None) -> Registers:
     """The registers with which a thread can go on from user mode, in another process too.
 
-    A system call that the stop has interrupted is called again. Where the kernel keeps the remaining time
-    of a wait to itself (restart_syscall(2)), it fails with EINTR instead, as CRIU has it, unless the
-    time-out was a point in time and not a duration.
+    A system call that the stop has interrupted is called again. ``waits_in``: the call that the thread is in when
+    it has been made to go on once before (restart_syscall(2) hides it); where it is not known, it fails with EINTR.
+    ``handler_flags``: SA_* of the handler that runs first, if a signal is about to be taken; what the call does then
+    is as signal(7) says.
     """
-    if regs.orig_rax >> 63:
+    number = regs.orig_rax
+    if number >> 63:
         return regs
     error = (1 << 64) - regs.rax
-    absolute = regs.orig_rax == NR_FUTEX and regs.rsi & 0xFFFFFFFF & ~FUTEX_FLAGS == FUTEX_WAIT_BITSET
-    if error in (ERESTARTSYS, ERESTARTNOINTR, ERESTARTNOHAND) or (
-        error == ERESTART_RESTARTBLOCK and absolute
-    ):
-        return replace(regs, rax=regs.orig_rax, rip=regs.rip - SYSCALL_INSN_SIZE)
-    if error == ERESTART_RESTARTBLOCK:
-        return replace(regs, rax=(1 << 64) - EINTR)
-    return regs
+    if error == ERESTART_RESTARTBLOCK and number == NR_RESTART_SYSCALL and waits_in is not None:
+        number = waits_in
+    if error not in (ERESTARTSYS, ERESTARTNOINTR, ERESTARTNOHAND, ERESTART_RESTARTBLOCK):
+        return regs
+    fails = error == ERESTART_RESTARTBLOCK and number == NR_RESTART_SYSCALL
+    if handler_flags is not None and error != ERESTARTNOINTR:
+        fails = error != ERESTARTSYS or not handler_flags & SA_RESTART
+    return replace(regs, rax=(1 << 64) - EINTR) if fails else _again(regs, number)
+
+
+def called_again_after_a_stop(regs: Registers) -> Registers | None:
+    """For a call that every stop makes fail with EINTR, though no handler has run: the registers that call it again."""
+    if (1 << 64) - regs.rax == EINTR and regs.orig_rax in ALWAYS_EINTR:
+        return _again(regs, regs.orig_rax)
+    return None
+
+
+def _again(regs: Registers, number: int) -> Registers:
+    rdi, rsi, rdx, r10 = regs.rdi, regs.rsi, regs.rdx, regs.r10
+    if (1 << 64) - regs.rax == ERESTART_RESTARTBLOCK:
+        rdi, rsi, rdx, r10 = again(number, (rdi, rsi, rdx, r10))
+    rip = regs.rip - SYSCALL_INSN_SIZE
+    return replace(regs, rax=number, orig_rax=number, rip=rip, rdi=rdi, rsi=rsi, rdx=rdx, r10=r10)
+
+
+def hidden_call(code: bytes, kernel_function: str, rdi: int) -> int | None:
+    """Which call a thread in restart_syscall(2) made; None if that can't be told.
+
+    ``code``: up to where it goes on. Compilers and libraries load the number right before the `syscall` instruction,
+    mostly; else ``kernel_function``, in which it sleeps (proc_pid_wchan(5)), and its first argument have to tell.
+    """
+    load = code[-7:]
+    if len(load) == 7 and load[0] == 0xB8 and load[5:] == b"\x0f\x05":  # mov eax, number; syscall
+        number = int.from_bytes(load[1:5], "little")
+        if number in TIMED_WAITS:
+            return number
+    if kernel_function.startswith("futex"):
+        return NR_FUTEX
+    if "poll" in kernel_function:
+        return NR_POLL
+    if "sleep" in kernel_function or kernel_function in ("do_syscall_64", "__x64_sys_restart_syscall"):
+        return NR_CLOCK_NANOSLEEP if _is_clock(rdi) else NR_NANOSLEEP  # else: a pointer
+    return None
+
+
+def _is_clock(value: int) -> bool:
+    """Whether a register can hold a clockid_t: a small number, or an int below 0 made of a pid (clock_getres(2))."""
+    return value < 16 or (value >> 32 in (0, 0xFFFFFFFF) and value & 0xFFFFFFFF >= 0xFC000000)
 
 
 def gpregs(regs: Registers) -> UserX86RegsEntry:
@@ -114,10 +164,10 @@ def fpregs(xstate: bytes, components: Mapping[int, tuple[int, int]]) -> UserX86F
 def thread_info(
     regs: Registers, xstate: bytes, components: Mapping[int, tuple[int, int]], clear_tid_address: int
 ) -> ThreadInfoX86:
-    """All registers of a thread, made ready for going on; ``xstate`` and ``components`` as for ``fpregs``."""
+    """All registers of a thread, ``regs`` as they are to be; ``xstate`` and ``components`` as for ``fpregs``."""
     return ThreadInfoX86(
         clear_tid_addr=clear_tid_address,
-        gpregs=gpregs(resumable(regs)),
+        gpregs=gpregs(regs),
         fpregs=fpregs(xstate, components),
         tls=[
             UserDesc(

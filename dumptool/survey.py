@@ -37,6 +37,8 @@ TTY_MAJORS = frozenset({4, 5, *range(136, 144)})
 """Consoles, /dev/tty and /dev/console, pseudo-terminals (Documentation/admin-guide/devices.txt)."""
 PTS_MAJORS = range(136, 144)
 
+NR_RESTART_SYSCALL = "219"
+
 OWN_LOCKS = ("POSIX", "FLOCK", "OFDLCK")
 
 
@@ -49,8 +51,19 @@ class Options:
 
 
 @dataclass(frozen=True, slots=True)
+class Asleep:
+    """Where a thread sleeps. ``registers``: rdi, rsi, rdx, r10, rsp, rip. ``kernel_function``: proc_pid_wchan(5)."""
+
+    registers: tuple[int, ...]
+    kernel_function: str
+
+
+@dataclass(frozen=True, slots=True)
 class Task:
-    """What /proc has on one live process. ``files``: without the descriptors of our own ``trackers``."""
+    """What /proc has on one live process. ``files``: without the descriptors of our own ``trackers``.
+
+    ``asleep``: by thread id, those in restart_syscall(2) when the process was first looked at, running.
+    """
 
     process: Process
     stat: proc.Stat
@@ -58,6 +71,7 @@ class Task:
     layout: proc.Layout
     files: tuple[proc.OpenFile, ...]
     trackers: tuple[trackers.Tracker, ...]
+    asleep: dict[int, Asleep]
 
     @property
     def pid(self) -> int:
@@ -77,7 +91,19 @@ def look_at(process: Process, before: Task | None = None) -> Task:
         layout=proc.layout(pid, before.layout if before else None),
         files=tuple(file for file in files if file.fd not in ours),
         trackers=tuple(found),
+        asleep=_asleep(process) if before is None else before.asleep,
     )
+
+
+def _asleep(process: Process) -> dict[int, Asleep]:
+    found = {}
+    for tid in process.threads:
+        with suppress(DumpError):  # it has ended, or the kernel does not show this (to us)
+            words = proc.read_text(process.pid, f"task/{tid}/syscall").split()
+            if words[0] == NR_RESTART_SYSCALL:
+                registers = tuple(int(words[place], 16) for place in (1, 2, 3, 4, 7, 8))
+                found[tid] = Asleep(registers, proc.read_text(process.pid, f"task/{tid}/wchan"))
+    return found
 
 
 def look_at_all(processes: Iterable[Process], before: dict[int, Task] | None = None) -> dict[int, Task]:

@@ -11,7 +11,7 @@ import os
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import IntEnum
 from typing import Any
 
@@ -109,6 +109,12 @@ def registers(tid: int) -> Registers:
     regs = ffi.new("struct user_regs_struct *")
     _check(lib.lp_settled_regs(tid, regs), tid, "no registers")
     return Registers(*(getattr(regs, name) for name in Registers.__slots__))
+
+
+def set_registers(tid: int, regs: Registers) -> None:
+    """Change them all."""
+    raw = ffi.new("struct user_regs_struct *", asdict(regs))
+    _check(lib.lp_set_regs(tid, raw), tid, "can't set its registers")
 
 
 def xstate(tid: int) -> bytes:

@@ -250,12 +250,15 @@ class _Planner:
             self._state.rseq(thread, core.thread_core)
         size = SCRATCH_CODE + SCRATCH_DATA + memory.parking_size(self._machine)
         plan.call(threads.leader, "give up the scratch area", Nr.MUNMAP, plan.scratch, size)
+        shared = process.core.tc.signals_s.signals
         for thread, tid, core in threads.all:
             path = self._dump.path(Kind.CORE, tid)
             bits, components = registers.extended(core.thread_info.fpregs, self._machine, path)
             plan.regs(
                 thread,
-                registers.general(core.thread_info),
+                registers.general(
+                    core.thread_info, signalled=bool(shared or core.thread_core.signals_p.signals)
+                ),
                 blocked=state.blocked(process.core.tc, core.thread_core, leader=tid == process.pid),
                 stop=process.core.tc.task_state == TaskState.TASK_STOPPED,
                 xstate_bv=bits,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from images_spec.errors import ImageError
+from images_spec.interrupted import ALWAYS_EINTR, SYSCALL_INSN_SIZE, TIMED_WAITS, again
 from images_spec.messages import ThreadInfoX86, UserX86FpregsEntry
 from lazypages.restore.errors import RestoreError
 from lazypages.restore.machine import Machine
@@ -29,32 +30,33 @@ COMPONENTS: Mapping[int, tuple[str, str, int, str]] = {
 }
 """Component (Intel SDM 1, 13.1) -> field of UserX86XsaveEntry, type and number of its values, CPU flag."""
 
-_INTERNAL_ERRORS = (512, 513, 514)
-_RESTART_BLOCK = 516
+_INTERNAL_ERRORS = (512, 513, 514, 516)
 """linux/errno.h: what an interrupted system call returns to the kernel's restart code, never to a task."""
 _WORD = (1 << 64) - 1
 _EINTR = 4
-_SYSCALL_INSN_SIZE = 2
 
 
-def general(info: ThreadInfoX86) -> bytes:
-    """struct user_regs_struct.
+def general(info: ThreadInfoX86, *, signalled: bool) -> bytes:
+    """struct user_regs_struct. ``signalled``: a signal is pending, so that a call may have to fail with EINTR.
 
     A dump tool puts an interrupted system call right (reference/criu-interfaces §5). Where it has not, the
-    call is made again here, or fails with EINTR when only the kernel that was interrupted could go on.
+    call is made again here; so are waits for a time that CRIU has fail with EINTR.
     """
     regs = info.gpregs
     ax, ip, orig = regs.ax, regs.ip, regs.orig_ax
+    di, si, dx, r10 = regs.di, regs.si, regs.dx, regs.r10
     if not orig >> 63:
         error = -ax & _WORD
-        if error in _INTERNAL_ERRORS:
-            ax, ip, orig = orig, ip - _SYSCALL_INSN_SIZE, _WORD
-        elif error == _RESTART_BLOCK:
-            ax = -_EINTR & _WORD
+        if error in _INTERNAL_ERRORS or (
+            error == _EINTR and orig in TIMED_WAITS | ALWAYS_EINTR and not signalled
+        ):
+            if error in (_EINTR, _INTERNAL_ERRORS[-1]):
+                di, si, dx, r10 = again(orig, (di, si, dx, r10))
+            ax, ip, orig = orig, ip - SYSCALL_INSN_SIZE, _WORD
     return struct.pack(
         "<27Q",
-        *(regs.r15, regs.r14, regs.r13, regs.r12, regs.bp, regs.bx, regs.r11, regs.r10, regs.r9, regs.r8),
-        *(ax, regs.cx, regs.dx, regs.si, regs.di, orig, ip, regs.cs, regs.flags, regs.sp, regs.ss),
+        *(regs.r15, regs.r14, regs.r13, regs.r12, regs.bp, regs.bx, regs.r11, r10, regs.r9, regs.r8),
+        *(ax, regs.cx, dx, si, di, orig, ip, regs.cs, regs.flags, regs.sp, regs.ss),
         *(regs.fs_base, regs.gs_base, regs.ds, regs.es, regs.fs, regs.gs),
     )
 

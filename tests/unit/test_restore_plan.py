@@ -51,18 +51,28 @@ def info(ax: int, orig_ax: int) -> ThreadInfoX86:
 @pytest.mark.parametrize(
     ("ax", "orig", "expected"),
     [
-        (-4, 230, (-4, 230, 100)),  # EINTR: what the dump tool has made of it
+        (-4, 230, (230, -1, 98)),  # EINTR: what CRIU makes of waits for a time
+        (-4, 0, (-4, 0, 100)),
         (5, -1, (5, -1, 100)),
         (-512, 0, (0, -1, 98)),  # to be called again
         (-514, 34, (34, -1, 98)),
-        (-516, 230, (-4, 230, 100)),  # only the kernel that was interrupted could go on
+        (-516, 230, (230, -1, 98)),
         (-512, -1, (-512, -1, 100)),  # no system call: a number like any other
     ],
 )
 def test_interrupted_system_calls(ax: int, orig: int, expected: tuple[int, int, int]) -> None:
-    words = struct.unpack("<27Q", registers.general(info(ax, orig)))
+    words = struct.unpack("<27Q", registers.general(info(ax, orig), signalled=False))
     assert words[0] == 7
     assert (words[10], words[15], words[16]) == tuple(value & WORD for value in expected)
+
+
+def test_a_sleep_goes_on_with_the_time_that_was_left() -> None:
+    before = info(-4, 35)
+    before.gpregs.di, before.gpregs.si = 0x1000, 0x2000
+    words = struct.unpack("<27Q", registers.general(before, signalled=False))
+    assert (words[13], words[14]) == (0x2000, 0x2000)  # rsi, rdi
+    words = struct.unpack("<27Q", registers.general(before, signalled=True))
+    assert (words[10], words[13], words[14], words[16]) == (-4 & WORD, 0x2000, 0x1000, 100)
 
 
 def test_vector_registers() -> None:

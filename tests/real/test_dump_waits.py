@@ -1,0 +1,149 @@
+"""System calls that a dump interrupts go on in the restored threads as signal(7) has it: no EINTR, no early return."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+
+from tests.real.test_restore import OurRestore
+from tests.support.criu import Criu
+from tests.support.dumptool import DumpedByUs, check, task
+from tests.support.processes import reap, wait_for
+
+SOURCE = Path(__file__).parent.parent / "support" / "programs" / "waits.c"
+
+DUMPERS = {
+    "dumptool": DumpedByUs("4.1"),
+    "dumptool, chain": DumpedByUs("4.2", pre_dumps=1),
+    "criu": Criu("4.1"),
+}
+
+
+@pytest.fixture(scope="module")
+def program() -> Iterator[Path]:
+    with TemporaryDirectory(prefix="lazypages-waits-") as folder:
+        path = Path(folder) / "waits"
+        command = ["gcc", "-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread", "-o", path, SOURCE]
+        subprocess.run(command, check=True, timeout=120)
+        yield path
+
+
+def calls(pid: int) -> dict[int, str]:
+    """The system call that each thread is in (proc_pid_syscall(5)); "running" for none."""
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    return {int(path.name): (path / "syscall").read_text().split()[0] for path in tasks}
+
+
+# After a pre-dump, or any other stop, the kernel has waits for a time go on as restart_syscall. What of CRIU's dumps
+# CRIU restores fails with EINTR.
+@pytest.mark.parametrize(
+    ("by", "restorer"),
+    [
+        *((by, restorer) for by in ("dumptool", "dumptool, chain") for restorer in ("criu", "lazypages")),
+        ("criu", "lazypages"),
+    ],
+)
+def test_every_call_goes_on(by: str, restorer: str, program: Path, tmp_path: Path) -> None:
+    output, images = tmp_path / "output", tmp_path / "images"
+    images.mkdir()
+    criu = DUMPERS[by]
+    with task(program, "1000000", output=output) as pid:
+        wait_for("all threads to wait", lambda: output.read_text() == "ready\n")
+        before = calls(pid)
+        assert len(before) > 15
+        criu.dump(pid, images)
+        reap_tree(pid)
+        (criu if restorer == "criu" else OurRestore(criu.release)).restore(images, lazy=False)
+        wait_for("all threads to wait in the same calls", lambda: calls(pid) == before)
+        os.kill(pid, signal.SIGUSR2)
+        assert reap(pid) == 0
+    lines = output.read_text().splitlines()
+    assert lines[0] == "ready"
+    assert [line for line in lines[1:] if not line.endswith(": good")] == []
+    assert len(lines) == 8
+
+
+def test_left_running(program: Path, tmp_path: Path) -> None:
+    output = tmp_path / "output"
+    with task(program, "1000000", output=output) as pid:
+        wait_for("all threads to wait", lambda: output.read_text() == "ready\n")
+        before = calls(pid)
+        check("pre-dump", "-t", pid, "-D", tmp_path / "0")
+        check("dump", "-t", pid, "-D", tmp_path / "1", "--prev-images-dir", "../0", "-R")
+        wait_for("all threads to be there", lambda: calls(pid).keys() == before.keys())
+        os.kill(pid, signal.SIGUSR2)
+        assert reap(pid) == 0
+    assert [line for line in output.read_text().splitlines()[1:] if not line.endswith(": good")] == []
+
+
+@pytest.mark.parametrize("restorer", ["criu", "lazypages"])
+def test_waits_for_a_time_end_when_it_is_up(restorer: str, program: Path, tmp_path: Path) -> None:
+    output, images = tmp_path / "output", tmp_path / "images"
+    images.mkdir()
+    criu = DumpedByUs("4.1")
+    with task(program, "2500", "join", output=output) as pid:
+        wait_for("all threads to wait", lambda: output.read_text() == "ready\n")
+        criu.dump(pid, images)
+        reap_tree(pid)
+        (criu if restorer == "criu" else OurRestore(criu.release)).restore(images, lazy=False)
+        os.kill(pid, signal.SIGUSR2)
+        assert reap(pid) == 0
+    lines = output.read_text().splitlines()
+    assert [line for line in lines[1:] if not line.endswith(": good")] == []
+    assert len(lines) == 19
+
+
+def reap_tree(pid: int) -> None:
+    """The task and its child, which has become ours."""
+    reap(pid)
+    while True:
+        try:
+            os.waitpid(-1, 0)
+        except ChildProcessError:
+            return
+
+
+SIGNALLED = """
+    import os, signal, sys
+    class Interrupted(Exception): pass
+    def interrupt(*_): raise Interrupted
+    signal.signal(signal.SIGUSR1, interrupt)
+    signal.siginterrupt(signal.SIGUSR1, sys.argv[1] != "restarts")
+    read, write = os.pipe()
+    signal.signal(signal.SIGUSR2, lambda *_: os.write(write, b"x"))
+    print("ready", flush=True)
+    try:
+        if sys.argv[1] == "pause": signal.pause()
+        else: os.read(read, 1)
+    except Interrupted: print("interrupted")
+"""
+
+
+@pytest.mark.parametrize("restorer", ["criu", "lazypages"])
+@pytest.mark.parametrize("call", ["pause", "read"])
+def test_a_signal_on_its_way_interrupts(call: str, restorer: str, tmp_path: Path) -> None:
+    """The handler runs in the restored task, and the call, which was interrupted before the dump, does not hang."""
+    output, images = tmp_path / "output", tmp_path / "images"
+    images.mkdir()
+    criu = DumpedByUs("4.1")
+    with task(sys.executable, "-c", textwrap.dedent(SIGNALLED), call, output=output) as pid:
+        wait_for("the program", lambda: output.read_text() == "ready\n")
+        number = {"pause": "34", "read": "0"}[call]
+        wait_for("its call", lambda: calls(pid) == {pid: number})
+        os.kill(pid, signal.SIGSTOP)
+        wait_for("it to stop", lambda: "\nState:\tT" in Path(f"/proc/{pid}/status").read_text())
+        os.kill(pid, signal.SIGUSR1)
+        criu.dump(pid, images)
+        reap(pid)
+        (criu if restorer == "criu" else OurRestore(criu.release)).restore(images, lazy=False)
+        os.kill(pid, signal.SIGCONT)
+        assert reap(pid) == 0
+    assert output.read_text() == "ready\ninterrupted\n"
