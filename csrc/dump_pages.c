@@ -3,6 +3,7 @@
 
 #include <errno.h>
 #include <linux/ioctl.h>
+#include <pthread.h>
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/uio.h>
@@ -193,6 +194,77 @@ static int write_all(int fd, const unsigned char *bytes, size_t size)
 	return 0;
 }
 
+/* Writes what it is handed while more is being read: the task stands still for the longer of the two, not for both. */
+struct writer {
+	pthread_t thread;
+	pthread_mutex_t lock;
+	pthread_cond_t changed;
+	const unsigned char *bytes;
+	size_t size; /* 0: it has nothing to do */
+	int fd, started, ended, rc;
+};
+
+static void *write_on(void *argument)
+{
+	struct writer *w = argument;
+
+	pthread_mutex_lock(&w->lock);
+	for (;;) {
+		int rc;
+
+		while (!w->size && !w->ended)
+			pthread_cond_wait(&w->changed, &w->lock);
+		if (!w->size)
+			break;
+		pthread_mutex_unlock(&w->lock);
+		rc = write_all(w->fd, w->bytes, w->size);
+		pthread_mutex_lock(&w->lock);
+		w->rc = rc;
+		w->size = 0;
+		pthread_cond_signal(&w->changed);
+		if (rc)
+			break;
+	}
+	pthread_mutex_unlock(&w->lock);
+	return NULL;
+}
+
+/* When this returns, what was handed over before is written. */
+static int hand_over(struct writer *w, const unsigned char *bytes, size_t size)
+{
+	int rc;
+
+	if (!w->started) {
+		rc = pthread_create(&w->thread, NULL, write_on, w);
+		if (rc)
+			return -rc;
+		w->started = 1;
+	}
+	pthread_mutex_lock(&w->lock);
+	while (w->size)
+		pthread_cond_wait(&w->changed, &w->lock);
+	rc = w->rc;
+	if (!rc) {
+		w->bytes = bytes;
+		w->size = size;
+		pthread_cond_signal(&w->changed);
+	}
+	pthread_mutex_unlock(&w->lock);
+	return rc;
+}
+
+static int end_writer(struct writer *w)
+{
+	if (!w->started)
+		return 0;
+	pthread_mutex_lock(&w->lock);
+	w->ended = 1;
+	pthread_cond_signal(&w->changed);
+	pthread_mutex_unlock(&w->lock);
+	pthread_join(w->thread, NULL);
+	return w->rc;
+}
+
 /* Bytes read from the begin of iov[0..nr): whole ones of the pieces, up to the first that can't be. */
 static ssize_t read_pieces(const struct lp_copy *copy, unsigned char *buffer, const struct iovec *iov, size_t nr)
 {
@@ -222,9 +294,11 @@ static ssize_t read_pieces(const struct lp_copy *copy, unsigned char *buffer, co
 	return done;
 }
 
-int lp_copy_pages(const struct lp_copy *copy, const struct lp_run *runs, size_t nr_runs, struct lp_cursor *cursor,
-		  uint64_t max_pages, struct lp_run *out, size_t room, size_t *nr_out, uint64_t *written)
+static int copy_pages(const struct lp_copy *copy, const struct lp_run *runs, size_t nr_runs, struct lp_cursor *cursor,
+		      uint64_t max_pages, struct lp_run *out, size_t room, size_t *nr_out, uint64_t *written,
+		      struct writer *writer)
 {
+	unsigned char *buffer = copy->buffer;
 	uint64_t looked = 0;
 	size_t held = 0;
 
@@ -259,7 +333,7 @@ int lp_copy_pages(const struct lp_copy *copy, const struct lp_run *runs, size_t 
 		if (!nr)
 			continue;
 
-		got = read_pieces(copy, copy->buffer, iov, nr);
+		got = read_pieces(copy, buffer, iov, nr);
 		if (got < 0 && got != -EFAULT)
 			return got;
 		if (got < 0)
@@ -280,7 +354,7 @@ int lp_copy_pages(const struct lp_copy *copy, const struct lp_run *runs, size_t 
 		while (place < (size_t)got) {
 			const struct lp_run *run = runs + cursor->run;
 			uint64_t address = run->start + cursor->offset;
-			unsigned char *page = copy->buffer + place;
+			unsigned char *page = buffer + place;
 			const unsigned char *old = copy->parent ? parent_page(copy->parent, &held, address) : NULL;
 
 			if (copy->drop_zero && is_zero(page)) {
@@ -290,7 +364,7 @@ int lp_copy_pages(const struct lp_copy *copy, const struct lp_run *runs, size_t 
 				       run->flags & LP_LAZY ? copy->same_lazy : LP_PARENT);
 			} else {
 				if (kept != place)
-					memcpy(copy->buffer + kept, page, LP_PAGE_SIZE);
+					memcpy(buffer + kept, page, LP_PAGE_SIZE);
 				kept += LP_PAGE_SIZE;
 				append(out, room, nr_out, address, address + LP_PAGE_SIZE, run->flags);
 			}
@@ -299,13 +373,31 @@ int lp_copy_pages(const struct lp_copy *copy, const struct lp_run *runs, size_t 
 			if (address + LP_PAGE_SIZE == run->end)
 				*cursor = (struct lp_cursor){ cursor->run + 1, 0 };
 		}
-		rc = write_all(copy->pages_fd, copy->buffer, kept);
-		if (rc)
-			return rc;
+		if (kept) {
+			rc = hand_over(writer, buffer, kept);
+			if (rc)
+				return rc;
+			buffer = copy->buffer + (buffer == copy->buffer ? copy->buffer_size : 0);
+		}
 		if (*nr_out > room)
 			return -ENOBUFS;
 		looked += got / LP_PAGE_SIZE;
 		*written += kept / LP_PAGE_SIZE;
 	}
 	return *nr_out > room ? -ENOBUFS : 0;
+}
+
+int lp_copy_pages(const struct lp_copy *copy, const struct lp_run *runs, size_t nr_runs, struct lp_cursor *cursor,
+		  uint64_t max_pages, struct lp_run *out, size_t room, size_t *nr_out, uint64_t *written)
+{
+	struct writer writer = { .fd = copy->pages_fd };
+	int rc, ended;
+
+	pthread_mutex_init(&writer.lock, NULL);
+	pthread_cond_init(&writer.changed, NULL);
+	rc = copy_pages(copy, runs, nr_runs, cursor, max_pages, out, room, nr_out, written, &writer);
+	ended = end_writer(&writer);
+	pthread_cond_destroy(&writer.changed);
+	pthread_mutex_destroy(&writer.lock);
+	return rc ? rc : ended;
 }

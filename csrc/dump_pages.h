@@ -96,8 +96,8 @@ struct lp_copy {
 	int drop_missing; /* leave out pages that can't be read; else they are -EFAULT */
 	const struct lp_parent *parent; /* NULL: not compared. Pages with the same bytes there are not written: */
 	uint64_t same_lazy;		/* what becomes of LAZY ones; others become PARENT */
-	unsigned char *buffer;
-	size_t buffer_size; /* bytes, whole pages */
+	unsigned char *buffer; /* two of them: one is read into while the other is written */
+	size_t buffer_size;    /* of each, bytes, whole pages */
 };
 
 /*

@@ -87,7 +87,8 @@ Examples
 What can't be saved
   Sockets, epoll, eventfd, timerfd and their kin, io_uring, memfd, huge pages,
   System V shared memory, deleted files, devices, pipes that lead out of the
-  tree, seccomp, namespaces of its own, tasks that a debugger traces. All this is
+  tree, seccomp, shadow stacks, deadlines, timers on the CPU time of one of many
+  threads, namespaces of its own, tasks that a debugger traces. All this is
   found before anything is stopped, and named; the tasks go on.
 
 \b
@@ -115,6 +116,8 @@ Dirty tracking
   compare     none: the next level reads all pages and compares them with the
               parent's bytes
   auto        the first of these that works
+  Shared anonymous memory is not tracked, and files have their own pages: pre-dumps
+  have neither, the final dump has all of the former.
 """
 
 

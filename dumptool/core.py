@@ -276,7 +276,7 @@ def _posix_timer(session: tracee.Session, timer: proc.PosixTimer) -> PosixTimerE
     )
     entry = PosixTimerEntry(
         it_id=timer.ident,
-        clock_id=timer.clock,
+        clock_id=timer.clock & 0xFFFFFFFF,
         si_signo=timer.signal,
         it_sigev_notify=timer.notify,
         sival_ptr=timer.value,

@@ -340,7 +340,7 @@ def _copied(image: Image, source: Source, part: Part, marks: Marks) -> Iterator[
     mem_fd = source.fd
     if mem_fd is None and not part.readable:
         mem_fd = os.open(f"/proc/{source.pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
-    buffer = ffi.new("unsigned char[]", BUFFER_PAGES * PAGE_SIZE)
+    buffer = ffi.new("unsigned char[]", 2 * BUFFER_PAGES * PAGE_SIZE)
     parent = source.compare.mapped() if source.compare is not None else ffi.NULL
     copy = ffi.new(
         "struct lp_copy *",

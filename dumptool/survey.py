@@ -39,6 +39,10 @@ PTS_MAJORS = range(136, 144)
 
 NR_RESTART_SYSCALL = "219"
 
+SCHED_DEADLINE = 6
+THREAD_CLOCKS = (3, -2)
+"""CLOCK_THREAD_CPUTIME_ID, and what the kernel makes of it: /proc does not tell of which thread."""
+
 OWN_LOCKS = ("POSIX", "FLOCK", "OFDLCK")
 
 
@@ -172,8 +176,18 @@ def _process(task: Task) -> Iterator[Refusal]:
             yield Refusal(pid, "", f"thread {tid} is traced by pid {tracer} (a debugger or strace): end that")
         if fields.get("Seccomp", "0") != "0":
             yield Refusal(pid, "", f"thread {tid} is under seccomp, which is not saved")
+        if proc.stat(pid, tid).policy == SCHED_DEADLINE:
+            yield Refusal(pid, "", f"thread {tid} has a deadline (SCHED_DEADLINE), which is not saved")
         if fields.get("x86_Thread_features", ""):
             yield Refusal(pid, "", f"thread {tid} has a shadow stack, which is not saved")
+    if len(task.process.threads) > 1:
+        for timer in proc.parse_timers(proc.read_text(pid, "timers")):
+            if timer.clock in THREAD_CLOCKS:
+                yield Refusal(
+                    pid,
+                    "",
+                    f"timer {timer.ident} is on the CPU time of one of the threads, which is not saved",
+                )
     for name in NAMESPACES:
         try:
             theirs, ours = proc.readlink(pid, f"ns/{name}"), os.readlink(f"/proc/self/ns/{name}")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from images_spec.errors import ImageError
 from images_spec.images import Kind
-from images_spec.messages import FdType, FileEntry, FownEntry, RegFileEntry, TtyType
+from images_spec.messages import FdType, FileEntry, FownEntry, PipeEntry, RegFileEntry, TtyFileEntry, TtyType
 from lazypages.restore.dump import Alive, Dump
 from lazypages.restore.errors import RestoreError
 from lazypages.restore.machine import Machine
@@ -142,8 +142,34 @@ def _type_name(entry: FileEntry) -> str:
 
 
 def _check_owner(owner: FownEntry, whose: str) -> None:
-    if owner.pid or owner.signum:
-        raise RestoreError(f"{whose}: sends signals to task {owner.pid} (F_SETOWN), which can't be restored")
+    if owner.pid and (owner.uid, owner.euid) != (os.getuid(), os.geteuid()):
+        raise RestoreError(
+            f"{whose}: sends signals to task {owner.pid} in the name of user {owner.uid} (F_SETOWN), "
+            "which can't be restored"
+        )
+
+
+def _description(file: FileEntry) -> PipeEntry | TtyFileEntry | RegFileEntry:
+    if file.type == FdType.FD_PIPE:
+        return file.pipe
+    return file.tty if file.type == FdType.FD_TTY else file.reg
+
+
+def set_owners(plan: Plan, dump: Dump, thread: int, alive: Alive) -> None:
+    """Who gets SIGIO, or another signal, from open files (fcntl(2)); all threads are there."""
+    for entry in alive.fds:
+        description = _description(dump.files[entry.id])
+        owner, flags = description.fown, description.flags
+        if owner.pid:
+            record = struct.pack("<ii", owner.pid_type, owner.pid)
+            label = f"have fd {entry.fd} send signals to {owner.pid}"
+            plan.call(thread, label, Nr.FCNTL, entry.fd, F_SETOWN_EX, plan.data, data=record)
+        if owner.signum:
+            label = f"have fd {entry.fd} send signal {owner.signum}"
+            plan.call(thread, label, Nr.FCNTL, entry.fd, F_SETSIG, owner.signum)
+        if flags & FASYNC:  # which open(2) does not heed
+            label = f"have fd {entry.fd} send signals"
+            plan.call(thread, label, Nr.FCNTL, entry.fd, F_SETFL, flags)
 
 
 def check_regular(entry: RegFileEntry, deleted: bool, whose: str) -> None:
@@ -187,6 +213,9 @@ def check_descriptors(dump: Dump, pid: int, alive: Alive) -> None:
     if len(set(fds)) != len(fds):
         raise ImageError(dump.path(Kind.FDINFO, alive.ids.files_id), f"task {pid} has a descriptor twice")
 
+
+F_SETFL, F_SETSIG, F_SETOWN_EX = 4, 10, 15
+FASYNC = 0o20000
 
 FL_POSIX, FL_FLOCK, FL_OFD = 1, 2, 1024
 """Values of FileLockEntry.flag (linux/fs.h)."""

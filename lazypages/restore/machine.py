@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+
+from lazypages.restore.syscalls import TIMER_CREATE_RESTORE_IDS_GET, Prctl
 
 CAPABILITY_SETS = ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")
 NR_RLIMITS = 16
@@ -74,6 +77,14 @@ class Machine:
     def terminal(self) -> int | None:
         """Which of our standard descriptors is a terminal."""
         return next((fd for fd in range(3) if os.isatty(fd)), None)
+
+    @cached_property
+    def chooses_timer_ids(self) -> bool:
+        """Whether timer_create can be told the id (PR_TIMER_CREATE_RESTORE_IDS, linux/prctl.h; tried under 6.18)."""
+        answer = ctypes.CDLL(None).prctl(
+            Prctl.TIMER_CREATE_RESTORE_IDS, TIMER_CREATE_RESTORE_IDS_GET, 0, 0, 0
+        )
+        return int(answer) >= 0
 
     def in_use(self, pid: int) -> bool:
         """Whether a process or thread, of which there may be a trace only, has this id."""

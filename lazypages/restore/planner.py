@@ -18,6 +18,7 @@ from lazypages.restore.files import (
     check_descriptors,
     check_locks,
     give_files,
+    set_owners,
     set_up_terminals,
     take_locks,
 )
@@ -171,6 +172,8 @@ class _Planner:
                 else:
                     space.put_under_userfaultfd(self._threads[process.pid].leader, process.pid, process.alive)
         self._end_zombies()
+        for _, alive, threads in self._alive():
+            set_owners(plan, self._dump, threads.leader, alive)
         for process, alive, threads in self._alive():
             self._state.process(threads.leader, process.pid, alive)
             for thread, tid, core in threads.all:

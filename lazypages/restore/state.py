@@ -28,12 +28,23 @@ from lazypages.restore.syscalls import (
     SECBIT_NO_SETUID_FIXUP,
     SS_AUTODISARM,
     SS_DISABLE,
+    TIMER_CREATE_RESTORE_IDS_OFF,
+    TIMER_CREATE_RESTORE_IDS_ON,
     Nr,
     Prctl,
 )
 
 SIGNALS: Final = [number for number in range(1, 65) if number not in (9, 19)]
 """Those whose action can be changed, in the order of TaskCoreEntry.sigactions."""
+
+SIGEV_THREAD_ID: Final = 4
+SIGEV_NONE: Final = 1
+SIGEVENT_SIZE: Final = 64
+CLOCK_MONOTONIC: Final = 1
+THREAD_CLOCKS: Final = (3, 0xFFFFFFFE)
+"""CLOCK_THREAD_CPUTIME_ID, and as the kernel shows it: of the thread that made the timer, which no image tells."""
+MAX_SKIPPED_TIMERS: Final = 10_000
+"""Where ids can't be chosen, timers are made and deleted until one has the right id."""
 
 SIGINFO_SIZE: Final = 128
 CAP_SYS_RESOURCE: Final = 24
@@ -54,8 +65,7 @@ def check_process(process: Process, alive: Alive, machine: Machine, dump: Dump) 
         raise ImageError(path, f"has {len(tc.sigactions)} signal actions, not {len(SIGNALS)}")
     if not tc.sigactions or not tc.HasField("rlimits") or not tc.HasField("timers"):
         raise RestoreError(f"{path}: signal actions, limits or timers are not there: too old a format")
-    if tc.timers.posix:
-        raise RestoreError(f"task {pid}: has POSIX timers (timer_create), which can't be restored")
+    _check_posix_timers(process, alive, machine)
     for number, limit in enumerate(tc.rlimits.rlimits[:NR_RLIMITS]):
         hard = machine.rlimits[number][1] & UNLIMITED
         if limit.max > hard and not machine.capabilities["CapEff"] >> CAP_SYS_RESOURCE & 1:
@@ -65,6 +75,28 @@ def check_process(process: Process, alive: Alive, machine: Machine, dump: Dump) 
             )
     for tid, core in alive.threads.items():
         _check_thread(pid, tid, core, machine, dump)
+
+
+def _check_posix_timers(process: Process, alive: Alive, machine: Machine) -> None:
+    timers, who = process.core.tc.timers.posix, f"task {process.pid}"
+    idents = [timer.it_id for timer in timers]
+    if len(set(idents)) != len(idents):
+        raise RestoreError(f"{who}: has two POSIX timers with the same id")
+    if idents and max(idents) >= MAX_SKIPPED_TIMERS and not machine.chooses_timer_ids:
+        raise RestoreError(
+            f"{who}: has a POSIX timer with id {max(idents)}, which this kernel can't give "
+            "(PR_TIMER_CREATE_RESTORE_IDS)"
+        )
+    for timer in timers:
+        to_thread = timer.it_sigev_notify == SIGEV_THREAD_ID
+        if to_thread and timer.HasField("notify_thread_id") and timer.notify_thread_id not in alive.threads:
+            raise RestoreError(
+                f"{who}: POSIX timer {timer.it_id} is for thread {timer.notify_thread_id}, which it has not"
+            )
+        if timer.clock_id in THREAD_CLOCKS and len(alive.threads) > 1:
+            raise RestoreError(
+                f"{who}: POSIX timer {timer.it_id} is on the CPU time of one of its threads, which can't be restored"
+            )
 
 
 def _limit(value: int) -> str:
@@ -207,6 +239,7 @@ class State:
             plan.call(leader, "set whether a core may be dumped", Nr.PRCTL, Prctl.SET_DUMPABLE, value)
         plan.drain(leader)
         self._timers(leader, core.tc)
+        self._posix_timers(leader, core.tc)
         for signal in core.tc.signals_s.signals:
             signo = int.from_bytes(signal.siginfo[:4], "little")
             label = f"make signal {signo} pending"
@@ -228,6 +261,41 @@ class State:
             record = struct.pack("<4Q", timer.isec, timer.iusec, timer.vsec, timer.vusec)
             label = f"set interval timer {which}"
             self._plan.call(thread, label, Nr.SETITIMER, which, self._plan.data, 0, data=record)
+
+    def _posix_timers(self, thread: int, tc: TaskCoreEntry) -> None:
+        """Each under its id; the kernel counts up from 0 unless it can be told (kernel/time/posix-timers.c)."""
+        timers = sorted(tc.timers.posix, key=lambda timer: timer.it_id)
+        if not timers:
+            return
+        plan, prctl = self._plan, Prctl.TIMER_CREATE_RESTORE_IDS
+        if self._machine.chooses_timer_ids:
+            plan.call(thread, "choose the ids of timers", Nr.PRCTL, prctl, TIMER_CREATE_RESTORE_IDS_ON)
+        following = 0
+        for timer in timers:
+            while not self._machine.chooses_timer_ids and following < timer.it_id:
+                self._make_posix_timer(
+                    thread, following, CLOCK_MONOTONIC, struct.pack("<QiiI", 0, 0, SIGEV_NONE, 0)
+                )
+                plan.call(thread, f"delete timer {following} again", Nr.TIMER_DELETE, following)
+                following += 1
+            event = struct.pack(
+                "<QiiI", timer.sival_ptr, timer.si_signo, timer.it_sigev_notify, timer.notify_thread_id
+            )
+            self._make_posix_timer(thread, timer.it_id, timer.clock_id, event)
+            following = timer.it_id + 1
+        if self._machine.chooses_timer_ids:
+            plan.call(thread, "choose no ids of timers", Nr.PRCTL, prctl, TIMER_CREATE_RESTORE_IDS_OFF)
+        for timer in timers:
+            record = struct.pack("<4Q", timer.isec, timer.insec, timer.vsec, timer.vnsec)
+            label = f"set timer {timer.it_id} (timer_create)"
+            plan.call(thread, label, Nr.TIMER_SETTIME, timer.it_id, 0, plan.data, 0, data=record)
+
+    def _make_posix_timer(self, thread: int, ident: int, clock: int, event: bytes) -> None:
+        """``event``: struct sigevent as far as there is something in it."""
+        data = event.ljust(SIGEVENT_SIZE, b"\0") + struct.pack("<i", ident)
+        label = f"make timer {ident} of clock {clock} (timer_create)"
+        address = self._plan.data
+        self._plan.call(thread, label, Nr.TIMER_CREATE, clock, address, address + SIGEVENT_SIZE, data=data)
 
     def rseq(self, thread: int, own: ThreadCoreEntry) -> None:
         """From here on the kernel writes into the task's memory whenever it returns to it."""

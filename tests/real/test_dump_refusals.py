@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from dumptool import survey
+from dumptool import proc, survey
 from dumptool.dump import Settings, Watcher, dump
 from dumptool.errors import DumpError, UnsupportedError
 from tests.support.dumptool import is_unharmed, run, task
@@ -26,6 +29,27 @@ REFUSED = {
     "tcp socket": ("s = socket.create_server(('127.0.0.1', 0))", r"fd \d+: socket:\[\d+\] is a socket"),
     "epoll": ("e = select.epoll()", r"fd \d+: anon_inode:\[eventpoll\]"),
     "eventfd": ("e = os.eventfd(0)", r"fd \d+: anon_inode:\[eventfd\]"),
+    "signalfd": (
+        "m = (ctypes.c_uint64 * 16)(1); s = libc.signalfd(-1, m, 0); assert s >= 0",
+        r"fd \d+: anon_inode:\[signalfd\]",
+    ),
+    "timerfd": ("t = libc.timerfd_create(1, 0); assert t >= 0", r"fd \d+: anon_inode:\[timerfd\]"),
+    "inotify": ("i = libc.inotify_init1(0); assert i >= 0", r"fd \d+: anon_inode:inotify"),
+    "deadline": (
+        "a = (ctypes.c_uint64 * 6)(6 << 32 | 48, 0, 0, 10**7, 10**9, 10**9); "
+        "assert libc.syscall(314, 0, a, 0) == 0, ctypes.get_errno()",
+        r"thread \d+ has a deadline",
+    ),
+    "huge pages": (  # reserved by nobody: mapped, though the kernel may have none
+        "libc.mmap.restype = ctypes.c_void_p; a = libc.mmap(None, ctypes.c_size_t(2 << 20), 3, 0x44022, -1, "
+        "ctypes.c_long(0)); assert a != ctypes.c_void_p(-1).value, ctypes.get_errno()",
+        r"mapping [0-9a-f]+-[0-9a-f]+: has huge pages \(hugetlb\)",
+    ),
+    "timer of a thread": (
+        "import threading; threading.Thread(target=time.sleep, args=[1000], daemon=True).start(); "
+        "t = ctypes.c_int(); assert libc.timer_create(3, None, ctypes.byref(t)) == 0",
+        r"timer 0 is on the CPU time of one of the threads",
+    ),
     "memfd": ("m = os.memfd_create('x')", r"fd \d+: /memfd:x \(deleted\) is a memfd"),
     "mapped memfd": (
         "m = os.memfd_create('x'); os.truncate(m, 4096); a = mmap.mmap(m, 4096); os.close(m)",
@@ -77,6 +101,78 @@ def test_named_and_left_alone(what: str, tmp_path: Path) -> None:
         assert all(refusal.pid == pid for refusal in caught.value.refusals)
         assert not (tmp_path / "images").exists()
         is_unharmed(pid)
+
+
+def test_strict_seccomp(tmp_path: Path) -> None:
+    """Nothing but read, write and exit is left to it, so it says that it is ready before."""
+    output = tmp_path / "output"
+    code = "r, w = os.pipe(); print('ready', flush=True); libc.prctl(22, 1, 0, 0, 0); os.read(r, 1)"
+    with task(sys.executable, "-c", SETUP + code, output=output) as pid:
+        status = Path(f"/proc/{pid}/status")
+        wait_for("the program", lambda: "\nSeccomp:\t1\n" in status.read_text())
+        result = run("dump", "-t", pid, "-D", tmp_path / "images")
+        assert result.stderr.endswith(f"pid {pid}: thread {pid} is under seccomp, which is not saved\n")
+        assert result.returncode == 1
+        is_unharmed(pid)
+
+
+@pytest.mark.parametrize(
+    ("flag", "reason"), [("ss", "a shadow stack"), ("ht", "huge pages"), ("um", "a userfaultfd")]
+)
+def test_mappings_that_few_machines_have(flag: str, reason: str) -> None:
+    """Shadow stacks need a CPU and a kernel with them."""
+    vma = proc.parse_maps_line("7f0000000000-7f0000001000 rw-p 00000000 00:00 0\n")
+    message = survey._unsupported_mapping(os.getpid(), vma, frozenset({"rd", flag}), tracked=False)
+    assert message
+    assert reason in message
+
+
+REDIS = shutil.which("redis-server") or "/usr/bin/redis-server"
+
+
+def ask(address: Path, request: bytes) -> bytes:
+    """One answer of redis (its protocol: a line per simple answer)."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(30)
+        connection.connect(str(address))
+        connection.sendall(request + b"\r\n")
+        return connection.makefile("rb").readline()
+
+
+def test_redis(tmp_path: Path) -> None:
+    """A server has its socket: refused by pid, fd and kind before it is stopped, and it answers on."""
+    address, config = tmp_path / "redis.sock", tmp_path / "redis.conf"
+    config.write_text(
+        f"port 0\nunixsocket {address}\ndir {tmp_path}\nsave ''\ndaemonize no\n".replace("''", '""')
+    )
+    with task(REDIS, config, cwd=tmp_path, output=tmp_path / "output") as pid:
+        wait_for("redis to listen", address.exists)
+        wait_for("redis to answer", lambda: _answers(address))
+        assert ask(address, b"SET before dump") == b"+OK\r\n"
+        result = run("dump", "-t", pid, "-D", tmp_path / "images")
+        assert result.returncode == 1
+        sockets = [
+            fd for fd in os.listdir(f"/proc/{pid}/fd") if "socket:" in os.readlink(f"/proc/{pid}/fd/{fd}")
+        ]
+        assert sockets
+        lines = result.stderr.splitlines()
+        for fd in sockets:
+            link = os.readlink(f"/proc/{pid}/fd/{fd}")
+            assert (
+                f"dumptool: can't be dumped: pid {pid} fd {fd}: {link} is a socket; sockets are not saved"
+                in lines
+            )
+        assert any("anon_inode:[eventpoll] is not saved" in line for line in lines)
+        assert not (tmp_path / "images").exists()
+        assert "\nTracerPid:\t0\n" in Path(f"/proc/{pid}/status").read_text()
+        assert ask(address, b"GET before") == b"$4\r\n"
+        assert ask(address, b"INCR after") == b":1\r\n"
+
+
+def _answers(address: Path) -> bool:
+    with suppress(OSError):
+        return ask(address, b"PING") == b"+PONG\r\n"
+    return False
 
 
 def test_every_reason_is_one_line(tmp_path: Path) -> None:

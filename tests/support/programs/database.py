@@ -1,26 +1,27 @@
-"""A transaction that takes its time: `database.py FILE ROWS SECONDS GO`; says what is in the database at its end.
+"""A transaction that waits in its middle for a file "go" here; then says what is in the database."""
 
-It rests after each row until there is a file of the name GO.
-"""
-
+import hashlib
 import os
 import sqlite3
-import sys
 import time
 
-path, rows, pause, go = sys.argv[1], int(sys.argv[2]), float(sys.argv[3]), sys.argv[4]
-with sqlite3.connect(path, isolation_level=None) as database:
-    database.execute(
-        "pragma cache_size = 10"
-    )  # so that pages go to the file in the middle of the transaction
-    database.execute("create table numbers (number integer primary key, text text)")
-    database.execute("insert into numbers values (-1, 'before')")
+ROWS = 5_000
+
+with sqlite3.connect("database", isolation_level=None) as database:
+    # So that pages go to the file in the middle of the transaction.
+    database.execute("pragma cache_size = 10")
+    database.execute("create table texts (number integer primary key, text text)")
+    database.execute("insert into texts values (-1, 'before')")
     database.execute("begin immediate")
+    rows = ((number, "v" * (number % 300)) for number in range(ROWS))
+    database.executemany("insert into texts values (?, ?)", rows)
     print("begun", flush=True)
-    for row in range(rows):
-        database.execute("insert into numbers values (?, ?)", (row, f"{row:0200d}"))
-        if not os.path.exists(go):
-            time.sleep(pause)
+    while not os.path.exists("go"):
+        time.sleep(0.001)
+    database.execute("update texts set text = text || number where number % 7 = 0")
     database.execute("commit")
-    print(database.execute("select count(*), sum(number), sum(length(text)) from numbers").fetchone())
-    print(database.execute("pragma integrity_check").fetchone())
+    print(*database.execute("pragma integrity_check").fetchone())
+    digest = hashlib.sha256()
+    for row in database.execute("select number, text from texts order by number"):
+        digest.update(repr(row).encode())
+    print(digest.hexdigest())
