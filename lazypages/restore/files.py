@@ -17,8 +17,8 @@ from lazypages.restore.machine import Machine
 from lazypages.restore.plan import Plan
 from lazypages.restore.syscalls import TCSETS, TIOCSPGRP, Nr
 
-_ONCE = os.O_CREAT | os.O_EXCL | os.O_TRUNC | os.O_NOCTTY | os.O_CLOEXEC
-"""Flags that mean something while a file is opened, and nothing afterwards."""
+_ONCE = os.O_CREAT | os.O_EXCL | os.O_TRUNC | os.O_NOCTTY | os.O_CLOEXEC | os.O_ASYNC
+"""Flags that mean something while a file is opened, and nothing afterwards; O_ASYNC: the other way round."""
 
 NAMES: Mapping[int, str] = {
     FdType.FD_FIFO: "a named pipe",
@@ -167,7 +167,7 @@ def set_owners(plan: Plan, dump: Dump, thread: int, alive: Alive) -> None:
         if owner.signum:
             label = f"have fd {entry.fd} send signal {owner.signum}"
             plan.call(thread, label, Nr.FCNTL, entry.fd, F_SETSIG, owner.signum)
-        if flags & FASYNC:  # which open(2) does not heed
+        if flags & os.O_ASYNC:
             label = f"have fd {entry.fd} send signals"
             plan.call(thread, label, Nr.FCNTL, entry.fd, F_SETFL, flags)
 
@@ -215,7 +215,6 @@ def check_descriptors(dump: Dump, pid: int, alive: Alive) -> None:
 
 
 F_SETFL, F_SETSIG, F_SETOWN_EX = 4, 10, 15
-FASYNC = 0o20000
 
 FL_POSIX, FL_FLOCK, FL_OFD = 1, 2, 1024
 """Values of FileLockEntry.flag (linux/fs.h)."""
