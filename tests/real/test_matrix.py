@@ -337,8 +337,10 @@ def test_memory(
 
 
 def below_stacks(directory: Path) -> list[range]:
-    """Where nothing is, below the red zone of each thread: a signal that is pending is taken before the stop, so that the
-    frame of its handler is there; and CRIU leaves traces when it dumps (observed)."""
+    """Where nothing is, below the red zone of each thread.
+
+    The frame of a handler is there when a pending signal came before the stop. CRIU's dumps leave traces (observed).
+    """
     infos = [images.read_one(path, Kind.CORE).thread_info for path in directory.glob("core-*.img")]
     return [range(info.gpregs.sp - 128 - 32768, info.gpregs.sp - 128) for info in infos if info.gpregs.sp]
 
