@@ -41,7 +41,10 @@ struct uffdio_poison {
 #define IDLE_MS 50	      /* without a fault: then no task's CPU is followed */
 #define CHUNK_QUIET (512u << 10) /* bytes a background copy takes at a time */
 #define CHUNK_BUSY (64u << 10)	 /* the same while tasks fault: one waits for this at most */
+#define CHUNK_LONE (16u << 10)	 /* and while they fault here and there, where one fault brings one page */
 #define BUSY_NS (2 * NS / 1000)	 /* how long after a fault tasks count as faulting */
+#define ASIDE_NS (5 * NS / 1000) /* how long after a fault the background leaves its CPU to those who fault */
+#define ASIDE_TRIES 20		 /* for a place elsewhere, RETRY_MS apart */
 #define LEAD_MIN ((uint64_t)1 << 20)
 #define LEAD_MAX ((uint64_t)32 << 20)
 #define LEAD_MEMORY_NS (NS / 10)
@@ -96,7 +99,7 @@ struct lp_engine {
 	void *nowhere; /* a page that can't be read */
 	struct lp_guard *guard; /* may be NULL */
 	_Atomic bool stop, running;
-	_Atomic uint64_t last_fault;
+	_Atomic uint64_t last_fault, last_lone; /* when; of those that continue nothing */
 	int ready; /* tasks that have something to say, of those that the last look at all of them has shown */
 	struct lp_follow follow; /* the serving thread's; which CPU it is at, anyone may read */
 	struct lp_task *put_off; /* tasks with answers put off; the serving thread's */
@@ -466,9 +469,8 @@ static int zero_page(struct lp_task *t, uint64_t addr)
 /* ---- faults ---- */
 
 /* Widens a run that begins at a faulting page by what readahead says; claims it. False when another has the page. */
-static bool claim_window(struct lp_task *t, struct lp_answer *run)
+static bool claim_window(struct lp_task *t, struct lp_answer *run, struct lp_window window)
 {
-	struct lp_window window = lp_plan_fault(&t->plan, run->addr >> LP_PAGE_SHIFT);
 	uint64_t before = (run->addr >> LP_PAGE_SHIFT) - window.first, nr = window.nr - before;
 
 	if (nr > 1)
@@ -493,6 +495,25 @@ static bool claim_window(struct lp_task *t, struct lp_answer *run)
 	return run->nr_pages > 0;
 }
 
+/* Brings what waits in [addr, end), whatever lies between.  0, -EAGAIN, -ESRCH. */
+static int bring(struct lp_task *t, uint64_t addr, uint64_t end)
+{
+	struct lp_answer run;
+	int rc = 0;
+
+	for (; addr < end && !rc; addr += run.nr_pages << LP_PAGE_SHIFT) {
+		run = lp_space_lookup(t->space, addr, (end - addr) >> LP_PAGE_SHIFT);
+		if (run.kind != LP_DATA)
+			continue;
+		run.nr_pages = lp_space_claim(t->space, run.dense, run.nr_pages);
+		if (run.nr_pages)
+			rc = copy_run(t, &run, level_bytes(t, &run), RELEASE);
+		else
+			run.nr_pages = 1; /* somebody was faster */
+	}
+	return rc;
+}
+
 /*
  * A thread has caught up with the background: that goes on well ahead of it, or they would meet again at every chunk.
  * What lies between is for faults and their readahead; the background comes back to what is left of it.
@@ -512,8 +533,15 @@ static int answer(struct lp_task *t, struct fault fault)
 {
 	struct lp_answer run = lp_space_lookup(t->space, fault.addr, 1);
 	struct lp_notice notice = {.task = t, .addr = run.addr, .image = run.image, .nr_pages = 1, .since = fault.since};
+	struct lp_window window = {0};
+	uint64_t first;
 	int rc;
 
+	if (run.kind == LP_DATA || run.kind == LP_REMOTE)
+		window = lp_plan_fault(&t->plan, fault.addr >> LP_PAGE_SHIFT);
+	first = window.first << LP_PAGE_SHIFT;
+	if (window.nr == 1)
+		atomic_store_explicit(&t->engine->last_lone, fault.since, memory_order_relaxed);
 	switch (run.kind) {
 	case LP_ZERO:
 		rc = zero_page(t, fault.addr);
@@ -523,11 +551,18 @@ static int answer(struct lp_task *t, struct fault fault)
 		}
 		return rc;
 	case LP_DATA:
-		if (!claim_window(t, &run)) {
+		if (!claim_window(t, &run, window)) {
 			trace(t, LP_TRACE_LEFT, trace_source(run.source), fault.addr, 1, 0);
 			return 0; /* another thread brings it, and wakes */
 		}
-		rc = copy_run(t, &run, level_bytes(t, &run), RELEASE);
+		/* the rest of the window first: the thread would be back for it at once */
+		rc = bring(t, first, run.addr);
+		if (!rc)
+			rc = bring(t, run.addr + (run.nr_pages << LP_PAGE_SHIFT), first + (window.nr << LP_PAGE_SHIFT));
+		if (rc)
+			lp_space_release(t->space, run.dense, run.nr_pages);
+		else
+			rc = copy_run(t, &run, level_bytes(t, &run), RELEASE);
 		if (!rc) {
 			add(&t->stats.faults_served, 1);
 			add(&t->served[run.source], 1);
@@ -535,7 +570,7 @@ static int answer(struct lp_task *t, struct fault fault)
 		}
 		return rc;
 	case LP_REMOTE:
-		if (!claim_window(t, &run)) {
+		if (!claim_window(t, &run, window)) {
 			trace(t, LP_TRACE_LEFT, LP_TRACE_REMOTE, fault.addr, 1, 0);
 			return 0;
 		}
@@ -1195,21 +1230,41 @@ void lp_task_close(struct lp_task *t)
 	pthread_mutex_unlock(&e->lock);
 }
 
+/* How much the background copies at a time: reading faults waits for it. */
+static uint64_t chunk(struct lp_engine *e)
+{
+	uint64_t now = now_ns();
+
+	if (now - atomic_load_explicit(&e->last_lone, memory_order_relaxed) < BUSY_NS)
+		return CHUNK_LONE;
+	if (now - atomic_load_explicit(&e->last_fault, memory_order_relaxed) < BUSY_NS)
+		return CHUNK_BUSY;
+	return CHUNK_QUIET;
+}
+
 int64_t lp_task_transfer(struct lp_task *t, uint64_t max_bytes)
 {
 	uint64_t brought = 0;
 	struct lp_aside aside;
 	int rc = 0;
 
-	lp_aside_begin(&aside);
-	for (int turned = 0, tries = 0; brought < max_bytes && !rc;) {
-		bool busy = now_ns() - atomic_load_explicit(&t->engine->last_fault, memory_order_relaxed) < BUSY_NS;
-		uint64_t cursor = atomic_load(&t->cursor), most = busy ? CHUNK_BUSY : CHUNK_QUIET;
+	lp_aside_begin(&aside, &t->engine->follow);
+	for (int turned = 0, tries = 0, waits = 0; brought < max_bytes && !rc;) {
+		uint64_t quiet = now_ns() - atomic_load_explicit(&t->engine->last_fault, memory_order_relaxed);
+		uint64_t cursor = atomic_load(&t->cursor), most = chunk(t->engine);
 		struct lp_answer run;
 
 		if (most > max_bytes - brought)
 			most = (max_bytes - brought + LP_PAGE_SIZE - 1) & ~(LP_PAGE_SIZE - 1);
-		lp_aside_look(&aside, &t->engine->follow);
+		if (!lp_aside_look(&aside, &t->engine->follow, quiet < ASIDE_NS)) {
+			const struct timespec pause = {.tv_nsec = RETRY_MS * 1000000};
+
+			/* the place is taken: a second one there would only be in the way */
+			if (++waits == ASIDE_TRIES)
+				rc = -EAGAIN;
+			nanosleep(&pause, NULL);
+			continue;
+		}
 		lp_lock_shared(&t->lock);
 		if (t->uffd < 0 || atomic_load(&t->gone)) {
 			rc = -ESRCH;
@@ -1238,7 +1293,7 @@ int64_t lp_task_transfer(struct lp_task *t, uint64_t max_bytes)
 		}
 		lp_unlock_shared(&t->lock);
 	}
-	lp_aside_end(&aside);
+	lp_aside_end(&aside, &t->engine->follow);
 	if (rc < 0 && !(rc == -EAGAIN && brought))
 		return rc;
 	return (int64_t)brought;

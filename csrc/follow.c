@@ -6,6 +6,7 @@
 #include <limits.h>
 #include <linux/futex.h>
 #include <stdatomic.h>
+#include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -23,7 +24,7 @@
 #define WATCH_NS (1 * MS)	 /* giving way without progress for so long, or for twice that, is ended */
 #define PENALTY (100 * MS)	 /* how long not to give way after that; doubled each time */
 #define PENALTY_MAX (3200 * MS)
-#define BACKGROUND_NICE 10
+#define BACKGROUND_NICE 3	 /* not more: who waits for what it has locked would wait long on a busy machine */
 
 /* ---- giving way ---- */
 
@@ -163,7 +164,8 @@ static int cpu_of(struct lp_follow *f, pid_t pid)
 
 void lp_follow_init(struct lp_follow *f)
 {
-	memset(f, 0, sizeof(*f));
+	/* places may be taken already */
+	memset(f, 0, offsetof(struct lp_follow, places));
 	atomic_init(&f->cpu, -1);
 	f->stat_fd = -1;
 	f->tid = (pid_t)syscall(SYS_gettid);
@@ -231,32 +233,39 @@ void lp_follow_fault(struct lp_follow *f, pid_t pid, uint64_t now)
 
 /* ---- the background ---- */
 
-void lp_aside_begin(struct lp_aside *a)
+void lp_aside_begin(struct lp_aside *a, struct lp_follow *f)
 {
+	uint32_t places = atomic_load(&f->places);
+
+	do
+		a->place = ~places & (places + 1); /* the lowest; none when there are more than 32 */
+	while (!atomic_compare_exchange_weak(&f->places, &places, places | a->place));
 	errno = 0;
 	a->nice = getpriority(PRIO_PROCESS, 0);
 	if (a->nice < BACKGROUND_NICE)
 		setpriority(PRIO_PROCESS, 0, BACKGROUND_NICE);
 	a->cpu = -1;
-	a->able = !sched_getaffinity(0, sizeof(a->home), &a->home) && CPU_COUNT(&a->home) > 1;
+	if (sched_getaffinity(0, sizeof(a->home), &a->home))
+		CPU_ZERO(&a->home);
 }
 
-void lp_aside_look(struct lp_aside *a, const struct lp_follow *f)
+bool lp_aside_look(struct lp_aside *a, const struct lp_follow *f, bool faults)
 {
-	int cpu = atomic_load(&f->cpu);
+	int cpu = faults ? atomic_load(&f->cpu) : -1, others = CPU_COUNT(&a->home) - 1;
 	cpu_set_t rest = a->home;
 
-	if (!a->able || cpu == a->cpu)
-		return;
-	if (cpu >= 0)
-		CPU_CLR(cpu, &rest);
-	if (CPU_COUNT(&rest) > 0)
+	if (cpu != a->cpu && others > 0) {
+		if (cpu >= 0)
+			CPU_CLR(cpu, &rest);
 		sched_setaffinity(0, sizeof(rest), &rest);
-	a->cpu = cpu;
+		a->cpu = cpu;
+	}
+	return a->cpu < 0 || others >= 32 || (a->place && a->place < 1u << others);
 }
 
-void lp_aside_end(const struct lp_aside *a)
+void lp_aside_end(const struct lp_aside *a, struct lp_follow *f)
 {
+	atomic_fetch_and(&f->places, ~a->place);
 	if (a->cpu >= 0)
 		sched_setaffinity(0, sizeof(a->home), &a->home);
 	setpriority(PRIO_PROCESS, 0, a->nice);

@@ -34,6 +34,7 @@ struct lp_follow {
 	_Atomic uint32_t progress;
 	_Atomic uint32_t asleep; /* the watcher is; a futex */
 	uint64_t not_before, penalty;
+	_Atomic uint32_t places; /* of threads that work in the background, a bit each */
 };
 
 /* To be called by the serving thread, first and last. */
@@ -49,16 +50,17 @@ void lp_follow_insist(struct lp_follow *follow);
 void lp_follow_nobody(struct lp_follow *follow);
 
 /*
- * For a thread that works in the background: away from the CPU that is followed, and last in line.  lp_aside_end puts it back.
+ * For threads that work in the background: last in line, and away from the CPU that is followed while there are faults.  Then
+ * no more of them at a time than there are other CPUs.
  */
 struct lp_aside {
 	cpu_set_t home;
 	int nice, cpu; /* away from this one; -1: from none */
-	bool able;
+	uint32_t place;
 };
-void lp_aside_begin(struct lp_aside *aside);
-/* To be called now and then. */
-void lp_aside_look(struct lp_aside *aside, const struct lp_follow *follow);
-void lp_aside_end(const struct lp_aside *aside);
+void lp_aside_begin(struct lp_aside *aside, struct lp_follow *follow);
+/* To be called now and then.  False when there is no place to work at the moment. */
+bool lp_aside_look(struct lp_aside *aside, const struct lp_follow *follow, bool faults);
+void lp_aside_end(const struct lp_aside *aside, struct lp_follow *follow);
 
 #endif

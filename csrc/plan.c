@@ -2,6 +2,8 @@
 
 #include <string.h>
 
+#define SURE 4 /* pages of a window: so many make a stream */
+
 void lp_plan_init(struct lp_plan *plan, uint64_t max_window)
 {
 	memset(plan, 0, sizeof(*plan));
@@ -17,13 +19,16 @@ struct lp_window lp_plan_fault(struct lp_plan *plan, uint64_t page)
 	for (int i = 0; i < LP_STREAMS; i++) {
 		struct lp_stream *s = &plan->streams[i];
 
-		if (s->window && (page == s->up || page == s->down)) {
+		/* a stream that has begun may skip what is there already */
+		uint64_t skip = s->window >= SURE ? s->window : 0;
+
+		if (s->window && (page - s->up <= skip || s->down - page <= skip)) {
 			uint64_t nr = s->window * 2 < plan->max_window ? s->window * 2 : plan->max_window;
 
 			s->used = plan->clock;
 			s->window = nr;
 			window.nr = nr;
-			if (page == s->up) {
+			if (page - s->up <= skip) {
 				s->up = page + nr;
 			} else {
 				window.nr = nr <= page ? nr : page + 1;

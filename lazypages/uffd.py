@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 PAGE_SIZE = 4096
 
 #: Pages that a fault may bring beside its own when faults run on in one direction.
-MAX_READAHEAD = 64
+MAX_READAHEAD = 128
 
 
 class TaskGoneError(LazyPagesError):
