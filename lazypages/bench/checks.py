@@ -15,7 +15,7 @@ _SPARE = 16
 #: How often a daemon may go to sleep beside waiting for faults: its start, its loop, its threads.
 _SPARE_WAITS = 1000
 #: Pages that a copy of the background brings at least where they lie together (CHUNK_BUSY of csrc/engine.c).
-_CHUNK = 16
+_CHUNK = 4
 
 
 OF_OURS = (OURS, BOTH, TRACED)
