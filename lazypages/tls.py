@@ -44,7 +44,11 @@ class TlsFiles(NamedTuple):
 
     def server_context(self) -> ssl.SSLContext:
         """For the side that accepts. Raises TlsError."""
-        return self._context(ssl.PROTOCOL_TLS_SERVER)
+        context = self._context(ssl.PROTOCOL_TLS_SERVER)
+        # Nobody resumes a session, and to CRIU's dump a ticket is no answer: GnuTLS has nothing to read then, says
+        # EAGAIN, and the dump fails (observed with CRIU 4.1.1 and 4.2.1).
+        context.num_tickets = 0
+        return context
 
     def _context(self, protocol: int) -> ssl.SSLContext:
         context = ssl.SSLContext(protocol)

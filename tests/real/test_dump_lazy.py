@@ -19,7 +19,7 @@ import pytest
 
 from images_spec.flags import PAGE_SIZE, PE_LAZY
 from lazypages.sources.remote import RemoteOptions
-from lazypages.sources.url import TcpServer
+from lazypages.sources.url import PageServerAddress, TcpServer, UnixServer
 from lazypages.wire import Command, Header, Layout
 from tests.real.test_criu_namespace import restore
 from tests.real.test_pageserver_criu import remote_daemon
@@ -283,6 +283,53 @@ def test_tls(program: Program, tmp_path: Path) -> None:
         fetch([address], list(expected), options=options).check(expected)
         assert source.wait() == 0
         assert victim.has_ended()
+
+
+@both
+def test_migration_with_tls(criu: Criu, program: Program, tmp_path: Path) -> None:
+    """To CRIU's own daemon."""
+    authority = Authority(tmp_path / "pki")
+    here, there = authority.issue("source"), authority.issue("destination")
+    with (
+        running(criu, "single", program, tmp_path) as victim,
+        lazy_dump(
+            victim.pid, victim.checkpoint.images, "--address", "127.0.0.1", *authority.options(here)
+        ) as source,
+    ):
+        source.wait_ready()
+        work = tmp_path / "work"
+        work.mkdir()
+        daemon = remote_daemon(criu, source.port, *authority.options(there))
+        with restore(victim.checkpoint, daemon, work) as (restored, restorer):
+            restored.go()
+            assert restorer.wait(60) == 0
+            restored.check_verdict()
+            assert restored.server.wait() == 0
+        assert source.wait() == 0
+        assert victim.has_ended()
+
+
+@pytest.mark.parametrize("how", ["::1", "localhost", "unix"])
+def test_addresses(how: str, program: Program, tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    with (
+        running(Criu("4.1"), "single", program, tmp_path) as victim,
+        lazy_dump(
+            victim.pid, victim.checkpoint.images, "--address", f"unix:{path}" if how == "unix" else how
+        ) as source,
+    ):
+        if how == "unix":
+            Server.wait_ready(source)
+            assert path.stat().st_mode & 0o777 == 0o600
+            address: PageServerAddress = UnixServer(path)
+        else:
+            source.wait_ready()
+            address = TcpServer(how, source.port)
+        expected = contents(victim)
+        fetch([address], list(expected)).check(expected)
+        assert source.wait() == 0
+        assert victim.has_ended()
+    assert not path.exists()
 
 
 def test_the_frozen_task_is_killed(program: Program, tmp_path: Path) -> None:

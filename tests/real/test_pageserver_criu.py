@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import filecmp
 import os
+import signal
 import socket
 import threading
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ import pytest
 from lazypages.sources.remote import RemoteOptions
 from lazypages.sources.url import TcpServer
 from lazypages.wire import PAGE_SIZE, Command, Header, ImageType, Layout, encode_dst_id
-from tests.real.test_remote_criu import free_port, layout_of, lazy_pages
+from tests.real.test_remote_criu import free_port, layout_of, lazy_pages, read_memory
 from tests.support.certificates import Authority
 from tests.support.criu import Criu, all_criu, raised_pipe_limit
 from tests.support.pages import BASE, PageServer, fetch, page_at, page_server
@@ -167,6 +168,61 @@ def test_dump(criu: Criu, scenario: str, program: Program, tmp_path: Path) -> No
         assert other.wait() == 0
     names = same_images(ours, theirs)
     assert "pages-65537.img" in names
+
+
+@both
+def test_dump_with_tls(criu: Criu, program: Program, authority: Authority, tmp_path: Path) -> None:
+    """The same task, stopped, is dumped twice: to us, and to CRIU's own server."""
+    ours, theirs, results = (tmp_path / name for name in ("ours", "theirs", "results"))
+    for directory in (ours, theirs, results):
+        directory.mkdir()
+    at_server, at_client = (authority.issue(f"{name}-{criu.release}") for name in ("receiver", "sender"))
+    to = ["-R", "--page-server", "--address", "127.0.0.1", *authority.options(at_client)]
+    with nothing_left():
+        victim = start(program.command("single", results), cwd="/")
+        wait_for("the victim to fill its memory", (results / "ready").exists)
+        os.sched_setaffinity(
+            victim.pid, {min(os.sched_getaffinity(0))}
+        )  # its number is in the memory: rseq(2)
+        os.kill(victim.pid, signal.SIGSTOP)
+        options = ["--address", "127.0.0.1", *authority.options(at_server)]
+        with our_receiver(ours, tmp_path, *options) as server:
+            server.wait_ready()
+            (tmp_path / "first").mkdir()
+            criu.dump(victim.pid, tmp_path / "first", *to, "--port", str(server.port))
+            assert server.wait() == 0
+        with receiver(criu, theirs, tmp_path, *authority.options(at_server)) as (other, port):
+            (tmp_path / "second").mkdir()
+            criu.dump(victim.pid, tmp_path / "second", *to, "--port", str(port))
+            assert other.wait() == 0
+        victim.kill()
+        victim.wait(30)
+    assert "pages-65537.img" in same_images(ours, theirs)
+
+
+@both
+def test_fetch_from_a_frozen_task_with_tls(
+    criu: Criu, program: Program, authority: Authority, tmp_path: Path
+) -> None:
+    """Our client and `criu dump --lazy-pages --tls`."""
+    lazy, results = tmp_path / "lazy", tmp_path / "results"
+    for directory in (lazy, results):
+        directory.mkdir()
+    theirs, ours = (authority.issue(f"{name}-{criu.release}") for name in ("frozen", "client-of-frozen"))
+    port = free_port()
+    with nothing_left(), raised_pipe_limit():
+        victim = start(program.command("single", results), cwd="/")
+        wait_for("the victim to fill its memory", (results / "ready").exists)
+        options = ["--address", "127.0.0.1", "--port", str(port), *authority.options(theirs)]
+        with criu.lazy_dump(victim.pid, lazy, *options) as server:
+            server.wait_ready()
+            contents = read_memory(victim.pid, list(lazy_pages(lazy)))
+            assert len(contents) > 1000
+            told = RemoteOptions(written_by=layout_of(criu), tls=authority.files(ours))
+            fetched = fetch([TcpServer("127.0.0.1", port, tls=True)], list(contents), options=told)
+            assert server.wait() == 0
+        victim.wait(30)
+    fetched.check(contents)
 
 
 def dst_id(pid: int) -> int:

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import random
 import signal
+import socket
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from images_spec.flags import PAGE_SIZE
 from tests.support.criu import Criu, all_criu
+from tests.support.hosts import Host, Link, two_hosts
 from tests.support.processes import Server, nothing_left
 from tests.support.proxy import Fault, Proxy
-from tests.support.remote import criu_page_server, leave_at_source, our_page_server
-from tests.support.restore import Checkpoints, lazy_restore, our_daemon
+from tests.support.remote import criu_page_server, free_port, leave_at_source, our_page_server
+from tests.support.restore import Checkpoints, Daemon, lazy_restore, our_daemon
 
 both = pytest.mark.parametrize("criu", all_criu())
 OURS = Criu("4.1")
@@ -32,11 +36,14 @@ def page_server(
 
 
 @contextmanager
-def page_server_at(sock: Path, images: Path, work: Path) -> Iterator[Server]:
-    """Ours, on a unix socket."""
+def page_server_at(
+    address: str, *options: str, images: Path, work: Path, host: Host | None = None
+) -> Iterator[Server]:
+    """Ours, at that address."""
     work.mkdir()
     command = [sys.executable, "-m", "lazypages", "page-server", "--lazy-pages", "-D", str(images)]
-    command += ["-W", str(work), "--address", f"unix:{sock}", "-v4", "-o", "page-server.log"]
+    command += ["-W", str(work), "--address", address, *options, "-v4", "-o", "page-server.log"]
+    command = (host or Host()).command(*command)
     with Server(command, output=work / "out", logs=[work / "page-server.log"]) as server:
         server.wait_ready()
         yield server
@@ -123,6 +130,71 @@ def test_a_directory_stands_in(checkpoints: Checkpoints, tmp_path: Path) -> None
         restored.check_verdict()
 
 
+@pytest.mark.parametrize("how", ["::1", "localhost", "tcp://[::1]", "unix"])
+def test_addresses(how: str, checkpoints: Checkpoints, tmp_path: Path) -> None:
+    """IPv6, names and unix sockets, as options and as URLs."""
+    checkpoint = checkpoints.get(OURS, "single")
+    images, sock = tmp_path / "images", tmp_path / "pages.sock"
+    leave_at_source(checkpoint.images, images)
+    with nothing_left(), ExitStack() as stack:
+        if how == "unix":
+            stack.enter_context(
+                page_server_at(f"unix:{sock}", images=checkpoint.images, work=tmp_path / "server")
+            )
+            options = ["--source", f"unix:{sock}"]
+        else:
+            port = free_port()
+            address = "::1" if "::1" in how else how
+            where = (address, "--port", str(port))
+            stack.enter_context(page_server_at(*where, images=checkpoint.images, work=tmp_path / "server"))
+            if how.startswith("tcp:"):
+                options = ["--source", f"{how}:{port}"]
+            else:
+                options = ["--page-server", "--address", how, "--port", str(port)]
+        with lazy_restore(checkpoint, our_daemon(*options), tmp_path, images) as restored:
+            restored.check_all()
+
+
+@dataclass(frozen=True)
+class DaemonWithSocket(Daemon):
+    """Gets a socket of ours."""
+
+    sock: socket.socket | None = None
+
+    def start(self, images: Path, work: Path) -> Server:
+        assert self.sock is not None
+        number = self.sock.fileno()
+        command = [
+            *self.command,
+            "-D",
+            str(images),
+            "-W",
+            str(work),
+            "--page-server",
+            "--ps-socket",
+            str(number),
+        ]
+        return Server(command, output=work / "serve.out", pass_fds=[number])
+
+
+def test_ps_socket(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    """On both sides: a socket that somebody else has connected is all there is."""
+    checkpoint = checkpoints.get(OURS, "single")
+    images = tmp_path / "images"
+    leave_at_source(checkpoint.images, images)
+    here, there = socket.socketpair()
+    command = [sys.executable, "-m", "lazypages", "page-server", "--lazy-pages", "-D", str(checkpoint.images)]
+    command += ["-W", str(tmp_path), "--ps-socket", str(there.fileno()), "-v4"]
+    with nothing_left(), here, Server(command, output=tmp_path / "out", pass_fds=[there.fileno()]) as server:
+        there.close()
+        server.wait_ready()
+        daemon = DaemonWithSocket("lazypages", our_daemon().command, sock=here)
+        with lazy_restore(checkpoint, daemon, tmp_path, images) as restored:
+            restored.check_all()
+        here.close()
+        assert server.wait() == 0
+
+
 def test_nobody_has_them(checkpoints: Checkpoints, tmp_path: Path) -> None:
     """Images without their pages and no server: refused before a restore can begin."""
     images = tmp_path / "images"
@@ -140,7 +212,9 @@ def test_a_server_that_goes_away(checkpoints: Checkpoints, tmp_path: Path) -> No
     leave_at_source(checkpoint.images, images)
     daemon = our_daemon("--no-background", "--source", f"unix:{sock}")
     with nothing_left(), ExitStack() as stack:
-        first = stack.enter_context(page_server_at(sock, checkpoint.images, tmp_path / "first"))
+        first = stack.enter_context(
+            page_server_at(f"unix:{sock}", images=checkpoint.images, work=tmp_path / "first")
+        )
         restored = stack.enter_context(lazy_restore(checkpoint, daemon, tmp_path, images))
         first.signal(signal.SIGKILL)
         first.process.wait()
@@ -148,7 +222,9 @@ def test_a_server_that_goes_away(checkpoints: Checkpoints, tmp_path: Path) -> No
         time.sleep(1)
         assert restored.reports() == []
         sock.unlink(missing_ok=True)
-        stack.enter_context(page_server_at(sock, checkpoint.images, tmp_path / "second"))
+        stack.enter_context(
+            page_server_at(f"unix:{sock}", images=checkpoint.images, work=tmp_path / "second")
+        )
         restored.check_end()
 
 
@@ -184,6 +260,34 @@ def test_500_random_cuts_while_a_task_runs(mode: list[str], checkpoints: Checkpo
             checkpoint.forget_results()
             with lazy_restore(checkpoint, our_daemon(*mode, *daemon_options), work, images) as restored:
                 restored.check_all()
+
+
+@pytest.mark.parametrize("server_dies", [False, True], ids=["server stays", "server dies"])
+def test_a_network_that_goes_away(server_dies: bool, checkpoints: Checkpoints, tmp_path: Path) -> None:
+    """Nothing arrives any more, and nobody is told: the task waits, and goes on when the network is back.
+
+    A server that has died meanwhile never said good-bye; there is a new one then.
+    """
+    checkpoint = checkpoints.get(OURS, "single")
+    images = tmp_path / "images"
+    leave_at_source(checkpoint.images, images)
+    with nothing_left(), two_hosts(Link()) as (source, destination), ExitStack() as stack:
+        options = [source.address, "--port", "27000", "--insecure"]
+        there = partial(page_server_at, *options, images=checkpoint.images, host=source)
+        first = stack.enter_context(there(work=tmp_path / "first"))
+        ours = our_daemon("--no-background", "--source", f"tcp://{source.address}:27000").command
+        daemon = Daemon("lazypages", tuple(destination.command(*ours)))
+        restored = stack.enter_context(lazy_restore(checkpoint, daemon, tmp_path, images))
+        source.run("ip", "route", "add", "blackhole", f"{destination.address}/32")
+        restored.go()
+        time.sleep(4)  # longer than silence is taken for slowness
+        assert restored.reports() == []
+        if server_dies:
+            first.signal(signal.SIGKILL)
+            first.process.wait()
+            stack.enter_context(there(work=tmp_path / "second"))
+        source.run("ip", "route", "del", "blackhole", f"{destination.address}/32")
+        restored.check_end()
 
 
 def test_deadline(checkpoints: Checkpoints, tmp_path: Path) -> None:
