@@ -19,6 +19,7 @@
 
 #include "follow.h"
 #include "guard.h"
+#include "lane.h"
 #include "lock.h"
 #include "plan.h"
 #include "smaps.h"
@@ -63,6 +64,11 @@ struct faults {
 	size_t nr, cap;
 };
 
+/* A thread that waits for a page from a remote source, dumped at image; what its fault has asked for, and where that is. */
+struct waiter {
+	uint64_t image, since, addr, nr_pages;
+};
+
 struct lp_task {
 	struct lp_engine *engine;
 	struct lp_space *space;
@@ -79,6 +85,11 @@ struct lp_task {
 	bool is_put_off;
 	int read_error; /* the last one told */
 	_Atomic uint64_t cursor; /* background transfer goes on here */
+	uint64_t lane_cursor;	 /* that of lanes, the serving thread's */
+	struct lp_task *next_kin; /* under the engine's lock */
+	pthread_mutex_t waiting_lock; /* of what follows */
+	struct waiter *waiting;
+	size_t nr_waiting, cap_waiting;
 	uint64_t lead, led_at;	 /* how far the background was sent ahead of a thread, and when; bytes, ns */
 	uint64_t total;
 	pid_t pid; /* 0: not known */
@@ -94,7 +105,12 @@ struct lp_task {
 	_Atomic uint32_t histogram[LP_HISTOGRAM_BUCKETS];
 };
 
+#define FAMILIES 1024
+
 struct lp_engine {
+	struct lp_lanes lanes;
+	struct lp_task **kin; /* for the serving thread to collect a family in */
+	size_t cap_kin;
 	int epfd, wakefd, noticefd;
 	void *nowhere; /* a page that can't be read */
 	struct lp_guard *guard; /* may be NULL */
@@ -107,6 +123,7 @@ struct lp_engine {
 	_Atomic uint32_t nr_memories;
 	pthread_mutex_t lock;	 /* of what follows */
 	struct lp_task *tasks, *dead;
+	struct lp_task *families[FAMILIES]; /* by tag */
 	struct lp_notice *notices;
 	size_t nr_notices, cap_notices;
 };
@@ -297,6 +314,45 @@ static uint32_t source_index(const struct lp_task *t, uint32_t source)
 	if (source == LP_SOURCE_REMOTE)
 		return t->nr_levels;
 	return source == LP_SOURCE_LOST ? t->nr_levels + 1 : source;
+}
+
+static void begin_wait(struct lp_task *t, struct waiter waiter)
+{
+	pthread_mutex_lock(&t->waiting_lock);
+	if (t->nr_waiting == t->cap_waiting) {
+		size_t cap = t->cap_waiting ? t->cap_waiting * 2 : 16;
+		struct waiter *more = realloc(t->waiting, cap * sizeof(*more));
+
+		if (!more) { /* only for the statistics */
+			pthread_mutex_unlock(&t->waiting_lock);
+			return;
+		}
+		t->waiting = more;
+		t->cap_waiting = cap;
+	}
+	t->waiting[t->nr_waiting++] = waiter;
+	pthread_mutex_unlock(&t->waiting_lock);
+}
+
+/* Pages have come from a remote source (or never will): whoever waited for one does not any more. */
+static void end_wait(struct lp_task *t, uint64_t image, uint64_t end, bool served)
+{
+	pthread_mutex_lock(&t->waiting_lock);
+	for (size_t i = 0; i < t->nr_waiting;) {
+		struct waiter w = t->waiting[i];
+
+		if (w.image < image || w.image >= end) {
+			i++;
+			continue;
+		}
+		t->waiting[i] = t->waiting[--t->nr_waiting];
+		if (served) {
+			add(&t->stats.faults_served, 1);
+			add(&t->served[t->nr_levels], 1);
+			answered(t, w.since, LP_TRACE_REMOTE, w.addr, w.nr_pages);
+		}
+	}
+	pthread_mutex_unlock(&t->waiting_lock);
 }
 
 /* ---- the ioctls ---- */
@@ -575,6 +631,9 @@ static int answer(struct lp_task *t, struct fault fault)
 			return 0;
 		}
 		trace(t, LP_TRACE_WANTED, LP_TRACE_REMOTE, run.addr, run.nr_pages, run.image);
+		begin_wait(t, (struct waiter){notice.image, fault.since, run.addr, run.nr_pages});
+		if (lp_lanes_fault(&t->engine->lanes, t->tag, run.image, run.nr_pages, fault.since))
+			return 0;
 		notice.kind = LP_NOTICE_NEED;
 		notice.addr = run.addr;
 		notice.image = run.image;
@@ -586,6 +645,9 @@ static int answer(struct lp_task *t, struct fault fault)
 			lead_on(t, fault);
 			return 0;
 		}
+		begin_wait(t, (struct waiter){run.image, fault.since, run.addr, 1});
+		if (lp_lanes_hurry(&t->engine->lanes, t->tag, run.image, fault.since))
+			return 0;
 		notice.kind = LP_NOTICE_HURRY;
 		break;
 	default:
@@ -635,6 +697,7 @@ static struct lp_task *task_alloc(struct lp_engine *e, int uffd, uint32_t nr_lev
 	t->dropped = t->copied + nr_levels + 2;
 	t->served = t->dropped + nr_levels + 2;
 	lp_lock_init(&t->lock);
+	pthread_mutex_init(&t->waiting_lock, NULL);
 	return t;
 }
 
@@ -657,6 +720,8 @@ static void task_free(struct lp_task *t)
 	free(t->changes);
 	lp_space_free(t->space);
 	lp_lock_destroy(&t->lock);
+	pthread_mutex_destroy(&t->waiting_lock);
+	free(t->waiting);
 	free(t->faults.at);
 	free(t->put_off.at);
 	free(t->levels);
@@ -679,6 +744,8 @@ static void task_link(struct lp_task *t)
 	pthread_mutex_lock(&e->lock);
 	t->next = e->tasks;
 	e->tasks = t;
+	t->next_kin = e->families[t->tag % FAMILIES];
+	e->families[t->tag % FAMILIES] = t;
 	pthread_mutex_unlock(&e->lock);
 }
 
@@ -992,6 +1059,32 @@ static void serve(struct lp_task *t)
 
 /* ---- the engine ---- */
 
+/* Pages that a lane has received: for the task and for what it has forked, as lp_task_deliver. */
+static int place(void *arg, uint64_t tag, uint64_t image, uint64_t nr_pages, const void *bytes)
+{
+	struct lp_engine *e = arg;
+	size_t nr = 0;
+
+	pthread_mutex_lock(&e->lock);
+	for (struct lp_task *t = e->families[tag % FAMILIES]; t; t = t->next_kin) {
+		if (t->tag != tag)
+			continue;
+		if (nr == e->cap_kin) {
+			e->cap_kin = e->cap_kin ? e->cap_kin * 2 : 16;
+			e->kin = realloc(e->kin, e->cap_kin * sizeof(struct lp_task *));
+			if (!e->kin)
+				abort(); /* pages that are not placed are a task that hangs without a word */
+		}
+		e->kin[nr++] = t;
+	}
+	pthread_mutex_unlock(&e->lock);
+	/* Again for all of them after EAGAIN: who has the pages does not wait for them. */
+	for (size_t i = 0; i < nr; i++)
+		if (lp_task_deliver(e->kin[i], image, nr_pages, bytes) == -EAGAIN)
+			return -EAGAIN;
+	return 0;
+}
+
 struct lp_engine *lp_engine_new(struct lp_guard *guard)
 {
 	struct lp_engine *e = calloc(1, sizeof(*e));
@@ -1014,7 +1107,13 @@ struct lp_engine *lp_engine_new(struct lp_guard *guard)
 		errno = saved;
 		return NULL;
 	}
+	lp_lanes_init(&e->lanes, e->epfd, e->wakefd, place, e);
 	return e;
+}
+
+struct lp_lanes *lp_engine_lanes(struct lp_engine *e)
+{
+	return &e->lanes;
 }
 
 static void bury(struct lp_engine *e)
@@ -1034,6 +1133,7 @@ static void bury(struct lp_engine *e)
 				*link = t->next_put_off;
 				break;
 			}
+		lp_lanes_forget(&e->lanes, t);
 		task_free(t);
 	}
 }
@@ -1049,6 +1149,8 @@ void lp_engine_free(struct lp_engine *e)
 		e->tasks = t->next;
 		task_free(t);
 	}
+	lp_lanes_free(&e->lanes);
+	free(e->kin);
 	if (e->epfd >= 0)
 		close(e->epfd);
 	if (e->wakefd >= 0)
@@ -1089,7 +1191,7 @@ static void serve_put_off(struct lp_engine *e)
 	}
 }
 
-static int next_events(struct lp_engine *e, struct epoll_event *events)
+static int next_events(struct lp_engine *e, struct epoll_event *events, bool again)
 {
 	bool following = atomic_load(&e->follow.cpu) >= 0;
 	int n = 0;
@@ -1099,7 +1201,7 @@ static int next_events(struct lp_engine *e, struct epoll_event *events)
 		if (!n)
 			lp_follow_insist(&e->follow);
 	}
-	return n ? n : epoll_wait(e->epfd, events, EVENTS, e->put_off ? RETRY_MS : following ? IDLE_MS : -1);
+	return n ? n : epoll_wait(e->epfd, events, EVENTS, again ? RETRY_MS : following ? IDLE_MS : -1);
 }
 
 int lp_engine_run(struct lp_engine *e)
@@ -1109,18 +1211,22 @@ int lp_engine_run(struct lp_engine *e)
 
 	lp_follow_init(&e->follow);
 	while (!rc && !atomic_load(&e->stop)) {
+		bool again;
 		int n;
 
-		/* no task that epoll_wait has named is buried before the next epoll_wait */
+		/* no task or lane that epoll_wait has named is buried before the next epoll_wait */
 		bury(e);
-		n = next_events(e, events);
+		again = lp_lanes_round(&e->lanes) || e->put_off;
+		n = next_events(e, events, again);
 		if (n < 0 && errno != EINTR)
 			rc = -errno;
 		e->ready = n;
 		if (!n && !e->put_off)
 			lp_follow_nobody(&e->follow);
 		for (int i = 0; i < n; i++) {
-			if (events[i].data.ptr)
+			if (events[i].data.u64 & 1)
+				lp_lane_ready((struct lp_lane *)(uintptr_t)(events[i].data.u64 & ~1ull));
+			else if (events[i].data.ptr)
 				serve(events[i].data.ptr);
 			else
 				clear_fd(e->wakefd);
@@ -1191,13 +1297,13 @@ struct lp_task *lp_task_new(struct lp_engine *e, int uffd, const struct lp_exten
 	if (t->remote)
 		lp_space_index(t->space);
 	lp_plan_init(&t->plan, max_readahead);
+	task_link(t); /* before it is served: what lanes bring finds it by its tag */
 	int rc = task_start(t);
 	if (rc) {
-		task_free(t);
+		lp_task_close(t);
 		errno = -rc;
 		return NULL;
 	}
-	task_link(t);
 	check_complete(t);
 	return t;
 }
@@ -1218,6 +1324,11 @@ void lp_task_close(struct lp_task *t)
 	for (link = &e->tasks; *link; link = &(*link)->next)
 		if (*link == t) {
 			*link = t->next;
+			break;
+		}
+	for (link = &e->families[t->tag % FAMILIES]; *link; link = &(*link)->next_kin)
+		if (*link == t) {
+			*link = t->next_kin;
 			break;
 		}
 	t->next_dead = e->dead;
@@ -1306,7 +1417,7 @@ uint64_t lp_task_claim_remote(struct lp_task *t, uint64_t cursor, uint64_t max_p
 	uint64_t nr = 0;
 
 	lp_lock_shared(&t->lock);
-	while (lp_space_next(t->space, cursor, max_pages, true, &run)) {
+	while (t->uffd >= 0 && lp_space_next(t->space, cursor, max_pages, true, &run)) {
 		cursor = run.addr + (run.nr_pages << LP_PAGE_SHIFT);
 		if (run.kind == LP_REMOTE && (nr = lp_space_claim(t->space, run.dense, run.nr_pages)))
 			break;
@@ -1318,6 +1429,20 @@ uint64_t lp_task_claim_remote(struct lp_task *t, uint64_t cursor, uint64_t max_p
 	}
 	lp_unlock_shared(&t->lock);
 	return nr;
+}
+
+int64_t lp_task_claim_background(struct lp_task *t, uint64_t max_pages, uint64_t *image)
+{
+	uint64_t from = t->lane_cursor, nr = 0;
+
+	if (atomic_load(&t->gone))
+		return 0;
+	if (t->nr_changes) /* changed by this thread only */
+		return -EAGAIN;
+	nr = lp_task_claim_remote(t, from, max_pages, image, &t->lane_cursor);
+	if (!nr && from) /* round again: what was released behind us */
+		nr = lp_task_claim_remote(t, 0, max_pages, image, &t->lane_cursor);
+	return (int64_t)nr;
 }
 
 /* The next piece of image range [image, +nr_pages) that a region holds; its answer starts where the task has it now. */
@@ -1360,14 +1485,9 @@ int64_t lp_task_deliver(struct lp_task *t, uint64_t image, uint64_t nr_pages, co
 		at += piece.nr_pages << LP_PAGE_SHIFT;
 	}
 	lp_unlock_shared(&t->lock);
+	if (!rc)
+		end_wait(t, image, end, true);
 	return rc ? rc : (int64_t)placed;
-}
-
-void lp_task_answered(struct lp_task *t, uint64_t since, uint64_t addr, uint64_t nr_pages)
-{
-	add(&t->stats.faults_served, 1);
-	add(&t->served[t->nr_levels], 1);
-	answered(t, since, LP_TRACE_REMOTE, addr, nr_pages);
 }
 
 void lp_task_fail_remote(struct lp_task *t, uint64_t image, uint64_t nr_pages, bool lost)
@@ -1386,6 +1506,7 @@ void lp_task_fail_remote(struct lp_task *t, uint64_t image, uint64_t nr_pages, b
 		at += piece.nr_pages << LP_PAGE_SHIFT;
 	}
 	lp_unlock_shared(&t->lock);
+	end_wait(t, image, end, false);
 }
 
 void lp_task_regain(struct lp_task *t)

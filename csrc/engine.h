@@ -119,8 +119,6 @@ uint64_t lp_task_claim_remote(struct lp_task *task, uint64_t cursor, uint64_t ma
  * skipped.  Returns pages placed, or -EAGAIN (call again with the same), -ESRCH.
  */
 int64_t lp_task_deliver(struct lp_task *task, uint64_t image, uint64_t nr_pages, const void *buffer);
-/* A fault that a notice told of (`since`, pages [addr, +nr_pages)) has its page now: for the statistics. */
-void lp_task_answered(struct lp_task *task, uint64_t since, uint64_t addr, uint64_t nr_pages);
 /* The claimed pages won't come: ask again (lost false) or say that no source has them. */
 void lp_task_fail_remote(struct lp_task *task, uint64_t image, uint64_t nr_pages, bool lost);
 /* A source has come back: lost pages are wanted again. */

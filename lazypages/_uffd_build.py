@@ -106,7 +106,6 @@ int64_t lp_task_transfer(struct lp_task *task, uint64_t max_bytes);
 uint64_t lp_task_claim_remote(struct lp_task *task, uint64_t cursor, uint64_t max_pages, uint64_t *image,
                               uint64_t *next_cursor);
 int64_t lp_task_deliver(struct lp_task *task, uint64_t image, uint64_t nr_pages, const void *buffer);
-void lp_task_answered(struct lp_task *task, uint64_t since, uint64_t addr, uint64_t nr_pages);
 void lp_task_fail_remote(struct lp_task *task, uint64_t image, uint64_t nr_pages, bool lost);
 void lp_task_regain(struct lp_task *task);
 int64_t lp_task_poison(struct lp_task *task, bool all);
@@ -126,6 +125,33 @@ const struct lp_space *lp_task_space(const struct lp_task *task);
 
 #define SYS_userfaultfd ...
 long syscall(long number, ...);
+
+struct lp_lane;
+struct lp_lane_options { uint32_t header_size, max_pages; uint64_t floor; bool zeros, background; };
+struct lp_request { uint64_t tag, image, nr_pages, since, sent, delivered; bool urgent, told; };
+enum lp_lane_event_kind {
+    LP_LANE_ARRIVED, LP_LANE_REFUSED, LP_LANE_HEARD, LP_LANE_QUIET, LP_LANE_TURN_OVER, LP_LANE_CLOSED,
+    LP_LANE_ENDED, ...
+};
+struct lp_lane_event {
+    uint32_t kind;
+    int32_t status;
+    bool at_boundary, told;
+    uint64_t tag, image, nr_pages, since;
+};
+struct lp_lane_state {
+    uint64_t outstanding, urgent, background, limit, heard, oldest, requests, pages, bytes, round_trip;
+};
+struct lp_lane *lp_lane_new(struct lp_engine *engine, int fd, const struct lp_lane_options *options);
+void lp_lane_close(struct lp_lane *lane);
+int lp_lane_event_fd(const struct lp_lane *lane);
+size_t lp_lane_events(struct lp_lane *lane, struct lp_lane_event *events, size_t max);
+void lp_lane_ask(struct lp_lane *lane, uint64_t tag, uint64_t image, uint64_t nr_pages, bool urgent);
+void lp_lane_hold(struct lp_lane *lane, bool held);
+void lp_lane_turn(struct lp_lane *lane, struct lp_task *task, uint64_t max_bytes);
+void lp_lane_finish(struct lp_lane *lane, bool force);
+size_t lp_lane_outstanding(struct lp_lane *lane, struct lp_request *requests, size_t max);
+void lp_lane_state(struct lp_lane *lane, struct lp_lane_state *state);
 """)
 
 CSRC = Path("csrc")  # builds run at the project's root
@@ -133,10 +159,10 @@ CSRC = Path("csrc")  # builds run at the project's root
 ffibuilder.set_source(
     "lazypages._uffd",
     "#include <sys/syscall.h>\n#include <unistd.h>\n"
-    '#include "engine.h"\n#include "plan.h"\n#include "space.h"\n#include "trace.h"\n',
+    '#include "engine.h"\n#include "lane.h"\n#include "plan.h"\n#include "space.h"\n#include "trace.h"\n',
     sources=[
         str(CSRC / name)
-        for name in ("space.c", "plan.c", "smaps.c", "follow.c", "guard.c", "trace.c", "engine.c")
+        for name in ("space.c", "plan.c", "smaps.c", "follow.c", "guard.c", "trace.c", "lane.c", "engine.c")
     ],
     depends=[
         str(CSRC / name)
@@ -149,6 +175,7 @@ ffibuilder.set_source(
             "follow.h",
             "guard.h",
             "trace.h",
+            "lane.h",
             "engine.h",
         )
     ],

@@ -185,10 +185,6 @@ class ServedTask:
         buffer = ffi.from_buffer(data)
         return _check(int(lib.lp_task_deliver(self._handle, image, len(buffer) // PAGE_SIZE, buffer)))
 
-    def answered(self, notice: Notice) -> None:
-        """The fault that the notice is of has its page now; for the statistics."""
-        lib.lp_task_answered(self._handle, notice.since, notice.addr, notice.nr_pages)
-
     def fail_remote(self, image: int, nr_pages: int, *, lost: bool) -> None:
         """Gives claims back: the pages are wanted again or, if `lost`, can't be had."""
         lib.lp_task_fail_remote(self._handle, image, nr_pages, lost)
@@ -270,6 +266,143 @@ class Guard:
         lib.lp_guard_end(self.handle)
 
 
+class LaneEventKind(enum.IntEnum):
+    """What a lane has to tell (``enum lp_lane_event_kind``, csrc/lane.h)."""
+
+    ARRIVED = 1
+    REFUSED = 2
+    HEARD = 3
+    QUIET = 4
+    TURN_OVER = 5
+    CLOSED = 6
+    ENDED = 7
+
+
+class LaneEvent(NamedTuple):
+    """``struct lp_lane_event`` of csrc/lane.h: what each kind means, and what of the rest it has."""
+
+    kind: LaneEventKind
+    status: int
+    at_boundary: bool
+    told: bool
+    tag: int
+    image: int
+    nr_pages: int
+    since: int
+
+
+class LaneRequest(NamedTuple):
+    """Pages of a task, by tag and address at dump time; ``since``: ns, 0 if no thread waits."""
+
+    tag: int
+    image: int
+    nr_pages: int
+    since: int
+    urgent: bool
+    told: bool
+
+
+class LaneState(NamedTuple):
+    """``struct lp_lane_state``: requests, bytes, ns."""
+
+    outstanding: int
+    urgent: int
+    background: int
+    limit: int
+    heard: int
+    oldest: int
+    requests: int
+    pages: int
+    bytes: int
+    round_trip: int
+
+
+class Lane:
+    """A connected socket to a page server on which the engine itself asks for pages; see csrc/lane.h.
+
+    For the event loop's thread, until :meth:`close`.
+    """
+
+    _BATCH = 64
+
+    def __init__(
+        self,
+        engine: Engine,
+        fd: int,
+        *,
+        header_size: int,
+        max_pages: int,
+        zeros: bool,
+        background: bool,
+        floor: int,
+    ) -> None:
+        options = ffi.new("struct lp_lane_options *", (header_size, max_pages, floor, zeros, background))
+        self._handle = lib.lp_lane_new(engine._handle, fd, options)
+        if self._handle == ffi.NULL:
+            raise OSError(ffi.errno, os.strerror(ffi.errno))
+        self._events = ffi.new("struct lp_lane_event[]", self._BATCH)
+        self._state = ffi.new("struct lp_lane_state *")
+
+    @property
+    def event_fd(self) -> int:
+        """Readable when :meth:`events` has something to say. The lane owns it."""
+        return int(lib.lp_lane_event_fd(self._handle))
+
+    def events(self) -> list[LaneEvent]:
+        """Takes what has happened since the last call, in order; does not block."""
+        nr = lib.lp_lane_events(self._handle, self._events, self._BATCH)
+        return [
+            LaneEvent(
+                LaneEventKind(raw.kind),
+                raw.status,
+                raw.at_boundary,
+                raw.told,
+                raw.tag,
+                raw.image,
+                raw.nr_pages,
+                raw.since,
+            )
+            for raw in self._events[0:nr]
+        ]
+
+    def ask(self, tag: int, image: int, nr_pages: int, *, urgent: bool) -> None:
+        """Asks for pages; ARRIVED tells of them."""
+        lib.lp_lane_ask(self._handle, tag, image, nr_pages, urgent)
+
+    def hold(self, *, held: bool) -> None:
+        """While it is held, the lane sends nothing of its own accord."""
+        lib.lp_lane_hold(self._handle, held)
+
+    def turn(self, task: ServedTask, max_bytes: int) -> None:
+        """Brings pages of `task` in the background, until TURN_OVER; one task at a time."""
+        lib.lp_lane_turn(self._handle, task._handle, max_bytes)
+
+    def finish(self, *, force: bool) -> None:
+        """Tells the server that this is the end; CLOSED is its answer."""
+        lib.lp_lane_finish(self._handle, force)
+
+    def outstanding(self) -> list[LaneRequest]:
+        """What has not come yet, the oldest first; from now on its arrival is told."""
+        room = 64
+        while True:
+            requests = ffi.new("struct lp_request[]", room)
+            nr = lib.lp_lane_outstanding(self._handle, requests, room)
+            if nr <= room:
+                return [
+                    LaneRequest(raw.tag, raw.image, raw.nr_pages, raw.since, raw.urgent, raw.told)
+                    for raw in requests[0:nr]
+                ]
+            room = nr + 64
+
+    def state(self) -> LaneState:
+        lib.lp_lane_state(self._handle, self._state)
+        return LaneState(*(int(getattr(self._state, name)) for name in LaneState._fields))
+
+    def close(self) -> None:
+        """Hangs up. What is outstanding does not come any more."""
+        lib.lp_lane_close(self._handle)
+
+
 class Engine:
     """Watches the uffds of many tasks. Use as a context manager; :meth:`run` must have returned before it ends.
 
@@ -338,6 +471,23 @@ class Engine:
         if handle == ffi.NULL:
             raise OSError(ffi.errno, os.strerror(ffi.errno))
         return self._adopt(handle)
+
+    def lane(
+        self, fd: int, *, header_size: int, max_pages: int, zeros: bool, background: bool, floor: int = 0
+    ) -> Lane:
+        """A lane on the connected stream socket `fd`, which it duplicates; ``struct lp_lane_options`` has the rest.
+
+        Raises OSError.
+        """
+        return Lane(
+            self,
+            fd,
+            header_size=header_size,
+            max_pages=max_pages,
+            zeros=zeros,
+            background=background,
+            floor=floor,
+        )
 
     @property
     def has_tasks(self) -> bool:

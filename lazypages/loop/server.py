@@ -127,6 +127,7 @@ class Server:
                             self._pages_arrived,
                             self._pages_lost,
                             self._options.remote,
+                            engine,
                         )
                     )
                 async with anyio.create_task_group() as helpers:

@@ -19,7 +19,7 @@ from anyio.abc import TaskGroup
 
 from lazypages.metrics import State, TaskReport, measure
 from lazypages.processes import Process
-from lazypages.uffd import PAGE_SIZE, BusyError, Notice, NoticeKind, ServedTask, TaskGoneError
+from lazypages.uffd import BusyError, Notice, NoticeKind, ServedTask, TaskGoneError
 
 if TYPE_CHECKING:
     from lazypages.sources.remote import RemotePages
@@ -69,7 +69,6 @@ class TaskService:
         self.process = process
         self._turns = transfer_turns
         self._remote = remote
-        self._waiting: list[Notice] = []  # of faults that wait for a page server
         self._started = time.monotonic()
         self._may_close = False
         self._gone = False
@@ -134,7 +133,6 @@ class TaskService:
         match notice.kind:
             case NoticeKind.NEED | NoticeKind.HURRY:
                 urgent.append((self.identity.pid, notice.image, notice.nr_pages))
-                self._waiting.append(notice)
             case NoticeKind.COMPLETE:
                 self._check_complete()
             case NoticeKind.GONE:
@@ -184,6 +182,8 @@ class TaskService:
             group.start_soon(self._transfer)
         if self._remote:
             group.start_soon(self._fetch, self._remote)
+            for _ in self._remote.stats():
+                group.start_soon(self._fetch_by_turns, self._remote)
 
     async def _transfer(self) -> None:
         while True:
@@ -213,6 +213,13 @@ class TaskService:
                 await anyio.sleep(GIVEN_BACK_PAUSE)  # all is asked for; some may be given back
             cursor = following
 
+    async def _fetch_by_turns(self, remote: RemotePages) -> None:
+        """As _fetch, over connections on which the engine asks by itself: it is told how much, and the pages never come
+        by here."""
+        while True:
+            if not await remote.bring(self._served, QUANTUM):
+                await anyio.sleep(GIVEN_BACK_PAUSE)
+
     async def pages_arrived(self, image: int, data: memoryview) -> None:
         """Pages that a page server gave: `data` was at `image`. Returns when `data` is not needed any more."""
         while not self._final:
@@ -223,17 +230,7 @@ class TaskService:
             except TaskGoneError:
                 return
             else:
-                break
-        if self._waiting and not self._final:
-            end = image + len(data)
-            answered = [
-                fault
-                for fault in self._waiting
-                if fault.image < end and image < fault.image + fault.nr_pages * PAGE_SIZE
-            ]
-            for fault in answered:
-                self._waiting.remove(fault)
-                self._served.answered(fault)
+                return
 
     def pages_lost(self, image: int, nr_pages: int, reason: str) -> None:
         """No page server gives these."""

@@ -68,17 +68,25 @@ class Backlog:
         """Pages that wait to be sent."""
         return self._queued_pages[urgent]
 
-    def add(self, pid: int, start: int, end: int, *, urgent: bool, now: float) -> None:
-        """Want [start, end). What is waited for already is not asked for twice, but queued pages are hurried."""
+    def add(self, pid: int, start: int, end: int, *, urgent: bool, now: float, owner: object = None) -> None:
+        """Want [start, end). What is waited for already is not asked for twice, but queued pages are hurried.
+
+        `owner`: the connection that has been asked for it without our doing.
+        """
         place = start
         for known in self._overlapping(pid, start, end):
             if place < known.start:
-                self._enqueue(self._insert(Wanted(pid, place, known.start, urgent, now)))
+                self._add(Wanted(pid, place, known.start, urgent, now, owner))
             place = known.end
             if urgent and not known.urgent:
                 self._hurry(known, start, end)
         if place < end:
-            self._enqueue(self._insert(Wanted(pid, place, end, urgent, now)))
+            self._add(Wanted(pid, place, end, urgent, now, owner))
+
+    def _add(self, wanted: Wanted) -> None:
+        self._insert(wanted)
+        if wanted.owner is None:
+            self._enqueue(wanted)
 
     def take(self, max_pages: int, owner: object, *, urgent: bool) -> Wanted | None:
         """The next range to send, at most `max_pages`, now owned; queued neighbours are made one with it."""

@@ -51,6 +51,11 @@ class Link:
         except OSError as error:
             raise LinkError(_reason(error)) from None
 
+    @property
+    def plain_fd(self) -> int | None:
+        """The file descriptor; None with TLS, where what goes through it is not what is said."""
+        return None if isinstance(self._sock, ssl.SSLSocket) else self._sock.fileno()
+
     async def wait_readable(self) -> None:
         """Until recv_into has something to say."""
         if isinstance(self._sock, ssl.SSLSocket) and self._sock.pending():

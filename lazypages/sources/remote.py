@@ -4,21 +4,27 @@ A connection to a server is a *lane*. CRIU's servers take one connection in thei
 they keep frozen when it closes; so a lane that has gone silent is given up only for another one of which the
 server has answered the first question. Our own servers take any number: faults get a lane of their own.
 
+Once a lane without TLS is connected and known to be good, the engine works on it (csrc/lane.h): it asks for the pages
+of faults by itself, and for those of the background as far as it is told to, and places them. What comes here then is
+only what it can't settle: pages that were refused, silence, the end. All of a lane that has TLS is done here.
+
 What can't be had at the moment waits, and is asked for again: of the other servers at once, of the same one after
 a pause that grows. Only a deadline, if there is one, makes pages lost; nothing here ever makes them zeros.
 """
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import random
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
-from functools import partial
-from typing import Final
+from dataclasses import dataclass, field, replace
+from functools import partial, reduce
+from typing import Final, NamedTuple
 
 import anyio
 from anyio.abc import TaskGroup
@@ -29,6 +35,8 @@ from lazypages.sources.link import Link, LinkError, connect
 from lazypages.sources.url import ConnectedSocket, PageServerAddress, TcpServer
 from lazypages.sources.window import Sent, Window
 from lazypages.tls import TlsError, TlsFiles
+from lazypages.uffd import Engine, LaneEvent, LaneEventKind, LaneRequest, ServedTask
+from lazypages.uffd import Lane as EngineLane
 from lazypages.wire import PAGE_SIZE, ClientCodec, Features, Layout, RemoteProtocolError
 
 log = logging.getLogger("lazypages")
@@ -49,10 +57,13 @@ BACKOFF: Final = (0.02, 5.0)  # s: first and longest pause before a server is tr
 REFUSED_BACKOFF: Final = (0.2, 10.0)  # the same for a page that all servers refuse
 WARN_INTERVAL: Final = 30.0  # s
 TICK: Final = 0.1  # s between looks at what waits, while something does
+NS_PER_S: Final = 1e9
 CLOSE_TIMEOUT: Final = 5.0  # s for the server's answer to CLOSE
 # How long a server of the old layout may take to answer the probe before it counts as new: the images were
 # written by a new CRIU, or by an old one or nobody knows.
 PROBE_PATIENCE: Final = {Layout.CRIU_4_2: 0.5, Layout.CRIU_4_1: 5.0, None: 2.0}
+
+CLOSED: Final = "closed by the server"
 
 OnPages = Callable[[int, int, memoryview], Awaitable[None]]
 OnLost = Callable[[int, int, int, str], Awaitable[None]]
@@ -83,6 +94,24 @@ class ServerStats:
     round_trip: float | None = None
 
 
+class _Load(NamedTuple):
+    """Requests on their way; bytes of faults, of background, of background that may be; s, 0 if not known."""
+
+    requests: int
+    urgent: int
+    background: int
+    limit: int
+    round_trip: float
+
+
+@dataclass(slots=True, eq=False)
+class _Turn:
+    """Of a task's background on a lane of the engine's."""
+
+    over: anyio.Event = field(default_factory=anyio.Event)
+    pages: int = 0
+
+
 @dataclass(slots=True, eq=False)
 class _Lane:
     """One connection to a server, from the attempt to connect until its end."""
@@ -93,6 +122,10 @@ class _Lane:
     scope: anyio.CancelScope = field(default_factory=anyio.CancelScope)
     link: Link | None = None
     codec: ClientCodec | None = None
+    engine: EngineLane | None = None  # once it is up, unless we do its work
+    turn: _Turn | None = None
+    held: bool = False
+    at_boundary: bool = False
     up: bool = False
     down: bool = False
     silent: bool = False
@@ -117,14 +150,46 @@ class _Lane:
         return self.codec is not None and bool(self.codec.features)
 
     @property
-    def in_flight(self) -> int:
-        return self.background_bytes + self.urgent_bytes
+    def load(self) -> _Load:
+        """What is on its way, and how much may be."""
+        if self.engine is None:
+            return _Load(
+                len(self.sent),
+                self.urgent_bytes,
+                self.background_bytes,
+                self.window.limit,
+                self.window.smoothed or 0.0,
+            )
+        state = self.engine.state()
+        return _Load(
+            state.outstanding, state.urgent, state.background, state.limit, state.round_trip / NS_PER_S
+        )
 
     @property
     def expected_wait(self) -> float:
         """Seconds until an answer to what is asked now, roughly."""
-        smoothed = self.window.smoothed or 0.0
-        return smoothed * (1 + self.in_flight / self.window.limit)
+        load = self.load
+        return load.round_trip * (1 + (load.urgent + load.background) / load.limit)
+
+    def counted_in(self, stats: ServerStats) -> ServerStats:
+        """`stats` and what the engine has counted on this lane."""
+        if self.engine is None:
+            return stats
+        state = self.engine.state()
+        return replace(
+            stats,
+            requests=stats.requests + state.requests,
+            pages=stats.pages + state.pages,
+            bytes=stats.bytes + state.bytes,
+            round_trip=state.round_trip / NS_PER_S or stats.round_trip,
+        )
+
+    def hold(self) -> None:
+        """The engine sends of its own accord only on a lane that is good for all."""
+        held = not self.usable
+        if self.engine is not None and held is not self.held:
+            self.held = held
+            self.engine.hold(held=held)
 
 
 @dataclass(eq=False)
@@ -153,9 +218,14 @@ class RemotePages:
         options: RemoteOptions,
         on_pages: OnPages,
         on_lost: OnLost,
+        *,
         group: TaskGroup,
+        engine: Engine | None,
     ) -> None:
         self._options = options
+        self._engine = engine
+        self._line = anyio.Lock()  # of those who wait for a lane of the engine's, first come, first served
+        self._free = anyio.Event()
         self._on_pages, self._on_lost = on_pages, on_lost
         self._group = group
         self._servers = [_Server(address, ServerStats(str(address))) for address in servers]
@@ -188,7 +258,8 @@ class RemotePages:
         """Pages that the background may ask for now without a fault waiting for them longer than it must."""
         room = 0
         for lane in self._background_lanes():
-            room += max(0, self._background_limit(lane) - lane.background_bytes)
+            if lane.engine is None:
+                room += max(0, self._background_limit(lane) - lane.background_bytes)
         return max(0, room // PAGE_SIZE - self._backlog.queued_pages(urgent=False))
 
     async def wait_for_room(self) -> int:
@@ -199,9 +270,33 @@ class RemotePages:
             await self._room.wait()
         return room
 
+    async def bring(self, task: ServedTask, max_bytes: int) -> int:
+        """Bring pages of `task` in the background, in the engine; waits until it is this task's turn.
+
+        Returns pages that were asked for, all of them if they are `max_bytes`; 0: nothing is left at the moment.
+        """
+        async with self._line:
+            while (lane := self._free_lane()) is None:
+                self._free = anyio.Event()
+                await self._free.wait()
+            lane.turn = turn = _Turn()
+            assert lane.engine is not None
+            lane.engine.turn(task, max_bytes)
+        await turn.over.wait()
+        return turn.pages
+
+    def _free_lane(self) -> _Lane | None:
+        for lane in self._background_lanes():
+            if lane.engine is not None and lane.turn is None:
+                return lane
+        return None
+
     def stats(self) -> list[ServerStats]:
         """Counts per server, in the order in which they were given."""
-        return [server.stats for server in self._servers]
+        return [
+            reduce(lambda stats, lane: lane.counted_in(stats), server.lanes, server.stats)
+            for server in self._servers
+        ]
 
     def _start(self) -> None:
         for server in self._servers:
@@ -221,7 +316,8 @@ class RemotePages:
         needed where faults have a lane of their own."""
         if any(other.urgent_only and other.up for other in lane.server.lanes):
             return max(lane.window.limit, ALONE_WINDOW)
-        return MIN_PAGES * PAGE_SIZE if lane.urgent_bytes else lane.window.limit
+        load = lane.load
+        return MIN_PAGES * PAGE_SIZE if load.urgent else load.limit
 
     def _urgent_lane(self) -> _Lane | None:
         best, best_wait = None, 0.0
@@ -229,7 +325,7 @@ class RemotePages:
             lanes = [lane for lane in server.lanes if lane.usable]
             for lane in [lane for lane in lanes if lane.urgent_only] or lanes:
                 wait = lane.expected_wait
-                if lane.urgent_bytes < URGENT_WINDOW and (best is None or wait < best_wait):
+                if lane.load.urgent < URGENT_WINDOW and (best is None or wait < best_wait):
                     best, best_wait = lane, wait
         return best
 
@@ -240,6 +336,7 @@ class RemotePages:
             for lane in server.lanes:
                 if lane.reserved is not None and lane.reserved.gone:
                     lane.reserved = None
+                lane.hold()
         while backlog.queued_pages(urgent=True) and (fastest := self._urgent_lane()):
             if (wanted := backlog.take(URGENT_MAX_PAGES, fastest, urgent=True)) is None:
                 break
@@ -247,12 +344,12 @@ class RemotePages:
         if backlog.refused:
             self._dispatch_refused()
         if backlog.queued_pages(urgent=False):
-            for lane in sorted(self._background_lanes(), key=lambda lane: lane.background_bytes):
+            for lane in sorted(self._background_lanes(), key=lambda lane: lane.load.background):
                 self._dispatch_background(lane)
 
     def _dispatch_background(self, lane: _Lane) -> None:
         largest = OUR_MAX_PAGES if lane.ours else CRIU_MAX_PAGES
-        while self._background_limit(lane) > lane.background_bytes:
+        while self._background_limit(lane) > lane.load.background:
             pages = max(MIN_PAGES, min(largest, self._background_limit(lane) // 4 // PAGE_SIZE))
             wanted = self._backlog.take(pages, lane, urgent=False)
             if wanted is None:
@@ -276,11 +373,15 @@ class RemotePages:
             lanes.sort(key=lambda lane: lane.reserved is None)  # the one that is kept free for it
             for lane in [lane for lane in lanes if lane.reserved is wanted or lane.usable][:1]:
                 lane.reserved = wanted
-                if not lane.sent:
+                lane.hold()
+                if not lane.load.requests:
                     self._backlog.retake(wanted, lane)
                     self._send(lane, wanted)
 
     def _send(self, lane: _Lane, wanted: Wanted) -> None:
+        if lane.engine is not None:
+            lane.engine.ask(wanted.pid, wanted.start, wanted.nr_pages, urgent=wanted.urgent)
+            return
         assert lane.codec is not None
         now = time.monotonic()
         size = wanted.end - wanted.start
@@ -349,11 +450,70 @@ class RemotePages:
                         lane.closed.set()
                         return
                     case wire.Eof(complete):
-                        raise LinkError(
-                            "closed by the server" if complete else "closed in the middle of an answer"
-                        )
+                        raise LinkError(CLOSED if complete else "closed in the middle of an answer")
             self._dispatch()
             self._notice_room()
+
+    async def _hear(self, lane: _Lane) -> None:
+        """As _receive, for a lane of the engine's."""
+        assert lane.engine is not None
+        while True:
+            await anyio.wait_readable(lane.engine.event_fd)
+            for event in lane.engine.events():
+                if self._heard(lane, event):
+                    return
+            self._dispatch()
+            self._notice_room()
+
+    def _heard(self, lane: _Lane, event: LaneEvent) -> bool:
+        """What the engine tells of a lane; true at its regular end. Raises LinkError, RemoteProtocolError."""
+        pid, start, end = event.tag, event.image, event.image + event.nr_pages * PAGE_SIZE
+        match event.kind:
+            case LaneEventKind.ARRIVED:
+                self._backlog.arrived(pid, start, end)
+            case LaneEventKind.REFUSED:
+                if not event.told:
+                    self._adopt(lane, pid, start, end, event.since)
+                if lane.reserved is not None and lane.reserved.owner is lane:
+                    lane.reserved = None
+                for rest in self._backlog.owned(lane, pid, start, end):
+                    self._refused(lane, rest)
+            case LaneEventKind.HEARD:
+                if lane.silent:
+                    lane.silent = False
+                    lane.server.notify()
+            case LaneEventKind.TURN_OVER:
+                self._turn_over(lane, event.nr_pages)
+            case LaneEventKind.CLOSED:
+                if event.status:
+                    log.warning("%s: status %d at the end", lane.server.address, event.status)
+                return True
+            case LaneEventKind.ENDED:
+                lane.at_boundary = event.at_boundary
+                if event.status == errno.EPROTO:
+                    raise RemoteProtocolError("the page server answers what it was not asked for")
+                if event.status:
+                    raise LinkError(os.strerror(event.status))
+                raise LinkError(CLOSED if event.at_boundary else "closed in the middle of an answer")
+        return False
+
+    def _adopt(self, lane: _Lane, pid: int, start: int, end: int, since: int) -> None:
+        """The engine has asked `lane` for these; from here on it is our business that they come."""
+        when = since / NS_PER_S or time.monotonic()
+        self._backlog.add(pid, start, end, urgent=bool(since), now=when, owner=lane)
+
+    def _adopt_all(self, lane: _Lane) -> None:
+        if lane.engine is not None:
+            for request in lane.engine.outstanding():
+                end = request.image + request.nr_pages * PAGE_SIZE
+                if not request.told:
+                    self._adopt(lane, request.tag, request.image, end, request.since)
+
+    def _turn_over(self, lane: _Lane, pages: int) -> None:
+        if lane.turn is not None:
+            lane.turn.pages = pages
+            lane.turn.over.set()
+            lane.turn = None
 
     async def _deliver(self, lane: _Lane, pid: int, address: int, data: memoryview) -> None:
         stats = lane.server.stats
@@ -387,6 +547,8 @@ class RemotePages:
     def _notice_room(self) -> None:
         if not self._room.is_set() and self.room:
             self._room.set()
+        if not self._free.is_set() and self._free_lane():
+            self._free.set()
 
     # -- lanes ---------------------------------------------------------------------------------------------
 
@@ -398,10 +560,11 @@ class RemotePages:
                 await self._connect(lane)
                 async with anyio.create_task_group() as group:
                     group.start_soon(self._write_rest, lane)
+                    self._wake.set()
                     self._dispatch()
                     self._notice_room()
                     try:
-                        await self._receive(lane)
+                        await (self._receive(lane) if lane.engine is None else self._hear(lane))
                     finally:
                         group.cancel_scope.cancel()
             if lane.scope.cancelled_caught:
@@ -415,18 +578,24 @@ class RemotePages:
         was_up, lane.up, lane.down = lane.up, False, True
         if reason and not self._closing:
             self._complain(lane, reason, was_up=was_up)
-        if (
-            lane.codec is not None
-            and lane.codec.at_boundary
-            and reason.startswith(("closed by", "Connection reset"))
-        ):
+        oldest: LaneRequest | wire.Get | None = None
+        if lane.engine is not None:
+            lane.hold()
+            self._adopt_all(lane)
+            oldest = next(iter(lane.engine.outstanding()), None)
+        elif lane.codec is not None:
+            lane.at_boundary = lane.codec.at_boundary
+            oldest = lane.codec.oldest
+        if oldest is not None and lane.at_boundary and reason in {CLOSED, os.strerror(errno.ECONNRESET)}:
             # So a server of CRIU's says that it hasn't got the page that it was asked for first.
-            asked = lane.codec.oldest
-            if asked is not None:
-                end = asked.vaddr + asked.nr_pages * PAGE_SIZE
-                for wanted in self._backlog.owned(lane, asked.pid, asked.vaddr, end)[:1]:
-                    self._refused(lane, wanted)
+            pid, start, nr_pages = oldest[:3]
+            for wanted in self._backlog.owned(lane, pid, start, start + nr_pages * PAGE_SIZE)[:1]:
+                self._refused(lane, wanted)
         self._backlog.give_back(lane)
+        if lane.engine is not None:
+            self._turn_over(lane, 0)
+            lane.server.stats = lane.counted_in(lane.server.stats)
+            lane.engine.close()
         if lane.link is not None:
             lane.link.close()
         lane.server.lanes.remove(lane)
@@ -465,6 +634,7 @@ class RemotePages:
             await self._probe(lane, lane.link)
         assert lane.codec is not None
         lane.heard = time.monotonic()
+        self._hand_over(lane)
         lane.up, lane.silent = True, False
         lane.server.many = bool(lane.codec.features & Features.CONNECTIONS)
         lane.server.stats.connected = True
@@ -475,6 +645,25 @@ class RemotePages:
             "lazypages" if lane.codec.features else lane.codec.layout.value,
         )
         lane.server.notify()
+
+    def _hand_over(self, lane: _Lane) -> None:
+        """The engine asks for pages on this lane from now on, if it can. Raises LinkError."""
+        assert lane.link is not None
+        assert lane.codec is not None
+        fd, features = lane.link.plain_fd, lane.codec.features
+        if self._engine is None or fd is None:
+            return
+        try:
+            lane.engine = self._engine.lane(
+                fd,
+                header_size=lane.codec.layout.header_size,
+                max_pages=OUR_MAX_PAGES if lane.ours else CRIU_MAX_PAGES,
+                zeros=bool(features & Features.ZERO),
+                background=not lane.urgent_only,
+                floor=ALONE_WINDOW if features & Features.CONNECTIONS and not lane.urgent_only else 0,
+            )
+        except OSError as error:
+            raise LinkError(f"no lane: {error.strerror}") from None
 
     async def _probe(self, lane: _Lane, link: Link) -> None:
         """Find out who answers, and how: see wire. Also shows that somebody does."""
@@ -538,16 +727,20 @@ class RemotePages:
         """Notice what waits for too long: lanes that are silent, refused pages, pages past the deadline."""
         warned = time.monotonic()
         while True:
-            if not self._backlog:
+            lanes = [lane for server in self._servers for lane in server.lanes]
+            if not self._backlog and not any(lane.engine for lane in lanes):
                 self._wake = anyio.Event()
                 await self._wake.wait()
                 warned = time.monotonic()
             await anyio.sleep(TICK)
             now = time.monotonic()
-            for server in self._servers:
-                for lane in server.lanes:
-                    self._check_silence(lane, now)
             deadline = self._options.deadline
+            for lane in [lane for server in self._servers for lane in server.lanes]:
+                self._check_silence(lane, now)
+                if deadline is not None and lane.engine is not None:
+                    first = lane.engine.state().oldest
+                    if first and now - first / NS_PER_S > deadline:
+                        self._adopt_all(lane)
             if deadline is not None:
                 for wanted in [wanted for wanted in self._backlog if now - wanted.since > deadline]:
                     self._backlog.drop(wanted)
@@ -566,10 +759,17 @@ class RemotePages:
             self._notice_room()
 
     def _check_silence(self, lane: _Lane, now: float) -> None:
-        patience = max(SILENCE, SILENT_ROUND_TRIPS * (lane.window.smoothed or 0.0))
-        if lane.up and not lane.silent and lane.sent and now - lane.heard > patience:
+        if not lane.up or lane.silent:
+            return
+        load = lane.load
+        if lane.engine is not None:
+            lane.heard = lane.engine.state().heard / NS_PER_S
+        patience = max(SILENCE, SILENT_ROUND_TRIPS * load.round_trip)
+        if load.requests and now - lane.heard > patience:
             log.warning("page server %s: silent for %.1f s", lane.server.address, now - lane.heard)
             lane.silent = True
+            lane.hold()
+            self._adopt_all(lane)
             self._backlog.give_back(lane)
             lane.server.notify()
 
@@ -586,8 +786,11 @@ class RemotePages:
             return
         lanes = [lane for server in self._servers for lane in server.lanes if lane.up]
         for lane in lanes:
-            assert lane.codec is not None
-            self._write(lane, lane.codec.close(force=isinstance(lane.server.address, ConnectedSocket)))
+            force = isinstance(lane.server.address, ConnectedSocket)
+            if lane.engine is not None:
+                lane.engine.finish(force=force)
+            elif lane.codec is not None:
+                self._write(lane, lane.codec.close(force=force))
         with anyio.move_on_after(CLOSE_TIMEOUT, shield=True):
             for lane in lanes:
                 await lane.closed.wait()
@@ -599,6 +802,7 @@ async def open_remote(
     on_pages: OnPages,
     on_lost: OnLost,
     options: RemoteOptions | None = None,
+    engine: Engine | None = None,
 ) -> AsyncIterator[RemotePages]:
     """Connections to `servers`, all with the same content, while the context lasts; any event loop of anyio's.
 
@@ -611,7 +815,7 @@ async def open_remote(
     if any(isinstance(server, TcpServer) and server.tls for server in servers):
         (options.tls or TlsFiles()).client_context()
     async with anyio.create_task_group() as group:
-        remote = RemotePages(servers, options, on_pages, on_lost, group)
+        remote = RemotePages(servers, options, on_pages, on_lost, group=group, engine=engine)
         remote._start()
         yield remote
         await remote._close()

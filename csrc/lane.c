@@ -1,0 +1,898 @@
+#define _GNU_SOURCE
+#include "lane.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "engine.h"
+#include "space.h"
+
+#define NS 1000000000ull
+#define BUFFER ((size_t)256 << 10) /* bytes that are received, and placed, at once */
+#define RECEIVE_MOST ((size_t)256 << 10) /* bytes received before faults are looked at again */
+#define ZERO_PAGES 64ull		 /* placed at once */
+#define COMMAND_ADD 1u
+#define COMMAND_ADD_F 6u
+#define COMMAND_GET 7u
+#define COMMAND_CLOSE 0x1023u
+#define COMMAND_FORCE_CLOSE 0x1024u
+#define FLAG_PRESENT 4u
+#define FLAG_ZERO 0x100u /* wire.PageFlags.ZERO */
+#define MAX_HEADER 32
+
+#define MIN_PAGES 4ull /* of a background request */
+#define MIN_LIMIT ((uint64_t)64 << 10)
+#define MAX_LIMIT ((uint64_t)16 << 20)
+#define BUSY_LIMIT ((uint64_t)128 << 10) /* while faults share the lane */
+#define BUSY_NS (2 * NS / 1000)		 /* how long after a fault it counts as shared */
+#define SHORTEST_NS 200000ull		 /* shorter round trips are reckoned as this: schedulers matter more there */
+#define ROUND_TRIP_MEMORY (5 * NS)
+#define RATE_MEMORY NS
+
+/* The smallest value of late: between one and two times `memory` back. */
+struct lowest {
+	uint64_t begun;
+	double now, before;
+};
+
+/*
+ * How much may be on its way: twice what the connection holds, the best rate of late times the shortest round trip of
+ * late.  As lazypages/sources/window.py.
+ */
+struct pace {
+	uint64_t limit, delivered, smoothed;
+	struct lowest round_trip, slowness; /* ns; ns a byte */
+};
+
+struct header_short {
+	uint32_t command, nr_pages;
+	uint64_t vaddr, dst_id;
+};
+
+struct header_long {
+	uint32_t command, padding;
+	uint64_t nr_pages, vaddr, dst_id;
+};
+
+struct answer {
+	uint32_t command, flags;
+	uint64_t nr_pages, vaddr, dst_id;
+};
+
+struct lp_lane {
+	struct lp_lanes *lanes;
+	struct lp_lane *next;
+	int fd, eventfd;
+	struct lp_lane_options options;
+	_Atomic bool dead; /* the owner has let it go */
+
+	/* The serving thread's. */
+	char *buffer;
+	size_t start, end;	/* of what was received and not digested */
+	uint64_t missing, answered; /* of the answer that is coming: pages to come, pages in all */
+	bool zeros;		/* it has no bytes */
+	bool stalled;		/* what came can't be placed at the moment */
+	bool claim_later;	/* what comes next in the turn can't be told at the moment */
+	uint32_t events_wanted; /* of epoll */
+
+	pthread_mutex_t lock; /* of what follows */
+	_Atomic bool held, ended, finishing; /* read without the lock, too */
+	bool closed;
+	struct lp_request *requests; /* a ring; the oldest is answered first */
+	size_t first, nr, cap;
+	char *out;
+	size_t out_nr, out_cap;
+	uint64_t urgent, background, heard, last_urgent;
+	uint64_t nr_requests, nr_pages, nr_bytes;
+	struct pace pace;
+	struct lp_task *turn;
+	uint64_t turn_left, turn_asked; /* pages */
+	struct lp_lane_event *events;
+	size_t nr_events, cap_events;
+};
+
+static const char *zero_pages;
+
+static uint64_t now_ns(void)
+{
+	struct timespec ts;
+
+	clock_gettime(CLOCK_MONOTONIC, &ts);
+	return (uint64_t)ts.tv_sec * NS + (uint64_t)ts.tv_nsec;
+}
+
+/* Room for one more.  Whoever forgets what was asked for leaves threads waiting without a word: so no error. */
+static void *more(void *array, size_t nr, size_t *cap, size_t size)
+{
+	if (nr < *cap)
+		return array;
+	*cap = *cap ? *cap * 2 : 64;
+	array = realloc(array, *cap * size);
+	if (!array)
+		abort();
+	return array;
+}
+
+static void signal_fd(int fd)
+{
+	uint64_t one = 1;
+	ssize_t rc = write(fd, &one, sizeof(one));
+
+	(void)rc;
+}
+
+/* ---- pace ---- */
+
+static double lowest_of(struct lowest *l, uint64_t now, double value, uint64_t memory)
+{
+	if (now - l->begun > memory) {
+		l->before = now - l->begun > 2 * memory ? value : l->now;
+		l->now = value;
+		l->begun = now;
+	} else if (value < l->now) {
+		l->now = value;
+	}
+	return l->now < l->before ? l->now : l->before;
+}
+
+static void pace_answered(struct pace *p, const struct lp_request *request, uint64_t now, uint64_t bytes)
+{
+	uint64_t elapsed = now > request->sent ? now - request->sent : 1;
+	double shortest = lowest_of(&p->round_trip, now, (double)elapsed, ROUND_TRIP_MEMORY), limit;
+
+	p->delivered += bytes;
+	p->smoothed = p->smoothed ? (p->smoothed * 7 + elapsed) / 8 : elapsed;
+	if (p->delivered == request->delivered)
+		return;
+	limit = 2 * (shortest > SHORTEST_NS ? shortest : SHORTEST_NS) /
+		lowest_of(&p->slowness, now, (double)elapsed / (double)(p->delivered - request->delivered), RATE_MEMORY);
+	p->limit = limit < MIN_LIMIT ? MIN_LIMIT : limit > MAX_LIMIT ? MAX_LIMIT : (uint64_t)limit;
+}
+
+/* ---- what is outstanding (lock held) ---- */
+
+static struct lp_request *request_at(struct lp_lane *l, size_t i)
+{
+	return &l->requests[(l->first + i) & (l->cap - 1)];
+}
+
+static void push_request(struct lp_lane *l, struct lp_request request)
+{
+	if (l->nr == l->cap) {
+		size_t cap = l->cap ? l->cap * 2 : 64;
+		struct lp_request *ring = malloc(cap * sizeof(*ring));
+
+		if (!ring)
+			abort();
+		for (size_t i = 0; i < l->nr; i++)
+			ring[i] = *request_at(l, i);
+		free(l->requests);
+		l->requests = ring;
+		l->first = 0;
+		l->cap = cap;
+	}
+	*request_at(l, l->nr++) = request;
+}
+
+static void send_later(struct lp_lane *l, uint32_t command, uint64_t nr_pages, uint64_t vaddr, uint64_t dst_id)
+{
+	union {
+		struct header_short s;
+		struct header_long l;
+	} header = {0};
+
+	if (l->options.header_size == sizeof(header.s))
+		header.s = (struct header_short){command, (uint32_t)nr_pages, vaddr, dst_id};
+	else
+		header.l = (struct header_long){command, 0, nr_pages, vaddr, dst_id};
+	while (l->out_nr + sizeof(header) > l->out_cap)
+		l->out = more(l->out, l->out_cap, &l->out_cap, 1);
+	memcpy(l->out + l->out_nr, &header, l->options.header_size);
+	l->out_nr += l->options.header_size;
+}
+
+static void ask(struct lp_lane *l, uint64_t tag, uint64_t image, uint64_t nr_pages, uint64_t since, bool urgent, bool told)
+{
+	uint64_t now = now_ns();
+
+	if (!l->nr)
+		l->heard = now;
+	push_request(l, (struct lp_request){
+				.tag = tag,
+				.image = image,
+				.nr_pages = nr_pages,
+				.since = since,
+				.sent = now,
+				.delivered = l->pace.delivered,
+				.urgent = urgent,
+				.told = told,
+			});
+	if (urgent) {
+		l->urgent += nr_pages << LP_PAGE_SHIFT;
+		l->last_urgent = now;
+	} else {
+		l->background += nr_pages << LP_PAGE_SHIFT;
+	}
+	l->nr_requests++;
+	send_later(l, COMMAND_GET, nr_pages, image, tag);
+}
+
+static void add_event(struct lp_lane *l, struct lp_lane_event event)
+{
+	if (event.kind == LP_LANE_HEARD && l->nr_events && l->events[l->nr_events - 1].kind == LP_LANE_HEARD)
+		return;
+	l->events = more(l->events, l->nr_events, &l->cap_events, sizeof(*l->events));
+	l->events[l->nr_events++] = event;
+	if (l->nr_events == 1)
+		signal_fd(l->eventfd);
+}
+
+static void turn_over(struct lp_lane *l)
+{
+	if (!l->turn)
+		return;
+	l->turn = NULL;
+	add_event(l, (struct lp_lane_event){.kind = LP_LANE_TURN_OVER, .nr_pages = l->turn_asked});
+}
+
+static void end_lane(struct lp_lane *l, int status)
+{
+	pthread_mutex_lock(&l->lock);
+	l->ended = true;
+	turn_over(l);
+	add_event(l, (struct lp_lane_event){
+			     .kind = LP_LANE_ENDED,
+			     .status = status,
+			     .at_boundary = l->start == l->end && !l->missing,
+		     });
+	pthread_mutex_unlock(&l->lock);
+	epoll_ctl(l->lanes->epfd, EPOLL_CTL_DEL, l->fd, NULL);
+}
+
+/* ---- receiving ---- */
+
+/* Pages of the oldest request are not on their way any more (lock held). */
+static void come(struct lp_lane *l, uint64_t nr_pages)
+{
+	struct lp_request *head = request_at(l, 0);
+
+	head->image += nr_pages << LP_PAGE_SHIFT;
+	head->nr_pages -= nr_pages;
+	if (head->urgent)
+		l->urgent -= nr_pages << LP_PAGE_SHIFT;
+	else
+		l->background -= nr_pages << LP_PAGE_SHIFT;
+}
+
+static void answer_complete(struct lp_lane *l)
+{
+	struct lp_request rest; /* what has not come */
+
+	pthread_mutex_lock(&l->lock);
+	rest = *request_at(l, 0);
+	pace_answered(&l->pace, &rest, now_ns(), l->answered << LP_PAGE_SHIFT);
+	come(l, rest.nr_pages);
+	l->first = (l->first + 1) & (l->cap - 1);
+	l->nr--;
+	if (!l->answered)
+		add_event(l, (struct lp_lane_event){
+				     .kind = LP_LANE_REFUSED,
+				     .told = rest.told,
+				     .tag = rest.tag,
+				     .image = rest.image,
+				     .nr_pages = rest.nr_pages,
+				     .since = rest.since,
+			     });
+	else if (rest.nr_pages) /* the server had no more in one piece */
+		ask(l, rest.tag, rest.image, rest.nr_pages, rest.since, rest.urgent, rest.told);
+	if (!l->nr && l->held)
+		add_event(l, (struct lp_lane_event){.kind = LP_LANE_QUIET});
+	pthread_mutex_unlock(&l->lock);
+}
+
+/* Places the next pages of the answer, from bytes; 0 or -EAGAIN. */
+static int place(struct lp_lane *l, uint64_t nr_pages, const char *bytes)
+{
+	struct lp_request head;
+	int rc;
+
+	pthread_mutex_lock(&l->lock);
+	head = *request_at(l, 0);
+	pthread_mutex_unlock(&l->lock);
+	rc = l->lanes->place(l->lanes->arg, head.tag, head.image, nr_pages, bytes);
+	if (rc)
+		return rc;
+	l->missing -= nr_pages;
+	pthread_mutex_lock(&l->lock);
+	l->nr_pages += nr_pages;
+	if (request_at(l, 0)->told)
+		add_event(l, (struct lp_lane_event){.kind = LP_LANE_ARRIVED,
+						    .tag = head.tag,
+						    .image = head.image,
+						    .nr_pages = nr_pages});
+	come(l, nr_pages);
+	pthread_mutex_unlock(&l->lock);
+	return 0;
+}
+
+static struct answer read_header(const struct lp_lane *l)
+{
+	struct header_short s;
+	struct header_long g;
+
+	if (l->options.header_size == sizeof(s)) {
+		memcpy(&s, l->buffer + l->start, sizeof(s));
+		return (struct answer){s.command & 0xFFFF, s.command >> 16, s.nr_pages, s.vaddr, s.dst_id};
+	}
+	memcpy(&g, l->buffer + l->start, sizeof(g));
+	return (struct answer){g.command & 0xFFFF, g.command >> 16, g.nr_pages, g.vaddr, g.dst_id};
+}
+
+/* Whether it answers the oldest request. */
+static bool begin_answer(struct lp_lane *l, const struct answer *a)
+{
+	struct lp_request asked;
+
+	pthread_mutex_lock(&l->lock);
+	asked = *request_at(l, 0);
+	pthread_mutex_unlock(&l->lock);
+	l->zeros = l->options.zeros && a->flags == FLAG_ZERO;
+	if (a->vaddr != asked.image || a->dst_id != asked.tag || a->nr_pages > asked.nr_pages)
+		return false;
+	if (a->command != COMMAND_ADD_F && (a->command != COMMAND_ADD || a->nr_pages))
+		return false;
+	if (a->nr_pages && a->flags != FLAG_PRESENT && !l->zeros)
+		return false;
+	l->missing = l->answered = a->nr_pages;
+	return true;
+}
+
+/* Takes in what has been received.  False: not all of it can be taken in now, or the lane has ended. */
+static bool digest(struct lp_lane *l)
+{
+	for (;;) {
+		size_t there = l->end - l->start;
+		struct answer answer;
+		int32_t status;
+		size_t nr;
+		bool closing;
+
+		if (l->missing) {
+			uint64_t pages = l->zeros ? ZERO_PAGES : there >> LP_PAGE_SHIFT;
+
+			if (pages > l->missing)
+				pages = l->missing;
+			if (!pages)
+				return true;
+			if (place(l, pages, l->zeros ? zero_pages : l->buffer + l->start)) {
+				l->stalled = true;
+				return false;
+			}
+			if (!l->zeros)
+				l->start += pages << LP_PAGE_SHIFT;
+			if (!l->missing)
+				answer_complete(l);
+			continue;
+		}
+		pthread_mutex_lock(&l->lock);
+		nr = l->nr;
+		closing = l->finishing && !l->closed;
+		pthread_mutex_unlock(&l->lock);
+		if (nr) {
+			if (there < l->options.header_size)
+				return true;
+			answer = read_header(l);
+			if (!begin_answer(l, &answer)) {
+				end_lane(l, EPROTO);
+				return false;
+			}
+			l->start += l->options.header_size;
+			if (!l->missing)
+				answer_complete(l);
+			continue;
+		}
+		if (!there)
+			return true;
+		if (!closing) { /* what nobody asked for */
+			end_lane(l, EPROTO);
+			return false;
+		}
+		if (there < sizeof(status))
+			return true;
+		memcpy(&status, l->buffer + l->start, sizeof(status));
+		l->start += sizeof(status);
+		pthread_mutex_lock(&l->lock);
+		l->closed = true;
+		add_event(l, (struct lp_lane_event){.kind = LP_LANE_CLOSED, .status = status});
+		pthread_mutex_unlock(&l->lock);
+	}
+}
+
+static void heard(struct lp_lane *l, size_t bytes)
+{
+	uint64_t now = now_ns();
+
+	pthread_mutex_lock(&l->lock);
+	l->heard = now;
+	l->nr_bytes += bytes;
+	if (l->held)
+		add_event(l, (struct lp_lane_event){.kind = LP_LANE_HEARD});
+	pthread_mutex_unlock(&l->lock);
+}
+
+/* Receives, and takes in. */
+static void receive(struct lp_lane *l)
+{
+	size_t got = 0;
+	ssize_t n;
+
+	while (!l->ended && digest(l) && got < RECEIVE_MOST) {
+		if (l->start == l->end) {
+			/* pages that follow a header are aligned then */
+			l->start = l->end = LP_PAGE_SIZE - (l->missing ? 0 : l->options.header_size);
+		} else if (BUFFER - l->end < LP_PAGE_SIZE + MAX_HEADER) {
+			memmove(l->buffer + LP_PAGE_SIZE, l->buffer + l->start, l->end - l->start);
+			l->end = LP_PAGE_SIZE + l->end - l->start;
+			l->start = LP_PAGE_SIZE;
+		}
+		n = recv(l->fd, l->buffer + l->end, BUFFER - l->end, MSG_DONTWAIT);
+		if (n < 0 && errno == EINTR)
+			continue;
+		if (n < 0 && errno == EAGAIN)
+			return;
+		if (n <= 0) {
+			end_lane(l, n ? errno : 0);
+			return;
+		}
+		l->end += (size_t)n;
+		got += (size_t)n;
+		heard(l, (size_t)n);
+	}
+}
+
+/* ---- sending ---- */
+
+static void flush(struct lp_lane *l)
+{
+	int error = 0;
+
+	pthread_mutex_lock(&l->lock);
+	while (l->out_nr) {
+		ssize_t n = send(l->fd, l->out, l->out_nr, MSG_DONTWAIT | MSG_NOSIGNAL);
+
+		if (n < 0 && errno == EINTR)
+			continue;
+		if (n < 0) {
+			error = errno;
+			break;
+		}
+		l->out_nr -= (size_t)n;
+		memmove(l->out, l->out + n, l->out_nr);
+	}
+	if (error && error != EAGAIN)
+		l->out_nr = 0; /* what there is to receive still is; then the end is found */
+	pthread_mutex_unlock(&l->lock);
+}
+
+/* Pages that the background may ask for now (lock held). */
+static uint64_t room(const struct lp_lane *l, uint64_t now)
+{
+	bool shared = l->urgent || now - l->last_urgent < BUSY_NS;
+	uint64_t limit = l->pace.limit, pages;
+
+	if (l->options.floor > limit)
+		limit = l->options.floor;
+	else if (shared && limit > BUSY_LIMIT)
+		limit = BUSY_LIMIT;
+	if (l->background >= limit)
+		return 0;
+	pages = limit / 4 >> LP_PAGE_SHIFT;
+	if (pages > l->options.max_pages)
+		pages = l->options.max_pages;
+	return pages < MIN_PAGES ? MIN_PAGES : pages;
+}
+
+/* Asks for what the turn of a task still may. */
+static void go_on(struct lp_lane *l)
+{
+	uint64_t now = now_ns(), image;
+
+	for (;;) {
+		struct lp_task *turn;
+		uint64_t pages;
+		int64_t nr;
+
+		pthread_mutex_lock(&l->lock);
+		turn = l->held || l->ended || l->finishing ? NULL : l->turn;
+		pages = turn ? room(l, now) : 0;
+		if (pages > l->turn_left)
+			pages = l->turn_left;
+		pthread_mutex_unlock(&l->lock);
+		if (!pages)
+			return;
+		nr = lp_task_claim_background(turn, pages, &image);
+		if (nr == -EAGAIN) {
+			l->claim_later = true;
+			return;
+		}
+		pthread_mutex_lock(&l->lock);
+		if (nr > 0 && l->held) {
+			pthread_mutex_unlock(&l->lock);
+			lp_task_fail_remote(turn, image, (uint64_t)nr, false);
+			return;
+		}
+		if (nr > 0) {
+			ask(l, lp_task_tag(turn), image, (uint64_t)nr, 0, false, false);
+			l->turn_left -= (uint64_t)nr;
+			l->turn_asked += (uint64_t)nr;
+		}
+		if (nr <= 0 || !l->turn_left)
+			turn_over(l);
+		pthread_mutex_unlock(&l->lock);
+	}
+}
+
+static void listen_for(struct lp_lane *l)
+{
+	uint32_t wanted = (l->stalled ? 0 : EPOLLIN) | (l->out_nr ? EPOLLOUT : 0);
+	struct epoll_event event = {.events = wanted, .data.u64 = (uintptr_t)l | 1};
+
+	if (l->ended || wanted == l->events_wanted)
+		return;
+	l->events_wanted = wanted;
+	epoll_ctl(l->lanes->epfd, EPOLL_CTL_MOD, l->fd, &event);
+}
+
+/* ---- the serving thread ---- */
+
+void lp_lanes_init(struct lp_lanes *lanes, int epfd, int wakefd, lp_place_fn place_pages, void *arg)
+{
+	*lanes = (struct lp_lanes){.epfd = epfd, .wakefd = wakefd, .place = place_pages, .arg = arg};
+}
+
+static void lane_free(struct lp_lane *l)
+{
+	if (l->fd >= 0)
+		close(l->fd);
+	if (l->eventfd >= 0)
+		close(l->eventfd);
+	free(l->buffer);
+	free(l->requests);
+	free(l->out);
+	free(l->events);
+	pthread_mutex_destroy(&l->lock);
+	free(l);
+}
+
+void lp_lanes_free(struct lp_lanes *lanes)
+{
+	struct lp_lane *l = lanes->lanes, *fresh = atomic_load(&lanes->fresh), *next;
+
+	for (; l; l = next) {
+		next = l->next;
+		lane_free(l);
+	}
+	for (l = fresh; l; l = next) {
+		next = l->next;
+		lane_free(l);
+	}
+	lanes->lanes = NULL;
+}
+
+static bool takes_faults(const struct lp_lane *l)
+{
+	return !l->held && !l->ended && !l->finishing && !atomic_load(&l->dead);
+}
+
+/* Whether any lane is bringing the page at image already, and how far from there; else how far none is. (no lock held) */
+static bool under_way(struct lp_lanes *lanes, uint64_t tag, uint64_t image, uint64_t *end, uint64_t since)
+{
+	for (struct lp_lane *l = lanes->lanes; l; l = l->next) {
+		pthread_mutex_lock(&l->lock);
+		for (size_t i = 0; i < l->nr && !l->ended; i++) {
+			struct lp_request *r = request_at(l, i);
+			uint64_t until = r->image + (r->nr_pages << LP_PAGE_SHIFT);
+
+			if (r->tag != tag || r->told || until <= image || r->image >= *end)
+				continue;
+			if (r->image > image) {
+				*end = r->image;
+				continue;
+			}
+			if (until < *end)
+				*end = until;
+			if (!r->since)
+				r->since = since;
+			pthread_mutex_unlock(&l->lock);
+			return true;
+		}
+		pthread_mutex_unlock(&l->lock);
+	}
+	return false;
+}
+
+bool lp_lanes_hurry(struct lp_lanes *lanes, uint64_t tag, uint64_t image, uint64_t since)
+{
+	uint64_t end = image + LP_PAGE_SIZE;
+
+	return under_way(lanes, tag, image, &end, since);
+}
+
+/* How long an answer to what is asked now will take, roughly, ns. */
+static uint64_t expected_wait(struct lp_lane *l)
+{
+	uint64_t in_flight, limit;
+
+	pthread_mutex_lock(&l->lock);
+	in_flight = l->urgent + l->background;
+	limit = l->pace.limit;
+	in_flight = l->pace.smoothed + l->pace.smoothed * in_flight / limit;
+	if (l->options.background)
+		in_flight += 1; /* as good, but for the other one being for faults alone */
+	pthread_mutex_unlock(&l->lock);
+	return in_flight;
+}
+
+bool lp_lanes_fault(struct lp_lanes *lanes, uint64_t tag, uint64_t image, uint64_t nr_pages, uint64_t since)
+{
+	uint64_t end = image + (nr_pages << LP_PAGE_SHIFT), best_wait = 0;
+	struct lp_lane *best = NULL;
+
+	for (struct lp_lane *l = lanes->lanes; l; l = l->next) {
+		uint64_t wait;
+
+		if (!takes_faults(l))
+			continue;
+		wait = lanes->lanes->next ? expected_wait(l) : 0;
+		if (!best || wait < best_wait) {
+			best = l;
+			best_wait = wait;
+		}
+	}
+	if (!best)
+		return false;
+	while (image < end) {
+		uint64_t stop = end;
+
+		if (!under_way(lanes, tag, image, &stop, since)) {
+			bool held;
+
+			pthread_mutex_lock(&best->lock);
+			held = best->held;
+			if (!held)
+				ask(best, tag, image, (stop - image) >> LP_PAGE_SHIFT, since, true, false);
+			pthread_mutex_unlock(&best->lock);
+			if (held)
+				return false;
+		}
+		image = stop;
+	}
+	return true;
+}
+
+void lp_lanes_forget(struct lp_lanes *lanes, const struct lp_task *task)
+{
+	for (struct lp_lane *l = lanes->lanes; l; l = l->next) {
+		pthread_mutex_lock(&l->lock);
+		if (l->turn == task)
+			turn_over(l);
+		pthread_mutex_unlock(&l->lock);
+	}
+}
+
+void lp_lane_ready(struct lp_lane *l)
+{
+	if (!atomic_load(&l->dead))
+		receive(l);
+}
+
+bool lp_lanes_expect(const struct lp_lanes *lanes)
+{
+	for (const struct lp_lane *l = lanes->lanes; l; l = l->next)
+		if (l->urgent)
+			return true;
+	return false;
+}
+
+/* In the order in which they were made. */
+static void take_over(struct lp_lanes *lanes)
+{
+	struct lp_lane *l = atomic_exchange(&lanes->fresh, NULL), *next;
+
+	for (; l; l = next) {
+		struct epoll_event event = {.events = EPOLLIN, .data.u64 = (uintptr_t)l | 1};
+
+		next = l->next;
+		l->next = lanes->lanes;
+		lanes->lanes = l;
+		l->events_wanted = event.events;
+		if (epoll_ctl(lanes->epfd, EPOLL_CTL_ADD, l->fd, &event))
+			end_lane(l, errno);
+	}
+}
+
+bool lp_lanes_round(struct lp_lanes *lanes)
+{
+	struct lp_lane **link, *l;
+	bool again = false;
+
+	take_over(lanes);
+	for (link = &lanes->lanes; (l = *link);) {
+		if (atomic_load(&l->dead)) {
+			*link = l->next;
+			epoll_ctl(lanes->epfd, EPOLL_CTL_DEL, l->fd, NULL);
+			lane_free(l);
+			continue;
+		}
+		if (l->stalled) {
+			l->stalled = false;
+			receive(l);
+		}
+		l->claim_later = false;
+		go_on(l);
+		flush(l);
+		listen_for(l);
+		again |= l->stalled || l->claim_later;
+		link = &l->next;
+	}
+	return again;
+}
+
+/* ---- owner ---- */
+
+struct lp_lane *lp_lane_new(struct lp_engine *engine, int fd, const struct lp_lane_options *options)
+{
+	struct lp_lanes *lanes = lp_engine_lanes(engine);
+	struct lp_lane *l = calloc(1, sizeof(*l));
+
+	if (!l)
+		return NULL;
+	if (!zero_pages) {
+		void *zeros = mmap(NULL, ZERO_PAGES << LP_PAGE_SHIFT, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+		zero_pages = zeros == MAP_FAILED ? NULL : zeros;
+	}
+	pthread_mutex_init(&l->lock, NULL);
+	l->lanes = lanes;
+	l->options = *options;
+	l->pace.limit = MIN_LIMIT;
+	l->heard = now_ns();
+	l->fd = fcntl(fd, F_DUPFD_CLOEXEC, 0);
+	l->eventfd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+	l->buffer = aligned_alloc(LP_PAGE_SIZE, BUFFER);
+	if (l->fd < 0 || l->eventfd < 0 || !l->buffer || !zero_pages) {
+		int saved = errno;
+
+		lane_free(l);
+		errno = saved;
+		return NULL;
+	}
+	l->start = l->end = LP_PAGE_SIZE;
+	l->next = atomic_load(&lanes->fresh);
+	while (!atomic_compare_exchange_weak(&lanes->fresh, &l->next, l))
+		;
+	signal_fd(lanes->wakefd);
+	return l;
+}
+
+void lp_lane_close(struct lp_lane *l)
+{
+	int wakefd = l->lanes->wakefd;
+
+	shutdown(l->fd, SHUT_RDWR);
+	atomic_store(&l->dead, true);
+	signal_fd(wakefd);
+}
+
+int lp_lane_event_fd(const struct lp_lane *l)
+{
+	return l->eventfd;
+}
+
+size_t lp_lane_events(struct lp_lane *l, struct lp_lane_event *events, size_t max)
+{
+	uint64_t count;
+	size_t nr;
+	ssize_t rc;
+
+	pthread_mutex_lock(&l->lock);
+	rc = read(l->eventfd, &count, sizeof(count));
+	(void)rc;
+	nr = l->nr_events < max ? l->nr_events : max;
+	if (nr)
+		memcpy(events, l->events, nr * sizeof(*events));
+	memmove(l->events, l->events + nr, (l->nr_events - nr) * sizeof(*events));
+	l->nr_events -= nr;
+	if (l->nr_events)
+		signal_fd(l->eventfd);
+	pthread_mutex_unlock(&l->lock);
+	return nr;
+}
+
+void lp_lane_ask(struct lp_lane *l, uint64_t tag, uint64_t image, uint64_t nr_pages, bool urgent)
+{
+	pthread_mutex_lock(&l->lock);
+	ask(l, tag, image, nr_pages, 0, urgent, true);
+	pthread_mutex_unlock(&l->lock);
+	signal_fd(l->lanes->wakefd);
+}
+
+void lp_lane_hold(struct lp_lane *l, bool held)
+{
+	pthread_mutex_lock(&l->lock);
+	l->held = held;
+	if (held)
+		turn_over(l);
+	pthread_mutex_unlock(&l->lock);
+	signal_fd(l->lanes->wakefd);
+}
+
+void lp_lane_turn(struct lp_lane *l, struct lp_task *task, uint64_t max_bytes)
+{
+	pthread_mutex_lock(&l->lock);
+	l->turn = task;
+	l->turn_left = (max_bytes + LP_PAGE_SIZE - 1) >> LP_PAGE_SHIFT;
+	l->turn_asked = 0;
+	if (l->ended || l->held)
+		turn_over(l);
+	pthread_mutex_unlock(&l->lock);
+	signal_fd(l->lanes->wakefd);
+}
+
+void lp_lane_finish(struct lp_lane *l, bool force)
+{
+	pthread_mutex_lock(&l->lock);
+	l->finishing = true;
+	turn_over(l);
+	send_later(l, force ? COMMAND_FORCE_CLOSE : COMMAND_CLOSE, 0, 0, 0);
+	pthread_mutex_unlock(&l->lock);
+	signal_fd(l->lanes->wakefd);
+}
+
+size_t lp_lane_outstanding(struct lp_lane *l, struct lp_request *requests, size_t max)
+{
+	size_t nr;
+
+	pthread_mutex_lock(&l->lock);
+	nr = l->nr;
+	for (size_t i = 0; i < nr && i < max; i++) {
+		requests[i] = *request_at(l, i);
+		if (nr <= max)
+			request_at(l, i)->told = true;
+	}
+	pthread_mutex_unlock(&l->lock);
+	return nr;
+}
+
+void lp_lane_state(struct lp_lane *l, struct lp_lane_state *state)
+{
+	pthread_mutex_lock(&l->lock);
+	*state = (struct lp_lane_state){
+		.outstanding = l->nr,
+		.urgent = l->urgent,
+		.background = l->background,
+		.limit = l->pace.limit > l->options.floor ? l->pace.limit : l->options.floor,
+		.heard = l->heard,
+		.requests = l->nr_requests,
+		.pages = l->nr_pages,
+		.bytes = l->nr_bytes,
+		.round_trip = l->pace.smoothed,
+	};
+	for (size_t i = 0; i < l->nr; i++) {
+		uint64_t since = request_at(l, i)->since;
+
+		if (since && (!state->oldest || since < state->oldest))
+			state->oldest = since;
+	}
+	pthread_mutex_unlock(&l->lock);
+}
