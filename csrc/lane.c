@@ -589,6 +589,24 @@ void lp_lanes_free(struct lp_lanes *lanes)
 	lanes->lanes = NULL;
 }
 
+static void take_over(struct lp_lanes *lanes)
+{
+	struct lp_lane *l, *next;
+
+	if (!atomic_load(&lanes->fresh))
+		return;
+	for (l = atomic_exchange(&lanes->fresh, NULL); l; l = next) {
+		struct epoll_event event = {.events = EPOLLIN, .data.u64 = (uintptr_t)l | 1};
+
+		next = l->next;
+		l->next = lanes->lanes;
+		lanes->lanes = l;
+		l->events_wanted = event.events;
+		if (epoll_ctl(lanes->epfd, EPOLL_CTL_ADD, l->fd, &event))
+			end_lane(l, errno);
+	}
+}
+
 static bool takes_faults(const struct lp_lane *l)
 {
 	return !l->held && !l->ended && !l->finishing && !atomic_load(&l->dead);
@@ -648,6 +666,7 @@ bool lp_lanes_fault(struct lp_lanes *lanes, uint64_t tag, uint64_t image, uint64
 	uint64_t end = image + (nr_pages << LP_PAGE_SHIFT), best_wait = 0;
 	struct lp_lane *best = NULL;
 
+	take_over(lanes);
 	for (struct lp_lane *l = lanes->lanes; l; l = l->next) {
 		uint64_t wait;
 
@@ -702,23 +721,6 @@ bool lp_lanes_expect(const struct lp_lanes *lanes)
 		if (l->urgent)
 			return true;
 	return false;
-}
-
-/* In the order in which they were made. */
-static void take_over(struct lp_lanes *lanes)
-{
-	struct lp_lane *l = atomic_exchange(&lanes->fresh, NULL), *next;
-
-	for (; l; l = next) {
-		struct epoll_event event = {.events = EPOLLIN, .data.u64 = (uintptr_t)l | 1};
-
-		next = l->next;
-		l->next = lanes->lanes;
-		lanes->lanes = l;
-		l->events_wanted = event.events;
-		if (epoll_ctl(lanes->epfd, EPOLL_CTL_ADD, l->fd, &event))
-			end_lane(l, errno);
-	}
 }
 
 bool lp_lanes_round(struct lp_lanes *lanes)

@@ -263,6 +263,7 @@ class Service:
         *levels: PagesFile,
         wiped: Sequence[tuple[int, int]] = (),
         max_readahead: int = 16,
+        tag: int = 0,
     ) -> ServedTask:
         """Adds a task; extents as for :class:`ExtentTable`, VMAs and wiped ranges as (address, pages)."""
         return self.engine.add(
@@ -274,6 +275,7 @@ class Service:
                 [level.map for level in levels],
                 max_readahead,
             ),
+            tag=tag,
         )
 
     def transfer(self, task: ServedTask, chunk: int = 64 << 10, pause: float = 0.0) -> Transfer:

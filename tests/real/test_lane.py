@@ -1,0 +1,531 @@
+"""Lanes: the engine asks a page server by itself. A server of ours here says whatever a test wants, on a real socket.
+
+What must never happen: a page that nobody gave, old bytes after the task has thrown them away, a request that is
+forgotten.
+"""
+
+from __future__ import annotations
+
+import errno
+import random
+import select
+import socket
+import struct
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import pytest
+
+from lazypages.uffd import Lane, LaneEvent, LaneEventKind, NoticeKind, ServedTask
+from tests.support.uffd import BASE, PAGE, RANDOM, PagesFile, Service, Task, until
+
+GIB = 1 << 30
+PAGES = 64
+REMOTE = 0xFFFFFFFE  # csrc/extent.h
+TAG = 4711
+GET, ADD_F, CLOSE = 7, 6, 0x1023
+PRESENT, ZERO = 4, 0x100
+MADV_DONTNEED = 4
+HEADERS = {24: struct.Struct("=IIQQ"), 32: struct.Struct("=I4xQQQ")}  # reference/criu-interfaces §4
+
+both = pytest.mark.parametrize("size", HEADERS)
+
+
+@pytest.fixture(scope="module")
+def file() -> PagesFile:
+    return PagesFile(4096)
+
+
+class Get(NamedTuple):
+    nr_pages: int
+    image: int
+    tag: int
+
+
+class Source:
+    """The other end of a lane."""
+
+    def __init__(self, service: Service, *, size: int = 24, zeros: bool = False, max_pages: int = 16) -> None:
+        self._end, lanes = socket.socketpair()
+        self._header = HEADERS[size]
+        with lanes:
+            self.lane: Lane = service.engine.lane(
+                lanes.fileno(), header_size=size, max_pages=max_pages, zeros=zeros, background=True
+            )
+        self._events: list[LaneEvent] = []
+        self._end.settimeout(60)
+
+    def hang_up(self) -> None:
+        self._end.close()
+
+    def close(self) -> None:
+        """Both ends."""
+        self.lane.close()
+        self._end.close()
+
+    def command(self) -> tuple[int, Get]:
+        data = b""
+        while len(data) < self._header.size:
+            more = self._end.recv(self._header.size - len(data))
+            if not more:
+                raise EOFError
+            data += more
+        command, nr_pages, image, tag = self._header.unpack(data)
+        return command, Get(nr_pages, image, tag)
+
+    def asked(self) -> Get:
+        command, get = self.command()
+        assert command == GET
+        return get
+
+    def quiet(self, seconds: float = 0.1) -> bool:
+        """Whether nothing is asked for so long."""
+        return not select.select([self._end], [], [], seconds)[0]
+
+    def header(self, get: Get, *, command: int = ADD_F, flags: int = PRESENT) -> bytes:
+        return self._header.pack(command | flags << 16, *get)
+
+    def answer(self, file: PagesFile, get: Get) -> bytes:
+        """What the server has to say to that."""
+        return self.header(get) + file.page_bytes((get.image - BASE) // PAGE, get.nr_pages)
+
+    def send(self, data: bytes) -> None:
+        self._end.sendall(data)
+
+    def event(self, kind: LaneEventKind) -> LaneEvent:
+        """The next one of this kind."""
+        deadline = time.monotonic() + 60
+        while True:
+            self._events += self.lane.events()
+            for place, event in enumerate(self._events):
+                if event.kind is kind:
+                    return self._events.pop(place)
+            if time.monotonic() > deadline:
+                pytest.fail(f"no {kind.name}, but {self._events}")
+            select.select([self.lane.event_fd], [], [], 1)
+
+    def events(self) -> list[LaneEventKind]:
+        self._events += self.lane.events()
+        return [event.kind for event in self._events]
+
+
+@contextmanager
+def remote_task(pages: int = PAGES, readahead: int = 1) -> Iterator[tuple[Service, Task, ServedTask]]:
+    with Service() as service:
+        task = service.task()
+        uffd = task.open_uffd()
+        task.map((BASE, pages))
+        served = service.serve(
+            uffd, [(BASE, pages, 0, REMOTE)], [(BASE, pages)], max_readahead=readahead, tag=TAG
+        )
+        yield service, task, served
+
+
+def no_notice(service: Service) -> bool:
+    return not [one for one in service.look() if one.kind in {NoticeKind.NEED, NoticeKind.HURRY}]
+
+
+@both
+def test_a_fault_byte_by_byte(size: int, file: PagesFile) -> None:
+    with remote_task() as (service, task, served):
+        source = Source(service, size=size)
+        for page in (5, 6, 40):
+            task.tell_check(BASE + page * PAGE, 1, file.first_id + page)
+            get = source.asked()
+            assert get == (1, BASE + page * PAGE, TAG)
+            for byte in source.answer(file, get):
+                assert task.busy(0)
+                source.send(bytes([byte]))
+            task.reply()
+        assert no_notice(service)
+        assert source.events() == []
+        assert (served.sources()[0].remote, served.sources()[2].remote) == (3, 3)
+        state = source.lane.state()
+        assert (state.outstanding, state.urgent, state.requests, state.pages) == (0, 0, 3, 3)
+        assert state.bytes == 3 * (size + PAGE)
+        source.close()
+
+
+def test_many_faults_at_once(file: PagesFile) -> None:
+    """All are asked for before any is answered; answers that come in one piece are told apart."""
+    with remote_task() as (service, task, served):
+        source = Source(service)
+        task.tell_check(BASE, PAGES, file.first_id, order=RANDOM, threads=8)
+        for _ in range(PAGES // 8):
+            gets = [source.asked() for _ in range(8)]
+            source.send(b"".join(source.answer(file, get) for get in gets))
+        task.reply()
+        assert served.pending == 0
+        assert source.lane.state().requests == PAGES
+        source.close()
+
+
+@pytest.mark.parametrize("pages", [1, 3])
+@pytest.mark.parametrize(
+    "cut", [0, 1, 23, 24, 25, 24 + PAGE - 1, 24 + PAGE, 24 + PAGE + 1], ids=lambda cut: f"after {cut}"
+)
+def test_cut(cut: int, pages: int, file: PagesFile) -> None:
+    """What has not come by then is handed back, and nothing else; what has come whole is in its place."""
+    cut = min(cut, 24 + pages * PAGE)
+    whole = max(0, cut - 24) // PAGE
+    with remote_task(pages) as (service, task, served):
+        source = Source(service)
+        source.lane.turn(served, pages * PAGE)
+        get = source.asked()
+        assert get == (pages, BASE, TAG)
+        source.send(source.answer(file, get)[:cut])
+        source.hang_up()
+        ended = source.event(LaneEventKind.ENDED)
+        assert (ended.status, ended.at_boundary) == (0, cut in {0, 24 + pages * PAGE})
+        left = [(one.image, one.nr_pages, one.told) for one in source.lane.outstanding()]
+        assert left == ([(BASE + whole * PAGE, pages - whole, False)] if whole < pages else [])
+        assert served.pending == pages - whole
+        source.close()
+        # a thread that waits is no worse off: the owner is asked, and another lane brings it
+        if whole < pages:
+            task.tell_check(BASE, pages, file.first_id)
+            assert service.wait(NoticeKind.HURRY, served).image == BASE + whole * PAGE
+            second = Source(service)
+            second.lane.ask(TAG, BASE + whole * PAGE, pages - whole, urgent=True)
+            second.send(second.answer(file, second.asked()))
+            arrived = second.event(LaneEventKind.ARRIVED)
+            assert (arrived.image, arrived.nr_pages) == (BASE + whole * PAGE, pages - whole)
+            task.reply()
+            second.close()
+        assert served.sources()[0].remote == pages
+
+
+@both
+@pytest.mark.parametrize(
+    "what", ["command", "pid", "address", "more", "flags", "zeros that nobody agreed on", "noise"]
+)
+def test_wrong_answers(what: str, size: int, file: PagesFile) -> None:
+    """Nothing of them reaches the task, and the request is not forgotten."""
+    with remote_task() as (service, task, served):
+        source = Source(service, size=size)
+        task.tell_check(BASE, 1, file.first_id)
+        get = source.asked()
+        wrong = {
+            "command": source.header(get, command=GET),
+            "pid": source.header(get._replace(tag=TAG + 1)),
+            "address": source.header(get._replace(image=BASE + PAGE)),
+            "more": source.header(get._replace(nr_pages=2)),
+            "flags": source.header(get, flags=PRESENT | 1),
+            "zeros that nobody agreed on": source.header(get, flags=ZERO),
+            "noise": random.Random(5).randbytes(size),
+        }
+        source.send(wrong[what] + file.page_bytes(1, 2))
+        ended = source.event(LaneEventKind.ENDED)
+        assert ended.status == errno.EPROTO
+        assert [(one.image, one.nr_pages) for one in source.lane.outstanding()] == [(BASE, 1)]
+        assert source.lane.outstanding()[0].since > 0
+        assert task.busy()
+        assert served.pending == PAGES
+        source.close()
+        second = Source(service, size=size)
+        second.lane.ask(TAG, BASE, 1, urgent=True)
+        second.send(second.answer(file, second.asked()))
+        task.reply()
+        second.close()
+
+
+def test_an_answer_that_nobody_asked_for(file: PagesFile) -> None:
+    with remote_task() as (service, _task, served):
+        source = Source(service)
+        source.send(source.answer(file, Get(1, BASE, TAG)))
+        assert source.event(LaneEventKind.ENDED).status == errno.EPROTO
+        assert served.pending == PAGES
+        source.close()
+
+
+def test_a_short_answer(file: PagesFile) -> None:
+    """The server had no more in one piece: the rest is asked for at once."""
+    with remote_task(readahead=4) as (service, task, served):
+        source = Source(service)
+        task.tell_check(BASE, 7, file.first_id)  # 1, 2 and 4 pages, as the faults run on
+        first = source.asked()
+        source.send(source.answer(file, first))
+        second = source.asked()
+        assert second == (2, BASE + PAGE, TAG)
+        source.send(source.answer(file, second._replace(nr_pages=1)))
+        rest = source.asked()
+        assert rest == (1, BASE + 2 * PAGE, TAG)
+        assert task.busy()
+        source.send(source.answer(file, rest))
+        third = source.asked()
+        source.send(source.answer(file, third._replace(nr_pages=3)))
+        rest = source.asked()
+        assert rest == (third.nr_pages - 3, third.image + 3 * PAGE, TAG)
+        source.send(source.answer(file, rest))
+        task.reply()
+        assert served.pending == PAGES - 7
+        assert source.lane.state().outstanding == 0
+        source.close()
+
+
+def test_a_page_that_the_server_has_not(file: PagesFile) -> None:
+    """The owner is told, and the next answers are none the worse for it."""
+    with remote_task() as (service, task, _served):
+        source = Source(service, size=32)
+        task.tell_check(BASE + 3 * PAGE, 1, file.first_id + 3)
+        get = source.asked()
+        source.send(source.header(get._replace(nr_pages=0), flags=0))
+        refused = source.event(LaneEventKind.REFUSED)
+        assert (refused.tag, refused.image, refused.nr_pages, refused.told) == (TAG, get.image, 1, False)
+        assert refused.since > 0
+        assert task.busy()
+        source.lane.ask(TAG, get.image, 1, urgent=True)
+        source.send(source.answer(file, source.asked()))
+        task.reply()
+        source.close()
+
+
+def test_zeros(file: PagesFile) -> None:
+    """Pages of zeros come without bytes, where that was agreed on."""
+    with remote_task(pages=300) as (service, task, served):
+        source = Source(service, size=32, zeros=True, max_pages=300)
+        source.lane.ask(TAG, BASE, 200, urgent=False)
+        source.lane.ask(TAG, BASE + 200 * PAGE, 1, urgent=False)
+        source.send(source.header(source.asked(), flags=ZERO))
+        source.send(source.answer(file, source.asked()))
+        task.check(BASE, 200, 0)
+        task.check(BASE + 200 * PAGE, 1, file.first_id + 200)
+        assert served.sources()[0].remote == 201
+        source.close()
+
+
+def test_a_thread_waits_for_what_is_on_its_way(file: PagesFile) -> None:
+    """It is not asked for again, nobody is bothered, and the fault is counted."""
+    with remote_task() as (service, task, served):
+        source = Source(service)
+        source.lane.turn(served, 16 * PAGE)
+        gets = []
+        while sum(get.nr_pages for get in gets) < 16:
+            gets.append(source.asked())
+        task.tell_check(BASE + 10 * PAGE, 1, file.first_id + 10)
+        assert task.busy()
+        assert source.quiet()
+        assert no_notice(service)
+        assert any(one.since for one in source.lane.outstanding())
+        source.send(b"".join(source.answer(file, get) for get in gets))
+        task.reply()
+        assert served.sources()[2].remote == 1
+        source.close()
+
+
+def test_a_held_lane(file: PagesFile) -> None:
+    """It sends nothing of its own accord; faults are the owner's then."""
+    with remote_task() as (service, task, served):
+        source = Source(service)
+        task.tell_check(BASE, 1, file.first_id)
+        get = source.asked()
+        source.lane.hold(held=True)
+        assert [one[:3] for one in source.lane.outstanding()] == [(TAG, BASE, 1)]
+        source.lane.turn(served, PAGE)
+        assert source.event(LaneEventKind.TURN_OVER).nr_pages == 0
+        source.send(source.answer(file, get)[:100])
+        source.event(LaneEventKind.HEARD)
+        source.send(source.answer(file, get)[100:])
+        assert source.event(LaneEventKind.ARRIVED).image == BASE  # taken back, and come all the same
+        source.event(LaneEventKind.QUIET)
+        task.reply()
+        task.tell_check(BASE + PAGE, 1, file.first_id + 1)
+        assert service.wait(NoticeKind.NEED, served).image == BASE + PAGE
+        assert source.quiet()
+        source.lane.ask(TAG, BASE + PAGE, 1, urgent=True)
+        source.send(source.answer(file, source.asked()))
+        task.reply()
+        source.lane.hold(held=False)
+        task.tell_check(BASE + 2 * PAGE, 1, file.first_id + 2)
+        source.send(source.answer(file, source.asked()))
+        task.reply()
+        source.close()
+
+
+@both
+def test_the_end(size: int, file: PagesFile) -> None:
+    """After all answers the server says how it went."""
+    with remote_task() as (service, task, _served):
+        source = Source(service, size=size)
+        task.tell_check(BASE, 1, file.first_id)
+        get = source.asked()
+        source.lane.finish(force=False)
+        assert source.command()[0] == CLOSE
+        source.send(source.answer(file, get) + struct.pack("=i", 7))
+        task.reply()
+        assert source.event(LaneEventKind.CLOSED).status == 7
+        source.lane.close()
+        with pytest.raises(EOFError):
+            source.command()
+        source.hang_up()
+
+
+# The task does something meanwhile.
+
+
+def test_layout_changes_while_pages_are_on_their_way(file: PagesFile) -> None:
+    """What comes is placed where its memory is by now, in pieces, and nowhere if that is gone: never old bytes."""
+    with remote_task() as (service, task, served):
+        source = Source(service, max_pages=PAGES)
+        source.lane.turn(served, PAGES * PAGE)
+        gets: list[Get] = []
+        while sum(get.nr_pages for get in gets) < 16:
+            gets.append(source.asked())
+        first = b"".join(source.answer(file, get) for get in gets)
+        source.send(first[: 24 + 100])  # a page is in the middle of its way
+        assert task.mremap(BASE + PAGE, 2, BASE + GIB) == BASE + GIB
+        assert task.do("madvise", BASE, 1, MADV_DONTNEED) == "0"
+        assert task.do("munmap", BASE + 6 * PAGE, 2) == "0"
+        task.tell_check(BASE + GIB, 2, file.first_id + 1)
+        source.send(first[24 + 100 :])
+        task.reply()
+        left = PAGES - sum(get.nr_pages for get in gets) - 0
+        while left:
+            get = source.asked()
+            source.send(source.answer(file, get))
+            left -= get.nr_pages
+        source.event(LaneEventKind.TURN_OVER)
+        until("all to be there", lambda: served.pending == 0)
+        task.check(BASE, 1, 0)
+        task.check(BASE + 3 * PAGE, 3, file.first_id + 3)
+        task.check(BASE + 8 * PAGE, PAGES - 8, file.first_id + 8)
+        assert served.sources()[1].remote == 3
+        source.close()
+
+
+def test_a_fork_while_a_page_is_on_its_way(file: PagesFile) -> None:
+    """One request, one answer: both get it."""
+    with remote_task(pages=8) as (service, task, served):
+        source = Source(service)
+        task.tell_check(BASE + 2 * PAGE, 1, file.first_id + 2)
+        get = source.asked()
+        other = Source(service)  # the better one for whatever comes next, as it has nothing to do
+        source.lane.turn(served, 8 * PAGE)
+        gets: list[Get] = []
+        while sum(one.nr_pages for one in gets) < 7:
+            gets.append(source.asked())
+        source.send(source.answer(file, get))
+        task.reply()
+        child = adopt_fork(service, task)
+        forked = service.wait(NoticeKind.FORKED).task
+        child.tell_check(BASE, 8, file.first_id, threads=4)
+        task.tell_check(BASE, 8, file.first_id, threads=4)
+        assert child.busy()
+        assert other.quiet()
+        assert no_notice(service)
+        for one in gets:
+            source.send(source.answer(file, one))
+        child.reply()
+        task.reply()
+        assert (served.pending, forked.pending) == (0, 0)
+        source.close()
+        other.close()
+
+
+def adopt_fork(service: Service, task: Task) -> Task:
+    return service.adopt(task.fork())
+
+
+def test_a_task_that_ends_while_pages_are_on_their_way(file: PagesFile) -> None:
+    """Its pages come for nobody; those of the other task on the same lane are where they belong."""
+    with remote_task() as (service, task, served):
+        source = Source(service)
+        other = service.task()
+        uffd = other.open_uffd()
+        other.map((BASE, PAGES))
+        second = service.serve(
+            uffd, [(BASE, PAGES, 0, REMOTE)], [(BASE, PAGES)], max_readahead=1, tag=TAG + 1
+        )
+        task.tell_check(BASE, 1, file.first_id)
+        gone = source.asked()
+        source.lane.turn(served, 8 * PAGE)
+        gets: list[Get] = []
+        while sum(get.nr_pages for get in gets) < 8:
+            gets.append(source.asked())
+        other.tell_check(BASE + PAGE, 1, file.first_id + 1)
+        mine = source.asked()
+        task.close()
+        until("it to be gone", lambda: not served.probe())
+        source.lane.turn(served, 8 * PAGE)
+        served.close()
+        for get in (gone, *gets, mine):
+            source.send(source.answer(file, get))
+        other.reply()
+        assert source.event(LaneEventKind.TURN_OVER).nr_pages == 8
+        source.event(LaneEventKind.TURN_OVER)
+        assert (second.sources()[0].remote, source.lane.state().outstanding) == (1, 0)
+        source.close()
+
+
+class Server(threading.Thread):
+    """Answers what it is asked, in pieces of all sizes, and hangs up now and then."""
+
+    def __init__(self, source: Source, file: PagesFile, seed: int) -> None:
+        super().__init__(daemon=True)
+        self._source, self._file = source, file
+        self._random = random.Random(seed)
+        self.start()
+
+    def run(self) -> None:
+        rng, source = self._random, self._source
+        lives = rng.randrange(1, 40)
+        try:
+            while lives:
+                lives -= 1
+                get = source.asked()
+                part = get._replace(nr_pages=rng.randrange(1, get.nr_pages + 1))
+                data = source.answer(self._file, part)
+                if not lives:
+                    data = data[: rng.randrange(len(data) + 1)]
+                while data:
+                    size = rng.choice([1, 24, 100, PAGE, 4 * PAGE, len(data)])
+                    source.send(data[:size])
+                    data = data[size:]
+                    if rng.random() < 0.2:
+                        time.sleep(0.0005)
+            source.hang_up()
+        except (EOFError, OSError):
+            pass
+
+
+def test_turmoil(file: PagesFile) -> None:
+    """A task that changes its layout all the time, and connections that are cut all the time: every byte is right."""
+    pages = 4096
+    with remote_task(pages, readahead=8) as (service, task, served):
+        task.tell("churn", BASE, pages, file.first_id, 5, 400, 100, 3)
+        source = Source(service)
+        servers = [Server(source, file, 0)]
+        turn_taken = False
+        deadline = time.monotonic() + 60
+        while task.busy(0):
+            assert time.monotonic() < deadline
+            for notice in service.look():
+                assert notice.kind in {NoticeKind.NEED, NoticeKind.HURRY, NoticeKind.COMPLETE}
+                if notice.kind is NoticeKind.NEED:
+                    served.fail_remote(notice.image, notice.nr_pages, lost=False)
+            service.notices.clear()
+            if not turn_taken:
+                source.lane.turn(served, 32 * PAGE)
+                turn_taken = True
+            for event in source.lane.events():
+                if event.kind is LaneEventKind.TURN_OVER:
+                    turn_taken = False
+                if event.kind is LaneEventKind.ENDED:
+                    for left in source.lane.outstanding():
+                        served.fail_remote(left.image, left.nr_pages, lost=False)
+                    source.close()
+                    source = Source(service)
+                    servers.append(Server(source, file, len(servers)))
+                    turn_taken = False
+                    break
+            select.select([source.lane.event_fd, service.engine.notice_fd], [], [], 0.01)
+        task.reply()
+        assert served.lost == 0
+        assert len(servers) > 3
+        source.close()
+        for server in servers:
+            server.join(60)
+            assert not server.is_alive()
