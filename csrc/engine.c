@@ -1032,7 +1032,7 @@ static bool serve_once(struct lp_task *t)
 	lp_lock_downgrade(&t->lock);
 	again = t->put_off;
 	t->put_off = (struct faults){0};
-	if (t->engine->ready == 1 && t->faults.nr == 1 && !again.nr)
+	if (t->engine->ready == 1 && t->faults.nr == 1 && !again.nr && !t->remote)
 		lp_follow_yield(&t->engine->follow, t->faults.at[0].since);
 	else
 		lp_follow_insist(&t->engine->follow);
@@ -1078,6 +1078,8 @@ static int place(void *arg, uint64_t tag, uint64_t image, uint64_t nr_pages, con
 		e->kin[nr++] = t;
 	}
 	pthread_mutex_unlock(&e->lock);
+	if (e->ready == 1 && nr == 1 && e->kin[0]->nr_waiting == 1)
+		lp_follow_yield(&e->follow, now_ns());
 	/* Again for all of them after EAGAIN: who has the pages does not wait for them. */
 	for (size_t i = 0; i < nr; i++)
 		if (lp_task_deliver(e->kin[i], image, nr_pages, bytes) == -EAGAIN)
