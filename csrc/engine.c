@@ -12,6 +12,7 @@
 #include <sys/eventfd.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -38,6 +39,7 @@ struct uffdio_poison {
 #define NS 1000000000ull
 #define EVENTS 64	      /* uffds answered for one epoll_wait */
 #define MESSAGES 32	      /* uffd messages taken by one read */
+#define EXPECTED_NS 300000 /* how long an answer of a page server is waited for with our CPU left to others */
 #define RETRY_MS 1	      /* until an answer that was put off is tried again */
 #define IDLE_MS 50	      /* without a fault: then no task's CPU is followed */
 #define CHUNK_QUIET (512u << 10) /* bytes a background copy takes at a time */
@@ -1032,7 +1034,7 @@ static bool serve_once(struct lp_task *t)
 	lp_lock_downgrade(&t->lock);
 	again = t->put_off;
 	t->put_off = (struct faults){0};
-	if (t->engine->ready == 1 && t->faults.nr == 1 && !again.nr && !t->remote)
+	if (t->engine->ready == 1 && t->faults.nr == 1 && !again.nr)
 		lp_follow_yield(&t->engine->follow, t->faults.at[0].since);
 	else
 		lp_follow_insist(&t->engine->follow);
@@ -1080,6 +1082,8 @@ static int place(void *arg, uint64_t tag, uint64_t image, uint64_t nr_pages, con
 	pthread_mutex_unlock(&e->lock);
 	if (e->ready == 1 && nr == 1 && e->kin[0]->nr_waiting == 1)
 		lp_follow_yield(&e->follow, now_ns());
+	else
+		lp_follow_insist(&e->follow);
 	/* Again for all of them after EAGAIN: who has the pages does not wait for them. */
 	for (size_t i = 0; i < nr; i++)
 		if (lp_task_deliver(e->kin[i], image, nr_pages, bytes) == -EAGAIN)
@@ -1199,9 +1203,17 @@ static int next_events(struct lp_engine *e, struct epoll_event *events, bool aga
 	int n = 0;
 
 	if (atomic_load(&e->follow.yields)) {
-		n = epoll_wait(e->epfd, events, EVENTS, 0);
-		if (!n)
+		/*
+		 * A page server on this machine may run on this CPU now.  When it answers, we don't take the CPU from it
+		 * before it sleeps again: beside it, the thread that gets the page would be sent to another one.
+		 */
+		const struct timespec expected = {.tv_nsec = lp_lanes_expect(&e->lanes) ? EXPECTED_NS : 0};
+
+		n = (int)syscall(SYS_epoll_pwait2, e->epfd, events, EVENTS, &expected, NULL, 0);
+		if (n <= 0) { /* Linux before 5.11 has no such call */
+			n = 0;
 			lp_follow_insist(&e->follow);
+		}
 	}
 	return n ? n : epoll_wait(e->epfd, events, EVENTS, again ? RETRY_MS : following ? IDLE_MS : -1);
 }

@@ -611,9 +611,10 @@ static void take_over(struct lp_lanes *lanes)
 	}
 }
 
-static bool takes_faults(const struct lp_lane *l)
+/* beside: another lane is for faults alone, perhaps to the same server */
+static bool takes_faults(const struct lp_lane *l, bool beside)
 {
-	return !l->held && !l->ended && !l->finishing && !atomic_load(&l->dead);
+	return !(beside && l->options.floor) && !l->held && !l->ended && !l->finishing && !atomic_load(&l->dead);
 }
 
 /* Whether any lane is bringing the page at image already, and how far from there; else how far none is. (no lock held) */
@@ -653,28 +654,29 @@ bool lp_lanes_hurry(struct lp_lanes *lanes, uint64_t tag, uint64_t image, uint64
 /* How long an answer to what is asked now will take, roughly, ns. */
 static uint64_t expected_wait(struct lp_lane *l)
 {
-	uint64_t in_flight, limit;
+	uint64_t in_flight, limit, wait;
 
 	pthread_mutex_lock(&l->lock);
 	in_flight = l->urgent + l->background;
 	limit = l->pace.limit;
-	in_flight = l->pace.smoothed + l->pace.smoothed * in_flight / limit;
-	if (l->options.background)
-		in_flight += 1; /* as good, but for the other one being for faults alone */
+	wait = l->pace.smoothed + l->pace.smoothed * in_flight / limit;
 	pthread_mutex_unlock(&l->lock);
-	return in_flight;
+	return wait;
 }
 
 bool lp_lanes_fault(struct lp_lanes *lanes, uint64_t tag, uint64_t image, uint64_t nr_pages, uint64_t since)
 {
 	uint64_t end = image + (nr_pages << LP_PAGE_SHIFT), best_wait = 0;
 	struct lp_lane *best = NULL;
+	bool beside = false;
 
 	take_over(lanes);
+	for (struct lp_lane *l = lanes->lanes; l; l = l->next)
+		beside |= !l->options.background && takes_faults(l, false);
 	for (struct lp_lane *l = lanes->lanes; l; l = l->next) {
 		uint64_t wait;
 
-		if (!takes_faults(l))
+		if (!takes_faults(l, beside))
 			continue;
 		wait = lanes->lanes->next ? expected_wait(l) : 0;
 		if (!best || wait < best_wait) {

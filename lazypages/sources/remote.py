@@ -45,6 +45,7 @@ log = logging.getLogger("lazypages")
 # CAP_SYS_RESOURCE it fails past the 16th page of a pipe, however small the request (reference §8, 9).
 CRIU_MAX_PAGES: Final = 64
 OUR_MAX_PAGES: Final = 256
+ENGINE_FEATURES: Final = Features.MISSING | Features.CONNECTIONS | Features.ZERO  # what csrc/lane.c knows
 URGENT_MAX_PAGES: Final = 16  # neighbouring faults that are asked for as one
 MIN_PAGES: Final = 4  # of a background request
 ALONE_WINDOW: Final = 1 << 20  # bytes of background on a lane without faults, at least
@@ -651,7 +652,7 @@ class RemotePages:
         assert lane.link is not None
         assert lane.codec is not None
         fd, features = lane.link.plain_fd, lane.codec.features
-        if self._engine is None or fd is None:
+        if self._engine is None or fd is None or features & ~ENGINE_FEATURES:
             return
         try:
             lane.engine = self._engine.lane(
