@@ -687,7 +687,8 @@ bool lp_lanes_fault(struct lp_lanes *lanes, uint64_t tag, uint64_t image, uint64
 	if (!best)
 		return false;
 	while (image < end) {
-		uint64_t stop = end;
+		uint64_t most = image + ((uint64_t)best->options.max_pages << LP_PAGE_SHIFT);
+		uint64_t stop = end < most ? end : most;
 
 		if (!under_way(lanes, tag, image, &stop, since)) {
 			bool held;

@@ -21,7 +21,7 @@ struct lp_lane;
 
 struct lp_lane_options {
 	uint32_t header_size; /* 24 or 32: the two layouts of the protocol, reference/criu-interfaces §4 */
-	uint32_t max_pages;   /* of one background request */
+	uint32_t max_pages;   /* of one request that is not the owner's */
 	uint64_t floor;	      /* bytes of background that may be on their way at least: where faults have other lanes; or 0 */
 	bool zeros;	      /* pages of zeros may be answered without bytes (wire.Features.ZERO) */
 	bool background;      /* besides faults */
