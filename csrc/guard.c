@@ -3,7 +3,9 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <inttypes.h>
 #include <poll.h>
+#include <pthread.h>
 #include <sched.h>
 #include <signal.h>
 #include <stdarg.h>
@@ -29,6 +31,7 @@
 #define PAGE 4096
 #define COMPLETE (-1)
 #define LOOK_MS 20
+#define LARGE (128u << 10) /* bytes: a mapping of this size is no library's */
 #define ANYWHERE ((uint64_t)1 << 38) /* an address that every task can have */
 
 struct lp_guard {
@@ -169,6 +172,28 @@ _Noreturn static void guard(struct lp_guard *g)
 	_exit(0);
 }
 
+/*
+ * Keeps the daemon's heap out of the second process, or lets it in again: so neither has to copy what the other changes.
+ * What that process uses is small: the stack, what its libraries keep, and what the thread pointer points to.
+ */
+static void inherit_heap(int advice)
+{
+	FILE *maps = fopen("/proc/self/maps", "re");
+	uintptr_t start, end, here = (uintptr_t)__builtin_frame_address(0), thread = (uintptr_t)pthread_self();
+	char line[512], rights[8];
+	unsigned long inode;
+
+	while (maps && fgets(line, sizeof(line), maps)) {
+		if (sscanf(line, "%" SCNxPTR "-%" SCNxPTR " %7s %*s %*s %lu", &start, &end, rights, &inode) != 4 || inode ||
+		    strcmp(rights, "rw-p") || end - start < LARGE || (start <= here && here < end) ||
+		    (start <= thread && thread < end))
+			continue;
+		madvise((void *)start, end - start, advice);
+	}
+	if (maps)
+		fclose(maps);
+}
+
 struct lp_guard *lp_guard_start(int log_fd)
 {
 	struct rlimit limit;
@@ -188,9 +213,11 @@ struct lp_guard *lp_guard_start(int log_fd)
 	if (g->nowhere == MAP_FAILED || g->daemon < 0)
 		goto fail;
 	/* as fork(2), but for the file descriptors; no signal tells of its end */
+	inherit_heap(MADV_DONTFORK);
 	pid = (pid_t)syscall(SYS_clone, CLONE_FILES, NULL, NULL, NULL, NULL);
 	if (!pid)
 		guard(g);
+	inherit_heap(MADV_DOFORK);
 	g->pid = pid;
 	if (pid > 0)
 		return g;
