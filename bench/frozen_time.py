@@ -94,7 +94,7 @@ def measure(peer: str, pid: int, folder: Path, criu: str) -> DumpStatsEntry:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", type=int, nargs="+", default=[64, 1024], help="MiB of the task")
+    parser.add_argument("--size", type=int, nargs="+", default=[64, 1024, 4096], help="MiB of the task")
     parser.add_argument("--dirty", type=int, default=16, help="MiB that it keeps writing")
     parser.add_argument("--criu", default=shutil.which("criu") or "", help="path of criu; empty: without")
     parser.add_argument("--repeat", type=int, default=3)
