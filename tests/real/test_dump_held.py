@@ -52,7 +52,7 @@ class Counters:
     triples: tuple[int, int]
 
     def check(self) -> None:
-        """No instruction of a thread was lost or came twice; nothing was stopped or continued, as far as it knows."""
+        """No instruction of a thread was lost or came twice; to be asked while it is stopped."""
         for count, triple in zip(self.counts, self.triples, strict=True):
             assert 3 * count - triple in (0, 3)
 
@@ -148,6 +148,8 @@ def test_killed_while_it_serves(tree: Tree, tmp_path: Path) -> None:
         wait_for("the stop of all threads", tree.is_stopped)
         time.sleep(0.005)
         assert tree.counters() == frozen
+        for counters in frozen:
+            counters.check()
         for pid in tree.pids:
             os.kill(pid, signal.SIGCONT)
         tree.goes_on()
@@ -179,6 +181,8 @@ def test_nobody_notices(way: str, tree: Tree, tmp_path: Path) -> None:
         options = ["--leave-running"] if way == "leave-running" else []
         with lazy_dump(tree.pids[0], images, *options) as source:
             source.wait_ready()
+            for counters in tree.counters():
+                counters.check()
             if way == "signal":
                 source.signal(signal.SIGHUP)  # a terminal that goes away is nobody's decision
                 source.signal(signal.SIGTERM)

@@ -1,6 +1,6 @@
 /*
- * A tree of processes that never rests: each of PROCESSES processes (a child of the one before) has THREADS threads that
- * count all the time, and one that sleeps for short moments. `spinners` prints the address of its counters and the pids.
+ * A tree of processes that hardly rests: each of PROCESSES processes (a child of the one before) has THREADS threads that
+ * count nearly all the time, and one that sleeps for short moments. `spinners` prints the address of its counters and the pids.
  * SIGCONT and SIGCHLD are counted too: whoever stops and continues the tree without being asked to is found out.
  */
 #define _GNU_SOURCE
@@ -38,8 +38,14 @@ static void *spin(void *argument)
 	long number = (long)argument;
 
 	for (;;) {
-		counters->thread[number].count++;
-		counters->thread[number].triple += 3;
+		struct timespec ts = { 0, 1000000 };
+
+		for (int i = 0; i < 100000; i++) {
+			counters->thread[number].count++;
+			counters->thread[number].triple += 3;
+		}
+		while (nanosleep(&ts, &ts)) /* leaves some of the CPUs to the rest of the machine */
+			;
 	}
 	return NULL;
 }
