@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import struct
 import subprocess
 import sys
 import textwrap
@@ -42,6 +43,21 @@ def calls(pid: int) -> dict[int, str]:
     return {int(path.name): (path / "syscall").read_text().split()[0] for path in tasks}
 
 
+def sleeping(pid: int) -> list[float]:
+    """Seconds for which threads sleep that want to know what is left of it; they now sleep for what was left."""
+    found = []
+    for path in Path(f"/proc/{pid}/task").iterdir():
+        number, *arguments = (path / "syscall").read_text().split()
+        flags, request, rest = (int(word, 16) for word in arguments[1:4])
+        if number == "230" and not flags and rest:
+            assert request == rest
+            with open(path / "mem", "rb", buffering=0) as memory:
+                seconds, nanoseconds = struct.unpack("<qq", os.pread(memory.fileno(), 16, request))
+            found.append(seconds + nanoseconds / 1e9)
+    assert len(found) == 2
+    return found
+
+
 # After a pre-dump, or any other stop, the kernel has waits for a time go on as restart_syscall. What of CRIU's dumps
 # CRIU restores fails with EINTR.
 @pytest.mark.parametrize(
@@ -63,6 +79,8 @@ def test_every_call_goes_on(by: str, restorer: str, program: Path, tmp_path: Pat
         reap_tree(pid)
         (criu if restorer == "criu" else OurRestore(criu.release)).restore(images, lazy=False)
         wait_for("all threads to wait in the same calls", lambda: calls(pid) == before)
+        for left in sleeping(pid):
+            assert 0 < left < 1000
         os.kill(pid, signal.SIGUSR2)
         assert reap(pid) == 0
     lines = output.read_text().splitlines()
