@@ -227,6 +227,13 @@ class Row:
         return Spread.of(values) if values else None
 
 
+def turns(peers: Sequence[Peer], turn: int) -> list[Peer]:
+    """The order of a round: everybody is first once, in turn, and comes after one neighbour and after the other."""
+    shift = turn // 2 % len(peers)
+    order = [*peers[shift:], *peers[:shift]]
+    return order[::-1] if turn % 2 else order
+
+
 @dataclass(frozen=True, slots=True)
 class Suite:
     """Runs workloads. ``folder``: for images and all else; ``tell`` gets a line before each run."""
@@ -267,9 +274,7 @@ class Suite:
             self._warm_up(runner, able[-1], folder)
         watch = OthersWatch()
         for turn in range(self.rounds):
-            # everybody is first once, in turn
-            shift = turn % len(able)
-            for peer in able[shift:] + able[:shift]:
+            for peer in turns(able, turn):
                 if peer.name in row.absent:
                     continue
                 self.tell(f"{workload.name}: round {turn + 1} of {self.rounds}, {peer.name}")

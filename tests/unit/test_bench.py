@@ -142,6 +142,12 @@ def test_peers_say_what_they_cannot(programs: Programs) -> None:
     assert both.cannot(Workload("", Layout(10, source=Source.REMOTE), Order.RANDOM, 1)) is None
 
 
+def test_in_turns_everybody_is_first_and_comes_after_different_ones() -> None:
+    peers = [LazyPages(name) for name in "abc"]
+    orders = ["".join(peer.name for peer in suite.turns(peers, turn)) for turn in range(6)]
+    assert orders == ["abc", "cba", "bca", "acb", "cab", "bac"]
+
+
 def test_a_page_server_is_of_the_same_kind_as_its_peer() -> None:
     images, work = Path("/images"), Path("/work")
     for peer, program in (
