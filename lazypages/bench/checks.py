@@ -15,7 +15,7 @@ _SPARE = 16
 #: How often a daemon may go to sleep beside waiting for faults: its start, its loop, its threads.
 _SPARE_WAITS = 1000
 #: Pages that a copy of the background brings at least where they lie together (CHUNK_BUSY of csrc/engine.c).
-_CHUNK = 4
+CHUNK = 4
 
 
 OF_OURS = (OURS, BOTH, TRACED)
@@ -58,7 +58,7 @@ def _check(workload: Workload, run: Run) -> Iterator[str]:
             pages = layout.pages * layout.tasks
             if copied != pages:
                 yield f"{copied} pages copied, but the checkpoint has {pages}"
-            together = min(layout.entry_pages, _CHUNK)
+            together = min(layout.entry_pages, CHUNK)
             if layout.source is Source.LOCAL:
                 # each fault may cut in two what the background would have copied at once
                 yield from bound("copies", calls["copy"], 2 * faults + pages // together + spare)

@@ -174,9 +174,7 @@ FULL = (
     _remote("remote, 1 ms: random with background, 64 MiB", Order.RANDOM, 1000, round_trip=1),
     _remote("remote, 20 ms: random with background, 64 MiB", Order.RANDOM, 100, round_trip=20),
     Workload("sequential, 1 GiB", Layout(_pages(1024)), Order.SEQUENTIAL, _pages(1024)),
-    Workload(
-        "fragmented: idle, 50,000 entries", Layout(50_000, stride=2), Order.RANDOM, 1, background=True
-    ),
+    Workload("fragmented: idle, 50,000 entries", Layout(50_000, stride=2), Order.RANDOM, 1, background=True),
     IDLE_8G,
 )
 
