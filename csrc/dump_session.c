@@ -231,24 +231,14 @@ static int prepare(struct lp_session *s, const struct lp_gadgets *gadgets, unsig
 }
 
 /*
- * Have the kernel extend the stack down to `address`, as a touch by the thread itself would: a system call writes there.
- * This one call has no way back yet; it is run only where the stack pointer is that close to the stack's end.
+ * Have the kernel extend the stack down to `address`, as a touch by the thread itself would: unlike process_vm_readv, ptrace
+ * does that too (__access_remote_vm in the kernel's mm/memory.c).
  */
-static int grow_stack(struct lp_session *s, uint64_t address)
+static int grow_stack(pid_t tid, uint64_t address)
 {
-	const uint64_t args[6] = { 0 /* ITIMER_REAL */, address };
-	long ret;
-	int rc = lp_set_sigmask(s->tid, ~0ULL), restored;
-
-	if (rc)
-		return rc;
-	rc = lp_call(s->tid, &s->saved, s->syscall_ip, SYS_getitimer, args, &ret);
-	restored = lp_set_regs(s->tid, &s->saved);
-	if (!restored)
-		restored = lp_set_sigmask(s->tid, s->mask);
-	if (restored)
-		return restored;
-	return rc ? rc : ret == 0 ? 0 : -EFAULT;
+	errno = 0;
+	ptrace(PTRACE_PEEKDATA, tid, (void *)address, NULL);
+	return errno == 0 ? 0 : errno == ESRCH ? -ESRCH : -EFAULT;
 }
 
 int lp_session_begin(struct lp_session *s, pid_t tid, const struct lp_gadgets *gadgets)
@@ -269,7 +259,7 @@ int lp_session_begin(struct lp_session *s, pid_t tid, const struct lp_gadgets *g
 	if (!rc)
 		rc = lp_read_memory(tid, s->kept_start, s->kept, s->kept_size);
 	if (rc == -EFAULT) {
-		rc = grow_stack(s, s->kept_start);
+		rc = grow_stack(tid, s->kept_start);
 		if (!rc)
 			rc = lp_read_memory(tid, s->kept_start, s->kept, s->kept_size);
 	}

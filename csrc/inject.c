@@ -4,6 +4,7 @@
 #include <elf.h>
 #include <errno.h>
 #include <signal.h>
+#include <stdbool.h>
 #include <string.h>
 #include <sys/ptrace.h>
 #include <sys/syscall.h>
@@ -226,10 +227,11 @@ int lp_find_syscall_insn(pid_t pid, uint64_t start, uint64_t end, uint64_t *ip)
 }
 
 /*
- * Let the task run to its next system-call stop.  A signal that comes up on the way (SIGSTOP can't
- * be blocked) is held back and noted, for the caller to send again.
+ * Let the task run to its next system-call stop.  SIGSTOP, which can't be blocked, is held back if it comes up on the way,
+ * and noted, for the caller to send again.  Another signal is the task's own fault, literally (-EIO): there is no code at
+ * that place.
  */
-static int run_to_syscall_stop(pid_t tid, uint64_t *held)
+static int run_to_syscall_stop(pid_t tid, bool *held)
 {
 	for (;;) {
 		int signo, event;
@@ -243,7 +245,9 @@ static int run_to_syscall_stop(pid_t tid, uint64_t *held)
 			continue;
 		if (signo == SYSCALL_STOP)
 			return 0;
-		*held |= 1ULL << (signo - 1);
+		if (signo != SIGSTOP)
+			return -EIO;
+		*held = true;
 	}
 }
 
@@ -251,8 +255,8 @@ int lp_call(pid_t tid, const struct user_regs_struct *base, uint64_t syscall_ip,
 	    long *ret)
 {
 	struct user_regs_struct regs = *base;
-	uint64_t held = 0;
-	int rc, signo;
+	bool held = false;
+	int rc;
 
 	regs.rip = syscall_ip;
 	regs.rax = nr;
@@ -268,30 +272,11 @@ int lp_call(pid_t tid, const struct user_regs_struct *base, uint64_t syscall_ip,
 		rc = run_to_syscall_stop(tid, &held); /* at its begin */
 	if (!rc)
 		rc = run_to_syscall_stop(tid, &held); /* at its end */
-	for (signo = 1; signo <= 64; signo++)
-		if (held & 1ULL << (signo - 1))
-			syscall(SYS_tkill, tid, signo);
+	if (held)
+		syscall(SYS_tkill, tid, SIGSTOP);
 	if (!rc)
 		rc = lp_get_regs(tid, &regs);
 	if (!rc)
 		*ret = regs.rax;
 	return rc;
-}
-
-int lp_inject(pid_t tid, uint64_t syscall_ip, long nr, const uint64_t args[6], long *ret)
-{
-	struct user_regs_struct regs;
-	uint64_t mask;
-	int rc, restored;
-
-	rc = lp_get_regs(tid, &regs);
-	if (!rc)
-		rc = lp_get_sigmask(tid, &mask);
-	if (!rc)
-		rc = lp_set_sigmask(tid, ~0ULL);
-	if (rc)
-		return rc;
-	rc = lp_call(tid, &regs, syscall_ip, nr, args, ret);
-	restored = lp_set_sigmask(tid, mask);
-	return rc ? rc : restored;
 }

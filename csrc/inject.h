@@ -80,16 +80,9 @@ int lp_find_syscall_insn(pid_t pid, uint64_t start, uint64_t end, uint64_t *ip);
  * call, with the registers that it has there.
  *
  * *ret is the system call's own result, so -errno of the task's call and that of ours are
- * never confused.
+ * never confused.  -EIO: there is no code at syscall_ip.
  */
 int lp_call(pid_t tid, const struct user_regs_struct *base, uint64_t syscall_ip, long nr, const uint64_t args[6],
 	    long *ret);
-
-/*
- * lp_call from the task's present registers with all signals blocked meanwhile.  The caller
- * saves the registers before its first call and puts them back after the last one (orig_rax
- * with them: an interrupted system call then restarts as if nothing had been).
- */
-int lp_inject(pid_t tid, uint64_t syscall_ip, long nr, const uint64_t args[6], long *ret);
 
 #endif

@@ -234,16 +234,20 @@ class _Run:
         memory.guard_category()
         survey.check_permission(settings.pid)
         deadline = time.monotonic() + VFORK_PATIENCE
+        refused = ""
         while True:
             processes = members(settings.pid)
             self._before = survey.look_at_all(processes)
             try:
                 survey.check(processes, self._before, settings.allow)
                 break
-            except UnsupportedError:
-                # The child of a vfork shares its parent's memory for a moment, and nothing is wrong with that.
-                if time.monotonic() > deadline or not survey.any_in_vfork(processes):
+            except UnsupportedError as error:
+                # For a moment a process that is just ending seems to be what it is not; one in execve too. The child
+                # of a vfork shares its parent's memory for longer, and nothing is wrong with that.
+                settled = str(error) == refused and not survey.any_in_vfork(processes)
+                if settled or time.monotonic() > deadline:
                     raise
+                refused = str(error)
                 time.sleep(0.005)
         for pid, task in self._before.items():
             # Where they can't be found now, in a process that is just ending or is not itself yet, a second look when
@@ -282,8 +286,9 @@ class _Run:
         tasks = survey.look_at_all(tree.processes, self._before)
         survey.check(tree.processes, tasks, self.settings.allow)
         for pid, task in tasks.items():
-            if pid not in self._gadgets:
-                self._gadgets[pid] = Gadgets(pid, task.layout.vmas)
+            gadgets, vmas = self._gadgets.get(pid), task.layout.vmas
+            if gadgets is None or not gadgets.are_there(pid, vmas):
+                self._gadgets[pid] = Gadgets(pid, vmas)
         return list(tasks.values())
 
     def find_pages(self, task: Task, file_id: FileIds, pages_id: int, *, arm: bool) -> list[Mapping]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -40,8 +41,9 @@ def members(root: int) -> list[Process]:
     while todo:
         pid, ppid = todo.pop(0)
         try:
-            zombie = proc.stat(pid).state in "ZX"
+            # In this order: one that alone is left, and dead, won't be replaced by another in execve.
             threads = proc.threads(pid)
+            zombie = proc.stat(pid).state in "ZX"
             below = [] if zombie else [child for tid in threads for child in proc.children(pid, tid)]
         except TaskGoneError:
             if pid == root:
@@ -129,39 +131,102 @@ def _has_ended(status: int) -> bool:
 
 #: Seconds that a thread may take to stop before the others are let go on for it.
 PATIENCE = 0.1
+#: Seconds for those that have been told to stop to do so, when they are to be let go on after all.
+LAST_PATIENCE = 1.0
+#: Seconds between two looks for threads that have ended.
+ROUND = 0.02
+
+
+class _Undertaker:
+    """Waits for threads that end while we trace them, in a thread of its own.
+
+    A thread in execve is held up until that has been done for all others of its process, and meanwhile it holds up who
+    calls PTRACE_SEIZE for it (ptrace(2), "Bugs"): that can be us.
+    """
+
+    def __init__(self) -> None:
+        self._traced: set[int] = set()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def add(self, tid: int) -> None:
+        """A thread that is not its process's first one, which others wait for."""
+        self._traced.add(tid)
+
+    def stop(self) -> None:
+        """Nothing is being frozen any more."""
+        self._over.set()
+
+    def join(self) -> None:
+        """Stop, and see to its end."""
+        self.stop()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._over.wait(ROUND):
+            for tid in tuple(self._traced):
+                tracee.bury(tid)
 
 
 class _Freezer:
-    def __init__(self, root: int, timeout: float) -> None:
-        self._root, self._deadline = root, time.monotonic() + timeout
+    def __init__(self, root: int, timeout: float, undertaker: _Undertaker) -> None:
+        self._root, self._timeout, self._undertaker = root, timeout, undertaker
+        self._deadline = time.monotonic() + timeout
+        self._seized: set[int] = set()
         self.stopped: dict[int, int] = {}
 
     def run(self) -> list[Process]:
         """Seize and stop what is there, until a look round finds nothing new."""
         while True:
-            tree = members(self._root)
+            tree = self._look()
             new = [
-                tid
+                (tid, process.pid)
                 for process in tree
                 if not process.zombie
                 for tid in process.threads
-                if tid not in self.stopped
+                if not self._stands(tid)
             ]
             if tree[0].zombie:
                 raise DumpError(f"pid {self._root} is a zombie: it has nothing to save but its exit code")
             if not new:
                 return tree
+            if time.monotonic() > self._deadline:
+                raise DumpError(f"the tree of pid {self._root} does not come to rest in {self._timeout:g} s")
             self._stop(new)
 
-    def _stop(self, tids: list[int]) -> None:
+    def _look(self) -> list[Process]:
+        """The tree, not in the middle of an execve that replaces a dead first thread, if it can be helped."""
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            late = time.monotonic() > deadline
+            try:
+                tree = members(self._root)
+                if late or not any(process.zombie and len(process.threads) > 1 for process in tree):
+                    return tree
+            except TaskGoneError:
+                if late or not proc.exists(self._root):
+                    raise
+            time.sleep(0.0005)
+
+    def _stands(self, tid: int) -> bool:
+        """Whether it has been stopped, and is what has been stopped."""
+        if tid in self.stopped and not tracee.is_stopped(tid):
+            del self.stopped[tid]
+        return tid in self.stopped
+
+    def _stop(self, new: list[tuple[int, int]]) -> None:
         begin = time.monotonic()
         waiting = []
-        for tid in tids:
+        for tid, pid in new:
             # A thread that ends just now is not there in the next look round.
             with suppress(TaskGoneError):
                 tracee.seize(tid)
-                tracee.interrupt(tid)
-                waiting.append(tid)
+                self._seized.add(tid)
+                if tid != pid:
+                    self._undertaker.add(tid)
+                if _interrupted(tid):
+                    waiting.append(tid)
         pause = 0.00002
         while waiting:
             still = []
@@ -177,8 +242,11 @@ class _Freezer:
                 now = time.monotonic()
                 if now > self._deadline:
                     raise DumpError(f"thread {waiting[0]} does not stop ({_why(waiting[0])})")
-                if now > begin + PATIENCE and any(map(_is_uninterruptible, waiting)):
-                    self._release()
+                if now > begin + PATIENCE:
+                    # Again: one may have replaced another that was told to (execve).
+                    waiting = [tid for tid in waiting if _interrupted(tid)]
+                    if any(map(_is_uninterruptible, waiting)):
+                        self._release()
                 time.sleep(pause)
                 pause = min(pause * 1.5, 0.005)
 
@@ -191,6 +259,26 @@ class _Freezer:
         for tid in list(self.stopped):
             tracee.detach(tid)
             del self.stopped[tid]
+
+    def give_up(self) -> None:
+        """Let all go on that was seized."""
+        for tid in self._seized:
+            deadline = time.monotonic() + LAST_PATIENCE
+            with suppress(TaskGoneError):
+                while not tracee.is_stopped(tid) and tracee.poll_stop(tid) is None:
+                    if time.monotonic() > deadline:
+                        break  # it goes on when we end
+                    time.sleep(0.001)
+                tracee.detach(tid)
+
+
+def _interrupted(tid: int) -> bool:
+    """Whether it could be told to stop: it is there, and ours."""
+    try:
+        tracee.interrupt(tid)
+    except TaskGoneError:
+        return False
+    return True
 
 
 def _is_uninterruptible(tid: int) -> bool:
@@ -213,18 +301,25 @@ def freeze(root: int, timeout: float = 10) -> Iterator[FrozenTree]:
 
     Raises ``DumpError`` when something is traced already or does not stop within ``timeout`` seconds.
     """
-    begin = time.monotonic()
-    freezer = _Freezer(root, timeout)
+    undertaker = _Undertaker()
     try:
-        processes = freezer.run()
+        begin = time.monotonic()
+        freezer = _Freezer(root, timeout, undertaker)
+        try:
+            processes = freezer.run()
+        except BaseException:
+            freezer.give_up()
+            raise
         now = time.monotonic()
+        undertaker.stop()
         for process in processes:
-            process.stop_signal = 0 if process.zombie else freezer.stopped[process.pid]
+            if not process.zombie:
+                # One thread takes the signal that stops them all; the others may have been stopped by us before.
+                process.stop_signal = max(freezer.stopped[tid] for tid in process.threads)
         tree = FrozenTree(processes, now - begin, now, set(freezer.stopped))
-    except BaseException:
-        FrozenTree([], 0, begin, set(freezer.stopped)).thaw()
-        raise
-    try:
-        yield tree
+        try:
+            yield tree
+        finally:
+            tree.thaw()
     finally:
-        tree.thaw()
+        undertaker.join()

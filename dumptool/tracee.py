@@ -9,12 +9,15 @@ from __future__ import annotations
 import errno
 import os
 import struct
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from enum import IntEnum
 from typing import Any
 
+from dumptool import proc
 from dumptool._ptrace import ffi, lib
 from dumptool.errors import DumpError, TaskGoneError, system_error
 from dumptool.proc import Vma
@@ -22,6 +25,11 @@ from dumptool.proc import Vma
 SIGINFO_SIZE = 128
 MAX_PENDING = 4096
 XSTATE_ROOM = 32768
+
+ENDED = os.WEXITED | os.WNOHANG | 0x40000000  # __WALL
+ENDS = (os.CLD_EXITED, os.CLD_KILLED, os.CLD_DUMPED)
+PATIENCE = 1.0
+"""Seconds for a killed thread to end."""
 
 
 class Same(IntEnum):
@@ -40,8 +48,20 @@ def _check(outcome: int, tid: int, what: str) -> None:
 
 
 def seize(tid: int) -> None:
-    """Attach without stopping. Raises ``DumpError`` when it is traced already or may not be."""
-    _check(lib.lp_seize(tid), tid, "can't be traced")
+    """Attach without stopping, unless it is ours already.
+
+    Raises ``DumpError`` when it is traced by somebody else or may not be traced, ``TaskGoneError`` when it has ended.
+    """
+    outcome = lib.lp_seize(tid)
+    if outcome == -errno.EPERM:
+        status = proc.status(tid)
+        if status["State"][0] in "ZX":
+            raise TaskGoneError(f"thread {tid}: has ended")
+        if int(status["TracerPid"]) == threading.get_native_id():
+            return
+        # Unless another thread has replaced a dead one in between (execve), it is as it was.
+        outcome = lib.lp_seize(tid)
+    _check(outcome, tid, "can't be traced")
 
 
 def interrupt(tid: int) -> None:
@@ -64,11 +84,38 @@ def drop_sigstop(tid: int) -> None:
     _check(lib.lp_drop_sigstop(tid), tid, "does not take its signals")
 
 
+def is_stopped(tid: int) -> bool:
+    """Whether it is ours and stands still: it may have been killed since it stopped, or replaced (execve)."""
+    return bool(lib.lp_get_sigmask(tid, ffi.new("uint64_t *")) == 0)
+
+
+def bury(tid: int) -> bool:
+    """Wait for a traced thread that has ended; False while it has not.
+
+    Until then its process can neither end nor call execve (ptrace(2)). Any thread of ours may do this.
+    """
+    with suppress(ChildProcessError, TaskGoneError):
+        # Of traced threads waitid tells stops too, whatever it is asked for (wait_task_stopped in the kernel's
+        # kernel/exit.c): they are left alone.
+        seen = os.waitid(os.P_PID, tid, ENDED | os.WNOWAIT)
+        if seen is None or seen.si_code not in ENDS:
+            return False
+        if (
+            proc.stat(tid).ppid != os.getpid() or int(proc.status(tid)["Tgid"]) != tid
+        ):  # else: a child of our own
+            os.waitid(os.P_PID, tid, ENDED)
+    return True
+
+
 def detach(tid: int) -> None:
-    """Let it go on. One that has been killed meanwhile is no error."""
+    """Let it go on, or if it has been killed meanwhile, see to its end."""
     outcome = lib.lp_detach(tid)
     if outcome != -errno.ESRCH:
         _check(outcome, tid, "can't be let go")
+        return
+    deadline = time.monotonic() + PATIENCE
+    while not bury(tid) and time.monotonic() < deadline:
+        time.sleep(0.0005)
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,12 +266,23 @@ class Gadgets:
             readable_code = vma.prot & 5 == 5
             outcome = lib.lp_find_gadgets(pid, vma.start, vma.end, self.pointer) if readable_code else -1
             if outcome == 0:
+                call, back = int(self.pointer.syscall_ip), int(self.pointer.sigreturn_ip)
+                size = 9 if read_memory(pid, back, 1) == b"\x48" else 7
+                self._code = [(call, read_memory(pid, call, 3)), (back, read_memory(pid, back, size))]
                 return
             if outcome == -errno.ESRCH:
                 raise TaskGoneError(f"pid {pid}: no such process (any more)")
         raise DumpError(
             f"pid {pid}: its code has no `syscall; ret` or no return from signal handlers, so that no system "
             "call can be run in it safely"
+        )
+
+    def are_there(self, pid: int, vmas: Sequence[Vma]) -> bool:
+        """Whether the same code is where it was: the process may have called execve meanwhile, or unmapped it."""
+        return all(
+            any(vma.prot & 5 == 5 and vma.start <= place and place + len(code) <= vma.end for vma in vmas)
+            and read_memory(pid, place, len(code)) == code
+            for place, code in self._code
         )
 
 
