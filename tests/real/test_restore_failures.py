@@ -277,6 +277,7 @@ def test_pidfile_that_is_there(job: Job) -> None:
 def test_restored_many_times(job: Job, dumped: Job) -> None:
     out = dumped.folder / "out"
     at_dump = out.read_bytes()
+    dumped.go()
     for _ in range(3):
         out.write_bytes(at_dump)
         done = subprocess.run([*RESTORE, "-D", str(job.images)], timeout=60, check=False)

@@ -20,7 +20,7 @@ from images_spec.images import Kind
 from images_spec.messages import CoreEntry
 from tests.real.test_restore import RESTORE, OurRestore
 from tests.support.criu import Criu
-from tests.support.dumptool import DumpedByUs
+from tests.support.dumptool import DumpedByUs, is_unharmed
 from tests.support.processes import descendants, nothing_left, reap, start, wait_for
 from tests.support.restore import criu_daemon, our_daemon
 from tests.support.terminal import OnTerminal
@@ -85,6 +85,10 @@ class Job:
             yield complete
             complete()
 
+    def go(self) -> None:
+        """The programs wait for this half-way, so that they can't end too early."""
+        (self.folder / "out.go").touch()
+
     def end(self) -> int:
         return os.waitstatus_to_exitcode(reap(self.pid))
 
@@ -111,15 +115,18 @@ def test_attached_ends_as_the_task_does(criu: Criu, tmp_path: Path) -> None:
     job.start(lambda: lines(out) > 20)
     job.dump()
     at_dump = out.read_bytes()
+    job.go()
     attached = [*RESTORE, "-D", str(job.images), "--pidfile", "pid"]
     assert subprocess.run(attached, check=False, timeout=60).returncode == 42
     assert (job.images / "pid").read_text() == str(job.pid)
     assert lines(out) == 200
     # Once more, and ended by a signal.
+    (tmp_path / "out.go").unlink()
     out.write_bytes(at_dump)
     (job.images / "pid").unlink()
     with subprocess.Popen(attached) as restorer:
-        wait_for("the task to run", lambda: lines(out) > at_dump.count(b"\n"))
+        wait_for("the task", (job.images / "pid").exists)
+        is_unharmed(job.pid)
         assert list(descendants(restorer.pid)) == [job.pid]
         os.kill(job.pid, signal.SIGTERM)
         assert restorer.wait(30) == 128 + signal.SIGTERM
@@ -315,6 +322,7 @@ def test_another_user(criu: Criu, tmp_path: Path) -> None:
         assert "\nGroups:\t5 77 \n" in status
         assert f"\nCapPrm:\t{1 << 10:016x}\nCapEff:\t{1 << 10:016x}\n" in status
         assert Path(f"/proc/{job.pid}/oom_score_adj").read_text() == "77\n"
+        job.go()
         assert job.end() == 42
     assert lines(out) == 200
 
