@@ -109,6 +109,13 @@ struct lp_task {
 
 #define FAMILIES 1024
 
+struct lp_memory {
+	struct lp_space *space;
+	struct lp_level *levels;
+	uint32_t nr_levels;
+	bool remote;
+};
+
 struct lp_engine {
 	struct lp_lanes lanes;
 	struct lp_task **kin; /* for the serving thread to collect a family in */
@@ -1277,39 +1284,70 @@ static bool within_levels(const struct lp_extent *e, const struct lp_level *leve
 	return e->offset <= size && e->nr_pages <= (size - e->offset) >> LP_PAGE_SHIFT;
 }
 
-struct lp_task *lp_task_new(struct lp_engine *e, int uffd, const struct lp_extent *extents, size_t nr_extents,
-			    const struct lp_range *vmas, size_t nr_vmas, const struct lp_range *wiped, size_t nr_wiped,
-			    const struct lp_level *levels, uint32_t nr_levels, uint64_t max_readahead, pid_t pid,
-			    uint64_t tag)
+struct lp_memory *lp_memory_new(const struct lp_extent *extents, size_t nr_extents, const struct lp_range *vmas,
+				size_t nr_vmas, const struct lp_range *wiped, size_t nr_wiped,
+				const struct lp_level *levels, uint32_t nr_levels)
 {
-	struct lp_task *t = task_alloc(e, uffd, nr_levels);
+	struct lp_memory *m = calloc(1, sizeof(*m));
 
-	if (!t) {
-		close(uffd);
+	if (!m)
 		return NULL;
-	}
-	for (size_t i = 0; i < nr_extents; i++) {
-		t->remote |= extents[i].lazy && extents[i].source == LP_SOURCE_REMOTE;
+	m->nr_levels = nr_levels;
+	m->levels = calloc(nr_levels + 1, sizeof(*m->levels));
+	for (size_t i = 0; m->levels && i < nr_extents; i++) {
+		m->remote |= extents[i].lazy && extents[i].source == LP_SOURCE_REMOTE;
 		if (!within_levels(&extents[i], levels, nr_levels)) {
-			task_free(t);
+			lp_memory_free(m);
 			errno = EINVAL;
 			return NULL;
 		}
 	}
-	if (nr_levels)
-		memcpy(t->levels, levels, nr_levels * sizeof(*levels));
-	t->space = lp_space_new(extents, nr_extents, vmas, nr_vmas, wiped, nr_wiped);
-	if (!t->space) {
-		task_free(t);
+	if (m->levels)
+		m->space = lp_space_new(extents, nr_extents, vmas, nr_vmas, wiped, nr_wiped);
+	if (!m->space) {
+		lp_memory_free(m);
 		return NULL;
 	}
+	if (nr_levels)
+		memcpy(m->levels, levels, nr_levels * sizeof(*levels));
+	if (m->remote)
+		lp_space_index(m->space);
+	return m;
+}
+
+void lp_memory_free(struct lp_memory *m)
+{
+	int saved = errno;
+
+	if (!m)
+		return;
+	lp_space_free(m->space);
+	free(m->levels);
+	free(m);
+	errno = saved;
+}
+
+struct lp_task *lp_task_new(struct lp_engine *e, int uffd, struct lp_memory *memory, uint64_t max_readahead, pid_t pid,
+			    uint64_t tag)
+{
+	struct lp_task *t = task_alloc(e, uffd, memory->nr_levels);
+
+	if (!t) {
+		lp_memory_free(memory);
+		close(uffd);
+		errno = ENOMEM;
+		return NULL;
+	}
+	memcpy(t->levels, memory->levels, memory->nr_levels * sizeof(*t->levels));
+	t->remote = memory->remote;
+	t->space = memory->space;
+	memory->space = NULL;
+	lp_memory_free(memory);
 	t->total = lp_space_pending(t->space);
 	t->pid = pid;
 	t->tag = tag;
 	lp_guard_names(e->guard, uffd, pid);
 	number_memory(t, 0);
-	if (t->remote)
-		lp_space_index(t->space);
 	lp_plan_init(&t->plan, max_readahead);
 	task_link(t); /* before it is served: what lanes bring finds it by its tag */
 	int rc = task_start(t);

@@ -34,6 +34,7 @@
 #include "space.h"
 
 struct lp_engine;
+struct lp_memory;
 struct lp_task;
 struct lp_trace;
 
@@ -93,13 +94,20 @@ void lp_engine_stop(struct lp_engine *engine);
 void lp_engine_trace(struct lp_engine *engine, struct lp_trace *trace);
 
 /*
- * A task, served from now on if lp_engine_run runs.  Takes over the uffd, also when it fails (NULL, errno).  The mapped
- * levels must stay until the engine is freed; EINVAL when an extent reaches past its level.  pid: the process here, 0 if it
- * is not known.  tag: the owner's, for this task and all that it forks.
+ * What a task's memory is made of.  It is told before the task comes, since with a million extents that takes its time.  NULL
+ * with errno: EINVAL when an extent reaches past its level, or as for lp_space_new.
  */
-struct lp_task *lp_task_new(struct lp_engine *engine, int uffd, const struct lp_extent *extents, size_t nr_extents,
-			    const struct lp_range *vmas, size_t nr_vmas, const struct lp_range *wiped, size_t nr_wiped,
-			    const struct lp_level *levels, uint32_t nr_levels, uint64_t max_readahead, pid_t pid, uint64_t tag);
+struct lp_memory *lp_memory_new(const struct lp_extent *extents, size_t nr_extents, const struct lp_range *vmas,
+				size_t nr_vmas, const struct lp_range *wiped, size_t nr_wiped,
+				const struct lp_level *levels, uint32_t nr_levels);
+void lp_memory_free(struct lp_memory *memory);
+/*
+ * A task, served from now on if lp_engine_run runs.  Takes over uffd and memory, also when it fails (NULL, errno).  The mapped
+ * levels must stay until the engine is freed.  pid: the process here, 0 if it is not known.  tag: the owner's, for this task
+ * and all that it forks.
+ */
+struct lp_task *lp_task_new(struct lp_engine *engine, int uffd, struct lp_memory *memory, uint64_t max_readahead, pid_t pid,
+			    uint64_t tag);
 /*
  * Ends the service and closes the uffd: what is missing then is zero for the task, so only when nothing is.  No notice about
  * it is given any more, and the pointer is no longer valid.

@@ -11,7 +11,7 @@ from images_spec.checkpoint import Checkpoint, TaskImages, open_checkpoint
 from images_spec.errors import ImageError
 from images_spec.images import Kind
 from lazypages.sources.local import MappedPages
-from lazypages.uffd import TaskMemory
+from lazypages.uffd import PreparedMemory, TaskMemory
 
 if TYPE_CHECKING:
     from lazypages.wire import Layout
@@ -25,7 +25,7 @@ class Expected(NamedTuple):
     """
 
     pid: int
-    memory: TaskMemory | None
+    memory: PreparedMemory | None
     lazy_pages: int
     sources: tuple[str, ...]
 
@@ -87,14 +87,20 @@ def _expect_task(
     if counts.lost.lazy:
         path = checkpoint.directory / f"pagemap-{images.pid}.img"
         raise ImageError(path, _lost_text(images, counts.lost.lazy))
+    memory = TaskMemory(
+        extents=extents,
+        vmas=images.vmas,
+        wiped=images.wiped,
+        levels=[mapped.map(level.pages, level.pages_size) for level in levels],
+    )
+    try:
+        prepared = PreparedMemory(memory)
+    except OSError as error:
+        path = checkpoint.directory / f"pagemap-{images.pid}.img"
+        raise ImageError(path, f"the pages of the task can't be laid out: {error.strerror}") from error
     return Expected(
         images.pid,
-        TaskMemory(
-            extents=extents,
-            vmas=images.vmas,
-            wiped=images.wiped,
-            levels=[mapped.map(level.pages, level.pages_size) for level in levels],
-        ),
+        prepared,
         sum(level.lazy for level in counts.levels) + counts.remote.lazy,
         tuple(names),
     )

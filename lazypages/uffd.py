@@ -135,6 +135,43 @@ def _ranges(ranges: Sequence[tuple[int, int]]) -> Any:
     return ffi.new("struct lp_range[]", [(start, end) for start, end in ranges])
 
 
+class PreparedMemory:
+    """The memory of one task, ready to be served: made before the task comes, so that it need not wait for that."""
+
+    def __init__(self, memory: TaskMemory) -> None:
+        """Raises OSError: EINVAL when extents, VMAs and pages files do not fit together."""
+        self.max_readahead = memory.max_readahead
+        #: The mapped levels; they must outlive the engine.
+        self.buffers: list[Any] = []
+        levels = ffi.new("struct lp_level[]", max(1, len(memory.levels)))
+        for level, mapped in zip(levels, memory.levels, strict=False):
+            if mapped is not None:
+                buffer = ffi.from_buffer(mapped)
+                self.buffers.append(buffer)
+                level.base, level.size = buffer, len(buffer)
+        handle = lib.lp_memory_new(
+            ffi.cast("struct lp_extent *", memory.extents.address),
+            len(memory.extents),
+            _ranges(memory.vmas),
+            len(memory.vmas),
+            _ranges(memory.wiped),
+            len(memory.wiped),
+            levels,
+            len(memory.levels),
+        )
+        if handle == ffi.NULL:
+            raise OSError(ffi.errno, os.strerror(ffi.errno))
+        self._handle = ffi.gc(handle, lib.lp_memory_free)
+
+    def take(self) -> Any:
+        """The C object, which is the caller's from here on. Only once."""
+        handle, self._handle = self._handle, None
+        if handle is None:
+            raise ValueError("the memory is in service already")
+        ffi.gc(handle, None)
+        return handle
+
+
 class ServedTask:
     """One memory (mm) under one uffd, which it owns until :meth:`close`."""
 
@@ -442,32 +479,21 @@ class Engine:
     def stop(self) -> None:
         lib.lp_engine_stop(self._handle)
 
-    def add(self, uffd: int, memory: TaskMemory, *, pid: int = 0, tag: int = 0) -> ServedTask:
+    def add(
+        self, uffd: int, memory: TaskMemory | PreparedMemory, *, pid: int = 0, tag: int = 0
+    ) -> ServedTask:
         """Serves a task from now on. Owns uffd from here, also if it fails. ``pid``: the process; 0: not known.
 
-        Raises OSError: EINVAL when extents, VMAs and pages files do not fit together.
+        Raises OSError, as PreparedMemory does.
         """
-        levels = ffi.new("struct lp_level[]", max(1, len(memory.levels)))
-        for level, mapped in zip(levels, memory.levels, strict=False):
-            if mapped is not None:
-                buffer = ffi.from_buffer(mapped)
-                self._keep.append(buffer)
-                level.base, level.size = buffer, len(buffer)
-        handle = lib.lp_task_new(
-            self._handle,
-            uffd,
-            ffi.cast("struct lp_extent *", memory.extents.address),
-            len(memory.extents),
-            _ranges(memory.vmas),
-            len(memory.vmas),
-            _ranges(memory.wiped),
-            len(memory.wiped),
-            levels,
-            len(memory.levels),
-            memory.max_readahead,
-            pid,
-            tag,
-        )
+        if isinstance(memory, TaskMemory):
+            try:
+                memory = PreparedMemory(memory)
+            except OSError:
+                os.close(uffd)
+                raise
+        self._keep += memory.buffers
+        handle = lib.lp_task_new(self._handle, uffd, memory.take(), memory.max_readahead, pid, tag)
         if handle == ffi.NULL:
             raise OSError(ffi.errno, os.strerror(ffi.errno))
         return self._adopt(handle)
