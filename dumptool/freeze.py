@@ -131,6 +131,8 @@ def _has_ended(status: int) -> bool:
 
 #: Seconds that a thread may take to stop before the others are let go on for it.
 PATIENCE = 0.1
+#: Seconds for an execve to replace a dead first thread: on a busy machine it may have to wait for a CPU.
+EXEC_PATIENCE = 2.0
 #: Seconds for those that have been told to stop to do so, when they are to be let go on after all.
 LAST_PATIENCE = 1.0
 #: Seconds between two looks for threads that have ended.
@@ -197,7 +199,7 @@ class _Freezer:
 
     def _look(self) -> list[Process]:
         """The tree, not in the middle of an execve that replaces a dead first thread, if it can be helped."""
-        deadline = time.monotonic() + PATIENCE
+        deadline = min(time.monotonic() + EXEC_PATIENCE, self._deadline)
         while True:
             late = time.monotonic() > deadline
             try:
