@@ -117,6 +117,16 @@ def dropped(summary: Summary) -> str | None:
     )
 
 
+def compressed(summary: Summary) -> list[str]:
+    """A line for each page server that has sent pages compressed."""
+    return [
+        f"page server {server.address}: {count(server.compressed_pages, 'page')} came compressed, "
+        f"{size(server.compressed_pages * PAGE_SIZE)} as {size(server.compressed_bytes)}"
+        for server in summary.page_servers
+        if server.compressed_pages
+    ]
+
+
 def lines(summary: Summary) -> list[str]:
     """All of it as plain text."""
     text = [verdict(summary), *leftovers(summary)]
@@ -125,7 +135,7 @@ def lines(summary: Summary) -> list[str]:
         f"{count(row.faults, 'fault')}"
         for row in rows(summary)
     ]
-    text += [line for line in (dropped(summary), speed(summary)) if line]
+    text += [line for line in (*compressed(summary), dropped(summary), speed(summary)) if line]
     return text
 
 
@@ -150,7 +160,7 @@ def table(summary: Summary) -> RenderableType:
         grid.add_column(name, footer=footer, justify="right" if index else "left")
     for cells in zip(*(column[1] for column in columns), strict=True):
         grid.add_row(*cells)
-    tail = [Text(line) for line in (dropped(summary), speed(summary)) if line]
+    tail = [Text(line) for line in (*compressed(summary), dropped(summary), speed(summary)) if line]
     return Group(head, *bad, grid, *tail)
 
 

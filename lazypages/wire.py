@@ -35,6 +35,7 @@ import struct
 from collections import deque
 from typing import NamedTuple
 
+from lazypages.compression import CompressionError, decompress
 from lazypages.errors import LazyPagesError
 
 PAGE_SIZE = mmap.PAGESIZE
@@ -64,12 +65,13 @@ _COMMANDS = {int(command): command for command in Command}
 
 
 class PageFlags(enum.IntFlag):
-    """Pagemap flags, in the high 16 bits of a header's cmd. ZERO is ours: see Features."""
+    """Pagemap flags, in the high 16 bits of a header's cmd. ZERO and ZSTD are ours: see Features."""
 
     PARENT = 1
     LAZY = 2
     PRESENT = 4
     ZERO = 0x100
+    ZSTD = 0x200
 
 
 class Features(enum.IntFlag):
@@ -78,10 +80,13 @@ class Features(enum.IntFlag):
     MISSING = 1  # a page that the server hasn't got is answered with nr_pages 0; CRIU's closes instead
     CONNECTIONS = 2  # any number of connections at once
     ZERO = 4  # pages of nothing but zeros are answered with flags ZERO, and no bytes
+    # A GET with flags ZSTD may be answered with flags ZSTD: then a u32 follows, and as many bytes of a zstd frame,
+    # fewer than the pages have.
+    COMPRESSED = 8
 
 
 NO_FEATURES = Features(0)
-ALL_FEATURES = Features.MISSING | Features.CONNECTIONS | Features.ZERO
+ALL_FEATURES = Features.MISSING | Features.CONNECTIONS | Features.ZERO | Features.COMPRESSED
 
 
 class Layout(enum.Enum):
@@ -110,6 +115,7 @@ class Layout(enum.Enum):
 _STRUCTS = {Layout.CRIU_4_1: struct.Struct("=IIQQ"), Layout.CRIU_4_2: struct.Struct("=I4xQQQ")}
 _SHORTEST = min(layout.size for layout in _STRUCTS.values())
 _STATUS = struct.Struct("=i")
+_FRAME_SIZE = struct.Struct("=I")
 
 
 class Header(NamedTuple):
@@ -252,11 +258,12 @@ def _check_range(what: str, vaddr: int, nr_pages: int) -> None:
 
 
 class Get(NamedTuple):
-    """A request for pages: `vaddr` is the address at dump time."""
+    """A request for pages: `vaddr` is the address at dump time. `compress`: they may come compressed."""
 
     pid: int
     vaddr: int
     nr_pages: int
+    compress: bool = False
 
 
 class Pages(NamedTuple):
@@ -279,10 +286,12 @@ class Answered(NamedTuple):
     """The oldest request has its whole answer: the first `nr_pages` of it, the rest is to be asked again.
 
     0 means that the server hasn't got the first page; a server of CRIU's closes the connection instead.
+    `frame`: bytes of the zstd frame that they came in; 0: in none.
     """
 
     request: Get
     nr_pages: int
+    frame: int = 0
 
 
 class Closed(NamedTuple):
@@ -307,6 +316,9 @@ class ClientCodec(_ReceiveBuffer):
         self._answer: Answered | None = None  # being received
         self._next = 0  # address of the next page of the answer
         self._missing = 0  # bytes of the answer that are still to come
+        self._compressed = False  # the answer is; then these count, and not _missing:
+        self._frame_size = 0  # 0: not known yet
+        self._frame = bytearray()
         self._closing = self._closed = False
 
     @property
@@ -322,16 +334,20 @@ class ClientCodec(_ReceiveBuffer):
     @property
     def at_boundary(self) -> bool:
         """Whether what was received ends with a whole answer."""
-        return not len(self) and not self._missing
+        return not len(self) and not self._missing and not self._compressed
 
-    def get(self, pid: int, vaddr: int, nr_pages: int) -> bytes:
-        """The bytes that ask for `nr_pages` (> 0) pages from `vaddr` on."""
+    def get(self, pid: int, vaddr: int, nr_pages: int, *, compress: bool = False) -> bytes:
+        """The bytes that ask for `nr_pages` (> 0) pages from `vaddr` on. `compress` needs Features.COMPRESSED."""
         if self._closing:
             raise RuntimeError("no request can follow close()")
         if not 0 < nr_pages <= self.layout.max_pages or vaddr % PAGE_SIZE:
             raise ValueError(f"{nr_pages} pages at {vaddr:#x} can't be asked for")
-        self._asked.append(Get(pid, vaddr, nr_pages))
-        return self._struct.pack(Command.GET, nr_pages, vaddr, pid)
+        if compress and not self.features & Features.COMPRESSED:
+            raise ValueError("the server can't compress")
+        self._asked.append(Get(pid, vaddr, nr_pages, compress))
+        return self._struct.pack(
+            Command.GET | (PageFlags.ZSTD << 16 if compress else 0), nr_pages, vaddr, pid
+        )
 
     def close(self, *, force: bool = False) -> bytes:
         """The bytes that end the session; Closed is the last event, after all answers."""
@@ -347,6 +363,8 @@ class ClientCodec(_ReceiveBuffer):
                 self._next += count
                 self._missing -= count
                 return pages
+        elif self._compressed:
+            return self._decompressed()
         elif self._answer is not None:
             answer, self._answer = self._answer, None
             self._asked.popleft()
@@ -369,11 +387,13 @@ class ClientCodec(_ReceiveBuffer):
         asked = self._asked[0]
         command, flags = word & 0xFFFF, word >> 16
         zero = flags == PageFlags.ZERO and bool(self.features & Features.ZERO)
+        zstd = flags == PageFlags.ZSTD and asked.compress
+        known = command == Command.ADD_F and (zero or zstd or flags == PageFlags.PRESENT)
         if (
             command not in {Command.ADD_F, Command.ADD}
             or (vaddr, dst_id) != (asked.vaddr, asked.pid)
             or nr_pages > asked.nr_pages
-            or (nr_pages and not zero and (command != Command.ADD_F or flags != PageFlags.PRESENT))
+            or (nr_pages and not known)
         ):
             raise RemoteProtocolError(
                 f"asked for {asked.nr_pages} pages of task {asked.pid} at {asked.vaddr:#x},"
@@ -382,8 +402,31 @@ class ClientCodec(_ReceiveBuffer):
         self._answer = Answered(asked, nr_pages)
         if zero and nr_pages:
             return ZeroPages(asked.pid, vaddr, nr_pages)
-        self._next, self._missing = vaddr, nr_pages * PAGE_SIZE
+        self._next, self._missing = vaddr, 0 if zstd else nr_pages * PAGE_SIZE
+        self._compressed, self._frame_size = zstd and nr_pages > 0, 0
         return self.next_event()
+
+    def _decompressed(self) -> Pages | Eof | None:
+        """The pages of a compressed answer, when its frame is complete."""
+        assert self._answer is not None
+        asked, nr_pages, _ = self._answer
+        if not self._frame_size and len(self) >= _FRAME_SIZE.size:
+            (self._frame_size,) = _FRAME_SIZE.unpack(self._take(_FRAME_SIZE.size))
+            if not 0 < self._frame_size < nr_pages * PAGE_SIZE:
+                raise RemoteProtocolError(
+                    f"the page server sends {nr_pages} pages compressed to {self._frame_size} bytes"
+                )
+        if self._frame_size:
+            self._frame += self._take(min(len(self), self._frame_size - len(self._frame)))
+        if not self._frame_size or len(self._frame) < self._frame_size:
+            return self._end_of_file(complete=False)
+        try:
+            data = decompress(self._frame, nr_pages * PAGE_SIZE)
+        except CompressionError as error:
+            raise RemoteProtocolError(f"the page server's {error}") from None
+        self._answer = Answered(asked, nr_pages, self._frame_size)
+        self._compressed, self._frame = False, bytearray()
+        return Pages(asked.pid, asked.vaddr, memoryview(data))
 
 
 class Probed(NamedTuple):
@@ -481,6 +524,18 @@ class ServerCodec(_ReceiveBuffer):
         assert self.layout is not None
         flags = PageFlags.ZERO if zero else PageFlags.PRESENT
         return self.layout.pack(request._replace(command=Command.ADD_F, nr_pages=nr_pages, flags=flags))
+
+    def answer_compressed(self, request: Header, nr_pages: int, frame: bytes) -> bytes:
+        """A whole answer: `frame` (compression.Compressor) holds `nr_pages` pages. Only where may_compress()."""
+        if nr_pages > request.nr_pages or not self.may_compress(request):
+            raise ValueError("not what the client has asked for")
+        assert self.layout is not None
+        header = request._replace(command=Command.ADD_F, nr_pages=nr_pages, flags=PageFlags.ZSTD)
+        return self.layout.pack(header) + _FRAME_SIZE.pack(len(frame)) + frame
+
+    def may_compress(self, request: Header) -> bool:
+        """Whether the client has asked for that, and may."""
+        return bool(self.features & Features.COMPRESSED and request.flags & PageFlags.ZSTD)
 
     def answer_probe(self, features: Features) -> bytes:
         """Grant `features` from here on."""

@@ -16,6 +16,7 @@ from typing import Final, Protocol
 from images_spec.errors import ImageError
 from lazypages import wire
 from lazypages._pageserver import lib
+from lazypages.compression import Compressor
 from lazypages.errors import LazyPagesError
 from lazypages.pageserver.images import MAX_ANSWER, GetAnswerer
 from lazypages.wire import PAGE_SIZE, Command, Features, Header, RemoteProtocolError, ServerCodec
@@ -65,6 +66,7 @@ class PageConnection:
         self._name = name
         self._answerer = answerer
         self._codec = ServerCodec(size=BUFFER_SIZE)
+        self._compressor: Compressor | None = None
         self._pages = 0
         self.closed = False
 
@@ -136,9 +138,17 @@ class PageConnection:
             self._sock.sendall(self._codec.answer_get(request, 0))
         elif granted & Features.ZERO and all(piece.is_zero() for piece in pieces):
             self._sock.sendall(self._codec.answer_get(request, pages, zero=True))
+        elif self._codec.may_compress(request) and (frame := self._compressed(pieces)):
+            self._sock.sendall(self._codec.answer_compressed(request, pages, frame))
         else:
             self._send(self._codec.answer_get(request, pages), pieces)
         return True
+
+    def _compressed(self, pieces: Sequence[Piece]) -> bytes | None:
+        """None when that does not pay."""
+        if self._compressor is None:
+            self._compressor = Compressor()
+        return self._compressor.compress(b"".join(piece.read() for piece in pieces))
 
     def _send(self, header: bytes, pieces: Sequence[Piece]) -> None:
         if isinstance(self._sock, ssl.SSLSocket):

@@ -32,6 +32,7 @@ from anyio.abc import TaskGroup
 from lazypages import wire
 from lazypages.sources.backlog import Backlog, Wanted
 from lazypages.sources.link import Link, LinkError, connect
+from lazypages.sources.trial import Trial
 from lazypages.sources.url import ConnectedSocket, PageServerAddress, TcpServer
 from lazypages.sources.window import Sent, Window
 from lazypages.tls import TlsError, TlsFiles
@@ -48,6 +49,7 @@ OUR_MAX_PAGES: Final = 256
 ENGINE_FEATURES: Final = Features.MISSING | Features.CONNECTIONS | Features.ZERO  # what csrc/lane.c knows
 URGENT_MAX_PAGES: Final = 16  # neighbouring faults that are asked for as one
 MIN_PAGES: Final = 4  # of a background request
+COMPRESSED_MIN_PAGES: Final = 16  # of a background request that is worth compressing
 ALONE_WINDOW: Final = 1 << 20  # bytes of background on a lane without faults, at least
 URGENT_WINDOW: Final = 4 << 20  # bytes of faults on their way on one lane
 
@@ -84,7 +86,8 @@ class RemoteOptions:
 
 @dataclass(slots=True)
 class ServerStats:
-    """What one server has given: counts since the start; ``round_trip`` in seconds, None before the first answer."""
+    """What one server has given: counts since the start; ``bytes`` are those of ``pages``; ``round_trip`` in seconds,
+    None before the first answer."""
 
     address: str
     connected: bool = False
@@ -92,6 +95,8 @@ class ServerStats:
     requests: int = 0
     pages: int = 0
     bytes: int = 0
+    compressed_pages: int = 0  # of ``pages``
+    compressed_bytes: int = 0  # that these took on the wire
     round_trip: float | None = None
 
 
@@ -132,6 +137,7 @@ class _Lane:
     silent: bool = False
     heard: float = 0.0  # when the last byte came, or the first of what is due was asked for
     window: Window = field(default_factory=Window)
+    trial: Trial = field(default_factory=Trial)
     sent: deque[tuple[Sent, int, bool]] = field(default_factory=deque)  # (when, bytes, urgent)
     background_bytes: int = 0
     urgent_bytes: int = 0
@@ -394,7 +400,13 @@ class RemotePages:
         else:
             lane.background_bytes += size
         lane.server.stats.requests += 1
-        self._write(lane, lane.codec.get(wanted.pid, wanted.start, wanted.nr_pages))
+        compress = (
+            lane.trial.compress
+            and not wanted.urgent
+            and wanted.nr_pages >= COMPRESSED_MIN_PAGES
+            and bool(lane.codec.features & Features.COMPRESSED)
+        )
+        self._write(lane, lane.codec.get(wanted.pid, wanted.start, wanted.nr_pages, compress=compress))
 
     def _write(self, lane: _Lane, data: bytes) -> None:
         """Send, at once if the socket takes it. An error is left for the lane's reader to find."""
@@ -443,8 +455,8 @@ class RemotePages:
                         await self._deliver(lane, pid, address, data)
                     case wire.ZeroPages(pid, address, nr_pages):
                         await self._deliver(lane, pid, address, memoryview(bytes(nr_pages * PAGE_SIZE)))
-                    case wire.Answered(asked, nr_pages):
-                        self._answered(lane, asked, nr_pages)
+                    case wire.Answered():
+                        self._answered(lane, event)
                     case wire.Closed(status):
                         if status:
                             log.warning("%s: status %d at the end", lane.server.address, status)
@@ -523,7 +535,8 @@ class RemotePages:
         for start, end in self._backlog.arrived(pid, address, address + len(data)):
             await self._on_pages(pid, start, data[start - address : end - address])
 
-    def _answered(self, lane: _Lane, asked: wire.Get, nr_pages: int) -> None:
+    def _answered(self, lane: _Lane, answer: wire.Answered) -> None:
+        asked, nr_pages, frame = answer
         now = time.monotonic()
         sent, size, urgent = lane.sent.popleft()
         if urgent:
@@ -534,6 +547,11 @@ class RemotePages:
             lane.reserved = None
         lane.window.answered(now, sent, nr_pages * PAGE_SIZE)
         lane.server.stats.round_trip = lane.window.smoothed
+        if not urgent and asked.nr_pages >= COMPRESSED_MIN_PAGES:
+            lane.trial.answered(now, nr_pages * PAGE_SIZE, compress=asked.compress, idle=not lane.sent)
+        if frame:
+            lane.server.stats.compressed_pages += nr_pages
+            lane.server.stats.compressed_bytes += frame
         start, end = asked.vaddr + nr_pages * PAGE_SIZE, asked.vaddr + asked.nr_pages * PAGE_SIZE
         for rest in self._backlog.owned(lane, asked.pid, start, end):
             if nr_pages:

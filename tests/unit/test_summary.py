@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
 
 from lazypages.metrics import State
+from lazypages.sources.remote import ServerStats
 from lazypages.summary import MAX_NAMED, count, duration, lines, size, table
 from lazypages.uffd import histogram_bound
 from tests.unit.reports import pages, report, summary, times
@@ -74,6 +76,18 @@ def test_a_good_restore() -> None:
         "7 pages not needed any more: unmapped or discarded by the tasks",
         f"a fault is answered in: p50 {duration(histogram_bound(8))}, p99 {duration(histogram_bound(8))}, "
         f"at most {duration(histogram_bound(30))}",
+    ]
+
+
+def test_compression_is_told() -> None:
+    """Of each page server that has compressed anything."""
+    servers = (
+        ServerStats("tcp://a:1", pages=2000, compressed_pages=1024, compressed_bytes=1 << 20),
+        ServerStats("tcp://b:1", pages=2000),
+    )
+    said = lines(replace(summary(report()), page_servers=servers))
+    assert [line for line in said if "page server" in line] == [
+        "page server tcp://a:1: 1,024 pages came compressed, 4.0 MiB as 1.0 MiB"
     ]
 
 

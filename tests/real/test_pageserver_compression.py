@@ -1,0 +1,81 @@
+"""Compression between our own client and server, over a slow link: fewer bytes cross, and every byte is right."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from images_spec import pagemap
+from lazypages.sources.remote import RemoteOptions, ServerStats
+from lazypages.sources.url import TcpServer
+from lazypages.wire import PAGE_SIZE
+from tests.support.certificates import Authority
+from tests.support.pages import BASE, Contents, fetch, page_server
+from tests.support.slow_link import SlowLink
+
+MIB = 1 << 20
+PAGES = 12 * MIB // PAGE_SIZE
+RATE = 5 * MIB  # bytes a second
+WORDS = [b"%d=word" % number for number in range(300)]
+
+
+def compressible(number: int) -> bytes:
+    """A page of text and small numbers: some of what programs keep in memory."""
+    return b" ".join(random.Random(number).choices(WORDS, k=PAGE_SIZE))[:PAGE_SIZE]
+
+
+def noise(number: int) -> bytes:
+    return random.Random(number).randbytes(PAGE_SIZE)
+
+
+def write(directory: Path, kind: str) -> Contents:
+    directory.mkdir()
+    pages = [(compressible if kind == "compressible" else noise)(number) for number in range(PAGES)]
+    pagemap.write(directory / "pagemap-77.img", 1, [(BASE, PAGES, 6)])
+    (directory / "pages-1.img").write_bytes(b"".join(pages))
+    return {(77, BASE + number * PAGE_SIZE): page for number, page in enumerate(pages)}
+
+
+def fetch_slowly(
+    contents: Contents, images: Path, tmp_path: Path, *, authority: Authority | None
+) -> tuple[int, ServerStats]:
+    """All pages over the slow link: bytes that crossed it, and what the client has counted."""
+    told, options = RemoteOptions(), ["--lazy-pages"]
+    if authority is not None:
+        mine = authority.issue("both")
+        told = RemoteOptions(tls=authority.files(mine))
+        options += ["--address", "127.0.0.1", *authority.options(mine)]
+    with page_server(images, *options, output=tmp_path / "out") as server:
+        server.wait_ready()
+        with SlowLink(("127.0.0.1", server.port), RATE) as link:
+            address = TcpServer("127.0.0.1", link.port, tls=authority is not None)
+            fetched = fetch([address], list(contents), options=told, faults=200)
+            crossed = link.crossed
+    fetched.check(contents)
+    (stats,) = fetched.stats
+    assert stats.pages == PAGES
+    assert stats.bytes == PAGES * PAGE_SIZE
+    return crossed, stats
+
+
+@pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
+def test_compressible(tls: bool, tmp_path: Path) -> None:
+    """Fewer bytes cross; the numbers say how many pages came so, in how many bytes."""
+    contents = write(tmp_path / "images", "compressible")
+    authority = Authority(tmp_path / "pki") if tls else None
+    crossed, stats = fetch_slowly(contents, tmp_path / "images", tmp_path, authority=authority)
+    assert crossed < 0.7 * PAGES * PAGE_SIZE
+    assert stats.compressed_pages > PAGES // 2
+    assert 0 < stats.compressed_bytes < 0.5 * stats.compressed_pages * PAGE_SIZE
+    plain = (PAGES - stats.compressed_pages) * PAGE_SIZE
+    assert crossed >= plain + stats.compressed_bytes
+
+
+def test_noise(tmp_path: Path) -> None:
+    """What does not get shorter crosses as it is, although the client would take it compressed."""
+    contents = write(tmp_path / "images", "noise")
+    crossed, stats = fetch_slowly(contents, tmp_path / "images", tmp_path, authority=None)
+    assert stats.compressed_pages == stats.compressed_bytes == 0
+    assert PAGES * PAGE_SIZE <= crossed < 1.02 * PAGES * PAGE_SIZE
