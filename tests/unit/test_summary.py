@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -85,7 +84,7 @@ def test_compression_is_told() -> None:
         ServerStats("tcp://a:1", pages=2000, compressed_pages=1024, compressed_bytes=1 << 20),
         ServerStats("tcp://b:1", pages=2000),
     )
-    said = lines(replace(summary(report()), page_servers=servers))
+    said = lines(summary(report())._replace(page_servers=servers))
     assert [line for line in said if "page server" in line] == [
         "page server tcp://a:1: 1,024 pages came compressed, 4.0 MiB as 1.0 MiB"
     ]
