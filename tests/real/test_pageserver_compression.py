@@ -9,6 +9,7 @@ import pytest
 
 from images_spec import pagemap
 from lazypages.sources.remote import RemoteOptions, ServerStats
+from lazypages.sources.trial import PHASE_BYTES
 from lazypages.sources.url import TcpServer
 from lazypages.wire import PAGE_SIZE
 from tests.support.certificates import Authority
@@ -62,15 +63,18 @@ def fetch_slowly(
 
 @pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
 def test_compressible(tls: bool, tmp_path: Path) -> None:
-    """Fewer bytes cross; the numbers say how many pages came so, in how many bytes."""
+    """Fewer bytes cross; the numbers say how many pages came so, in how many bytes.
+
+    On a busy machine the compressor may be found too slow after the first try; that try there always is.
+    """
     contents = write(tmp_path / "images", "compressible")
     authority = Authority(tmp_path / "pki") if tls else None
     crossed, stats = fetch_slowly(contents, tmp_path / "images", tmp_path, authority=authority)
-    assert crossed < 0.7 * PAGES * PAGE_SIZE
-    assert stats.compressed_pages > PAGES // 2
+    assert crossed < 0.95 * PAGES * PAGE_SIZE
+    assert stats.compressed_pages * PAGE_SIZE >= PHASE_BYTES
     assert 0 < stats.compressed_bytes < 0.5 * stats.compressed_pages * PAGE_SIZE
     plain = (PAGES - stats.compressed_pages) * PAGE_SIZE
-    assert crossed >= plain + stats.compressed_bytes
+    assert plain + stats.compressed_bytes <= crossed < 1.02 * (plain + stats.compressed_bytes) + (64 << 10)
 
 
 def test_noise(tmp_path: Path) -> None:
