@@ -171,7 +171,12 @@ def accept_all(listener: socket.socket, stop: int, handle: Callable[[socket.sock
                 del clients[ended]
             try:
                 with suppress(BlockingIOError, ConnectionAbortedError):  # gone before we came
-                    _start_client(*listener.accept(), handle, clients)
+                    reserve = os.dup(stop)  # it takes two files; with one left the client would be cut off
+                    try:
+                        accepted = listener.accept()
+                    finally:
+                        os.close(reserve)
+                    _start_client(*accepted, handle, clients)
             except (OSError, RuntimeError) as error:  # no more files, no more threads
                 log.warning("a client could not be taken: %s", getattr(error, "strerror", None) or error)
                 select.select([stop], [], [], RETRY)
