@@ -14,11 +14,14 @@ import os
 import resource
 import signal
 import struct
+import subprocess
+import sys
 import time
+from contextlib import ExitStack
 
 import pytest
 
-from lazypages.uffd import BusyError, NoticeKind, ServedTask, TaskGoneError
+from lazypages.uffd import BusyError, NoticeKind, PreparedMemory, ServedTask, TaskGoneError, TaskMemory
 from tests.support.uffd import (
     BACKWARD,
     BASE,
@@ -26,6 +29,7 @@ from tests.support.uffd import (
     MREMAP_DONTUNMAP,
     PAGE,
     RANDOM,
+    ExtentTable,
     PagesFile,
     Service,
     Task,
@@ -84,6 +88,54 @@ def test_faults(file: PagesFile, order: int, writes: bool, threads: int, togethe
         assert dropped.total == 0
         assert 0 < answered.levels[0] <= served.stats().faults
         task.check(BASE, PAGES, file.first_id)
+
+
+@pytest.mark.parametrize("hogs", [0, 1, 3])
+def test_faults_of_a_task_that_is_followed(file: PagesFile, hogs: int) -> None:
+    """The serving thread gives way on the task's CPU; others that want that CPU as well do not stop it for good."""
+    pages = 8192
+    with Service() as service, ExitStack() as stack:
+        for _ in range(hogs):
+            hog = stack.enter_context(subprocess.Popen([sys.executable, "-c", "while True: pass"]))
+            stack.callback(hog.kill)
+        task, uffd = one_mapping(service, file, pages)
+        served = service.serve(
+            uffd, [(BASE, pages, 0, 0)], [(BASE, pages)], file, max_readahead=1, pid=task.pid
+        )
+        task.check(BASE, pages, file.first_id, order=RANDOM, writes=True)
+        service.wait(NoticeKind.COMPLETE, served)
+        assert served.stats().faults >= pages
+
+
+@pytest.mark.parametrize("order", [FORWARD, BACKWARD], ids=["up", "down"])
+def test_a_scan_goes_on_past_pages_that_are_there(file: PagesFile, order: int) -> None:
+    """A fault for each window, not for each hole that earlier faults have made."""
+    with Service() as service:
+        task, uffd = one_mapping(service, file)
+        served = service.serve(uffd, [(BASE, PAGES, 0, 0)], [(BASE, PAGES)], file, max_readahead=64)
+        for page in range(5, PAGES, 11):
+            task.check(BASE + page * PAGE, 1, file.first_id + page)
+        before = served.stats().faults
+        task.check(BASE, PAGES, file.first_id, order=order)
+        service.wait(NoticeKind.COMPLETE, served)
+        assert served.sources()[0].total == PAGES  # each once
+        assert served.stats().faults - before <= PAGES // 64 + 16
+
+
+def test_memory_that_is_prepared_is_for_one_task(file: PagesFile) -> None:
+    memory = PreparedMemory(
+        TaskMemory(ExtentTable([(BASE, 4, 0, 0)]), [(BASE, BASE + 4 * PAGE)], (), [file.map])
+    )
+    PreparedMemory(
+        TaskMemory(ExtentTable([(BASE, 4, 0, 0)]), [(BASE, BASE + 4 * PAGE)], (), [file.map])
+    )  # for none
+    with Service() as service:
+        task, uffd = one_mapping(service, file, 4)
+        served = service.engine.add(uffd, memory)
+        with pytest.raises(ValueError, match="in service"):
+            memory.take()
+        task.check(BASE, 4, file.first_id)
+        service.wait(NoticeKind.COMPLETE, served)
 
 
 @pytest.mark.parametrize("order", [FORWARD, BACKWARD, RANDOM], ids=["up", "down", "random"])

@@ -263,6 +263,7 @@ class Service:
         *levels: PagesFile,
         wiped: Sequence[tuple[int, int]] = (),
         max_readahead: int = 16,
+        pid: int = 0,
         tag: int = 0,
     ) -> ServedTask:
         """Adds a task; extents as for :class:`ExtentTable`, VMAs and wiped ranges as (address, pages)."""
@@ -275,6 +276,7 @@ class Service:
                 [level.map for level in levels],
                 max_readahead,
             ),
+            pid=pid,
             tag=tag,
         )
 

@@ -83,6 +83,20 @@ def test_faults_here_and_there_bring_one_page_each(pages: list[int]) -> None:
         assert plan.fault(page) == range(page, page + 1)
 
 
+@pytest.mark.parametrize("step", [1, -1])
+@pytest.mark.parametrize(("skipped", "expected"), [(0, 8), (4, 8), (5, 1)])
+def test_a_stream_goes_on_past_what_is_there_already(step: int, skipped: int, expected: int) -> None:
+    """By no more pages than the last window had, and not before it has become a stream."""
+    plan = Plan(64)
+    for done, window in ((0, 1), (1, 2), (3, 4)):
+        assert len(plan.fault(1000 + step * done)) == window
+    assert len(plan.fault(1000 + step * (7 + skipped))) == expected
+    young = Plan(64)
+    young.fault(1000)
+    young.fault(1000 + step)
+    assert len(young.fault(1000 + step * 4)) == 1
+
+
 def test_a_stream_is_forgotten_for_newer_ones() -> None:
     plan = Plan(64)
     plan.fault(1000)
