@@ -281,6 +281,20 @@ def test_a_short_answer(file: PagesFile) -> None:
         source.close()
 
 
+def test_requests_are_no_larger_than_the_server_takes(file: PagesFile) -> None:
+    with remote_task(readahead=16) as (service, task, _served):
+        source = Source(service, max_pages=4)
+        task.tell_check(BASE, 31, file.first_id)  # 1, 2, 4, 8 and 16 pages, as the faults run on
+        seen = 0
+        while seen < 31:
+            get = source.asked()
+            assert get.nr_pages <= 4
+            source.send(source.answer(file, get))
+            seen += get.nr_pages
+        task.reply()
+        source.close()
+
+
 def test_a_page_that_the_server_has_not(file: PagesFile) -> None:
     """The owner is told, and the next answers are none the worse for it."""
     with remote_task() as (service, task, _served):
