@@ -46,7 +46,8 @@ log = logging.getLogger("lazypages")
 # CAP_SYS_RESOURCE it fails past the 16th page of a pipe, however small the request (reference §8, 9).
 CRIU_MAX_PAGES: Final = 64
 OUR_MAX_PAGES: Final = 256
-ENGINE_FEATURES: Final = Features.MISSING | Features.CONNECTIONS | Features.ZERO  # what csrc/lane.c knows
+# What csrc/lane.c can work with.
+ENGINE_FEATURES: Final = Features.MISSING | Features.CONNECTIONS | Features.ZERO | Features.COMPRESSED
 URGENT_MAX_PAGES: Final = 16  # neighbouring faults that are asked for as one
 MIN_PAGES: Final = 4  # of a background request
 COMPRESSED_MIN_PAGES: Final = 16  # of a background request that is worth compressing
@@ -672,6 +673,8 @@ class RemotePages:
         fd, features = lane.link.plain_fd, lane.codec.features
         if self._engine is None or fd is None or features & ~ENGINE_FEATURES:
             return
+        if features & Features.COMPRESSED and not lane.urgent_only:
+            return  # whether that pays is tried out here; nothing is compressed that was not asked for so
         try:
             lane.engine = self._engine.lane(
                 fd,
