@@ -56,6 +56,17 @@ class Link:
         """The file descriptor; None with TLS, where what goes through it is not what is said."""
         return None if isinstance(self._sock, ssl.SSLSocket) else self._sock.fileno()
 
+    @property
+    def within_host(self) -> bool:
+        """Whether both ends have the same address."""
+        try:
+            return (
+                self._sock.family == socket.AF_UNIX
+                or self._sock.getpeername()[0] == self._sock.getsockname()[0]
+            )
+        except OSError:
+            return False  # closed meanwhile, which others find
+
     async def wait_readable(self) -> None:
         """Until recv_into has something to say."""
         if isinstance(self._sock, ssl.SSLSocket) and self._sock.pending():

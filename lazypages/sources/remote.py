@@ -46,8 +46,6 @@ log = logging.getLogger("lazypages")
 # CAP_SYS_RESOURCE it fails past the 16th page of a pipe, however small the request (reference §8, 9).
 CRIU_MAX_PAGES: Final = 64
 OUR_MAX_PAGES: Final = 256
-# What csrc/lane.c can work with.
-ENGINE_FEATURES: Final = Features.MISSING | Features.CONNECTIONS | Features.ZERO | Features.COMPRESSED
 URGENT_MAX_PAGES: Final = 16  # neighbouring faults that are asked for as one
 MIN_PAGES: Final = 4  # of a background request
 COMPRESSED_MIN_PAGES: Final = 16  # of a background request that is worth compressing
@@ -667,14 +665,16 @@ class RemotePages:
         lane.server.notify()
 
     def _hand_over(self, lane: _Lane) -> None:
-        """The engine asks for pages on this lane from now on, if it can. Raises LinkError."""
+        """The engine asks for pages on this lane from now on, if it can. Raises LinkError.
+
+        It can't undo compression: a lane for the background to another host, where that may pay, stays ours.
+        """
         assert lane.link is not None
         assert lane.codec is not None
         fd, features = lane.link.plain_fd, lane.codec.features
-        if self._engine is None or fd is None or features & ~ENGINE_FEATURES:
+        compresses = features & Features.COMPRESSED and not lane.urgent_only and not lane.link.within_host
+        if self._engine is None or fd is None or compresses:
             return
-        if features & Features.COMPRESSED and not lane.urgent_only:
-            return  # whether that pays is tried out here; nothing is compressed that was not asked for so
         try:
             lane.engine = self._engine.lane(
                 fd,

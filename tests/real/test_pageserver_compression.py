@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,11 @@ from lazypages.sources.trial import PHASE_BYTES
 from lazypages.sources.url import TcpServer
 from lazypages.wire import PAGE_SIZE
 from tests.support.certificates import Authority
-from tests.support.pages import BASE, Contents, fetch, page_server
+from tests.support.fake import BASE as BASE_OF_TASKS
+from tests.support.fake import compile_restored, restored_tasks, serve_command, write_images
+from tests.support.hosts import Link, two_hosts
+from tests.support.pages import BASE, Contents, fetch, page_server, page_server_command
+from tests.support.processes import Server
 from tests.support.slow_link import SlowLink
 
 MIB = 1 << 20
@@ -83,3 +89,40 @@ def test_noise(tmp_path: Path) -> None:
     crossed, stats = fetch_slowly(contents, tmp_path / "images", tmp_path, authority=None)
     assert stats.compressed_pages == stats.compressed_bytes == 0
     assert PAGES * PAGE_SIZE <= crossed < 1.02 * PAGES * PAGE_SIZE
+
+
+def test_a_restored_task_from_another_host(tmp_path: Path) -> None:
+    """All of it together: its background comes compressed, its faults do not, and it finds every byte right."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    with two_hosts(Link(delay=0.001, rate=20e6)) as (source, destination), ExitStack() as stack:
+        tasks = stack.enter_context(restored_tasks(compile_restored(tmp_path), 1, PAGES))
+        for directory in (here, there):
+            directory.mkdir()
+            write_images(directory, tasks.pids, PAGES)
+        (pagemap_file,) = there.glob("pagemap-*.img")
+        pagemap.write(pagemap_file, 1, [(BASE_OF_TASKS, PAGES, 2)])  # lazy, and not here
+        (there / "pages-1.img").write_bytes(b"")
+        listen = ["--lazy-pages", "--address", source.address, "--port", "27000", "--insecure"]
+        server = Server(
+            source.command(*page_server_command("-D", here, *listen)), output=tmp_path / "page-server.out"
+        )
+        server = stack.enter_context(server)
+        server.wait_ready()
+        ask = ["--page-server", "--address", source.address, "--port", "27000"]
+        daemon = Server(
+            destination.command(*serve_command(there, *ask)),
+            output=tmp_path / "serve.out",
+            logs=[tmp_path / "page-server.out"],
+        )
+        daemon = stack.enter_context(daemon)
+        daemon.wait_ready()
+        tasks.say(f"connect {there}/lazy-pages.socket")
+        tasks.say("touch 20")
+        tasks.say("finish")
+        assert daemon.wait() == 0
+        tasks.say("check")
+        assert tasks.statuses() == [0]
+        crossed = source.sent()
+    (stats,) = json.loads((there / "stats.json").read_text())["page_servers"]
+    assert stats["compressed_pages"] * PAGE_SIZE >= PHASE_BYTES
+    assert crossed < 0.95 * PAGES * PAGE_SIZE
