@@ -10,7 +10,7 @@ from rich.table import Table
 
 from lazypages.bench import suite
 from lazypages.bench.metrics import Spread, ratios
-from lazypages.bench.peers import LIMIT, OURS, bulk_name
+from lazypages.bench.peers import BOTH, LIMIT, OURS, bulk_name
 from lazypages.bench.report import ratio_text
 from lazypages.bench.suite import Row
 from lazypages.bench.workloads import Workload
@@ -33,12 +33,14 @@ class Target:
         return value.median >= self.bound if self.least else value.median <= self.bound
 
 
-def _between(workload: Workload, key: str, other: str | None = None) -> Callable[[Rows, str], Spread | None]:
+def _between(
+    workload: Workload, key: str, other: str | None = None, *, ours: str = OURS
+) -> Callable[[Rows, str], Spread | None]:
     """Ours by `other`'s (default: CRIU's) in one row."""
 
     def compute(rows: Rows, criu: str) -> Spread | None:
         row = rows.get(workload.name)
-        return ratios(row.values(OURS, key), row.values(other or criu, key)) if row else None
+        return ratios(row.values(ours, key), row.values(other or criu, key)) if row else None
 
     return compute
 
@@ -81,7 +83,9 @@ TARGETS = (
     Target("the same: speed by the bare bulk copy's with as many threads", 0.8, _share_of_bulk, least=True),
     Target("criu restore, 512 MiB, touches and pass: by CRIU's", 0.4, _between(suite.REAL, "both")),
     Target("the same, remote: by CRIU's", 0.33, _between(suite.REAL_REMOTE, "both")),
+    Target("the same, with our page server", 0.33, _between(suite.REAL_REMOTE, "both", ours=BOTH)),
     Target("remote on loopback, first-touch p50: by CRIU's", 0.4, _between(suite.REMOTE, "p50")),
+    Target("the same, with our page server", 0.4, _between(suite.REMOTE, "p50", ours=BOTH)),
     Target(
         "p50 of a fault, 1000 tasks: by that of 1 task",
         1.5,
