@@ -207,6 +207,11 @@ static bool go_to(struct lp_follow *f, int cpu)
 	return true;
 }
 
+static uint64_t next_interval(struct lp_follow *f)
+{
+	return f->interval = f->interval * 2 < LOOK_EVERY ? f->interval * 2 : LOOK_EVERY;
+}
+
 void lp_follow_fault(struct lp_follow *f, pid_t pid, uint64_t now)
 {
 	int cpu;
@@ -220,10 +225,9 @@ void lp_follow_fault(struct lp_follow *f, pid_t pid, uint64_t now)
 	if (cpu < 0 || !CPU_ISSET(cpu, &f->home) || (cpu != atomic_load(&f->cpu) && now < f->moved + MOVE_PAUSE)) {
 		/* nothing is known, or it changes too quickly */
 		lp_follow_nobody(f);
-		f->next_look = now + (cpu < 0 ? LOOK_SELDOM : LOOK_EVERY);
+		f->next_look = now + (cpu < 0 ? LOOK_SELDOM : next_interval(f));
 	} else if (cpu == atomic_load(&f->cpu)) {
-		f->interval = f->interval * 2 < LOOK_EVERY ? f->interval * 2 : LOOK_EVERY;
-		f->next_look = now + f->interval;
+		f->next_look = now + next_interval(f);
 	} else if (go_to(f, cpu)) {
 		f->moved = now;
 		f->interval = LOOK_SOON;
