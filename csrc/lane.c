@@ -530,17 +530,19 @@ static void go_on(struct lp_lane *l)
 			return;
 		}
 		pthread_mutex_lock(&l->lock);
-		if (nr > 0 && l->held) {
+		if (nr > 0 && (l->held || l->finishing)) {
 			pthread_mutex_unlock(&l->lock);
 			lp_task_fail_remote(turn, image, (uint64_t)nr, false);
 			return;
 		}
-		if (nr > 0) {
+		if (nr > 0)
 			ask(l, lp_task_tag(turn), image, (uint64_t)nr, 0, false, false);
+		/* another turn may have begun meanwhile */
+		if (nr > 0 && l->turn == turn && l->turn_left >= (uint64_t)nr) {
 			l->turn_left -= (uint64_t)nr;
 			l->turn_asked += (uint64_t)nr;
 		}
-		if (nr <= 0 || !l->turn_left)
+		if (l->turn == turn && (nr <= 0 || !l->turn_left))
 			turn_over(l);
 		pthread_mutex_unlock(&l->lock);
 	}
@@ -691,14 +693,14 @@ bool lp_lanes_fault(struct lp_lanes *lanes, uint64_t tag, uint64_t image, uint64
 		uint64_t stop = end < most ? end : most;
 
 		if (!under_way(lanes, tag, image, &stop, since)) {
-			bool held;
+			bool takes;
 
 			pthread_mutex_lock(&best->lock);
-			held = best->held;
-			if (!held)
+			takes = takes_faults(best, false);
+			if (takes)
 				ask(best, tag, image, (stop - image) >> LP_PAGE_SHIFT, since, true, false);
 			pthread_mutex_unlock(&best->lock);
-			if (held)
+			if (!takes)
 				return false;
 		}
 		image = stop;
@@ -708,6 +710,7 @@ bool lp_lanes_fault(struct lp_lanes *lanes, uint64_t tag, uint64_t image, uint64
 
 void lp_lanes_forget(struct lp_lanes *lanes, const struct lp_task *task)
 {
+	take_over(lanes); /* one that is new may have a turn of it already */
 	for (struct lp_lane *l = lanes->lanes; l; l = l->next) {
 		pthread_mutex_lock(&l->lock);
 		if (l->turn == task)
