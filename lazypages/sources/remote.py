@@ -521,6 +521,13 @@ class RemotePages:
                 if not request.told:
                     self._adopt(lane, request.tag, request.image, end, request.since)
 
+    def _hear_rest(self, lane: _Lane, engine: EngineLane) -> None:
+        """What it has said of pages and nobody has heard: of one that was refused nothing else tells."""
+        while events := engine.events():
+            for event in events:
+                if event.kind in {LaneEventKind.ARRIVED, LaneEventKind.REFUSED}:
+                    self._heard(lane, event)
+
     def _turn_over(self, lane: _Lane, pages: int) -> None:
         if lane.turn is not None:
             lane.turn.pages = pages
@@ -600,6 +607,7 @@ class RemotePages:
         if lane.engine is not None:
             lane.hold()
             self._adopt_all(lane)
+            self._hear_rest(lane, lane.engine)
             oldest = next(iter(lane.engine.outstanding()), None)
         elif lane.codec is not None:
             lane.at_boundary = lane.codec.at_boundary

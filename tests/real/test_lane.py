@@ -15,10 +15,14 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
+import anyio
 import pytest
 
+from lazypages.sources.remote import RemoteOptions, RemotePages, _Lane
+from lazypages.sources.url import UnixServer
 from lazypages.uffd import Lane, LaneEvent, LaneEventKind, NoticeKind, ServedTask
 from tests.support.uffd import BASE, PAGE, RANDOM, PagesFile, Service, Task, until
 
@@ -310,6 +314,46 @@ def test_a_page_that_the_server_has_not(file: PagesFile) -> None:
         source.send(source.answer(file, source.asked()))
         task.reply()
         source.close()
+
+
+def test_a_refusal_that_nobody_has_heard(file: PagesFile) -> None:
+    """A lane is given up for another one before its events have been read: the page is wanted all the same."""
+
+    async def nothing(*_: object) -> None:
+        pytest.fail("nothing comes, nothing is lost")
+
+    async def give_up(service: Service, source: Source) -> None:
+        async with anyio.create_task_group() as group:
+            remote = RemotePages(
+                [UnixServer(Path("/nowhere"))],
+                RemoteOptions(),
+                nothing,
+                nothing,
+                group=group,
+                engine=service.engine,
+            )
+            (server,) = remote._servers
+            lane = _Lane(server, urgent_only=False, second=False, engine=source.lane, up=True)
+            server.lanes.append(lane)
+            remote._lane_ended(lane, "given up for another connection")
+            assert [(wanted.pid, wanted.start, wanted.nr_pages) for wanted in remote._backlog] == [
+                (TAG, BASE, 1)
+            ]
+            assert remote._backlog.queued_pages(urgent=True) == 0
+            assert [wanted.refused for wanted in remote._backlog.refused] == [{server}]
+
+    with remote_task() as (service, task, _served):
+        first, second = Source(service, size=32), Source(service)
+        second.lane.hold(held=True)
+        task.tell_check(BASE, 1, file.first_id)
+        first.send(first.header(first.asked()._replace(nr_pages=0), flags=0))
+        until("the refusal to be read", lambda: not first.lane.state().outstanding)
+        anyio.run(give_up, service, first)
+        first.hang_up()
+        second.lane.ask(TAG, BASE, 1, urgent=True)
+        second.send(second.answer(file, second.asked()))
+        task.reply()
+        second.close()
 
 
 def test_zeros(file: PagesFile) -> None:
