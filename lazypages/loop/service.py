@@ -148,7 +148,7 @@ class TaskService:
                 pass  # the server's
 
     def _check_complete(self) -> None:
-        if self._may_close and self._served.pending == 0:
+        if self._may_close and not self._final and self._served.pending == 0:
             self._end(State.COMPLETE)
 
     def _end(self, state: State) -> None:
@@ -277,7 +277,7 @@ class TaskService:
             log.error("%s: %s are lost and a thread waits for one", name, where)
 
     async def _poison(self, *, everything: bool) -> None:
-        while True:
+        while not self._final:
             try:
                 pages = self._served.poison(everything=everything)
             except BusyError:

@@ -127,6 +127,20 @@ def test_killed_while_it_faults(program: Path, tmp_path: Path) -> None:
     assert sorted(task["state"] for task in stats_of(tmp_path)["tasks"]) == ["complete", "complete", "gone"]
 
 
+def test_killed_before_the_restore_is_finished(program: Path, tmp_path: Path) -> None:
+    """It is out of service when the news comes that all tasks go on."""
+    with restored_tasks(program, 3, PAGES) as tasks:
+        write_images(tmp_path, tasks.pids, PAGES)
+        with serve(tmp_path, "-v3") as server:
+            server.wait_ready()
+            tasks.say(f"connect {tmp_path}/lazy-pages.socket")
+            os.kill(tasks.pids[1], signal.SIGKILL)
+            wait_for("the end of its service", lambda: f"task {tasks.pids[1]}: gone" in server.story())
+            tasks.say("finish")
+            assert server.wait() == 0
+    assert sorted(task["state"] for task in stats_of(tmp_path)["tasks"]) == ["complete", "complete", "gone"]
+
+
 def test_interrupt_before_a_restore(program: Path, tmp_path: Path) -> None:
     with restored_tasks(program, 1, PAGES) as tasks:
         write_images(tmp_path, tasks.pids, PAGES)
