@@ -1471,7 +1471,7 @@ uint64_t lp_task_claim_remote(struct lp_task *t, uint64_t cursor, uint64_t max_p
 	lp_lock_shared(&t->lock);
 	while (t->uffd >= 0 && lp_space_next(t->space, cursor, max_pages, true, &run)) {
 		cursor = run.addr + (run.nr_pages << LP_PAGE_SHIFT);
-		if (run.kind == LP_REMOTE && (nr = lp_space_claim(t->space, run.dense, run.nr_pages)))
+		if ((nr = lp_space_claim(t->space, run.dense, run.nr_pages)))
 			break;
 	}
 	if (nr) {

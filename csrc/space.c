@@ -415,8 +415,11 @@ bool lp_space_next(const struct lp_space *s, uint64_t cursor, uint64_t max_pages
 			size_t i = slot_of_dense(s->image, d);
 			const struct slot *slot = &s->image->slots[i];
 
-			if (slot->source == LP_SOURCE_REMOTE && !remote) {
-				d = slot[1].dense;
+			if ((slot->source == LP_SOURCE_REMOTE) != remote) {
+				do
+					slot++;
+				while (slot->dense < end && (slot->source == LP_SOURCE_REMOTE) != remote);
+				d = slot->dense;
 				continue;
 			}
 			*answer = lp_space_lookup(s,

@@ -111,7 +111,7 @@ struct lp_answer lp_space_lookup(const struct lp_space *space, uint64_t addr, ui
 /* How many of the max_pages pages before addr have the same answer, running into it. */
 uint64_t lp_space_lookback(const struct lp_space *space, const struct lp_answer *at, uint64_t max_pages);
 /*
- * The next run that waits to be brought (LP_DATA; LP_REMOTE too when asked for), at or after *cursor.
+ * The next run that waits to be brought (LP_DATA; LP_REMOTE instead when asked for), at or after cursor.
  * False when there is none up to the end of the address space.
  */
 bool lp_space_next(const struct lp_space *space, uint64_t cursor, uint64_t max_pages, bool remote,

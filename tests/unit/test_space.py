@@ -209,14 +209,14 @@ class SpaceAgainstPages(RuleBasedStateMachine):
     @rule(which=st.integers(0, 9), unit=UNITS, length=LENGTHS, remote=st.booleans())
     def next(self, which: int, unit: int, length: int, remote: bool) -> None:
         space, model = self.pick(which)
-        kinds = {Kind.DATA, Kind.REMOTE} if remote else {Kind.DATA}
-        waiting = [at for at, image in model.image.items() if at >= unit and self.kind(model, image) in kinds]
+        kind = Kind.REMOTE if remote else Kind.DATA
+        waiting = [at for at, image in model.image.items() if at >= unit and self.kind(model, image) is kind]
         answer = space.next(self.addr(unit), length * self.pages, remote=remote)
         if not waiting:
             assert answer is None
             return
         assert answer is not None
-        assert answer.kind in kinds
+        assert answer.kind is kind
         self.check_run(model, answer, min(waiting), length)
 
     @rule(which=st.integers(0, 9), indexed=st.booleans())
