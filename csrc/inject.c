@@ -72,6 +72,7 @@ static int wait_stop(pid_t tid, int options, int *group_stop)
 		}
 		if (event == 0 && signo != SYSCALL_STOP)
 			deliver = signo;
+		lp_interrupt(tid); /* once more: any stop takes an interrupt away (ptrace_stop in kernel/signal.c) */
 		rc = request(PTRACE_CONT, tid, 0, deliver);
 		if (rc)
 			return rc;
@@ -105,12 +106,12 @@ int lp_drop_sigstop(pid_t tid)
 		}
 		if (rc || event == PTRACE_EVENT_STOP)
 			break;
-		if (event == 0 && signo == SIGSTOP && !interrupted) {
+		if (event == 0 && signo == SIGSTOP)
 			interrupted = 1;
-			rc = lp_interrupt(tid);
-		} else if (event == 0 && signo != SIGSTOP && signo != SYSCALL_STOP) {
+		else if (event == 0 && signo != SYSCALL_STOP)
 			deliver = signo;
-		}
+		if (interrupted)
+			rc = lp_interrupt(tid); /* also if it was before: any stop takes an interrupt away */
 		if (!rc)
 			rc = request(PTRACE_CONT, tid, 0, deliver);
 	}
