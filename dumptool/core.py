@@ -97,7 +97,8 @@ def capture(
     handlers = _Handlers(task.pid)
     for tid in task.process.threads:
         regs, xstate = tracee.registers(tid), tracee.xstate(tid)
-        mask, signal = tracee.signal_mask(tid), handlers.about_to_run(tid)
+        mask = tracee.signal_mask(tid)
+        signal = handlers.about_to_run(tid, mask)
         pointers.append(regs.rsp)
         with tracee.session(tid, gadgets) as session:
             ready = resumable(
@@ -151,12 +152,17 @@ class _Handlers:
     def __init__(self, pid: int) -> None:
         self._pid, self._shared_taken = pid, 0
 
-    def about_to_run(self, tid: int) -> int:
-        """The signal whose handler a thread is about to run; 0 for none."""
+    def about_to_run(self, tid: int, mask: int) -> int:
+        """The signal whose handler a thread is about to run; 0 for none.
+
+        ``mask``: its own. What it blocks and a call such as sigsuspend(2) does not, that call lets through again when
+        it is made again.
+        """
         fields = proc.status(self._pid, tid)
         own, shared, blocked, caught = (
             int(fields[name], 16) for name in ("SigPnd", "ShdPnd", "SigBlk", "SigCgt")
         )
+        blocked |= mask
         shared &= ~self._shared_taken & ~blocked & caught
         self._shared_taken |= shared  # one thread takes a signal that is everybody's
         taken = own & ~blocked & caught or shared
@@ -165,10 +171,9 @@ class _Handlers:
 
 def settle(process: Process) -> None:
     """Has threads of a process that has just been frozen not notice the stop, where signal(7) says that they would."""
-    handlers = _Handlers(process.pid)
     for tid in process.threads:
         again = called_again_after_a_stop(tracee.registers(tid))
-        if again is not None and not handlers.about_to_run(tid):
+        if again is not None:
             tracee.set_registers(tid, again)
 
 

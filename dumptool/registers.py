@@ -73,9 +73,12 @@ def resumable(regs: Registers, *, waits_in: int | None = None, handler_flags: in
 
 
 def called_again_after_a_stop(regs: Registers) -> Registers | None:
-    """For a call that every stop makes fail with EINTR, though no handler has run: the registers that call it again."""
+    """For a call that every stop makes fail with EINTR: the registers with which the kernel calls it again.
+
+    But not if it finds a handler to run when the thread goes on, whenever that signal has come: then it is EINTR.
+    """
     if (1 << 64) - regs.rax == EINTR and regs.orig_rax in ALWAYS_EINTR:
-        return _again(regs, regs.orig_rax)
+        return replace(regs, rax=(1 << 64) - ERESTARTNOHAND)
     return None
 
 

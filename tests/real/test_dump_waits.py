@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
+from dumptool.dump import Settings, Watcher, dump
 from tests.real.test_restore import OurRestore
 from tests.support.criu import Criu
 from tests.support.dumptool import DumpedByUs, check, task
@@ -130,7 +131,7 @@ def reap_tree(pid: int) -> None:
 
 
 SIGNALLED = """
-    import os, signal, sys
+    import ctypes, os, signal, sys
     class Interrupted(Exception): pass
     def interrupt(*_): raise Interrupted
     signal.signal(signal.SIGUSR1, interrupt)
@@ -140,13 +141,20 @@ SIGNALLED = """
     print("ready", flush=True)
     try:
         if sys.argv[1] == "pause": signal.pause()
+        elif sys.argv[1] == "sigwaitinfo": signal.sigwaitinfo([signal.SIGALRM])
+        elif sys.argv[1] == "sigsuspend":
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+            ctypes.CDLL(None).sigsuspend(bytes(128))
         else: os.read(read, 1)
     except Interrupted: print("interrupted")
 """
 
 
+NUMBERS = {"pause": "34", "read": "0", "sigwaitinfo": "128", "sigsuspend": "130"}
+
+
 @pytest.mark.parametrize("restorer", ["criu", "lazypages"])
-@pytest.mark.parametrize("call", ["pause", "read"])
+@pytest.mark.parametrize("call", NUMBERS)
 def test_a_signal_on_its_way_interrupts(call: str, restorer: str, tmp_path: Path) -> None:
     """The handler runs in the restored task, and the call, which was interrupted before the dump, does not hang."""
     output, images = tmp_path / "output", tmp_path / "images"
@@ -154,8 +162,7 @@ def test_a_signal_on_its_way_interrupts(call: str, restorer: str, tmp_path: Path
     criu = DumpedByUs("4.1")
     with task(sys.executable, "-c", textwrap.dedent(SIGNALLED), call, output=output) as pid:
         wait_for("the program", lambda: output.read_text() == "ready\n")
-        number = {"pause": "34", "read": "0"}[call]
-        wait_for("its call", lambda: calls(pid) == {pid: number})
+        wait_for("its call", lambda: calls(pid) == {pid: NUMBERS[call]})
         os.kill(pid, signal.SIGSTOP)
         wait_for("it to stop", lambda: "\nState:\tT" in Path(f"/proc/{pid}/status").read_text())
         os.kill(pid, signal.SIGUSR1)
@@ -163,5 +170,23 @@ def test_a_signal_on_its_way_interrupts(call: str, restorer: str, tmp_path: Path
         reap(pid)
         (criu if restorer == "criu" else OurRestore(criu.release)).restore(images, lazy=False)
         os.kill(pid, signal.SIGCONT)
+        assert reap(pid) == 0
+    assert output.read_text() == "ready\ninterrupted\n"
+
+
+@pytest.mark.parametrize("call", NUMBERS)
+def test_a_signal_while_it_stands_still(call: str, tmp_path: Path) -> None:
+    """The handler runs when the task goes on, and the call has been interrupted by that, not called again."""
+    output = tmp_path / "output"
+    with task(sys.executable, "-c", textwrap.dedent(SIGNALLED), call, output=output) as pid:
+        wait_for("the program", lambda: output.read_text() == "ready\n")
+        wait_for("its call", lambda: calls(pid) == {pid: NUMBERS[call]})
+
+        class AtCopying(Watcher):
+            def stage(self, name: str) -> None:
+                if name == "copying":
+                    os.kill(pid, signal.SIGUSR1)
+
+        dump(Settings(pid, tmp_path / "images", leave_running=True), AtCopying())
         assert reap(pid) == 0
     assert output.read_text() == "ready\ninterrupted\n"
