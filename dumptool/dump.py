@@ -8,6 +8,7 @@ pages are being served (``--lazy-pages``), it stays stopped if we are killed: it
 from __future__ import annotations
 
 import os
+import signal
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -175,6 +176,7 @@ def dump(settings: Settings, watcher: Watcher, serve: Serve | None = None) -> Re
                 watcher.stage("serving")
                 run.report.frozen = time.monotonic() - tree.frozen_since
                 run.write_stats()  # with the images, which somebody may move away from now on
+                run.ignore_interrupts()
                 tree.hold()
                 with run.worthless_on_error():
                     serve(tree, settings)
@@ -418,6 +420,14 @@ class _Run:
             armed.complete(self._run_id)
         methods = {"uffd-wp" if armed.can_protect else "soft-dirty" for armed in self._armed}
         self.report.tracked = ", ".join(sorted(methods))
+
+    def ignore_interrupts(self) -> None:
+        """From here to the end Ctrl-C is for who serves, alone.
+
+        Right after that it would let a tree go on that runs elsewhere, or stop half-way letting it go on here.
+        """
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        self._resources.callback(signal.signal, signal.SIGINT, before)
 
     @contextmanager
     def worthless_on_error(self) -> Iterator[None]:

@@ -19,6 +19,8 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
+from dumptool.dump import Settings, Watcher, dump
+from dumptool.freeze import FrozenTree
 from images_spec.flags import PE_LAZY
 from lazypages.sources.url import TcpServer
 from tests.real.test_dump_lazy import LazyDump, lazy_dump
@@ -214,3 +216,15 @@ def test_signals_that_came_meanwhile(tree: Tree, tmp_path: Path) -> None:
         assert source.wait() == 1
     tree.goes_on()
     assert [(one.continued, one.children) for one in tree.counters()] == [(1, 1), (1, 1), (0, 1)]
+
+
+def test_interrupted_when_all_is_served(tree: Tree, tmp_path: Path) -> None:
+    """It runs elsewhere by then: Ctrl-C does not let it go on here."""
+
+    def served(_tree: FrozenTree, _settings: Settings) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    dump(Settings(tree.pids[0], tmp_path / "images", lazy_pages=True), Watcher(), served)
+    assert not Path(f"/proc/{tree.pids[0]}").exists()
+    assert signal.getsignal(signal.SIGINT) is before
