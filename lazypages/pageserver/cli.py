@@ -248,7 +248,8 @@ class _Server:
                 clean = True
             finally:
                 hang_up(sock, clean=clean)
-                receiver.close()
+                with suppress(OSError):  # nothing is open after CLOSE; else all has failed already
+                    receiver.close()
         log.info("%s: %.1f MiB received", name, receiver.pages / (1 << 20))
         return True
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import logging
 import os
@@ -79,11 +80,12 @@ def _listen_unix(path: Path) -> tuple[socket.socket, str]:
 
 
 def _is_alive(path: Path) -> bool:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+    """Whether somebody has bound the socket. A connection would be the only one that some servers take."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect(str(path))
-        except OSError:
-            return False
+        except OSError as error:
+            return error.errno == errno.EPROTOTYPE
         return True
 
 

@@ -292,6 +292,35 @@ def test_signal_while_receiving(tmp_path: Path) -> None:
                 assert server.wait(10) == 1
 
 
+def test_a_socket_that_somebody_listens_at(tmp_path: Path) -> None:
+    """The second server finds that out without being taken for the dump that the first one waits for."""
+    where = tmp_path / "socket"
+    command = page_server_command("-D", tmp_path, "--address", f"unix:{where}")
+    with Server(command, output=tmp_path / "out") as server:
+        server.wait_ready()
+        done = run("-D", tmp_path, "--address", f"unix:{where}")
+        assert done.returncode == 1
+        assert f"can't listen at unix:{where}: Address already in use" in done.stderr
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.settimeout(30)
+            sock.connect(str(where))
+            sock.sendall(Layout.CRIU_4_2.pack(Header(Command.CLOSE)))
+            assert sock.recv(4) == bytes(4)
+        assert server.wait(10) == 0
+
+
+def test_no_room_for_what_is_received(tmp_path: Path) -> None:
+    command = ["prlimit", f"--fsize={8 * PAGE_SIZE}", *page_server_command("-D", tmp_path, "-v3")]
+    with PageServer(command, output=tmp_path / "out") as server:
+        server.wait_ready()
+        header = Header(Command.ADD_F, 64, BASE, 77 << 8 | 1, wire.PageFlags.PRESENT)
+        converse(server.port, Layout.CRIU_4_2.pack(header) + b"x" * (64 * PAGE_SIZE))
+        assert server.wait(10) == 1
+    story = (tmp_path / "out").read_text()
+    assert "the images can't be written: File too large" in story
+    assert "Traceback" not in story
+
+
 # -- TLS -------------------------------------------------------------------------------------------------------
 
 
