@@ -789,15 +789,21 @@ class RemotePages:
             self._notice_room()
 
     def _check_silence(self, lane: _Lane, now: float) -> None:
-        if not lane.up or lane.silent:
+        if not lane.up:
             return
         load = lane.load
         if lane.engine is not None:
             lane.heard = lane.engine.state().heard / NS_PER_S
         patience = max(SILENCE, SILENT_ROUND_TRIPS * load.round_trip)
-        if load.requests and now - lane.heard > patience:
+        silent = load.requests > 0 and now - lane.heard > patience
+        if lane.silent and not silent:
+            # All answers had come before it was found silent, and waited for a task: no byte will tell.
+            lane.silent = False
+            lane.server.notify()
+        elif silent and not lane.silent:
             log.warning("page server %s: silent for %.1f s", lane.server.address, now - lane.heard)
             lane.silent = True
+            lane.reserved = None  # another one may take the page
             lane.hold()
             self._adopt_all(lane)
             self._backlog.give_back(lane)
