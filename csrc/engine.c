@@ -1334,7 +1334,6 @@ struct lp_task *lp_task_new(struct lp_engine *e, int uffd, struct lp_memory *mem
 
 	if (!t) {
 		lp_memory_free(memory);
-		close(uffd);
 		errno = ENOMEM;
 		return NULL;
 	}
@@ -1352,6 +1351,7 @@ struct lp_task *lp_task_new(struct lp_engine *e, int uffd, struct lp_memory *mem
 	task_link(t); /* before it is served: what lanes bring finds it by its tag */
 	int rc = task_start(t);
 	if (rc) {
+		fcntl(uffd, F_DUPFD_CLOEXEC, 0); /* stays open: see engine.h */
 		lp_task_close(t);
 		errno = -rc;
 		return NULL;

@@ -102,8 +102,8 @@ struct lp_memory *lp_memory_new(const struct lp_extent *extents, size_t nr_exten
 				const struct lp_level *levels, uint32_t nr_levels);
 void lp_memory_free(struct lp_memory *memory);
 /*
- * A task, served from now on if lp_engine_run runs.  Takes over uffd and memory, also when it fails (NULL, errno).  The mapped
- * levels must stay until the engine is freed.  pid: the process here, 0 if it is not known.  tag: the owner's, for this task
+ * A task, served from now on if lp_engine_run runs.  Takes over uffd and memory, also when it fails (NULL, errno): then the
+ * uffd stays open to the end, for closed it would let the task run on zeros.  The mapped levels must stay until the engine is freed.  pid: the process here, 0 if it is not known.  tag: the owner's, for this task
  * and all that it forks.
  */
 struct lp_task *lp_task_new(struct lp_engine *engine, int uffd, struct lp_memory *memory, uint64_t max_readahead, pid_t pid,

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 
@@ -136,6 +137,20 @@ def test_memory_that_is_prepared_is_for_one_task(file: PagesFile) -> None:
             memory.take()
         task.check(BASE, 4, file.first_id)
         service.wait(NoticeKind.COMPLETE, served)
+
+
+def test_a_uffd_that_cannot_be_served_stays_open(file: PagesFile, tmp_path: Path) -> None:
+    """Closed, it would let its task run on zeros before anybody can kill it. (epoll takes no regular files.)"""
+    unfit = tmp_path / "unfit"
+    unfit.touch()
+    memory = TaskMemory(ExtentTable([(BASE, 4, 0, 0)]), [(BASE, BASE + 4 * PAGE)], (), [file.map])
+    with Service() as service:
+        with pytest.raises(PermissionError):
+            service.engine.add(os.open(unfit, os.O_RDONLY | os.O_CLOEXEC), memory)
+        fds = {fd: Path(f"/proc/self/fd/{fd}") for fd in map(int, os.listdir("/proc/self/fd"))}
+        held = [fd for fd, link in fds.items() if link.exists() and link.samefile(unfit)]
+        assert len(held) == 1
+        os.close(held[0])
 
 
 @pytest.mark.parametrize("order", [FORWARD, BACKWARD, RANDOM], ids=["up", "down", "random"])
