@@ -23,6 +23,7 @@
 #include "lane.h"
 #include "lock.h"
 #include "plan.h"
+#include "probe.h"
 #include "smaps.h"
 #include "trace.h"
 
@@ -52,7 +53,6 @@ struct uffdio_poison {
 #define LEAD_MAX ((uint64_t)32 << 20)
 #define LEAD_MEMORY_NS (NS / 10)
 #define LOOKAHEAD_TRIES 8	 /* runs that another thread may take before we do */
-#define ANYWHERE ((uint64_t)1 << 38) /* an address that every task can have */
 #define SERVE_TRIES 4		 /* for a task whose layout is changing, before others have their turn */
 
 typedef _Atomic uint64_t counter_t;
@@ -375,22 +375,9 @@ static void wake(struct lp_task *t, uint64_t addr, uint64_t nr_pages)
 	ioctl(t->uffd, UFFDIO_WAKE, &range);
 }
 
-static bool means_gone(int error)
-{
-	return error == ESRCH || error == ENOSPC;
-}
-
-/*
- * What a copy to this page would meet: EAGAIN when the layout is changing or an event of it has not been read, else ENOENT
- * when the page is not registered (any more), ESRCH when the task is gone.  It copies nothing, for there is nothing to copy.
- */
 static int try_page(struct lp_task *t, uint64_t addr)
 {
-	struct uffdio_copy copy = {.dst = addr, .src = (uintptr_t)t->engine->nowhere, .len = LP_PAGE_SIZE};
-
-	if (!ioctl(t->uffd, UFFDIO_COPY, &copy))
-		return 0; /* can't be */
-	return copy.copy < 0 ? (int)-copy.copy : errno;
+	return lp_probe(t->uffd, t->engine->nowhere, addr);
 }
 
 static void lose(struct lp_task *t, const struct lp_answer *run, uint64_t skip, uint64_t nr, int error)
@@ -517,7 +504,7 @@ static int zero_page(struct lp_task *t, uint64_t addr)
 		return 0;
 	}
 	error = zero.zeropage < 0 ? (int)-zero.zeropage : errno;
-	if (means_gone(error)) {
+	if (lp_means_gone(error)) {
 		is_gone(t);
 		return -ESRCH;
 	}
@@ -989,10 +976,10 @@ static void catch_up(struct lp_task *t)
 	make_changes(t, false);
 	if (!all || (!t->nr_changes && !lp_space_awaits_rest(t->space)))
 		return;
-	error = try_page(t, ANYWHERE);
+	error = try_page(t, LP_ANYWHERE);
 	if (error == EAGAIN)
 		return;
-	if (means_gone(error))
+	if (lp_means_gone(error))
 		is_gone(t);
 	make_changes(t, true);
 	lp_space_rest(t->space);
@@ -1607,7 +1594,7 @@ static int64_t poison_range(struct lp_task *t, const struct lp_answer *run)
 		} else if (error == EEXIST) {
 			wake(t, addr, 1);
 		} else {
-			if (means_gone(error))
+			if (lp_means_gone(error))
 				is_gone(t);
 			return -error;
 		}
@@ -1669,8 +1656,8 @@ int lp_task_probe(struct lp_task *t)
 
 	/* alone: what has just arrived is accounted for before its task is found gone */
 	lp_lock_alone(&t->lock);
-	error = t->uffd < 0 ? ESRCH : try_page(t, ANYWHERE);
-	if (means_gone(error)) {
+	error = t->uffd < 0 ? ESRCH : try_page(t, LP_ANYWHERE);
+	if (lp_means_gone(error)) {
 		is_gone(t);
 		error = ESRCH;
 	} else if (error != EAGAIN) {

@@ -25,14 +25,13 @@
 #include <time.h>
 #include <unistd.h>
 
-#include <linux/userfaultfd.h>
+#include "probe.h"
 
 #define MAX_FDS (1u << 20)
 #define PAGE 4096
 #define COMPLETE (-1)
 #define LOOK_MS 20
 #define LARGE (128u << 10) /* bytes: a mapping of this size is no library's */
-#define ANYWHERE ((uint64_t)1 << 38) /* an address that every task can have */
 
 struct lp_guard {
 	pid_t pid;
@@ -48,16 +47,10 @@ static size_t size_of(int nr_fds)
 	return sizeof(struct lp_guard) + (size_t)nr_fds * sizeof(_Atomic int32_t);
 }
 
-/* Whether the memory behind a uffd exists no more; a copy of nothing to nowhere tells. */
+/* Whether the memory behind a uffd exists no more. */
 static bool is_gone(const struct lp_guard *g, int uffd)
 {
-	struct uffdio_copy copy = {.dst = ANYWHERE, .src = (uintptr_t)g->nowhere, .len = PAGE};
-	int error;
-
-	if (!ioctl(uffd, UFFDIO_COPY, &copy))
-		return false; /* can't be */
-	error = copy.copy < 0 ? (int)-copy.copy : errno;
-	return error == ESRCH || error == ENOSPC;
+	return lp_means_gone(lp_probe(uffd, g->nowhere, LP_ANYWHERE));
 }
 
 static bool is_uffd(int fd)

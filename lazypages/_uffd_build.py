@@ -172,6 +172,7 @@ ffibuilder.set_source(
             "extent.h",
             "space.h",
             "plan.h",
+            "probe.h",
             "smaps.h",
             "lock.h",
             "follow.h",
