@@ -25,7 +25,7 @@ from lazypages.errors import LazyPagesError
 from lazypages.logs import MESSAGE
 from lazypages.options import verbosity_option
 from lazypages.pageserver.listen import LOOPBACK, UNIX_PREFIX, listen
-from lazypages.remote_options import AUTO, TLS_OPTIONS, tls_files
+from lazypages.remote_options import AUTO, PROTOCOL_OPTION, TLS_FILE_OPTIONS, tls_files
 from lazypages.sources.url import ConnectedSocket, TcpServer, UnixServer
 from lazypages.wire import Layout
 
@@ -213,15 +213,9 @@ def _common(command: F, *, address: str, port: str) -> F:
                 type=click.IntRange(min=0),
                 help="With --page-server: a socket that is connected to it.",
             ),
-            click.option(
-                "--page-server-protocol",
-                type=click.Choice([AUTO, *(layout.value for layout in Layout)]),
-                default=AUTO,
-                show_default=True,
-                help="Which CRIU's protocol the page server speaks: up to 4.1.1, or from 4.2.",
-            ),
+            PROTOCOL_OPTION,
             click.option("--tls", is_flag=True, help="Certificates on both sides, and encryption."),
-            *TLS_OPTIONS[1:-1],  # the files
+            *TLS_FILE_OPTIONS,
             click.option(
                 "--tls-no-cn-verify",
                 is_flag=True,

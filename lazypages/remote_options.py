@@ -23,10 +23,15 @@ DEFAULT_ADDRESS = "127.0.0.1"
 
 _PATH = click.Path(path_type=Path)
 
-TLS_OPTIONS = [
-    click.option(
-        "--tls", is_flag=True, help="With --page-server: certificates on both sides, and encryption."
-    ),
+PROTOCOL_OPTION = click.option(
+    "--page-server-protocol",
+    type=click.Choice([AUTO, *PROTOCOLS]),
+    default=AUTO,
+    show_default=True,
+    help="Which CRIU's protocol the page server speaks: up to 4.1.1, or from 4.2.",
+)
+
+TLS_FILE_OPTIONS = [
     click.option(
         "--tls-cacert", metavar="FILE", type=_PATH, help=f"Who is trusted.  [default: {DEFAULT_CACERT}]"
     ),
@@ -47,6 +52,13 @@ TLS_OPTIONS = [
         help="Its private key.",
         show_default=True,
     ),
+]
+
+TLS_OPTIONS = [
+    click.option(
+        "--tls", is_flag=True, help="With --page-server: certificates on both sides, and encryption."
+    ),
+    *TLS_FILE_OPTIONS,
     click.option(
         "--tls-no-cn-verify", is_flag=True, help="The server's certificate need not name its address."
     ),
@@ -72,13 +84,7 @@ SOURCE_OPTIONS = [
         help=f"Where else pages may be: {FORMS}. May be given several times; page servers share the work and "
         "stand in for each other, directories come first.",
     ),
-    click.option(
-        "--page-server-protocol",
-        type=click.Choice([AUTO, *PROTOCOLS]),
-        default=AUTO,
-        show_default=True,
-        help="Which CRIU's protocol the page server speaks: up to 4.1.1, or from 4.2.",
-    ),
+    PROTOCOL_OPTION,
     click.option(
         "--source-deadline",
         metavar="SECONDS",
