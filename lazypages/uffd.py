@@ -484,7 +484,8 @@ class Engine:
     ) -> ServedTask:
         """Serves a task from now on. Owns uffd from here, also if it fails. ``pid``: the process; 0: not known.
 
-        Raises OSError, as PreparedMemory does.
+        Raises OSError, as PreparedMemory does; and when the uffd can't be watched. Then it stays open to the end, for
+        closed it would let the task run on zeros.
         """
         if isinstance(memory, TaskMemory):
             try:
