@@ -275,6 +275,7 @@ static void is_gone(struct lp_task *t)
 	notify_task(t, LP_NOTICE_GONE, 0);
 }
 
+/* (the task's lock is held: else its uffd could be closed at this moment, and its number be another's) */
 static void check_complete(struct lp_task *t)
 {
 	if (lp_space_pending(t->space) || atomic_exchange(&t->complete, true))
@@ -697,12 +698,20 @@ static struct lp_task *task_alloc(struct lp_engine *e, int uffd, uint32_t nr_lev
 	return t;
 }
 
-/* The number stays taken until the guard has forgotten what it knew of it. */
+/*
+ * Closed, it would let a task that still misses pages run on zeros, and what it is forking at this moment, too, of which
+ * nobody has read yet.  Then it stays open, to the end of this process; after that the guard has it.  (Once nothing is
+ * missing, there is nothing to be had by a fork that has not been read, either: from its beginning on the kernel has refused
+ * all copies.)
+ */
 static void close_uffd(struct lp_task *t)
 {
-	dup3(t->engine->wakefd, t->uffd, O_CLOEXEC);
-	lp_guard_names(t->engine->guard, t->uffd, 0);
-	close(t->uffd);
+	if (!lp_space_pending(t->space) || atomic_load(&t->gone) || lp_means_gone(try_page(t, LP_ANYWHERE))) {
+		/* the number stays taken until the guard has forgotten what it knew of it */
+		dup3(t->engine->wakefd, t->uffd, O_CLOEXEC);
+		lp_guard_names(t->engine->guard, t->uffd, 0, -1);
+		close(t->uffd);
+	}
 	t->uffd = -1;
 }
 
@@ -710,10 +719,7 @@ static void task_free(struct lp_task *t)
 {
 	if (t->uffd >= 0)
 		close_uffd(t);
-	for (size_t i = 0; i < t->nr_changes; i++)
-		if (t->changes[i].kind == LP_FORKED)
-			close(t->changes[i].uffd);
-	free(t->changes);
+	free(t->changes); /* the uffds of children that it knows of stay open, as above */
 	lp_space_free(t->space);
 	lp_lock_destroy(&t->lock);
 	pthread_mutex_destroy(&t->waiting_lock);
@@ -754,6 +760,8 @@ static int task_start(struct lp_task *t)
 	lp_lock_alone(&t->lock);
 	if (t->uffd >= 0 && epoll_ctl(t->engine->epfd, EPOLL_CTL_ADD, t->uffd, &event))
 		rc = -errno;
+	if (t->uffd >= 0 && !rc)
+		check_complete(t);
 	lp_unlock_alone(&t->lock);
 	return rc;
 }
@@ -807,7 +815,6 @@ static void forked(struct lp_task *t, int uffd)
 	rc = task_start(child);
 	if (rc)
 		notify_task(child, LP_NOTICE_FAILED, -rc);
-	check_complete(child);
 }
 
 /* Makes one change in the space. */
@@ -1315,7 +1322,7 @@ void lp_memory_free(struct lp_memory *m)
 }
 
 struct lp_task *lp_task_new(struct lp_engine *e, int uffd, struct lp_memory *memory, uint64_t max_readahead, pid_t pid,
-			    uint64_t tag)
+			    int pidfd, uint64_t tag)
 {
 	struct lp_task *t = task_alloc(e, uffd, memory->nr_levels);
 
@@ -1332,18 +1339,16 @@ struct lp_task *lp_task_new(struct lp_engine *e, int uffd, struct lp_memory *mem
 	t->total = lp_space_pending(t->space);
 	t->pid = pid;
 	t->tag = tag;
-	lp_guard_names(e->guard, uffd, pid);
+	lp_guard_names(e->guard, uffd, pid, pidfd);
 	number_memory(t, 0);
 	lp_plan_init(&t->plan, max_readahead);
 	task_link(t); /* before it is served: what lanes bring finds it by its tag */
 	int rc = task_start(t);
 	if (rc) {
-		fcntl(uffd, F_DUPFD_CLOEXEC, 0); /* stays open: see engine.h */
-		lp_task_close(t);
+		lp_task_close(t); /* the uffd stays open: it misses pages */
 		errno = -rc;
 		return NULL;
 	}
-	check_complete(t);
 	return t;
 }
 

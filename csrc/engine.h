@@ -81,6 +81,7 @@ struct lp_stats {
 
 /* guard: told of the uffds; may be NULL.  NULL with errno set */
 struct lp_engine *lp_engine_new(struct lp_guard *guard);
+/* Closes the tasks that there still are, as lp_task_close does. */
 void lp_engine_free(struct lp_engine *engine);
 /* Readable when there are notices. */
 int lp_engine_notice_fd(const struct lp_engine *engine);
@@ -103,14 +104,16 @@ struct lp_memory *lp_memory_new(const struct lp_extent *extents, size_t nr_exten
 void lp_memory_free(struct lp_memory *memory);
 /*
  * A task, served from now on if lp_engine_run runs.  Takes over uffd and memory, also when it fails (NULL, errno): then the
- * uffd stays open to the end, for closed it would let the task run on zeros.  The mapped levels must stay until the engine is freed.  pid: the process here, 0 if it is not known.  tag: the owner's, for this task
- * and all that it forks.
+ * uffd stays open to the end if anything is missing, for closed it would let the task run on zeros.  The mapped levels must
+ * stay until the engine is freed.  pid, pidfd: the process here, 0 and -1 if it is not known; pidfd stays the caller's.  tag:
+ * the owner's, for this task and all that it forks.
  */
 struct lp_task *lp_task_new(struct lp_engine *engine, int uffd, struct lp_memory *memory, uint64_t max_readahead, pid_t pid,
-			    uint64_t tag);
+			    int pidfd, uint64_t tag);
 /*
- * Ends the service and closes the uffd: what is missing then is zero for the task, so only when nothing is.  No notice about
- * it is given any more, and the pointer is no longer valid.
+ * Ends the service, and closes the uffd if nothing is missing, or if the task is gone.  Else it stays open, as what is
+ * missing would be zero for the task then: whoever faults waits for ever.  No notice about it is given any more, and the
+ * pointer is no longer valid.
  */
 void lp_task_close(struct lp_task *task);
 

@@ -1,6 +1,7 @@
 #define _GNU_SOURCE
 #include "guard.h"
 
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
@@ -31,6 +32,7 @@
 #define PAGE 4096
 #define COMPLETE (-1)
 #define LOOK_MS 20
+#define LEAVE_LOOKS 50 /* LOOK_MS apart: how long the daemon's end waits for tasks that are ending */
 #define LARGE (128u << 10) /* bytes: a mapping of this size is no library's */
 
 struct lp_guard {
@@ -39,12 +41,16 @@ struct lp_guard {
 	int log_fd;
 	int nr_fds;
 	void *nowhere; /* a page that can't be read */
-	_Atomic int32_t about[]; /* by uffd: 0: nothing is known; a pid; COMPLETE */
+	_Atomic bool left; /* the daemon has ended regularly, but for what it had to leave */
+	struct {
+		_Atomic int32_t pid; /* 0: nothing is known; COMPLETE */
+		_Atomic int32_t pidfd; /* 0: none */
+	} about[]; /* by uffd */
 };
 
 static size_t size_of(int nr_fds)
 {
-	return sizeof(struct lp_guard) + (size_t)nr_fds * sizeof(_Atomic int32_t);
+	return sizeof(struct lp_guard) + (size_t)nr_fds * sizeof(((struct lp_guard *)NULL)->about[0]);
 }
 
 /* Whether the memory behind a uffd exists no more. */
@@ -80,17 +86,22 @@ __attribute__((format(printf, 2, 3))) static void say(const struct lp_guard *g, 
 	(void)rc;
 }
 
-/* SIGKILL for the process behind a uffd, if it is still the one that was named. */
-static void kill_task(const struct lp_guard *g, int uffd, pid_t pid)
+static const char *end_of_daemon(const struct lp_guard *g)
 {
-	int pidfd = (int)syscall(SYS_pidfd_open, pid, 0);
+	return atomic_load(&g->left) ? "has ended" : "was killed";
+}
 
-	if (pidfd < 0)
-		return;
-	/* its number can't have been given to another while its memory is there */
-	if (!is_gone(g, uffd) && !syscall(SYS_pidfd_send_signal, pidfd, SIGKILL, NULL, 0))
-		say(g, "lazypages: the daemon was killed; task %d misses pages and is killed, too\n", (int)pid);
-	close(pidfd);
+/* SIGKILL for the process behind a uffd.  False: it has ended before, and others have its memory now. */
+static bool kill_task(const struct lp_guard *g, int uffd)
+{
+	struct pollfd process = {atomic_load(&g->about[uffd].pidfd), POLLIN, 0};
+
+	/* a zombie takes signals, too */
+	if (poll(&process, 1, 0) || is_gone(g, uffd) || syscall(SYS_pidfd_send_signal, process.fd, SIGKILL, NULL, 0))
+		return is_gone(g, uffd);
+	say(g, "lazypages: the daemon %s; task %d misses pages and is killed, too\n", end_of_daemon(g),
+	    (int)atomic_load(&g->about[uffd].pid));
+	return true;
 }
 
 /* Takes out what a restorer has sent and the daemon has not read: uffds may be among it. */
@@ -130,23 +141,41 @@ static void take_over(struct lp_guard *g)
 
 	receive_all_rest(g);
 	for (int fd = 0; fd < g->nr_fds; fd++) {
-		int32_t about = atomic_load(&g->about[fd]);
+		int32_t pid = atomic_load(&g->about[fd].pid);
 
-		if (about == COMPLETE || fcntl(fd, F_GETFD) < 0 || !is_uffd(fd))
-			atomic_store(&g->about[fd], COMPLETE); /* nothing to hold */
-		else if (about > 0)
-			kill_task(g, fd, about);
+		if (pid == COMPLETE || fcntl(fd, F_GETFD) < 0 || !is_uffd(fd))
+			atomic_store(&g->about[fd].pid, COMPLETE); /* nothing to hold */
+		else if (pid > 0)
+			unknown += !kill_task(g, fd);
 		else if (!is_gone(g, fd))
 			unknown++;
 	}
 	if (unknown)
-		say(g, "lazypages: the daemon was killed; tasks whose pids it did not know wait for pages that will not come: %d; end them\n", unknown);
+		say(g, "lazypages: the daemon %s; tasks whose pids it did not know wait for pages that will not come: %d; end them\n",
+		    end_of_daemon(g), unknown);
 	do {
 		nanosleep(&pause, NULL);
 		left = 0;
 		for (int fd = 0; fd < g->nr_fds; fd++)
-			left += atomic_load(&g->about[fd]) != COMPLETE && !is_gone(g, fd);
+			left += atomic_load(&g->about[fd].pid) != COMPLETE && !is_gone(g, fd);
 	} while (left);
+}
+
+/* To whatever is allowed: a guard that the OOM killer takes together with the daemon is none (proc_pid_oom_score_adj(5)). */
+static void avoid_oom(void)
+{
+	int fd = open("/proc/self/oom_score_adj", O_RDWR | O_CLOEXEC);
+	char now[16] = "";
+	ssize_t rc;
+
+	if (fd < 0)
+		return;
+	rc = read(fd, now, sizeof(now) - 1);
+	/* less than what was given to us takes CAP_SYS_RESOURCE; what we were raised to without, anybody may take back */
+	if (pwrite(fd, "-1000", 5, 0) < 0 && atoi(now) > 0)
+		rc = pwrite(fd, "0", 1, 0);
+	(void)rc;
+	close(fd);
 }
 
 _Noreturn static void guard(struct lp_guard *g)
@@ -159,6 +188,7 @@ _Noreturn static void guard(struct lp_guard *g)
 	sigprocmask(SIG_SETMASK, &all, NULL);
 	setsid();
 	prctl(PR_SET_NAME, "lazypages-guard");
+	avoid_oom();
 	while (poll(&daemon, 1, -1) < 0)
 		;
 	take_over(g);
@@ -225,8 +255,34 @@ fail:
 	return NULL;
 }
 
+/* Whether this process has a uffd open whose task may miss pages. */
+static bool has_uffds(const struct lp_guard *g)
+{
+	DIR *fds = opendir("/proc/self/fd");
+	bool any = !fds; /* nobody knows */
+	struct dirent *entry;
+
+	while (fds && !any && (entry = readdir(fds))) {
+		int fd = atoi(entry->d_name);
+
+		any = fd > 0 && fd < g->nr_fds && is_uffd(fd) && atomic_load(&g->about[fd].pid) != COMPLETE && !is_gone(g, fd);
+	}
+	if (fds)
+		closedir(fds);
+	return any;
+}
+
 void lp_guard_end(struct lp_guard *g)
 {
+	const struct timespec pause = {.tv_nsec = LOOK_MS * 1000000};
+
+	for (int look = 0; has_uffds(g); look++) {
+		if (look == LEAVE_LOOKS) {
+			atomic_store(&g->left, true);
+			return;
+		}
+		nanosleep(&pause, NULL);
+	}
 	kill(g->pid, SIGKILL);
 	while (waitpid(g->pid, NULL, __WALL) < 0 && errno == EINTR)
 		;
@@ -240,18 +296,30 @@ pid_t lp_guard_pid(const struct lp_guard *g)
 	return g->pid;
 }
 
-static void know(struct lp_guard *g, int uffd, int32_t about)
+static void know(struct lp_guard *g, int uffd, int32_t pid, int pidfd)
 {
-	if (g && uffd >= 0 && uffd < g->nr_fds)
-		atomic_store(&g->about[uffd], about);
+	int own = -1, before;
+
+	if (!g || uffd < 0 || uffd >= g->nr_fds)
+		return;
+	/* who can't be killed is held */
+	if (pid > 0 && (own = fcntl(pidfd, F_DUPFD_CLOEXEC, 1)) < 0)
+		pid = 0;
+	if (pid <= 0)
+		atomic_store(&g->about[uffd].pid, pid);
+	before = atomic_exchange(&g->about[uffd].pidfd, own < 0 ? 0 : own);
+	if (pid > 0)
+		atomic_store(&g->about[uffd].pid, pid);
+	if (before)
+		close(before);
 }
 
-void lp_guard_names(struct lp_guard *g, int uffd, pid_t pid)
+void lp_guard_names(struct lp_guard *g, int uffd, pid_t pid, int pidfd)
 {
-	know(g, uffd, pid);
+	know(g, uffd, pid, pidfd);
 }
 
 void lp_guard_complete(struct lp_guard *g, int uffd)
 {
-	know(g, uffd, COMPLETE);
+	know(g, uffd, COMPLETE, -1);
 }

@@ -17,15 +17,19 @@ struct lp_guard;
 
 /* Starts the second process, which says on log_fd what it had to do.  NULL with errno set. */
 struct lp_guard *lp_guard_start(int log_fd);
-/* The process that began it ends regularly: nothing is to be guarded any more. */
+/*
+ * The process that began it ends regularly.  If it leaves uffds open whose tasks are not gone after a moment, these miss pages
+ * and nothing else could be done for them: then the second process stays, and does its work as soon as the first has ended.
+ */
 void lp_guard_end(struct lp_guard *guard);
 pid_t lp_guard_pid(const struct lp_guard *guard);
 
 /*
  * What the daemon knows of a uffd; guard may be NULL.  One that it knows nothing of is held until the memory behind it is
- * gone.
+ * gone.  names: whose it is, 0 and -1 if that is not known.  The process is killed by its pidfd, which is duplicated: its
+ * memory may outlive it (CLONE_VM), and then its pid may be another's.
  */
-void lp_guard_names(struct lp_guard *guard, int uffd, pid_t pid); /* whose it is; 0: not known */
-void lp_guard_complete(struct lp_guard *guard, int uffd);	  /* nothing is missing behind it */
+void lp_guard_names(struct lp_guard *guard, int uffd, pid_t pid, int pidfd);
+void lp_guard_complete(struct lp_guard *guard, int uffd); /* nothing is missing behind it */
 
 #endif

@@ -102,7 +102,7 @@ struct lp_memory *lp_memory_new(const struct lp_extent *extents, size_t nr_exten
                                 const struct lp_level *levels, uint32_t nr_levels);
 void lp_memory_free(struct lp_memory *memory);
 struct lp_task *lp_task_new(struct lp_engine *engine, int uffd, struct lp_memory *memory, uint64_t max_readahead,
-                            int pid, uint64_t tag);
+                            int pid, int pidfd, uint64_t tag);
 void lp_task_close(struct lp_task *task);
 int64_t lp_task_transfer(struct lp_task *task, uint64_t max_bytes);
 uint64_t lp_task_claim_remote(struct lp_task *task, uint64_t cursor, uint64_t max_pages, uint64_t *image,

@@ -270,8 +270,10 @@ class ServedTask:
         return list(ffi.unpack(buckets, lib.LP_HISTOGRAM_BUCKETS))
 
     def close(self) -> None:
-        """Ends service and closes the uffd. The kernel gives zero pages for all that is missing then: only to be
-        called when nothing is pending, or when the task is gone."""
+        """Ends service. Closes the uffd if nothing is pending, or if the task is gone.
+
+        Else it stays open to the end of this process: closed, it would let the task read zeros where pages are missing.
+        """
         self._engine._forget(self._handle)
         lib.lp_task_close(self._handle)
 
@@ -286,8 +288,8 @@ class Guard:
 
     Tasks that miss pages would read zeros where they are missing then; it kills them first, and says so on
     `log_fd`. Forked tasks, whose processes are not known, it keeps waiting. It is begun while there is one thread
-    only, shares the table of file descriptors from then on (see csrc/guard.h), and ends with the context. Raises
-    OSError.
+    only, and shares the table of file descriptors from then on (see csrc/guard.h). It ends with the context unless
+    tasks that miss pages are left then: with these it deals as soon as this process has ended. Raises OSError.
     """
 
     def __init__(self, log_fd: int) -> None:
@@ -480,21 +482,25 @@ class Engine:
         lib.lp_engine_stop(self._handle)
 
     def add(
-        self, uffd: int, memory: TaskMemory | PreparedMemory, *, pid: int = 0, tag: int = 0
+        self,
+        uffd: int,
+        memory: TaskMemory | PreparedMemory,
+        *,
+        pid: int = 0,
+        pidfd: int = -1,
+        tag: int = 0,
     ) -> ServedTask:
-        """Serves a task from now on. Owns uffd from here, also if it fails. ``pid``: the process; 0: not known.
+        """Serves a task from now on. Owns uffd from here, also if it fails.
+
+        ``pid``, ``pidfd``: the process, where known; pidfd stays the caller's.
 
         Raises OSError, as PreparedMemory does; and when the uffd can't be watched. Then it stays open to the end, for
         closed it would let the task run on zeros.
         """
         if isinstance(memory, TaskMemory):
-            try:
-                memory = PreparedMemory(memory)
-            except OSError:
-                os.close(uffd)
-                raise
+            memory = PreparedMemory(memory)
         self._keep += memory.buffers
-        handle = lib.lp_task_new(self._handle, uffd, memory.take(), memory.max_readahead, pid, tag)
+        handle = lib.lp_task_new(self._handle, uffd, memory.take(), memory.max_readahead, pid, pidfd, tag)
         if handle == ffi.NULL:
             raise OSError(ffi.errno, os.strerror(ffi.errno))
         return self._adopt(handle)

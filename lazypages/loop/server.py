@@ -22,6 +22,7 @@ from lazypages.control import (
     TaskArrived,
     ZombieArrived,
 )
+from lazypages.errors import LazyPagesError
 from lazypages.loop.service import Identity, TaskService, poison_now
 from lazypages.metrics import Summary
 from lazypages.processes import Exits, Process
@@ -61,6 +62,10 @@ class ServeOptions(NamedTuple):
     trace: Ring | None = None
 
 
+class EngineError(LazyPagesError):
+    """Faults can't be answered any more."""
+
+
 class Server:
     """Serves one restore of one checkpoint: `expected` tasks, arriving on `control`."""
 
@@ -89,6 +94,7 @@ class Server:
         self._one_ended = anyio.Event()
         self._families: dict[int, list[TaskService]] = {}  # a restored task and what it has forked
         self._remote: RemotePages | None = None
+        self._failure: OSError | None = None
         self._turns = anyio.CapacityLimiter(TRANSFER_THREADS)
 
     def summary(self) -> Summary:
@@ -106,7 +112,7 @@ class Server:
 
         When that is started, a restore may connect, and signals are handled.
 
-        Raises nothing for what restorer and tasks do; the summary tells.
+        Raises nothing for what restorer and tasks do; the summary tells. EngineError when the kernel lets us down.
         """
         with Engine(self._options.trace, self._guard) as engine:
             async with AsyncExitStack() as stack:
@@ -117,7 +123,7 @@ class Server:
                 engine_group = await stack.enter_async_context(anyio.create_task_group())
                 # From here on the engine's thread ends, however this ends, before the engine is freed.
                 stack.callback(engine.stop)
-                engine_group.start_soon(_run_engine, engine)
+                engine_group.start_soon(self._run_engine, engine, engine_group.cancel_scope)
                 if self._options.page_servers:
                     from lazypages.sources.remote import open_remote  # noqa: PLC0415 - slow to import
 
@@ -147,7 +153,20 @@ class Server:
                 if self._remote and not self.summary().ok:
                     # The source still has all pages, and hears that nobody else does.
                     self._remote.abandon()
+        if self._failure:
+            raise EngineError(
+                f"userfaultfds can't be watched any more ({self._failure.strerror}): "
+                "tasks that miss pages can't go on"
+            )
         return self.summary()
+
+    async def _run_engine(self, engine: Engine, scope: anyio.CancelScope) -> None:
+        """The engine's own thread; Engine.stop ends it, cancellation alone does not."""
+        try:
+            await to_thread.run_sync(engine.run, limiter=anyio.CapacityLimiter(1))
+        except OSError as error:
+            self._failure = error
+            scope.cancel()  # every service deals with its task on its way out
 
     def _close_processes(self) -> None:
         for process in self._processes.values():
@@ -228,7 +247,13 @@ class Server:
                 process.close()
             raise
         try:
-            served = engine.add(event.uffd, expected.memory, pid=process.pid if process else 0, tag=event.pid)
+            served = engine.add(
+                event.uffd,
+                expected.memory,
+                pid=process.pid if process else 0,
+                pidfd=process.fileno() if process else -1,
+                tag=event.pid,
+            )
         except OSError as error:
             if process:
                 process.kill()
@@ -367,9 +392,4 @@ class Server:
 def _poison_leftovers(engine: Engine) -> None:
     for served in engine.leftovers():
         if served.pending and not poison_now(served):
-            log.error("a forked task misses %d pages and can't be stopped from reading zeros", served.pending)
-
-
-async def _run_engine(engine: Engine) -> None:
-    """The engine's own thread; Engine.stop ends it, cancellation alone does not."""
-    await to_thread.run_sync(engine.run, limiter=anyio.CapacityLimiter(1))
+            log.error("a forked task misses %d pages that will not come: end it", served.pending)

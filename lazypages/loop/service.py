@@ -38,8 +38,12 @@ REMOTE_QUANTUM = 256
 #: Seconds between looks for pages that somebody has claimed and not brought.
 CLAIMED_PAUSE = 0.1
 
-#: Seconds to wait while a layout event of the task is under way.
+#: Seconds to wait while a layout event of the task is under way; and how often that is done at the very end.
 BUSY_PAUSE = 0.001
+BUSY_TRIES = 500
+
+#: Seconds between looks whether the memory of a process that has exited is gone, at most; then the server's are enough.
+GONE_PAUSE = 0.5
 
 
 class Identity(NamedTuple):
@@ -239,8 +243,11 @@ class TaskService:
             self._served.fail_remote(image, nr_pages, lost=True)
 
     async def _await_gone(self) -> None:
-        while self._served.probe():
-            await anyio.sleep(BUSY_PAUSE)  # its memory goes last
+        """Its memory goes last; or stays, when it is another process's, too (CLONE_VM): no end of that is told."""
+        pause = BUSY_PAUSE
+        while pause < GONE_PAUSE and self._served.probe():
+            await anyio.sleep(pause)
+            pause *= 2
 
     def _tend(self, group: TaskGroup) -> None:
         if self._wrong and not self._tending:
@@ -312,17 +319,20 @@ class TaskService:
 
     def _close(self) -> None:
         if self._served.pending and not self._gone and self._state is not State.KILLED:
-            # Only after an error of ours. Closing would give the task zeros.
+            # Only after an error of ours. Until the task is dead its uffd stays open, or it would get zeros.
             self._state = State.KILLED
-            if not poison_now(self._served) or not self.identity.forked:
+            if (self.process and not self.identity.forked) or not poison_now(self._served):
                 self._kill("the daemon failed")
         self._final = self._measure()
         self._served.close()
 
 
 def poison_now(served: ServedTask) -> bool:
-    """Poisons all that is pending, without the event loop. False when this kernel can't."""
-    while True:
+    """Poisons all that is pending, without the event loop.
+
+    False when this kernel can't, or while the task is in the middle of a layout event that nobody reads any more.
+    """
+    for _ in range(BUSY_TRIES):
         try:
             served.poison(everything=True)
         except BusyError:
@@ -333,3 +343,4 @@ def poison_now(served: ServedTask) -> bool:
             return False
         else:
             return True
+    return False

@@ -22,7 +22,15 @@ from pathlib import Path
 
 import pytest
 
-from lazypages.uffd import BusyError, NoticeKind, PreparedMemory, ServedTask, TaskGoneError, TaskMemory
+from lazypages.uffd import (
+    BusyError,
+    Engine,
+    NoticeKind,
+    PreparedMemory,
+    ServedTask,
+    TaskGoneError,
+    TaskMemory,
+)
 from tests.support.uffd import (
     BACKWARD,
     BASE,
@@ -701,6 +709,50 @@ def test_engine_ends_with_tasks_open(file: PagesFile) -> None:
             service.wait(NoticeKind.LOST, served)
 
 
+def open_files(kind: str) -> set[int]:
+    """Those that this process has open of what /proc calls anon_inode:[kind]."""
+    links = {fd: Path(f"/proc/self/fd/{fd}") for fd in map(int, os.listdir("/proc/self/fd"))}
+    return {fd for fd, link in links.items() if link.is_symlink() and f"[{kind}]" in str(link.readlink())}
+
+
+def test_engine_fails_while_a_task_forks(file: PagesFile) -> None:
+    """Whose pages are missing, and what it is forking, of which nobody has read yet, keep waiting."""
+    with Service() as later:
+        others = open_files("eventpoll")
+        task, uffd = one_mapping(later, file, 64)
+        complete, other = one_mapping(later, file, 1)
+        for one in (task, complete):
+            one.do("drop")
+        memories = [
+            TaskMemory(ExtentTable([(BASE, n, 0, 0)]), [(BASE, BASE + n * PAGE)], (), [file.map])
+            for n in (64, 1)
+        ]
+        with Engine() as engine:
+            served, small = engine.add(uffd, memories[0]), engine.add(other, memories[1])
+            while small.pending:
+                small.transfer(PAGE)
+            served.transfer(PAGE)
+            (epoll,) = open_files("eventpoll") - others
+            os.dup2(0, epoll)
+            with pytest.raises(OSError, match="Invalid argument"):
+                engine.run()
+            task.tell("fork")
+            assert task.busy()
+            with pytest.raises(BusyError):
+                served.poison(everything=True)
+        assert open_files("userfaultfd") & {uffd, other} == {uffd}
+        assert task.busy()
+        complete.check(BASE, 1, file.first_id)
+        # whoever goes on with it finds all as it was
+        last = later.serve(uffd, [(BASE, 64, 0, 0)], [(BASE, 64)], file, max_readahead=1)
+        child = later.adopt(task.forked())
+        child.check(BASE, 64, file.first_id)
+        task.check(BASE, 64, file.first_id)
+        while bring(last):
+            pass
+        later.wait(NoticeKind.COMPLETE, last)
+
+
 def test_a_blocking_uffd(file: PagesFile) -> None:
     """It is made non-blocking, and so is that of a child: reading it must not stop the service of all."""
     with Service() as service:
@@ -721,8 +773,8 @@ def test_extents_past_the_pages_file_are_refused() -> None:
             _, uffd = one_mapping(service, file, 16)
             with pytest.raises(OSError, match="Invalid argument"):
                 service.serve(uffd, [extent], [(BASE, 16)], file)
-            with pytest.raises(OSError, match="Bad file"):
-                os.fstat(uffd)  # taken over all the same
+            os.fstat(uffd)  # taken over, and open: closed, it would let the task run on zeros
+            os.close(uffd)
 
 
 # A remote source.

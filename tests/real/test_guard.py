@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import random
 import signal
+import socket
+import struct
+import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
 
 from tests.support.criu import Criu, all_criu
-from tests.support.fake import compile_restored, restored_tasks, serve, write_images
-from tests.support.processes import descendants, nothing_left, wait_for
+from tests.support.fake import compile_restored, restored_tasks, serve, serve_command, write_images
+from tests.support.processes import Server, descendants, nothing_left, wait_for
 from tests.support.restore import Checkpoints, lazy_restore, our_daemon
+from tests.support.uffd import BASE, PagesFile, Task
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -101,6 +107,152 @@ def test_what_was_not_received_is_held(restored: Path, tmp_path: Path) -> None:
                 os.kill(pid, signal.SIGKILL)
             assert tasks.statuses() == [KILLED, KILLED]
             wait_for("the guard's end", lambda: not guards())
+
+
+@contextmanager
+def handed_over(images: Path, file: PagesFile, command: list[str]) -> Iterator[tuple[Server, Task]]:
+    """A daemon, and one task that does what it is told, whose restore is finished. The daemon alone has its uffd."""
+    task = Task.start()
+    try:
+        uffd = task.open_uffd()
+        task.map((BASE, PAGES))
+        task.do("drop")
+        write_images(images, [task.pid], PAGES)
+        (images / "pages-1.img").write_bytes(file.page_bytes(0, PAGES))
+        with Server(command, output=images / "serve.out") as server:
+            server.wait_ready()
+            with socket.socket(socket.AF_UNIX) as restorer:
+                restorer.connect(f"{images}/lazy-pages.socket")
+                credentials = (socket.SOL_SOCKET, socket.SCM_CREDENTIALS, struct.pack("=3i", task.pid, 0, 0))
+                restorer.sendmsg([struct.pack("=i", task.pid)], [credentials])
+                socket.send_fds(restorer, [b"\0"], [uffd])
+                os.close(uffd)
+                restorer.sendall(
+                    struct.pack("=i", 0x52535446)
+                )  # reference/criu-interfaces §1: restore finished
+                task.check(BASE, 10, file.first_id)
+                wait_for("the restore to be finished", lambda: "restore finished" in server.story())
+                yield server, task
+    finally:
+        task.close()
+
+
+@pytest.fixture(scope="module")
+def file() -> PagesFile:
+    return PagesFile(PAGES)
+
+
+def start_as(pid: int) -> None:
+    """A process with this pid, which is free, that does nothing (clone3(2), set_tid). It ends with us."""
+    libc = ctypes.PyDLL(
+        None, use_errno=True
+    )  # does not let go of the interpreter's lock, which the child needs
+    pids = (ctypes.c_int32 * 1)(pid)
+    arguments = (ctypes.c_uint64 * 11)(0, 0, 0, 0, signal.SIGCHLD, 0, 0, 0, ctypes.addressof(pids), 1, 0)
+    started = libc.syscall(435, arguments, ctypes.sizeof(arguments))
+    if not started:
+        libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        os.execv("/bin/sleep", ["sleep", "infinity"])
+    assert started == pid, os.strerror(ctypes.get_errno())
+
+
+def switches(pid: int) -> int:
+    """How often threads of a process have gone to sleep."""
+    lines = [
+        line
+        for thread in Path(f"/proc/{pid}/task").iterdir()
+        for line in (thread / "status").read_text().splitlines()
+    ]
+    return sum(int(line.split()[1]) for line in lines if line.startswith("voluntary_ctxt_switches"))
+
+
+def test_who_got_the_pid_is_not_killed(file: PagesFile, tmp_path: Path) -> None:
+    """The process has ended, but another one has its memory (CLONE_VM), and a third one its pid."""
+    command = [*serve_command(tmp_path, "--no-background"), "-v4"]
+    with nothing_left(), handed_over(tmp_path, file, command) as (server, task):
+        pid = task.pid
+        task.leave()
+        start_as(pid)
+        task.check(BASE + 4096 * 10, 10, file.first_id + 10)
+        time.sleep(1)  # looks for the end of its memory become rare
+        before = switches(server.pid)
+        time.sleep(1)
+        assert switches(server.pid) - before < 200
+        os.kill(server.pid, signal.SIGKILL)
+        server.wait()
+        wait_for("the message", lambda: "will not come: 1;" in server.story())
+        task.tell("peek", BASE + 4096 * 100)
+        assert task.busy(0.5)
+        assert len(guards()) == 1
+        assert descendants()[pid] == "S"
+        os.kill(task.pid, signal.SIGKILL)
+        wait_for("the guard's end", lambda: not guards())
+
+
+#: `serve` whose engine stops on SIGUSR1, and fails as if epoll_wait(2) did when there is a file named "fail".
+FAILING = """
+import os, signal, sys, time
+from lazypages.cli import main
+from lazypages.uffd import Engine
+run, engines, folder = Engine.run, [], sys.argv.pop(1)
+def failing(self):
+    engines.append(self)
+    run(self)
+    print("stopped", flush=True)
+    while not os.path.exists(folder + "/fail"):
+        time.sleep(0.01)
+    raise OSError(9, os.strerror(9))
+Engine.run = failing
+signal.signal(signal.SIGUSR1, lambda *_: engines[0].stop())
+main()
+"""
+
+
+@pytest.mark.parametrize("who", ["task", "child"])
+def test_the_engine_fails(who: str, file: PagesFile, tmp_path: Path) -> None:
+    """While a task forks, of which nobody can hear any more. No zeros for it, nor for what it had forked before."""
+    serving = serve_command(tmp_path, "--no-background")[3:]
+    command = [sys.executable, "-c", FAILING, str(tmp_path), *serving, "-v4"]
+    with nothing_left(), handed_over(tmp_path, file, command) as (server, task):
+        child = task.fork(orphan=True)
+        child.check(BASE + 4096 * 10, 10, file.first_id + 10)
+        os.kill(server.pid, signal.SIGUSR1)
+        wait_for("the engine to stop", lambda: "stopped" in (tmp_path / "serve.out").read_text())
+        forking = task if who == "task" else child
+        forking.tell("fork", 1)
+        assert forking.busy()
+        (tmp_path / "fail").touch()
+        assert server.wait() == 1
+        assert task.process
+        assert task.process.wait(60) == -signal.SIGKILL
+        story = server.story()
+        assert "userfaultfds can't be watched any more (Bad file descriptor)" in story
+        assert f"killed (pid {task.pid}): the daemon failed" in story
+        assert "Traceback" not in story
+        if who == "task":
+            assert child.do("peek", BASE + 4096 * 11) == str(file.first_id + 11)
+            assert child.do("peek", BASE + 4096 * 100) == f"signal {signal.SIGBUS}"
+        elif child.pid in descendants() and descendants()[child.pid] != "Z":
+            wait_for("the message", lambda: "the daemon has ended; tasks whose pids" in server.story())
+            assert child.busy()
+            os.kill(child.pid, signal.SIGKILL)
+        child.close()
+        wait_for("the guard's end", lambda: not guards())
+
+
+def test_oom_killer(restored: Path, tmp_path: Path) -> None:
+    """The guard is no likelier to be taken than whatever is allowed to it, wherever the daemon stands."""
+    command = ["sh", "-c", 'echo 700 > /proc/self/oom_score_adj && exec "$@"', "sh", *serve_command(tmp_path)]
+    with nothing_left(), restored_tasks(restored, 1, PAGES) as tasks:
+        write_images(tmp_path, tasks.pids, PAGES)
+        with Server(command, output=tmp_path / "serve.out") as server:
+            server.wait_ready()
+            (guard,) = guards()
+            score = Path(f"/proc/{guard}/oom_score_adj")
+            wait_for("the guard's score", lambda: score.read_text() in {"-1000\n", "0\n"})
+            assert Path(f"/proc/{server.pid}/oom_score_adj").read_text() == "700\n"
+            os.kill(server.pid, signal.SIGINT)
+            server.wait()
 
 
 @pytest.mark.parametrize("criu", all_criu()[1:])

@@ -145,9 +145,22 @@ class Task:
         self.reply()
         return self._receive_fd()
 
-    def fork(self) -> Task:
-        pid = int(self.do("fork"))
+    def fork(self, *, orphan: bool = False) -> Task:
+        """A child, which ends with it unless it may become an orphan."""
+        self.tell("fork", orphan)
+        return self.forked()
+
+    def forked(self) -> Task:
+        """The answer to "fork"."""
+        pid = int(self.reply())
         return Task(socket.socket(fileno=self._receive_fd()), pid)
+
+    def leave(self) -> None:
+        """Its process ends; all of its memory, and its place here, is another's from then on (CLONE_VM)."""
+        pid = int(self.do("leave"))
+        assert self.process
+        self.process.wait()
+        self.pid, self.process = pid, None
 
     def map(self, *ranges: tuple[int, int], register: bool = True) -> None:
         """Maps ranges of (address, pages) and registers them."""

@@ -659,8 +659,8 @@ static void copy(uint64_t at, uint64_t id)
 	result(ioctl(uffd, UFFDIO_COPY, &copy));
 }
 
-/* A child, which takes commands on a socket of its own. */
-static void fork_child(void)
+/* A child, which takes commands on a socket of its own; orphan: it may outlive its parent. */
+static void fork_child(bool orphan)
 {
 	int ends[2];
 	pid_t pid;
@@ -671,7 +671,8 @@ static void fork_child(void)
 	if (pid < 0)
 		_exit(7);
 	if (!pid) {
-		prctl(PR_SET_PDEATHSIG, SIGKILL);
+		if (!orphan)
+			prctl(PR_SET_PDEATHSIG, SIGKILL);
 		close(ends[0]);
 		close(control);
 		control = ends[1];
@@ -684,6 +685,26 @@ static void fork_child(void)
 	say("ok %d", pid);
 	send_fd(ends[0]);
 	close(ends[0]);
+}
+
+static void obey_all(void);
+
+static int heir(void *arg)
+{
+	(void)arg;
+	say("ok %d", (int)getpid());
+	obey_all();
+	return 0;
+}
+
+/* Ends, and leaves all of its memory to another process, which takes the commands from here on. */
+static void leave(void)
+{
+	static char stack[STACK] __attribute__((aligned(4096)));
+
+	if (clone(heir, stack + STACK, CLONE_VM | SIGCHLD, NULL) < 0)
+		_exit(7);
+	syscall(SYS_exit_group, 0);
 }
 
 struct checker {
@@ -785,7 +806,13 @@ static void obey(const char *name, const uint64_t *a)
 	} else if (!strcmp(name, "race")) {
 		race(a[0], a[1], a[2], a[3], a[4], a[5], a[6]);
 	} else if (!strcmp(name, "fork")) {
-		fork_child();
+		fork_child(a[0]);
+	} else if (!strcmp(name, "leave")) {
+		leave();
+	} else if (!strcmp(name, "drop")) {
+		close(uffd);
+		uffd = -1;
+		say("ok");
 	} else if (!strcmp(name, "forks")) {
 		forks((int)a[0], a[1], a[2], a[3], (int)a[4]);
 	} else {
@@ -793,26 +820,19 @@ static void obey(const char *name, const uint64_t *a)
 	}
 }
 
-int main(int argc, char **argv)
+/* Until nobody gives commands any more. */
+static void obey_all(void)
 {
-	struct sigaction action = {.sa_handler = on_signal, .sa_flags = SA_NODEFER};
 	char line[256];
 	size_t used = 0;
 
-	if (argc != 2)
-		return 2;
-	control = atoi(argv[1]);
-	prctl(PR_SET_PDEATHSIG, SIGKILL);
-	signal(SIGPIPE, SIG_IGN);
-	sigaction(SIGBUS, &action, NULL);
-	sigaction(SIGSEGV, &action, NULL);
 	for (;;) {
 		uint64_t a[8] = {0};
 		char *end, *word;
 
 		/* one byte at a time: what follows may be for a child that is forked meanwhile */
 		if (used == sizeof(line) || read(control, line + used, 1) != 1)
-			return 0;
+			return;
 		if (line[used++] != '\n')
 			continue;
 		line[used - 1] = 0;
@@ -828,4 +848,18 @@ int main(int argc, char **argv)
 		if (word)
 			obey(word, a);
 	}
+}
+
+int main(int argc, char **argv)
+{
+	struct sigaction action = {.sa_handler = on_signal, .sa_flags = SA_NODEFER};
+
+	if (argc != 2)
+		return 2;
+	control = atoi(argv[1]);
+	prctl(PR_SET_PDEATHSIG, SIGKILL);
+	signal(SIGPIPE, SIG_IGN);
+	sigaction(SIGBUS, &action, NULL);
+	sigaction(SIGSEGV, &action, NULL);
+	obey_all();
 }
