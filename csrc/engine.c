@@ -1067,6 +1067,7 @@ static int place(void *arg, uint64_t tag, uint64_t image, uint64_t nr_pages, con
 {
 	struct lp_engine *e = arg;
 	size_t nr = 0;
+	int rc = 0;
 
 	pthread_mutex_lock(&e->lock);
 	for (struct lp_task *t = e->families[tag % FAMILIES]; t; t = t->next_kin) {
@@ -1088,8 +1089,8 @@ static int place(void *arg, uint64_t tag, uint64_t image, uint64_t nr_pages, con
 	/* Again for all of them after EAGAIN: who has the pages does not wait for them. */
 	for (size_t i = 0; i < nr; i++)
 		if (lp_task_deliver(e->kin[i], image, nr_pages, bytes) == -EAGAIN)
-			return -EAGAIN;
-	return 0;
+			rc = -EAGAIN;
+	return rc;
 }
 
 struct lp_engine *lp_engine_new(struct lp_guard *guard)

@@ -21,6 +21,7 @@
 #define BUFFER ((size_t)256 << 10) /* bytes that are received, and placed, at once */
 #define RECEIVE_MOST ((size_t)256 << 10) /* bytes received before faults are looked at again */
 #define ZERO_PAGES 64ull		 /* placed at once */
+#define PARKED_MOST ((size_t)4 << 20)	 /* bytes: then lanes wait for the task that can't take them */
 #define COMMAND_ADD 1u
 #define COMMAND_ADD_F 6u
 #define COMMAND_GET 7u
@@ -263,6 +264,62 @@ static void end_lane(struct lp_lane *l, int status)
 	epoll_ctl(l->lanes->epfd, EPOLL_CTL_DEL, l->fd, NULL);
 }
 
+/* ---- parking ---- */
+
+/* What one task can't take, while its layout changes, must not keep from the others what comes behind it. */
+struct lp_parked {
+	struct lp_parked *next;
+	uint64_t tag, image, nr_pages;
+	bool zeros; /* no bytes */
+	_Alignas(16) char bytes[];
+};
+
+/* 0, or -EAGAIN: there is no room. */
+static int park(struct lp_lanes *lanes, uint64_t tag, uint64_t image, uint64_t nr_pages, const char *bytes)
+{
+	size_t size = bytes == zero_pages ? 0 : nr_pages << LP_PAGE_SHIFT;
+	struct lp_parked *p = NULL;
+
+	if (lanes->parked_bytes + sizeof(*p) + size <= PARKED_MOST)
+		p = malloc(sizeof(*p) + size);
+	if (!p)
+		return -EAGAIN;
+	*p = (struct lp_parked){.tag = tag, .image = image, .nr_pages = nr_pages, .zeros = !size};
+	memcpy(p->bytes, bytes, size);
+	lanes->parked_bytes += sizeof(*p) + size;
+	*lanes->last_parked = p;
+	lanes->last_parked = &p->next;
+	return 0;
+}
+
+static void unpark(struct lp_lanes *lanes, struct lp_parked **link)
+{
+	struct lp_parked *p = *link;
+
+	*link = p->next;
+	if (!p->next)
+		lanes->last_parked = link;
+	lanes->parked_bytes -= sizeof(*p) + (p->zeros ? 0 : p->nr_pages << LP_PAGE_SHIFT);
+	free(p);
+}
+
+/* Those that can be placed by now; the others of a task that can't take one are not tried. */
+static void place_parked(struct lp_lanes *lanes)
+{
+	const struct lp_parked *refused = NULL;
+	struct lp_parked **link = &lanes->parked, *p;
+
+	while ((p = *link)) {
+		if ((refused && refused->tag == p->tag) ||
+		    lanes->place(lanes->arg, p->tag, p->image, p->nr_pages, p->zeros ? zero_pages : p->bytes)) {
+			refused = p;
+			link = &p->next;
+		} else {
+			unpark(lanes, link);
+		}
+	}
+}
+
 /* ---- receiving ---- */
 
 /* Pages of the oldest request are not on their way any more (lock held). */
@@ -304,7 +361,7 @@ static void answer_complete(struct lp_lane *l)
 	pthread_mutex_unlock(&l->lock);
 }
 
-/* Places the next pages of the answer, from bytes; 0 or -EAGAIN. */
+/* Places the next pages of the answer, from bytes, or has it done later; 0 or -EAGAIN. */
 static int place(struct lp_lane *l, uint64_t nr_pages, const char *bytes)
 {
 	struct lp_request head;
@@ -314,6 +371,8 @@ static int place(struct lp_lane *l, uint64_t nr_pages, const char *bytes)
 	head = *request_at(l, 0);
 	pthread_mutex_unlock(&l->lock);
 	rc = l->lanes->place(l->lanes->arg, head.tag, head.image, nr_pages, bytes);
+	if (rc)
+		rc = park(l->lanes, head.tag, head.image, nr_pages, bytes);
 	if (rc)
 		return rc;
 	l->missing -= nr_pages;
@@ -555,8 +614,14 @@ static void listen_for(struct lp_lane *l)
 
 	if (l->ended || wanted == l->events_wanted)
 		return;
+	/* that the other side has hung up is told whether it is wanted or not (epoll_ctl(2)): then not even that */
+	if (epoll_ctl(l->lanes->epfd,
+		      !wanted		 ? EPOLL_CTL_DEL
+		      : l->events_wanted ? EPOLL_CTL_MOD
+					 : EPOLL_CTL_ADD,
+		      l->fd, &event))
+		end_lane(l, errno);
 	l->events_wanted = wanted;
-	epoll_ctl(l->lanes->epfd, EPOLL_CTL_MOD, l->fd, &event);
 }
 
 /* ---- the serving thread ---- */
@@ -564,6 +629,7 @@ static void listen_for(struct lp_lane *l)
 void lp_lanes_init(struct lp_lanes *lanes, int epfd, int wakefd, lp_place_fn place_pages, void *arg)
 {
 	*lanes = (struct lp_lanes){.epfd = epfd, .wakefd = wakefd, .place = place_pages, .arg = arg};
+	lanes->last_parked = &lanes->parked;
 }
 
 static void lane_free(struct lp_lane *l)
@@ -593,6 +659,8 @@ void lp_lanes_free(struct lp_lanes *lanes)
 		lane_free(l);
 	}
 	lanes->lanes = NULL;
+	while (lanes->parked)
+		unpark(lanes, &lanes->parked);
 }
 
 static void take_over(struct lp_lanes *lanes)
@@ -622,6 +690,17 @@ static bool takes_faults(const struct lp_lane *l, bool beside)
 /* Whether any lane is bringing the page at image already, and how far from there; else how far none is. (no lock held) */
 static bool under_way(struct lp_lanes *lanes, uint64_t tag, uint64_t image, uint64_t *end, uint64_t since)
 {
+	for (const struct lp_parked *p = lanes->parked; p; p = p->next) {
+		uint64_t until = p->image + (p->nr_pages << LP_PAGE_SHIFT);
+
+		if (p->tag != tag || until <= image || p->image >= *end)
+			continue;
+		if (p->image <= image && until < *end)
+			*end = until;
+		if (p->image <= image)
+			return true;
+		*end = p->image;
+	}
 	for (struct lp_lane *l = lanes->lanes; l; l = l->next) {
 		pthread_mutex_lock(&l->lock);
 		for (size_t i = 0; i < l->nr && !l->ended; i++) {
@@ -739,6 +818,7 @@ bool lp_lanes_round(struct lp_lanes *lanes)
 	bool again = false;
 
 	take_over(lanes);
+	place_parked(lanes);
 	for (link = &lanes->lanes; (l = *link);) {
 		if (atomic_load(&l->dead)) {
 			*link = l->next;
@@ -757,7 +837,7 @@ bool lp_lanes_round(struct lp_lanes *lanes)
 		again |= l->stalled || l->claim_later;
 		link = &l->next;
 	}
-	return again;
+	return again || lanes->parked;
 }
 
 /* ---- owner ---- */

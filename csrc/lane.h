@@ -37,7 +37,7 @@ struct lp_request {
 };
 
 enum lp_lane_event_kind {
-	LP_LANE_ARRIVED = 1, /* pages that the owner knows of have been placed */
+	LP_LANE_ARRIVED = 1, /* pages that the owner knows of have come, and are in their place or will be as soon as they can */
 	LP_LANE_REFUSED,     /* the server has not the first of these */
 	LP_LANE_HEARD,	     /* a held lane says something */
 	LP_LANE_QUIET,	     /* nothing is outstanding on a held lane any more */
@@ -89,6 +89,9 @@ void lp_lane_state(struct lp_lane *lane, struct lp_lane_state *state);
 
 /* Places pages that have come: 0, or -EAGAIN when that has to be tried again with the same. */
 typedef int (*lp_place_fn)(void *arg, uint64_t tag, uint64_t image, uint64_t nr_pages, const void *bytes);
+/* Pages that have come and can't be placed at the moment. */
+struct lp_parked;
+
 /* All lanes of an engine. */
 struct lp_lanes {
 	int epfd, wakefd;
@@ -96,6 +99,9 @@ struct lp_lanes {
 	void *arg;
 	struct lp_lane *_Atomic fresh; /* made by the owner, not taken over yet */
 	struct lp_lane *lanes;
+	struct lp_parked *parked; /* oldest first; no lane's, since they outlive it */
+	struct lp_parked **last_parked;
+	size_t parked_bytes;
 };
 
 void lp_lanes_init(struct lp_lanes *lanes, int epfd, int wakefd, lp_place_fn place, void *arg);

@@ -7,10 +7,13 @@ forgotten.
 from __future__ import annotations
 
 import errno
+import os
 import random
+import resource
 import select
 import socket
 import struct
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -533,6 +536,56 @@ def test_a_task_that_ends_while_pages_are_on_their_way(file: PagesFile) -> None:
         counted(second, remote=1)
         until("the answers to be settled", lambda: not source.lane.state().outstanding)
         source.close()
+
+
+def test_a_task_that_can_take_nothing_keeps_nothing_from_others(file: PagesFile) -> None:
+    """One forks, and nobody reads of it (there is no file descriptor for the child): its pages wait, and no others."""
+    with remote_task() as (service, task, served):
+        source = Source(service)
+        other = service.task()
+        uffd = other.open_uffd()
+        other.map((BASE, PAGES))
+        second = service.serve(
+            uffd, [(BASE, PAGES, 0, REMOTE)], [(BASE, PAGES)], max_readahead=1, tag=TAG + 1
+        )
+        source.lane.turn(served, 8 * PAGE)
+        gets: list[Get] = []
+        while sum(get.nr_pages for get in gets) < 8:
+            gets.append(source.asked())
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        free = os.dup(0)
+        os.close(free)
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
+            task.tell("fork")
+            assert service.wait(NoticeKind.FAILED, served).error == errno.EMFILE
+            for get in gets:
+                source.send(source.answer(file, get))
+            for page in range(4):
+                other.tell_check(BASE + page * PAGE, 1, file.first_id + page)
+                source.send(source.answer(file, source.asked()))
+                other.reply()
+            until("the answers to be taken", lambda: not source.lane.state().outstanding)
+            assert served.pending == PAGES
+            source.close()  # what has come is none of its business any more
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        child = service.adopt(task.forked())
+        forked = service.wait(NoticeKind.FORKED).task
+        counted(served, pending=PAGES - 8, remote=8)
+        counted(forked, pending=PAGES - 8)
+        counted(second, pending=PAGES - 4)
+        task.check(BASE, 8, file.first_id)
+        child.check(BASE, 8, file.first_id)
+
+
+def test_parking(tmp_path: Path) -> None:
+    """As above, with more than there is room for, and a server that hangs up meanwhile: in C, turn by turn."""
+    root = Path(__file__).parents[2]
+    sources = [root / "tests/support/lane_parking.c", root / "csrc/lane.c"]
+    flags = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread", f"-I{root / 'csrc'}"]
+    subprocess.run(["gcc", *flags, *sources, "-o", tmp_path / "lane_parking"], check=True)
+    subprocess.run([tmp_path / "lane_parking"], check=True, timeout=60)
 
 
 class Server(threading.Thread):
