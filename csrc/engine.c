@@ -22,6 +22,7 @@
 #include "guard.h"
 #include "lane.h"
 #include "lock.h"
+#include "pages_file.h"
 #include "plan.h"
 #include "probe.h"
 #include "smaps.h"
@@ -381,9 +382,8 @@ static int try_page(struct lp_task *t, uint64_t addr)
 	return lp_probe(t->uffd, t->engine->nowhere, addr);
 }
 
-static void lose(struct lp_task *t, const struct lp_answer *run, uint64_t skip, uint64_t nr, int error)
+static void notify_lost(struct lp_task *t, const struct lp_answer *run, uint64_t skip, uint64_t nr, int error)
 {
-	lp_space_lose(t->space, run->dense + skip, nr);
 	trace(t, LP_TRACE_LOST, trace_source(run->source), run->addr + (skip << LP_PAGE_SHIFT), nr, (uint64_t)error);
 	notify(t->engine, (struct lp_notice){
 				  .kind = LP_NOTICE_LOST,
@@ -393,6 +393,12 @@ static void lose(struct lp_task *t, const struct lp_answer *run, uint64_t skip, 
 				  .addr = run->addr + (skip << LP_PAGE_SHIFT),
 				  .nr_pages = nr,
 			  });
+}
+
+static void lose(struct lp_task *t, const struct lp_answer *run, uint64_t skip, uint64_t nr, int error)
+{
+	lp_space_lose(t->space, run->dense + skip, nr);
+	notify_lost(t, run, skip, nr, error);
 }
 
 /*
@@ -413,13 +419,13 @@ enum claims {
 
 /*
  * Copies a claimed run from src into the task (lock held shared).  Settles every page of it: committed, or lost, or as
- * `claims` says when it returns -EAGAIN (a layout event is under way).  0, -EAGAIN, -ESRCH.
+ * `claims` says when it returns -EAGAIN (a layout event is under way).  0, -EAGAIN, -ESRCH.  Nobody has looked then whether
+ * the task is complete.
  */
-static int copy_run(struct lp_task *t, const struct lp_answer *run, const void *src, enum claims claims)
+static int copy_claimed(struct lp_task *t, const struct lp_answer *run, const void *src, enum claims claims)
 {
 	counter_t *copied = &t->copied[source_index(t, run->source)];
 	uint64_t done = 0, step = run->nr_pages;
-	int rc = 0;
 
 	while (done < run->nr_pages) {
 		uint64_t at = done << LP_PAGE_SHIFT, left = run->nr_pages - done;
@@ -458,12 +464,11 @@ static int copy_run(struct lp_task *t, const struct lp_answer *run, const void *
 		case EAGAIN: /* a layout event under way */
 		case ENOMEM: /* memory may come back */
 		case EINTR:
-			rc = -EAGAIN;
 			if (claims != KEEP_CLAIMS)
 				lp_space_release(t->space, run->dense + done, left);
 			if (claims == RELEASE_AND_WAKE)
 				wake(t, run->addr + at, left);
-			goto out;
+			return -EAGAIN;
 		default:
 			/*
 			 * ENOENT: the run is not within one registered VMA (mprotect and madvise split VMAs without an
@@ -484,14 +489,38 @@ static int copy_run(struct lp_task *t, const struct lp_answer *run, const void *
 			done++;
 		}
 	}
-out:
+	return 0;
+}
+
+static int copy_run(struct lp_task *t, const struct lp_answer *run, const void *src, enum claims claims)
+{
+	int rc = copy_claimed(t, run, src, claims);
+
 	check_complete(t);
 	return rc;
 }
 
-static const void *level_bytes(const struct lp_task *t, const struct lp_answer *run)
+/*
+ * As copy_run, from the pages file that has the run.  What the file does not hold any more is lost.  If it became shorter
+ * while it was read, the page that it ends in may have come with zeros: the owner is told (ESTALE), there is no taking it back.
+ */
+static int copy_level(struct lp_task *t, const struct lp_answer *run, enum claims claims)
 {
-	return (const char *)t->levels[run->source].base + run->offset;
+	const struct lp_level *level = &t->levels[run->source];
+	uint64_t held = lp_pages_held(level->fd, run->offset, run->nr_pages), still;
+	struct lp_answer part = *run;
+	int rc = 0;
+
+	if (held < run->nr_pages)
+		lose(t, run, held, run->nr_pages - held, EFAULT);
+	part.nr_pages = held;
+	if (held)
+		rc = copy_claimed(t, &part, (const char *)level->base + run->offset, claims);
+	still = lp_pages_held(level->fd, run->offset, held);
+	if (still < held)
+		notify_lost(t, run, still, 1, ESTALE);
+	check_complete(t);
+	return rc;
 }
 
 /* 0, -EAGAIN, -ESRCH */
@@ -560,7 +589,7 @@ static int bring(struct lp_task *t, uint64_t addr, uint64_t end)
 			continue;
 		run.nr_pages = lp_space_claim(t->space, run.dense, run.nr_pages);
 		if (run.nr_pages)
-			rc = copy_run(t, &run, level_bytes(t, &run), RELEASE);
+			rc = copy_level(t, &run, RELEASE);
 		else
 			run.nr_pages = 1; /* somebody was faster */
 	}
@@ -615,7 +644,7 @@ static int answer(struct lp_task *t, struct fault fault)
 		if (rc)
 			lp_space_release(t->space, run.dense, run.nr_pages);
 		else
-			rc = copy_run(t, &run, level_bytes(t, &run), RELEASE);
+			rc = copy_level(t, &run, RELEASE);
 		if (!rc) {
 			add(&t->stats.faults_served, 1);
 			add(&t->served[run.source], 1);
@@ -1436,7 +1465,7 @@ int64_t lp_task_transfer(struct lp_task *t, uint64_t max_bytes)
 			if (run.nr_pages) {
 				uint64_t begun = trace_begins(t);
 
-				rc = copy_run(t, &run, level_bytes(t, &run), RELEASE_AND_WAKE);
+				rc = copy_level(t, &run, RELEASE_AND_WAKE);
 				if (!rc)
 					trace_took(t, begun, LP_TRACE_BROUGHT, trace_source(run.source), run.addr, run.nr_pages);
 				brought += run.nr_pages << LP_PAGE_SHIFT;

@@ -42,7 +42,7 @@ enum lp_notice_kind {
 	LP_NOTICE_FORKED = 1, /* task is new, the child of one with the same tag, and served already */
 	LP_NOTICE_NEED,	      /* pages [image, +nr_pages) are wanted from a remote source, a thread waits for one */
 	LP_NOTICE_HURRY,      /* a thread waits for a page that is on its way */
-	LP_NOTICE_LOST,	      /* pages [image, +nr_pages), now at addr, can't be had: error is why */
+	LP_NOTICE_LOST,	      /* pages [image, +nr_pages), now at addr, can't be had: error is why. ESTALE: they may be there, but zeros */
 	LP_NOTICE_COMPLETE,   /* nothing is pending any more */
 	LP_NOTICE_GONE,	      /* the task's memory does not exist any more */
 	LP_NOTICE_FAILED,     /* an operation on the uffd failed in a way that should not be: error */
@@ -56,10 +56,11 @@ struct lp_notice {
 	uint64_t since; /* CLOCK_MONOTONIC ns when the fault was read, 0 if no thread waits */
 };
 
-/* The pages file of one level of the chain, mapped; NULL and 0 if it has none. */
+/* The pages file of one level of the chain, mapped and open; NULL, 0 and -1 if it has none. */
 struct lp_level {
 	const void *base;
 	uint64_t size;
+	int fd;
 };
 
 #define LP_HISTOGRAM_BUCKETS 280 /* 8 a power of two, from 1 ns */

@@ -11,6 +11,8 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "pages_file.h"
+
 #define PAGE_SIZE UINT64_C(4096)
 #define OLD_HEADER 24u
 #define NEW_HEADER 32u
@@ -21,7 +23,6 @@
 #define FLAG_ZERO (0x100u << 16)
 
 #define PIECES 256 /* of one answer */
-#define PROBE 16   /* bytes that tell most pages from zeros */
 
 /*
  * Waking an idle CPU takes tens of microseconds, as long as a whole round trip
@@ -152,44 +153,47 @@ static bool all_zero(const uint8_t *data, size_t size)
 	return !data[0] && !memcmp(data, data + 1, size - 1);
 }
 
-/* Whether a file holds nothing but zeros there: 1, 0, or -errno. Quick for most that do not. */
-static int is_zero(const struct lp_piece *piece)
+/* Pieces of files, read one after the other. */
+struct reading {
+	const struct lp_piece *piece;
+	uint64_t done; /* bytes of it */
+	uint64_t left; /* bytes of all */
+};
+
+/* The next bytes, as many as fit into a client's buffer: how many, or -errno. */
+static int64_t read_on(struct reading *at, uint8_t *buffer)
 {
-	uint8_t buffer[32768];
-	uint64_t done = 0;
+	uint64_t size = 0;
 
-	while (done < piece->size) {
-		uint64_t want = !done ? PROBE : piece->size - done;
-		ssize_t got;
+	while (at->left && size < LP_BUFFER_SIZE) {
+		const struct lp_piece *piece = at->piece;
+		uint64_t part = piece->size - at->done;
+		int64_t got;
 
-		got = pread(piece->file->fd, buffer, want < sizeof(buffer) ? want : sizeof(buffer),
-			    (off_t)(piece->offset + done));
-		if (got < 0 && errno == EINTR)
-			continue;
-		if (got <= 0)
-			return got ? -errno : -EFAULT;
-		if (!all_zero(buffer, (size_t)got))
-			return 0;
-		done += (uint64_t)got;
+		if (part > LP_BUFFER_SIZE - size)
+			part = LP_BUFFER_SIZE - size;
+		got = lp_pages_read(piece->file->fd, buffer + size, piece->offset + at->done, part / PAGE_SIZE);
+		if (got < 0)
+			return got;
+		if ((uint64_t)got < part / PAGE_SIZE)
+			return -EFAULT;
+		size += part;
+		at->done += part;
+		at->left -= part;
+		if (at->done == piece->size) {
+			at->piece++;
+			at->done = 0;
+		}
 	}
-	return 1;
+	return (int64_t)size;
 }
 
-static int pieces_are_zero(const struct lp_piece *pieces, size_t count)
-{
-	int zero = 1;
-
-	for (size_t i = 0; i < count && zero == 1; i++)
-		zero = is_zero(&pieces[i]);
-	return zero;
-}
-
-/* Sends all of it, however long the client takes. 0 or -errno. */
-static int send_all(int fd, struct iovec *iov, size_t count)
+/* Sends all of it, however long the client takes; `more` is to follow. 0 or -errno. */
+static int send_all(int fd, struct iovec *iov, size_t count, bool more)
 {
 	while (count) {
 		struct msghdr message = {.msg_iov = iov, .msg_iovlen = count};
-		ssize_t sent = sendmsg(fd, &message, MSG_NOSIGNAL);
+		ssize_t sent = sendmsg(fd, &message, MSG_NOSIGNAL | (more ? MSG_MORE : 0));
 
 		if (sent < 0) {
 			if (errno == EINTR)
@@ -214,27 +218,47 @@ static int answer(struct lp_client *client, const struct lp_served *served, cons
 {
 	uint64_t asked = request->nr_pages < client->max_pages ? request->nr_pages : client->max_pages, bytes = 0;
 	struct lp_piece pieces[PIECES];
-	struct iovec iov[1 + PIECES];
-	uint8_t header[NEW_HEADER];
+	uint8_t header[NEW_HEADER], *buffer = client->buffer;
+	struct iovec iov[2] = {{header, client->header_size}, {buffer, 0}};
+	struct reading at;
+	bool zero;
 	size_t count;
-	int zero = 0, error;
+	int64_t size;
+	int error;
 
 	count = lp_find_pages(served, request->pid, request->vaddr, asked, pieces, PIECES);
 	if (!count)
 		return 0;
-	for (size_t i = 0; i < count; i++) {
-		iov[1 + i].iov_base = (void *)(uintptr_t)(pieces[i].file->base + pieces[i].offset);
-		iov[1 + i].iov_len = pieces[i].size;
+	for (size_t i = 0; i < count; i++)
 		bytes += pieces[i].size;
-	}
-	if (client->features & LP_FEATURE_ZERO) {
-		zero = pieces_are_zero(pieces, count);
-		if (zero < 0)
-			return zero;
+	at = (struct reading){.piece = pieces, .left = bytes};
+	size = read_on(&at, buffer);
+	if (size < 0)
+		return (int)size;
+	zero = client->features & LP_FEATURE_ZERO && all_zero(buffer, (size_t)size);
+	while (zero && at.left) {
+		int64_t more = read_on(&at, buffer);
+
+		if (more < 0)
+			return (int)more;
+		if (all_zero(buffer, (size_t)more))
+			continue;
+		zero = false; /* so the pages go out after all, from the first on */
+		at = (struct reading){.piece = pieces, .left = bytes};
+		size = read_on(&at, buffer);
+		if (size < 0)
+			return (int)size;
 	}
 	put_header(client, header, request, zero ? FLAG_ZERO : FLAG_PRESENT, bytes / PAGE_SIZE);
-	iov[0] = (struct iovec){header, client->header_size};
-	error = send_all(client->fd, iov, zero ? 1 : 1 + count);
+	iov[1].iov_len = (size_t)size;
+	error = send_all(client->fd, iov, zero ? 1 : 2, !zero && at.left);
+	while (!error && !zero && at.left) {
+		size = read_on(&at, buffer);
+		if (size < 0)
+			return (int)size;
+		iov[1] = (struct iovec){buffer, (size_t)size};
+		error = send_all(client->fd, &iov[1], 1, at.left);
+	}
 	if (error)
 		return error;
 	client->pages += bytes / PAGE_SIZE;

@@ -1,12 +1,13 @@
 /*
  * The part of a page server that runs once for each fault of a client's: reads
- * GETs from a socket and answers them from mapped pages files.
+ * GETs from a socket and answers them from pages files.
  *
  * One thread for each connection, because a page that is not in the page cache
  * keeps its reader waiting for the disk, and a client that does not read keeps
  * its writer waiting; the others go on. What is not a plain GET of a page that
- * is here is left to the caller. Bytes of a mapped file are only ever touched
- * by system calls: if the file was cut short that is EFAULT, and no SIGBUS.
+ * is here is left to the caller.  Pages are read into a buffer that stays in the
+ * CPU's cache, and sent when it is known that the file still holds them
+ * (pages_file.h).
  */
 #ifndef LAZYPAGES_PAGESERVER_H
 #define LAZYPAGES_PAGESERVER_H
@@ -17,10 +18,9 @@
 
 #include "extent.h"
 
-/* A pages file, mapped for reading. */
+/* A pages file, open for reading. */
 struct lp_pages_file {
-	const uint8_t *base;
-	uint64_t size; /* bytes */
+	uint64_t size; /* bytes, when it was opened */
 	int32_t fd;
 	uint32_t number; /* the caller's name for it */
 };
@@ -51,6 +51,7 @@ struct lp_piece {
 #define LP_FEATURE_ZERO 4u
 
 #define LP_REQUESTS_SIZE 16384 /* bytes of requests that are received at once */
+#define LP_BUFFER_SIZE 262144  /* bytes of pages that are read at once */
 
 /* A connection to a client. */
 struct lp_client {
@@ -62,6 +63,7 @@ struct lp_client {
 	uint64_t poll_ns;   /* how long to look for the next request before sleeping; adapts itself */
 	uint32_t start, end;
 	uint8_t requests[LP_REQUESTS_SIZE]; /* received and not yet answered: [start, end) */
+	uint8_t buffer[LP_BUFFER_SIZE];	    /* pages */
 };
 
 enum lp_client_state {

@@ -53,14 +53,8 @@ class Copied:
     def size(self) -> int:
         return len(self.data)
 
-    def view(self) -> memoryview:
-        return memoryview(self.data)
-
     def read(self) -> bytes:
         return self.data
-
-    def is_zero(self) -> bool:
-        return not self.data[0] and self.data == bytes(len(self.data))
 
 
 class LazyMemory:

@@ -12,7 +12,7 @@ ffibuilder = FFI()
 
 ffibuilder.cdef("""
 struct lp_extent;
-struct lp_pages_file { const uint8_t *base; uint64_t size; int32_t fd; uint32_t number; };
+struct lp_pages_file { uint64_t size; int32_t fd; uint32_t number; };
 struct lp_task_pages {
     uint64_t pid;
     const struct lp_extent *extents;
@@ -30,20 +30,22 @@ struct lp_client {
     uint64_t pages, poll_ns;
     uint32_t start, end;
     uint8_t requests[...];
+    ...;
 };
 enum lp_client_state { LP_CLIENT_EOF, LP_CLIENT_OTHER };
 size_t lp_find_pages(const struct lp_served *served, uint64_t pid, uint64_t vaddr, uint64_t nr_pages,
                      struct lp_piece *pieces, size_t max);
 int lp_answer_gets(struct lp_client *client, const struct lp_served *served);
+uint64_t lp_pages_held(int fd, uint64_t offset, uint64_t nr_pages);
 """)
 
 CSRC = Path("csrc")  # builds run at the project's root
 
 ffibuilder.set_source(
     "lazypages._pageserver",
-    '#include "pageserver.h"\n',
+    '#include "pages_file.h"\n#include "pageserver.h"\n',
     sources=[str(CSRC / "pageserver.c")],
-    depends=[str(CSRC / name) for name in ("extent.h", "pageserver.h")],
+    depends=[str(CSRC / name) for name in ("extent.h", "pages_file.h", "pageserver.h")],
     include_dirs=[str(CSRC)],
     extra_compile_args=["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Wno-unused-parameter"],
 )

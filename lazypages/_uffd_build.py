@@ -78,7 +78,7 @@ struct lp_notice {
     struct lp_task *task;
     uint64_t image, addr, nr_pages, since;
 };
-struct lp_level { const void *base; uint64_t size; };
+struct lp_level { const void *base; uint64_t size; int fd; };
 #define LP_HISTOGRAM_BUCKETS ...
 struct lp_stats {
     uint64_t faults, faults_zero, faults_served, retried, zero_pages, present, copies, reads, wakes, poisoned;
@@ -125,6 +125,11 @@ void lp_task_histogram(const struct lp_task *task, uint64_t *buckets);
 uint64_t lp_histogram_bound(uint32_t bucket);
 const struct lp_space *lp_task_space(const struct lp_task *task);
 
+#define PROT_READ ...
+#define MAP_SHARED ...
+void *mmap(void *address, size_t size, int prot, int flags, int fd, long offset);
+int munmap(void *address, size_t size);
+
 #define SYS_userfaultfd ...
 long syscall(long number, ...);
 
@@ -160,7 +165,7 @@ CSRC = Path("csrc")  # builds run at the project's root
 
 ffibuilder.set_source(
     "lazypages._uffd",
-    "#include <sys/syscall.h>\n#include <unistd.h>\n"
+    "#include <sys/mman.h>\n#include <sys/syscall.h>\n#include <unistd.h>\n"
     '#include "engine.h"\n#include "lane.h"\n#include "plan.h"\n#include "space.h"\n#include "trace.h"\n',
     sources=[
         str(CSRC / name)
@@ -171,6 +176,7 @@ ffibuilder.set_source(
         for name in (
             "extent.h",
             "space.h",
+            "pages_file.h",
             "plan.h",
             "probe.h",
             "smaps.h",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import enum
 import errno
 import os
+import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from lazypages.tracing import Ring
 
 PAGE_SIZE = 4096
+
+MAP_FAILED: Any = ffi.cast("void *", -1)
 
 #: Pages that a fault may bring beside its own when faults run on in one direction.
 MAX_READAHEAD = 128
@@ -49,7 +52,8 @@ class Notice(NamedTuple):
     """Something about `task` that the engine does not decide. For FORKED, `task` is the child.
 
     ``image``, ``addr``, ``nr_pages``: the pages it is about, by address at dump time and by address now.
-    ``error``: an errno or 0. ``since``: CLOCK_MONOTONIC in ns of the fault that waits, or 0.
+    ``error``: an errno or 0; LOST with ESTALE: the pages may have come as zeros. ``since``: CLOCK_MONOTONIC in ns of
+    the fault that waits, or 0.
     """
 
     kind: NoticeKind
@@ -107,17 +111,31 @@ class SourcePages(NamedTuple):
         return cls(tuple(values[:nr_levels]), values[nr_levels], values[nr_levels + 1])
 
 
+class MappedFile:
+    """The first ``size`` bytes of a pages file, mapped; and the file, open: the engine asks how long it still is."""
+
+    def __init__(self, path: str | os.PathLike[str], size: int) -> None:
+        """Raises OSError."""
+        self.size = size
+        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._closer = weakref.finalize(self, os.close, self.fd)
+        address = lib.mmap(ffi.NULL, size, lib.PROT_READ, lib.MAP_SHARED, self.fd, 0)
+        if address == MAP_FAILED:
+            raise OSError(ffi.errno, os.strerror(ffi.errno))
+        self.address = ffi.gc(address, lambda mapped: lib.munmap(mapped, size))
+
+
 class TaskMemory(NamedTuple):
     """What a task's memory is made of, as the engine wants it.
 
     ``vmas``: lazy-capable VMAs as (start, end), sorted. ``wiped``: those of them that a forked child finds zeroed.
-    ``levels``: the mapped pages file of each level of the chain (None: it has none); they must outlive the engine.
+    ``levels``: the pages file of each level of the chain (None: it has none); they must outlive the engine.
     """
 
     extents: ExtentArray
     vmas: Sequence[tuple[int, int]]
     wiped: Sequence[tuple[int, int]] = ()
-    levels: Sequence[Any | None] = ()
+    levels: Sequence[MappedFile | None] = ()
     max_readahead: int = MAX_READAHEAD
 
 
@@ -141,14 +159,13 @@ class PreparedMemory:
     def __init__(self, memory: TaskMemory) -> None:
         """Raises OSError: EINVAL when extents, VMAs and pages files do not fit together."""
         self.max_readahead = memory.max_readahead
-        #: The mapped levels; they must outlive the engine.
-        self.buffers: list[Any] = []
+        #: The levels; they must outlive the engine.
+        self.files = [file for file in memory.levels if file]
         levels = ffi.new("struct lp_level[]", max(1, len(memory.levels)))
-        for level, mapped in zip(levels, memory.levels, strict=False):
-            if mapped is not None:
-                buffer = ffi.from_buffer(mapped)
-                self.buffers.append(buffer)
-                level.base, level.size = buffer, len(buffer)
+        for level, file in zip(levels, memory.levels, strict=False):
+            level.base, level.size, level.fd = (
+                (file.address, file.size, file.fd) if file else (ffi.NULL, 0, -1)
+            )
         handle = lib.lp_memory_new(
             ffi.cast("struct lp_extent *", memory.extents.address),
             len(memory.extents),
@@ -457,7 +474,7 @@ class Engine:
         if trace:
             lib.lp_engine_trace(self._handle, trace.handle)
         self._tasks: dict[Any, ServedTask] = {}
-        self._keep: list[Any] = []
+        self._keep: list[MappedFile] = []
         self._notices = ffi.new("struct lp_notice[]", self._BATCH)
 
     def __enter__(self) -> Engine:
@@ -499,7 +516,7 @@ class Engine:
         """
         if isinstance(memory, TaskMemory):
             memory = PreparedMemory(memory)
-        self._keep += memory.buffers
+        self._keep += memory.files
         handle = lib.lp_task_new(self._handle, uffd, memory.take(), memory.max_readahead, pid, pidfd, tag)
         if handle == ffi.NULL:
             raise OSError(ffi.errno, os.strerror(ffi.errno))

@@ -142,6 +142,8 @@ class TaskService:
             case NoticeKind.GONE:
                 self._gone = True
                 self._end(State.GONE if self._served.pending else State.COMPLETE)
+            case NoticeKind.LOST if notice.error == errno.ESTALE:
+                self._spoilt(notice)
             case NoticeKind.LOST:
                 self._wrong.append(notice)
                 if self._group:
@@ -282,6 +284,12 @@ class TaskService:
             log.error("%s: %s can't be read from the image: %s", name, where, os.strerror(notice.error))
         else:
             log.error("%s: %s are lost and a thread waits for one", name, where)
+
+    def _spoilt(self, notice: Notice) -> None:
+        """A pages file became shorter at the moment when the page was copied that it ends in now."""
+        log.error("%s: page %#x was copied while its image was cut short", self.identity.name, notice.addr)
+        self._state = State.KILLED
+        self._kill("it may have zeros there")
 
     async def _poison(self, *, everything: bool) -> None:
         while not self._final:

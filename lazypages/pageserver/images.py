@@ -1,9 +1,8 @@
-"""The pages of all tasks of an image directory and its parents, mapped, for many readers at once."""
+"""The pages of all tasks of an image directory and its parents, for many readers at once."""
 
 from __future__ import annotations
 
 import errno
-import mmap
 import os
 import re
 from dataclasses import dataclass
@@ -24,16 +23,13 @@ MAX_PIECES: Final = 256
 POLL: Final = 50_000  # ns, to begin with, that a connection looks for the next request before it sleeps
 
 _PAGEMAP_NAME = re.compile(re.escape(Kind.PAGEMAP.file_name("PID")).replace("PID", r"([0-9]+)"))
-_ZERO_PAGE = bytes(PAGE_SIZE)
 
 
 @dataclass(frozen=True, slots=True)
 class PagesFile:
-    """A pages image, mapped for reading: `size` bytes, as promised by its pagemap or more."""
+    """A pages image, open for reading."""
 
     path: Path
-    fd: int
-    data: memoryview
     handle: Any  # struct lp_pages_file
 
 
@@ -45,25 +41,14 @@ class Piece:
     offset: int
     size: int
 
-    def view(self) -> memoryview:
-        """The bytes, where they are mapped. Reading it in user space raises SIGBUS if the file was cut short."""
-        return self.file.data[self.offset : self.offset + self.size]
-
     def read(self) -> bytes:
-        """A copy of the bytes. Raises ImageError when the file was cut short."""
-        data = os.pread(self.file.fd, self.size, self.offset)
-        if len(data) != self.size:
-            raise ImageError(
-                self.file.path, "was cut short while it was served", offset=self.offset + len(data)
-            )
+        """The bytes. Raises ImageError when the file does not hold them any more."""
+        fd = self.file.handle.fd
+        data = os.pread(fd, self.size, self.offset)
+        held = lib.lp_pages_held(fd, self.offset, len(data) // PAGE_SIZE) * PAGE_SIZE
+        if held < self.size:
+            raise ImageError(self.file.path, "was cut short while it was served", offset=self.offset + held)
         return data
-
-    def is_zero(self) -> bool:
-        """Whether there is nothing but zeros in it; quick when there is something else at the beginning."""
-        if os.pread(self.file.fd, 16, self.offset) != _ZERO_PAGE[:16]:
-            return False
-        data = self.read()
-        return data.count(0) == len(data)
 
 
 class ServedImages:
@@ -119,14 +104,13 @@ class ServedImages:
             try:
                 fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
                 size = os.fstat(fd).st_size
-                data = memoryview(mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ) if size else b"")
-            except (OSError, ValueError) as error:
-                raise ImageError(path, f"can't be mapped: {error}") from None
-            handle = ffi.new("struct lp_pages_file *", (ffi.from_buffer(data), size, fd, len(self._files)))
-            self._files[path] = PagesFile(path, fd, data, handle)
-        file = self._files[path]
-        pagemap.check_pages_size(len(file.data), path)
-        return file.handle
+            except OSError as error:
+                raise ImageError(path, f"can't be opened: {error.strerror}") from None
+            handle = ffi.new("struct lp_pages_file *", (size, fd, len(self._files)))
+            self._files[path] = PagesFile(path, handle)
+        handle = self._files[path].handle
+        pagemap.check_pages_size(handle.size, path)
+        return handle
 
 
 class GetAnswerer:

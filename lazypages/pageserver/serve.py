@@ -1,8 +1,8 @@
 """`--lazy-pages`: answers the GETs of any number of clients, each in a thread of its own, for as long as it runs.
 
 Threads, because a page that is not in the page cache keeps its reader waiting for the disk; the others go on. The
-pages of images go from the mapped file to a plain socket in one system call, made by C without Python
-(`csrc/pageserver.c`). What is here is for all else: the first message, TLS, pages that are missing, CLOSE, garbage.
+pages of images go from the file to a plain socket without Python (`csrc/pageserver.c`). What is here is for all else:
+the first message, TLS, pages that are missing, CLOSE, garbage.
 """
 
 from __future__ import annotations
@@ -32,14 +32,8 @@ class Piece(Protocol):
     @property
     def size(self) -> int: ...
 
-    def view(self) -> memoryview:
-        """The bytes, where they are."""
-
     def read(self) -> bytes:
-        """A copy of the bytes. Raises ImageError."""
-
-    def is_zero(self) -> bool:
-        """Whether there is nothing but zeros in it."""
+        """The bytes. Raises ImageError."""
 
 
 class Pages(Protocol):
@@ -136,33 +130,30 @@ class PageConnection:
             if not granted & Features.MISSING:
                 return False  # as CRIU's server does
             self._sock.sendall(self._codec.answer_get(request, 0))
-        elif granted & Features.ZERO and all(piece.is_zero() for piece in pieces):
+            return True
+        data = b"".join(piece.read() for piece in pieces)
+        if granted & Features.ZERO and not data[0] and data.count(0) == len(data):
             self._sock.sendall(self._codec.answer_get(request, pages, zero=True))
-        elif self._codec.may_compress(request) and (frame := self._compressed(pieces)):
+        elif self._codec.may_compress(request) and (frame := self._compressed(data)):
             self._sock.sendall(self._codec.answer_compressed(request, pages, frame))
         else:
-            self._send(self._codec.answer_get(request, pages), pieces)
+            self._send(self._codec.answer_get(request, pages), data)
         return True
 
-    def _compressed(self, pieces: Sequence[Piece]) -> bytes | None:
+    def _compressed(self, data: bytes) -> bytes | None:
         """None when that does not pay."""
         if self._compressor is None:
             self._compressor = Compressor()
-        return self._compressor.compress(b"".join(piece.read() for piece in pieces))
+        return self._compressor.compress(data)
 
-    def _send(self, header: bytes, pieces: Sequence[Piece]) -> None:
+    def _send(self, header: bytes, data: bytes) -> None:
         if isinstance(self._sock, ssl.SSLSocket):
             # Header and pages in records of their own: CRIU's client waits for the socket between the two, and would
-            # not see what GnuTLS has taken from it already (observed with 4.1.1). And no reading of mapped memory
-            # here, where a file that was cut short would be fatal.
+            # not see what GnuTLS has taken from it already (observed with 4.1.1).
             self._sock.sendall(header)
-            self._sock.sendall(b"".join(piece.read() for piece in pieces))
+            self._sock.sendall(data)
             return
-        views = [memoryview(header), *(piece.view() for piece in pieces)]
-        while views:
-            sent = self._sock.sendmsg(views[:64])
-            while views and sent >= len(views[0]):
-                sent -= len(views[0])
-                del views[0]
-            if sent:
-                views[0] = views[0][sent:]
+        sent = self._sock.sendmsg([header, data])
+        if sent < len(header):
+            self._sock.sendall(header[sent:])
+        self._sock.sendall(memoryview(data)[max(0, sent - len(header)) :])

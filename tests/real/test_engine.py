@@ -330,14 +330,16 @@ def test_forgetting_touches_nothing_but_what_is_lost(file: PagesFile) -> None:
         task.check(BASE, 8, file.first_id + 1)
 
 
+@pytest.mark.parametrize("more", [0, 1, 2000, PAGE - 1])
 @pytest.mark.parametrize("background", [False, True])
-def test_truncated_pages_file(background: bool) -> None:
-    """Lost, and a touch raises SIGBUS once they are poisoned; what is still in the file comes."""
+def test_truncated_pages_file(background: bool, more: int) -> None:
+    """Lost, and a touch raises SIGBUS once they are poisoned; what is still in the file comes. A page of which a
+    part is still there can be read, and is zeros behind it: lost all the same."""
     file = PagesFile(64)
     with Service() as service:
         task, uffd = one_mapping(service, file, 64)
         served = service.serve(uffd, [(BASE, 64, 0, 0)], [(BASE, 64)], file, max_readahead=64)
-        file.truncate(50)
+        file.truncate(50 * PAGE + more)
         if background:
             while served.transfer(1 << 20):
                 pass

@@ -183,15 +183,16 @@ def test_zero_pages_are_not_sent(tmp_path: Path) -> None:
         assert len(converse(server.port, get(Layout.CRIU_4_2, 0, 63))) == 32 + 63 * PAGE_SIZE
 
 
+@pytest.mark.parametrize("more", [0, 77])
 @pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
-def test_file_cut_short(tls: bool, authority: Authority, tmp_path: Path) -> None:
+def test_file_cut_short(tls: bool, more: int, authority: Authority, tmp_path: Path) -> None:
     """While it is served: that is never answered with zeros, and the server lives on."""
     contents = write_images(tmp_path / "images", {77: [(0, 100)]})
-    mine = authority.issue(f"cut-{tls}")
+    mine = authority.issue(f"cut-{tls}-{more}")
     options = ["--lazy-pages", *(["--address", "127.0.0.1", *authority.options(mine)] if tls else [])]
     with page_server(tmp_path / "images", *options) as server:
         server.wait_ready()
-        os.truncate(tmp_path / "images" / "pages-1.img", 50 * PAGE_SIZE)
+        os.truncate(tmp_path / "images" / "pages-1.img", 50 * PAGE_SIZE + more)
         told = RemoteOptions(deadline=2, tls=authority.files(mine))
         address = TcpServer("127.0.0.1", server.port, tls=tls)
         fetched = fetch([address], list(contents), options=told, faults=1)

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from images_spec import pagemap
+from images_spec.errors import ImageError
 from images_spec.flags import PE_LAZY, PE_PARENT, PE_PRESENT
 from lazypages.errors import LazyPagesError
 from lazypages.pageserver.images import MAX_ANSWER, MAX_PIECES, ServedImages
@@ -173,7 +174,7 @@ def test_find(chain: Chain) -> None:
             found = b"".join(piece.read() for piece in images.find(pid, address, 9))
             wanted = expected(model, Layout.CRIU_4_2, Header(Command.GET, 9, address, pid), NO_FEATURES)
             assert found == (b"" if wanted is None else wanted[32:])
-            assert found == b"".join(bytes(piece.view()) for piece in images.find(pid, address, 9))
+            assert found == b"".join(piece.read() for piece in images.find(pid, address, 9))
     assert images.find(77, BASE + 1, 1) == []
     assert images.find(77, (1 << 64) - PAGE_SIZE, 1) == []
 
@@ -216,13 +217,17 @@ def pair(tmp_path: Path) -> Iterator[tuple[ServedImages, Path, socket.socket, so
         yield ServedImages(tmp_path), tmp_path / "pages-1.img", ours, theirs
 
 
+@pytest.mark.parametrize("more", [0, 100, PAGE_SIZE - 1])
 @pytest.mark.parametrize("features", [NO_FEATURES, Features.ZERO])
 def test_file_cut_short(
-    features: Features, pair: tuple[ServedImages, Path, socket.socket, socket.socket]
+    features: Features, more: int, pair: tuple[ServedImages, Path, socket.socket, socket.socket]
 ) -> None:
-    """An error, never zeros; also when only the question is whether it is all zeros."""
+    """An error, never zeros; also when only the question is whether it is all zeros, and when a part is there."""
     images, path, ours, theirs = pair
-    os.truncate(path, 5 * PAGE_SIZE)
+    os.truncate(path, 5 * PAGE_SIZE + more)
+    (piece,) = images.find(77, BASE + 4 * PAGE_SIZE, 2)
+    with pytest.raises(ImageError, match="was cut short"):
+        piece.read()
     theirs.sendall(Layout.CRIU_4_2.pack(Header(Command.GET, 1, BASE + 5 * PAGE_SIZE, 77)))
     with pytest.raises(LazyPagesError, match="was cut short"):
         images.answerer(ours.fileno()).run(Layout.CRIU_4_2, features, b"")

@@ -259,7 +259,7 @@ def test_truncated_pages_file_while_serving(program: Path, tmp_path: Path) -> No
             tasks.say(f"connect {tmp_path}/lazy-pages.socket")
             tasks.say("finish")
             tasks.say("touch 3")
-            os.truncate(tmp_path / "pages-1.img", 100 * 4096)
+            os.truncate(tmp_path / "pages-1.img", 100 * 4096 + 5)
             tasks.say("touch 90")
             tasks.say("check")
             wait_for("the message", lambda: "poisoned" in server.story())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import mmap
 import os
 import select
 import shutil
@@ -23,7 +22,16 @@ import pytest
 
 from lazypages._uffd import ffi
 from lazypages.tracing import Ring
-from lazypages.uffd import BusyError, Engine, Notice, NoticeKind, ServedTask, TaskGoneError, TaskMemory
+from lazypages.uffd import (
+    BusyError,
+    Engine,
+    MappedFile,
+    Notice,
+    NoticeKind,
+    ServedTask,
+    TaskGoneError,
+    TaskMemory,
+)
 
 PAGE = 4096
 
@@ -75,13 +83,14 @@ class PagesFile:
             file.write(b"".join(struct.pack("<Q", self.first_id + i) * 512 for i in range(pages)))
             file.flush()
             self._fd = os.dup(file.fileno())
-        self.map = mmap.mmap(self._fd, pages * PAGE, access=mmap.ACCESS_READ)
+            self.map = MappedFile(file.name, pages * PAGE)
 
-    def truncate(self, pages: int) -> None:
-        os.truncate(self._fd, pages * PAGE)
+    def truncate(self, size: int) -> None:
+        """To ``size`` bytes."""
+        os.truncate(self._fd, size)
 
     def page_bytes(self, page: int, count: int = 1) -> bytes:
-        return self.map[page * PAGE : (page + count) * PAGE]
+        return os.pread(self._fd, count * PAGE, page * PAGE)
 
     def __del__(self) -> None:
         os.close(self._fd)

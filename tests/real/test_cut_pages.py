@@ -1,0 +1,125 @@
+"""Pages files that are cut short in the middle of a page, which the kernel fills up with zeros in every mapping.
+
+Before a page is taken: ``test_engine.py::test_truncated_pages_file``, and here while it is. For that moment to come, a
+page of the file is missing and under a userfaultfd of the test's own: whoever reads it waits until the file is cut.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import mmap
+import os
+import select
+import struct
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import anyio
+import pytest
+
+from lazypages._uffd import ffi, lib
+from lazypages.loop.service import Identity, TaskService
+from lazypages.metrics import State
+from lazypages.processes import Process
+from lazypages.uffd import MAP_FAILED, MappedFile, Notice, NoticeKind, TaskMemory
+from tests.support.uffd import BASE, PAGE, ExtentTable, Service
+
+PAGES, HOLE = 8, 3
+UFFDIO_API, UFFDIO_REGISTER, UFFDIO_COPY = 0xC018AA3F, 0xC020AA00, 0xC028AA03
+UFFD_API, MODE_MISSING, EVENT_PAGEFAULT = 0xAA, 1, 0x12
+
+
+def page_bytes(number: int) -> bytes:
+    return struct.pack("<Q", 1 + number) * 512
+
+
+class HoleyFile(MappedFile):
+    """PAGES pages of shared memory; the one at HOLE is missing. Writable, or it could not be registered."""
+
+    def __init__(self) -> None:
+        self.size = PAGES * PAGE
+        self.fd = os.memfd_create("pages", os.MFD_CLOEXEC)
+        for number in set(range(PAGES)) - {HOLE}:
+            os.pwrite(self.fd, page_bytes(number), number * PAGE)
+        address = lib.mmap(ffi.NULL, self.size, mmap.PROT_READ | mmap.PROT_WRITE, lib.MAP_SHARED, self.fd, 0)
+        assert address != MAP_FAILED
+        self.address = ffi.gc(address, lambda mapped: lib.munmap(mapped, PAGES * PAGE))
+
+
+@contextmanager
+def cut_when_read(file: HoleyFile, size: int) -> Iterator[None]:
+    """Whoever reads HOLE waits until the file has ``size`` bytes."""
+    start = int(ffi.cast("uintptr_t", file.address))
+    uffd = lib.syscall(lib.SYS_userfaultfd, ffi.cast("int", os.O_CLOEXEC | os.O_NONBLOCK))
+    assert uffd >= 0
+    fcntl.ioctl(uffd, UFFDIO_API, struct.pack("<QQQ", UFFD_API, 0, 0))
+    fcntl.ioctl(uffd, UFFDIO_REGISTER, struct.pack("<QQQQ", start, file.size, MODE_MISSING, 0))
+    hole = ffi.new("char[]", page_bytes(HOLE))
+    seen = []
+
+    def handle() -> None:
+        if not select.select([uffd], [], [], 60)[0]:
+            return
+        (event, _, address) = struct.unpack_from("<B15sQ", os.read(uffd, 32))
+        seen.append((event, (address - start) // PAGE))
+        os.ftruncate(file.fd, size)
+        source = int(ffi.cast("uintptr_t", hole))
+        fcntl.ioctl(uffd, UFFDIO_COPY, struct.pack("<QQQQq", start + HOLE * PAGE, source, PAGE, 0, 0))
+
+    thread = threading.Thread(target=handle)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
+        os.close(uffd)
+    assert seen == [(EVENT_PAGEFAULT, HOLE)]
+
+
+def spoilt(service: Service, file: HoleyFile, size: int) -> tuple[list[Notice], int]:
+    """All of the file is brought while it is cut; what is lost then, and the process of the task."""
+    task = service.task()
+    uffd = task.open_uffd()
+    task.map((BASE, PAGES))
+    memory = TaskMemory(ExtentTable([(BASE, PAGES, 0, 0)]), [(BASE, BASE + PAGES * PAGE)], (), [file])
+    served = service.engine.add(uffd, memory)
+    with cut_when_read(file, size):
+        while served.transfer(1 << 20):
+            pass
+    return [notice for notice in service.look() if notice.kind is NoticeKind.LOST], task.pid
+
+
+@pytest.mark.parametrize("more", [0, 100])
+def test_cut_while_it_is_copied(more: int) -> None:
+    """The copy has begun: the page with the file's end comes as zeros, and nobody can take it back; it is told."""
+    with Service() as service:
+        notices, _ = spoilt(service, HoleyFile(), 5 * PAGE + more)
+        lost = {notice.addr: notice.nr_pages for notice in notices if notice.error == errno.EFAULT}
+        whole = sum(lost.values())
+        assert whole == (3 if not more else 2)  # behind the end
+        (stale,) = [notice for notice in notices if notice.error == errno.ESTALE]
+        assert (stale.addr, stale.nr_pages) == (BASE + 5 * PAGE, 1)
+
+
+def test_its_task_is_killed() -> None:
+    async def tend(notice: Notice, process: Process) -> State:
+        served = notice.task
+        tended = TaskService(
+            served,
+            Identity("the task", process.pid, False, served.total, ("local",)),
+            process=process,
+            transfer_turns=anyio.CapacityLimiter(1),
+            remote=None,
+        )
+        tended.handle(notice, [])
+        return tended.report().state
+
+    with Service() as service:
+        notices, pid = spoilt(service, HoleyFile(), 5 * PAGE + 100)
+        (notice,) = [notice for notice in notices if notice.error == errno.ESTALE]
+        pidfd = os.pidfd_open(pid)
+        assert anyio.run(tend, notice, Process(pid, pidfd)) is State.KILLED
+        assert select.select([pidfd], [], [], 60)[0]  # it has ended
+        os.close(pidfd)
