@@ -9,7 +9,10 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
+#include "pages_file.h"
+
 #define MAX_IOVS 512
+#define PARENT_PAGES 16 /* of a parent, read at once */
 
 /* struct pm_scan_arg of linux/fs.h; older headers lack it. */
 struct scan_arg {
@@ -154,21 +157,37 @@ size_t lp_check_parent(const struct lp_run *runs, size_t nr_runs, const struct l
 	return count;
 }
 
-/* The bytes of the page at `address` in a parent, or NULL. *h is where the search last ended. */
-static const unsigned char *parent_page(const struct lp_parent *parent, size_t *h, uint64_t address)
-{
-	const struct lp_extent *held = parent->held;
-	uint64_t offset;
+/* What was last read of a parent: the pages [start, end). `next`: where the search for them has come to. */
+struct parent_pages {
+	const struct lp_parent *parent;
+	size_t next;
+	uint64_t start, end;
+	unsigned char bytes[PARENT_PAGES * LP_PAGE_SIZE];
+};
 
-	/* Runs come in order, so the search goes on from where it was. */
-	while (*h < parent->nr_held && (!has_data(held + *h) || extent_end(held + *h) <= address))
-		(*h)++;
-	if (*h == parent->nr_held || held[*h].start > address)
+/* The bytes of the page at `address` in a parent; NULL: they can't be had there. Addresses come in order. */
+static const unsigned char *parent_page(struct parent_pages *p, uint64_t address)
+{
+	const struct lp_extent *held = p->parent->held;
+	uint64_t skip, nr;
+	int64_t got;
+
+	if (address >= p->start && address < p->end)
+		return p->bytes + (address - p->start);
+	while (p->next < p->parent->nr_held && (!has_data(held + p->next) || extent_end(held + p->next) <= address))
+		p->next++;
+	held += p->next;
+	if (p->next == p->parent->nr_held || held->start > address || p->parent->levels[held->source] < 0)
 		return NULL;
-	offset = held[*h].offset + (address - held[*h].start);
-	if (!parent->levels[held[*h].source] || offset + LP_PAGE_SIZE > parent->sizes[held[*h].source])
+	skip = address - held->start;
+	nr = (extent_end(held) - address) / LP_PAGE_SIZE;
+	got = lp_pages_read(p->parent->levels[held->source], p->bytes, held->offset + skip,
+			    nr < PARENT_PAGES ? nr : PARENT_PAGES);
+	if (got <= 0)
 		return NULL;
-	return parent->levels[held[*h].source] + offset;
+	p->start = address;
+	p->end = address + (uint64_t)got * LP_PAGE_SIZE;
+	return p->bytes;
 }
 
 static int is_zero(const unsigned char *page)
@@ -299,9 +318,11 @@ static int copy_pages(const struct lp_copy *copy, const struct lp_run *runs, siz
 		      struct writer *writer)
 {
 	unsigned char *buffer = copy->buffer;
+	struct parent_pages parent;
 	uint64_t looked = 0;
-	size_t held = 0;
 
+	parent.parent = copy->parent;
+	parent.next = parent.start = parent.end = 0;
 	while (cursor->run < nr_runs && looked < max_pages) {
 		struct iovec iov[MAX_IOVS];
 		struct lp_cursor ahead = *cursor;
@@ -355,7 +376,7 @@ static int copy_pages(const struct lp_copy *copy, const struct lp_run *runs, siz
 			const struct lp_run *run = runs + cursor->run;
 			uint64_t address = run->start + cursor->offset;
 			unsigned char *page = buffer + place;
-			const unsigned char *old = copy->parent ? parent_page(copy->parent, &held, address) : NULL;
+			const unsigned char *old = copy->parent ? parent_page(&parent, address) : NULL;
 
 			if (copy->drop_zero && is_zero(page)) {
 				/* No entry: known to be zero. */

@@ -74,12 +74,11 @@ size_t lp_pin_pages(const struct lp_run *runs, size_t nr_runs, const uint64_t *p
 size_t lp_check_parent(const struct lp_run *runs, size_t nr_runs, const struct lp_extent *held, size_t nr_held,
 		       int present, struct lp_run *out, size_t room);
 
-/* Levels of a chain, mapped, to compare pages with. */
+/* Levels of a chain, to compare pages with. */
 struct lp_parent {
 	const struct lp_extent *held; /* of the chain */
 	size_t nr_held;
-	const unsigned char *const *levels; /* pages files; NULL: not there */
-	const uint64_t *sizes;		    /* of them, bytes */
+	const int *levels; /* pages files; -1: not there */
 };
 
 /* Where a copy of many runs has come to. */

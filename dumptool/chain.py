@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -71,39 +71,32 @@ def _load(level: Path, name: str) -> tuple[Pagemap | None, Path | None]:
 
 
 class ParentPages:
-    """Where the pages of one process are in a chain. Lazily maps the pages files, for comparing only."""
+    """Where the pages of one process are in a chain, and their bytes to compare with."""
 
     def __init__(self, extents: ExtentTable, paths: Sequence[Path | None]) -> None:
         self.extents = extents
         self._paths = paths
-        self._keep: list[Any] = []
 
     @property
     def extents_pointer(self) -> Any:
         """``const struct lp_extent *`` (csrc/extent.h), valid while this object lives."""
         return ffi.cast("const struct lp_extent *", self.extents.address)
 
-    def mapped(self) -> Any:
-        """``struct lp_parent *`` (csrc/dump_pages.h), valid while this object lives."""
-        levels, sizes = (
-            ffi.new("const unsigned char *[]", len(self._paths)),
-            ffi.new("uint64_t[]", len(self._paths)),
-        )
-        for index, path in enumerate(self._paths):
-            if path is None or not path.exists() or not (size := path.stat().st_size):
-                continue
-            with path.open("rb") as file:
-                view = mmap.mmap(file.fileno(), size, prot=mmap.PROT_READ)
-            self._keep.append(view)
-            levels[index], sizes[index] = ffi.cast("const unsigned char *", ffi.from_buffer(view)), size
-        parent = ffi.new(
-            "struct lp_parent *",
-            {
-                "held": self.extents_pointer,
-                "nr_held": len(self.extents),
-                "levels": levels,
-                "sizes": sizes,
-            },
-        )
-        self._keep += [levels, sizes, parent]
-        return parent
+    @contextmanager
+    def opened(self) -> Iterator[Any]:
+        """``struct lp_parent *`` (csrc/dump_pages.h), valid for the block. Levels that can't be opened have nothing."""
+        with ExitStack() as stack:
+            levels = ffi.new("int[]", [_open(path, stack) for path in self._paths])
+            yield ffi.new("struct lp_parent *", (self.extents_pointer, len(self.extents), levels))
+
+
+def _open(path: Path | None, stack: ExitStack) -> int:
+    """-1 where there is nothing to be opened."""
+    if path is None:
+        return -1
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return -1
+    stack.callback(os.close, fd)
+    return fd

@@ -5,9 +5,10 @@ Nothing here has a Python object per page: pages are runs in C arrays (csrc/dump
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
@@ -337,28 +338,29 @@ def write(target: Sink, source: Source, parts: Sequence[Part], marks: Marks, pro
 
 def _copied(image: Image, source: Source, part: Part, marks: Marks) -> Iterator[Runs]:
     """Copies a part step by step; what the pagemap has to say of each step."""
-    mem_fd = source.fd
-    if mem_fd is None and not part.readable:
-        mem_fd = os.open(f"/proc/{source.pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
-    buffer = ffi.new("unsigned char[]", 2 * BUFFER_PAGES * PAGE_SIZE)
-    parent = source.compare.mapped() if source.compare is not None else ffi.NULL
-    copy = ffi.new(
-        "struct lp_copy *",
-        {
-            "pid": source.pid,
-            "mem_fd": -1 if mem_fd is None else mem_fd,
-            "pages_fd": image.pages_fd,
-            "drop_zero": part.drop_zero,
-            "drop_missing": source.running,
-            "parent": parent,
-            "same_lazy": marks.unchanged(lazy=True),
-            "buffer": buffer,
-            "buffer_size": BUFFER_PAGES * PAGE_SIZE,
-        },
-    )
-    cursor, found, written = (ffi.new(kind) for kind in ("struct lp_cursor *", "size_t *", "uint64_t *"))
-    made = Runs(image.step_pages + BUFFER_PAGES + part.runs.count)
-    try:
+    with ExitStack() as stack:
+        mem_fd = source.fd
+        if mem_fd is None and not part.readable:
+            mem_fd = os.open(f"/proc/{source.pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
+            stack.callback(os.close, mem_fd)
+        parent = ffi.NULL if source.compare is None else stack.enter_context(source.compare.opened())
+        buffer = ffi.new("unsigned char[]", 2 * BUFFER_PAGES * PAGE_SIZE)
+        copy = ffi.new(
+            "struct lp_copy *",
+            {
+                "pid": source.pid,
+                "mem_fd": -1 if mem_fd is None else mem_fd,
+                "pages_fd": image.pages_fd,
+                "drop_zero": part.drop_zero,
+                "drop_missing": source.running,
+                "parent": parent,
+                "same_lazy": marks.unchanged(lazy=True),
+                "buffer": buffer,
+                "buffer_size": BUFFER_PAGES * PAGE_SIZE,
+            },
+        )
+        cursor, found, written = (ffi.new(kind) for kind in ("struct lp_cursor *", "size_t *", "uint64_t *"))
+        made = Runs(image.step_pages + BUFFER_PAGES + part.runs.count)
         while cursor.run < part.runs.count:
             found[0] = 0
             outcome = lib.lp_copy_pages(
@@ -379,20 +381,26 @@ def _copied(image: Image, source: Source, part: Part, marks: Marks) -> Iterator[
                 raise system_error(-outcome, f"copying pages of pid {source.pid}")
             made.count = found[0]
             yield made
-    finally:
-        if mem_fd is not None and mem_fd != source.fd:
-            os.close(mem_fd)
 
 
 def shared_part(fd: int, size: int) -> Part:
-    """The pages that shared memory has, which is open as ``fd``; addresses are offsets."""
+    """The pages that shared memory has, which is open as ``fd``; addresses are offsets. Raises ``DumpError``."""
     runs = Runs()
     at = 0
-    while at < size:
-        try:
-            start = os.lseek(fd, at, os.SEEK_DATA)
-        except OSError:  # ENXIO: only a hole is left
-            break
-        at = os.lseek(fd, start, os.SEEK_HOLE)
-        runs.append(start // PAGE_SIZE * PAGE_SIZE, -(-at // PAGE_SIZE) * PAGE_SIZE, PE_PRESENT)
+    try:
+        while at < size and (start := _next_data(fd, at)) is not None:
+            at = os.lseek(fd, start, os.SEEK_HOLE)
+            runs.append(start // PAGE_SIZE * PAGE_SIZE, -(-at // PAGE_SIZE) * PAGE_SIZE, PE_PRESENT)
+    except OSError as error:
+        raise DumpError(f"looking for the pages of shared memory: {error.strerror}") from None
     return Part(runs, readable=True, drop_zero=True)
+
+
+def _next_data(fd: int, at: int) -> int | None:
+    """None: only a hole is left (lseek(2)). Raises OSError."""
+    try:
+        return os.lseek(fd, at, os.SEEK_DATA)
+    except OSError as error:
+        if error.errno != errno.ENXIO:
+            raise
+        return None

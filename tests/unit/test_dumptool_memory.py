@@ -8,12 +8,14 @@ import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dumptool import memory
 from dumptool._ptrace import ffi, lib
 from dumptool.chain import Chain, ParentPages
+from dumptool.errors import DumpError
 from dumptool.memory import Marks, Part, Runs, Source, Target
 from images_spec.flags import PAGE_SIZE, PE_LAZY, PE_PARENT, PE_PRESENT
 from images_spec.images import Kind, write
@@ -174,6 +176,48 @@ def test_copies(contents: list[int], data: st.DataObject, drop: bool, mem: bool,
     assert stored == expected_bytes
     assert counts.scanned == len(contents)
     assert counts.written * PAGE_SIZE == len(expected_bytes)
+
+
+@pytest.mark.parametrize("more", [0, 1, PAGE_SIZE - 1])
+def test_a_parent_that_is_cut_short_while_it_is_compared_with(more: int) -> None:
+    """What it does not hold any more is written anew, and not said to be there."""
+    contents = [1] * 30 + [0] * 3  # of zeros like those behind the end of the file
+    task = Memory(contents)
+    runs = Runs()
+    runs.append(task.start, task.start + len(contents) * PAGE_SIZE, PE_PRESENT)
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        write_pagemap(folder / "pagemap-1.img", 1, [(task.start, len(contents), PE_PRESENT)])
+        path = folder / "pages-1.img"
+        path.write_bytes(b"".join(bytes([byte]) * PAGE_SIZE for byte in contents))
+        parent = ParentPages(resolve([Pagemap.load(folder / "pagemap-1.img")], remote=False), [path])
+        os.truncate(path, 31 * PAGE_SIZE + more)
+        target = Target(folder, "pagemap-2.img", 2)
+        source = Source(os.getpid(), compare=parent)
+        memory.write(target, source, [Part(runs, True, False)], Marks(), lambda _: None)
+        entries = [(entry.nr_pages, entry.flags) for entry in Pagemap.load(folder / "pagemap-2.img")]
+    task.close()
+    assert entries == [(31, PE_PARENT), (2, PE_PRESENT)]
+
+
+def test_pages_of_shared_memory() -> None:
+    fd = os.memfd_create("shared")
+    for page in (2, 3, 70):
+        os.pwrite(fd, b"x", page * PAGE_SIZE + 5)
+    os.ftruncate(fd, 99 * PAGE_SIZE)
+    part = memory.shared_part(fd, 99 * PAGE_SIZE)
+    os.close(fd)
+    spans = [(start // PAGE_SIZE, end // PAGE_SIZE) for start, end, _ in part.runs]
+    assert spans == [(2, 4), (70, 71)]
+
+
+def test_shared_memory_that_can_t_be_looked_at() -> None:
+    """Only ENXIO says that there is no more; what can't be told is not taken for zeros."""
+    ends = os.pipe()
+    with pytest.raises(DumpError, match="Illegal seek"):
+        memory.shared_part(ends[0], PAGE_SIZE)
+    for end in ends:
+        os.close(end)
 
 
 def test_memory_that_vanishes_while_a_task_runs() -> None:
