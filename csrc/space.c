@@ -530,13 +530,22 @@ void lp_space_release(struct lp_space *s, uint64_t dense, uint64_t nr)
 	clear_bits(s->claimed, dense, nr);
 }
 
+/*
+ * Another source may bring a page at this very moment: what is not pending any more after it was marked can't be lost, and
+ * lp_space_commit, which looks in the opposite order, may have come too early to take the mark away.  Counted before it is
+ * marked, so that the count never falls below zero.
+ */
 void lp_space_lose(struct lp_space *s, uint64_t dense, uint64_t nr)
 {
 	FOR_WORDS(dense, nr, word, mask) {
-		uint64_t bits = atomic_load(&s->pending[word]) & mask;
-		uint64_t before = atomic_fetch_or(&s->lost[word], bits);
+		uint64_t bits = atomic_load(&s->pending[word]) & mask, not_new, arrived;
 
-		atomic_fetch_add(&s->nr_lost, (uint64_t)__builtin_popcountll(bits & ~before));
+		atomic_fetch_add(&s->nr_lost, (uint64_t)__builtin_popcountll(bits));
+		not_new = atomic_fetch_or(&s->lost[word], bits) & bits;
+		arrived = bits & ~atomic_load(&s->pending[word]);
+		arrived &= atomic_fetch_and(&s->lost[word], ~arrived);
+		atomic_fetch_sub(&s->nr_lost, (uint64_t)__builtin_popcountll(not_new) +
+						      (uint64_t)__builtin_popcountll(arrived));
 	}
 	clear_bits(s->claimed, dense, nr);
 }

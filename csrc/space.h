@@ -130,7 +130,7 @@ uint64_t lp_space_claim(struct lp_space *space, uint64_t dense, uint64_t nr);
 uint64_t lp_space_commit(struct lp_space *space, uint64_t dense, uint64_t nr);
 /* Claimed pages that have not; the caller wakes who may wait for them. */
 void lp_space_release(struct lp_space *space, uint64_t dense, uint64_t nr);
-/* Claimed pages that no source can give. */
+/* Claimed pages that no source can give; what has arrived all the same, from another one, is not lost. */
 void lp_space_lose(struct lp_space *space, uint64_t dense, uint64_t nr);
 /* Makes lost pages pending as before, but for those that never had a source: one has come back. Returns how many. */
 uint64_t lp_space_regain(struct lp_space *space);

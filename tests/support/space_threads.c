@@ -2,11 +2,14 @@
  * Threads claim, release, lose, regain and commit pages of one address space
  * until all have arrived.  Exits 1 when a page has two holders at a time, or
  * arrives twice, or the counts disagree at the end.
+ *
+ * Then two sources: one loses each page while the other one brings it.
  */
 #define _GNU_SOURCE
 #include "space.h"
 
 #include <pthread.h>
+#include <sched.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -52,6 +55,44 @@ static void *work(void *arg)
 	return NULL;
 }
 
+static _Atomic uint64_t turn; /* how often somebody has come to a page */
+
+/* Both do the same page at the same time, as nearly as that can be had. */
+static void meet(uint64_t page)
+{
+	uint64_t both = 2 * (page + 1);
+
+	if (atomic_fetch_add(&turn, 1) + 1 == both)
+		return;
+	for (unsigned spins = 0; atomic_load(&turn) < both; spins++)
+		if (spins > 10000)
+			sched_yield(); /* on one CPU */
+}
+
+static void *loses(void *arg)
+{
+	for (uint64_t page = 0; page < PAGES; page++) {
+		meet(page);
+		lp_space_lose(space, page, 1);
+	}
+	return arg;
+}
+
+static void *brings(void *arg)
+{
+	for (uint64_t page = 0; page < PAGES; page++) {
+		meet(page);
+		for (volatile unsigned i = 0; i < page % 32; i++)
+			;
+		arrived += lp_space_commit(space, page, 1);
+		if (lp_space_lost(space) > 2) /* this one, and the one before it for a moment */
+			fail("lost", page);
+	}
+	return arg;
+}
+
+static void *(*const sources[])(void *) = {loses, brings};
+
 int main(void)
 {
 	const struct lp_extent extent = {.start = 0x100000, .nr_pages = PAGES, .lazy = 1};
@@ -67,6 +108,17 @@ int main(void)
 			pthread_join(threads[i], NULL);
 		if (arrived != PAGES || lp_space_lost(space))
 			fail("arrived or lost", arrived);
+		lp_space_free(space);
+	}
+	for (int round = 0; round < 5; round++) {
+		space = lp_space_new(&extent, 1, &vma, 1, NULL, 0);
+		arrived = turn = 0;
+		for (size_t i = 0; i < 2; i++)
+			pthread_create(&threads[i], NULL, sources[i], NULL);
+		for (size_t i = 0; i < 2; i++)
+			pthread_join(threads[i], NULL);
+		if (arrived != PAGES || lp_space_pending(space) || lp_space_lost(space))
+			fail("arrived from one of two, or lost", arrived);
 		lp_space_free(space);
 	}
 	return 0;
