@@ -96,6 +96,7 @@ struct lp_task {
 	uint64_t lead, led_at;	 /* how far the background was sent ahead of a thread, and when; bytes, ns */
 	uint64_t total;
 	pid_t pid; /* 0: not known */
+	int pidfd; /* the owner's; -1 */
 	uint64_t tag;
 	uint32_t number; /* of this memory, in traces */
 	uint32_t nr_levels;
@@ -802,16 +803,41 @@ static void drop_into(struct lp_task *t, const uint64_t *dropped)
 		add(&t->dropped[i], dropped[i]);
 }
 
-struct wipe {
-	struct lp_space *space;
-	struct lp_counts *dropped;
+struct ranges {
+	struct lp_range *at;
+	size_t nr, cap;
 };
 
-static void wipe(void *arg, uint64_t start, uint64_t end)
+static void add_range(void *arg, uint64_t start, uint64_t end)
 {
-	struct wipe *w = arg;
+	struct ranges *r = arg;
 
-	lp_space_remove(w->space, start, end, w->dropped);
+	if (r->nr == r->cap) {
+		r->cap = r->cap ? r->cap * 2 : 16;
+		r->at = realloc(r->at, r->cap * sizeof(*r->at));
+		if (!r->at)
+			abort(); /* as in forked */
+	}
+	r->at[r->nr++] = (struct lp_range){start, end};
+}
+
+/*
+ * What a child finds zeroed.  The image knows what the task had said of that when it was dumped; what it has said since
+ * (MADV_WIPEONFORK, MADV_KEEPONFORK) no event tells, and only smaps shows.
+ *
+ * Two things can't be told so.  The event has been read, so the thread that forks goes on already: what it, or another
+ * one, says in the moment until smaps is read counts as said before the fork.  And of a forked child the process is not
+ * known: what it says itself, about pages that it has never touched, its own children do not feel: they find what was
+ * there, and not zeros.
+ */
+static void learn_wiped(struct lp_task *t)
+{
+	struct ranges wiped = {0};
+
+	if (t->pid && lp_space_pending(t->space) && !lp_each_wiped(t->pid, t->pidfd, add_range, &wiped) &&
+	    lp_space_wipe(t->space, wiped.at, wiped.nr))
+		abort();
+	free(wiped.at);
 }
 
 static void forked(struct lp_task *t, int uffd)
@@ -823,12 +849,10 @@ static void forked(struct lp_task *t, int uffd)
 	add(&t->stats.forks, 1);
 	if (!child)
 		abort(); /* closing the uffd would fill the child with zeros, and it can't be kept */
+	learn_wiped(t);
 	dropped.by_source = calloc(t->nr_levels + 2, sizeof(uint64_t));
 	if (!dropped.by_source || !(child->space = lp_space_clone(t->space, &dropped)))
 		abort();
-	/* The image knows what was to be wiped at dump time; what the task has said since, only the kernel does. */
-	if (t->pid && lp_space_pending(child->space))
-		lp_each_wiped(t->pid, wipe, &(struct wipe){child->space, &dropped});
 	drop_into(child, dropped.by_source);
 	free(dropped.by_source);
 	memcpy(child->levels, t->levels, t->nr_levels * sizeof(*t->levels));
@@ -1368,6 +1392,7 @@ struct lp_task *lp_task_new(struct lp_engine *e, int uffd, struct lp_memory *mem
 	lp_memory_free(memory);
 	t->total = lp_space_pending(t->space);
 	t->pid = pid;
+	t->pidfd = pidfd;
 	t->tag = tag;
 	lp_guard_names(e->guard, uffd, pid, pidfd);
 	number_memory(t, 0);

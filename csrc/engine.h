@@ -106,8 +106,8 @@ void lp_memory_free(struct lp_memory *memory);
 /*
  * A task, served from now on if lp_engine_run runs.  Takes over uffd and memory, also when it fails (NULL, errno): then the
  * uffd stays open to the end if anything is missing, for closed it would let the task run on zeros.  The mapped levels must
- * stay until the engine is freed.  pid, pidfd: the process here, 0 and -1 if it is not known; pidfd stays the caller's.  tag:
- * the owner's, for this task and all that it forks.
+ * stay until the engine is freed.  pid, pidfd: the process here, 0 and -1 if it is not known; pidfd stays the caller's, and open
+ * as long as the task is.  tag: the owner's, for this task and all that it forks.
  */
 struct lp_task *lp_task_new(struct lp_engine *engine, int uffd, struct lp_memory *memory, uint64_t max_readahead, pid_t pid,
 			    int pidfd, uint64_t tag);

@@ -1,3 +1,4 @@
+#define _GNU_SOURCE
 #include "smaps.h"
 
 #include <errno.h>
@@ -5,8 +6,10 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
-int lp_each_wiped(pid_t pid, void (*found)(void *arg, uint64_t start, uint64_t end), void *arg)
+int lp_each_wiped(pid_t pid, int pidfd, void (*found)(void *arg, uint64_t start, uint64_t end), void *arg)
 {
 	uint64_t start = 0, end = 0;
 	char path[32], *line = NULL;
@@ -18,6 +21,12 @@ int lp_each_wiped(pid_t pid, void (*found)(void *arg, uint64_t start, uint64_t e
 	smaps = fopen(path, "re");
 	if (!smaps)
 		return -errno;
+	/* from here on it is about the memory that the process had (fs/proc/task_mmu.c, proc_maps_open): was it the right one? */
+	if (pidfd >= 0 && syscall(SYS_pidfd_send_signal, pidfd, 0, NULL, 0)) {
+		rc = -errno;
+		fclose(smaps);
+		return rc;
+	}
 	while (getline(&line, &size, smaps) > 0) {
 		if (!strncmp(line, "VmFlags:", 8)) {
 			if (strstr(line, " wf "))
@@ -34,6 +43,8 @@ int lp_each_wiped(pid_t pid, void (*found)(void *arg, uint64_t start, uint64_t e
 	}
 	if (ferror(smaps))
 		rc = errno ? -errno : -EIO;
+	else if (!end)
+		rc = -ESRCH;
 	free(line);
 	fclose(smaps);
 	return rc;

@@ -19,8 +19,6 @@ struct image {
 	atomic_int refs;
 	size_t nr;
 	uint64_t nr_pages;
-	struct lp_range *wiped; /* by image address */
-	size_t nr_wiped;
 	struct slot slots[]; /* nr, then one that closes the table */
 };
 
@@ -35,6 +33,8 @@ struct lp_space {
 	size_t nr_regions, cap_regions;
 	uint32_t *by_image; /* regions sorted by image address; valid while by_image_valid */
 	bool by_image_valid;
+	struct lp_range *wiped; /* by image address, in no order */
+	size_t nr_wiped;
 	word_t *pending, *claimed, *lost;
 	_Atomic uint64_t nr_pending, nr_lost;
 	struct lp_range left[MAX_LEFT]; /* by mremap; that these are unmapped is told later, unless they stay */
@@ -189,10 +189,8 @@ static struct image *image_new(const struct lp_extent *extents, size_t nr)
 
 static void image_put(struct image *image)
 {
-	if (image && atomic_fetch_sub(&image->refs, 1) == 1) {
-		free(image->wiped);
+	if (image && atomic_fetch_sub(&image->refs, 1) == 1)
 		free(image);
-	}
 }
 
 /* Page aligned, not empty, sorted, disjoint, below what has no image. */
@@ -246,16 +244,16 @@ struct lp_space *lp_space_new(const struct lp_extent *extents, size_t nr_extents
 	s->pending = calloc(nr_words(s->image) + 1, sizeof(word_t));
 	s->claimed = calloc(nr_words(s->image) + 1, sizeof(word_t));
 	s->lost = calloc(nr_words(s->image) + 1, sizeof(word_t));
-	s->image->wiped = calloc(nr_wiped + 1, sizeof(*wiped));
+	s->wiped = calloc(nr_wiped + 1, sizeof(*wiped));
 	errno = ENOMEM;
-	if (!s->regions || !s->pending || !s->claimed || !s->lost || !s->image->wiped)
+	if (!s->regions || !s->pending || !s->claimed || !s->lost || !s->wiped)
 		goto fail;
 	for (size_t i = 0; i < nr_vmas; i++)
 		s->regions[i] = (struct lp_region){vmas[i].start, vmas[i].end, vmas[i].start};
 	s->nr_regions = nr_vmas;
 	for (size_t i = 0; i < nr_wiped; i++)
-		s->image->wiped[i] = wiped[i];
-	s->image->nr_wiped = nr_wiped;
+		s->wiped[i] = wiped[i];
+	s->nr_wiped = nr_wiped;
 	set_bits(s->pending, 0, s->image->nr_pages);
 	atomic_init(&s->nr_pending, s->image->nr_pages);
 	for (size_t i = 0; i < s->image->nr; i++) {
@@ -278,6 +276,7 @@ void lp_space_free(struct lp_space *s)
 	image_put(s->image);
 	free(s->regions);
 	free(s->by_image);
+	free(s->wiped);
 	free((void *)s->pending);
 	free((void *)s->claimed);
 	free((void *)s->lost);
@@ -719,19 +718,47 @@ struct lp_space *lp_space_clone(struct lp_space *s, struct lp_counts *dropped)
 	c->pending = copy_bits(s, s->pending);
 	c->claimed = calloc(nr_words(s->image) + 1, sizeof(word_t));
 	c->lost = copy_bits(s, s->lost);
-	if (!c->regions || !c->pending || !c->claimed || !c->lost) {
+	c->wiped = malloc((s->nr_wiped + 1) * sizeof(*c->wiped));
+	if (!c->regions || !c->pending || !c->claimed || !c->lost || !c->wiped) {
 		lp_space_free(c);
 		return NULL;
 	}
 	memcpy(c->regions, s->regions, s->nr_regions * sizeof(*s->regions));
 	atomic_init(&c->nr_pending, atomic_load(&s->nr_pending));
 	atomic_init(&c->nr_lost, atomic_load(&s->nr_lost));
-	for (size_t i = 0; i < c->image->nr_wiped; i++)
-		drop(c, c->image->wiped[i].start, c->image->wiped[i].end, dropped);
+	c->nr_wiped = s->nr_wiped;
+	for (size_t i = 0; i < c->nr_wiped; i++) {
+		c->wiped[i] = s->wiped[i];
+		drop(c, c->wiped[i].start, c->wiped[i].end, dropped);
+	}
 	/* of what is unmapped already, nobody will tell the child's */
 	for (size_t i = 0; i < s->nr_left; i++)
 		cut_empty(c, s->left[i].start, s->left[i].end);
 	return c;
+}
+
+int lp_space_wipe(struct lp_space *s, const struct lp_range *ranges, size_t nr)
+{
+	struct lp_range *wiped = malloc((nr + s->nr_regions + 1) * sizeof(*wiped));
+	size_t nr_wiped = 0;
+
+	if (!wiped)
+		return -ENOMEM;
+	for (size_t i = 0; i < nr; i++)
+		for (size_t r = region_at(s, ranges[i].start); r < s->nr_regions && s->regions[r].start < ranges[i].end; r++) {
+			const struct lp_region *region = &s->regions[r];
+			uint64_t start = ranges[i].start > region->start ? ranges[i].start : region->start;
+
+			if (region->image < LP_NO_IMAGE)
+				wiped[nr_wiped++] = (struct lp_range){
+					region->image + (start - region->start),
+					region->image + (min_u64(ranges[i].end, region->end) - region->start),
+				};
+		}
+	free(s->wiped);
+	s->wiped = wiped;
+	s->nr_wiped = nr_wiped;
+	return 0;
 }
 
 void lp_space_rest(struct lp_space *s)

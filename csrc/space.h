@@ -92,11 +92,13 @@ struct lp_counts {
 /*
  * Extents sorted and disjoint; those that are not lazy are left out.  vmas are
  * the lazy-capable VMAs, sorted and disjoint, every lazy extent within them;
- * wiped are those of them that a child finds zeroed (MADV_WIPEONFORK).  NULL
+ * wiped are ranges that a child finds zeroed (MADV_WIPEONFORK), and its children.  NULL
  * with errno set: EINVAL when they are not as they should be, ENOMEM.
  */
 struct lp_space *lp_space_new(const struct lp_extent *extents, size_t nr_extents, const struct lp_range *vmas,
 			      size_t nr_vmas, const struct lp_range *wiped, size_t nr_wiped);
+/* The ranges, sorted and disjoint, where a child finds zeros from now on, and nowhere else. 0 or -ENOMEM. (exclusive) */
+int lp_space_wipe(struct lp_space *space, const struct lp_range *ranges, size_t nr);
 /* What fork(2) makes of it: the same pages pending but for the wiped ones, none claimed. (exclusive) */
 struct lp_space *lp_space_clone(struct lp_space *space, struct lp_counts *dropped);
 void lp_space_free(struct lp_space *space);

@@ -24,6 +24,7 @@ struct lp_space;
 
 struct lp_space *lp_space_new(const struct lp_extent *extents, size_t nr_extents, const struct lp_range *vmas,
                               size_t nr_vmas, const struct lp_range *wiped, size_t nr_wiped);
+int lp_space_wipe(struct lp_space *space, const struct lp_range *ranges, size_t nr);
 struct lp_space *lp_space_clone(struct lp_space *space, struct lp_counts *dropped);
 void lp_space_free(struct lp_space *space);
 uint64_t lp_space_pending(const struct lp_space *space);

@@ -128,7 +128,7 @@ class MappedFile:
 class TaskMemory(NamedTuple):
     """What a task's memory is made of, as the engine wants it.
 
-    ``vmas``: lazy-capable VMAs as (start, end), sorted. ``wiped``: those of them that a forked child finds zeroed.
+    ``vmas``: lazy-capable VMAs as (start, end), sorted. ``wiped``: ranges that a forked child finds zeroed.
     ``levels``: the pages file of each level of the chain (None: it has none); they must outlive the engine.
     """
 
@@ -509,7 +509,7 @@ class Engine:
     ) -> ServedTask:
         """Serves a task from now on. Owns uffd from here, also if it fails.
 
-        ``pid``, ``pidfd``: the process, where known; pidfd stays the caller's.
+        ``pid``, ``pidfd``: the process, where known; pidfd stays the caller's, and open as long as the task is.
 
         Raises OSError, as PreparedMemory does; and when the uffd can't be watched. Then it stays open to the end, for
         closed it would let the task run on zeros.

@@ -31,6 +31,7 @@ from lazypages.uffd import (
     TaskGoneError,
     TaskMemory,
 )
+from tests.support.processes import end, start_as
 from tests.support.uffd import (
     BACKWARD,
     BASE,
@@ -48,7 +49,7 @@ from tests.support.uffd import (
 GIB = 1 << 30
 PAGES = 512
 REMOTE, LOST = 0xFFFFFFFE, 0xFFFFFFFF  # csrc/extent.h
-MADV_DONTNEED, MADV_DONTFORK, MADV_NOHUGEPAGE, MADV_WIPEONFORK = 4, 10, 15, 18
+MADV_DONTNEED, MADV_DONTFORK, MADV_NOHUGEPAGE, MADV_WIPEONFORK, MADV_KEEPONFORK = 4, 10, 15, 18, 19
 
 
 @pytest.fixture(scope="module")
@@ -596,6 +597,48 @@ def test_wiped_on_fork(file: PagesFile) -> None:
         child.check(BASE + 32 * PAGE, 16, file.first_id + 32)
         task.check(BASE, 48, file.first_id)
         service.wait(NoticeKind.COMPLETE, served)
+
+
+def test_wiped_on_fork_by_what_was_said_since(file: PagesFile) -> None:
+    """MADV_WIPEONFORK and _KEEPONFORK after the restore; for children of children as well, whose pids nobody knows.
+
+    Also when the process has ended whose pid was told, and another has its memory: then the pid may be anybody's.
+    """
+    with Service() as service, ExitStack() as stack:
+        task, uffd = one_mapping(service, file, 48)
+        assert task.do("madvise", BASE + 16 * PAGE, 16, MADV_WIPEONFORK) == "0"
+        pidfd = os.pidfd_open(task.pid)
+        stack.callback(os.close, pidfd)
+        service.serve(
+            uffd,
+            [(BASE, 48, 0, 0)],
+            [(BASE, 16), (BASE + 16 * PAGE, 16), (BASE + 32 * PAGE, 16)],
+            file,
+            wiped=[(BASE + 16 * PAGE, 16)],
+            max_readahead=1,
+            pid=task.pid,
+            pidfd=pidfd,
+        )
+
+        def check(one: Task) -> None:
+            one.check(BASE, 32, file.first_id)
+            one.check(BASE + GIB, 8, 0)
+            one.check(BASE + 40 * PAGE, 8, file.first_id + 40)
+
+        assert task.do("madvise", BASE + 16 * PAGE, 16, MADV_KEEPONFORK) == "0"
+        assert task.do("madvise", BASE + 32 * PAGE, 8, MADV_WIPEONFORK) == "0"
+        assert task.mremap(BASE + 32 * PAGE, 8, BASE + GIB) == BASE + GIB
+        child = adopt_fork(service, task)
+        grandchild = adopt_fork(service, child)
+        check(grandchild)
+        check(child)
+        pid = task.pid
+        task.leave()
+        start_as(pid)
+        check(adopt_fork(service, task))
+        task.check(BASE, 32, file.first_id)
+        task.check(BASE + GIB, 8, file.first_id + 32)
+        end([pid])
 
 
 def test_child_without_some_mappings(file: PagesFile) -> None:

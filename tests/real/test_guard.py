@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import random
 import signal
@@ -19,7 +18,7 @@ import pytest
 
 from tests.support.criu import Criu, all_criu
 from tests.support.fake import compile_restored, restored_tasks, serve, serve_command, write_images
-from tests.support.processes import Server, descendants, nothing_left, wait_for
+from tests.support.processes import Server, descendants, nothing_left, start_as, wait_for
 from tests.support.restore import Checkpoints, lazy_restore, our_daemon
 from tests.support.uffd import BASE, PagesFile, Task
 
@@ -140,20 +139,6 @@ def handed_over(images: Path, file: PagesFile, command: list[str]) -> Iterator[t
 @pytest.fixture(scope="module")
 def file() -> PagesFile:
     return PagesFile(PAGES)
-
-
-def start_as(pid: int) -> None:
-    """A process with this pid, which is free, that does nothing (clone3(2), set_tid). It ends with us."""
-    libc = ctypes.PyDLL(
-        None, use_errno=True
-    )  # does not let go of the interpreter's lock, which the child needs
-    pids = (ctypes.c_int32 * 1)(pid)
-    arguments = (ctypes.c_uint64 * 11)(0, 0, 0, 0, signal.SIGCHLD, 0, 0, 0, ctypes.addressof(pids), 1, 0)
-    started = libc.syscall(435, arguments, ctypes.sizeof(arguments))
-    if not started:
-        libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        os.execv("/bin/sleep", ["sleep", "infinity"])
-    assert started == pid, os.strerror(ctypes.get_errno())
 
 
 def switches(pid: int) -> int:

@@ -172,6 +172,9 @@ class Space:
         assert lib.lp_space_remap(self._space, start, to, length, counts) == 0
         self._add_dropped(by_source)
 
+    def wipe(self, ranges: list[tuple[int, int]]) -> None:
+        assert lib.lp_space_wipe(self._space, ffi.new("struct lp_range[]", ranges), len(ranges)) == 0
+
     def clone(self) -> Space:
         child = Space.__new__(Space)
         counts, by_source = self._counts()

@@ -286,6 +286,7 @@ class Service:
         wiped: Sequence[tuple[int, int]] = (),
         max_readahead: int = 16,
         pid: int = 0,
+        pidfd: int = -1,
         tag: int = 0,
     ) -> ServedTask:
         """Adds a task; extents as for :class:`ExtentTable`, VMAs and wiped ranges as (address, pages)."""
@@ -299,6 +300,7 @@ class Service:
                 max_readahead,
             ),
             pid=pid,
+            pidfd=pidfd,
             tag=tag,
         )
 

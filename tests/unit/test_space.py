@@ -26,12 +26,14 @@ class Model:
     """One task. Everything is counted in units, each of so many pages as the test says.
 
     ``image``: what is at each unit that is mapped: (its unit at dump time), or None where there is nothing of the dump.
+    ``wiped``: units of the dump that a child finds zeroed.
     """
 
     image: dict[int, int | None]
     pending: set[int]
     claimed: set[int] = field(default_factory=set)
     lost: set[int] = field(default_factory=set)
+    wiped: set[int] = field(default_factory=set)
 
     def drop(self, images: set[int | None]) -> None:
         self.pending -= images  # type: ignore[arg-type]
@@ -76,7 +78,7 @@ class SpaceAgainstPages(RuleBasedStateMachine):
         vmas: list[list[int]] = []
         wiped: list[list[int]] = []
         self.units: dict[int, Unit] = {}
-        self.wiped_units: set[int] = set()
+        wiped_units: set[int] = set()
         mapped: dict[int, int | None] = {}
         before: Any = "hole"
         dense = 0
@@ -93,7 +95,7 @@ class SpaceAgainstPages(RuleBasedStateMachine):
                 vmas[-1][1] = end
             mapped[unit] = unit
             if wiped and wiped[-1] is vmas[-1]:
-                self.wiped_units.add(unit)
+                wiped_units.add(unit)
             if kind != "zero":
                 source = 0 if kind == "eager" else kind
                 if kind != before or new_extent:
@@ -112,7 +114,7 @@ class SpaceAgainstPages(RuleBasedStateMachine):
         self.space = Space(extents, [(a, b) for a, b in vmas], [(a, b) for a, b in wiped])
         self.committed: list[dict[int, int]] = []
         self.spaces = [self.space]
-        self.models = [Model(mapped, set(self.units), set(), lost)]
+        self.models = [Model(mapped, set(self.units), set(), lost, wiped_units)]
         self.expected_dropped = [[0] * 4]
 
     def addr(self, unit: int) -> int:
@@ -329,6 +331,18 @@ class SpaceAgainstPages(RuleBasedStateMachine):
         else:
             space.rest()
 
+    @rule(which=st.integers(0, 9), units=st.sets(UNITS, max_size=6), length=st.integers(1, 4))
+    def wipe(self, which: int, units: set[int], length: int) -> None:
+        space, model = self.pick(which)
+        ranges, after = [], 0
+        for unit in sorted(units):
+            if unit >= after:
+                after = unit + length
+                ranges.append((unit, after))
+        space.wipe([(self.addr(start), self.addr(end)) for start, end in ranges])
+        images = {model.image.get(unit) for start, end in ranges for unit in range(start, end)}
+        model.wiped = {image for image in images if image is not None}
+
     @rule(which=st.integers(0, 9))
     def fork(self, which: int) -> None:
         if len(self.spaces) == 4:
@@ -336,12 +350,14 @@ class SpaceAgainstPages(RuleBasedStateMachine):
         space, model = self.pick(which)
         child = space.clone()
         self.spaces.append(child)
-        self.models.append(Model(dict(model.image), set(model.pending), set(), set(model.lost)))
+        self.models.append(
+            Model(dict(model.image), set(model.pending), set(), set(model.lost), set(model.wiped))
+        )
         # the totals hold for the child as well: what its parent has done, it has done
         child.dropped = [a + b for a, b in zip(child.dropped, space.dropped, strict=True)]
         self.expected_dropped.append(list(self.expected_dropped[self.which]))
         self.which = len(self.spaces) - 1
-        self.dropping(self.models[-1], set(self.wiped_units))
+        self.dropping(self.models[-1], set(model.wiped))
 
     # What always holds.
 
