@@ -1,6 +1,17 @@
-"""``python -m lazypages``."""
+"""``python -m lazypages``, and the installed command."""
 
-from lazypages.cli import main
+import sys
+
+from lazypages.imports import importing
+
+
+def main() -> None:
+    """Exit status 0 for success, 1 for failure, 2 for a wrong command line."""
+    with importing():
+        from lazypages.cli import cli  # noqa: PLC0415 - see `importing`
+
+    sys.exit(cli(prog_name="lazypages"))
+
 
 if __name__ == "__main__":
     main()

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
 import importlib
-import sys
 from pathlib import Path
 
 import click
@@ -12,6 +10,7 @@ import click
 from images_spec.errors import ImageError
 from lazypages import __version__
 from lazypages.errors import LazyPagesError
+from lazypages.imports import importing
 
 #: Subcommands: the object that is one, and its line in the help. Imported when it is called, not before:
 #: a restore waits for ``lazypages serve``.
@@ -29,11 +28,6 @@ COMMANDS = {
 }
 
 
-#: New objects before the garbage collector looks among them. Python's own 700 are much below what a task of a thousand
-#: makes, and next to nothing of that is garbage.
-GC_THRESHOLD = 20_000
-
-
 class _Commands(click.Group):
     """Errors that we foresee are one line, never a traceback."""
 
@@ -44,12 +38,8 @@ class _Commands(click.Group):
         if cmd_name not in COMMANDS:
             return None
         module, name = COMMANDS[cmd_name][0].split(":")
-        # Modules stay: to look for garbage among them, now and ever again, takes a tenth of the time of a start.
-        gc.disable()
-        command = getattr(importlib.import_module(module), name)
-        gc.freeze()
-        gc.set_threshold(GC_THRESHOLD)
-        gc.enable()
+        with importing():
+            command = getattr(importlib.import_module(module), name)
         assert isinstance(command, click.Command)
         return command
 
@@ -90,8 +80,3 @@ def show(directory: Path) -> None:
     from lazypages.show import show as show_images  # noqa: PLC0415
 
     show_images(directory, Console(highlight=False))
-
-
-def main() -> None:
-    """Entry point: exit status 0 for success, 1 for failure, 2 for a wrong command line."""
-    sys.exit(cli(prog_name="lazypages"))

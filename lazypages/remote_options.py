@@ -10,11 +10,12 @@ import click
 
 from lazypages.errors import LazyPagesError
 from lazypages.sources import FORMS
-from lazypages.tls import DEFAULT_CACERT, DEFAULT_CERT, DEFAULT_KEY, TlsFiles
+from lazypages.tls_defaults import DEFAULT_CACERT, DEFAULT_CERT, DEFAULT_KEY
 
 if TYPE_CHECKING:
     from lazypages.sources.remote import RemoteOptions
     from lazypages.sources.url import PageServerAddress
+    from lazypages.tls import TlsFiles
 
 AUTO = "auto"
 #: Values of wire.Layout, which is imported when one is needed.
@@ -122,6 +123,8 @@ class Sources(NamedTuple):
 
 def tls_files(options: dict[str, Any]) -> TlsFiles:
     """Of the values of TLS_OPTIONS."""
+    from lazypages.tls import TlsFiles  # noqa: PLC0415 - slow to import, and only needed with a page server
+
     return TlsFiles(
         cacert=options["tls_cacert"],
         cert=options["tls_cert"],

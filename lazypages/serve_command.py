@@ -8,26 +8,26 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import Callable, Coroutine, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
-import anyio
 import click
 
 from images_spec.errors import ImageError
 from lazypages import kernel, logs, summary
-from lazypages.control import ControlSocket
+from lazypages.control_socket import ControlSocket
 from lazypages.daemonize import daemonize, open_pidfile, tell_ready
 from lazypages.errors import LazyPagesError
+from lazypages.imports import importing
 from lazypages.logs import MESSAGE
-from lazypages.loop.server import ServeOptions, Server
+from lazypages.loop.options import ServeOptions
 from lazypages.metrics import Summary
 from lazypages.options import verbosity_option
-from lazypages.progress import TerminalWatch, watch_in_log
 from lazypages.remote_options import SOURCE_OPTIONS, add_options, sources_of
 from lazypages.restored import Expected, expect, written_by
 from lazypages.uffd import PAGE_SIZE, Guard
@@ -39,11 +39,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("lazypages")
 
-LOOPS: dict[str, tuple[str, dict[str, Any]]] = {
-    "uvloop": ("asyncio", {"use_uvloop": True}),
-    "asyncio": ("asyncio", {"use_uvloop": False}),
-    "trio": ("trio", {}),
-}
+#: As those of lazypages.loop.run, which is not imported yet when they are needed; their packages have these names.
+LOOPS = ("uvloop", "asyncio", "trio")
 
 #: Messages that somebody reads: with less verbosity than this nothing is said at all.
 AUDIBLE = 1
@@ -173,7 +170,7 @@ def _check_directory(option: str, path: Path) -> None:
 )
 @click.option(
     "--loop",
-    type=click.Choice(list(LOOPS)),
+    type=click.Choice(LOOPS),
     default="uvloop",
     envvar="LAZYPAGES_LOOP",
     show_default=True,
@@ -252,6 +249,9 @@ def _serve(
         options = options._replace(remote=hint)
     tracer = _tracer(places, expected)
     _check_userfaultfd()
+    if options.page_servers:
+        _check_certificates(options)
+    _check_loop(loop)
     ready: list[Callable[[], None]] = [
         lambda: log.log(MESSAGE, "%s", _invitation(places, expected)),
     ]
@@ -265,12 +265,30 @@ def _serve(
             log.warning("--pidfile does nothing without -d")
         # A terminal that goes away is no reason to leave tasks without their memory.
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        beside = _beside(ready, TerminalWatch(terminal) if terminal else watch_in_log)
-        backend, backend_options = LOOPS[loop]
-        with Guard(log_fd) as guard, tracer or nullcontext():
-            options = options._replace(trace=tracer.ring if tracer else None)
-            server = Server(expected, control, options, guard)
-            result = anyio.run(server.run, beside, backend=backend, backend_options=backend_options)
+        with Guard(log_fd) as guard, ExitStack() as until_running:
+            until_running.enter_context(_signals_held())  # by all threads, so this comes before any other
+            with tracer or nullcontext():
+                options = options._replace(trace=tracer.ring if tracer else None)
+                _tell(ready)
+                try:
+                    until_running.enter_context(importing())
+                    from lazypages.loop.run import run  # noqa: PLC0415 - while the restore starts
+
+                    result = run(
+                        loop,
+                        expected,
+                        control,
+                        options,
+                        guard,
+                        terminal=terminal,
+                        running=until_running.close,
+                    )
+                except BaseException:
+                    # Nothing known leads here, but uffds may lie in the socket that nobody has read: closed, they would
+                    # give zeros.
+                    control.leave()
+                    guard.leave()
+                    raise
     if result.tasks or result.finished:
         if terminal:
             with suppress(OSError):  # it has gone away
@@ -319,26 +337,35 @@ def _check_userfaultfd() -> None:
             )
 
 
-def _beside(
-    ready: Sequence[Callable[[], None]], watch: Callable[[Server], Coroutine[Any, Any, None]]
-) -> Callable[[Server], Coroutine[Any, Any, None]]:
-    """What runs beside the service: says that it is there, then shows progress.
+def _check_certificates(options: ServeOptions) -> None:
+    """Raises TlsError."""
+    from lazypages.sources.remote import check_certificates  # noqa: PLC0415 - slow to import
 
-    No trouble with that may end the service: a terminal may go away at any time.
-    """
+    check_certificates(options.page_servers, options.remote)
 
-    async def run(server: Server) -> None:
-        for tell in ready:
-            try:
-                tell()
-            except (OSError, LazyPagesError) as error:
-                log.warning("nobody hears that a restore may be started: %s", error)
+
+def _check_loop(loop: str) -> None:
+    if find_spec(loop) is None:
+        raise LazyPagesError(f"--loop {loop}: it is not installed; install the Python package {loop}")
+
+
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """SIGINT and SIGTERM wait for the server, which knows whom it would leave without memory."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _tell(ready: Sequence[Callable[[], None]]) -> None:
+    """Says that a restore may be started. That nobody listens is no reason not to serve."""
+    for tell in ready:
         try:
-            await watch(server)
-        except Exception as error:
-            log.warning("progress is not shown any more: %s", error)
-
-    return run
+            tell()
+        except (OSError, LazyPagesError) as error:
+            log.warning("nobody hears that a restore may be started: %s", error)
 
 
 def _terminal() -> Console:

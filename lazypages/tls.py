@@ -14,11 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lazypages.errors import LazyPagesError
-
-DEFAULT_CACERT = Path("/etc/pki/CA/cacert.pem")
-DEFAULT_CACRL = Path("/etc/pki/CA/cacrl.pem")
-DEFAULT_CERT = Path("/etc/pki/criu/cert.pem")
-DEFAULT_KEY = Path("/etc/pki/criu/private/key.pem")
+from lazypages.tls_defaults import DEFAULT_CACERT, DEFAULT_CACRL, DEFAULT_CERT, DEFAULT_KEY
 
 
 class TlsError(LazyPagesError):

@@ -314,12 +314,18 @@ class Guard:
         if self.handle == ffi.NULL:
             raise OSError(ffi.errno, os.strerror(ffi.errno))
         self.pid = int(lib.lp_guard_pid(self.handle))
+        self._left = False
 
     def __enter__(self) -> Guard:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        lib.lp_guard_end(self.handle)
+        if not self._left:
+            lib.lp_guard_end(self.handle)
+
+    def leave(self) -> None:
+        """Does not end with the context, but takes over when this process ends, as if that had been killed."""
+        self._left = True
 
 
 class LaneEventKind(enum.IntEnum):

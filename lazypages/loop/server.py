@@ -6,23 +6,18 @@ import logging
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping
 from contextlib import AsyncExitStack, aclosing
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import anyio
 from anyio import to_thread
 from anyio.abc import TaskStatus
 
-from lazypages.control import (
-    Connection,
-    ControlError,
-    ControlSocket,
-    RestoreFinished,
-    TaskArrived,
-    ZombieArrived,
-)
+from lazypages.control import Connection, RestoreFinished, TaskArrived, ZombieArrived, accept
+from lazypages.control_socket import ControlError, ControlSocket
 from lazypages.errors import LazyPagesError
+from lazypages.loop.options import ServeOptions
 from lazypages.loop.service import Identity, TaskService, poison_now
 from lazypages.metrics import Summary
 from lazypages.processes import Exits, Process
@@ -31,9 +26,7 @@ from lazypages.summary import count, size
 from lazypages.uffd import PAGE_SIZE, Engine, Guard, NoticeKind, ServedTask
 
 if TYPE_CHECKING:
-    from lazypages.sources.remote import RemoteOptions, RemotePages
-    from lazypages.sources.url import PageServerAddress
-    from lazypages.tracing import Ring
+    from lazypages.sources.remote import RemotePages
 
 log = logging.getLogger("lazypages")
 
@@ -47,19 +40,6 @@ PROBES = 200
 
 #: Seconds that a page server may take to be reached at the very end: it waits to be told that this is the end.
 FAREWELL = 10.0
-
-
-class ServeOptions(NamedTuple):
-    """``background``: bring pages that nobody touches, too, once the restore is finished.
-
-    ``page_servers``: for pages that are lazy and not in the images; all have the same content. ``remote``: how they
-    are asked; None: in the usual way. ``trace``: gets a record of every fault and transfer.
-    """
-
-    background: bool = True
-    page_servers: Sequence[PageServerAddress] = ()
-    remote: RemoteOptions | None = None
-    trace: Ring | None = None
 
 
 class EngineError(LazyPagesError):
@@ -192,7 +172,7 @@ class Server:
     # The restorer.
 
     async def _receive(self, engine: Engine) -> None:
-        with await self._control.accept() as connection:
+        with await accept(self._control) as connection:
             # One restore a daemon: a second one fails at once rather than wait for nobody.
             self._connected = True
             self._started = time.monotonic()
@@ -349,7 +329,7 @@ class Server:
         with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
             task_status.started()
             async for _signal in signals:
-                if not self._connected:
+                if not self._connected and not self._control.has_caller():
                     log.error("ended before a restore connected")
                     scope.cancel()
                 elif not self._draining:

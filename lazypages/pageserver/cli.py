@@ -36,7 +36,8 @@ from lazypages.pageserver.listen import (
 )
 from lazypages.pageserver.receive import ImageReceiver, ReceiveConnection
 from lazypages.pageserver.serve import PageConnection
-from lazypages.tls import DEFAULT_CACERT, DEFAULT_CERT, DEFAULT_KEY, TlsError, TlsFiles
+from lazypages.tls import TlsError, TlsFiles
+from lazypages.tls_defaults import DEFAULT_CACERT, DEFAULT_CERT, DEFAULT_KEY
 from lazypages.wire import PAGE_SIZE
 
 log = logging.getLogger("lazypages")

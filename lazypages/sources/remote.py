@@ -832,6 +832,12 @@ class RemotePages:
                 await lane.closed.wait()
 
 
+def check_certificates(servers: Sequence[PageServerAddress], options: RemoteOptions | None) -> None:
+    """Raises TlsError when a server wants certificates, and ours can't be used."""
+    if any(isinstance(server, TcpServer) and server.tls for server in servers):
+        ((options and options.tls) or TlsFiles()).client_context()
+
+
 @asynccontextmanager
 async def open_remote(
     servers: Sequence[PageServerAddress],
@@ -848,8 +854,7 @@ async def open_remote(
     the certificates can't be used.
     """
     options = options or RemoteOptions()
-    if any(isinstance(server, TcpServer) and server.tls for server in servers):
-        (options.tls or TlsFiles()).client_context()
+    check_certificates(servers, options)
     async with anyio.create_task_group() as group:
         remote = RemotePages(servers, options, on_pages, on_lost, group=group, engine=engine)
         remote._start()

@@ -22,7 +22,7 @@ COUNTING = """
 import sys
 from lazypages.restore.machine import Machine
 Machine.chooses_timer_ids = False
-from lazypages.cli import main
+from lazypages.__main__ import main
 sys.argv[1:] = ["restore", "-D", sys.argv[1], "-d"]
 main()
 """

@@ -143,7 +143,7 @@ def test_serve_starts_without_what_it_does_not_need() -> None:
 def test_help_imports_no_command() -> None:
     script = (
         "import sys\n"
-        "from lazypages.cli import main\n"
+        "from lazypages.__main__ import main\n"
         "sys.argv = ['lazypages', '--help']\n"
         "try:\n    main()\nexcept SystemExit:\n    print('anyio' in sys.modules, 'rich' in sys.modules)\n"
     )

@@ -17,17 +17,9 @@ import anyio
 import pytest
 from anyio import to_thread
 
-from lazypages.control import (
-    FINISH,
-    SOCKET_NAME,
-    ControlError,
-    ControlSocket,
-    Event,
-    RestoreFinished,
-    TaskArrived,
-    ZombieArrived,
-)
-from lazypages.serve_command import LOOPS
+from lazypages.control import FINISH, Event, RestoreFinished, TaskArrived, ZombieArrived, accept
+from lazypages.control_socket import SOCKET_NAME, ControlError, ControlSocket
+from lazypages.loop.run import LOOPS
 
 Run = Callable[..., Any]
 
@@ -76,14 +68,14 @@ def send_fds(peer: socket.socket, *fds: int) -> None:
 
 async def receive(control: ControlSocket) -> list[Event]:
     """All that the first connection has to say, until its end."""
-    with await control.accept() as connection:
+    with await accept(control) as connection:
         return [event async for event in connection.events()]
 
 
 async def fail(control: ControlSocket) -> tuple[list[Event], str]:
     """The events before the error, and what that says."""
     events: list[Event] = []
-    with await control.accept() as connection:
+    with await accept(control) as connection:
         try:
             async for event in connection.events():
                 events.append(event)  # noqa: PERF401 - what came before the error counts
@@ -168,7 +160,7 @@ def test_service_may_start_with_the_first_task(run: Run, control: ControlSocket,
     reader, writer = os.pipe()
 
     async def first() -> Event:
-        with await control.accept() as connection:
+        with await accept(control) as connection:
             async with aclosing(connection.events()) as events:
                 return await anext(events)
 
@@ -196,7 +188,7 @@ def test_reset_by_a_killed_restorer(run: Run, control: ControlSocket) -> None:
     """A peer that goes away with unread data on its side resets the connection; that is an end as well."""
 
     async def receive_then_reset() -> list[Event]:
-        connection = await control.accept()
+        connection = await accept(control)
         with connection:
             connection._peer.send(b"never read")
             peer.close()
@@ -268,6 +260,30 @@ def test_a_probe_that_sends_nothing_hinders_nobody(run: Run, control: ControlSoc
 # Who may connect.
 
 
+def test_who_has_called_and_was_not_heard_yet(control: ControlSocket) -> None:
+    assert not control.has_caller()
+    assert control.take() is None
+    with connect(control.path):
+        assert control.has_caller()
+        caller = control.take()
+        assert caller is not None
+        connection, pid = caller
+        assert pid == os.getpid()
+        assert not control.has_caller()
+        connection.close()
+
+
+def test_left_to_others(control: ControlSocket) -> None:
+    """The file is gone; whoever shares the file descriptor still has all that was sent."""
+    others = os.dup(control.fileno())
+    with connect(control.path) as peer:
+        peer.sendall(b"word")
+        control.leave()
+        assert not control.path.exists()
+        with socket.socket(fileno=others) as listener, listener.accept()[0] as connection:
+            assert connection.recv(10) == b"word"
+
+
 def test_only_its_owner_and_root_reach_it(control: ControlSocket) -> None:
     mode = control.path.stat().st_mode
     assert stat.S_ISSOCK(mode)
@@ -292,7 +308,7 @@ def test_other_users_are_turned_away(run: Run, control: ControlSocket) -> None:
     stranger = subprocess.Popen([sys.executable, "-c", script, str(control.path)])
     with stranger:
 
-        async def accept() -> list[Event]:
+        async def serve() -> list[Event]:
             async with anyio.create_task_group() as group:
                 group.start_soon(befriend)
                 return await receive(control)
@@ -303,7 +319,7 @@ def test_other_users_are_turned_away(run: Run, control: ControlSocket) -> None:
             peer.sendall(word(-7))
             peer.close()
 
-        assert run(accept) == [ZombieArrived(7)]
+        assert run(serve) == [ZombieArrived(7)]
     assert stranger.returncode == 0
 
 

@@ -1,0 +1,142 @@
+"""The socket in the work directory where a restore looks for the daemon (reference: criu-interfaces, section 1).
+
+What is said on it is :mod:`lazypages.control`. Here nothing needs an event loop: a restore waits for this socket, and
+not for what takes long to import.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import socket
+import struct
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from lazypages.errors import LazyPagesError
+
+SOCKET_NAME = "lazy-pages.socket"
+
+#: struct ucred: pid, uid, gid (unix(7)).
+CREDENTIALS = struct.Struct("=iII")
+
+
+class ControlError(LazyPagesError):
+    """The socket can't be had, or the restorer broke the protocol."""
+
+
+class ControlSocket:
+    """The listening socket; a context manager that removes what it made.
+
+    A socket that nobody serves any more is replaced. Raises ControlError when another daemon serves this
+    directory, or when the socket can't be made.
+    """
+
+    def __init__(self, work_dir: Path) -> None:
+        self.path = work_dir / SOCKET_NAME
+        try:
+            self._dir = os.open(work_dir, os.O_PATH | os.O_DIRECTORY)
+        except OSError as error:
+            raise ControlError(f"can't make {self.path}: {error.strerror}") from error
+        self._identity: tuple[int, int] | None = None
+        # A short name that reaches the directory, whatever the length of its path (sun_path holds 107 bytes).
+        self._address = f"/proc/self/fd/{self._dir}/{SOCKET_NAME}"
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        try:
+            self._replace_stale()
+            self._bind()
+        except OSError as error:
+            self.close()
+            raise ControlError(f"can't make {self.path}: {error.strerror}") from error
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _replace_stale(self) -> None:
+        try:
+            mode = os.stat(SOCKET_NAME, dir_fd=self._dir, follow_symlinks=False).st_mode
+        except FileNotFoundError:
+            return
+        if (mode & 0o170000) != 0o140000:
+            raise ControlError(f"{self.path} exists and is not a socket; remove it or choose another -W")
+        # Asking with another type of socket tells whether somebody is bound there (EPROTOTYPE) or nobody
+        # (ECONNREFUSED) without taking the one connection that CRIU's daemon accepts (net/unix/af_unix.c,
+        # unix_find_bsd).
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
+            outcome = probe.connect_ex(self._address)
+        if outcome != errno.ECONNREFUSED:
+            raise ControlError(
+                f"{self.path} is served by another daemon; end that one first, or choose another work "
+                "directory with -W (the same for the restore)"
+            )
+        os.unlink(SOCKET_NAME, dir_fd=self._dir)
+
+    def _bind(self) -> None:
+        umask = os.umask(0o177)
+        try:
+            self._listener.bind(self._address)
+        finally:
+            os.umask(umask)
+        made = os.stat(SOCKET_NAME, dir_fd=self._dir, follow_symlinks=False)
+        self._identity = (made.st_dev, made.st_ino)
+        # Every message then says which process sent it.
+        self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+        self._listener.listen(10)
+
+    def fileno(self) -> int:
+        """Readable when a restorer waits."""
+        return self._listener.fileno()
+
+    def has_caller(self) -> bool:
+        """Whether somebody has connected whom `take` has not returned yet."""
+        waiting = select.poll()
+        waiting.register(self._listener, select.POLLIN)
+        return bool(waiting.poll(0))
+
+    def take(self) -> tuple[socket.socket, int] | None:
+        """The restorer that waits, and its pid; None if there is none.
+
+        Peers that are neither root nor ourselves are turned away.
+        """
+        while True:
+            try:
+                peer, _ = self._listener.accept()
+            except BlockingIOError:
+                return None
+            raw = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, CREDENTIALS.size)
+            pid, uid, _gid = CREDENTIALS.unpack(raw)
+            if uid in {0, os.geteuid()}:
+                peer.setblocking(False)
+                peer.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+                return peer, pid
+            peer.close()
+
+    def leave(self) -> None:
+        """Removes the socket, but keeps listening as long as anybody holds the file descriptor (`uffd.Guard`)."""
+        self._listener.detach()
+        self.close()
+
+    def close(self) -> None:
+        """Stops listening and removes the socket, if it is still ours."""
+        self._listener.close()
+        if self._dir < 0:
+            return
+        if self._identity is not None:
+            try:
+                found = os.stat(SOCKET_NAME, dir_fd=self._dir, follow_symlinks=False)
+                if (found.st_dev, found.st_ino) == self._identity:
+                    os.unlink(SOCKET_NAME, dir_fd=self._dir)
+            except FileNotFoundError:
+                pass
+        os.close(self._dir)
+        self._dir = -1
