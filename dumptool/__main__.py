@@ -1,5 +1,17 @@
-"""``python -m dumptool``."""
+"""``python -m dumptool``, and the installed command."""
 
-from dumptool.cli import main
+import sys
 
-main()
+from lazypages.imports import importing
+
+
+def main() -> None:
+    """Exit status 0 for success, 1 for failure, 2 for a wrong command line."""
+    with importing():
+        from dumptool.cli import cli  # noqa: PLC0415 - see `importing`
+
+    sys.exit(cli(prog_name="dumptool"))
+
+
+if __name__ == "__main__":
+    main()

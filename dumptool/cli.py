@@ -441,8 +441,3 @@ def _watcher(options: dict[str, Any]) -> Iterator[Watcher]:
     columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
     with Progress(*columns, console=console, transient=True) as progress:
         yield _Bar(progress)
-
-
-def main() -> None:
-    """Entry point: exit status 0 for success, 1 for failure, 2 for a wrong command line."""
-    sys.exit(cli(prog_name="dumptool"))

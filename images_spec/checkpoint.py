@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import stat
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -61,13 +60,13 @@ class TaskImages(NamedTuple):
     levels: list[TaskLevel]
 
 
-@dataclass(frozen=True)
 class Checkpoint:
     """An image directory. Made by ``open_checkpoint``."""
 
-    directory: Path
-    inventory: InventoryEntry
-    tasks: tuple[Task, ...]
+    def __init__(self, directory: Path, inventory: InventoryEntry, tasks: tuple[Task, ...]) -> None:
+        self.directory = directory
+        self.inventory = inventory
+        self.tasks = tasks
 
     @cached_property
     def chain(self) -> tuple[Path, ...]:

@@ -9,7 +9,6 @@ import os
 import re
 import struct
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
 from importlib import import_module
@@ -64,7 +63,6 @@ class Opening(Enum):
     SERVICE = "the service magic, then the type's; version 1 lacks the service one"
 
 
-@dataclass(frozen=True, eq=False)
 class Kind(Generic[M]):
     """A type of image: its magic, its file's name, and what messages it holds.
 
@@ -74,14 +72,6 @@ class Kind(Generic[M]):
     ``message_name``, ``head_name``: of what it holds, and of the first if that differs, by module and class. They
     are imported when they are first asked for: a restore waits for ``lazypages serve``, which reads few kinds.
     """
-
-    name: str
-    magic: int
-    message_name: str
-    head_name: str | None = None
-    single: bool = False
-    opening: Opening = Opening.COMMON
-    payload: Callable[[M, int], int] | None = None
 
     INVENTORY: ClassVar[Kind[InventoryEntry]]
     PSTREE: ClassVar[Kind[PstreeEntry]]
@@ -105,6 +95,25 @@ class Kind(Generic[M]):
     TIMENS: ClassVar[Kind[TimensEntry]]
     UTSNS: ClassVar[Kind[UtsnsEntry]]
     CGROUP: ClassVar[Kind[CgroupEntry]]
+
+    def __init__(
+        self,
+        name: str,
+        magic: int,
+        message_name: str,
+        *,
+        head_name: str | None = None,
+        single: bool = False,
+        opening: Opening = Opening.COMMON,
+        payload: Callable[[M, int], int] | None = None,
+    ) -> None:
+        self.name = name
+        self.magic = magic
+        self.message_name = message_name
+        self.head_name = head_name
+        self.single = single
+        self.opening = opening
+        self.payload = payload
 
     def file_name(self, ident: int | str | None = None) -> str:
         """``Kind.CORE.file_name(7)`` is ``core-7.img``; ``Kind.STATS.file_name("dump")``: ``stats-dump``."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lazypages.uffd import PAGE_SIZE, ServedTask, SourcePages, Stats, histogram_bound
@@ -170,6 +169,8 @@ class Summary(NamedTuple):
         return faults | ({"zero": zero} if zero else {})
 
     def as_dict(self) -> dict[str, Any]:
+        from dataclasses import asdict  # noqa: PLC0415 - for the end, and a restore waits for our start
+
         pages = sum(task.copied.total for task in self.tasks)
         return {
             "ok": self.ok,

@@ -10,7 +10,6 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -245,6 +244,8 @@ def _serve(
     """All that can go wrong for known reasons does so before a restore is told that it may start."""
     expected = expect(places.images_dir, remote=bool(options.page_servers), others=directories)
     if options.remote and options.remote.layout is None:
+        from dataclasses import replace  # noqa: PLC0415 - slow to import
+
         hint = replace(options.remote, written_by=written_by(places.images_dir))
         options = options._replace(remote=hint)
     tracer = _tracer(places, expected)
