@@ -1,7 +1,7 @@
 """How long starting takes: `PYTHONPATH=. python bench/start_time.py [--criu CRIU] [--rounds N]`.
 
-In turns: `lazypages serve` and `criu lazy-pages` from their start to ready, to the first page of a task that connects
-at once, and to the first page that a task touches which a real `criu restore` brings back; the resident memory at
+In turns: `lazypages serve` and `criu lazy-pages` from their start to ready, to the first page that they could deliver,
+and to the first one that a task touches which a real `criu restore` brings back; the resident memory at
 ready, files included; and what people wait for, from start to exit. Medians and ranges.
 """
 
@@ -104,7 +104,7 @@ def main() -> None:
         def serve(title: str, peer: Peer) -> None:
             found = runs.run(WORKLOAD, checkpoint, peer, programs, place(), criu=None).metrics
             seen[f"{title}: ready"].append(found["ready"] * 1e3)
-            seen[f"{title}: first page, a task that connects at once"].append(found["first"] * 1e3)
+            seen[f"{title}: first page"].append(found["first"] * 1e3)
             if dumped:
                 first, memory = real_restore(peer, dumped, place())
                 seen[f"{title}: first page, after criu restore"].append(first * 1e3)
@@ -123,7 +123,7 @@ def main() -> None:
                 seen.clear()  # everything is read and compiled now
     for title, values in sorted(seen.items()):
         print(f"{title:62}{statistics.median(values):8.1f} ({min(values):.1f}-{max(values):.1f})")
-    for column in ("ready", "first page, a task that connects at once", "first page, after criu restore"):
+    for column in ("ready", "first page", "first page, after criu restore"):
         if arguments.criu:
             ours, theirs = (seen[f"{peer}: {column}"] for peer in peers)
             ratios = [a / b for a, b in zip(ours, theirs, strict=True)]

@@ -15,6 +15,9 @@ from typing import Self
 from lazypages.bench.errors import BenchError
 
 START_TIMEOUT = 120.0
+#: Looks in a row that find it asleep, and seconds between them.
+ASLEEP_LOOKS = 3
+ASLEEP_INTERVAL = 0.001
 _CPUCLOCK_SCHED = 2
 #: An installation has its modules compiled; with this set, a source tree is compiled anew at each start.
 UNCOMPILED = "PYTHONDONTWRITEBYTECODE"
@@ -23,7 +26,8 @@ UNCOMPILED = "PYTHONDONTWRITEBYTECODE"
 class Daemon:
     """A process that says on `--status-fd` when it is ready; a context manager, which ends it.
 
-    ``ready``: seconds from start to ready. The command is started with `--status-fd N` added.
+    ``ready``: seconds from start to ready; ``settled``: until it only waits. The command is started with
+    `--status-fd N` added.
     """
 
     def __init__(self, command: Sequence[str], output: Path) -> None:
@@ -48,7 +52,7 @@ class Daemon:
         finally:
             os.close(status)
         self.pid = self._process.pid
-        self.ready = self._cpu_at_ready = 0.0
+        self.ready = self.settled = self._cpu_before = 0.0
         self._usage: resource.struct_rusage | None = None
         self._peak_rss = self._peak_anon = 0
 
@@ -72,8 +76,25 @@ class Daemon:
         readable, _, _ = select.select([self._status], [], [], START_TIMEOUT)
         if not readable or os.read(self._status, 1) != b"\0":
             raise BenchError(f"{' '.join(self._command)}: not ready\n{self.story()}")
-        self.ready = time.monotonic() - self._started
-        self._cpu_at_ready = self._cpu_now()
+        self.ready = self.settled = time.monotonic() - self._started
+        self._cpu_before = self._cpu_now()
+
+    def wait_settled(self) -> None:
+        """After ready: until its first thread sleeps, some looks long.
+
+        A restore takes tens of ms before it needs a daemon, and a daemon may use them for what is left of its start.
+        """
+        deadline = time.monotonic() + START_TIMEOUT
+        looks = 0
+        while looks < ASLEEP_LOOKS and time.monotonic() < deadline:
+            if not looks:
+                self.settled = time.monotonic() - self._started
+            looks = looks + 1 if self._sleeps() else 0
+            time.sleep(ASLEEP_INTERVAL)
+        self._cpu_before = self._cpu_now()
+
+    def _sleeps(self) -> bool:
+        return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] == "S"
 
     def _cpu_now(self) -> float:
         # The clock of another process (clock_getcpuclockid(3)): exact, where /proc/<pid>/stat counts in 10 ms.
@@ -134,11 +155,11 @@ class Daemon:
                 deadline = min(deadline, time.monotonic() + after_end)
 
     def metrics(self) -> dict[str, float]:
-        """Seconds to ready, of CPU since then up to its end; context switches; peak memory in bytes."""
+        """Seconds to ready, of CPU since it was ready or has settled; context switches; peak memory in bytes."""
         assert self._usage is not None
         return {
             "ready": self.ready,
-            "cpu": self._usage.ru_utime + self._usage.ru_stime - self._cpu_at_ready,
+            "cpu": self._usage.ru_utime + self._usage.ru_stime - self._cpu_before,
             "switches": self._usage.ru_nvcsw + self._usage.ru_nivcsw,
             "waits": self._usage.ru_nvcsw,
             "rss": self._peak_rss,

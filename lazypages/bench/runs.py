@@ -64,6 +64,7 @@ def run(
             port = stack.enter_context(page_server(server, work, programs, workload.layout.round_trip))
         daemon = stack.enter_context(Daemon(peer.command(checkpoint, work, port), work / "daemon.out"))
         daemon.wait_ready()
+        daemon.wait_settled()
         loop_before = daemon.main_thread_cpu()
         with _task(_task_command(workload, checkpoint, peer, programs, work), work / "task.out") as task:
             try:
@@ -81,7 +82,7 @@ def run(
     metrics = found.metrics() | daemon.metrics()
     if peer.is_ours and len(found.touches.ns) > 1:
         metrics["loop"] = loop / max(1, found.faults) * 1e6
-    metrics["first"] = daemon.ready + found.first_touch_after_connect()
+    metrics["first"] = daemon.settled + found.first_touch_after_connect()
     return Run(metrics, found.touches, read_stats(work))
 
 
