@@ -272,13 +272,18 @@ static bool has_uffds(const struct lp_guard *g)
 	return any;
 }
 
+void lp_guard_leave(struct lp_guard *g)
+{
+	atomic_store(&g->left, true);
+}
+
 void lp_guard_end(struct lp_guard *g)
 {
 	const struct timespec pause = {.tv_nsec = LOOK_MS * 1000000};
 
 	for (int look = 0; has_uffds(g); look++) {
 		if (look == LEAVE_LOOKS) {
-			atomic_store(&g->left, true);
+			lp_guard_leave(g);
 			return;
 		}
 		nanosleep(&pause, NULL);

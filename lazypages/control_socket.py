@@ -99,6 +99,8 @@ class ControlSocket:
 
     def has_caller(self) -> bool:
         """Whether somebody has connected whom `take` has not returned yet."""
+        if self._listener.fileno() < 0:
+            return False  # closed
         waiting = select.poll()
         waiting.register(self._listener, select.POLLIN)
         return bool(waiting.poll(0))

@@ -285,10 +285,11 @@ def _serve(
                         running=until_running.close,
                     )
                 except BaseException:
-                    # Nothing known leads here, but uffds may lie in the socket that nobody has read: closed, they would
-                    # give zeros.
-                    control.leave()
-                    guard.leave()
+                    # Nothing known leads here. But what a restorer has sent and nobody has read are uffds, and closed
+                    # they would give zeros.
+                    if control.has_caller():
+                        control.leave()
+                        guard.leave()
                     raise
     if result.tasks or result.finished:
         if terminal:

@@ -324,8 +324,9 @@ class Guard:
             lib.lp_guard_end(self.handle)
 
     def leave(self) -> None:
-        """Does not end with the context, but takes over when this process ends, as if that had been killed."""
+        """Does not end with the context, but deals with all that is open when this process ends."""
         self._left = True
+        lib.lp_guard_leave(self.handle)
 
 
 class LaneEventKind(enum.IntEnum):

@@ -17,7 +17,14 @@ from tempfile import TemporaryDirectory
 import pytest
 
 from tests.support.criu import Criu, all_criu
-from tests.support.fake import compile_restored, restored_tasks, serve, serve_command, write_images
+from tests.support.fake import (
+    compile_restored,
+    restored_tasks,
+    serve,
+    serve_command,
+    serve_held,
+    write_images,
+)
 from tests.support.processes import Server, descendants, nothing_left, start_as, wait_for
 from tests.support.restore import Checkpoints, lazy_restore, our_daemon
 from tests.support.uffd import BASE, PagesFile, Task
@@ -177,7 +184,7 @@ def test_who_got_the_pid_is_not_killed(file: PagesFile, tmp_path: Path) -> None:
 #: `serve` whose engine stops on SIGUSR1, and fails as if epoll_wait(2) did when there is a file named "fail".
 FAILING = """
 import os, signal, sys, time
-from lazypages.cli import main
+from lazypages.__main__ import main
 from lazypages.uffd import Engine
 run, engines, folder = Engine.run, [], sys.argv.pop(1)
 def failing(self):
@@ -238,6 +245,35 @@ def test_oom_killer(restored: Path, tmp_path: Path) -> None:
             assert Path(f"/proc/{server.pid}/oom_score_adj").read_text() == "700\n"
             os.kill(server.pid, signal.SIGINT)
             server.wait()
+
+
+def test_what_was_sent_to_a_daemon_that_fails_to_start_is_held(restored: Path, tmp_path: Path) -> None:
+    """A restore may be started before all of the daemon has been imported: if that fails, nobody reads zeros."""
+    go = tmp_path / "go"
+    with nothing_left(), restored_tasks(restored, 2, PAGES) as tasks:
+        write_images(tmp_path, tasks.pids, PAGES)
+        with serve_held(tmp_path, go) as server:
+            server.wait_ready()
+            tasks.say(f"connect {tmp_path}/lazy-pages.socket")
+            tasks.say("finish")
+            write_at_once(go, "fail")
+            assert server.wait() == 1
+            assert not (tmp_path / "lazy-pages.socket").exists()
+            tasks.tell("check")
+            wait_for("the message", lambda: "has ended; tasks whose pids" in server.story())
+            time.sleep(0.2)
+            assert len(guards()) == 1
+            for pid in tasks.pids:
+                os.kill(pid, signal.SIGKILL)
+            tasks.answered()
+            assert tasks.statuses() == [KILLED, KILLED]
+            wait_for("the guard's end", lambda: not guards())
+
+
+def write_at_once(path: Path, text: str) -> None:
+    """So that nobody finds it empty."""
+    path.with_suffix(".new").write_text(text)
+    path.with_suffix(".new").rename(path)
 
 
 @pytest.mark.parametrize("criu", all_criu()[1:])

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import socket
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,14 @@ from typing import Any
 
 import pytest
 
-from tests.support.fake import compile_restored, restored_tasks, serve, serve_command, write_images
+from tests.support.fake import (
+    compile_restored,
+    restored_tasks,
+    serve,
+    serve_command,
+    serve_held,
+    write_images,
+)
 from tests.support.processes import Server, wait_for
 
 PAGES = 600
@@ -199,6 +207,18 @@ UNUSED = (
 )
 
 
+#: What is imported when a restore may be started, and not before.
+AFTER_READY = (
+    "asyncio",
+    "anyio",
+    "ssl",
+    "dataclasses",
+    "uvloop",
+    "lazypages.loop.server",
+    "lazypages.progress",
+)
+
+
 def test_start_imports_nothing_in_vain(program: Path, tmp_path: Path) -> None:
     """A restore waits for it, and importing is most of what it does."""
     with restored_tasks(program, 1, PAGES) as tasks:
@@ -206,17 +226,71 @@ def test_start_imports_nothing_in_vain(program: Path, tmp_path: Path) -> None:
         executable, *rest = serve_command(tmp_path, "--loop", "uvloop")
         with Server([executable, "-X", "importtime", *rest], output=tmp_path / "out") as server:
             server.wait_ready()
-            lines = (tmp_path / "out").read_text().splitlines()
             tasks.say(f"connect {tmp_path}/lazy-pages.socket")
             tasks.say("finish")
+            wait_for("the event loop", lambda: "| uvloop\n" in (tmp_path / "out").read_text())
+            text = (tmp_path / "out").read_text()
             tasks.say("check")
             assert server.wait() == 0
-    imported = {line.rpartition("|")[2].strip() for line in lines if line.startswith("import time:")}
-    assert {
-        "lazypages.loop.server",
-        "uvloop",
-    } <= imported  # what import_module is called for is not told itself
-    assert imported.isdisjoint(UNUSED)
+    before, after = map(imported, text.split("waiting for: criu restore"))
+    # what import_module is called for is not told itself
+    assert {"lazypages.restored", "lazypages.control_socket"} <= before
+    assert before.isdisjoint(name for name in before if name.startswith(AFTER_READY))
+    assert {"lazypages.loop.server", "asyncio", "ssl", "uvloop"} <= after
+    assert (before | after).isdisjoint(UNUSED)
+
+
+def imported(text: str) -> set[str]:
+    """Of what `-X importtime` says."""
+    return {line.rpartition("|")[2].strip() for line in text.splitlines() if line.startswith("import time:")}
+
+
+# A restore may begin before the event loop is there.
+
+
+def test_interrupted_before_its_event_loop_is_there(program: Path, tmp_path: Path) -> None:
+    with restored_tasks(program, 1, PAGES) as tasks:
+        write_images(tmp_path, tasks.pids, PAGES)
+        with serve_held(tmp_path, tmp_path / "go") as server:
+            server.wait_ready()
+            server.signal(signal.SIGTERM)
+            (tmp_path / "go").touch()
+            assert server.wait() == 1
+            assert "ended before a restore connected" in server.story()
+    assert not (tmp_path / "lazy-pages.socket").exists()
+
+
+def test_interrupted_when_a_restore_has_begun_before_that(program: Path, tmp_path: Path) -> None:
+    """The tasks are completed first: what they have sent must not be closed."""
+    with restored_tasks(program, 2, PAGES) as tasks:
+        write_images(tmp_path, tasks.pids, PAGES)
+        with serve_held(tmp_path, tmp_path / "go", "--no-background") as server:
+            server.wait_ready()
+            tasks.say(f"connect {tmp_path}/lazy-pages.socket")
+            tasks.say("finish")
+            server.signal(signal.SIGTERM)
+            (tmp_path / "go").touch()
+            tasks.say("check")
+            assert tasks.statuses() == [0, 0]
+            assert server.wait() == 0
+    assert stats_of(tmp_path)["pages_copied"] == 2 * PAGES
+
+
+def test_a_loop_that_is_not_installed(tmp_path: Path) -> None:
+    """Is told before a restore may be started."""
+    write_images(tmp_path, [1], 1)
+    (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['trio'] = None")
+    done = subprocess.run(
+        serve_command(tmp_path, "--loop", "trio"),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])},
+    )
+    assert done.returncode == 1
+    assert "--loop trio: it is not installed" in done.stderr
+    assert "waiting for" not in done.stderr
 
 
 @pytest.mark.parametrize("loop", LOOPS)

@@ -149,3 +149,28 @@ def serve_command(images_dir: Path, *options: str) -> list[str]:
 
 def serve(images_dir: Path, *options: str) -> Server:
     return Server(serve_command(images_dir, *options), output=images_dir / "serve.out")
+
+
+#: As sitecustomize: whoever imports the event loop waits until the file is there, and fails if it has anything in it.
+_HELD = """
+import os, sys, time
+class Held:
+    def find_spec(self, name, path=None, target=None):
+        if name == "asyncio":
+            sys.meta_path.remove(self)
+            while not os.path.exists({go!r}):
+                time.sleep(0.01)
+            if os.path.getsize({go!r}):
+                raise ImportError("no event loop here")
+sys.meta_path.insert(0, Held())
+"""
+
+
+def serve_held(images_dir: Path, go: Path, *options: str) -> Server:
+    """Ready, but without its event loop until `go` exists; if that is not empty by then, it never gets one."""
+    site = images_dir / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(_HELD.format(go=str(go)))
+    path = os.pathsep.join(filter(None, (str(site), os.environ.get("PYTHONPATH"))))
+    env = os.environ | {"PYTHONPATH": path}
+    return Server(serve_command(images_dir, *options), output=images_dir / "serve.out", env=env)

@@ -13,7 +13,9 @@ from click.testing import CliRunner, Result
 
 from lazypages import logs
 from lazypages.cli import COMMANDS, cli
+from lazypages.loop.run import LOOPS as RUN_LOOPS
 from lazypages.remote_options import PROTOCOLS
+from lazypages.serve_command import LOOPS
 from lazypages.wire import Layout
 
 
@@ -121,13 +123,18 @@ def test_show_of_what_is_no_checkpoint(tmp_path: Path) -> None:
     assert result.output == f"lazypages: {tmp_path}/inventory.img: no such image\n"
 
 
+def test_loops_are_those_that_are_run() -> None:
+    assert set(LOOPS) == set(RUN_LOOPS)
+
+
 def test_protocols_are_those_of_the_wire() -> None:
     assert set(PROTOCOLS) == {layout.value for layout in Layout}
 
 
 def test_serve_starts_without_what_it_does_not_need() -> None:
-    """A restore waits for it: no terminal library is imported unless there is a terminal."""
-    unused = ["rich", "trio", "uvloop", "json", "ctypes", "lazypages.sources.remote", "images_spec.messages"]
+    """A restore waits for it: no terminal library unless there is a terminal, and the event loop when it is ready."""
+    unused = ["rich", "json", "ctypes", "ssl", "lazypages.sources.remote", "images_spec.messages"]
+    unused += ["anyio", "asyncio", "trio", "uvloop"]
     script = f"import lazypages.serve_command, sys; print([m for m in {unused} if m in sys.modules])"
     done = subprocess.run(
         [sys.executable, "-c", script],
