@@ -268,29 +268,21 @@ def _serve(
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         with Guard(log_fd) as guard, ExitStack() as until_running:
             until_running.enter_context(_signals_held())  # by all threads, so this comes before any other
-            with tracer or nullcontext():
+            with tracer or nullcontext(), _unread_is_kept(control, guard):
                 options = options._replace(trace=tracer.ring if tracer else None)
                 _tell(ready)
-                try:
-                    until_running.enter_context(importing())
-                    from lazypages.loop.run import run  # noqa: PLC0415 - while the restore starts
+                until_running.enter_context(importing())
+                from lazypages.loop.run import run  # noqa: PLC0415 - while the restore starts
 
-                    result = run(
-                        loop,
-                        expected,
-                        control,
-                        options,
-                        guard,
-                        terminal=terminal,
-                        running=until_running.close,
-                    )
-                except BaseException:
-                    # Nothing known leads here. But what a restorer has sent and nobody has read are uffds, and closed
-                    # they would give zeros.
-                    if control.has_caller():
-                        control.leave()
-                        guard.leave()
-                    raise
+                result = run(
+                    loop,
+                    expected,
+                    control,
+                    options,
+                    guard,
+                    terminal=terminal,
+                    running=until_running.close,
+                )
     if result.tasks or result.finished:
         if terminal:
             with suppress(OSError):  # it has gone away
@@ -359,6 +351,21 @@ def _signals_held() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def _unread_is_kept(control: ControlSocket, guard: Guard) -> Iterator[None]:
+    """Nothing known makes this fail once a restore may have begun.
+
+    But what a restorer has sent and nobody has read are uffds, and closed they would give zeros: the guard holds them.
+    """
+    try:
+        yield
+    except BaseException:
+        if control.has_caller():
+            control.leave()
+            guard.leave()
+        raise
 
 
 def _tell(ready: Sequence[Callable[[], None]]) -> None:
