@@ -8,7 +8,6 @@ uffd and are about to go on: the uint32 :data:`FINISH`. The daemon never writes.
 
 from __future__ import annotations
 
-import os
 import socket
 import struct
 from collections.abc import AsyncGenerator
@@ -17,7 +16,7 @@ from typing import NamedTuple, Self
 
 import anyio
 
-from lazypages.control_socket import CREDENTIALS, ControlError, ControlSocket
+from lazypages.control_socket import CREDENTIALS, ControlError, ControlSocket, discard, hang_up
 
 #: "Restore finished".
 FINISH = 0x52535446
@@ -67,12 +66,12 @@ class Connection:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._peer.close()
+        hang_up(self._peer)
 
     async def events(self) -> AsyncGenerator[Event]:
         """Yields what arrives until the peer closes. Raises ControlError for what the protocol does not know.
 
-        The receiver of a TaskArrived owns its uffd; one that is not yielded is closed.
+        The receiver of a TaskArrived owns its uffd; one that is not yielded stays open to the end.
         """
         while (word := await self._word()) is not None:
             value, sender = word
@@ -112,8 +111,7 @@ class Connection:
         data, sender = b"", 0
         while len(data) < _WORD.size:
             more, fds, sender = await self._receive(_WORD.size - len(data))
-            for fd in fds:
-                os.close(fd)
+            discard(fds)
             if fds:
                 raise ControlError("the restorer sent a file descriptor where a pid belongs")
             if not more:
@@ -127,8 +125,7 @@ class Connection:
         data, fds, _sender = await self._receive(1)
         if len(fds) == 1 and data:
             return fds[0]
-        for fd in fds:
-            os.close(fd)
+        discard(fds)
         raise ControlError(
             f"the restorer sent {len(fds)} file descriptors for task {pid}, not its userfaultfd"
         )

@@ -11,6 +11,8 @@ import os
 import select
 import socket
 import struct
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -21,6 +23,9 @@ SOCKET_NAME = "lazy-pages.socket"
 
 #: struct ucred: pid, uid, gid (unix(7)).
 CREDENTIALS = struct.Struct("=iII")
+
+#: Of one message: SCM_MAX_FD, unix(7).
+_MAX_FDS = 253
 
 
 class ControlError(LazyPagesError):
@@ -130,6 +135,9 @@ class ControlSocket:
 
     def close(self) -> None:
         """Stops listening and removes the socket, if it is still ours."""
+        with suppress(OSError):  # nobody waits any more, or it is closed already
+            while True:
+                hang_up(self._listener.accept()[0])
         self._listener.close()
         if self._dir < 0:
             return
@@ -142,3 +150,21 @@ class ControlSocket:
                 pass
         os.close(self._dir)
         self._dir = -1
+
+
+def discard(fds: Sequence[int]) -> None:
+    """Closes what nobody wants. But uffds stay open to the end: closed, they would let their tasks run on zeros."""
+    for fd in fds:
+        if os.readlink(f"/proc/self/fd/{fd}") != "anon_inode:[userfaultfd]":
+            os.close(fd)
+
+
+def hang_up(peer: socket.socket) -> None:
+    """Closes a connection, and nothing with it: what was sent and nobody has read may be uffds."""
+    with peer, suppress(OSError):
+        peer.setblocking(False)
+        peer.shutdown(socket.SHUT_RD)
+        data = b"?"
+        while data:
+            data, fds, _flags, _address = socket.recv_fds(peer, 4096, _MAX_FDS, socket.MSG_CMSG_CLOEXEC)
+            discard(fds)

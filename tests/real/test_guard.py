@@ -116,8 +116,13 @@ def test_what_was_not_received_is_held(restored: Path, tmp_path: Path) -> None:
 
 
 @contextmanager
-def handed_over(images: Path, file: PagesFile, command: list[str]) -> Iterator[tuple[Server, Task]]:
-    """A daemon, and one task that does what it is told, whose restore is finished. The daemon alone has its uffd."""
+def handed_over(
+    images: Path, file: PagesFile, command: list[str], first: bytes = b""
+) -> Iterator[tuple[Server, Task]]:
+    """A daemon, and one task that does what it is told, whose restore is finished. The daemon alone has its uffd.
+
+    ``first``: what the restorer says before anything else, if that is not right.
+    """
     task = Task.start()
     try:
         uffd = task.open_uffd()
@@ -129,6 +134,9 @@ def handed_over(images: Path, file: PagesFile, command: list[str]) -> Iterator[t
             server.wait_ready()
             with socket.socket(socket.AF_UNIX) as restorer:
                 restorer.connect(f"{images}/lazy-pages.socket")
+                if first:
+                    os.kill(server.pid, signal.SIGSTOP)  # so that it reads that alone, and then all is there
+                    restorer.sendall(first)
                 credentials = (socket.SOL_SOCKET, socket.SCM_CREDENTIALS, struct.pack("=3i", task.pid, 0, 0))
                 restorer.sendmsg([struct.pack("=i", task.pid)], [credentials])
                 socket.send_fds(restorer, [b"\0"], [uffd])
@@ -136,8 +144,10 @@ def handed_over(images: Path, file: PagesFile, command: list[str]) -> Iterator[t
                 restorer.sendall(
                     struct.pack("=i", 0x52535446)
                 )  # reference/criu-interfaces §1: restore finished
-                task.check(BASE, 10, file.first_id)
-                wait_for("the restore to be finished", lambda: "restore finished" in server.story())
+                os.kill(server.pid, signal.SIGCONT)
+                if not first:
+                    task.check(BASE, 10, file.first_id)
+                    wait_for("the restore to be finished", lambda: "restore finished" in server.story())
                 yield server, task
     finally:
         task.close()
@@ -178,6 +188,19 @@ def test_who_got_the_pid_is_not_killed(file: PagesFile, tmp_path: Path) -> None:
         assert len(guards()) == 1
         assert descendants()[pid] == "S"
         os.kill(task.pid, signal.SIGKILL)
+        wait_for("the guard's end", lambda: not guards())
+
+
+def test_a_restorer_that_is_not_understood(file: PagesFile, tmp_path: Path) -> None:
+    """The daemon reads no further, and ends; the uffd that it has not read goes on to the guard."""
+    unknown = struct.pack("=i", -4711)
+    with nothing_left(), handed_over(tmp_path, file, serve_command(tmp_path), unknown) as (server, task):
+        assert server.wait() == 1
+        assert "task 4711, which is not in the images" in server.story()
+        wait_for("the message", lambda: "the daemon has ended; tasks whose pids" in server.story())
+        task.tell("peek", BASE)
+        assert task.busy()
+        task.close()
         wait_for("the guard's end", lambda: not guards())
 
 
