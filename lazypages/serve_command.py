@@ -366,6 +366,7 @@ def _unread_is_kept(control: ControlSocket, guard: Guard) -> Iterator[None]:
             control.leave()
             guard.leave()
         raise
+    control.close()  # while the guard is there: who has connected just before a Ctrl-C may have sent some already
 
 
 def _tell(ready: Sequence[Callable[[], None]]) -> None:

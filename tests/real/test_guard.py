@@ -117,11 +117,11 @@ def test_what_was_not_received_is_held(restored: Path, tmp_path: Path) -> None:
 
 @contextmanager
 def handed_over(
-    images: Path, file: PagesFile, command: list[str], first: bytes = b""
+    images: Path, file: PagesFile, command: list[str], first: bytes | signal.Signals = b""
 ) -> Iterator[tuple[Server, Task]]:
     """A daemon, and one task that does what it is told, whose restore is finished. The daemon alone has its uffd.
 
-    ``first``: what the restorer says before anything else, if that is not right.
+    ``first``: what the restorer says before anything else, if that is not right; or a signal for the daemon.
     """
     task = Task.start()
     try:
@@ -133,10 +133,14 @@ def handed_over(
         with Server(command, output=images / "serve.out") as server:
             server.wait_ready()
             with socket.socket(socket.AF_UNIX) as restorer:
+                if first:
+                    os.kill(server.pid, signal.SIGSTOP)  # when it goes on all is there
                 restorer.connect(f"{images}/lazy-pages.socket")
                 if first:
-                    os.kill(server.pid, signal.SIGSTOP)  # so that it reads that alone, and then all is there
-                    restorer.sendall(first)
+                    if isinstance(first, bytes):
+                        restorer.sendall(first)
+                    else:
+                        os.kill(server.pid, first)
                 credentials = (socket.SOL_SOCKET, socket.SCM_CREDENTIALS, struct.pack("=3i", task.pid, 0, 0))
                 restorer.sendmsg([struct.pack("=i", task.pid)], [credentials])
                 socket.send_fds(restorer, [b"\0"], [uffd])
@@ -200,6 +204,24 @@ def test_a_restorer_that_is_not_understood(file: PagesFile, tmp_path: Path) -> N
         wait_for("the message", lambda: "the daemon has ended; tasks whose pids" in server.story())
         task.tell("peek", BASE)
         assert task.busy()
+        task.close()
+        wait_for("the guard's end", lambda: not guards())
+
+
+def test_interrupted_when_a_restore_has_just_connected(file: PagesFile, tmp_path: Path) -> None:
+    """The daemon finds signal and restorer at the same time: it serves, or ends, and then the guard has the uffd."""
+    with (
+        nothing_left(),
+        handed_over(tmp_path, file, serve_command(tmp_path), signal.SIGINT) as (server, task),
+    ):
+        ended = server.wait()
+        if ended:
+            assert "ended before a restore connected" in server.story()
+            wait_for("the message", lambda: "the daemon has ended; tasks whose pids" in server.story())
+            task.tell("peek", BASE)
+            assert task.busy()
+        else:
+            task.check(BASE, PAGES, file.first_id)
         task.close()
         wait_for("the guard's end", lambda: not guards())
 

@@ -17,7 +17,16 @@ import anyio
 import pytest
 from anyio import to_thread
 
-from lazypages.control import FINISH, Event, RestoreFinished, TaskArrived, ZombieArrived, accept
+from lazypages._uffd import ffi, lib
+from lazypages.control import (
+    FINISH,
+    Connection,
+    Event,
+    RestoreFinished,
+    TaskArrived,
+    ZombieArrived,
+    accept,
+)
 from lazypages.control_socket import SOCKET_NAME, ControlError, ControlSocket
 from lazypages.loop.run import LOOPS
 
@@ -408,6 +417,34 @@ def test_a_long_path_is_no_problem(tmp_path: Path) -> None:
 def test_a_directory_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ControlError, match="nowhere"):
         ControlSocket(tmp_path / "nowhere")
+
+
+def open_numbers() -> set[int]:
+    return {fd for fd in map(int, os.listdir("/proc/self/fd")) if os.path.lexists(f"/proc/self/fd/{fd}")}
+
+
+@pytest.mark.parametrize("taken", [False, True])
+def test_a_uffd_that_nobody_has_read_stays_open(tmp_path: Path, taken: bool) -> None:
+    """Closed with the connection, or with the socket, it would let its task run on zeros. What else there is goes."""
+    uffd = int(lib.syscall(lib.SYS_userfaultfd, ffi.cast("int", os.O_CLOEXEC | os.O_NONBLOCK)))
+    assert uffd >= 0, os.strerror(ffi.errno)
+    reader, writer = os.pipe()
+    with ControlSocket(tmp_path) as control, connect(control.path) as peer:
+        peer.sendall(word(5))
+        send_fds(peer, uffd, writer)
+        before = open_numbers()
+        if taken:
+            caller = control.take()
+            assert caller
+            with Connection(*caller):
+                pass
+        control.close()
+        (held,) = open_numbers() - before
+        assert os.readlink(f"/proc/self/fd/{held}") == "anon_inode:[userfaultfd]"
+        for fd in (held, uffd, writer):
+            os.close(fd)
+    assert os.read(reader, 1) == b""
+    os.close(reader)
 
 
 def test_nothing_stays_open(tmp_path: Path) -> None:
