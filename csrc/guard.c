@@ -272,18 +272,13 @@ static bool has_uffds(const struct lp_guard *g)
 	return any;
 }
 
-void lp_guard_leave(struct lp_guard *g)
-{
-	atomic_store(&g->left, true);
-}
-
 void lp_guard_end(struct lp_guard *g)
 {
 	const struct timespec pause = {.tv_nsec = LOOK_MS * 1000000};
 
 	for (int look = 0; has_uffds(g); look++) {
 		if (look == LEAVE_LOOKS) {
-			lp_guard_leave(g);
+			atomic_store(&g->left, true);
 			return;
 		}
 		nanosleep(&pause, NULL);

@@ -22,7 +22,6 @@ struct lp_guard *lp_guard_start(int log_fd);
  * and nothing else could be done for them: then the second process stays, and does its work as soon as the first has ended.
  */
 void lp_guard_end(struct lp_guard *guard);
-void lp_guard_leave(struct lp_guard *guard); /* it stays, whatever there is: the caller knows of uffds that nobody has yet */
 pid_t lp_guard_pid(const struct lp_guard *guard);
 
 /*

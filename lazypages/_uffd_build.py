@@ -88,7 +88,6 @@ struct lp_stats {
 struct lp_guard;
 struct lp_guard *lp_guard_start(int log_fd);
 void lp_guard_end(struct lp_guard *guard);
-void lp_guard_leave(struct lp_guard *guard);
 int lp_guard_pid(const struct lp_guard *guard);
 
 struct lp_engine *lp_engine_new(struct lp_guard *guard);

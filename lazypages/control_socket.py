@@ -128,11 +128,6 @@ class ControlSocket:
                 return peer, pid
             peer.close()
 
-    def leave(self) -> None:
-        """Removes the socket, but keeps listening as long as anybody holds the file descriptor (`uffd.Guard`)."""
-        self._listener.detach()
-        self.close()
-
     def close(self) -> None:
         """Stops listening and removes the socket, if it is still ours."""
         with suppress(OSError):  # nobody waits any more, or it is closed already

@@ -9,7 +9,7 @@ import resource
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -266,9 +266,10 @@ def _serve(
             log.warning("--pidfile does nothing without -d")
         # A terminal that goes away is no reason to leave tasks without their memory.
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        with Guard(log_fd) as guard, ExitStack() as until_running:
+        # Closed before the guard ends, which holds uffds that a restorer has sent if we fail before they are served.
+        with Guard(log_fd) as guard, closing(control), ExitStack() as until_running:
             until_running.enter_context(_signals_held())  # by all threads, so this comes before any other
-            with tracer or nullcontext(), _unread_is_kept(control, guard):
+            with tracer or nullcontext():
                 options = options._replace(trace=tracer.ring if tracer else None)
                 _tell(ready)
                 until_running.enter_context(importing())
@@ -351,22 +352,6 @@ def _signals_held() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-@contextmanager
-def _unread_is_kept(control: ControlSocket, guard: Guard) -> Iterator[None]:
-    """Nothing known makes this fail once a restore may have begun.
-
-    But what a restorer has sent and nobody has read are uffds, and closed they would give zeros: the guard holds them.
-    """
-    try:
-        yield
-    except BaseException:
-        if control.has_caller():
-            control.leave()
-            guard.leave()
-        raise
-    control.close()  # while the guard is there: who has connected just before a Ctrl-C may have sent some already
 
 
 def _tell(ready: Sequence[Callable[[], None]]) -> None:

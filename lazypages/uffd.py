@@ -314,19 +314,12 @@ class Guard:
         if self.handle == ffi.NULL:
             raise OSError(ffi.errno, os.strerror(ffi.errno))
         self.pid = int(lib.lp_guard_pid(self.handle))
-        self._left = False
 
     def __enter__(self) -> Guard:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        if not self._left:
-            lib.lp_guard_end(self.handle)
-
-    def leave(self) -> None:
-        """Does not end with the context, but deals with all that is open when this process ends."""
-        self._left = True
-        lib.lp_guard_leave(self.handle)
+        lib.lp_guard_end(self.handle)
 
 
 class LaneEventKind(enum.IntEnum):

@@ -282,17 +282,6 @@ def test_who_has_called_and_was_not_heard_yet(control: ControlSocket) -> None:
         connection.close()
 
 
-def test_left_to_others(control: ControlSocket) -> None:
-    """The file is gone; whoever shares the file descriptor still has all that was sent."""
-    others = os.dup(control.fileno())
-    with connect(control.path) as peer:
-        peer.sendall(b"word")
-        control.leave()
-        assert not control.path.exists()
-        with socket.socket(fileno=others) as listener, listener.accept()[0] as connection:
-            assert connection.recv(10) == b"word"
-
-
 def test_only_its_owner_and_root_reach_it(control: ControlSocket) -> None:
     mode = control.path.stat().st_mode
     assert stat.S_ISSOCK(mode)
