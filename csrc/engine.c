@@ -38,6 +38,11 @@ struct uffdio_poison {
 #define UFFDIO_POISON _IOWR(UFFDIO, 0x08, struct uffdio_poison)
 #endif
 
+/* Linux 5.14; older headers don't have it, and an older kernel says EINVAL. */
+#ifndef MADV_POPULATE_READ
+#define MADV_POPULATE_READ 22
+#endif
+
 #define NS 1000000000ull
 #define EVENTS 64	      /* uffds answered for one epoll_wait */
 #define MESSAGES 32	      /* uffd messages taken by one read */
@@ -48,8 +53,10 @@ struct uffdio_poison {
 #define CHUNK_BUSY (64u << 10)	 /* the same while tasks fault: one waits for this at most */
 #define CHUNK_LONE (16u << 10)	 /* and while they fault here and there, where one fault brings one page */
 #define BUSY_NS (2 * NS / 1000)	 /* how long after a fault tasks count as faulting */
+/* What one thread of the background has to itself: what one page table maps, for the lock of that is taken for each page. */
+#define STRIPE ((uint64_t)2 << 20)
 #define ASIDE_NS (5 * NS / 1000) /* how long after a fault the background leaves its CPU to those who fault */
-#define ASIDE_TRIES 20		 /* for a place elsewhere, RETRY_MS apart */
+#define ASIDE_TRIES 4		 /* for a place elsewhere, so far apart */
 #define LEAD_MIN ((uint64_t)1 << 20)
 #define LEAD_MAX ((uint64_t)32 << 20)
 #define LEAD_MEMORY_NS (NS / 10)
@@ -87,7 +94,8 @@ struct lp_task {
 	struct lp_task *next_put_off, *next, *next_dead;
 	bool is_put_off;
 	int read_error; /* the last one told */
-	_Atomic uint64_t cursor; /* background transfer goes on here */
+	_Atomic uint64_t cursor; /* where the next stripe of the background is looked for */
+	_Atomic uint32_t sent;	 /* how often a fault has sent it elsewhere */
 	uint64_t lane_cursor;	 /* that of lanes, the serving thread's */
 	struct lp_task *next_kin; /* under the engine's lock */
 	pthread_mutex_t waiting_lock; /* of what follows */
@@ -609,6 +617,7 @@ static void lead_on(struct lp_task *t, struct fault fault)
 		t->lead *= 2;
 	t->led_at = fault.since;
 	atomic_store(&t->cursor, fault.addr + t->lead);
+	atomic_fetch_add(&t->sent, 1);
 }
 
 /* Answers one fault (lock held shared): 0, or -EAGAIN: not now, or -ESRCH. */
@@ -1452,22 +1461,86 @@ static uint64_t chunk(struct lp_engine *e)
 	return CHUNK_QUIET;
 }
 
+/* Where one thread of the background is, and how far it goes on from there. */
+struct stripe {
+	uint64_t at, end;
+	uint32_t sent;
+	uint32_t level; /* whose bytes [from, to) are mapped */
+	uint64_t from, to;
+};
+
+/*
+ * Maps what is copied next, and reads it from the disk: with no lock held, for which a fault would wait.  A copy that finds a
+ * page not mapped begins twice (mm/userfaultfd.c, mfill_atomic).  No error matters, the copy will meet it.
+ */
+static void map_ahead(const struct lp_task *t, struct stripe *s, const struct lp_answer *run)
+{
+	const struct lp_level *level = &t->levels[run->source];
+	uint64_t left = level->size - run->offset;
+
+	s->level = run->source;
+	s->from = run->offset;
+	s->to = s->from + (left < STRIPE ? left : STRIPE);
+	madvise((char *)(uintptr_t)level->base + (s->from & ~(LP_PAGE_SIZE - 1)), s->to - s->from, MADV_POPULATE_READ);
+}
+
+static bool is_mapped(const struct stripe *s, const struct lp_answer *run)
+{
+	return run->source == s->level && run->offset >= s->from && run->offset < s->to;
+}
+
+/* The next run of this thread's pages, in a new stripe if need be (lock held shared). False when nothing waits behind the cursor. */
+static bool next_run(struct lp_task *t, struct stripe *s, uint64_t max_pages, struct lp_answer *run)
+{
+	if (s->at < s->end && s->sent == atomic_load(&t->sent) && lp_space_next(t->space, s->at, max_pages, false, run) &&
+	    run->addr < s->end)
+		goto out;
+	for (;;) {
+		uint64_t cursor;
+
+		s->sent = atomic_load(&t->sent);
+		cursor = atomic_load(&t->cursor);
+		if (!lp_space_next(t->space, cursor, max_pages, false, run)) {
+			atomic_compare_exchange_strong(&t->cursor, &cursor, 0);
+			return false;
+		}
+		s->end = (run->addr | (STRIPE - 1)) + 1;
+		if (atomic_compare_exchange_strong(&t->cursor, &cursor, s->end))
+			break;
+	}
+out:
+	if (run->nr_pages > (s->end - run->addr) >> LP_PAGE_SHIFT)
+		run->nr_pages = (s->end - run->addr) >> LP_PAGE_SHIFT;
+	return true;
+}
+
+/* The turn is over before the stripe: the next one goes on there, unless another has taken one behind it. */
+static void leave(struct lp_task *t, const struct stripe *s)
+{
+	uint64_t end = s->end;
+
+	if (s->at < end && s->sent == atomic_load(&t->sent))
+		atomic_compare_exchange_strong(&t->cursor, &end, s->at);
+}
+
 int64_t lp_task_transfer(struct lp_task *t, uint64_t max_bytes)
 {
 	uint64_t brought = 0;
+	struct stripe stripe = {0};
 	struct lp_aside aside;
 	int rc = 0;
 
 	lp_aside_begin(&aside, &t->engine->follow);
 	for (int turned = 0, tries = 0, waits = 0; brought < max_bytes && !rc;) {
 		uint64_t quiet = now_ns() - atomic_load_explicit(&t->engine->last_fault, memory_order_relaxed);
-		uint64_t cursor = atomic_load(&t->cursor), most = chunk(t->engine);
+		uint64_t most = chunk(t->engine);
+		bool unmapped = false;
 		struct lp_answer run;
 
 		if (most > max_bytes - brought)
 			most = (max_bytes - brought + LP_PAGE_SIZE - 1) & ~(LP_PAGE_SIZE - 1);
 		if (!lp_aside_look(&aside, &t->engine->follow, quiet < ASIDE_NS)) {
-			const struct timespec pause = {.tv_nsec = RETRY_MS * 1000000};
+			const struct timespec pause = {.tv_nsec = ASIDE_NS};
 
 			/* the place is taken: a second one there would only be in the way */
 			if (++waits == ASIDE_TRIES)
@@ -1480,12 +1553,15 @@ int64_t lp_task_transfer(struct lp_task *t, uint64_t max_bytes)
 			rc = -ESRCH;
 		} else if (t->nr_changes) {
 			rc = -EAGAIN;
-		} else if (!lp_space_next(t->space, cursor, most >> LP_PAGE_SHIFT, false, &run)) {
+		} else if (!next_run(t, &stripe, most >> LP_PAGE_SHIFT, &run)) {
 			/* round again once: what was released behind us */
-			if (turned++ || !cursor)
+			if (turned++)
 				rc = 1;
-			atomic_store(&t->cursor, 0);
+		} else if (!is_mapped(&stripe, &run)) {
+			stripe.at = run.addr;
+			unmapped = true;
 		} else {
+			stripe.at = run.addr + (run.nr_pages << LP_PAGE_SHIFT);
 			run.nr_pages = lp_space_claim(t->space, run.dense, run.nr_pages);
 			if (run.nr_pages) {
 				uint64_t begun = trace_begins(t);
@@ -1497,12 +1573,12 @@ int64_t lp_task_transfer(struct lp_task *t, uint64_t max_bytes)
 			} else if (++tries > LOOKAHEAD_TRIES) {
 				rc = 1;
 			}
-			/* unless a fault has sent it elsewhere meanwhile */
-			atomic_compare_exchange_strong(&t->cursor, &cursor,
-						       run.addr + (run.nr_pages << LP_PAGE_SHIFT));
 		}
 		lp_unlock_shared(&t->lock);
+		if (unmapped)
+			map_ahead(t, &stripe, &run);
 	}
+	leave(t, &stripe);
 	lp_aside_end(&aside, &t->engine->follow);
 	if (rc < 0 && !(rc == -EAGAIN && brought))
 		return rc;

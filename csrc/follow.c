@@ -21,7 +21,7 @@
 #define LOOK_EVERY (5 * MS)	 /* while they do */
 #define LOOK_SELDOM (100 * MS)	 /* after looks that say nothing */
 #define MOVE_PAUSE (1 * MS)	 /* moves in shorter turns: the scheduler knows better */
-#define WATCH_NS (1 * MS)	 /* giving way without progress for so long, or for twice that, is ended */
+#define WATCH_NS (3 * MS)	 /* giving way without progress for so long, or for twice that, is ended */
 #define PENALTY (100 * MS)	 /* how long not to give way after that; doubled each time */
 #define PENALTY_MAX (3200 * MS)
 #define BACKGROUND_NICE 3	 /* not more: who waits for what it has locked would wait long on a busy machine */
@@ -245,6 +245,8 @@ void lp_aside_begin(struct lp_aside *a, struct lp_follow *f)
 		a->place = ~places & (places + 1); /* the lowest; none when there are more than 32 */
 	while (!atomic_compare_exchange_weak(&f->places, &places, places | a->place));
 	errno = 0;
+	/* woken, it does not take the CPU from one that holds a lock which a fault waits for (sched(7)) */
+	a->batch = sched_getscheduler(0) == SCHED_OTHER && set_policy(0, SCHED_BATCH);
 	a->nice = getpriority(PRIO_PROCESS, 0);
 	if (a->nice < BACKGROUND_NICE)
 		setpriority(PRIO_PROCESS, 0, BACKGROUND_NICE);
@@ -273,4 +275,6 @@ void lp_aside_end(const struct lp_aside *a, struct lp_follow *f)
 	if (a->cpu >= 0)
 		sched_setaffinity(0, sizeof(a->home), &a->home);
 	setpriority(PRIO_PROCESS, 0, a->nice);
+	if (a->batch)
+		set_policy(0, SCHED_OTHER);
 }

@@ -55,6 +55,7 @@ void lp_follow_nobody(struct lp_follow *follow);
  */
 struct lp_aside {
 	cpu_set_t home;
+	bool batch;
 	int nice, cpu; /* away from this one; -1: from none */
 	uint32_t place;
 };

@@ -12,7 +12,7 @@
 #include <time.h>
 
 #define LP_ALONE 0x80000000u /* somebody holds it, or waits for it, alone; the rest counts who share it */
-#define LP_SPINS 2000	     /* about 20 to 100 us */
+#define LP_SPINS 8000	     /* about 100 to 400 us */
 
 struct lp_lock {
 	_Atomic unsigned state;

@@ -6,7 +6,7 @@
  * Speaks the protocol of `criu lazy-pages` towards the restorer, but knows nothing of images: page p of task t is page
  * p / stride of the file FILES with the number t - 1 (tasks have the pids 2, 3, ...), for p divisible by stride, and zero
  * otherwise.  One thread waits in epoll_wait, reads one message, copies one page.  After the end of the restore --bulk
- * threads copy everything in 256 KiB pieces.
+ * threads copy everything in 256 KiB pieces; each has 2 MiB to itself at a time, a page table's worth, mapped at once.
  *
  * It is no daemon: what a task does other than touching its memory, it does not understand.
  */
@@ -30,6 +30,7 @@
 
 #define FIRST_PID 2
 #define CHUNK (256ull << 10)
+#define STRIPE (2ull << 20)
 #define MAX_TASKS 65536
 
 struct task {
@@ -70,29 +71,40 @@ static void serve(struct task *t)
 	copy_page(t, message.arg.pagefault.address & ~(PAGE - 1));
 }
 
-/* With a stride there is one page a piece, as there is for anybody. */
+static void drain_stripe(struct task *t, uint64_t at, uint64_t end)
+{
+	/* With a stride there is one page a piece, as there is for anybody. */
+	uint64_t piece = stride == 1 ? CHUNK : PAGE;
+
+	while (at < end) {
+		struct uffdio_copy copy = {
+			.dst = base + at * stride,
+			.src = (uintptr_t)t->data + at,
+			.len = piece < end - at ? piece : end - at,
+		};
+
+		if (!ioctl(t->uffd, UFFDIO_COPY, &copy))
+			at += copy.len;
+		else if (copy.copy > 0)
+			at += (uint64_t)copy.copy;
+		else if (errno == EEXIST)
+			at += PAGE; /* a fault has brought it */
+		else if (errno == ESRCH)
+			return;
+		else if (errno != EAGAIN)
+			die("pages can't be copied");
+	}
+}
+
 static void drain(struct task *t)
 {
-	uint64_t piece = stride == 1 ? CHUNK : PAGE, at;
+	uint64_t at;
 
-	while ((at = atomic_fetch_add(&t->next, piece)) < t->bytes) {
-		uint64_t end = at + piece < t->bytes ? at + piece : t->bytes;
+	while ((at = atomic_fetch_add(&t->next, STRIPE)) < t->bytes) {
+		uint64_t end = at + STRIPE < t->bytes ? at + STRIPE : t->bytes;
 
-		while (at < end) {
-			struct uffdio_copy copy = {
-				.dst = base + at * stride, .src = (uintptr_t)t->data + at, .len = end - at};
-
-			if (!ioctl(t->uffd, UFFDIO_COPY, &copy))
-				break;
-			if (copy.copy > 0)
-				at += (uint64_t)copy.copy;
-			else if (errno == EEXIST)
-				at += PAGE; /* a fault has brought it */
-			else if (errno == ESRCH)
-				return;
-			else if (errno != EAGAIN)
-				die("pages can't be copied");
-		}
+		madvise(t->data + at, end - at, MADV_POPULATE_READ);
+		drain_stripe(t, at, end);
 	}
 }
 

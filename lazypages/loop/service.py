@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("lazypages")
 
 #: Bytes that a task's background transfer brings before the next task has its turn.
-QUANTUM = 8 << 20
+QUANTUM = 64 << 20
 
 #: Seconds between looks for pages that were claimed for a page server and have been given back.
 GIVEN_BACK_PAUSE = 1.0
