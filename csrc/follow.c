@@ -17,10 +17,11 @@
 
 #define US 1000ull
 #define MS 1000000ull
-#define LOOK_SOON (200 * US)	 /* after a move; doubled as long as looks agree */
+#define LOOK_SOON (100 * US)	 /* after a move; doubled as long as looks agree */
 #define LOOK_EVERY (5 * MS)	 /* while they do */
 #define LOOK_SELDOM (100 * MS)	 /* after looks that say nothing */
-#define MOVE_PAUSE (1 * MS)	 /* moves in shorter turns: the scheduler knows better */
+#define MOVE_PAUSE (1 * MS)	 /* moves in shorter turns, more than so many: the scheduler knows better */
+#define MOVE_TRIES 3
 #define WATCH_NS (3 * MS)	 /* giving way without progress for so long, or for twice that, is ended */
 #define PENALTY (100 * MS)	 /* how long not to give way after that; doubled each time */
 #define PENALTY_MAX (3200 * MS)
@@ -214,6 +215,7 @@ static uint64_t next_interval(struct lp_follow *f)
 
 void lp_follow_fault(struct lp_follow *f, pid_t pid, uint64_t now)
 {
+	bool soon = now < f->moved + MOVE_PAUSE;
 	int cpu;
 
 	if (!f->able)
@@ -222,13 +224,14 @@ void lp_follow_fault(struct lp_follow *f, pid_t pid, uint64_t now)
 	if (now < f->next_look)
 		return;
 	cpu = pid ? cpu_of(f, pid) : -1;
-	if (cpu < 0 || !CPU_ISSET(cpu, &f->home) || (cpu != atomic_load(&f->cpu) && now < f->moved + MOVE_PAUSE)) {
+	if (cpu < 0 || !CPU_ISSET(cpu, &f->home) || (cpu != atomic_load(&f->cpu) && soon && f->tries == MOVE_TRIES)) {
 		/* nothing is known, or it changes too quickly */
 		lp_follow_nobody(f);
 		f->next_look = now + (cpu < 0 ? LOOK_SELDOM : next_interval(f));
 	} else if (cpu == atomic_load(&f->cpu)) {
 		f->next_look = now + next_interval(f);
 	} else if (go_to(f, cpu)) {
+		f->tries = soon ? f->tries + 1 : 0;
 		f->moved = now;
 		f->interval = LOOK_SOON;
 		f->next_look = now + f->interval;

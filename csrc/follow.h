@@ -24,6 +24,7 @@ struct lp_follow {
 	bool able;	      /* there is more than one CPU to choose from */
 	_Atomic int cpu;      /* the one that is followed; -1: none */
 	uint64_t next_look, interval, moved; /* CLOCK_MONOTONIC and durations, ns */
+	int tries; /* moves that came soon after the one before */
 	pid_t pid;	      /* whom stat_fd tells about */
 	int stat_fd;
 	/* giving way */

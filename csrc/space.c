@@ -6,6 +6,7 @@
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 
 /* An extent, with the dense index of its first page; its length is the next one's less its own. */
 struct slot {
@@ -15,10 +16,19 @@ struct slot {
 	uint32_t source;
 };
 
+/*
+ * The table may be large, tens of MiB, and faults are looked up with cold caches: a binary search from its ends took 3 of 13 us
+ * (perf, 1,000,000 slots).  It begins in a table of every 64th, and the large one lies in huge pages.
+ */
+#define MARK_EVERY 64
+#define HUGE_FROM ((size_t)4 << 20)
+
 struct image {
 	atomic_int refs;
 	size_t nr;
 	uint64_t nr_pages;
+	uint64_t *marks; /* where slots 0, 64, 128, ... start */
+	size_t nr_marks;
 	struct slot slots[]; /* nr, then one that closes the table */
 };
 
@@ -59,8 +69,18 @@ static uint64_t slot_end(const struct image *image, size_t i)
 /* First slot that ends after image address addr; image->nr when there is none. */
 static size_t slot_at(const struct image *image, uint64_t addr)
 {
-	size_t lo = 0, hi = image->nr;
+	size_t lo = 0, hi = image->nr_marks;
 
+	while (lo < hi) {
+		size_t mid = lo + (hi - lo) / 2;
+
+		if (image->marks[mid] <= addr)
+			lo = mid + 1;
+		else
+			hi = mid;
+	}
+	hi = lo * MARK_EVERY < image->nr ? lo * MARK_EVERY : image->nr;
+	lo = lo ? (lo - 1) * MARK_EVERY + 1 : 0;
 	while (lo < hi) {
 		size_t mid = lo + (hi - lo) / 2;
 
@@ -153,6 +173,36 @@ static uint64_t wanted(const struct lp_space *s, uint64_t word)
 
 /* ---- life ---- */
 
+static void image_put(struct image *image)
+{
+	if (image && atomic_fetch_sub(&image->refs, 1) == 1) {
+		free(image->marks);
+		free(image);
+	}
+}
+
+/* Without any slot, but with room for nr of them. */
+static struct image *image_alloc(size_t nr)
+{
+	size_t bytes = sizeof(struct image) + (nr + 1) * sizeof(struct slot);
+	struct image *image = calloc(1, bytes);
+	uintptr_t page = ((uintptr_t)image + LP_PAGE_SIZE - 1) & ~(LP_PAGE_SIZE - 1);
+
+	if (!image)
+		return NULL;
+	if (bytes >= HUGE_FROM) /* no error matters */
+		madvise((void *)page, ((uintptr_t)image + bytes - page) & ~(LP_PAGE_SIZE - 1), MADV_HUGEPAGE);
+	atomic_init(&image->refs, 1);
+	image->nr = nr;
+	image->nr_marks = (nr + MARK_EVERY - 1) / MARK_EVERY;
+	image->marks = calloc(image->nr_marks + 1, sizeof(*image->marks));
+	if (!image->marks) {
+		image_put(image);
+		return NULL;
+	}
+	return image;
+}
+
 static struct image *image_new(const struct lp_extent *extents, size_t nr)
 {
 	size_t lazy = 0;
@@ -161,36 +211,30 @@ static struct image *image_new(const struct lp_extent *extents, size_t nr)
 
 	for (size_t i = 0; i < nr; i++)
 		lazy += extents[i].lazy != 0;
-	image = calloc(1, sizeof(*image) + (lazy + 1) * sizeof(struct slot));
+	image = image_alloc(lazy);
 	if (!image)
 		return NULL;
-	atomic_init(&image->refs, 1);
-	image->nr = lazy;
 	lazy = 0;
 	for (size_t i = 0; i < nr; i++) {
 		const struct lp_extent *e = &extents[i];
 
 		if (e->start < end || e->start % LP_PAGE_SIZE || !e->nr_pages ||
 		    e->nr_pages > (UINT64_MAX - e->start) >> LP_PAGE_SHIFT) {
-			free(image);
+			image_put(image);
 			errno = EINVAL;
 			return NULL;
 		}
 		end = e->start + (e->nr_pages << LP_PAGE_SHIFT);
 		if (!e->lazy)
 			continue;
+		if (lazy % MARK_EVERY == 0)
+			image->marks[lazy / MARK_EVERY] = e->start;
 		image->slots[lazy++] = (struct slot){e->start, dense, e->offset, e->source};
 		dense += e->nr_pages;
 	}
 	image->slots[lazy] = (struct slot){UINT64_MAX, dense, 0, 0};
 	image->nr_pages = dense;
 	return image;
-}
-
-static void image_put(struct image *image)
-{
-	if (image && atomic_fetch_sub(&image->refs, 1) == 1)
-		free(image);
 }
 
 /* Page aligned, not empty, sorted, disjoint, below what has no image. */
