@@ -18,6 +18,7 @@
 #define US 1000ull
 #define MS 1000000ull
 #define LOOK_SOON (100 * US)	 /* after a move; doubled as long as looks agree */
+#define LOOK_NEW (50 * US)	 /* after any other, when another process begins to fault again and again */
 #define LOOK_EVERY (5 * MS)	 /* while they do */
 #define LOOK_SELDOM (100 * MS)	 /* after looks that say nothing */
 #define MOVE_PAUSE (1 * MS)	 /* moves in shorter turns, more than so many: the scheduler knows better */
@@ -215,14 +216,16 @@ static uint64_t next_interval(struct lp_follow *f)
 
 void lp_follow_fault(struct lp_follow *f, pid_t pid, uint64_t now)
 {
-	bool soon = now < f->moved + MOVE_PAUSE;
+	bool soon = pid == f->pid && now < f->moved + MOVE_PAUSE, again = pid == f->last_pid;
 	int cpu;
 
 	if (!f->able)
 		return;
 	pay(f, now);
-	if (now < f->next_look)
+	f->last_pid = pid;
+	if (now < f->next_look && !(again && pid != f->pid && now > f->looked + LOOK_NEW))
 		return;
+	f->looked = now;
 	cpu = pid ? cpu_of(f, pid) : -1;
 	if (cpu < 0 || !CPU_ISSET(cpu, &f->home) || (cpu != atomic_load(&f->cpu) && soon && f->tries == MOVE_TRIES)) {
 		/* nothing is known, or it changes too quickly */

@@ -25,6 +25,8 @@ struct lp_follow {
 	_Atomic int cpu;      /* the one that is followed; -1: none */
 	uint64_t next_look, interval, moved; /* CLOCK_MONOTONIC and durations, ns */
 	int tries; /* moves that came soon after the one before */
+	uint64_t looked;
+	pid_t last_pid;	      /* of the last fault */
 	pid_t pid;	      /* whom stat_fd tells about */
 	int stat_fd;
 	/* giving way */
