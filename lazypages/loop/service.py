@@ -27,7 +27,10 @@ if TYPE_CHECKING:
 log = logging.getLogger("lazypages")
 
 #: Bytes that a task's background transfer brings before the next task has its turn.
-QUANTUM = 64 << 20
+QUANTUM = 8 << 20
+
+#: The same while no other task waits: between two turns a CPU stands still, for 100 us.
+LONG_QUANTUM = 32 << 20
 
 #: Seconds between looks for pages that were claimed for a page server and have been given back.
 GIVEN_BACK_PAUSE = 1.0
@@ -192,10 +195,11 @@ class TaskService:
                 group.start_soon(self._fetch_by_turns, self._remote)
 
     async def _transfer(self) -> None:
+        quantum = QUANTUM
         while True:
             try:
                 # The limiter is fair: a task that has had its turn goes to the end of the line.
-                brought = await to_thread.run_sync(self._served.transfer, QUANTUM, limiter=self._turns)
+                brought = await to_thread.run_sync(self._served.transfer, quantum, limiter=self._turns)
             except BusyError:
                 await anyio.sleep(BUSY_PAUSE)
                 continue
@@ -205,6 +209,7 @@ class TaskService:
                 if not any(self._served.remaining().levels):
                     return
                 await anyio.sleep(CLAIMED_PAUSE)  # others bring what is left; they may give some of it back
+            quantum = QUANTUM if self._turns.statistics().tasks_waiting else LONG_QUANTUM
 
     async def _fetch(self, remote: RemotePages) -> None:
         """As _transfer, for what page servers have: asks for as much as does not keep faults waiting."""
