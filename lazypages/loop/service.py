@@ -45,6 +45,9 @@ CLAIMED_PAUSE = 0.1
 BUSY_PAUSE = 0.001
 BUSY_TRIES = 500
 
+#: Bytes that have come for a task whose layout is changing, and wait beside their connection.
+PARKED_MOST = 4 << 20
+
 #: Seconds between looks whether the memory of a process that has exited is gone, at most; then the server's are enough.
 GONE_PAUSE = 0.5
 
@@ -84,6 +87,7 @@ class TaskService:
         self._tending = False
         self._background = False
         self._exited = False
+        self._parked = 0  # bytes
         self._group: TaskGroup | None = None  # while children may be started
         self._ended = anyio.Event()
         self._final: TaskReport | None = None
@@ -232,16 +236,35 @@ class TaskService:
                 await anyio.sleep(GIVEN_BACK_PAUSE)
 
     async def pages_arrived(self, image: int, data: memoryview) -> None:
-        """Pages that a page server gave: `data` was at `image`. Returns when `data` is not needed any more."""
-        while not self._final:
-            try:
-                self._served.deliver(image, data)
-            except BusyError:
+        """Pages that a page server gave: `data` was at `image`. Returns when `data` is not needed any more.
+
+        What the task can't take at the moment is put aside, within bounds: more than that waits, and with it
+        whatever comes behind it on its connection.
+        """
+        if self._delivered(image, data):
+            return
+        if self._group and self._parked + len(data) <= PARKED_MOST:
+            self._parked += len(data)
+            self._group.start_soon(self._deliver, image, bytes(data))
+        else:
+            while not self._delivered(image, data):
                 await anyio.sleep(BUSY_PAUSE)
-            except TaskGoneError:
-                return
-            else:
-                return
+
+    async def _deliver(self, image: int, data: bytes) -> None:
+        while not self._delivered(image, data):
+            await anyio.sleep(BUSY_PAUSE)
+        self._parked -= len(data)
+
+    def _delivered(self, image: int, data: memoryview | bytes) -> bool:
+        """Whether there is nothing more to be done about these pages."""
+        try:
+            if not self._final:
+                self._served.deliver(image, data)
+        except BusyError:
+            return False
+        except TaskGoneError:
+            pass
+        return True
 
     def pages_lost(self, image: int, nr_pages: int, reason: str) -> None:
         """No page server gives these."""
