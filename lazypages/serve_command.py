@@ -266,7 +266,7 @@ def _serve(
             log.warning("--pidfile does nothing without -d")
         # A terminal that goes away is no reason to leave tasks without their memory.
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        # Closed before the guard ends, which holds uffds that a restorer has sent if we fail before they are served.
+        # Closed before the guard ends, which holds uffds that a restorer has sent if we end before they are served.
         with Guard(log_fd) as guard, closing(control), ExitStack() as until_running:
             until_running.enter_context(_signals_held())  # by all threads, so this comes before any other
             with tracer or nullcontext():
