@@ -13,6 +13,7 @@
 
 #define SIGINFO_SIZE 128
 #define GET_RSEQ_CONFIGURATION 0x420f /* PTRACE_GET_RSEQ_CONFIGURATION, ptrace(2) */
+#define GET_SYSCALL_USER_DISPATCH_CONFIG 0x4211 /* linux/ptrace.h, since Linux 6.4 */
 
 _Static_assert(LP_SAME_FILE == KCMP_FILE && LP_SAME_VM == KCMP_VM && LP_SAME_FILES == KCMP_FILES &&
 		       LP_SAME_FS == KCMP_FS && LP_SAME_SIGHAND == KCMP_SIGHAND,
@@ -122,5 +123,17 @@ int lp_rseq(pid_t tid, struct lp_rseq *rseq)
 	rseq->address = got.address;
 	rseq->size = got.size;
 	rseq->signature = got.signature;
+	return 0;
+}
+
+int lp_dispatches_syscalls(pid_t tid, int *on)
+{
+	struct {
+		uint64_t mode, selector, offset, size; /* struct ptrace_sud_config of linux/ptrace.h */
+	} got;
+
+	if (ptrace(GET_SYSCALL_USER_DISPATCH_CONFIG, tid, (void *)sizeof(got), &got) < 0)
+		return -errno;
+	*on = got.mode != 0; /* PR_SYS_DISPATCH_OFF */
 	return 0;
 }

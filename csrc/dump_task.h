@@ -37,4 +37,7 @@ struct lp_rseq {
 };
 int lp_rseq(pid_t tid, struct lp_rseq *rseq);
 
+/* Whether a stopped thread has Syscall User Dispatch on: then a call that we have it make is a SIGSYS for it instead. */
+int lp_dispatches_syscalls(pid_t tid, int *on);
+
 #endif

@@ -89,7 +89,9 @@ What can't be saved
   System V shared memory, deleted files, devices, pipes that lead out of the
   tree, seccomp, shadow stacks, deadlines, timers on the CPU time of one of many
   threads, namespaces of its own, tasks that a debugger traces. All this is
-  found before anything is stopped, and named; the tasks go on.
+  found before anything is stopped, and named; the tasks go on. System calls
+  that are dispatched to the task itself (Syscall User Dispatch) only show when
+  it is stopped; it goes on, too.
 
 \b
 Exit status

@@ -286,7 +286,7 @@ class _Run:
     def live(self, tree: FrozenTree) -> list[Task]:
         """Looks at everything once more: it has been running since the first look."""
         tasks = survey.look_at_all(tree.processes, self._before)
-        survey.check(tree.processes, tasks, self.settings.allow)
+        survey.check(tree.processes, tasks, self.settings.allow, frozen=True)
         for pid, task in tasks.items():
             gadgets, vmas = self._gadgets.get(pid), task.layout.vmas
             if gadgets is None or not gadgets.are_there(pid, vmas):

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from dumptool import proc, trackers
 from dumptool.errors import DumpError, Refusal, TaskGoneError, UnsupportedError
 from dumptool.freeze import Process
-from dumptool.tracee import Same, same
+from dumptool.tracee import Same, dispatches_syscalls, same
 
 NAMESPACES = (
     "cgroup",
@@ -123,10 +123,13 @@ def look_at_all(processes: Iterable[Process], before: dict[int, Task] | None = N
     return tasks
 
 
-def check(processes: Sequence[Process], tasks: dict[int, Task], options: Options) -> None:
+def check(
+    processes: Sequence[Process], tasks: dict[int, Task], options: Options, *, frozen: bool = False
+) -> None:
     """Raises ``UnsupportedError`` with everything that stands in the way.
 
-    Processes that end meanwhile stand in nobody's way; ``TaskGoneError`` if the root of the tree does.
+    ``frozen``: looks also for what only a thread in a ptrace stop shows. Processes that end meanwhile stand in
+    nobody's way; ``TaskGoneError`` if the root of the tree does.
     """
     refusals: list[Refusal] = []
     pids = {one.pid for one in processes}
@@ -135,6 +138,8 @@ def check(processes: Sequence[Process], tasks: dict[int, Task], options: Options
             refusals += _family(process, pids, options)
             if process.pid in tasks:
                 refusals += _own(tasks[process.pid], options)
+                if frozen:
+                    refusals += _frozen(process)
         except TaskGoneError:
             if process.ppid == 0:
                 raise
@@ -161,6 +166,17 @@ def _family(process: Process, pids: Collection[int], options: Options) -> Iterat
                 "",
                 f"is in {kind} {leader}, whose leader is not dumped with it: start it with `setsid`, "
                 "or dump and restore it with --shell-job",
+            )
+
+
+def _frozen(process: Process) -> Iterator[Refusal]:
+    for tid in process.threads:
+        if dispatches_syscalls(tid):
+            yield Refusal(
+                process.pid,
+                "",
+                f"thread {tid} has its system calls dispatched to itself (PR_SET_SYSCALL_USER_DISPATCH), "
+                "which is not saved",
             )
 
 

@@ -220,6 +220,13 @@ def rseq(tid: int) -> Rseq:
     return Rseq(found.address, found.size, found.signature)
 
 
+def dispatches_syscalls(tid: int) -> bool:
+    """Whether a stopped thread has Syscall User Dispatch on, prctl(2)."""
+    on = ffi.new("int *")
+    _check(lib.lp_dispatches_syscalls(tid, on), tid, "can't be asked for Syscall User Dispatch")
+    return bool(on[0])
+
+
 def same(pid: int, other: int, kind: Same, fd: int = 0, other_fd: int = 0) -> bool:
     """Whether two processes share something (kcmp(2))."""
     answer = ffi.new("int *")

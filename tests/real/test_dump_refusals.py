@@ -116,6 +116,34 @@ def test_strict_seccomp(tmp_path: Path) -> None:
         is_unharmed(pid)
 
 
+@pytest.mark.parametrize("command", ["dump", "pre-dump"])
+@pytest.mark.parametrize("thread", [False, True])
+def test_syscall_user_dispatch(command: str, thread: bool, tmp_path: Path) -> None:
+    """Whatever system call the thread makes is a SIGSYS instead, which ends it; so also one that is injected."""
+    code = (
+        "import threading; selector = ctypes.c_char(b'\\1'); prctl = ctypes.PyDLL(None).prctl\n"
+        "f = os.open('on', os.O_RDWR | os.O_CREAT); os.truncate(f, 1); on = mmap.mmap(f, 1)\n"
+        "def spin():\n"
+        "    failed = prctl(59, 1, 0, 0, ctypes.byref(selector)); on[0] = 2 if failed else 1\n"
+        "    while True: pass\n"
+    )
+    begin = "threading.Thread(target=spin).start(); time.sleep(1000)" if thread else "spin()"
+    if thread:  # the other one must not ask for the GIL, or there would be system calls
+        code += "sys.setswitchinterval(1000)\n"
+    output, on = tmp_path / "output", tmp_path / "on"
+    with task(sys.executable, "-c", SETUP + code + begin, cwd=tmp_path, output=output) as pid:
+        wait_for("the program", lambda: on.exists() and on.read_bytes().strip(b"\0"))
+        assert on.read_bytes() == b"\1"
+        result = run(command, "-t", pid, "-D", tmp_path / "images")
+        (tid,) = [tid for tid in map(int, os.listdir(f"/proc/{pid}/task")) if (tid != pid) == thread]
+        assert result.stderr == (
+            f"dumptool: can't be dumped: pid {pid}: thread {tid} has its system calls dispatched to itself "
+            "(PR_SET_SYSCALL_USER_DISPATCH), which is not saved\n"
+        )
+        assert result.returncode == 1
+        is_unharmed(pid)
+
+
 @pytest.mark.parametrize(
     ("flag", "reason"), [("ss", "a shadow stack"), ("ht", "huge pages"), ("um", "a userfaultfd")]
 )
