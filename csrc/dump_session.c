@@ -182,16 +182,15 @@ static void fill_frame(struct signal_frame *frame, const struct user_regs_struct
 }
 
 /*
- * Lay out, from the red zone downwards: xsave area, frame, scratch. The image of the upper two is made in
+ * Lay out, from `end` downwards: xsave area, frame, scratch. The image of the upper two is made in
  * `image`, whose end is the end of the area.
  */
-static int prepare(struct lp_session *s, const struct lp_gadgets *gadgets, unsigned char image[LP_SESSION_ROOM],
-		   uint64_t *frame_address, uint64_t *image_size)
+static int prepare(struct lp_session *s, const struct lp_gadgets *gadgets, uint64_t end,
+		   unsigned char image[LP_SESSION_ROOM], uint64_t *frame_address, uint64_t *image_size)
 {
 	struct user_regs_struct back = s->saved;
 	struct signal_frame frame;
 	struct xsave_note note = { .magic1 = XSAVE_MAGIC1 };
-	uint64_t end = s->saved.rsp - RED_ZONE;
 	uint64_t features, used, fpstate;
 	const uint32_t magic2 = XSAVE_MAGIC2;
 	unsigned char xsave[LP_SESSION_ROOM];
@@ -241,7 +240,7 @@ static int grow_stack(pid_t tid, uint64_t address)
 	return errno == 0 ? 0 : errno == ESRCH ? -ESRCH : -EFAULT;
 }
 
-int lp_session_begin(struct lp_session *s, pid_t tid, const struct lp_gadgets *gadgets)
+int lp_session_begin(struct lp_session *s, pid_t tid, const struct lp_gadgets *gadgets, uint64_t room)
 {
 	unsigned char image[LP_SESSION_ROOM];
 	uint64_t frame_address = 0, image_size = 0;
@@ -255,11 +254,11 @@ int lp_session_begin(struct lp_session *s, pid_t tid, const struct lp_gadgets *g
 	if (!rc)
 		rc = lp_get_sigmask(tid, &s->mask);
 	if (!rc)
-		rc = prepare(s, gadgets, image, &frame_address, &image_size);
+		rc = prepare(s, gadgets, room ? room : s->saved.rsp - RED_ZONE, image, &frame_address, &image_size);
 	if (!rc)
 		rc = lp_read_memory(tid, s->kept_start, s->kept, s->kept_size);
 	if (rc == -EFAULT) {
-		rc = grow_stack(tid, s->kept_start);
+		rc = grow_stack(tid, room ? room - LP_SESSION_ROOM : s->kept_start);
 		if (!rc)
 			rc = lp_read_memory(tid, s->kept_start, s->kept, s->kept_size);
 	}

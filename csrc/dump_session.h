@@ -2,11 +2,14 @@
  * System calls run in a task that must come to no harm, whenever the tracer dies.
  *
  * A tracer that is killed leaves the task running with the registers of that moment.  So before a
- * register is touched, a signal frame that holds all of the thread's state goes below its stack's red zone
- * (where the kernel may write one at any time), and every injected system call returns into
- * rt_sigreturn through it: left alone at any instant, the thread finishes the harmless call that it is in and is
- * back where it was.  Cost of that way back: an interrupted timed wait starts its time-out anew.
- * On the ordinary way out everything, the bytes of the stack too, is put back by ptrace; but a stack that had no room
+ * register is touched, a signal frame that holds all of the thread's state is put into the task, and every injected
+ * system call returns into rt_sigreturn through it: left alone at any instant, the thread finishes the harmless call
+ * that it is in and is back where it was.  Cost of that way back: an interrupted timed wait starts its time-out anew.
+ *
+ * The frame goes where the caller says: into memory that nobody has ever used (dumptool/tracee.py, find_room), for what a
+ * killed tracer has put there stays.  Where there is none, below the red zone of the thread's own stack, where the kernel
+ * may write a frame at any time; unless the program has made itself a small stack, where that is somebody's memory.
+ * On the ordinary way out everything, these bytes too, is put back by ptrace; but a stack that had no room
  * for the frame has grown.
  */
 #ifndef LAZYPAGES_DUMP_SESSION_H
@@ -58,8 +61,11 @@ void lp_rewind_syscall(struct user_regs_struct *regs);
 /* Where the CPU has component nr (2 to 62) in an xsave area of the standard layout, bytes; size 0: it has none. */
 void lp_xstate_component(int nr, uint32_t *offset, uint32_t *size);
 
-/* -EFAULT: no room below the stack pointer. -ENOTSUP: not a 64-bit thread. The thread is unchanged then. */
-int lp_session_begin(struct lp_session *session, pid_t tid, const struct lp_gadgets *gadgets);
+/*
+ * room: the end of LP_SESSION_ROOM bytes to be used, to which the main stack may have to grow; 0: below the stack pointer.
+ * -EFAULT: they are not there. -ENOTSUP: not a 64-bit thread. The thread is unchanged then.
+ */
+int lp_session_begin(struct lp_session *session, pid_t tid, const struct lp_gadgets *gadgets, uint64_t room);
 
 /* Like lp_call. */
 int lp_session_call(struct lp_session *session, long nr, const uint64_t args[6], long *ret);

@@ -27,7 +27,7 @@ from dumptool.mappings import FileIds, Mapping
 from dumptool.memory import Counts, Marks, Part, Sink, Source, Target
 from dumptool.send import PageServer, Sender, SentTarget
 from dumptool.survey import Task
-from dumptool.tracee import Gadgets, registers, xstate_components
+from dumptool.tracee import Gadgets, find_room, registers, xstate_components
 from dumptool.tracking import Armed, Method
 from images_spec import images
 from images_spec.flags import PE_PRESENT
@@ -291,6 +291,7 @@ class _Run:
             gadgets, vmas = self._gadgets.get(pid), task.layout.vmas
             if gadgets is None or not gadgets.are_there(pid, vmas):
                 self._gadgets[pid] = Gadgets(pid, vmas)
+            self._gadgets[pid].room = find_room(pid, vmas, task.process.threads)
         return list(tasks.values())
 
     def find_pages(self, task: Task, file_id: FileIds, pages_id: int, *, arm: bool) -> list[Mapping]:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from enum import IntEnum
+from itertools import pairwise
 from typing import Any
 
 from dumptool import proc
@@ -30,6 +31,8 @@ ENDED = os.WEXITED | os.WNOHANG | 0x40000000  # __WALL
 ENDS = (os.CLD_EXITED, os.CLD_KILLED, os.CLD_DUMPED)
 PATIENCE = 1.0
 """Seconds for a killed thread to end."""
+STACK_RESERVE = 1 << 16
+"""Bytes of the main stack that a thread won't use up at once when we are killed."""
 
 
 class Same(IntEnum):
@@ -264,11 +267,15 @@ def write_memory(pid: int, address: int, data: bytes) -> None:
 
 
 class Gadgets:
-    """Where the two pieces of code are that a ``Session`` needs (csrc/dump_session.h)."""
+    """Where in a process the two pieces of code are that a ``Session`` needs, and memory (csrc/dump_session.h).
+
+    ``room``: as ``find_room`` has it.
+    """
 
     def __init__(self, pid: int, vmas: Sequence[Vma]) -> None:
         """Searches executable mappings; can be done while the process runs. Raises ``DumpError``."""
         self.pointer = ffi.new("struct lp_gadgets *")
+        self.room = 0
         for vma in vmas:
             readable_code = vma.prot & 5 == 5
             outcome = lib.lp_find_gadgets(pid, vma.start, vma.end, self.pointer) if readable_code else -1
@@ -291,6 +298,28 @@ class Gadgets:
             and read_memory(pid, place, len(code)) == code
             for place, code in self._code
         )
+
+
+def find_room(pid: int, vmas: Sequence[Vma], tids: Sequence[int]) -> int:
+    """The end of memory of a frozen process that nobody has ever used, for a ``Session``; 0: there is none.
+
+    It is at the end of the main stack, which is nobody's but a thread's that has come down to it: where that was never
+    written, or below, where the stack has yet to grow to.
+    """
+    for before, stack in pairwise(vmas):
+        if stack.name != "[stack]" or stack.prot & 3 != 3:
+            continue
+        end: int = stack.start + lib.LP_SESSION_ROOM
+        used = range(stack.start, end + STACK_RESERVE)
+        if (
+            used.stop <= stack.end
+            and not any(registers(tid).rsp in used for tid in tids)
+            and not any(read_memory(pid, stack.start, lib.LP_SESSION_ROOM))
+        ):
+            return end
+        if before.end <= stack.start - lib.LP_SESSION_ROOM:
+            return stack.start
+    return 0
 
 
 class Session:
@@ -337,7 +366,9 @@ class Session:
 def session(tid: int, gadgets: Gadgets) -> Iterator[Session]:
     """Run system calls in a stopped thread; on the way out all of it is as it was."""
     raw = ffi.new("struct lp_session *")
-    outcome = lib.lp_session_begin(raw, tid, gadgets.pointer)
+    outcome = lib.lp_session_begin(raw, tid, gadgets.pointer, gadgets.room)
+    if outcome == -errno.EFAULT and gadgets.room:  # the stack may not grow (RLIMIT_STACK)
+        outcome = lib.lp_session_begin(raw, tid, gadgets.pointer, 0)
     if outcome == -errno.EFAULT:
         raise DumpError(f"thread {tid}: no room for a signal frame below its stack pointer")
     if outcome == -errno.ENOTSUP:

@@ -8,15 +8,17 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
 
+from dumptool._ptrace import lib
 from dumptool.dump import Settings, Watcher, dump, pre_dump
 from dumptool.freeze import freeze
-from dumptool.proc import layout
-from dumptool.tracee import Gadgets, session
+from dumptool.proc import Vma, layout
+from dumptool.tracee import Gadgets, find_room, session
 from tests.support.dumptool import check, is_unharmed, run, task
 from tests.support.processes import reap, wait_for
 
@@ -24,14 +26,21 @@ PROGRAMS = Path(__file__).parent.parent / "support" / "programs"
 KILLS = 200
 ROUNDS, REST = "20000", "5000"
 NR_GETITIMER = 36
+ROOM = lib.LP_SESSION_ROOM
+
+
+@contextmanager
+def built(name: str) -> Iterator[Path]:
+    with TemporaryDirectory(prefix=f"lazypages-{name}-") as folder:
+        path = Path(folder) / name
+        command = ["gcc", "-std=gnu11", "-O2", "-pthread", "-o", path, PROGRAMS / f"{name}.c"]
+        subprocess.run(command, check=True, timeout=120)
+        yield path
 
 
 @pytest.fixture(scope="module")
 def workers() -> Iterator[Path]:
-    with TemporaryDirectory(prefix="lazypages-workers-") as folder:
-        path = Path(folder) / "workers"
-        command = ["gcc", "-std=gnu11", "-O2", "-pthread", "-o", path, PROGRAMS / "workers.c"]
-        subprocess.run(command, check=True, timeout=120)
+    with built("workers") as path:
         yield path
 
 
@@ -124,6 +133,50 @@ def test_killed_between_any_two_system_calls(workers: Path, tmp_path: Path) -> N
         go.touch()
         assert reap(pid) == 0
     assert output.read_bytes() == expected_output(workers)
+
+
+def main_stack(pid: int) -> Vma:
+    return next(vma for vma in layout(pid).vmas if vma.name == "[stack]")
+
+
+@pytest.mark.parametrize("used", [False, True])
+def test_small_stacks(used: bool, tmp_path: Path) -> None:
+    """Killed at any moment, dumptool leaves no byte changed below the stack pointer of a thread: it may be somebody's.
+
+    ``used``: the end of the main stack is no place either; so it grows, once and for all.
+    """
+    output, go = tmp_path / "output", tmp_path / "go"
+    chance = random.Random(11)
+    with built("small_stacks") as program, task(program, go, output=output) as pid:
+        wait_for("the threads", lambda: output.read_text() == "ready\n")
+        stack = main_stack(pid)
+        if used:
+            with Path(f"/proc/{pid}/mem").open("r+b", buffering=0) as memory:
+                memory.seek(stack.start)
+                memory.write(b"used")
+        gadgets = Gadgets(pid, layout(pid).vmas)
+
+        def work() -> None:
+            with freeze(pid) as tree:
+                gadgets.room = find_room(pid, layout(pid).vmas, tree.root.threads)
+                while True:
+                    for tid in tree.root.threads:
+                        with session(tid, gadgets) as inside:
+                            inside.filled("<QQQQ", NR_GETITIMER, lambda at: (0, at))
+
+        for number in range(40):
+            child = in_child(work)
+            time.sleep(0.002 + chance.random() * 0.01)
+            os.kill(child, signal.SIGKILL)
+            reap(child)
+            is_unharmed(pid)
+            if number % 10 == 0:
+                check("dump", "-t", pid, "-D", tmp_path / f"images-{number}", "-R")
+        grown = stack.start - main_stack(pid).start
+        assert grown % ROOM == 0
+        assert used <= grown // ROOM <= 41 + used  # what a kill leaves there is never used again
+        go.touch()
+        assert reap(pid) == 0, output.read_text()
 
 
 def test_signals_wait_until_a_session_is_over(workers: Path, tmp_path: Path) -> None:
