@@ -56,6 +56,7 @@ class Sender:
 
     def __init__(self, server: PageServer) -> None:
         self._address = server.address
+        self._guessed = False  # the layout, and nothing has been answered yet
         with self._errors():
             self._sock = _connect(server)
         try:
@@ -105,7 +106,7 @@ class Sender:
 
     def _find_layout(self) -> Layout:
         if isinstance(self._sock, ssl.SSLSocket):
-            # The question in two pieces is two records, which CRIU 4.2 does not put together (see sources/remote.py).
+            self._guessed = True
             return Layout.CRIU_4_1
         self._send([wire.PROBE_FIRST])
         with self._errors():
@@ -138,6 +139,7 @@ class Sender:
                 if not more:
                     raise self._closed()
                 data += more
+        self._guessed = False
         return data
 
     def _send(self, pieces: list[bytes | memoryview]) -> None:
@@ -156,6 +158,9 @@ class Sender:
                     pieces[first] = memoryview(pieces[first])[sent:]
 
     def _closed(self) -> SendError:
+        if self._guessed:
+            hint = wire.GUESSED.format(layout=self._layout)
+            return SendError(f"page server {self._address}: has closed the connection; {hint}")
         return SendError(
             f"page server {self._address}: has closed the connection; its log says why, and what it has got is no image"
         )

@@ -29,7 +29,8 @@ PROTOCOL_OPTION = click.option(
     type=click.Choice([AUTO, *PROTOCOLS]),
     default=AUTO,
     show_default=True,
-    help="Which CRIU's protocol the page server speaks: up to 4.1.1, or from 4.2.",
+    help="Which CRIU's protocol the page server speaks: up to 4.1.1, or from 4.2. Found out, but not with TLS: then "
+    "the images may tell, else it is taken for criu-4.1; name it if it is CRIU's from 4.2 on.",
 )
 
 TLS_FILE_OPTIONS = [

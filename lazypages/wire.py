@@ -25,6 +25,9 @@ for the other 8 and then answers (observed with `dump --lazy-pages` and `page-se
 4.1.1 and 4.2.1). Our own server knows the probe by its `vaddr`, which CRIU does not look at in this
 command, and answers at once with what it can do beyond CRIU (`Features`); from then on both sides use the
 criu-4.2 layout with those extras, on this connection only.
+
+In TLS a message in two pieces is two records, which a server of CRIU 4.2 does not put together (observed with 4.2.1: it
+ends). There the layout is a guess, unless somebody says it (`GUESSED`).
 """
 
 from __future__ import annotations
@@ -169,6 +172,12 @@ _PROBE_ANSWER = 0x4C50 << 16  # plus Features
 PROBE_FIRST = _STRUCTS[Layout.CRIU_4_1].pack(Command.PARENT, ALL_FEATURES, _PROBE_MAGIC, _PROBE_DST_ID)
 PROBE_REST = struct.pack("=Q", _PROBE_DST_ID)
 PROBE_ANSWER_SIZE = _STATUS.size
+
+GUESSED = (
+    "with TLS it can't be found out which CRIU's protocol a page server speaks, and {layout.value} was a guess: "
+    "say it with --page-server-protocol"
+)
+"""For whom a server has closed the connection; for ``str.format``."""
 
 
 def probe_answer(data: bytes) -> Features | None:

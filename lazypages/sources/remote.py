@@ -698,9 +698,9 @@ class RemotePages:
     async def _probe(self, lane: _Lane, link: Link) -> None:
         """Find out who answers, and how: see wire. Also shows that somebody does."""
         told = self._options.layout
-        if told is None and isinstance(lane.server.address, TcpServer) and lane.server.address.tls:
-            # In TLS a message in two pieces is two records, which a server of CRIU 4.2 does not put together
-            # (observed with 4.2.1: it ends). So the images' word has to do, and the old layout without it.
+        address = lane.server.address
+        guessed = told is None and isinstance(address, TcpServer) and address.tls
+        if guessed:  # see wire; the images' word has to do, and the old layout without it
             told = self._options.written_by or Layout.CRIU_4_1
         unsent = wire.PROBE_FIRST + (wire.PROBE_REST if told is Layout.CRIU_4_2 else b"")
         await _send_all(link, unsent)
@@ -713,7 +713,12 @@ class RemotePages:
             if not answer:
                 await _send_all(link, wire.PROBE_REST)
                 layout = Layout.CRIU_4_2
-        await _receive_all(link, answer)
+        try:
+            await _receive_all(link, answer)
+        except LinkError as error:
+            if guessed:
+                raise LinkError(f"{error}; {wire.GUESSED.format(layout=layout)}") from None
+            raise
         features = wire.probe_answer(bytes(answer))
         if features is None:
             lane.codec = ClientCodec(layout)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -223,8 +224,8 @@ def test_what_comes_up_after_the_first_look(tmp_path: Path, monkeypatch: pytest.
     with task(sys.executable, "-c", SETUP + code + READY, output=output) as pid:
         wait_for("the program", lambda: "\n" in output.read_text())
 
-        def check_and_change(*arguments: object) -> None:
-            look(*arguments)  # type: ignore[arg-type]
+        def check_and_change(*arguments: Any, **options: bool) -> None:
+            look(*arguments, **options)
             if "made" not in output.read_text():
                 os.kill(pid, signal.SIGUSR1)
                 wait_for("the eventfd", lambda: "made" in output.read_text())

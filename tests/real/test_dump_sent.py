@@ -244,6 +244,21 @@ def test_tls(kind: str, authority: Authority, running: Writer, tmp_path: Path) -
     running.ends_right()
 
 
+def test_tls_and_a_protocol_that_nobody_has_named(
+    authority: Authority, running: Writer, tmp_path: Path
+) -> None:
+    """CRIU 4.2's server can't be asked which it is: who has not said it is told to, and nothing is stopped."""
+    ours, theirs = authority.issue("client-unnamed"), authority.issue("server-unnamed")
+    with receiver("criu-4.2", tmp_path / "there", *authority.options(theirs)) as (server, port):
+        to_it = to(port, *authority.options(ours))
+        result = run("dump", "-t", running.pid, "-D", tmp_path / "here", "-R", *to_it)
+        assert server.wait() == 1
+    assert result.returncode == 1
+    assert result.stderr.endswith("and criu-4.1 was a guess: say it with --page-server-protocol\n")
+    assert len(result.stderr.splitlines()) == 1
+    running.ends_right()
+
+
 def test_a_server_that_is_not_trusted(authority: Authority, running: Writer, tmp_path: Path) -> None:
     """By its certificate, or by somebody else's authority: refused before anything is stopped or written."""
     ours, theirs = authority.issue("client"), authority.issue("elsewhere", "DNS:elsewhere")

@@ -88,6 +88,25 @@ def test_fetch_with_tls(criu: Criu, checkpoints: Checkpoints, authority: Authori
     fetched.check(contents)
 
 
+def test_tls_and_a_protocol_that_nobody_has_named(
+    checkpoints: Checkpoints, authority: Authority, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """CRIU 4.2's server can't be asked which it is; who has not said it, nor has images that do, is told to."""
+    criu = Criu("4.2")
+    theirs, ours = authority.issue("theirs-unnamed"), authority.issue("ours-unnamed")
+    checkpoint = checkpoints.get(criu, "single")
+    port = free_port()
+    options = ["--lazy-pages", "--address", "127.0.0.1", "--port", str(port), *authority.options(theirs)]
+    with raised_pipe_limit(), criu.page_server(checkpoint.images, *options, work=tmp_path) as server:
+        server.wait_ready()
+        told = RemoteOptions(tls=authority.files(ours), deadline=1)
+        wanted = list(lazy_pages(checkpoint.images))[:1]
+        fetched = fetch([TcpServer("127.0.0.1", port, tls=True)], wanted, options=told, faults=1)
+        assert server.wait() == 1
+    assert set(fetched.lost) == set(wanted)
+    assert "and criu-4.1 was a guess: say it with --page-server-protocol" in caplog.text
+
+
 # -- receive mode --------------------------------------------------------------------------------------------
 
 
