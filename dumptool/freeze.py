@@ -105,7 +105,7 @@ class FrozenTree:
         try:
             self.release()
         finally:
-            for tid in sorted(self._stopped):
+            for tid in self._leaders_last():
                 tracee.detach(tid)
             self._stopped.clear()
         return time.monotonic() - self.frozen_since
@@ -115,14 +115,17 @@ class FrozenTree:
         for process in self.alive:
             with suppress(ProcessLookupError):
                 os.kill(process.pid, signal.SIGKILL)
-        # A leader's end can be waited for only after that of its other threads (ptrace(2)).
-        leaders = {process.pid for process in self.processes}
-        for tid in sorted(self._stopped, key=lambda tid: tid in leaders):
+        for tid in self._leaders_last():
             with suppress(ChildProcessError):
                 while not _has_ended(os.waitpid(tid, 0x40000000)[1]):  # __WALL
                     pass
         self._stopped.clear()
         self._held.clear()
+
+    def _leaders_last(self) -> list[int]:
+        """The threads: the end of a leader can be waited for only after that of its other threads (ptrace(2))."""
+        leaders = {process.pid for process in self.processes}
+        return sorted(self._stopped, key=lambda tid: (tid in leaders, tid))
 
 
 def _has_ended(status: int) -> bool:

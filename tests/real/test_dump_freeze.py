@@ -267,3 +267,32 @@ def test_a_stack_that_has_no_room(tmp_path: Path) -> None:
         os.write(writer, b"x")
         os.close(writer)
         assert reap(process.pid) == 0
+
+
+def test_killed_while_it_stands_still() -> None:
+    """Its parent hears of that as soon as all has been let go on, and not only when dumptool ends."""
+    code = (
+        "import threading, time; [threading.Thread(target=time.sleep, args=[1000]).start() for _ in range(8)]"
+    )
+    ours, theirs = os.pipe()
+    with task(sys.executable, "-c", code) as pid:
+        wait_for("the threads", lambda: len(os.listdir(f"/proc/{pid}/task")) == 9)
+        tracer = os.fork()
+        if not tracer:
+            try:
+                with freeze.freeze(pid):
+                    os.kill(pid, signal.SIGKILL)
+                    wait_for("the end", lambda: "State:\tZ" in Path(f"/proc/{pid}/status").read_text())
+                os.write(theirs, b"x")
+                signal.pause()
+            finally:
+                os._exit(1)
+        os.close(theirs)
+        try:
+            assert os.read(ours, 1)
+            done, status = os.waitpid(pid, os.WNOHANG)
+            assert (done, os.waitstatus_to_exitcode(status)) == (pid, -signal.SIGKILL)
+        finally:
+            os.kill(tracer, signal.SIGKILL)
+            reap(tracer)
+            os.close(ours)
