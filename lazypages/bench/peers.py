@@ -16,6 +16,7 @@ from lazypages.bench.checkpoints import BASE, Checkpoint
 from lazypages.bench.errors import BenchError
 from lazypages.bench.programs import Programs
 from lazypages.bench.workloads import Source, Workload
+from lazypages.remote_options import AUTO, PROTOCOLS
 
 CRIU_DIR = Path("/var/cache/lazypages/criu")
 
@@ -72,10 +73,12 @@ class Peer:
 
 @dataclass(frozen=True, slots=True)
 class LazyPages(Peer):
-    """Ours, started as a user starts it. ``both``: with our page server at the other end, too."""
+    """Ours, started as a user starts it. ``both``: with our page server at the other end, too; else ``protocol`` is that
+    of CRIU's there, which CRIU's daemon need not find out either."""
 
     options: tuple[str, ...] = ()
     both: bool = False
+    protocol: str = AUTO
 
     @property
     def is_ours(self) -> bool:
@@ -92,7 +95,8 @@ class LazyPages(Peer):
 
     def command(self, checkpoint: Checkpoint, work: Path, port: int | None) -> list[str]:
         command = [sys.executable, "-m", "lazypages", "serve", *_directories(checkpoint, work), *self.options]
-        return [*command, *_remote(port), "--stats-json", str(stats_path(work))]
+        command += [*_remote(port), "--stats-json", str(stats_path(work))]
+        return command if port is None else [*command, "--page-server-protocol", self.protocol]
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,15 +155,21 @@ class BareLoop(Peer):
 
 def all_peers(programs: Programs, criu: Sequence[tuple[str, Path]], *, traced: bool = False) -> list[Peer]:
     """Everybody, ours first. ``criu``: names and executables. ``traced``: ours with a trace, too."""
+    protocol = _protocol_of(criu[0][0]) if criu else AUTO
     return [
-        LazyPages(OURS),
-        *([LazyPages(TRACED, ("--trace", "trace"))] if traced else []),
+        LazyPages(OURS, protocol=protocol),
+        *([LazyPages(TRACED, ("--trace", "trace"), protocol=protocol)] if traced else []),
         LazyPages(BOTH, both=True),
         *(CriuDaemon(name, path) for name, path in criu),
         BareLoop(LIMIT, programs, shared_cpu=True),
         BareLoop("loop, any CPU", programs),
         *(BareLoop(bulk_name(threads), programs, threads=threads) for threads in (1, 2)),
     ]
+
+
+def _protocol_of(criu: str) -> str:
+    """Which --page-server-protocol "criu 4.1.1" speaks."""
+    return PROTOCOLS[tuple(int(part) for part in criu.split()[-1].split(".")[:2]) >= (4, 2)]
 
 
 def bulk_name(threads: int) -> str:
