@@ -30,8 +30,8 @@ PROTOCOL_OPTION = click.option(
     default=AUTO,
     show_default=True,
     help="Which CRIU's protocol the page server speaks: up to 4.1.1, or from 4.2. Found out, which with a server of "
-    "CRIU's takes 0.2 to 0.7 s once, but not with TLS: then the images may tell, else it is taken for criu-4.1; name it "
-    "if it is CRIU's from 4.2 on. A lazypages page-server is used as one with auto only.",
+    "CRIU's takes 0.2 to 0.7 s once, but not with TLS: then the images may tell, else it is taken for criu-4.1; name "
+    "it if it is CRIU's from 4.2 on. A lazypages page-server is used as one with auto only.",
 )
 
 TLS_FILE_OPTIONS = [

@@ -73,8 +73,8 @@ class Peer:
 
 @dataclass(frozen=True, slots=True)
 class LazyPages(Peer):
-    """Ours, started as a user starts it. ``both``: with our page server at the other end, too; else ``protocol`` is that
-    of CRIU's there, which CRIU's daemon need not find out either."""
+    """Ours, started as a user starts it. ``both``: with our page server at the other end, too; else ``protocol`` is
+    that of CRIU's there, which CRIU's daemon need not find out either."""
 
     options: tuple[str, ...] = ()
     both: bool = False
@@ -169,7 +169,8 @@ def all_peers(programs: Programs, criu: Sequence[tuple[str, Path]], *, traced: b
 
 def _protocol_of(criu: str) -> str:
     """Which --page-server-protocol "criu 4.1.1" speaks."""
-    return PROTOCOLS[tuple(int(part) for part in criu.split()[-1].split(".")[:2]) >= (4, 2)]
+    version = criu.removeprefix("criu ").split(".")
+    return PROTOCOLS[(int(version[0]), int(version[1])) >= (4, 2)]
 
 
 def bulk_name(threads: int) -> str:
