@@ -3,6 +3,7 @@
 
 #include <errno.h>
 #include <poll.h>
+#include <sched.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
@@ -167,10 +168,13 @@ int64_t lp_trace_drain(struct lp_trace *trace, int fd)
 
 int lp_trace_run(struct lp_trace *trace, int fd)
 {
+	const struct sched_param none = {0};
 	struct lp_trace_record end = {.kind = LP_TRACE_END, .source = LP_TRACE_NO_SOURCE};
 	struct pollfd stop = {.fd = trace->stopfd, .events = POLLIN};
 	bool last;
 
+	/* Awake, it does not take the CPU from a thread that holds what a fault waits for (sched(7)). */
+	sched_setscheduler(0, SCHED_BATCH, &none);
 	do {
 		int64_t rc;
 

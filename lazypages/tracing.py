@@ -33,7 +33,7 @@ _PREFIX = struct.Struct("<8sII")
 RECORD = struct.Struct("<QQQQIIHHI")
 
 #: Records that wait to be written: 4 MiB of memory, some tenths of a second at full speed.
-RING_RECORDS = 1 << 16
+RING_RECORDS = 1 << 14
 
 #: More JSON than this is none of ours.
 _MAX_HEADER = 1 << 28

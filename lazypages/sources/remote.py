@@ -699,7 +699,7 @@ class RemotePages:
         """Find out who answers, and how: see wire. Also shows that somebody does.
 
         A server that the user has named is taken for it: CRIU's holds its answer back for 200 ms (it corks its socket,
-        and only pages uncork it; observed with 4.1.1 and 4.2.1).
+        and only pages uncork it; seen with strace, 4.1.1).
         """
         if self._options.layout:
             lane.codec = ClientCodec(self._options.layout)
