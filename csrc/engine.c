@@ -51,7 +51,7 @@ struct uffdio_poison {
 #define IDLE_MS 50	      /* without a fault: then no task's CPU is followed */
 #define CHUNK_QUIET (512u << 10) /* bytes a background copy takes at a time */
 #define CHUNK_BUSY (64u << 10)	 /* the same while tasks fault: one waits for this at most */
-#define CHUNK_LONE (16u << 10)	 /* and while they fault here and there, where one fault brings one page */
+#define CHUNK_LONE (8u << 10)	 /* and while they fault here and there, where one fault brings one page */
 #define BUSY_NS (2 * NS / 1000)	 /* how long after a fault tasks count as faulting */
 /* What one thread of the background has to itself: what one page table maps, for the lock of that is taken for each page. */
 #define STRIPE ((uint64_t)2 << 20)

@@ -23,7 +23,7 @@
 #define LOOK_SELDOM (100 * MS)	 /* after looks that say nothing */
 #define MOVE_PAUSE (1 * MS)	 /* moves in shorter turns, more than so many: the scheduler knows better */
 #define MOVE_TRIES 3
-#define WATCH_NS (3 * MS)	 /* giving way without progress for so long, or for twice that, is ended */
+#define WATCH_NS (8 * MS)	 /* giving way without progress for so long, or for twice that, is ended */
 #define PENALTY (100 * MS)	 /* how long not to give way after that; doubled each time */
 #define PENALTY_MAX (3200 * MS)
 #define BACKGROUND_NICE 3	 /* not more: who waits for what it has locked would wait long on a busy machine */

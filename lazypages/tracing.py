@@ -32,7 +32,7 @@ VERSION = 1
 _PREFIX = struct.Struct("<8sII")
 RECORD = struct.Struct("<QQQQIIHHI")
 
-#: Records that wait to be written: 4 MiB of memory, some tenths of a second at full speed.
+#: Records that wait to be written: 1 MiB of memory, some hundredths of a second at full speed.
 RING_RECORDS = 1 << 14
 
 #: More JSON than this is none of ours.

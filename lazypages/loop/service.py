@@ -30,7 +30,7 @@ log = logging.getLogger("lazypages")
 QUANTUM = 8 << 20
 
 #: The same while no other task waits: between two turns a CPU stands still, for 100 us.
-LONG_QUANTUM = 32 << 20
+LONG_QUANTUM = 64 << 20
 
 #: Seconds between looks for pages that were claimed for a page server and have been given back.
 GIVEN_BACK_PAUSE = 1.0
