@@ -15,7 +15,7 @@ _SPARE = 16
 #: How often a daemon may go to sleep beside waiting for faults: its start, its loop, its threads.
 _SPARE_WAITS = 1000
 #: Pages that a copy of the background brings at least where they lie together (CHUNK_LONE of csrc/engine.c).
-CHUNK = 4
+CHUNK = 2
 
 
 OF_OURS = (OURS, BOTH, TRACED)
