@@ -12,7 +12,7 @@ import pytest
 
 from tests.support.criu import Criu, all_criu
 from tests.support.processes import Server, nothing_left, reap
-from tests.support.restore import SOCKET, Checkpoints, Daemon, lazy_restore, our_daemon
+from tests.support.restore import CHILD_ENDED, SOCKET, Checkpoints, Daemon, lazy_restore, our_daemon
 
 one = pytest.mark.parametrize("criu", all_criu()[1:])
 LAZY = our_daemon("--no-background")
@@ -117,7 +117,7 @@ def test_one_task_of_a_tree_killed(
         *others, root = restored.reports()
         assert len(others) == 39
         assert [report for report in others if report.bad] == []
-        assert (root.bad, root.what) == (1, "a child ended otherwise than it should")
+        assert (root.bad, root.what) == (1, CHILD_ENDED)
         assert restored.server.wait() == 0
 
 

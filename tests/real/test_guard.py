@@ -26,7 +26,7 @@ from tests.support.fake import (
     write_images,
 )
 from tests.support.processes import Server, descendants, nothing_left, start_as, wait_for
-from tests.support.restore import Checkpoints, lazy_restore, our_daemon
+from tests.support.restore import CHILD_ENDED, Checkpoints, lazy_restore, our_daemon
 from tests.support.uffd import BASE, PagesFile, Task
 
 pytestmark = pytest.mark.timeout(120)
@@ -336,5 +336,7 @@ def test_with_real_criu(criu: Criu, scenario: str, checkpoints: Checkpoints, tmp
             os.kill(lazily.server.pid, signal.SIGKILL)
             lazily.server.wait()
             time.sleep(0.2)  # time for whoever could go on
-            assert [report for report in lazily.reports() if report.bad] == []
+            # one of a tree may hear that a child was killed before it is itself
+            found = [report for report in lazily.reports() if report.bad]
+            assert [report for report in found if report.what != CHILD_ENDED] == []
         checkpoint.forget_results()

@@ -105,6 +105,10 @@ class Report:
     what: str
 
 
+#: What a task says whose child was killed (victims/victim.c).
+CHILD_ENDED = "a child ended otherwise than it should"
+
+
 @dataclass(frozen=True)
 class Program:
     """The victims: those in C, compiled, and the Python one."""
