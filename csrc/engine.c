@@ -55,6 +55,7 @@ struct uffdio_poison {
 #define BUSY_NS (2 * NS / 1000)	 /* how long after a fault tasks count as faulting */
 /* What one thread of the background has to itself: what one page table maps, for the lock of that is taken for each page. */
 #define STRIPE ((uint64_t)2 << 20)
+#define MAPPED 8
 #define ASIDE_NS (5 * NS / 1000) /* how long after a fault the background leaves its CPU to those who fault */
 #define ASIDE_TRIES 4		 /* for a place elsewhere, so far apart */
 #define LEAD_MIN ((uint64_t)1 << 20)
@@ -817,9 +818,14 @@ struct ranges {
 	size_t nr, cap;
 };
 
-static void add_range(void *arg, uint64_t start, uint64_t end)
+struct seen {
+	struct ranges wiped, kept;
+};
+
+static void add_seen(void *arg, uint64_t start, uint64_t end, bool wiped)
 {
-	struct ranges *r = arg;
+	struct seen *seen = arg;
+	struct ranges *r = wiped ? &seen->wiped : &seen->kept;
 
 	if (r->nr == r->cap) {
 		r->cap = r->cap ? r->cap * 2 : 16;
@@ -834,19 +840,26 @@ static void add_range(void *arg, uint64_t start, uint64_t end)
  * What a child finds zeroed.  The image knows what the task had said of that when it was dumped; what it has said since
  * (MADV_WIPEONFORK, MADV_KEEPONFORK) no event tells, and only smaps shows.
  *
+ * Of what is not mapped any more, or not there yet, since its event has still to be read, smaps says nothing: that stays as
+ * it was.
+ *
  * Two things can't be told so.  The event has been read, so the thread that forks goes on already: what it, or another
- * one, says in the moment until smaps is read counts as said before the fork.  And of a forked child the process is not
- * known: what it says itself, about pages that it has never touched, its own children do not feel: they find what was
- * there, and not zeros.
+ * one, says until smaps is read (it walks page tables: some milliseconds for much memory) counts as said before the fork.
+ * And of a forked child the process is not known: what it says itself, about pages that it has never touched, its own
+ * children do not feel: they find what was there, and not zeros.
  */
 static void learn_wiped(struct lp_task *t)
 {
-	struct ranges wiped = {0};
+	struct seen seen = {0};
 
-	if (t->pid && lp_space_pending(t->space) && !lp_each_wiped(t->pid, t->pidfd, add_range, &wiped) &&
-	    lp_space_wipe(t->space, wiped.at, wiped.nr))
+	if (!t->pid || !lp_space_pending(t->space))
+		return;
+	/* after an execve it is of another memory */
+	if (!lp_each_mapping(t->pid, t->pidfd, add_seen, &seen) && !lp_means_gone(try_page(t, LP_ANYWHERE)) &&
+	    lp_space_wipe(t->space, seen.wiped.at, seen.wiped.nr, seen.kept.at, seen.kept.nr))
 		abort();
-	free(wiped.at);
+	free(seen.wiped.at);
+	free(seen.kept.at);
 }
 
 static void forked(struct lp_task *t, int uffd)
@@ -1288,6 +1301,7 @@ int lp_engine_run(struct lp_engine *e)
 	int rc = 0;
 
 	lp_follow_init(&e->follow);
+	atomic_store(&lp_spins, e->follow.able ? LP_SPINS : LP_SPINS_ONE_CPU);
 	while (!rc && !atomic_load(&e->stop)) {
 		bool again;
 		int n;
@@ -1416,9 +1430,10 @@ struct lp_task *lp_task_new(struct lp_engine *e, int uffd, struct lp_memory *mem
 	return t;
 }
 
-void lp_task_close(struct lp_task *t)
+bool lp_task_close(struct lp_task *t)
 {
 	struct lp_engine *e = t->engine;
+	bool spoilt = false;
 	struct lp_task **link;
 	size_t kept = 0;
 
@@ -1444,9 +1459,12 @@ void lp_task_close(struct lp_task *t)
 	for (size_t i = 0; i < e->nr_notices; i++) {
 		if (e->notices[i].task != t)
 			e->notices[kept++] = e->notices[i];
+		else
+			spoilt |= e->notices[i].kind == LP_NOTICE_LOST && e->notices[i].error == ESTALE;
 	}
 	e->nr_notices = kept;
 	pthread_mutex_unlock(&e->lock);
+	return spoilt;
 }
 
 /* How much the background copies at a time: reading faults waits for it. */
@@ -1465,8 +1483,10 @@ static uint64_t chunk(struct lp_engine *e)
 struct stripe {
 	uint64_t at, end;
 	uint32_t sent;
-	uint32_t level; /* whose bytes [from, to) are mapped */
-	uint64_t from, to;
+	struct {
+		uint32_t level; /* whose bytes [from, to) are mapped */
+		uint64_t from, to;
+	} mapped[MAPPED]; /* by level: a chain's may take turns page by page */
 };
 
 /*
@@ -1476,17 +1496,20 @@ struct stripe {
 static void map_ahead(const struct lp_task *t, struct stripe *s, const struct lp_answer *run)
 {
 	const struct lp_level *level = &t->levels[run->source];
-	uint64_t left = level->size - run->offset;
+	uint64_t left = level->size - run->offset, size = left < STRIPE ? left : STRIPE;
+	uint32_t i = run->source % MAPPED;
 
-	s->level = run->source;
-	s->from = run->offset;
-	s->to = s->from + (left < STRIPE ? left : STRIPE);
-	madvise((char *)(uintptr_t)level->base + (s->from & ~(LP_PAGE_SIZE - 1)), s->to - s->from, MADV_POPULATE_READ);
+	s->mapped[i].level = run->source;
+	s->mapped[i].from = run->offset;
+	s->mapped[i].to = run->offset + size;
+	madvise((char *)(uintptr_t)level->base + (run->offset & ~(LP_PAGE_SIZE - 1)), size, MADV_POPULATE_READ);
 }
 
 static bool is_mapped(const struct stripe *s, const struct lp_answer *run)
 {
-	return run->source == s->level && run->offset >= s->from && run->offset < s->to;
+	uint32_t i = run->source % MAPPED;
+
+	return run->source == s->mapped[i].level && run->offset >= s->mapped[i].from && run->offset < s->mapped[i].to;
 }
 
 /* The next run of this thread's pages, in a new stripe if need be (lock held shared). False when nothing waits behind the cursor. */

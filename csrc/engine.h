@@ -114,9 +114,10 @@ struct lp_task *lp_task_new(struct lp_engine *engine, int uffd, struct lp_memory
 /*
  * Ends the service, and closes the uffd if nothing is missing, or if the task is gone.  Else it stays open, as what is
  * missing would be zero for the task then: whoever faults waits for ever.  No notice about it is given any more, and the
- * pointer is no longer valid.
+ * pointer is no longer valid.  True if there was one, not taken yet, that a page may have come with zeros (LP_NOTICE_LOST with
+ * ESTALE): the task must not go on.
  */
-void lp_task_close(struct lp_task *task);
+bool lp_task_close(struct lp_task *task);
 
 /*
  * Brings pages that wait, from the lowest address on, round again at the end; gives way to faults.  At most max_bytes, rounded up to pages.

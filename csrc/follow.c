@@ -223,7 +223,7 @@ void lp_follow_fault(struct lp_follow *f, pid_t pid, uint64_t now)
 		return;
 	pay(f, now);
 	f->last_pid = pid;
-	if (now < f->next_look && !(again && pid != f->pid && now > f->looked + LOOK_NEW))
+	if (now < f->next_look && !(again && pid && pid != f->pid && now > f->looked + LOOK_NEW))
 		return;
 	f->looked = now;
 	cpu = pid ? cpu_of(f, pid) : -1;

@@ -13,6 +13,10 @@
 
 #define LP_ALONE 0x80000000u /* somebody holds it, or waits for it, alone; the rest counts who share it */
 #define LP_SPINS 8000	     /* about 100 to 400 us */
+#define LP_SPINS_ONE_CPU 100 /* whom we wait for needs this CPU */
+
+/* How long to spin before sleeping; for all locks. */
+static _Atomic unsigned lp_spins = LP_SPINS;
 
 struct lp_lock {
 	_Atomic unsigned state;
@@ -35,7 +39,7 @@ static inline void lp_lock_wait(unsigned *spins)
 	/* whom we wait for may need this CPU */
 	const struct timespec pause = {.tv_nsec = 20000};
 
-	if (++*spins > LP_SPINS)
+	if (++*spins > atomic_load_explicit(&lp_spins, memory_order_relaxed))
 		nanosleep(&pause, NULL);
 #if defined(__x86_64__) || defined(__i386__)
 	else

@@ -9,7 +9,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-int lp_each_wiped(pid_t pid, int pidfd, void (*found)(void *arg, uint64_t start, uint64_t end), void *arg)
+int lp_each_mapping(pid_t pid, int pidfd, void (*found)(void *arg, uint64_t start, uint64_t end, bool wiped), void *arg)
 {
 	uint64_t start = 0, end = 0;
 	char path[32], *line = NULL;
@@ -29,8 +29,7 @@ int lp_each_wiped(pid_t pid, int pidfd, void (*found)(void *arg, uint64_t start,
 	}
 	while (getline(&line, &size, smaps) > 0) {
 		if (!strncmp(line, "VmFlags:", 8)) {
-			if (strstr(line, " wf "))
-				found(arg, start, end);
+			found(arg, start, end, strstr(line, " wf "));
 		} else {
 			uint64_t from, to;
 

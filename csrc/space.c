@@ -781,27 +781,64 @@ struct lp_space *lp_space_clone(struct lp_space *s, struct lp_counts *dropped)
 	return c;
 }
 
-int lp_space_wipe(struct lp_space *s, const struct lp_range *ranges, size_t nr)
-{
-	struct lp_range *wiped = malloc((nr + s->nr_regions + 1) * sizeof(*wiped));
-	size_t nr_wiped = 0;
+/* A list of ranges of image addresses that has room. */
+struct pieces {
+	struct lp_range *at;
+	size_t nr;
+};
 
-	if (!wiped)
-		return -ENOMEM;
+static void add_piece(struct pieces *pieces, uint64_t start, uint64_t end)
+{
+	if (start < end)
+		pieces->at[pieces->nr++] = (struct lp_range){start, end};
+}
+
+static void cut_pieces(struct pieces *pieces, uint64_t start, uint64_t end)
+{
+	for (size_t i = pieces->nr; i--;) {
+		struct lp_range was = pieces->at[i];
+
+		if (was.end <= start || was.start >= end)
+			continue;
+		pieces->at[i] = pieces->at[--pieces->nr];
+		add_piece(pieces, was.start, start);
+		add_piece(pieces, end, was.end);
+	}
+}
+
+/* What of the ranges comes from the image: added to the pieces, or cut out of them. */
+static void images_of(const struct lp_space *s, const struct lp_range *ranges, size_t nr, struct pieces *pieces,
+		      void (*change)(struct pieces *pieces, uint64_t start, uint64_t end))
+{
 	for (size_t i = 0; i < nr; i++)
 		for (size_t r = region_at(s, ranges[i].start); r < s->nr_regions && s->regions[r].start < ranges[i].end; r++) {
 			const struct lp_region *region = &s->regions[r];
 			uint64_t start = ranges[i].start > region->start ? ranges[i].start : region->start;
 
 			if (region->image < LP_NO_IMAGE)
-				wiped[nr_wiped++] = (struct lp_range){
-					region->image + (start - region->start),
-					region->image + (min_u64(ranges[i].end, region->end) - region->start),
-				};
+				change(pieces, region->image + (start - region->start),
+				       region->image + (min_u64(ranges[i].end, region->end) - region->start));
 		}
+}
+
+int lp_space_wipe(struct lp_space *s, const struct lp_range *wiped, size_t nr_wiped, const struct lp_range *kept,
+		  size_t nr_kept)
+{
+	/* nr ranges meet regions nr + nr_regions times at most; each time is a piece added, or a cut that makes one more */
+	size_t most = s->nr_wiped + 2 * nr_wiped + nr_kept + 3 * s->nr_regions + 1;
+	struct pieces pieces = {malloc(most * sizeof(*pieces.at)), s->nr_wiped};
+
+	if (!pieces.at)
+		return -ENOMEM;
+	if (s->nr_wiped) {
+		memcpy(pieces.at, s->wiped, s->nr_wiped * sizeof(*pieces.at));
+		images_of(s, kept, nr_kept, &pieces, cut_pieces);
+		images_of(s, wiped, nr_wiped, &pieces, cut_pieces);
+	}
+	images_of(s, wiped, nr_wiped, &pieces, add_piece);
 	free(s->wiped);
-	s->wiped = wiped;
-	s->nr_wiped = nr_wiped;
+	s->wiped = pieces.at;
+	s->nr_wiped = pieces.nr;
 	return 0;
 }
 

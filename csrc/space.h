@@ -97,8 +97,12 @@ struct lp_counts {
  */
 struct lp_space *lp_space_new(const struct lp_extent *extents, size_t nr_extents, const struct lp_range *vmas,
 			      size_t nr_vmas, const struct lp_range *wiped, size_t nr_wiped);
-/* The ranges, sorted and disjoint, where a child finds zeros from now on, and nowhere else. 0 or -ENOMEM. (exclusive) */
-int lp_space_wipe(struct lp_space *space, const struct lp_range *ranges, size_t nr);
+/*
+ * In ranges `wiped` a child finds zeros from now on, in `kept` it does not; elsewhere it is as before.  Each sorted and
+ * disjoint.  0 or -ENOMEM. (exclusive)
+ */
+int lp_space_wipe(struct lp_space *space, const struct lp_range *wiped, size_t nr_wiped, const struct lp_range *kept,
+		  size_t nr_kept);
 /* What fork(2) makes of it: the same pages pending but for the wiped ones, none claimed. (exclusive) */
 struct lp_space *lp_space_clone(struct lp_space *space, struct lp_counts *dropped);
 void lp_space_free(struct lp_space *space);

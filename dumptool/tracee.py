@@ -317,8 +317,9 @@ def find_room(pid: int, vmas: Sequence[Vma], tids: Sequence[int]) -> int:
             and not any(read_memory(pid, stack.start, lib.LP_SESSION_ROOM))
         ):
             return end
-        if before.end <= stack.start - lib.LP_SESSION_ROOM:
-            return stack.start
+        below: int = stack.start - STACK_RESERVE
+        if before.end <= below - lib.LP_SESSION_ROOM:
+            return below
     return 0
 
 

@@ -24,7 +24,8 @@ struct lp_space;
 
 struct lp_space *lp_space_new(const struct lp_extent *extents, size_t nr_extents, const struct lp_range *vmas,
                               size_t nr_vmas, const struct lp_range *wiped, size_t nr_wiped);
-int lp_space_wipe(struct lp_space *space, const struct lp_range *ranges, size_t nr);
+int lp_space_wipe(struct lp_space *space, const struct lp_range *wiped, size_t nr_wiped, const struct lp_range *kept,
+                  size_t nr_kept);
 struct lp_space *lp_space_clone(struct lp_space *space, struct lp_counts *dropped);
 void lp_space_free(struct lp_space *space);
 uint64_t lp_space_pending(const struct lp_space *space);
@@ -104,7 +105,7 @@ struct lp_memory *lp_memory_new(const struct lp_extent *extents, size_t nr_exten
 void lp_memory_free(struct lp_memory *memory);
 struct lp_task *lp_task_new(struct lp_engine *engine, int uffd, struct lp_memory *memory, uint64_t max_readahead,
                             int pid, int pidfd, uint64_t tag);
-void lp_task_close(struct lp_task *task);
+bool lp_task_close(struct lp_task *task);
 int64_t lp_task_transfer(struct lp_task *task, uint64_t max_bytes);
 uint64_t lp_task_claim_remote(struct lp_task *task, uint64_t cursor, uint64_t max_pages, uint64_t *image,
                               uint64_t *next_cursor);

@@ -286,13 +286,14 @@ class ServedTask:
         lib.lp_task_histogram(self._handle, buckets)
         return list(ffi.unpack(buckets, lib.LP_HISTOGRAM_BUCKETS))
 
-    def close(self) -> None:
+    def close(self) -> bool:
         """Ends service. Closes the uffd if nothing is pending, or if the task is gone.
 
         Else it stays open to the end of this process: closed, it would let the task read zeros where pages are missing.
+        True if a page may have come with zeros, which no notice has told yet (LOST with ESTALE).
         """
         self._engine._forget(self._handle)
-        lib.lp_task_close(self._handle)
+        return bool(lib.lp_task_close(self._handle))
 
 
 def histogram_bound(bucket: int) -> int:

@@ -150,7 +150,7 @@ class TaskService:
                 self._gone = True
                 self._end(State.GONE if self._served.pending else State.COMPLETE)
             case NoticeKind.LOST if notice.error == errno.ESTALE:
-                self._spoilt(notice)
+                self._spoilt()
             case NoticeKind.LOST:
                 self._wrong.append(notice)
                 if self._group:
@@ -313,9 +313,9 @@ class TaskService:
         else:
             log.error("%s: %s are lost and a thread waits for one", name, where)
 
-    def _spoilt(self, notice: Notice) -> None:
+    def _spoilt(self) -> None:
         """A pages file became shorter at the moment when the page was copied that it ends in now."""
-        log.error("%s: page %#x was copied while its image was cut short", self.identity.name, notice.addr)
+        log.error("%s: a page was copied while its image was cut short", self.identity.name)
         self._state = State.KILLED
         self._kill("it may have zeros there")
 
@@ -359,8 +359,10 @@ class TaskService:
             self._state = State.KILLED
             if (self.process and not self.identity.forked) or not poison_now(self._served):
                 self._kill("the daemon failed")
-        self._final = self._measure()
-        self._served.close()
+        report = self._measure()
+        if self._served.close():
+            self._spoilt()
+        self._final = report._replace(state=self._state)
 
 
 def poison_now(served: ServedTask) -> bool:

@@ -22,8 +22,8 @@ from lazypages._uffd import ffi, lib
 from lazypages.loop.service import Identity, TaskService
 from lazypages.metrics import State
 from lazypages.processes import Process
-from lazypages.uffd import MAP_FAILED, MappedFile, Notice, NoticeKind, TaskMemory
-from tests.support.uffd import BASE, PAGE, ExtentTable, Service
+from lazypages.uffd import MAP_FAILED, MappedFile, Notice, NoticeKind, ServedTask, TaskMemory
+from tests.support.uffd import BASE, PAGE, ExtentTable, PagesFile, Service, Task
 
 PAGES, HOLE = 8, 3
 UFFDIO_API, UFFDIO_REGISTER, UFFDIO_COPY = 0xC018AA3F, 0xC020AA00, 0xC028AA03
@@ -77,8 +77,9 @@ def cut_when_read(file: HoleyFile, size: int) -> Iterator[None]:
     assert seen == [(EVENT_PAGEFAULT, HOLE)]
 
 
-def spoilt(service: Service) -> tuple[Notice, int]:
-    """A page is touched, and the file cut in the middle of it while it is copied: what is told, and the task's pid."""
+@contextmanager
+def spoilt_page(service: Service) -> Iterator[tuple[Task, ServedTask]]:
+    """A task touches a page of a file that is cut in the middle of it while it is copied, which ends with this."""
     task, file = service.task(), HoleyFile()
     uffd = task.open_uffd()
     task.map((BASE, PAGES))
@@ -86,6 +87,12 @@ def spoilt(service: Service) -> tuple[Notice, int]:
     served = service.engine.add(uffd, memory)
     with cut_when_read(file, HOLE * PAGE + 100):
         task.tell("peek", BASE + HOLE * PAGE)
+        yield task, served
+
+
+def spoilt(service: Service) -> tuple[Notice, int]:
+    """What is told then, and the task's pid."""
+    with spoilt_page(service) as (task, served):
         return service.wait(NoticeKind.LOST, served), task.pid
 
 
@@ -94,6 +101,19 @@ def test_cut_while_it_is_copied() -> None:
     with Service() as service:
         notice, _ = spoilt(service)
         assert (notice.error, notice.addr, notice.nr_pages) == (errno.ESTALE, BASE + HOLE * PAGE, 1)
+
+
+def test_cut_while_it_is_closed() -> None:
+    """Whoever closes the task before he has taken the notice hears of it all the same."""
+    with Service() as service:
+        with spoilt_page(service) as (_, served):
+            pass
+        assert served.close()
+    with Service() as service:
+        task = service.task()
+        uffd = task.open_uffd()
+        task.map((BASE, PAGES))
+        assert not service.serve(uffd, [], [(BASE, PAGES)], PagesFile(PAGES)).close()
 
 
 def test_its_task_is_killed() -> None:

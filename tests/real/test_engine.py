@@ -599,6 +599,27 @@ def test_wiped_on_fork(file: PagesFile) -> None:
         service.wait(NoticeKind.COMPLETE, served)
 
 
+def test_wiped_on_fork_where_nothing_is_mapped(file: PagesFile) -> None:
+    """As when a range is on its way elsewhere while the fork is told: smaps does not show it, and so does not part it
+    from what the image says."""
+    with Service() as service, ExitStack() as stack:
+        task, uffd = one_mapping(service, file, 16)
+        pidfd = os.pidfd_open(task.pid)
+        stack.callback(os.close, pidfd)
+        service.serve(
+            uffd,
+            [(BASE, 48, 0, 0)],
+            [(BASE, 16), (BASE + 16 * PAGE, 16), (BASE + 32 * PAGE, 16)],
+            file,
+            wiped=[(BASE + 8 * PAGE, 8), (BASE + 16 * PAGE, 16)],
+            pid=task.pid,
+            pidfd=pidfd,
+        )
+        adopt_fork(service, task)
+        # 8 pages are mapped, and not wiped any more; 16 are not seen, and are as in the image
+        assert service.wait(NoticeKind.FORKED).task.pending == 48 - 16
+
+
 def test_wiped_on_fork_by_what_was_said_since(file: PagesFile) -> None:
     """MADV_WIPEONFORK and _KEEPONFORK after the restore; for children of children as well, whose pids nobody knows.
 

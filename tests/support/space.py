@@ -6,6 +6,7 @@ import errno
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import partial
 from typing import Any, NamedTuple
 
 from lazypages._uffd import ffi, lib
@@ -172,8 +173,9 @@ class Space:
         assert lib.lp_space_remap(self._space, start, to, length, counts) == 0
         self._add_dropped(by_source)
 
-    def wipe(self, ranges: list[tuple[int, int]]) -> None:
-        assert lib.lp_space_wipe(self._space, ffi.new("struct lp_range[]", ranges), len(ranges)) == 0
+    def wipe(self, wiped: list[tuple[int, int]], kept: list[tuple[int, int]]) -> None:
+        new = partial(ffi.new, "struct lp_range[]")
+        assert lib.lp_space_wipe(self._space, new(wiped), len(wiped), new(kept), len(kept)) == 0
 
     def clone(self) -> Space:
         child = Space.__new__(Space)

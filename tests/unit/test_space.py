@@ -331,17 +331,28 @@ class SpaceAgainstPages(RuleBasedStateMachine):
         else:
             space.rest()
 
-    @rule(which=st.integers(0, 9), units=st.sets(UNITS, max_size=6), length=st.integers(1, 4))
-    def wipe(self, which: int, units: set[int], length: int) -> None:
+    @rule(
+        which=st.integers(0, 9),
+        units=st.sets(UNITS, max_size=6),
+        length=st.integers(1, 4),
+        others=st.sets(UNITS, max_size=6),
+    )
+    def wipe(self, which: int, units: set[int], length: int, others: set[int]) -> None:
+        """What is neither in a wiped range nor in a kept one stays as it was."""
         space, model = self.pick(which)
         ranges, after = [], 0
         for unit in sorted(units):
             if unit >= after:
                 after = unit + length
                 ranges.append((unit, after))
-        space.wipe([(self.addr(start), self.addr(end)) for start, end in ranges])
-        images = {model.image.get(unit) for start, end in ranges for unit in range(start, end)}
-        model.wiped = {image for image in images if image is not None}
+        wiped = {unit for start, end in ranges for unit in range(start, end)}
+        kept = others - wiped
+        space.wipe(
+            [(self.addr(start), self.addr(end)) for start, end in ranges],
+            [(self.addr(unit), self.addr(unit + 1)) for unit in sorted(kept)],
+        )
+        model.wiped -= {image for unit in kept if (image := model.image.get(unit)) is not None}
+        model.wiped |= {image for unit in wiped if (image := model.image.get(unit)) is not None}
 
     @rule(which=st.integers(0, 9))
     def fork(self, which: int) -> None:
