@@ -310,14 +310,17 @@ def find_room(pid: int, vmas: Sequence[Vma], tids: Sequence[int]) -> int:
         if stack.name != "[stack]" or stack.prot & 3 != 3:
             continue
         end: int = stack.start + lib.LP_SESSION_ROOM
+        pointers = [registers(tid).rsp for tid in tids]
         used = range(stack.start, end + STACK_RESERVE)
         if (
             used.stop <= stack.end
-            and not any(registers(tid).rsp in used for tid in tids)
+            and not any(pointer in used for pointer in pointers)
             and not any(read_memory(pid, stack.start, lib.LP_SESSION_ROOM))
         ):
             return end
-        below: int = stack.start - STACK_RESERVE
+        below: int = stack.start
+        if any(pointer in range(below, below + STACK_RESERVE) for pointer in pointers):
+            below -= STACK_RESERVE  # a thread may go on there if we are killed
         if before.end <= below - lib.LP_SESSION_ROOM:
             return below
     return 0
