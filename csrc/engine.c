@@ -1122,7 +1122,7 @@ static bool serve_once(struct lp_task *t)
 			put_off(t, t->faults.at[i]);
 	lp_unlock_shared(&t->lock);
 	if (t->faults.nr)
-		lp_follow_fault(&t->engine->follow, t->pid, t->faults.at[0].since);
+		lp_follow_fault(&t->engine->follow, t->pid, t->faults.at[0].since, t->engine->ready);
 	t->faults.nr = 0;
 	free(again.at);
 	return !t->put_off.nr;

@@ -20,6 +20,7 @@
 #define LOOK_SOON (100 * US)	 /* after a move; doubled as long as looks agree */
 #define LOOK_NEW (50 * US)	 /* after any other, when another process begins to fault again and again */
 #define LOOK_EVERY (5 * MS)	 /* while they do */
+#define LOOK_CROWD (5 * MS)	 /* after more faults at once than there are CPUs */
 #define LOOK_SELDOM (100 * MS)	 /* after looks that say nothing */
 #define MOVE_PAUSE (1 * MS)	 /* moves in shorter turns, more than so many: the scheduler knows better */
 #define MOVE_TRIES 3
@@ -214,7 +215,7 @@ static uint64_t next_interval(struct lp_follow *f)
 	return f->interval = f->interval * 2 < LOOK_EVERY ? f->interval * 2 : LOOK_EVERY;
 }
 
-void lp_follow_fault(struct lp_follow *f, pid_t pid, uint64_t now)
+void lp_follow_fault(struct lp_follow *f, pid_t pid, uint64_t now, int at_once)
 {
 	bool soon = pid == f->pid && now < f->moved + MOVE_PAUSE, again = pid == f->last_pid;
 	int cpu;
@@ -223,6 +224,12 @@ void lp_follow_fault(struct lp_follow *f, pid_t pid, uint64_t now)
 		return;
 	pay(f, now);
 	f->last_pid = pid;
+	if (at_once > CPU_COUNT(&f->home)) {
+		/* every CPU has somebody to run: where there is room, the scheduler knows */
+		lp_follow_nobody(f);
+		f->next_look = f->looked = now + LOOK_CROWD; /* the others' looks are from then on, too */
+		return;
+	}
 	if (now < f->next_look && !(again && pid && pid != f->pid && now > f->looked + LOOK_NEW))
 		return;
 	f->looked = now;

@@ -43,8 +43,8 @@ struct lp_follow {
 /* To be called by the serving thread, first and last. */
 void lp_follow_init(struct lp_follow *follow);
 void lp_follow_end(struct lp_follow *follow);
-/* A fault of the process pid (0: not known) was read at `now`. */
-void lp_follow_fault(struct lp_follow *follow, pid_t pid, uint64_t now);
+/* A fault of the process pid (0: not known) was read at `now`, one of so many that were there at once. */
+void lp_follow_fault(struct lp_follow *follow, pid_t pid, uint64_t now, int at_once);
 /* The answer that comes next wakes the only thread that is known to wait; `now` is of its fault. */
 void lp_follow_yield(struct lp_follow *follow, uint64_t now);
 /* There is more to do than that, or nothing. */
