@@ -242,6 +242,8 @@ def _serve(
     log_fd: int,
 ) -> Summary:
     """All that can go wrong for known reasons does so before a restore is told that it may start."""
+    if status_fd is not None:
+        _check_status_fd(status_fd)  # before files of ours have numbers
     expected = expect(places.images_dir, remote=bool(options.page_servers), others=directories)
     if options.remote and options.remote.layout is None:
         from dataclasses import replace  # noqa: PLC0415 - slow to import
@@ -257,7 +259,6 @@ def _serve(
         lambda: log.log(MESSAGE, "%s", _invitation(places, expected)),
     ]
     if status_fd is not None:
-        _check_status_fd(status_fd)
         ready.append(partial(tell_ready, status_fd))
     with ControlSocket(places.work_dir) as control:
         if daemon:

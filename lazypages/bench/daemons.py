@@ -86,7 +86,9 @@ class Daemon:
         """
         deadline = time.monotonic() + START_TIMEOUT
         looks = 0
-        while looks < ASLEEP_LOOKS and time.monotonic() < deadline:
+        while looks < ASLEEP_LOOKS:
+            if self.has_ended() or time.monotonic() > deadline:
+                raise BenchError(f"it was ready, but does not wait for a restore\n{self.story()}")
             if not looks:
                 self.settled = time.monotonic() - self._started
             looks = looks + 1 if self._sleeps() else 0

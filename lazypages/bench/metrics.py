@@ -35,7 +35,7 @@ def _mebibytes(value: float) -> str:
 
 
 #: Latencies are of all first touches, those that found their page already there among them. ``loop``: CPU time of our
-#: event loop from ready until all touches are made (its start and the arrival of tasks included), by faults. ``waits``:
+#: event loop from when it has settled until all touches are made (the arrival of tasks included), by faults. ``waits``:
 #: how often a thread of the daemon went to sleep.
 METRICS = (
     Metric("p50", "p50 us", _microseconds),

@@ -186,11 +186,6 @@ class Server:
         try:
             async with aclosing(connection.events()) as events:
                 async for event in events:
-                    if not self._connected:
-                        # One restore a daemon: a second one fails at once rather than wait for nobody.
-                        self._connected = True
-                        self._started = time.monotonic()
-                        self._control.close()
                     match event:
                         case TaskArrived():
                             self._task_arrived(engine, event)

@@ -134,6 +134,7 @@ class _Lane:
     up: bool = False
     down: bool = False
     silent: bool = False
+    answered: bool = False  # the server has said something, so it is one
     heard: float = 0.0  # when the last byte came, or the first of what is due was asked for
     window: Window = field(default_factory=Window)
     trial: Trial = field(default_factory=Trial)
@@ -444,6 +445,7 @@ class RemotePages:
             if count is None:
                 continue
             codec.received(count)
+            lane.answered = lane.answered or count > 0
             lane.heard = time.monotonic()
             if lane.silent:
                 lane.silent = False
@@ -600,7 +602,8 @@ class RemotePages:
             self._lane_ended(lane, reason)
 
     def _lane_ended(self, lane: _Lane, reason: str) -> None:
-        was_up, lane.up, lane.down = lane.up, False, True
+        lane.answered = lane.answered or bool(lane.engine and lane.engine.state().pages)
+        was_up, lane.up, lane.down = lane.up and lane.answered, False, True
         if reason and not self._closing:
             self._complain(lane, reason, was_up=was_up)
         oldest: LaneRequest | wire.Get | None = None
@@ -612,7 +615,12 @@ class RemotePages:
         elif lane.codec is not None:
             lane.at_boundary = lane.codec.at_boundary
             oldest = lane.codec.oldest
-        if oldest is not None and lane.at_boundary and reason in {CLOSED, os.strerror(errno.ECONNRESET)}:
+        if (
+            oldest is not None
+            and lane.answered
+            and lane.at_boundary
+            and reason in {CLOSED, os.strerror(errno.ECONNRESET)}
+        ):
             # So a server of CRIU's says that it hasn't got the page that it was asked for first.
             pid, start, nr_pages = oldest[:3]
             for wanted in self._backlog.owned(lane, pid, start, start + nr_pages * PAGE_SIZE)[:1]:
@@ -701,12 +709,12 @@ class RemotePages:
         A server that the user has named is taken for it: CRIU's holds its answer back for 200 ms (it corks its socket,
         and only pages uncork it; seen with strace, 4.1.1).
         """
-        if self._options.layout:
-            lane.codec = ClientCodec(self._options.layout)
+        told = self._options.layout
+        if told and not lane.second:  # a second one must show that it is better than the first
+            lane.codec = ClientCodec(told)
             return
-        told = None
         address = lane.server.address
-        guessed = isinstance(address, TcpServer) and address.tls
+        guessed = told is None and isinstance(address, TcpServer) and address.tls
         if guessed:  # see wire; the images' word has to do, and the old layout without it
             told = self._options.written_by or Layout.CRIU_4_1
         unsent = wire.PROBE_FIRST + (wire.PROBE_REST if told is Layout.CRIU_4_2 else b"")
@@ -726,6 +734,7 @@ class RemotePages:
             if guessed:
                 raise LinkError(f"{error}; {wire.GUESSED.format(layout=layout)}") from None
             raise
+        lane.answered = True
         features = wire.probe_answer(bytes(answer))
         if features is None:
             lane.codec = ClientCodec(layout)
@@ -739,11 +748,12 @@ class RemotePages:
             lanes = [lane for lane in server.lanes if lane.urgent_only is urgent_only]
             good = [lane for lane in lanes if lane.up and not lane.silent]
             if good:
-                failures = 0
                 for lane in lanes:
                     if lane is not good[-1]:
                         lane.scope.cancel()
                 await server.changed.wait()
+                if any(lane.answered for lane in lanes):
+                    failures = 0
                 if not any(lane.up for lane in lanes):
                     retry_at = time.monotonic() + _pause(BACKOFF, failures)
                 continue

@@ -6,8 +6,9 @@ import random
 import select
 import socket
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -64,7 +65,7 @@ def test_everything_once(loop: dict[str, Any], images: tuple[Path, Contents], se
 
 @pytest.mark.parametrize("layout", Layout)
 def test_told_the_layout(layout: Layout, images: tuple[Path, Contents], server: PageServer) -> None:
-    """Our own server is known whatever was said."""
+    """Then it is not asked; our own server speaks both."""
     fetch([server.address], list(images[1])[:50], options=RemoteOptions(layout=layout)).check(
         dict(list(images[1].items())[:50])
     )
@@ -308,6 +309,38 @@ def test_server_that_comes_later(images: tuple[Path, Contents], tmp_path: Path) 
         timer.join()
         for server in servers:
             server.__exit__(None, None, None)
+
+
+def test_told_server_that_is_not_there_yet(images: tuple[Path, Contents], tmp_path: Path) -> None:
+    """Who accepts for it hangs up at once: it is asked less and less often, and no page counts as refused."""
+    some = dict(list(images[1].items())[:300])
+    servers: list[PageServer] = []
+    hung_up = 0
+
+    def stand_in(listener: socket.socket) -> None:
+        nonlocal hung_up
+        end = time.monotonic() + 2
+        while time.monotonic() < end:
+            with suppress(TimeoutError):
+                listener.accept()[0].close()
+                hung_up += 1
+        listener.close()
+        servers.append(page_server(images[0], "--lazy-pages", "--port", str(port), output=tmp_path / "out"))
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        listener.settimeout(0.1)
+        thread = threading.Thread(target=stand_in, args=(listener,))
+        thread.start()
+        try:
+            options = RemoteOptions(layout=Layout.CRIU_4_1)
+            fetched = fetch([TcpServer("127.0.0.1", port)], list(some), options=options)
+        finally:
+            thread.join()
+            for server in servers:
+                server.__exit__(None, None, None)
+    fetched.check(some)
+    assert 2 <= hung_up < 25
 
 
 def test_several_servers(images: tuple[Path, Contents], server: PageServer, tmp_path: Path) -> None:
