@@ -239,6 +239,7 @@ class _Run:
         refused = ""
         while True:
             processes = members(settings.pid)
+            in_vfork = survey.any_in_vfork(processes)  # when the look is over, so may that be
             self._before = survey.look_at_all(processes)
             try:
                 survey.check(processes, self._before, settings.allow)
@@ -246,7 +247,7 @@ class _Run:
             except UnsupportedError as error:
                 # For a moment a process that is just ending seems to be what it is not; one in execve too. The child
                 # of a vfork shares its parent's memory for longer, and nothing is wrong with that.
-                settled = str(error) == refused and not survey.any_in_vfork(processes)
+                settled = str(error) == refused and not (in_vfork or survey.any_in_vfork(processes))
                 if settled or time.monotonic() > deadline:
                     raise
                 refused = str(error)
