@@ -55,7 +55,7 @@ struct uffdio_poison {
 #define BUSY_NS (2 * NS / 1000)	 /* how long after a fault tasks count as faulting */
 /* What one thread of the background has to itself: what one page table maps, for the lock of that is taken for each page. */
 #define STRIPE ((uint64_t)2 << 20)
-#define MAPPED 8
+#define MAPPED 8 /* levels of a chain of whose files a thread of the background remembers what it has mapped */
 #define ASIDE_NS (5 * NS / 1000) /* how long after a fault the background leaves its CPU to those who fault */
 #define ASIDE_TRIES 4		 /* for a place elsewhere, so far apart */
 #define LEAD_MIN ((uint64_t)1 << 20)

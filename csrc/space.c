@@ -66,29 +66,28 @@ static uint64_t slot_end(const struct image *image, size_t i)
 	return image->slots[i].start + (slot_pages(image, i) << LP_PAGE_SHIFT);
 }
 
+/* The first of [lo, hi) that is above addr, of ascending addresses that lie `step` bytes apart; hi when there is none. */
+static inline size_t first_above(const uint64_t *starts, size_t step, size_t lo, size_t hi, uint64_t addr)
+{
+	while (lo < hi) {
+		size_t mid = lo + (hi - lo) / 2;
+
+		if (starts[mid * (step / sizeof(*starts))] <= addr)
+			lo = mid + 1;
+		else
+			hi = mid;
+	}
+	return lo;
+}
+
 /* First slot that ends after image address addr; image->nr when there is none. */
 static size_t slot_at(const struct image *image, uint64_t addr)
 {
-	size_t lo = 0, hi = image->nr_marks;
+	size_t mark = first_above(image->marks, sizeof(*image->marks), 0, image->nr_marks, addr);
+	size_t end = mark * MARK_EVERY < image->nr ? mark * MARK_EVERY : image->nr;
+	size_t lo = mark ? (mark - 1) * MARK_EVERY + 1 : 0;
 
-	while (lo < hi) {
-		size_t mid = lo + (hi - lo) / 2;
-
-		if (image->marks[mid] <= addr)
-			lo = mid + 1;
-		else
-			hi = mid;
-	}
-	hi = lo * MARK_EVERY < image->nr ? lo * MARK_EVERY : image->nr;
-	lo = lo ? (lo - 1) * MARK_EVERY + 1 : 0;
-	while (lo < hi) {
-		size_t mid = lo + (hi - lo) / 2;
-
-		if (image->slots[mid].start <= addr)
-			lo = mid + 1;
-		else
-			hi = mid;
-	}
+	lo = first_above(&image->slots[0].start, sizeof(*image->slots), lo, end, addr);
 	return lo && slot_end(image, lo - 1) > addr ? lo - 1 : lo;
 }
 

@@ -56,6 +56,28 @@ def in_child(work: object) -> int:
         os._exit(1)
 
 
+def kill_in_sessions(pid: int, gadgets: Gadgets, chance: random.Random, *, room: bool) -> None:
+    """Kills one who holds `pid`, and has its threads make calls all the time, at a random moment.
+
+    ``room``: in memory that is found for that; else below their stack pointers.
+    """
+
+    def work() -> None:
+        with freeze(pid) as tree:
+            if room:
+                gadgets.room = find_room(pid, layout(pid).vmas, tree.root.threads)
+            while True:
+                for tid in tree.root.threads:
+                    with session(tid, gadgets) as inside:
+                        inside.filled("<QQQQ", NR_GETITIMER, lambda at: (0, at))
+
+    child = in_child(work)
+    time.sleep(0.002 + chance.random() * 0.01)
+    os.kill(child, signal.SIGKILL)
+    reap(child)
+    is_unharmed(pid)
+
+
 def expected_output(workers: Path) -> bytes:
     command = [workers, ROUNDS, "0", "/"]
     return subprocess.run(command, check=True, capture_output=True, timeout=60).stdout
@@ -117,19 +139,8 @@ def test_killed_between_any_two_system_calls(workers: Path, tmp_path: Path) -> N
         wait_for("the threads", lambda: len(os.listdir(f"/proc/{pid}/task")) == 5)
         gadgets = Gadgets(pid, layout(pid).vmas)
 
-        def work() -> None:
-            with freeze(pid) as tree:
-                while True:
-                    for tid in tree.root.threads:
-                        with session(tid, gadgets) as inside:
-                            inside.filled("<QQQQ", NR_GETITIMER, lambda at: (0, at))
-
         for _ in range(100):
-            child = in_child(work)
-            time.sleep(0.002 + chance.random() * 0.01)
-            os.kill(child, signal.SIGKILL)
-            reap(child)
-            is_unharmed(pid)
+            kill_in_sessions(pid, gadgets, chance, room=False)
         go.touch()
         assert reap(pid) == 0
     assert output.read_bytes() == expected_output(workers)
@@ -156,20 +167,8 @@ def test_small_stacks(used: bool, tmp_path: Path) -> None:
                 memory.write(b"used")
         gadgets = Gadgets(pid, layout(pid).vmas)
 
-        def work() -> None:
-            with freeze(pid) as tree:
-                gadgets.room = find_room(pid, layout(pid).vmas, tree.root.threads)
-                while True:
-                    for tid in tree.root.threads:
-                        with session(tid, gadgets) as inside:
-                            inside.filled("<QQQQ", NR_GETITIMER, lambda at: (0, at))
-
         for number in range(40):
-            child = in_child(work)
-            time.sleep(0.002 + chance.random() * 0.01)
-            os.kill(child, signal.SIGKILL)
-            reap(child)
-            is_unharmed(pid)
+            kill_in_sessions(pid, gadgets, chance, room=True)
             if number % 10 == 0:
                 check("dump", "-t", pid, "-D", tmp_path / f"images-{number}", "-R")
         grown = stack.start - main_stack(pid).start

@@ -23,6 +23,7 @@ from tests.support.fake import (
     serve,
     serve_command,
     serve_held,
+    serving,
     write_images,
 )
 from tests.support.processes import Server, descendants, nothing_left, start_as, wait_for
@@ -48,20 +49,20 @@ def guards() -> list[int]:
 
 
 def test_tasks_that_miss_pages_are_killed(restored: Path, tmp_path: Path) -> None:
-    with nothing_left(), restored_tasks(restored, 2, PAGES) as tasks:
-        write_images(tmp_path, tasks.pids, PAGES)
-        with serve(tmp_path, "--no-background") as server:
-            server.wait_ready()
-            tasks.say(f"connect {tmp_path}/lazy-pages.socket")
-            tasks.say("finish")
-            tasks.say("touch 10")
-            assert len(guards()) == 1
-            os.kill(server.pid, signal.SIGKILL)
-            assert tasks.statuses() == [KILLED, KILLED]
-            assert server.wait() == -signal.SIGKILL
-            wait_for("the guard's end", lambda: not guards())
-            for pid in tasks.pids:
-                assert f"the daemon was killed; task {pid} misses pages and is killed, too" in server.story()
+    with (
+        nothing_left(),
+        restored_tasks(restored, 2, PAGES) as tasks,
+        serving(tmp_path, tasks, PAGES, "--no-background") as server,
+    ):
+        tasks.say("finish")
+        tasks.say("touch 10")
+        assert len(guards()) == 1
+        os.kill(server.pid, signal.SIGKILL)
+        assert tasks.statuses() == [KILLED, KILLED]
+        assert server.wait() == -signal.SIGKILL
+        wait_for("the guard's end", lambda: not guards())
+        for pid in tasks.pids:
+            assert f"the daemon was killed; task {pid} misses pages and is killed, too" in server.story()
 
 
 def test_at_any_moment(restored: Path, tmp_path: Path) -> None:
@@ -72,10 +73,7 @@ def test_at_any_moment(restored: Path, tmp_path: Path) -> None:
         images = tmp_path / str(number)
         images.mkdir()
         with nothing_left(), restored_tasks(restored, 2, PAGES) as tasks:
-            write_images(images, tasks.pids, PAGES)
-            with serve(images) as server:
-                server.wait_ready()
-                tasks.say(f"connect {images}/lazy-pages.socket")
+            with serving(images, tasks, PAGES) as server:
                 tasks.tell("finish")
                 tasks.answered()
                 tasks.say("check")

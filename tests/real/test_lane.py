@@ -506,16 +506,20 @@ def adopt_fork(service: Service, task: Task) -> Task:
     return service.adopt(task.fork())
 
 
+def another_task(service: Service) -> tuple[Task, ServedTask]:
+    """Beside that of remote_task, with pages of its own."""
+    task = service.task()
+    uffd = task.open_uffd()
+    task.map((BASE, PAGES))
+    served = service.serve(uffd, [(BASE, PAGES, 0, REMOTE)], [(BASE, PAGES)], max_readahead=1, tag=TAG + 1)
+    return task, served
+
+
 def test_a_task_that_ends_while_pages_are_on_their_way(file: PagesFile) -> None:
     """Its pages come for nobody; those of the other task on the same lane are where they belong."""
     with remote_task() as (service, task, served):
         source = Source(service)
-        other = service.task()
-        uffd = other.open_uffd()
-        other.map((BASE, PAGES))
-        second = service.serve(
-            uffd, [(BASE, PAGES, 0, REMOTE)], [(BASE, PAGES)], max_readahead=1, tag=TAG + 1
-        )
+        other, second = another_task(service)
         task.tell_check(BASE, 1, file.first_id)
         gone = source.asked()
         source.lane.turn(served, 8 * PAGE)
@@ -542,12 +546,7 @@ def test_a_task_that_can_take_nothing_keeps_nothing_from_others(file: PagesFile)
     """One forks, and nobody reads of it (there is no file descriptor for the child): its pages wait, and no others."""
     with remote_task() as (service, task, served):
         source = Source(service)
-        other = service.task()
-        uffd = other.open_uffd()
-        other.map((BASE, PAGES))
-        second = service.serve(
-            uffd, [(BASE, PAGES, 0, REMOTE)], [(BASE, PAGES)], max_readahead=1, tag=TAG + 1
-        )
+        other, second = another_task(service)
         source.lane.turn(served, 8 * PAGE)
         gets: list[Get] = []
         while sum(get.nr_pages for get in gets) < 8:

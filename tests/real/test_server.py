@@ -22,6 +22,7 @@ from tests.support.fake import (
     serve,
     serve_command,
     serve_held,
+    serving,
     write_images,
 )
 from tests.support.processes import Server, wait_for
@@ -70,28 +71,20 @@ def test_a_tree(loop: str, background: bool, program: Path, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("loop", LOOPS)
 def test_many_tasks(loop: str, program: Path, tmp_path: Path) -> None:
-    with restored_tasks(program, 200, 64) as tasks:
-        write_images(tmp_path, tasks.pids, 64)
-        with serve(tmp_path, "--loop", loop) as server:
-            server.wait_ready()
-            tasks.say(f"connect {tmp_path}/lazy-pages.socket")
-            tasks.say("finish")
-            tasks.say("check")
-            assert tasks.statuses() == [0] * 200
-            assert server.wait() == 0
+    with restored_tasks(program, 200, 64) as tasks, serving(tmp_path, tasks, 64, "--loop", loop) as server:
+        tasks.say("finish")
+        tasks.say("check")
+        assert tasks.statuses() == [0] * 200
+        assert server.wait() == 0
     assert stats_of(tmp_path)["pages_copied"] == 200 * 64
 
 
 def test_background_is_fair(program: Path, tmp_path: Path) -> None:
     """No task waits until another one is complete."""
     pages = 16384
-    with restored_tasks(program, 3, pages) as tasks:
-        write_images(tmp_path, tasks.pids, pages)
-        with serve(tmp_path) as server:
-            server.wait_ready()
-            tasks.say(f"connect {tmp_path}/lazy-pages.socket")
-            tasks.say("finish")
-            assert server.wait() == 0
+    with restored_tasks(program, 3, pages) as tasks, serving(tmp_path, tasks, pages) as server:
+        tasks.say("finish")
+        assert server.wait() == 0
     seconds = sorted(task["seconds"] for task in stats_of(tmp_path)["tasks"])
     # each is served in turns of 8 MiB of its 64: the last turns are all near the end
     assert seconds[0] > seconds[-1] * 0.5
@@ -100,18 +93,17 @@ def test_background_is_fair(program: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("loop", LOOPS)
 def test_no_finish_message(loop: str, program: Path, tmp_path: Path) -> None:
     """The restorer goes away: faults are answered on, nothing else is brought, and the status says it."""
-    with restored_tasks(program, 1, PAGES) as tasks:
-        write_images(tmp_path, tasks.pids, PAGES)
-        with serve(tmp_path, "--loop", loop) as server:
-            server.wait_ready()
-            tasks.say(f"connect {tmp_path}/lazy-pages.socket")
-            tasks.say("close")
-            tasks.say("touch 7")
-            time.sleep(0.3)
-            assert server.process.poll() is None
-            os.kill(tasks.pids[0], signal.SIGKILL)
-            assert tasks.statuses() == [137]
-            assert server.wait() == 1
+    with (
+        restored_tasks(program, 1, PAGES) as tasks,
+        serving(tmp_path, tasks, PAGES, "--loop", loop) as server,
+    ):
+        tasks.say("close")
+        tasks.say("touch 7")
+        time.sleep(0.3)
+        assert server.process.poll() is None
+        os.kill(tasks.pids[0], signal.SIGKILL)
+        assert tasks.statuses() == [137]
+        assert server.wait() == 1
     stats = stats_of(tmp_path)
     assert 7 <= stats["pages_copied"] < 20  # with readahead
     assert not stats["restore_finished"]
@@ -119,33 +111,28 @@ def test_no_finish_message(loop: str, program: Path, tmp_path: Path) -> None:
 
 def test_killed_while_it_faults(program: Path, tmp_path: Path) -> None:
     """One task dies, the others are served on; a task that is gone is not a failure."""
-    with restored_tasks(program, 3, PAGES) as tasks:
-        write_images(tmp_path, tasks.pids, PAGES)
-        with serve(tmp_path, "--no-background") as server:
-            server.wait_ready()
-            tasks.say(f"connect {tmp_path}/lazy-pages.socket")
-            tasks.say("finish")
-            tasks.say("touch 3")
-            os.kill(server.pid, signal.SIGSTOP)
-            tasks.say("check")  # all of them fault now, and wait
-            os.kill(tasks.pids[1], signal.SIGKILL)
-            os.kill(server.pid, signal.SIGCONT)
-            assert tasks.statuses() == [0, 137, 0]
-            assert server.wait() == 0
+    with (
+        restored_tasks(program, 3, PAGES) as tasks,
+        serving(tmp_path, tasks, PAGES, "--no-background") as server,
+    ):
+        tasks.say("finish")
+        tasks.say("touch 3")
+        os.kill(server.pid, signal.SIGSTOP)
+        tasks.say("check")  # all of them fault now, and wait
+        os.kill(tasks.pids[1], signal.SIGKILL)
+        os.kill(server.pid, signal.SIGCONT)
+        assert tasks.statuses() == [0, 137, 0]
+        assert server.wait() == 0
     assert sorted(task["state"] for task in stats_of(tmp_path)["tasks"]) == ["complete", "complete", "gone"]
 
 
 def test_killed_before_the_restore_is_finished(program: Path, tmp_path: Path) -> None:
     """It is out of service when the news comes that all tasks go on."""
-    with restored_tasks(program, 3, PAGES) as tasks:
-        write_images(tmp_path, tasks.pids, PAGES)
-        with serve(tmp_path, "-v3") as server:
-            server.wait_ready()
-            tasks.say(f"connect {tmp_path}/lazy-pages.socket")
-            os.kill(tasks.pids[1], signal.SIGKILL)
-            wait_for("the end of its service", lambda: f"task {tasks.pids[1]}: gone" in server.story())
-            tasks.say("finish")
-            assert server.wait() == 0
+    with restored_tasks(program, 3, PAGES) as tasks, serving(tmp_path, tasks, PAGES, "-v3") as server:
+        os.kill(tasks.pids[1], signal.SIGKILL)
+        wait_for("the end of its service", lambda: f"task {tasks.pids[1]}: gone" in server.story())
+        tasks.say("finish")
+        assert server.wait() == 0
     assert sorted(task["state"] for task in stats_of(tmp_path)["tasks"]) == ["complete", "complete", "gone"]
 
 
@@ -163,18 +150,17 @@ def test_interrupt_before_a_restore(program: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupt_completes_the_tasks(loop: str, number: int, program: Path, tmp_path: Path) -> None:
     """Even with --no-background: what nobody has touched is brought before the daemon ends."""
-    with restored_tasks(program, 2, PAGES) as tasks:
-        write_images(tmp_path, tasks.pids, PAGES)
-        with serve(tmp_path, "--no-background", "--loop", loop) as server:
-            server.wait_ready()
-            tasks.say(f"connect {tmp_path}/lazy-pages.socket")
-            tasks.say("finish")
-            tasks.say("touch 10")
-            server.signal(number)
-            assert server.wait() == 0
-            assert re.search(r"2 tasks still miss 1,[01]\d\d pages", server.story())
-            tasks.say("check")
-            assert tasks.statuses() == [0, 0]
+    with (
+        restored_tasks(program, 2, PAGES) as tasks,
+        serving(tmp_path, tasks, PAGES, "--no-background", "--loop", loop) as server,
+    ):
+        tasks.say("finish")
+        tasks.say("touch 10")
+        server.signal(number)
+        assert server.wait() == 0
+        assert re.search(r"2 tasks still miss 1,[01]\d\d pages", server.story())
+        tasks.say("check")
+        assert tasks.statuses() == [0, 0]
 
 
 def test_interrupt_before_any_task(tmp_path: Path) -> None:
@@ -296,17 +282,16 @@ def test_a_loop_that_is_not_installed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("loop", LOOPS)
 def test_second_interrupt_kills(loop: str, program: Path, tmp_path: Path) -> None:
     """Before the finish message nothing can be completed: the second signal ends all, and no task reads zeros."""
-    with restored_tasks(program, 2, PAGES) as tasks:
-        write_images(tmp_path, tasks.pids, PAGES)
-        with serve(tmp_path, "--loop", loop) as server:
-            server.wait_ready()
-            tasks.say(f"connect {tmp_path}/lazy-pages.socket")
-            tasks.say("touch 10")
-            server.signal(signal.SIGINT)
-            wait_for("the first signal", lambda: "still miss" in server.story())
-            server.signal(signal.SIGINT)
-            assert server.wait() == 1
-            assert tasks.statuses() == [137, 137]
+    with (
+        restored_tasks(program, 2, PAGES) as tasks,
+        serving(tmp_path, tasks, PAGES, "--loop", loop) as server,
+    ):
+        tasks.say("touch 10")
+        server.signal(signal.SIGINT)
+        wait_for("the first signal", lambda: "still miss" in server.story())
+        server.signal(signal.SIGINT)
+        assert server.wait() == 1
+        assert tasks.statuses() == [137, 137]
     assert {task["state"] for task in stats_of(tmp_path)["tasks"]} == {"killed"}
 
 
@@ -326,19 +311,18 @@ def test_unknown_task_is_killed(program: Path, tmp_path: Path) -> None:
 
 def test_truncated_pages_file_while_serving(program: Path, tmp_path: Path) -> None:
     """Pages that can't be read any more are poisoned; the task dies of SIGBUS rather than read zeros."""
-    with restored_tasks(program, 1, PAGES) as tasks:
-        write_images(tmp_path, tasks.pids, PAGES)
-        with serve(tmp_path, "--no-background") as server:
-            server.wait_ready()
-            tasks.say(f"connect {tmp_path}/lazy-pages.socket")
-            tasks.say("finish")
-            tasks.say("touch 3")
-            os.truncate(tmp_path / "pages-1.img", 100 * 4096 + 5)
-            tasks.say("touch 90")
-            tasks.say("check")
-            wait_for("the message", lambda: "poisoned" in server.story())
-            assert tasks.statuses() == [128 + signal.SIGBUS]
-            assert server.wait() == 1
-            assert "can't be read" in server.story()
+    with (
+        restored_tasks(program, 1, PAGES) as tasks,
+        serving(tmp_path, tasks, PAGES, "--no-background") as server,
+    ):
+        tasks.say("finish")
+        tasks.say("touch 3")
+        os.truncate(tmp_path / "pages-1.img", 100 * 4096 + 5)
+        tasks.say("touch 90")
+        tasks.say("check")
+        wait_for("the message", lambda: "poisoned" in server.story())
+        assert tasks.statuses() == [128 + signal.SIGBUS]
+        assert server.wait() == 1
+        assert "can't be read" in server.story()
     stats = stats_of(tmp_path)
     assert stats["tasks"][0]["state"] == "lost"

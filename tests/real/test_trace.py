@@ -16,7 +16,7 @@ from lazypages._uffd import lib
 from lazypages.tracing import REMOTE, ZERO, Kind, Record, Ring, Trace, read_trace
 from lazypages.uffd import NoticeKind
 from tests.support.criu import Criu
-from tests.support.fake import BASE, PAGE, compile_restored, restored_tasks, serve, write_images
+from tests.support.fake import BASE, PAGE, compile_restored, restored_tasks, serve, serving, write_images
 from tests.support.processes import wait_for
 from tests.support.restore import Checkpoints, lazy_restore, our_daemon
 from tests.support.uffd import BASE as OTHER_BASE
@@ -40,15 +40,14 @@ def faults_and_answers(records: list[Record]) -> tuple[Counter[tuple[int, int]],
 
 
 def test_every_fault_of_every_task_is_in_the_trace(restored_program: Path, tmp_path: Path) -> None:
-    with restored_tasks(restored_program, 3, PAGES) as tasks:
-        write_images(tmp_path, tasks.pids, PAGES)
-        with serve(tmp_path, "--no-background", "--trace", "trace") as server:
-            server.wait_ready()
-            tasks.say(f"connect {tmp_path}/lazy-pages.socket")
-            tasks.say("finish")
-            tasks.say("check")
-            assert tasks.statuses() == [0, 0, 0]
-            assert server.wait() == 0
+    with (
+        restored_tasks(restored_program, 3, PAGES) as tasks,
+        serving(tmp_path, tasks, PAGES, "--no-background", "--trace", "trace") as server,
+    ):
+        tasks.say("finish")
+        tasks.say("check")
+        assert tasks.statuses() == [0, 0, 0]
+        assert server.wait() == 0
     trace = read_trace(tmp_path / "trace")
     stats = json.loads((tmp_path / "stats.json").read_text())
     assert trace.complete
@@ -78,15 +77,14 @@ def test_every_fault_of_every_task_is_in_the_trace(restored_program: Path, tmp_p
 
 
 def test_background_transfer_is_in_the_trace(restored_program: Path, tmp_path: Path) -> None:
-    with restored_tasks(restored_program, 2, PAGES) as tasks:
-        write_images(tmp_path, tasks.pids, PAGES)
-        with serve(tmp_path, "--trace", str(tmp_path / "elsewhere")) as server:
-            server.wait_ready()
-            tasks.say(f"connect {tmp_path}/lazy-pages.socket")
-            tasks.say("finish")
-            assert server.wait() == 0
-            tasks.say("check")
-            assert tasks.statuses() == [0, 0]
+    with (
+        restored_tasks(restored_program, 2, PAGES) as tasks,
+        serving(tmp_path, tasks, PAGES, "--trace", str(tmp_path / "elsewhere")) as server,
+    ):
+        tasks.say("finish")
+        assert server.wait() == 0
+        tasks.say("check")
+        assert tasks.statuses() == [0, 0]
     records = [record for record in read_trace(tmp_path / "elsewhere") if record.kind == Kind.BROUGHT]
     assert sum(record.pages for record in records) == 2 * PAGES
     assert {record.source for record in records} == {0}
@@ -117,17 +115,16 @@ def test_real_criu_restore(checkpoints: Checkpoints, tmp_path: Path) -> None:
 
 def test_what_was_written_before_a_kill_is_readable(restored_program: Path, tmp_path: Path) -> None:
     path = tmp_path / "trace"
-    with restored_tasks(restored_program, 1, PAGES) as tasks:
-        write_images(tmp_path, tasks.pids, PAGES)
-        with serve(tmp_path, "--no-background", "--trace", "trace") as server:
-            server.wait_ready()
-            tasks.say(f"connect {tmp_path}/lazy-pages.socket")
-            tasks.say("finish")
-            tasks.say("touch 5")
-            wait_for("an answer in the file", lambda: any(r.kind == Kind.ANSWERED for r in read_trace(path)))
-            os.kill(tasks.pids[0], signal.SIGKILL)  # it would read zeros
-            os.kill(server.pid, signal.SIGKILL)
-            tasks.statuses()
+    with (
+        restored_tasks(restored_program, 1, PAGES) as tasks,
+        serving(tmp_path, tasks, PAGES, "--no-background", "--trace", "trace") as server,
+    ):
+        tasks.say("finish")
+        tasks.say("touch 5")
+        wait_for("an answer in the file", lambda: any(r.kind == Kind.ANSWERED for r in read_trace(path)))
+        os.kill(tasks.pids[0], signal.SIGKILL)  # it would read zeros
+        os.kill(server.pid, signal.SIGKILL)
+        tasks.statuses()
     trace = read_trace(path)
     assert not trace.complete
     assert any(record.kind == Kind.FAULT for record in trace)

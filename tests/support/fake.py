@@ -151,6 +151,16 @@ def serve(images_dir: Path, *options: str) -> Server:
     return Server(serve_command(images_dir, *options), output=images_dir / "serve.out")
 
 
+@contextmanager
+def serving(images_dir: Path, tasks: Restored, pages: int, *options: str) -> Iterator[Server]:
+    """A daemon that has images of the tasks, of so many pages each, and has been given all of them."""
+    write_images(images_dir, tasks.pids, pages)
+    with serve(images_dir, *options) as server:
+        server.wait_ready()
+        tasks.say(f"connect {images_dir}/lazy-pages.socket")
+        yield server
+
+
 #: As sitecustomize: whoever imports the event loop waits until the file is there, and fails if it has anything in it.
 _HELD = """
 import os, sys, time
