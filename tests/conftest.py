@@ -19,6 +19,11 @@ settings.register_profile(
 settings.load_profile("lazypages")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The slow ones last."""
+    items.sort(key=lambda item: item.path.parent.name == "kernels")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _no_process_survives() -> Iterator[None]:
     """Fail at the end when a process that a test started still runs or is stopped. Zombies are just reaped:

@@ -86,6 +86,7 @@ def chain(running: Writer, folder: Path, *options: str) -> Path:
     return folder / "3"
 
 
+@pytest.mark.every_kernel
 @pytest.mark.parametrize("method", ["uffd-wp", "compare"])
 @pytest.mark.parametrize("parents", ["lazy", "eager"])
 @pytest.mark.parametrize("criu", all_criu())

@@ -11,6 +11,8 @@ import pytest
 
 from tests.support.uffd import BASE, PAGE, PagesFile, Service
 
+pytestmark = pytest.mark.every_kernel
+
 PLACE, ASIDE, OTHER, ONWARD = (BASE + (i << 30) for i in range(4))
 PAGES = 16
 

@@ -11,7 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,10 +82,20 @@ SCENARIOS = {
 }
 
 
-def all_cases() -> list[ParameterSet]:
-    """(criu, scenario) for every victim that comes to an end by itself, with every CRIU that can restore it."""
+def all_cases(*, every_kernel: Container[str] = ()) -> list[ParameterSet]:
+    """(criu, scenario) for every victim that comes to an end by itself, with every CRIU that can restore it.
+
+    ``every_kernel``: scenarios that are marked so, with the newest CRIU.
+    """
     return [
-        pytest.param(Criu(release), scenario.name, id=f"{scenario}-{release}")
+        pytest.param(
+            Criu(release),
+            scenario.name,
+            id=f"{scenario}-{release}",
+            marks=[pytest.mark.every_kernel]
+            if scenario.name in every_kernel and release == scenario.releases[-1]
+            else [],
+        )
         for scenario in SCENARIOS.values()
         for release in scenario.releases
         if scenario.name != "forever"
