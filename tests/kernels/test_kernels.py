@@ -66,9 +66,11 @@ def run(kernel: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def runs() -> Iterator[dict[str, Future[subprocess.CompletedProcess[str]]]]:
+def runs(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[subprocess.CompletedProcess[str]]]]:
+    """Of the kernels whose tests are selected."""
+    names = [item.name for item in request.session.items]
     with ThreadPoolExecutor(2) as pool:
-        yield {kernel: pool.submit(run, kernel) for kernel in KERNELS}
+        yield {kernel: pool.submit(run, kernel) for kernel in KERNELS if f"test_kernel[{kernel}]" in names}
 
 
 @pytest.mark.timeout(TIME * TRIES * 2)
