@@ -54,6 +54,13 @@ ROUNDS = {"quick": 1, "default": 3, "full": 9, "targets": 5}
 )
 @click.option("--trace", "traced", is_flag=True, help="Ours with --trace, too: what does tracing cost?")
 @click.option(
+    "--against",
+    multiple=True,
+    metavar="LAZYPAGES",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Another installation's executable, as of the version before a change; may be repeated.",
+)
+@click.option(
     "--dir", "folder", type=click.Path(path_type=Path, exists=True), help="Directory for the images."
 )
 @click.option(
@@ -71,6 +78,7 @@ def bench_command(  # noqa: PLR0917 - the options
     criu: tuple[Path, ...],
     no_criu: bool,
     traced: bool,
+    against: tuple[Path, ...],
     folder: Path | None,
     json_path: Path | None,
     plot_path: Path | None,
@@ -93,7 +101,7 @@ def bench_command(  # noqa: PLR0917 - the options
     with tempfile.TemporaryDirectory(prefix="lazypages-bench-", dir=folder) as name:
         work = Path(name).resolve()
         programs = Programs.compile(work)
-        everybody = peers.all_peers(programs, found, traced=traced)
+        everybody = peers.all_peers(programs, found, traced=traced, against=against)
         machine = describe_machine(work, [name for name, _path in found])
         report.print_machine(console, machine)
         report.print_busy(console, idle_share(), "before we begin")

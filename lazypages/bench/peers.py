@@ -74,9 +74,10 @@ class Peer:
 @dataclass(frozen=True, slots=True)
 class LazyPages(Peer):
     """Ours, started as a user starts it. ``both``: with our page server at the other end, too; else ``protocol`` is
-    that of CRIU's there, which CRIU's daemon need not find out either."""
+    that of CRIU's there, which CRIU's daemon need not find out either. ``program``: that of another installation."""
 
     options: tuple[str, ...] = ()
+    program: tuple[str, ...] = (sys.executable, "-m", "lazypages")
     both: bool = False
     protocol: str = AUTO
 
@@ -89,12 +90,12 @@ class LazyPages(Peer):
 
     def server(self, criu: Path | None, images: Path, work: Path) -> Callable[[int], list[str]]:
         if self.both:
-            return partial(_serve_pages, [sys.executable, "-m", "lazypages"], images, work)
+            return partial(_serve_pages, [*self.program], images, work)
         # by name: dataclasses with slots are made anew, and super() alone does not find them (Python < 3.14)
         return Peer.server(self, criu, images, work)
 
     def command(self, checkpoint: Checkpoint, work: Path, port: int | None) -> list[str]:
-        command = [sys.executable, "-m", "lazypages", "serve", *_directories(checkpoint, work), *self.options]
+        command = [*self.program, "serve", *_directories(checkpoint, work), *self.options]
         command += [*_remote(port), "--stats-json", str(stats_path(work))]
         return command if port is None else [*command, "--page-server-protocol", self.protocol]
 
@@ -153,12 +154,25 @@ class BareLoop(Peer):
         return [*command, "--cpu", str(SHARED_CPU)] if self.shared_cpu else command
 
 
-def all_peers(programs: Programs, criu: Sequence[tuple[str, Path]], *, traced: bool = False) -> list[Peer]:
-    """Everybody, ours first. ``criu``: names and executables. ``traced``: ours with a trace, too."""
+def all_peers(
+    programs: Programs,
+    criu: Sequence[tuple[str, Path]],
+    *,
+    traced: bool = False,
+    against: Sequence[Path] = (),
+) -> list[Peer]:
+    """Everybody, ours first. ``criu``: names and executables. ``traced``: ours with a trace, too.
+
+    ``against``: the executables of other installations of ours.
+    """
     protocol = _protocol_of(criu[0][0]) if criu else AUTO
     return [
         LazyPages(OURS, protocol=protocol),
         *([LazyPages(TRACED, ("--trace", "trace"), protocol=protocol)] if traced else []),
+        *(
+            LazyPages(f"the other {i}", protocol=protocol, program=(str(path),))
+            for i, path in enumerate(against, 1)
+        ),
         LazyPages(BOTH, both=True),
         *(CriuDaemon(name, path) for name, path in criu),
         BareLoop(LIMIT, programs, shared_cpu=True),
