@@ -11,9 +11,10 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -38,7 +39,33 @@ def files() -> list[str]:
     return [str(path.relative_to(ROOT)) for path in found]
 
 
-def run(kernel: str) -> subprocess.CompletedProcess[str]:
+class Done(NamedTuple):
+    status: int
+    output: str
+
+
+class Machines:
+    """Those that run now."""
+
+    def __init__(self) -> None:
+        self._running: set[subprocess.Popen[str]] = set()
+
+    def run(self, command: Sequence[str | Path]) -> Done:
+        """From start to end."""
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        ) as process:
+            self._running.add(process)
+            output, _ = process.communicate()
+            self._running.discard(process)
+        return Done(process.returncode, output)
+
+    def end(self) -> None:
+        for process in tuple(self._running):
+            process.terminate()
+
+
+def run(machines: Machines, kernel: str) -> Done:
     """One machine from start to end. Exit status 125: it did not come up, or was ended."""
     folder = KERNELS_DIR / kernel
     if not (folder / "release").exists():
@@ -52,33 +79,35 @@ def run(kernel: str) -> subprocess.CompletedProcess[str]:
     )
     keep = ["-k", str(ROOT)] if str(ROOT).startswith(("/tmp/", "/run/")) else []
     for _ in range(TRIES):
-        done = subprocess.run(
-            [RUN_IN, "-m", "4096", "-t", str(TIME), *keep, str(folder), command],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            check=False,
-        )
-        if done.returncode != 125:
+        done = machines.run([RUN_IN, "-m", "4096", "-t", str(TIME), *keep, folder, command])
+        if done.status != 125:
             break
     return done
 
 
 @pytest.fixture(scope="module")
-def runs(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[subprocess.CompletedProcess[str]]]]:
-    """Of the kernels whose tests are selected."""
+def runs(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[Done]]]:
+    """Of the kernels whose tests are selected. Machines that no test waits for any more are ended."""
     names = [item.name for item in request.session.items]
+    machines = Machines()
     with ThreadPoolExecutor(2) as pool:
-        yield {kernel: pool.submit(run, kernel) for kernel in KERNELS if f"test_kernel[{kernel}]" in names}
+        try:
+            yield {
+                kernel: pool.submit(run, machines, kernel)
+                for kernel in KERNELS
+                if f"test_kernel[{kernel}]" in names
+            }
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+            machines.end()
 
 
 @pytest.mark.timeout(TIME * TRIES * 2)
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_kernel(kernel: str, runs: dict[str, Future[subprocess.CompletedProcess[str]]]) -> None:
+def test_kernel(kernel: str, runs: dict[str, Future[Done]]) -> None:
     done = runs[kernel].result()
-    passed = re.search(r"(\d+) passed", done.stdout)
-    print("\n".join(line for line in done.stdout.splitlines() if " PASSED " not in line))
-    assert done.returncode == 0
+    passed = re.search(r"(\d+) passed", done.output)
+    print("\n".join(line for line in done.output.splitlines() if " PASSED " not in line))
+    assert done.status == 0
     assert passed
     assert int(passed[1]) >= 50
