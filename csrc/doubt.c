@@ -126,35 +126,27 @@ static bool overlap(uint64_t a, uint64_t b, uint64_t len)
 	return a < b + len && b < a + len;
 }
 
-static bool is_told(const struct lp_change *changes, size_t nr, uint64_t start, uint64_t len)
-{
-	for (size_t i = 0; i < nr; i++)
-		if (changes[i].kind == LP_UNMAPPED && changes[i].start == start && changes[i].len == len)
-			return true;
-	return false;
-}
-
-/* Whether the child was forked after move i: 1, 0, -EAGAIN, -ESRCH. */
-static int has_moved(const struct lp_change *changes, size_t nr, size_t i, const struct lp_change *later,
-		     size_t nr_later, const struct lp_ask *ask)
+/* Whether move i was made before the child was forked: 1, 0, -EAGAIN, -ESRCH. */
+static int has_moved(const struct lp_change *changes, size_t nr, size_t i, const struct lp_ask *ask)
 {
 	const struct lp_change *move = &changes[i];
-	bool unmaps = is_told(changes, nr, move->start, move->len) || is_told(later, nr_later, move->start, move->len);
+	bool leaves = false, refilled = false;
 	int rc;
 
-	for (size_t k = i + 1; k < nr && unmaps; k++)
-		if (changes[k].kind == LP_REMAPPED && overlap(changes[k].to, move->start,
-							      changes[k].len > move->len ? changes[k].len : move->len))
-			unmaps = false; /* something else may be there */
-	if (unmaps) {
-		rc = is_within(ask, move->start, move->start + LP_PAGE_SIZE);
-		return rc < 0 ? rc : !rc;
+	for (size_t k = 0; k < nr; k++) {
+		leaves |= changes[k].kind == LP_UNMAPPED && changes[k].start == move->start && changes[k].len == move->len;
+		/* something else may be there */
+		refilled |= k > i && changes[k].kind == LP_REMAPPED &&
+			    overlap(changes[k].to, move->start, changes[k].len > move->len ? changes[k].len : move->len);
 	}
-	return is_within(ask, move->to, move->to + LP_PAGE_SIZE);
+	if (!leaves || refilled)
+		return is_within(ask, move->to, move->to + LP_PAGE_SIZE);
+	rc = is_within(ask, move->start, move->start + LP_PAGE_SIZE);
+	return rc < 0 ? rc : !rc;
 }
 
-int lp_replay(struct lp_space *s, const struct lp_change *changes, size_t nr, const struct lp_change *later,
-	      size_t nr_later, const struct lp_ask *ask, const struct lp_ask *ask_parent, struct lp_counts *dropped)
+int lp_replay(struct lp_space *s, const struct lp_change *changes, size_t nr, uint64_t told, const struct lp_ask *ask,
+	      const struct lp_ask *ask_parent, struct lp_counts *dropped)
 {
 	int rc = 0;
 
@@ -164,13 +156,14 @@ int lp_replay(struct lp_space *s, const struct lp_change *changes, size_t nr, co
 
 		switch (change->kind) {
 		case LP_REMOVED:
-			lp_space_remove(s, change->start, end, dropped);
+			if (change->to < told)
+				lp_space_remove(s, change->start, end, dropped);
 			break;
 		case LP_UNMAPPED:
 			rc = lp_space_question(s, change->start, end);
 			break;
 		case LP_REMAPPED:
-			rc = has_moved(changes, nr, i, later, nr_later, ask);
+			rc = has_moved(changes, nr, i, ask);
 			if (rc == 1)
 				rc = lp_space_remap(s, change->start, change->to, change->len, dropped);
 			break;

@@ -60,11 +60,12 @@ int lp_settle(struct lp_space *space, const struct lp_ask *ask, struct lp_counts
 
 /*
  * Makes the changes, of which each may or may not have been made before a fork, in the space of the child: a FORK event may be
- * reported after changes that another thread has made since (kernel/fork.c, dup_mmap, queues it with the mmap lock dropped).
- * What the child has registered tells.  `later`: reported, and not among them.  0; -EAGAIN: the child is changing already, and
- * the space is spoilt; -ENOMEM.
+ * reported after changes that another thread has made since, or before some that had been made already (kernel/fork.c, dup_mmap,
+ * queues it with the mmap lock dropped).  What the child has registered tells.  Only a REMOVE event comes before what it reports
+ * (mm/madvise.c, madvise_dontneed_free): if it was reported after the fork, which was event number `told`, the child has the
+ * pages.  0; -EAGAIN: the child is changing already, and the space is spoilt; -ENOMEM.
  */
-int lp_replay(struct lp_space *child, const struct lp_change *changes, size_t nr, const struct lp_change *later,
-	      size_t nr_later, const struct lp_ask *ask, const struct lp_ask *ask_parent, struct lp_counts *dropped);
+int lp_replay(struct lp_space *child, const struct lp_change *changes, size_t nr, uint64_t told, const struct lp_ask *ask,
+	      const struct lp_ask *ask_parent, struct lp_counts *dropped);
 
 #endif

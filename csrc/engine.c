@@ -96,6 +96,7 @@ struct lp_task {
 	_Atomic bool gone, complete;
 	struct lp_change *changes; /* of the layout, not made in the space yet: nothing may be answered */
 	size_t nr_changes, cap_changes;
+	uint64_t told; /* events that were not faults */
 	struct faults faults, put_off; /* used by the serving thread only */
 	struct lp_plan plan;	       /* likewise */
 	struct lp_task *next_put_off, *next, *next_dead;
@@ -950,14 +951,13 @@ struct unrest {
 	uint64_t *dropped;	 /* from that, by source: a child finds it zeroed */
 	struct lp_change *made;
 	size_t nr_made;
-	const struct lp_change *later;
-	size_t nr_later;
 };
 
 static bool drain(struct lp_task *t);
 
 /* The space of a child by what it has, with what is dropped from it.  If that can't be found out, all is lost. */
-static void replay(struct lp_task *t, struct lp_task *child, const struct unrest *unrest, struct lp_counts *dropped)
+static void replay(struct lp_task *t, struct lp_task *child, const struct unrest *unrest, uint64_t told,
+		   struct lp_counts *dropped)
 {
 	const struct lp_ask of_child = asking(child), of_parent = asking(t);
 	int rc = -EAGAIN;
@@ -971,8 +971,7 @@ static void replay(struct lp_task *t, struct lp_task *child, const struct unrest
 		memcpy(dropped->by_source, unrest->dropped, (t->nr_levels + 2) * sizeof(uint64_t));
 		if (tries == CHILD_TRIES)
 			break;
-		rc = lp_replay(child->space, unrest->made, unrest->nr_made, unrest->later, unrest->nr_later, &of_child,
-			       &of_parent, dropped);
+		rc = lp_replay(child->space, unrest->made, unrest->nr_made, told, &of_child, &of_parent, dropped);
 		if (rc) { /* its layout is changing already */
 			drain(child);
 			sched_yield();
@@ -993,9 +992,9 @@ static void replay(struct lp_task *t, struct lp_task *child, const struct unrest
 
 static void try_again(struct lp_task *t);
 
-static void forked(struct lp_task *t, int uffd, const struct unrest *unrest)
+static void forked(struct lp_task *t, const struct lp_change *fork, const struct unrest *unrest)
 {
-	struct lp_task *child = task_alloc(t->engine, uffd, t->nr_levels);
+	struct lp_task *child = task_alloc(t->engine, fork->uffd, t->nr_levels);
 	struct lp_counts dropped = {.nr_levels = t->nr_levels};
 	struct lp_answer lost = {0};
 	int rc = 0;
@@ -1009,7 +1008,7 @@ static void forked(struct lp_task *t, int uffd, const struct unrest *unrest)
 	child->untold = &lost;
 	child->tag = t->tag;
 	if (unrest->before) {
-		replay(t, child, unrest, &dropped);
+		replay(t, child, unrest, fork->to, &dropped);
 	} else {
 		learn_wiped(t);
 		child->space = lp_space_clone(t->space, &dropped);
@@ -1052,7 +1051,7 @@ static void make_change(struct lp_task *t, const struct lp_change *change, const
 		goto out;
 	switch (change->kind) {
 	case LP_FORKED:
-		forked(t, change->uffd, unrest);
+		forked(t, change, unrest);
 		break;
 	case LP_REMOVED:
 		add(&t->stats.removes, 1);
@@ -1069,7 +1068,8 @@ static void make_change(struct lp_task *t, const struct lp_change *change, const
 		rc = lp_space_remap(t->space, change->start, change->to, change->len, &dropped);
 		break;
 	}
-	trace(t, LP_TRACE_FORKED + change->kind, LP_TRACE_NO_SOURCE, change->start, change->len >> LP_PAGE_SHIFT, change->to);
+	trace(t, LP_TRACE_FORKED + change->kind, LP_TRACE_NO_SOURCE, change->start, change->len >> LP_PAGE_SHIFT,
+	      change->kind == LP_REMAPPED ? change->to : 0);
 	if (change->kind != LP_FORKED)
 		wake(t, change->start, change->len >> LP_PAGE_SHIFT);
 	drop_into(t, by_source);
@@ -1100,13 +1100,14 @@ static void keep_change(struct lp_task *t, const struct uffd_msg *msg)
 
 	switch (msg->event) {
 	case UFFD_EVENT_FORK:
-		change = (struct lp_change){.kind = LP_FORKED, .uffd = (int)msg->arg.fork.ufd};
+		change = (struct lp_change){.kind = LP_FORKED, .uffd = (int)msg->arg.fork.ufd, .to = t->told++};
 		break;
 	case UFFD_EVENT_REMOVE:
 	case UFFD_EVENT_UNMAP:
 		change.kind = msg->event == UFFD_EVENT_REMOVE ? LP_REMOVED : LP_UNMAPPED;
 		change.start = msg->arg.remove.start;
 		change.len = msg->arg.remove.end - msg->arg.remove.start;
+		change.to = t->told++;
 		break;
 	case UFFD_EVENT_REMAP:
 		change = (struct lp_change){
@@ -1130,7 +1131,7 @@ static bool needs_unrest(const struct lp_task *t)
 
 	for (size_t i = 0; i < t->nr_changes; i++) {
 		forks |= t->changes[i].kind == LP_FORKED;
-		others |= t->changes[i].kind == LP_REMAPPED ||
+		others |= t->changes[i].kind == LP_REMAPPED || t->changes[i].kind == LP_REMOVED ||
 			  (t->changes[i].kind == LP_UNMAPPED &&
 			   lp_space_matters(t->space, t->changes[i].start, t->changes[i].start + t->changes[i].len));
 	}
@@ -1189,8 +1190,6 @@ static void make_changes(struct lp_task *t, bool at_rest)
 		memmove(&changes[1], changes, next * sizeof(change));
 		changes++;
 		nr--;
-		unrest.later = changes;
-		unrest.nr_later = nr;
 		make_change(t, &change, &unrest);
 		if (unrest.before)
 			unrest.made[unrest.nr_made++] = change;

@@ -1172,7 +1172,7 @@ static size_t who_leaves(const struct lp_space *s, const struct lp_change *chang
 /* Whether a change has to wait for rest: what it tells may not be so, or not all there is to it. */
 static bool must_wait(const struct lp_space *s, const struct lp_change *change)
 {
-	return change->kind == LP_REMAPPED || change->kind == LP_QUESTION ||
+	return change->kind == LP_FORKED || change->kind == LP_REMAPPED || change->kind == LP_QUESTION ||
 	       (change->kind == LP_UNMAPPED && lp_space_matters(s, change->start, change->start + change->len));
 }
 
@@ -1182,6 +1182,10 @@ size_t lp_space_next_change(const struct lp_space *s, const struct lp_change *ch
 
 	if (!at_rest)
 		return nr && !must_wait(s, &changes[0]) ? 0 : nr;
+	while (next < nr && changes[next].kind == LP_FORKED)
+		next++;
+	if (next == nr)
+		return 0;
 	for (size_t steps = 0; steps < nr; steps++) {
 		const struct lp_change *change = &changes[next];
 		size_t before;
@@ -1193,7 +1197,7 @@ size_t lp_space_next_change(const struct lp_space *s, const struct lp_change *ch
 			return next;
 		next = before;
 	}
-	return 0; /* each waits for another: not what a kernel tells */
+	return next; /* each waits for another: not what a kernel tells */
 }
 
 void lp_true_lengths(struct lp_change *changes, size_t nr)

@@ -60,7 +60,7 @@ struct lp_change {
 	uint32_t kind;	      /* enum lp_change_kind */
 	int32_t uffd;	      /* LP_FORKED: of the child */
 	uint64_t start, len;  /* bytes */
-	uint64_t to;
+	uint64_t to;	      /* LP_FORKED and LP_REMOVED: how many events were reported before */
 };
 
 /*
@@ -159,7 +159,8 @@ void lp_space_forget(struct lp_space *space, uint64_t image, uint64_t nr_pages, 
 /*
  * Which of the changes that the kernel has told is to be made next; `changes` is in the order in which it told them.
  * nr: none before the layout is at rest, that is, before all that has begun has been told.  Only then can be asked whether what
- * was to be unmapped is unmapped, and only then all events of an mremap are there.
+ * was to be unmapped is unmapped, and only then all events of an mremap are there, and all that another thread has done while one
+ * forked.  Forks come last: their children have been asked by then what they have (csrc/doubt.h).
  *
  * Changes are not always told in the order in which they happened: an event is queued when the change has been made and the
  * mmap lock been dropped, and mremap tells where things went before it tells that the old place is unmapped.  Meanwhile

@@ -69,8 +69,8 @@ struct lp_ask {
     void (*stays)(void *arg, uint64_t start, uint64_t end, bool known);
 };
 int lp_settle(struct lp_space *space, const struct lp_ask *ask, struct lp_counts *dropped);
-int lp_replay(struct lp_space *child, const struct lp_change *changes, size_t nr, const struct lp_change *later,
-              size_t nr_later, const struct lp_ask *ask, const struct lp_ask *ask_parent, struct lp_counts *dropped);
+int lp_replay(struct lp_space *child, const struct lp_change *changes, size_t nr, uint64_t told, const struct lp_ask *ask,
+              const struct lp_ask *ask_parent, struct lp_counts *dropped);
 bool lp_tells_old_length(void);
 
 struct lp_window { uint64_t first, nr; };
