@@ -127,6 +127,8 @@ struct lp_task {
 
 #define FAMILIES 1024
 
+struct seen;
+
 struct lp_memory {
 	struct lp_space *space;
 	struct lp_level *levels;
@@ -762,10 +764,14 @@ static void close_uffd(struct lp_task *t)
 	t->uffd = -1;
 }
 
+static void forget_seen(struct seen *seen);
+
 static void task_free(struct lp_task *t)
 {
 	if (t->uffd >= 0)
 		close_uffd(t);
+	for (size_t i = 0; i < t->nr_changes; i++)
+		forget_seen(t->changes[i].seen);
 	free(t->changes); /* the uffds of children that it knows of stay open, as above */
 	lp_space_free(t->space);
 	lp_lock_destroy(&t->lock);
@@ -855,18 +861,36 @@ static void add_seen(void *arg, uint64_t start, uint64_t end, bool wiped)
  * And of a forked child the process is not known: what it says itself, about pages that it has never touched, its own
  * children do not feel: they find what was there, and not zeros.
  */
-static void learn_wiped(struct lp_task *t)
+static struct seen *look_at_mappings(struct lp_task *t)
 {
-	struct seen seen = {0};
+	struct seen *seen;
 
 	if (!t->pid || !lp_space_pending(t->space))
-		return;
+		return NULL;
+	seen = calloc(1, sizeof(*seen));
+	if (!seen)
+		abort(); /* as in forked */
 	/* after an execve it is of another memory */
-	if (!lp_each_mapping(t->pid, t->pidfd, add_seen, &seen) && !lp_means_gone(try_page(t, LP_ANYWHERE)) &&
-	    lp_space_wipe(t->space, seen.wiped.at, seen.wiped.nr, seen.kept.at, seen.kept.nr))
+	if (lp_each_mapping(t->pid, t->pidfd, add_seen, seen) || lp_means_gone(try_page(t, LP_ANYWHERE)))
+		seen->wiped.nr = seen->kept.nr = 0;
+	return seen;
+}
+
+static void forget_seen(struct seen *seen)
+{
+	if (!seen)
+		return;
+	free(seen->wiped.at);
+	free(seen->kept.at);
+	free(seen);
+}
+
+/* As soon as a fork has been read, and used when its child is made, when all has changed that smaps has shown. */
+static void learn_wiped(struct lp_task *t, struct seen *seen)
+{
+	if (seen && lp_space_wipe(t->space, seen->wiped.at, seen->wiped.nr, seen->kept.at, seen->kept.nr))
 		abort();
-	free(seen.wiped.at);
-	free(seen.kept.at);
+	forget_seen(seen);
 }
 
 /* ---- what the kernel says of the layout, for csrc/doubt.h ---- */
@@ -948,7 +972,6 @@ static struct lp_ask asking(struct lp_task *t)
 /* What has been reported with a fork, of which some may have happened before it and some since. */
 struct unrest {
 	struct lp_space *before; /* NULL: nothing has */
-	uint64_t *dropped;	 /* from that, by source: a child finds it zeroed */
 	struct lp_change *made;
 	size_t nr_made;
 };
@@ -962,13 +985,15 @@ static void replay(struct lp_task *t, struct lp_task *child, const struct unrest
 	const struct lp_ask of_child = asking(child), of_parent = asking(t);
 	int rc = -EAGAIN;
 
+	if (lp_space_wipe_as(unrest->before, t->space))
+		abort(); /* as below */
 	for (int tries = 0; rc && tries <= CHILD_TRIES; tries++) {
 		lp_space_free(child->space);
 		child->untold->nr_pages = 0;
+		memset(dropped->by_source, 0, (t->nr_levels + 2) * sizeof(uint64_t));
 		child->space = lp_space_clone(unrest->before, dropped);
 		if (!child->space)
-			abort(); /* as below */
-		memcpy(dropped->by_source, unrest->dropped, (t->nr_levels + 2) * sizeof(uint64_t));
+			abort();
 		if (tries == CHILD_TRIES)
 			break;
 		rc = lp_replay(child->space, unrest->made, unrest->nr_made, told, &of_child, &of_parent, dropped);
@@ -1007,10 +1032,10 @@ static void forked(struct lp_task *t, const struct lp_change *fork, const struct
 		abort();
 	child->untold = &lost;
 	child->tag = t->tag;
+	learn_wiped(t, fork->seen);
 	if (unrest->before) {
 		replay(t, child, unrest, fork->to, &dropped);
 	} else {
-		learn_wiped(t);
 		child->space = lp_space_clone(t->space, &dropped);
 		if (!child->space)
 			abort();
@@ -1100,7 +1125,8 @@ static void keep_change(struct lp_task *t, const struct uffd_msg *msg)
 
 	switch (msg->event) {
 	case UFFD_EVENT_FORK:
-		change = (struct lp_change){.kind = LP_FORKED, .uffd = (int)msg->arg.fork.ufd, .to = t->told++};
+		change = (struct lp_change){.kind = LP_FORKED, .uffd = (int)msg->arg.fork.ufd, .to = t->told++,
+					    .seen = look_at_mappings(t)};
 		break;
 	case UFFD_EVENT_REMOVE:
 	case UFFD_EVENT_UNMAP:
@@ -1140,14 +1166,9 @@ static bool needs_unrest(const struct lp_task *t)
 
 static void begin_unrest(struct lp_task *t, struct unrest *unrest)
 {
-	struct lp_counts dropped = {calloc(t->nr_levels + 2, sizeof(uint64_t)), t->nr_levels};
-
-	unrest->dropped = dropped.by_source;
 	unrest->made = calloc(t->nr_changes, sizeof(*unrest->made));
-	learn_wiped(t);
-	if (dropped.by_source && unrest->made)
-		unrest->before = lp_space_clone(t->space, &dropped);
-	if (!unrest->before)
+	unrest->before = lp_space_copy(t->space);
+	if (!unrest->made || !unrest->before)
 		abort(); /* as above */
 }
 
@@ -1195,7 +1216,6 @@ static void make_changes(struct lp_task *t, bool at_rest)
 			unrest.made[unrest.nr_made++] = change;
 	}
 	lp_space_free(unrest.before);
-	free(unrest.dropped);
 	free(unrest.made);
 	if (nr == t->nr_changes)
 		return;

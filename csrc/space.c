@@ -879,7 +879,7 @@ static void forget_left(struct lp_space *s)
 	s->nr_left = kept;
 }
 
-struct lp_space *lp_space_clone(struct lp_space *s, struct lp_counts *dropped)
+struct lp_space *lp_space_copy(const struct lp_space *s)
 {
 	struct lp_space *c = calloc(1, sizeof(*c));
 
@@ -904,15 +904,38 @@ struct lp_space *lp_space_clone(struct lp_space *s, struct lp_counts *dropped)
 	memcpy(c->regions, s->regions, s->nr_regions * sizeof(*s->regions));
 	atomic_init(&c->nr_pending, atomic_load(&s->nr_pending));
 	atomic_init(&c->nr_lost, atomic_load(&s->nr_lost));
+	if (s->nr_wiped)
+		memcpy(c->wiped, s->wiped, s->nr_wiped * sizeof(*s->wiped));
 	c->nr_wiped = s->nr_wiped;
-	for (size_t i = 0; i < c->nr_wiped; i++) {
-		c->wiped[i] = s->wiped[i];
+	return c;
+}
+
+struct lp_space *lp_space_clone(struct lp_space *s, struct lp_counts *dropped)
+{
+	struct lp_space *c = lp_space_copy(s);
+
+	if (!c)
+		return NULL;
+	for (size_t i = 0; i < c->nr_wiped; i++)
 		drop(c, c->wiped[i].start, c->wiped[i].end, dropped);
-	}
 	/* of what is unmapped already, nobody will tell the child's */
 	for (size_t i = 0; i < s->nr_left; i++)
 		cut_empty(c, s->left[i].start, s->left[i].end);
 	return c;
+}
+
+int lp_space_wipe_as(struct lp_space *s, const struct lp_space *as)
+{
+	struct lp_range *wiped = malloc((as->nr_wiped + 1) * sizeof(*wiped));
+
+	if (!wiped)
+		return -ENOMEM;
+	if (as->nr_wiped)
+		memcpy(wiped, as->wiped, as->nr_wiped * sizeof(*wiped));
+	free(s->wiped);
+	s->wiped = wiped;
+	s->nr_wiped = as->nr_wiped;
+	return 0;
 }
 
 /* A list of ranges of image addresses that has room. */

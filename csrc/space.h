@@ -61,6 +61,7 @@ struct lp_change {
 	int32_t uffd;	      /* LP_FORKED: of the child */
 	uint64_t start, len;  /* bytes */
 	uint64_t to;	      /* LP_FORKED and LP_REMOVED: how many events were reported before */
+	void *seen;	      /* LP_FORKED: the caller's */
 };
 
 /*
@@ -116,6 +117,10 @@ struct lp_space *lp_space_new(const struct lp_extent *extents, size_t nr_extents
  */
 int lp_space_wipe(struct lp_space *space, const struct lp_range *wiped, size_t nr_wiped, const struct lp_range *kept,
 		  size_t nr_kept);
+/* In children of `space` those pages are wiped that are wiped in children of `as`.  0 or -ENOMEM. (exclusive) */
+int lp_space_wipe_as(struct lp_space *space, const struct lp_space *as);
+/* The same again, but none claimed. */
+struct lp_space *lp_space_copy(const struct lp_space *space);
 /* What fork(2) makes of it: the same pages pending but for the wiped ones, none claimed. (exclusive) */
 struct lp_space *lp_space_clone(struct lp_space *space, struct lp_counts *dropped);
 void lp_space_free(struct lp_space *space);

@@ -17,7 +17,7 @@ struct lp_region { uint64_t start, end, image; };
 struct lp_answer { uint32_t kind, source; uint64_t addr, image, offset, nr_pages, dense; };
 struct lp_counts { uint64_t *by_source; uint32_t nr_levels; };
 enum lp_change_kind { LP_FORKED, LP_REMOVED, LP_UNMAPPED, LP_REMAPPED, LP_QUESTION };
-struct lp_change { uint32_t kind; int32_t uffd; uint64_t start, len, to; };
+struct lp_change { uint32_t kind; int32_t uffd; uint64_t start, len, to; void *seen; };
 struct lp_space;
 #define LP_SOURCE_REMOTE ...
 #define LP_SOURCE_LOST ...
@@ -69,8 +69,8 @@ struct lp_ask {
     void (*stays)(void *arg, uint64_t start, uint64_t end, bool known);
 };
 int lp_settle(struct lp_space *space, const struct lp_ask *ask, struct lp_counts *dropped);
-int lp_replay(struct lp_space *child, const struct lp_change *changes, size_t nr, uint64_t told, const struct lp_ask *ask,
-              const struct lp_ask *ask_parent, struct lp_counts *dropped);
+int lp_replay(struct lp_space *child, const struct lp_change *changes, size_t nr, uint64_t told,
+              const struct lp_ask *ask, const struct lp_ask *ask_parent, struct lp_counts *dropped);
 bool lp_tells_old_length(void);
 
 struct lp_window { uint64_t first, nr; };
@@ -190,10 +190,22 @@ CSRC = Path("csrc")  # builds run at the project's root
 ffibuilder.set_source(
     "lazypages._uffd",
     "#include <sys/mman.h>\n#include <sys/syscall.h>\n#include <unistd.h>\n"
-    '#include "doubt.h"\n#include "engine.h"\n#include "lane.h"\n#include "old_length.h"\n#include "plan.h"\n#include "space.h"\n#include "trace.h"\n',
+    '#include "doubt.h"\n#include "engine.h"\n#include "lane.h"\n#include "old_length.h"\n'
+    '#include "plan.h"\n#include "space.h"\n#include "trace.h"\n',
     sources=[
         str(CSRC / name)
-        for name in ("space.c", "doubt.c", "old_length.c", "plan.c", "smaps.c", "follow.c", "guard.c", "trace.c", "lane.c", "engine.c")
+        for name in (
+            "space.c",
+            "doubt.c",
+            "old_length.c",
+            "plan.c",
+            "smaps.c",
+            "follow.c",
+            "guard.c",
+            "trace.c",
+            "lane.c",
+            "engine.c",
+        )
     ],
     depends=[
         str(CSRC / name)

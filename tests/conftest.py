@@ -13,12 +13,12 @@ from hypothesis import HealthCheck, settings
 from tests.support.processes import become_subreaper, descendants, describe, end
 from tests.support.restore import Checkpoints, Program
 
-# The same examples each time, and no verdict that depends on how busy the machine is.  "long": others each time, for hours.
+# The same examples each time, and no verdict that depends on how busy the machine is. "long" (CONTRIBUTING.md): others
+# each time, many.
 settings.register_profile(
     "lazypages",
     deadline=None,
     derandomize=True,
-    max_examples=300,
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.register_profile(

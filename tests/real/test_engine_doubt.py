@@ -1,12 +1,11 @@
 """Calls that fail after the kernel has told of them, and memory that grows again where it went, unseen: csrc/doubt.h.
 
-What a kernel does is asked of it in each test: before 6.10 nothing can be sealed, before 6.12 an mmap that fails has unmapped
-what was in its place, before 6.18 an mremap that fails has.
+What a kernel does is asked of it in each test: before 6.10 nothing can be sealed, before 6.12 an mmap that fails
+has unmapped what was in its place, before 6.18 an mremap that fails has.
 """
 
 from __future__ import annotations
 
-import mmap
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from contextlib import contextmanager
 import pytest
 
 from lazypages.uffd import NoticeKind
-from tests.support.uffd import BASE, MREMAP_MAYMOVE, PAGE, SIGBUS, PagesFile, Service, Task
+from tests.support.uffd import BASE, PAGE, SIGBUS, PagesFile, Service, Task
 
 PAGES = 16
 FAR = BASE + (1 << 40)

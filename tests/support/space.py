@@ -238,9 +238,7 @@ class Space:
                 "int(void *, uint64_t, uint64_t)",
                 lambda _, start, end: 0 if memory.within(start, end) else -errno.ENOENT,
             ),
-            ffi.callback(
-                "int(void *, uint64_t)", lambda _, addr: 0 if memory.zero(addr) else -errno.EEXIST
-            ),
+            ffi.callback("int(void *, uint64_t)", lambda _, addr: 0 if memory.zero(addr) else -errno.EEXIST),
             ffi.callback("bool(void *, uint64_t, uint64_t, uint64_t)", lambda *_: True),
             ffi.callback("bool(void *, uint64_t)", lambda *_: False),
             ffi.callback("void(void *, uint64_t, uint64_t, bool)", stays),

@@ -1,8 +1,9 @@
 """Threads change the layout, a kernel tells of it late: the space has to find what happened when, and whether it did.
 
-The kernel here is a model with the habits of the real ones that matter (csrc/space.h, csrc/doubt.h): a change is made at once,
-but told of later, event by event, and a thread goes on only when the last event of its change has been told. Calls fail after
-their event, memory grows without one, and a fork is told of after what other threads have done since.
+The kernel here is a model with the habits of the real ones that matter (csrc/space.h, csrc/doubt.h): a change is
+made at once, but told of later, event by event, and a thread goes on only when the last event of its change has been
+told. Calls fail after their event, memory grows without one, and a fork is told of after what other threads have done
+since.
 
 Where the model asks, a real kernel is asked by ``UFFDIO_COPY`` and ``UFFDIO_ZEROPAGE``.
 """
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from itertools import count
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.space import PAGE, Change, Extent, Kind, Space
@@ -41,9 +42,9 @@ class Memory:
 
     def within(self, start: int, end: int) -> bool:
         units = range((start - BASE) // PAGE, (end - BASE) // PAGE)
-        return len({page.mapping if (page := self.pages.get(i)) else None for i in units} | {None}) == 2 and all(
-            i in self.pages for i in units
-        )
+        return len(
+            {page.mapping if (page := self.pages.get(i)) else None for i in units} | {None}
+        ) == 2 and all(i in self.pages for i in units)
 
     def zero(self, addr: int) -> bool:
         page = self.pages[(addr - BASE) // PAGE]
@@ -73,7 +74,9 @@ class Kernel(Memory):
     def tell(self, me: int) -> None:
         thread = self.threads[me]
         change = thread.untold.popleft()
-        self.told.append(change._replace(to=self.nr_told) if change.kind in ("LP_FORKED", "LP_REMOVED") else change)
+        self.told.append(
+            change._replace(to=self.nr_told) if change.kind in ("LP_FORKED", "LP_REMOVED") else change
+        )
         self.nr_told += 1
         if not thread.untold:
             thread.tells_of.clear()
@@ -91,7 +94,7 @@ class Kernel(Memory):
                     page.mapping = new
                     unit += 1
 
-    def change(self, me: int, what: str, unit: int, length: int, to: int, more: int) -> None:
+    def change(self, me: int, what: str, unit: int, length: int, to: int, more: int) -> None:  # noqa: PLR0917
         """Only what a program may do: with memory of its own, to where it has memory itself or nobody has."""
         thread = self.threads[me]
         source = set(range(unit, unit + length))
@@ -140,7 +143,7 @@ class Kernel(Memory):
             self.unmaps(me, unit, length)
             self.threads[me].tells_of |= left
 
-    def move(self, me: int, what: str, unit: int, length: int, to: int, more: int) -> None:
+    def move(self, me: int, what: str, unit: int, length: int, to: int, more: int) -> None:  # noqa: PLR0917
         """mremap to a fixed place, as long as before, shorter, or longer."""
         new = {"shrink": max(1, length - more), "extend": length + more}.get(what, length)
         source, target = set(range(unit, unit + length)), set(range(to, to + new))
@@ -257,6 +260,7 @@ def run(steps: list[tuple[int, str, int, int, int, int, bool]], *, old: bool) ->
     check(space, kernel, sure=not kernel.surprises)
 
 
+@settings(max_examples=max(300, settings().max_examples))
 @pytest.mark.parametrize("old", [False, True], ids=["6.18", "6.1"])
 @given(steps(ORDINARY))
 def test_layout_after_events_in_any_order(
@@ -265,6 +269,7 @@ def test_layout_after_events_in_any_order(
     run(steps, old=old)
 
 
+@settings(max_examples=max(300, settings().max_examples))
 @pytest.mark.parametrize("old", [False, True], ids=["6.18", "6.1"])
 @given(steps(ORDINARY + SURPRISING))
 def test_layout_after_calls_that_fail_and_memory_that_grows(
