@@ -18,10 +18,12 @@
 
 #include <linux/userfaultfd.h>
 
+#include "doubt.h"
 #include "follow.h"
 #include "guard.h"
 #include "lane.h"
 #include "lock.h"
+#include "old_length.h"
 #include "pages_file.h"
 #include "plan.h"
 #include "probe.h"
@@ -62,6 +64,8 @@ struct uffdio_poison {
 #define LEAD_MAX ((uint64_t)32 << 20)
 #define LEAD_MEMORY_NS (NS / 10)
 #define LOOKAHEAD_TRIES 8	 /* runs that another thread may take before we do */
+#define REST_TRIES 32		 /* for a thread that has been told of and has to run before the layout is at rest: some 50 us */
+#define CHILD_TRIES 1000	 /* the same for a child, which no one else will wait for */
 #define SERVE_TRIES 4		 /* for a task whose layout is changing, before others have their turn */
 
 typedef _Atomic uint64_t counter_t;
@@ -87,9 +91,12 @@ struct lp_task {
 	int uffd; /* -1 once closed */
 	bool closed; /* under the engine's lock: nobody is to hear of it any more */
 	bool remote, is_child;
+	bool closing; /* by another thread than the serving one */
+	struct lp_answer *untold; /* the first run that is lost, while nobody knows the task yet */
 	_Atomic bool gone, complete;
 	struct lp_change *changes; /* of the layout, not made in the space yet: nothing may be answered */
 	size_t nr_changes, cap_changes;
+	uint64_t told; /* events that were not faults */
 	struct faults faults, put_off; /* used by the serving thread only */
 	struct lp_plan plan;	       /* likewise */
 	struct lp_task *next_put_off, *next, *next_dead;
@@ -119,6 +126,8 @@ struct lp_task {
 };
 
 #define FAMILIES 1024
+
+struct seen;
 
 struct lp_memory {
 	struct lp_space *space;
@@ -755,10 +764,14 @@ static void close_uffd(struct lp_task *t)
 	t->uffd = -1;
 }
 
+static void forget_seen(struct seen *seen);
+
 static void task_free(struct lp_task *t)
 {
 	if (t->uffd >= 0)
 		close_uffd(t);
+	for (size_t i = 0; i < t->nr_changes; i++)
+		forget_seen(t->changes[i].seen);
 	free(t->changes); /* the uffds of children that it knows of stay open, as above */
 	lp_space_free(t->space);
 	lp_lock_destroy(&t->lock);
@@ -848,52 +861,210 @@ static void add_seen(void *arg, uint64_t start, uint64_t end, bool wiped)
  * And of a forked child the process is not known: what it says itself, about pages that it has never touched, its own
  * children do not feel: they find what was there, and not zeros.
  */
-static void learn_wiped(struct lp_task *t)
+static struct seen *look_at_mappings(struct lp_task *t)
 {
-	struct seen seen = {0};
+	struct seen *seen;
 
 	if (!t->pid || !lp_space_pending(t->space))
-		return;
+		return NULL;
+	seen = calloc(1, sizeof(*seen));
+	if (!seen)
+		abort(); /* as in forked */
 	/* after an execve it is of another memory */
-	if (!lp_each_mapping(t->pid, t->pidfd, add_seen, &seen) && !lp_means_gone(try_page(t, LP_ANYWHERE)) &&
-	    lp_space_wipe(t->space, seen.wiped.at, seen.wiped.nr, seen.kept.at, seen.kept.nr))
-		abort();
-	free(seen.wiped.at);
-	free(seen.kept.at);
+	if (lp_each_mapping(t->pid, t->pidfd, add_seen, seen) || lp_means_gone(try_page(t, LP_ANYWHERE)))
+		seen->wiped.nr = seen->kept.nr = 0;
+	return seen;
 }
 
-static void forked(struct lp_task *t, int uffd)
+static void forget_seen(struct seen *seen)
 {
-	struct lp_task *child = task_alloc(t->engine, uffd, t->nr_levels);
+	if (!seen)
+		return;
+	free(seen->wiped.at);
+	free(seen->kept.at);
+	free(seen);
+}
+
+/* As soon as a fork has been read, and used when its child is made, when all has changed that smaps has shown. */
+static void learn_wiped(struct lp_task *t, struct seen *seen)
+{
+	if (seen && lp_space_wipe(t->space, seen->wiped.at, seen->wiped.nr, seen->kept.at, seen->kept.nr))
+		abort();
+	forget_seen(seen);
+}
+
+/* ---- what the kernel says of the layout, for csrc/doubt.h ---- */
+
+/* -ENOENT only when it is so at rest: the kernel looks for the mapping before it looks whether the layout is changing. */
+static int told_at_rest(struct lp_task *t, int error)
+{
+	if (error == ENOMEM || error == EINTR || (error == ENOENT && try_page(t, LP_ANYWHERE) == EAGAIN))
+		return -EAGAIN;
+	if (lp_means_gone(error))
+		return -ESRCH;
+	return error == EINVAL ? -ENOENT : -error; /* EINVAL: beyond all addresses */
+}
+
+static int ask_within(void *arg, uint64_t start, uint64_t end)
+{
+	struct lp_task *t = arg;
+
+	return told_at_rest(t, lp_probe_range(t->uffd, start, end));
+}
+
+static int ask_zero(void *arg, uint64_t addr)
+{
+	struct uffdio_zeropage zero = {.range = {.start = addr, .len = LP_PAGE_SIZE}};
+	struct lp_task *t = arg;
+
+	if (ioctl(t->uffd, UFFDIO_ZEROPAGE, &zero))
+		return told_at_rest(t, zero.zeropage < 0 ? (int)-zero.zeropage : errno);
+	add(&t->stats.zero_pages, 1);
+	return 0;
+}
+
+static bool ask_alike(void *arg, uint64_t edge, uint64_t start, uint64_t end)
+{
+	const struct lp_task *t = arg;
+
+	return lp_mappings_alike(t->pid, t->pidfd, edge, start, end);
+}
+
+static bool ask_grows(void *arg, uint64_t addr)
+{
+	const struct lp_task *t = arg;
+
+	return lp_mapping_grows(t->pid, t->pidfd, addr);
+}
+
+static void lose_range(struct lp_task *t, uint64_t start, uint64_t end)
+{
+	struct lp_answer run;
+
+	for (; start < end; start += run.nr_pages << LP_PAGE_SHIFT) {
+		run = lp_space_lookup(t->space, start, (end - start) >> LP_PAGE_SHIFT);
+		if (run.kind == LP_ZERO || run.kind == LP_LOST)
+			continue;
+		lp_space_lose(t->space, run.dense, run.nr_pages);
+		if (!t->untold)
+			notify_lost(t, &run, 0, run.nr_pages, EADDRNOTAVAIL);
+		else if (!t->untold->nr_pages)
+			*t->untold = run;
+	}
+}
+
+static void range_stays(void *arg, uint64_t start, uint64_t end, bool known)
+{
+	struct lp_task *t = arg;
+
+	if (!known)
+		lose_range(t, start, end);
+	wake(t, start, (end - start) >> LP_PAGE_SHIFT);
+}
+
+static struct lp_ask asking(struct lp_task *t)
+{
+	return (struct lp_ask){t, ask_within, ask_zero, ask_alike, ask_grows, range_stays};
+}
+
+/* ---- forks ---- */
+
+/* What has been reported with a fork, of which some may have happened before it and some since. */
+struct unrest {
+	struct lp_space *before; /* NULL: nothing has */
+	struct lp_change *made;
+	size_t nr_made;
+};
+
+static bool drain(struct lp_task *t);
+
+/* The space of a child by what it has, with what is dropped from it.  If that can't be found out, all is lost. */
+static void replay(struct lp_task *t, struct lp_task *child, const struct unrest *unrest, uint64_t told,
+		   struct lp_counts *dropped)
+{
+	const struct lp_ask of_child = asking(child), of_parent = asking(t);
+	int rc = -EAGAIN;
+
+	if (lp_space_wipe_as(unrest->before, t->space))
+		abort(); /* as below */
+	for (int tries = 0; rc && tries <= CHILD_TRIES; tries++) {
+		lp_space_free(child->space);
+		child->untold->nr_pages = 0;
+		memset(dropped->by_source, 0, (t->nr_levels + 2) * sizeof(uint64_t));
+		child->space = lp_space_clone(unrest->before, dropped);
+		if (!child->space)
+			abort();
+		if (tries == CHILD_TRIES)
+			break;
+		rc = lp_replay(child->space, unrest->made, unrest->nr_made, told, &of_child, &of_parent, dropped);
+		if (rc) { /* its layout is changing already */
+			drain(child);
+			sched_yield();
+		}
+	}
+	if (rc) {
+		while (lp_space_nr_doubts(child->space))
+			if (lp_space_answer_doubt(child->space, 0, false, dropped))
+				abort();
+		for (size_t r = 0; r < lp_space_nr_regions(child->space); r++)
+			lose_range(child, lp_space_regions(child->space)[r].start, lp_space_regions(child->space)[r].end);
+	}
+	/* faults again when it is served */
+	for (size_t i = 0; i < child->faults.nr; i++)
+		wake(child, child->faults.at[i].addr, 1);
+	child->faults.nr = 0;
+}
+
+static void try_again(struct lp_task *t);
+
+static void forked(struct lp_task *t, const struct lp_change *fork, const struct unrest *unrest)
+{
+	struct lp_task *child = task_alloc(t->engine, fork->uffd, t->nr_levels);
 	struct lp_counts dropped = {.nr_levels = t->nr_levels};
+	struct lp_answer lost = {0};
 	int rc = 0;
 
 	add(&t->stats.forks, 1);
 	if (!child)
 		abort(); /* closing the uffd would fill the child with zeros, and it can't be kept */
-	learn_wiped(t);
 	dropped.by_source = calloc(t->nr_levels + 2, sizeof(uint64_t));
-	if (!dropped.by_source || !(child->space = lp_space_clone(t->space, &dropped)))
+	if (!dropped.by_source)
 		abort();
+	child->untold = &lost;
+	child->tag = t->tag;
+	learn_wiped(t, fork->seen);
+	if (unrest->before) {
+		replay(t, child, unrest, fork->to, &dropped);
+	} else {
+		child->space = lp_space_clone(t->space, &dropped);
+		if (!child->space)
+			abort();
+	}
+	child->untold = NULL;
+	child->total = lp_space_pending(child->space);
+	for (uint32_t i = 0; i < t->nr_levels + 2; i++)
+		child->total += dropped.by_source[i];
 	drop_into(child, dropped.by_source);
 	free(dropped.by_source);
 	memcpy(child->levels, t->levels, t->nr_levels * sizeof(*t->levels));
 	child->remote = t->remote;
 	child->is_child = true;
-	child->tag = t->tag;
-	child->total = lp_space_pending(t->space);
 	number_memory(child, t->number);
 	lp_plan_init(&child->plan, t->plan.max_window);
 	task_link(child); /* whoever is told of it may close it at once */
 	/* told before it is served, so that its first notice comes after this one */
 	notify(t->engine, (struct lp_notice){.kind = LP_NOTICE_FORKED, .task = child});
+	if (lost.nr_pages)
+		notify_lost(child, &lost, 0, lost.nr_pages, EADDRNOTAVAIL);
 	rc = task_start(child);
 	if (rc)
 		notify_task(child, LP_NOTICE_FAILED, -rc);
+	if (child->nr_changes && !t->closing)
+		try_again(child);
 }
 
 /* Makes one change in the space. */
-static void make_change(struct lp_task *t, const struct lp_change *change)
+static void make_change(struct lp_task *t, const struct lp_change *change, const struct unrest *unrest)
 {
 	uint64_t counters[16] = {0};
 	uint64_t *by_source = t->nr_levels + 2 <= 16 ? counters : calloc(t->nr_levels + 2, sizeof(uint64_t));
@@ -901,11 +1072,11 @@ static void make_change(struct lp_task *t, const struct lp_change *change)
 	uint64_t end = change->start + change->len;
 	int rc = by_source ? 0 : -ENOMEM;
 
-	if (rc)
+	if (rc || change->kind == LP_QUESTION)
 		goto out;
 	switch (change->kind) {
 	case LP_FORKED:
-		forked(t, change->uffd);
+		forked(t, change, unrest);
 		break;
 	case LP_REMOVED:
 		add(&t->stats.removes, 1);
@@ -913,22 +1084,39 @@ static void make_change(struct lp_task *t, const struct lp_change *change)
 		break;
 	case LP_UNMAPPED:
 		add(&t->stats.unmaps, 1);
-		rc = lp_space_unmap(t->space, change->start, end, &dropped);
+		rc = lp_space_matters(t->space, change->start, end) ?
+			     lp_space_question(t->space, change->start, end) :
+			     lp_space_unmap(t->space, change->start, end, &dropped);
 		break;
 	case LP_REMAPPED:
 		add(&t->stats.remaps, 1);
 		rc = lp_space_remap(t->space, change->start, change->to, change->len, &dropped);
 		break;
 	}
-	trace(t, LP_TRACE_FORKED + change->kind, LP_TRACE_NO_SOURCE, change->start, change->len >> LP_PAGE_SHIFT, change->to);
+	trace(t, LP_TRACE_FORKED + change->kind, LP_TRACE_NO_SOURCE, change->start, change->len >> LP_PAGE_SHIFT,
+	      change->kind == LP_REMAPPED ? change->to : 0);
 	if (change->kind != LP_FORKED)
 		wake(t, change->start, change->len >> LP_PAGE_SHIFT);
 	drop_into(t, by_source);
+out:
 	if (by_source != counters)
 		free(by_source);
-out:
 	if (rc)
 		abort(); /* with a layout that we do not know every answer could be wrong */
+}
+
+static void append_change(struct lp_task *t, struct lp_change change)
+{
+	if (t->nr_changes == t->cap_changes) {
+		size_t cap = t->cap_changes ? t->cap_changes * 2 : 16;
+		struct lp_change *changes = realloc(t->changes, cap * sizeof(*changes));
+
+		if (!changes)
+			abort(); /* as above */
+		t->changes = changes;
+		t->cap_changes = cap;
+	}
+	t->changes[t->nr_changes++] = change;
 }
 
 static void keep_change(struct lp_task *t, const struct uffd_msg *msg)
@@ -937,13 +1125,15 @@ static void keep_change(struct lp_task *t, const struct uffd_msg *msg)
 
 	switch (msg->event) {
 	case UFFD_EVENT_FORK:
-		change = (struct lp_change){.kind = LP_FORKED, .uffd = (int)msg->arg.fork.ufd};
+		change = (struct lp_change){.kind = LP_FORKED, .uffd = (int)msg->arg.fork.ufd, .to = t->told++,
+					    .seen = look_at_mappings(t)};
 		break;
 	case UFFD_EVENT_REMOVE:
 	case UFFD_EVENT_UNMAP:
 		change.kind = msg->event == UFFD_EVENT_REMOVE ? LP_REMOVED : LP_UNMAPPED;
 		change.start = msg->arg.remove.start;
 		change.len = msg->arg.remove.end - msg->arg.remove.start;
+		change.to = t->told++;
 		break;
 	case UFFD_EVENT_REMAP:
 		change = (struct lp_change){
@@ -957,16 +1147,45 @@ static void keep_change(struct lp_task *t, const struct uffd_msg *msg)
 		notify_task(t, LP_NOTICE_FAILED, EPROTO);
 		return;
 	}
-	if (t->nr_changes == t->cap_changes) {
-		size_t cap = t->cap_changes ? t->cap_changes * 2 : 16;
-		struct lp_change *changes = realloc(t->changes, cap * sizeof(*changes));
+	append_change(t, change);
+}
 
-		if (!changes)
-			abort(); /* as above */
-		t->changes = changes;
-		t->cap_changes = cap;
+/* Whether a fork is among the changes, and something that it may have come before or after. */
+static bool needs_unrest(const struct lp_task *t)
+{
+	bool forks = false, others = lp_space_nr_doubts(t->space);
+
+	for (size_t i = 0; i < t->nr_changes; i++) {
+		forks |= t->changes[i].kind == LP_FORKED;
+		others |= t->changes[i].kind == LP_REMAPPED || t->changes[i].kind == LP_REMOVED ||
+			  (t->changes[i].kind == LP_UNMAPPED &&
+			   lp_space_matters(t->space, t->changes[i].start, t->changes[i].start + t->changes[i].len));
 	}
-	t->changes[t->nr_changes++] = change;
+	return forks && others;
+}
+
+static void begin_unrest(struct lp_task *t, struct unrest *unrest)
+{
+	unrest->made = calloc(t->nr_changes, sizeof(*unrest->made));
+	unrest->before = lp_space_copy(t->space);
+	if (!unrest->made || !unrest->before)
+		abort(); /* as above */
+}
+
+/* Asks what unmapping has done.  If the layout is not at rest any more, the question is kept, and nothing is answered. */
+static void settle(struct lp_task *t)
+{
+	struct lp_counts dropped = {calloc(t->nr_levels + 2, sizeof(uint64_t)), t->nr_levels};
+	const struct lp_ask ask = asking(t);
+	int rc = -ENOMEM;
+
+	if (dropped.by_source) {
+		rc = lp_settle(t->space, &ask, &dropped);
+		drop_into(t, dropped.by_source);
+	}
+	if (rc)
+		append_change(t, (struct lp_change){.kind = LP_QUESTION});
+	free(dropped.by_source);
 }
 
 /* Those that can be made already, or all of them when the layout is at rest. */
@@ -974,19 +1193,39 @@ static void make_changes(struct lp_task *t, bool at_rest)
 {
 	struct lp_change *changes = t->changes;
 	size_t nr = t->nr_changes, next;
+	struct unrest unrest = {0};
 
+	if (at_rest) {
+		for (size_t i = 0; i < nr; i++)
+			if (changes[i].kind == LP_REMAPPED) {
+				if (lp_tells_old_length())
+					lp_true_lengths(changes, nr);
+				break;
+			}
+		if (needs_unrest(t))
+			begin_unrest(t, &unrest);
+	}
 	while (nr && (next = lp_space_next_change(t->space, changes, nr, at_rest)) < nr) {
 		struct lp_change change = changes[next];
 
 		memmove(&changes[1], changes, next * sizeof(change));
 		changes++;
 		nr--;
-		make_change(t, &change);
+		make_change(t, &change, &unrest);
+		if (unrest.before)
+			unrest.made[unrest.nr_made++] = change;
 	}
+	lp_space_free(unrest.before);
+	free(unrest.made);
 	if (nr == t->nr_changes)
 		return;
 	memmove(t->changes, changes, nr * sizeof(*changes));
 	t->nr_changes = nr;
+	if (at_rest) {
+		lp_space_rest(t->space);
+		if (lp_space_nr_doubts(t->space))
+			settle(t);
+	}
 	if (t->remote)
 		lp_space_index(t->space);
 	check_complete(t);
@@ -1048,23 +1287,26 @@ static bool drain(struct lp_task *t)
 
 /*
  * Reads, and makes the changes that have been told (lock held exclusively).  As long as one of them has to wait nothing is
- * answered, which the kernel would refuse with EAGAIN anyway: it counts the changes that have begun and have not been read.
+ * answered, which the kernel would refuse with EAGAIN anyway: it counts the changes that have begun and have not been read,
+ * and those whose threads have not run since.
  */
 static void catch_up(struct lp_task *t)
 {
-	bool all = drain(t);
-	int error;
+	int error = EAGAIN;
 
-	make_changes(t, false);
-	if (!all || (!t->nr_changes && !lp_space_awaits_rest(t->space)))
-		return;
-	error = try_page(t, LP_ANYWHERE);
-	if (error == EAGAIN)
-		return;
+	for (int tries = 0; error == EAGAIN; tries++) {
+		bool all = drain(t);
+
+		make_changes(t, false);
+		if (!all || !t->nr_changes || tries == REST_TRIES)
+			return;
+		error = try_page(t, LP_ANYWHERE);
+		if (error == EAGAIN)
+			sched_yield(); /* they may need this CPU */
+	}
 	if (lp_means_gone(error))
 		is_gone(t);
 	make_changes(t, true);
-	lp_space_rest(t->space);
 }
 
 static void try_again(struct lp_task *t)
@@ -1438,6 +1680,7 @@ bool lp_task_close(struct lp_task *t)
 	size_t kept = 0;
 
 	lp_lock_alone(&t->lock);
+	t->closing = true;
 	make_changes(t, true); /* a child whose uffd has come is not to be lost with its parent */
 	epoll_ctl(e->epfd, EPOLL_CTL_DEL, t->uffd, NULL);
 	close_uffd(t);

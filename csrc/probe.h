@@ -27,6 +27,21 @@ static inline int lp_probe(int uffd, const void *nowhere, uint64_t addr)
 	return copy.copy < 0 ? (int)-copy.copy : errno;
 }
 
+/*
+ * The same of all pages of [start, end) at once: 0 when they are within one mapping that is registered.  From address 0 nothing
+ * can be read, however long it is; EEXIST is said of what a huge page maps.
+ */
+static inline int lp_probe_range(int uffd, uint64_t start, uint64_t end)
+{
+	struct uffdio_copy copy = {.dst = start, .len = end - start};
+	int error;
+
+	if (!ioctl(uffd, UFFDIO_COPY, &copy))
+		return 0; /* can't be */
+	error = copy.copy < 0 ? (int)-copy.copy : errno;
+	return error == EFAULT || error == EEXIST ? 0 : error;
+}
+
 static inline bool lp_means_gone(int error)
 {
 	return error == ESRCH || error == ENOSPC;

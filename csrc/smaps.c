@@ -9,9 +9,15 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-int lp_each_mapping(pid_t pid, int pidfd, void (*found)(void *arg, uint64_t start, uint64_t end, bool wiped), void *arg)
+struct mapping {
+	uint64_t start, end;
+	char perms[5];
+	const char *flags; /* the line of VmFlags */
+};
+
+static int each_mapping(pid_t pid, int pidfd, void (*found)(void *arg, const struct mapping *mapping), void *arg)
 {
-	uint64_t start = 0, end = 0;
+	struct mapping mapping = {0};
 	char path[32], *line = NULL;
 	size_t size = 0;
 	FILE *smaps;
@@ -29,22 +35,92 @@ int lp_each_mapping(pid_t pid, int pidfd, void (*found)(void *arg, uint64_t star
 	}
 	while (getline(&line, &size, smaps) > 0) {
 		if (!strncmp(line, "VmFlags:", 8)) {
-			found(arg, start, end, strstr(line, " wf "));
+			mapping.flags = line;
+			found(arg, &mapping);
 		} else {
 			uint64_t from, to;
+			char perms[5];
 
 			/* a mapping's first line; no other has two numbers so */
-			if (sscanf(line, "%" SCNx64 "-%" SCNx64 " ", &from, &to) == 2) {
-				start = from;
-				end = to;
+			if (sscanf(line, "%" SCNx64 "-%" SCNx64 " %4s", &from, &to, perms) == 3) {
+				mapping.start = from;
+				mapping.end = to;
+				memcpy(mapping.perms, perms, sizeof(perms));
 			}
 		}
 	}
 	if (ferror(smaps))
 		rc = errno ? -errno : -EIO;
-	else if (!end)
+	else if (!mapping.end)
 		rc = -ESRCH;
 	free(line);
 	fclose(smaps);
 	return rc;
+}
+
+struct each {
+	void (*found)(void *arg, uint64_t start, uint64_t end, bool wiped);
+	void *arg;
+};
+
+static void is_wiped(void *arg, const struct mapping *mapping)
+{
+	const struct each *each = arg;
+
+	each->found(each->arg, mapping->start, mapping->end, strstr(mapping->flags, " wf "));
+}
+
+int lp_each_mapping(pid_t pid, int pidfd, void (*found)(void *arg, uint64_t start, uint64_t end, bool wiped), void *arg)
+{
+	struct each each = {found, arg};
+
+	return each_mapping(pid, pidfd, is_wiped, &each);
+}
+
+struct sides {
+	uint64_t edge, start, end;
+	char before[256], after[256]; /* what is there; longer than any line of flags */
+	bool sealed;
+};
+
+static void compare_sides(void *arg, const struct mapping *mapping)
+{
+	struct sides *s = arg;
+	char *side = mapping->end == s->edge ? s->before : mapping->start == s->edge ? s->after : NULL;
+
+	if (side)
+		snprintf(side, sizeof(s->before), "%s %s", mapping->perms, mapping->flags);
+	if (mapping->start < s->end && mapping->end > s->start && strstr(mapping->flags, " sl "))
+		s->sealed = true;
+}
+
+bool lp_mappings_alike(pid_t pid, int pidfd, uint64_t edge, uint64_t start, uint64_t end)
+{
+	struct sides s = {.edge = edge, .start = start, .end = end};
+
+	if (!pid || each_mapping(pid, pidfd, compare_sides, &s))
+		return false;
+	return s.sealed || (s.before[0] && !strcmp(s.before, s.after));
+}
+
+struct page {
+	uint64_t addr;
+	bool found, grows;
+};
+
+static void look_at_page(void *arg, const struct mapping *mapping)
+{
+	struct page *page = arg;
+
+	if (page->addr < mapping->start || page->addr >= mapping->end)
+		return;
+	page->found = true;
+	page->grows = strstr(mapping->flags, " gd ");
+}
+
+bool lp_mapping_grows(pid_t pid, int pidfd, uint64_t addr)
+{
+	struct page page = {.addr = addr};
+
+	return !pid || each_mapping(pid, pidfd, look_at_page, &page) || !page.found || page.grows;
 }

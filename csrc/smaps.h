@@ -13,4 +13,12 @@
  */
 int lp_each_mapping(pid_t pid, int pidfd, void (*found)(void *arg, uint64_t start, uint64_t end, bool wiped), void *arg);
 
+/*
+ * Whether the mappings of the pages before and at `edge` differ in nothing that smaps shows, or one of those in [start, end) is
+ * sealed ("sl"); false when it is not known.
+ */
+bool lp_mappings_alike(pid_t pid, int pidfd, uint64_t edge, uint64_t start, uint64_t end);
+/* Whether the mapping of the page at addr may grow downwards ("gd"); true when it is not known. */
+bool lp_mapping_grows(pid_t pid, int pidfd, uint64_t addr);
+
 #endif

@@ -34,9 +34,6 @@ struct image {
 
 typedef _Atomic uint64_t word_t;
 
-/* How many moves can wait to be told that their old place is unmapped: more than a task has threads in mremap. */
-#define MAX_LEFT 64
-
 struct lp_space {
 	struct image *image;
 	struct lp_region *regions;
@@ -47,8 +44,10 @@ struct lp_space {
 	size_t nr_wiped;
 	word_t *pending, *claimed, *lost;
 	_Atomic uint64_t nr_pending, nr_lost;
-	struct lp_range left[MAX_LEFT]; /* by mremap; that these are unmapped is told later, unless they stay */
-	size_t nr_left;
+	struct lp_range *left; /* by mremap; that these are unmapped is told later, unless they stay */
+	size_t nr_left, cap_left;
+	struct lp_doubt *doubts; /* in no order */
+	size_t nr_doubts, cap_doubts;
 };
 
 static size_t nr_words(const struct image *image)
@@ -320,6 +319,8 @@ void lp_space_free(struct lp_space *s)
 	free(s->regions);
 	free(s->by_image);
 	free(s->wiped);
+	free(s->left);
+	free(s->doubts);
 	free((void *)s->pending);
 	free((void *)s->claimed);
 	free((void *)s->lost);
@@ -667,9 +668,140 @@ static void drop_regions(struct lp_space *s, uint64_t start, uint64_t end, struc
 	}
 }
 
+/* ---- doubts ---- */
+
+static int reserve_doubts(struct lp_space *s, size_t more)
+{
+	if (s->nr_doubts + more > s->cap_doubts) {
+		size_t cap = (s->nr_doubts + more) * 2;
+		struct lp_doubt *doubts = realloc(s->doubts, cap * sizeof(*doubts));
+
+		if (!doubts)
+			return -ENOMEM;
+		s->doubts = doubts;
+		s->cap_doubts = cap;
+	}
+	return 0;
+}
+
+/* Splits what has `at` inside, so that every doubt lies on one side of it. */
+static int split_doubts(struct lp_space *s, uint64_t at)
+{
+	if (reserve_doubts(s, s->nr_doubts))
+		return -ENOMEM;
+	for (size_t i = s->nr_doubts; i--;) {
+		struct lp_doubt *d = &s->doubts[i], *rest;
+
+		if (at <= d->start || at >= d->end)
+			continue;
+		rest = &s->doubts[s->nr_doubts++];
+		*rest = *d;
+		rest->image += at - d->start;
+		rest->start = at;
+		d->end = at;
+	}
+	return 0;
+}
+
+/* Pages of image range [start, end) that are pending. */
+static uint64_t pending_of_image(const struct lp_space *s, uint64_t start, uint64_t end)
+{
+	uint64_t from = dense_from(s->image, start);
+
+	return count_bits(s->pending, from, dense_from(s->image, end) - from);
+}
+
+static void drop_doubt(struct lp_space *s, size_t i, struct lp_counts *dropped)
+{
+	struct lp_doubt d = s->doubts[i];
+
+	drop(s, d.image, d.image + (d.end - d.start), dropped);
+	s->doubts[i] = s->doubts[--s->nr_doubts];
+}
+
+/* [start, end) is left by a further change: what lies beside the edges of a doubt says less then. */
+static void unsettle_doubts(struct lp_space *s, uint64_t start, uint64_t end)
+{
+	for (size_t i = 0; i < s->nr_doubts; i++)
+		if (start <= s->doubts[i].top && end >= s->doubts[i].edge)
+			s->doubts[i].unsure = true;
+}
+
+/* What is in doubt in [start, end) is gone: something else is there. */
+static int doubts_gone(struct lp_space *s, uint64_t start, uint64_t end, struct lp_counts *dropped)
+{
+	if (split_doubts(s, start) || split_doubts(s, end))
+		return -ENOMEM;
+	for (size_t i = s->nr_doubts; i--;)
+		if (s->doubts[i].start >= start && s->doubts[i].end <= end)
+			drop_doubt(s, i, dropped);
+	return 0;
+}
+
+/*
+ * What is in doubt in [from, from + len) was there, or something else was, when mremap moved it.  That moves within one mapping,
+ * and unmapping, even if it fails, leaves a boundary where it begins: what was moved across that had grown there since.
+ */
+static int move_doubts(struct lp_space *s, uint64_t from, uint64_t to, uint64_t len, struct lp_counts *dropped)
+{
+	if (split_doubts(s, from) || split_doubts(s, from + len))
+		return -ENOMEM;
+	for (size_t i = s->nr_doubts; i--;) {
+		struct lp_doubt *d = &s->doubts[i];
+
+		if (d->start < from || d->end > from + len)
+			continue;
+		if (from < d->edge && d->edge <= d->start) {
+			drop_doubt(s, i, dropped);
+			continue;
+		}
+		d->start += to - from;
+		d->end += to - from;
+		d->edge = LP_NO_EDGE;
+		d->top = 0;
+		d->unsure = true;
+	}
+	return 0;
+}
+
+size_t lp_space_nr_doubts(const struct lp_space *s)
+{
+	return s->nr_doubts;
+}
+
+struct lp_doubt lp_space_doubt(const struct lp_space *s, size_t i)
+{
+	return s->doubts[i];
+}
+
+bool lp_space_in_doubt(const struct lp_space *s, const struct lp_doubt *d)
+{
+	return pending_of_image(s, d->image, d->image + (d->end - d->start));
+}
+
+size_t lp_space_not_pending(const struct lp_space *s, const struct lp_doubt *d, uint64_t *addrs, size_t max)
+{
+	size_t nr = 0;
+
+	for (uint64_t at = d->start; at < d->end && nr < max; at += LP_PAGE_SIZE) {
+		uint64_t image = d->image + (at - d->start), next = dense_from(s->image, image);
+
+		if (dense_from(s->image, image + LP_PAGE_SIZE) == next || !test_bit(s->pending, next))
+			addrs[nr++] = at;
+	}
+	return nr;
+}
+
 void lp_space_remove(struct lp_space *s, uint64_t start, uint64_t end, struct lp_counts *dropped)
 {
 	drop_regions(s, start, end, dropped);
+	for (size_t i = 0; i < s->nr_doubts; i++) {
+		const struct lp_doubt *d = &s->doubts[i];
+		uint64_t from = start > d->start ? start : d->start, to = min_u64(end, d->end);
+
+		if (from < to)
+			drop(s, d->image + (from - d->start), d->image + (to - d->start), dropped);
+	}
 }
 
 static int reserve(struct lp_space *s, size_t more)
@@ -747,7 +879,7 @@ static void forget_left(struct lp_space *s)
 	s->nr_left = kept;
 }
 
-struct lp_space *lp_space_clone(struct lp_space *s, struct lp_counts *dropped)
+struct lp_space *lp_space_copy(const struct lp_space *s)
 {
 	struct lp_space *c = calloc(1, sizeof(*c));
 
@@ -762,22 +894,48 @@ struct lp_space *lp_space_clone(struct lp_space *s, struct lp_counts *dropped)
 	c->claimed = calloc(nr_words(s->image) + 1, sizeof(word_t));
 	c->lost = copy_bits(s, s->lost);
 	c->wiped = malloc((s->nr_wiped + 1) * sizeof(*c->wiped));
-	if (!c->regions || !c->pending || !c->claimed || !c->lost || !c->wiped) {
+	if (!c->regions || !c->pending || !c->claimed || !c->lost || !c->wiped || reserve_doubts(c, s->nr_doubts)) {
 		lp_space_free(c);
 		return NULL;
 	}
+	if (s->nr_doubts)
+		memcpy(c->doubts, s->doubts, s->nr_doubts * sizeof(*s->doubts));
+	c->nr_doubts = s->nr_doubts;
 	memcpy(c->regions, s->regions, s->nr_regions * sizeof(*s->regions));
 	atomic_init(&c->nr_pending, atomic_load(&s->nr_pending));
 	atomic_init(&c->nr_lost, atomic_load(&s->nr_lost));
+	if (s->nr_wiped)
+		memcpy(c->wiped, s->wiped, s->nr_wiped * sizeof(*s->wiped));
 	c->nr_wiped = s->nr_wiped;
-	for (size_t i = 0; i < c->nr_wiped; i++) {
-		c->wiped[i] = s->wiped[i];
+	return c;
+}
+
+struct lp_space *lp_space_clone(struct lp_space *s, struct lp_counts *dropped)
+{
+	struct lp_space *c = lp_space_copy(s);
+
+	if (!c)
+		return NULL;
+	for (size_t i = 0; i < c->nr_wiped; i++)
 		drop(c, c->wiped[i].start, c->wiped[i].end, dropped);
-	}
 	/* of what is unmapped already, nobody will tell the child's */
 	for (size_t i = 0; i < s->nr_left; i++)
 		cut_empty(c, s->left[i].start, s->left[i].end);
 	return c;
+}
+
+int lp_space_wipe_as(struct lp_space *s, const struct lp_space *as)
+{
+	struct lp_range *wiped = malloc((as->nr_wiped + 1) * sizeof(*wiped));
+
+	if (!wiped)
+		return -ENOMEM;
+	if (as->nr_wiped)
+		memcpy(wiped, as->wiped, as->nr_wiped * sizeof(*wiped));
+	free(s->wiped);
+	s->wiped = wiped;
+	s->nr_wiped = as->nr_wiped;
+	return 0;
 }
 
 /* A list of ranges of image addresses that has room. */
@@ -846,16 +1004,71 @@ void lp_space_rest(struct lp_space *s)
 	s->nr_left = 0;
 }
 
-bool lp_space_awaits_rest(const struct lp_space *s)
-{
-	return s->nr_left;
-}
-
 int lp_space_unmap(struct lp_space *s, uint64_t start, uint64_t end, struct lp_counts *dropped)
 {
 	if (reserve(s, 1))
 		return -ENOMEM;
+	if (doubts_gone(s, start, end, dropped))
+		return -ENOMEM;
+	unsettle_doubts(s, start, end);
 	drop_regions(s, start, end, dropped);
+	cut(s, start, end);
+	forget_left(s);
+	return 0;
+}
+
+bool lp_space_matters(const struct lp_space *s, uint64_t start, uint64_t end)
+{
+	for (size_t r = region_at(s, start); r < s->nr_regions && s->regions[r].start < end; r++) {
+		const struct lp_region *region = &s->regions[r];
+		uint64_t from = start > region->start ? start : region->start, to = min_u64(end, region->end);
+
+		if (pending_of_image(s, region->image + (from - region->start), region->image + (to - region->start)))
+			return true;
+	}
+	for (size_t i = 0; i < s->nr_doubts; i++)
+		if (s->doubts[i].start < end && s->doubts[i].end > start)
+			return true;
+	return false;
+}
+
+int lp_space_question(struct lp_space *s, uint64_t start, uint64_t end)
+{
+	size_t first = region_at(s, start), last = first;
+
+	while (last < s->nr_regions && s->regions[last].start < end)
+		last++;
+	if (split_doubts(s, start) || split_doubts(s, end) || reserve_doubts(s, last - first) || reserve(s, 1))
+		return -ENOMEM;
+	unsettle_doubts(s, start, end);
+	for (size_t i = 0; i < s->nr_doubts; i++) {
+		struct lp_doubt *d = &s->doubts[i];
+
+		if (d->start < start || d->end > end)
+			continue;
+		d->edge = d->edge == LP_NO_EDGE || d->edge < start ? start : d->edge;
+		d->top = d->top && d->top < end ? d->top : end;
+	}
+	for (size_t r = first; r < last; r++) {
+		const struct lp_region *region = &s->regions[r];
+		struct lp_doubt d = {
+			.start = start > region->start ? start : region->start,
+			.end = min_u64(end, region->end),
+			.edge = start,
+			.top = end,
+		};
+		uint64_t from;
+
+		if (region->image >= LP_NO_IMAGE)
+			continue;
+		d.image = region->image + (d.start - region->start);
+		if (!lp_space_in_doubt(s, &d))
+			continue;
+		/* who brings such a page meanwhile finds it wanted again, or gone */
+		from = dense_from(s->image, d.image);
+		clear_bits(s->claimed, from, dense_from(s->image, d.image + (d.end - d.start)) - from);
+		s->doubts[s->nr_doubts++] = d;
+	}
 	cut(s, start, end);
 	forget_left(s);
 	return 0;
@@ -869,7 +1082,6 @@ static void insert(struct lp_space *s, const struct lp_region *regions, size_t n
 
 int lp_space_remap(struct lp_space *s, uint64_t from, uint64_t to, uint64_t len, struct lp_counts *dropped)
 {
-	const struct lp_range left = {from, from + len};
 	const struct lp_region empty = {from, from + len, LP_NO_IMAGE};
 	size_t first = region_at(s, from), last = first, nr = 0;
 	uint64_t at = from;
@@ -877,6 +1089,22 @@ int lp_space_remap(struct lp_space *s, uint64_t from, uint64_t to, uint64_t len,
 
 	if (!len)
 		return 0;
+	if (s->nr_left == s->cap_left) {
+		size_t cap = s->cap_left ? s->cap_left * 2 : 16;
+		struct lp_range *left = realloc(s->left, cap * sizeof(*left));
+
+		if (!left)
+			return -ENOMEM;
+		s->left = left;
+		s->cap_left = cap;
+	}
+	if (move_doubts(s, from, to, len, dropped) || doubts_gone(s, to, to + len, dropped))
+		return -ENOMEM;
+	/* what is registered above may have grown with what has moved here */
+	for (size_t i = 0; i < s->nr_doubts; i++)
+		if (s->doubts[i].edge <= to + len && s->doubts[i].start >= to + len && s->doubts[i].top >= to + len)
+			s->doubts[i].edge = to + len;
+	unsettle_doubts(s, from, from + len);
 	while (last < s->nr_regions && s->regions[last].start < from + len)
 		last++;
 	/* the regions, and the gaps between them: memory that has grown since the dump */
@@ -906,9 +1134,24 @@ int lp_space_remap(struct lp_space *s, uint64_t from, uint64_t to, uint64_t len,
 	insert(s, moved, nr);
 	free(moved);
 	forget_left(s);
-	if (s->nr_left == MAX_LEFT)
-		memmove(s->left, s->left + 1, --s->nr_left * sizeof(s->left[0]));
-	s->left[s->nr_left++] = left;
+	s->left[s->nr_left++] = (struct lp_range){from, from + len};
+	return 0;
+}
+
+int lp_space_answer_doubt(struct lp_space *s, size_t i, bool gone, struct lp_counts *dropped)
+{
+	struct lp_doubt d = s->doubts[i];
+	const struct lp_region stays = {d.start, d.end, d.image};
+
+	if (gone) {
+		drop_doubt(s, i, dropped);
+		return 0;
+	}
+	if (reserve(s, 3))
+		return -ENOMEM;
+	s->doubts[i] = s->doubts[--s->nr_doubts];
+	cut(s, d.start, d.end); /* nothing is there, but what mremap had left */
+	insert(s, &stays, 1);
 	return 0;
 }
 
@@ -927,9 +1170,9 @@ static bool leaves(const struct lp_space *s, const struct lp_change *change, uin
 	return taken(s, change->start > start ? change->start : start, min_u64(end, change->start + change->len));
 }
 
-/* Which change leaves [start, end), where something is; nr when that is not told yet. Not change `but`, which moves there. */
+/* Which change leaves [start, end), where something is; nr when none tells so. Not change `but`, which moves there. */
 static size_t who_leaves(const struct lp_space *s, const struct lp_change *changes, size_t nr, size_t but,
-			 uint64_t start, uint64_t end, bool at_rest)
+			 uint64_t start, uint64_t end)
 {
 	/* what a move has left is unmapped by the same mremap, not by who moves there next */
 	for (size_t left = 0; left < s->nr_left; left++) {
@@ -942,8 +1185,6 @@ static size_t who_leaves(const struct lp_space *s, const struct lp_change *chang
 			if (changes[i].kind == LP_UNMAPPED && changes[i].start == range->start &&
 			    changes[i].len == range->end - range->start)
 				return i;
-		if (!at_rest)
-			return nr;
 	}
 	for (size_t i = 0; i < nr; i++)
 		if (i != but && leaves(s, &changes[i], start, end))
@@ -951,23 +1192,57 @@ static size_t who_leaves(const struct lp_space *s, const struct lp_change *chang
 	return nr;
 }
 
+/* Whether a change has to wait for rest: what it tells may not be so, or not all there is to it. */
+static bool must_wait(const struct lp_space *s, const struct lp_change *change)
+{
+	return change->kind == LP_FORKED || change->kind == LP_REMAPPED || change->kind == LP_QUESTION ||
+	       (change->kind == LP_UNMAPPED && lp_space_matters(s, change->start, change->start + change->len));
+}
+
 size_t lp_space_next_change(const struct lp_space *s, const struct lp_change *changes, size_t nr, bool at_rest)
 {
 	size_t next = 0;
 
+	if (!at_rest)
+		return nr && !must_wait(s, &changes[0]) ? 0 : nr;
+	while (next < nr && changes[next].kind == LP_FORKED)
+		next++;
+	if (next == nr)
+		return 0;
 	for (size_t steps = 0; steps < nr; steps++) {
 		const struct lp_change *change = &changes[next];
 		size_t before;
 
 		if (change->kind != LP_REMAPPED || !taken(s, change->to, change->to + change->len))
 			return next;
-		before = who_leaves(s, changes, nr, next, change->to, change->to + change->len,
-				    at_rest);
+		before = who_leaves(s, changes, nr, next, change->to, change->to + change->len);
 		if (before == nr)
-			return at_rest ? next : nr;
+			return next;
 		next = before;
 	}
-	return 0; /* each waits for another: not what a kernel tells */
+	return next; /* each waits for another: not what a kernel tells */
+}
+
+void lp_true_lengths(struct lp_change *changes, size_t nr)
+{
+	for (size_t i = 0; i < nr; i++) {
+		struct lp_change *move = &changes[i];
+		bool found = move->kind != LP_REMAPPED;
+
+		for (size_t k = i + 1; k < nr && !found; k++) {
+			const struct lp_change *head = &changes[k];
+
+			if (head->kind != LP_UNMAPPED || head->start != move->start || head->len > move->len)
+				continue;
+			found = head->len == move->len;
+			for (size_t m = i + 1; m < nr && !found; m++)
+				if (changes[m].kind == LP_UNMAPPED && changes[m].start == head->start + head->len &&
+				    changes[m].len == move->len - head->len) {
+					move->len = head->len;
+					found = true;
+				}
+		}
+	}
 }
 
 void lp_space_count(const struct lp_space *s, struct lp_counts *counts)

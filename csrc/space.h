@@ -52,6 +52,7 @@ enum lp_change_kind {
 	LP_REMOVED,  /* MADV_DONTNEED, MADV_FREE, MADV_REMOVE: the range stays and is zero */
 	LP_UNMAPPED, /* munmap, or something else mapped in its place: the range is gone */
 	LP_REMAPPED, /* mremap: what was in the range is at `to`; the range is empty, LP_UNMAPPED for it follows unless it stays */
+	LP_QUESTION, /* not an event: something is in doubt (struct lp_doubt) */
 };
 
 /* A layout event, as the kernel tells it. */
@@ -59,8 +60,21 @@ struct lp_change {
 	uint32_t kind;	      /* enum lp_change_kind */
 	int32_t uffd;	      /* LP_FORKED: of the child */
 	uint64_t start, len;  /* bytes */
-	uint64_t to;
+	uint64_t to;	      /* LP_FORKED and LP_REMOVED: how many events were reported before */
+	void *seen;	      /* LP_FORKED: the caller's */
 };
+
+/*
+ * Memory that may have been unmapped: an UNMAP event is reported for calls that fail, too (csrc/doubt.h).  It is in no region,
+ * and its pages stay pending, until that is answered.
+ */
+struct lp_doubt {
+	uint64_t start, end, image; /* as a region's */
+	uint64_t edge, top;	    /* the range that was reported: where it begins and ends; LP_NO_EDGE, 0: it has moved since */
+	bool unsure;		    /* more than that has changed there */
+};
+
+#define LP_NO_EDGE UINT64_MAX
 
 enum lp_kind {
 	LP_ZERO,    /* known zero, or not our page any more */
@@ -103,6 +117,10 @@ struct lp_space *lp_space_new(const struct lp_extent *extents, size_t nr_extents
  */
 int lp_space_wipe(struct lp_space *space, const struct lp_range *wiped, size_t nr_wiped, const struct lp_range *kept,
 		  size_t nr_kept);
+/* In children of `space` those pages are wiped that are wiped in children of `as`.  0 or -ENOMEM. (exclusive) */
+int lp_space_wipe_as(struct lp_space *space, const struct lp_space *as);
+/* The same again, but none claimed. */
+struct lp_space *lp_space_copy(const struct lp_space *space);
 /* What fork(2) makes of it: the same pages pending but for the wiped ones, none claimed. (exclusive) */
 struct lp_space *lp_space_clone(struct lp_space *space, struct lp_counts *dropped);
 void lp_space_free(struct lp_space *space);
@@ -145,7 +163,9 @@ void lp_space_forget(struct lp_space *space, uint64_t image, uint64_t nr_pages, 
 
 /*
  * Which of the changes that the kernel has told is to be made next; `changes` is in the order in which it told them.
- * nr: none before more is told; never when the layout is at rest, that is, when all that has begun has been told.
+ * nr: none before the layout is at rest, that is, before all that has begun has been told.  Only then can be asked whether what
+ * was to be unmapped is unmapped, and only then all events of an mremap are there, and all that another thread has done while one
+ * forked.  Forks come last: their children have been asked by then what they have (csrc/doubt.h).
  *
  * Changes are not always told in the order in which they happened: an event is queued when the change has been made and the
  * mmap lock been dropped, and mremap tells where things went before it tells that the old place is unmapped.  Meanwhile
@@ -158,16 +178,32 @@ void lp_space_forget(struct lp_space *space, uint64_t image, uint64_t nr_pages, 
  * queueing its event, while another thread's mremap gets the very place, is told, wakes up, leaves, and is told again.
  */
 size_t lp_space_next_change(const struct lp_space *space, const struct lp_change *changes, size_t nr, bool at_rest);
+/*
+ * For kernels before about 6.15, at rest: their REMAP events of a move that shrinks have the length from before
+ * (mm/mremap.c, mremap_userfaultfd_complete with old_len).  The true one is what the same call reports as unmapped, from `from` on.
+ */
+void lp_true_lengths(struct lp_change *changes, size_t nr);
 /* The layout is at rest, all changes are made: what mremap has left and nobody has told to be unmapped stays. (exclusive) */
 void lp_space_rest(struct lp_space *space);
-/* Whether it would make a difference to be at rest. */
-bool lp_space_awaits_rest(const struct lp_space *space);
 
 /* Changes. (exclusive) 0 or -ENOMEM. */
 void lp_space_remove(struct lp_space *space, uint64_t start, uint64_t end, struct lp_counts *dropped);
 int lp_space_unmap(struct lp_space *space, uint64_t start, uint64_t end, struct lp_counts *dropped);
 /* Whatever was at `to` is gone. */
 int lp_space_remap(struct lp_space *space, uint64_t from, uint64_t to, uint64_t len, struct lp_counts *dropped);
+
+/* Whether something pending, or in doubt, is in [start, end). */
+bool lp_space_matters(const struct lp_space *space, uint64_t start, uint64_t end);
+/* As lp_space_unmap, if it has happened: what is pending there is in doubt from now on. (exclusive) */
+int lp_space_question(struct lp_space *space, uint64_t start, uint64_t end);
+size_t lp_space_nr_doubts(const struct lp_space *space);
+struct lp_doubt lp_space_doubt(const struct lp_space *space, size_t i);
+/* Whether something of it is pending. */
+bool lp_space_in_doubt(const struct lp_space *space, const struct lp_doubt *doubt);
+/* Some of its pages that are not pending, by address: returns how many, at most max. */
+size_t lp_space_not_pending(const struct lp_space *space, const struct lp_doubt *doubt, uint64_t *addrs, size_t max);
+/* Doubt i is gone as unmapped, or a region again; others change their place. (exclusive) */
+int lp_space_answer_doubt(struct lp_space *space, size_t i, bool gone, struct lp_counts *dropped);
 
 /* Adds the pages pending to the counters: a walk over all extents. */
 void lp_space_count(const struct lp_space *space, struct lp_counts *counts);

@@ -16,8 +16,8 @@ struct lp_range { uint64_t start, end; };
 struct lp_region { uint64_t start, end, image; };
 struct lp_answer { uint32_t kind, source; uint64_t addr, image, offset, nr_pages, dense; };
 struct lp_counts { uint64_t *by_source; uint32_t nr_levels; };
-enum lp_change_kind { LP_FORKED, LP_REMOVED, LP_UNMAPPED, LP_REMAPPED };
-struct lp_change { uint32_t kind; int32_t uffd; uint64_t start, len, to; };
+enum lp_change_kind { LP_FORKED, LP_REMOVED, LP_UNMAPPED, LP_REMAPPED, LP_QUESTION };
+struct lp_change { uint32_t kind; int32_t uffd; uint64_t start, len, to; void *seen; };
 struct lp_space;
 #define LP_SOURCE_REMOTE ...
 #define LP_SOURCE_LOST ...
@@ -49,7 +49,29 @@ void lp_space_rest(struct lp_space *space);
 void lp_space_remove(struct lp_space *space, uint64_t start, uint64_t end, struct lp_counts *dropped);
 int lp_space_unmap(struct lp_space *space, uint64_t start, uint64_t end, struct lp_counts *dropped);
 int lp_space_remap(struct lp_space *space, uint64_t from, uint64_t to, uint64_t len, struct lp_counts *dropped);
+bool lp_space_matters(const struct lp_space *space, uint64_t start, uint64_t end);
+int lp_space_question(struct lp_space *space, uint64_t start, uint64_t end);
+size_t lp_space_nr_doubts(const struct lp_space *space);
+void lp_true_lengths(struct lp_change *changes, size_t nr);
 void lp_space_count(const struct lp_space *space, struct lp_counts *counts);
+
+struct lp_doubt { uint64_t start, end, image, edge, top; bool unsure; };
+#define LP_NO_EDGE ...
+struct lp_evidence { bool here, present, attached, below, alike, grows; };
+enum lp_verdict { LP_IS_GONE, LP_STAYS, LP_UNKNOWN };
+enum lp_verdict lp_verdict(const struct lp_doubt *doubt, const struct lp_evidence *evidence);
+struct lp_ask {
+    void *arg;
+    int (*within)(void *arg, uint64_t start, uint64_t end);
+    int (*zero)(void *arg, uint64_t addr);
+    bool (*alike)(void *arg, uint64_t edge, uint64_t start, uint64_t end);
+    bool (*grows)(void *arg, uint64_t addr);
+    void (*stays)(void *arg, uint64_t start, uint64_t end, bool known);
+};
+int lp_settle(struct lp_space *space, const struct lp_ask *ask, struct lp_counts *dropped);
+int lp_replay(struct lp_space *child, const struct lp_change *changes, size_t nr, uint64_t told,
+              const struct lp_ask *ask, const struct lp_ask *ask_parent, struct lp_counts *dropped);
+bool lp_tells_old_length(void);
 
 struct lp_window { uint64_t first, nr; };
 struct lp_plan { uint64_t max_window; ...; };
@@ -168,16 +190,30 @@ CSRC = Path("csrc")  # builds run at the project's root
 ffibuilder.set_source(
     "lazypages._uffd",
     "#include <sys/mman.h>\n#include <sys/syscall.h>\n#include <unistd.h>\n"
-    '#include "engine.h"\n#include "lane.h"\n#include "plan.h"\n#include "space.h"\n#include "trace.h"\n',
+    '#include "doubt.h"\n#include "engine.h"\n#include "lane.h"\n#include "old_length.h"\n'
+    '#include "plan.h"\n#include "space.h"\n#include "trace.h"\n',
     sources=[
         str(CSRC / name)
-        for name in ("space.c", "plan.c", "smaps.c", "follow.c", "guard.c", "trace.c", "lane.c", "engine.c")
+        for name in (
+            "space.c",
+            "doubt.c",
+            "old_length.c",
+            "plan.c",
+            "smaps.c",
+            "follow.c",
+            "guard.c",
+            "trace.c",
+            "lane.c",
+            "engine.c",
+        )
     ],
     depends=[
         str(CSRC / name)
         for name in (
             "extent.h",
             "space.h",
+            "doubt.h",
+            "old_length.h",
             "pages_file.h",
             "plan.h",
             "probe.h",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,11 +13,22 @@ from hypothesis import HealthCheck, settings
 from tests.support.processes import become_subreaper, descendants, describe, end
 from tests.support.restore import Checkpoints, Program
 
-# The same examples each time, and no verdict that depends on how busy the machine is.
+# The same examples each time, and no verdict that depends on how busy the machine is. "long" (CONTRIBUTING.md): others
+# each time, many.
 settings.register_profile(
-    "lazypages", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+    "lazypages",
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow],
 )
-settings.load_profile("lazypages")
+settings.register_profile(
+    "long",
+    deadline=None,
+    derandomize=False,
+    max_examples=int(os.environ.get("LAZYPAGES_EXAMPLES", "100000")),
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile(os.environ.get("LAZYPAGES_HYPOTHESIS", "lazypages"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

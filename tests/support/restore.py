@@ -60,6 +60,8 @@ SCENARIOS = {
         Scenario("chase"),
         Scenario("resizes"),
         Scenario("leaves_behind"),
+        Scenario("refused"),
+        Scenario("shrinks"),
         Scenario("unmaps"),
         Scenario("discards"),
         Scenario("huge_unmap"),

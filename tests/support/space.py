@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from lazypages._uffd import ffi, lib
 
@@ -36,15 +36,48 @@ class Extent(NamedTuple):
 
 
 class Change(NamedTuple):
-    """``struct lp_change``; ``kind``: LP_REMOVED, LP_UNMAPPED or LP_REMAPPED."""
+    """``struct lp_change``; ``kind``: LP_FORKED, LP_REMOVED, LP_UNMAPPED or LP_REMAPPED. ``uffd``: which child."""
 
     kind: str
-    start: int
-    length: int
+    start: int = 0
+    length: int = 0
     to: int = 0
+    uffd: int = 0
 
     def row(self) -> tuple[int, int, int, int, int]:
-        return getattr(lib, self.kind), 0, self.start, self.length, self.to
+        return getattr(lib, self.kind), self.uffd, self.start, self.length, self.to
+
+    @classmethod
+    def of(cls, raw: Any) -> Change:
+        kinds = {getattr(lib, kind): kind for kind in KINDS}
+        return cls(kinds[raw.kind], raw.start, raw.len, raw.to, raw.uffd)
+
+
+KINDS = ("LP_FORKED", "LP_REMOVED", "LP_UNMAPPED", "LP_REMAPPED")
+
+
+class Memory(Protocol):
+    """What a kernel has, to be asked as by ``struct lp_ask``."""
+
+    def within(self, start: int, end: int) -> bool:
+        """Whether all of it is in one registered mapping."""
+
+    def zero(self, addr: int) -> bool:
+        """Puts a page of zeros, unless a page is there already: then False."""
+
+
+class Nothing:
+    """What has been unmapped is unmapped."""
+
+    def within(self, start: int, end: int) -> bool:
+        return False
+
+    def zero(self, addr: int) -> bool:
+        raise AssertionError
+
+
+def _rows(changes: Sequence[Change]) -> Any:
+    return ffi.new("struct lp_change[]", [change.row() for change in changes])
 
 
 @dataclass(frozen=True)
@@ -187,20 +220,86 @@ class Space:
     def rest(self) -> None:
         lib.lp_space_rest(self._space)
 
-    def make(self, changes: list[Change], *, at_rest: bool) -> None:
-        """Makes and removes those changes (no forks) that can be made, as the engine does."""
+    def question(self, start: int, end: int) -> None:
+        assert lib.lp_space_question(self._space, start, end) == 0
+
+    def _ask(self, memory: Memory) -> tuple[Any, list[Any]]:
+        """``struct lp_ask``, and what must stay as long as it. Mappings are alike and no stacks."""
+
+        def stays(_: Any, start: int, end: int, known: bool) -> None:
+            while start < end and not known:
+                answer = self.lookup(start, (end - start) // PAGE)
+                if answer.kind is not Kind.ZERO:
+                    self.lose(answer.dense, answer.nr_pages)
+                start += answer.nr_pages * PAGE
+
+        callbacks = [
+            ffi.callback(
+                "int(void *, uint64_t, uint64_t)",
+                lambda _, start, end: 0 if memory.within(start, end) else -errno.ENOENT,
+            ),
+            ffi.callback("int(void *, uint64_t)", lambda _, addr: 0 if memory.zero(addr) else -errno.EEXIST),
+            ffi.callback("bool(void *, uint64_t, uint64_t, uint64_t)", lambda *_: True),
+            ffi.callback("bool(void *, uint64_t)", lambda *_: False),
+            ffi.callback("void(void *, uint64_t, uint64_t, bool)", stays),
+        ]
+        return ffi.new("struct lp_ask *", [ffi.NULL, *callbacks]), callbacks
+
+    def settle(self, memory: Memory) -> None:
+        counts, by_source = self._counts()
+        ask, _callbacks = self._ask(memory)
+        assert lib.lp_settle(self._space, ask, counts) == 0
+        self._add_dropped(by_source)
+
+    def replay(self, made: Sequence[Change], told: int, memory: Memory, parents: Memory) -> None:
+        """This space is a child's, as it was before the changes; its fork was event ``told``."""
+        counts, by_source = self._counts()
+        (ask, _callbacks), (ask_parent, _others) = self._ask(memory), self._ask(parents)
+        assert lib.lp_replay(self._space, _rows(made), len(made), told, ask, ask_parent, counts) == 0
+        self._add_dropped(by_source)
+
+    def make(
+        self,
+        changes: list[Change],
+        *,
+        at_rest: bool,
+        memory: Memory | None = None,
+        children: Sequence[Memory] = (),
+        old_length: bool = False,
+    ) -> list[tuple[int, Space]]:
+        """Makes and removes those changes that can be made, as the engine does; the children of which it was told.
+
+        ``children``: their memory, by the ``uffd`` of LP_FORKED. ``old_length``: as kernels before 6.15 tell.
+        """
+        memory = memory or Nothing()
+        before = self.clone() if at_rest and any(change.kind == "LP_FORKED" for change in changes) else None
+        made: list[Change] = []
+        born = []
+        if at_rest and old_length:
+            rows = _rows(changes)
+            lib.lp_true_lengths(rows, len(changes))
+            changes[:] = map(Change.of, rows)
         while changes:
-            rows = ffi.new("struct lp_change[]", [change.row() for change in changes])
-            following = lib.lp_space_next_change(self._space, rows, len(changes), at_rest)
+            following = lib.lp_space_next_change(self._space, _rows(changes), len(changes), at_rest)
             if following == len(changes):
                 break
             change = changes.pop(following)
-            if change.kind == "LP_REMOVED":
+            if change.kind == "LP_FORKED":
+                child = (before or self).clone()
+                if before:
+                    child.replay(made, change.to, children[change.uffd], memory)
+                born.append((change.uffd, child))
+            elif change.kind == "LP_REMOVED":
                 self.remove(change.start, change.start + change.length)
-            elif change.kind == "LP_UNMAPPED":
-                self.unmap(change.start, change.start + change.length)
-            else:
+            elif change.kind == "LP_REMAPPED":
                 self.remap(change.start, change.to, change.length)
+            elif lib.lp_space_matters(self._space, change.start, change.start + change.length):
+                self.question(change.start, change.start + change.length)
+            else:
+                self.unmap(change.start, change.start + change.length)
+            made.append(change)
         if at_rest:
             assert not changes
             self.rest()
+            self.settle(memory)
+        return born

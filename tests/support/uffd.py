@@ -267,6 +267,12 @@ class Service:
         assert not self._thread.is_alive()
         self.engine.__exit__(kind, error, trace)
 
+    @property
+    def thread_id(self) -> int:
+        """The engine's thread."""
+        assert self._thread.native_id
+        return self._thread.native_id
+
     def task(self) -> Task:
         """A task that is ended with the service."""
         task = Task.start()

@@ -24,6 +24,7 @@
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
@@ -626,6 +627,111 @@ static void race(uint64_t place, uint64_t aside, uint64_t other, uint64_t onward
 	say_found("");
 }
 
+/* ---- memory that grows again where it was unmapped ---- */
+
+/* Chunk after chunk loses its second half and grows back in place, which no event tells. */
+static void regrow(uint64_t at, size_t pages, uint64_t id, size_t chunks, size_t stride)
+{
+	for (size_t c = 0; c < chunks && !bad.is; c++) {
+		char *chunk = (char *)at + c * stride * PAGE;
+		size_t half = pages / 2;
+
+		if (mremap(chunk, pages * PAGE, half * PAGE, 0) != chunk || mremap(chunk, half * PAGE, pages * PAGE, 0) != chunk)
+			_exit(5);
+		for (size_t i = 0; i < pages; i++)
+			look(chunk + i * PAGE, i < half ? id + c * pages + i : 0, "after it grew again");
+	}
+	say_found("");
+}
+
+/* ---- forks that are told late ---- */
+
+/*
+ * One thread forks, slowly and with little right to the CPU; another changes the layout as soon as that lets it, and is told
+ * first.  Both on one CPU, so that the kernel lets the second go on before the first has told.
+ */
+struct late {
+	char *place, *aside; /* aside NULL: unmapped */
+	size_t pages;
+	uint64_t id;
+	_Atomic bool go;
+	int status;
+};
+
+static bool readable(const char *at)
+{
+	may_escape = 1;
+	if (sigsetjmp(escape, 1)) {
+		may_escape = 0;
+		return false;
+	}
+	(void)*(const volatile char *)at;
+	may_escape = 0;
+	return true;
+}
+
+/* In the child: before the change or after it, and nothing else. */
+static void check_late(const struct late *l)
+{
+	bool before = readable(l->place);
+	const char *at = before ? l->place : l->aside;
+
+	bad.is = false;
+	for (size_t i = 0; i < l->pages; i++) {
+		if (before != readable(l->place + i * PAGE) || (l->aside && before == readable(l->aside + i * PAGE)))
+			_exit(20);
+		if (at)
+			look(at + i * PAGE, l->id + i, "");
+	}
+	_exit(bad.is ? 21 : before ? 30 : 31);
+}
+
+static void *late_thread(void *arg)
+{
+	struct racer *me = arg;
+	struct late *l = (struct late *)me->race;
+	const struct sched_param param = {0};
+	pid_t pid;
+
+	pin(0);
+	if (me->role) {
+		while (!l->go)
+			usleep(50);
+		if (l->aside ? mremap(l->place, l->pages * PAGE, l->pages * PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, l->aside) ==
+				       MAP_FAILED :
+			       munmap(l->place, l->pages * PAGE))
+			_exit(5);
+		return NULL;
+	}
+	if (sched_setscheduler(0, SCHED_IDLE, &param))
+		_exit(6);
+	l->go = true;
+	pid = fork();
+	if (!pid)
+		check_late(l);
+	if (pid < 0 || waitpid(pid, &l->status, 0) != pid)
+		_exit(7);
+	return NULL;
+}
+
+/* ballast: pages of other memory, which a fork copies the tables of. */
+static void late(uint64_t place, uint64_t aside, size_t pages, uint64_t id, size_t ballast)
+{
+	struct late l = {(char *)place, (char *)aside, pages, id, false, 0};
+	struct racer racers[] = {{(struct race *)&l, 0}, {(struct race *)&l, 1}};
+	static char *weight;
+
+	if (!weight)
+		weight = mmap(NULL, ballast * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
+	run_threads(late_thread, racers, sizeof(racers[0]), 2);
+	if (WIFSIGNALED(l.status))
+		say("ok signal %d", WTERMSIG(l.status));
+	else if (WEXITSTATUS(l.status) < 30)
+		say("no a child found %s", WEXITSTATUS(l.status) == 20 ? "half of a change" : "another page");
+	else
+		say("ok %s", WEXITSTATUS(l.status) == 30 ? "before" : "after");
+}
+
 /* ---- commands ---- */
 
 static void result(long rc)
@@ -799,6 +905,24 @@ static void obey(const char *name, const uint64_t *a)
 		result(mprotect(at, len, (int)a[2]));
 	} else if (!strcmp(name, "mremap")) {
 		result((long)mremap(at, len, a[2] * PAGE, (int)a[3], (void *)a[4]));
+	} else if (!strcmp(name, "seal")) {
+		result(syscall(462, at, len, 0)); /* mseal(2), Linux 6.10 */
+	} else if (!strcmp(name, "mapover")) {
+		result(mmap(at, len, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) == at ? 0 : -1);
+	} else if (!strcmp(name, "limit")) { /* of address space, in bytes */
+		struct rlimit limit;
+
+		getrlimit(RLIMIT_AS, &limit);
+		limit.rlim_cur = a[0];
+		result(setrlimit(RLIMIT_AS, &limit));
+	} else if (!strcmp(name, "mapped")) {
+		unsigned char vec;
+
+		result(!mincore(at, PAGE, &vec) || errno != ENOMEM);
+	} else if (!strcmp(name, "regrow")) {
+		regrow(a[0], a[1], a[2], a[3], a[4]);
+	} else if (!strcmp(name, "late")) {
+		late(a[0], a[1], a[2], a[3], a[4]);
 	} else if (!strcmp(name, "churn")) {
 		churn(a[0], a[1], a[2], a[3], a[4], a[5], (int)a[6]);
 	} else if (!strcmp(name, "swarm")) {

@@ -400,7 +400,9 @@ class SpaceAgainstPages(RuleBasedStateMachine):
 
 
 TestSpaceAgainstPages = SpaceAgainstPages.TestCase
-TestSpaceAgainstPages.settings = settings(max_examples=120, stateful_step_count=50, deadline=None)
+TestSpaceAgainstPages.settings = settings(
+    max_examples=max(120, settings().max_examples), stateful_step_count=50
+)
 
 
 VMA = (0x10000, 0x20000)

@@ -2,8 +2,12 @@
 #define _GNU_SOURCE
 #include "victim.h"
 
+#include <errno.h>
 #include <pthread.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 static unsigned char *remap(void *from, size_t pages, size_t new_pages, int flags, void *to)
 {
@@ -468,7 +472,104 @@ static void races(void)
 	report(&t);
 }
 
+/* Far from everything, so that a long mapping over it meets nothing else. */
+static struct region far_region(size_t pages)
+{
+	static uintptr_t next = 0x100000000000;
+	struct region r = region_map(pages);
+
+	r.at = move(r.at, pages, (void *)next);
+	next += (uintptr_t)1 << 42;
+	fill(r);
+	return r;
+}
+
+/* What is left by a call that has failed: everything, or nothing. */
+static void expect_all_or_nothing(struct tally *t, struct region r)
+{
+	unsigned char vec;
+
+	if (!mincore(r.at, PAGE, &vec) || errno != ENOMEM)
+		expect_region(t, r);
+}
+
+/* Calls that fail: the kernel has told by then that it unmaps something (csrc/doubt.h). */
+static void refused(void)
+{
+	size_t n = 64, half = n / 2;
+	struct region sealed = far_region(n), middle = far_region(n), part = far_region(n);
+	struct region memory = far_region(n), limited = far_region(n), onto = far_region(n), from = far_region(n);
+	struct rlimit limit;
+
+	ready();
+	wait_go();
+	struct tally t = { .name = "refused" };
+
+	expect_region(&t, slice(part, half, 4));
+	/* mseal(2), Linux 6.10: without it all is unmapped */
+	bool can = !syscall(462, sealed.at + half * PAGE, half * PAGE, 0) &&
+		   !syscall(462, middle.at + half * PAGE, half * PAGE, 0) &&
+		   !syscall(462, part.at + (half + 4) * PAGE, (half - 4) * PAGE, 0) &&
+		   !syscall(462, onto.at + half * PAGE, half * PAGE, 0);
+	expect(&t, !munmap(sealed.at, n * PAGE) != can, "munmap of what is sealed");
+	expect(&t, !munmap(middle.at + 8 * PAGE, (n - 8) * PAGE) != can, "munmap of a part");
+	expect(&t, !munmap(part.at + half * PAGE, half * PAGE) != can, "munmap of a part that was read");
+	expect(&t, (mremap(from.at, n * PAGE, n * PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, onto.at) == MAP_FAILED) == can,
+	       "mremap onto what is sealed");
+	expect(&t, mmap(memory.at, (size_t)1 << 40, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1,
+			0) == MAP_FAILED, "mmap of more memory than there is");
+	getrlimit(RLIMIT_AS, &limit);
+	limit.rlim_cur = GIB;
+	setrlimit(RLIMIT_AS, &limit);
+	expect(&t, mmap(limited.at, 2 * GIB, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) ==
+			   MAP_FAILED, "mmap past RLIMIT_AS");
+	limit.rlim_cur = limit.rlim_max;
+	setrlimit(RLIMIT_AS, &limit);
+	if (can) {
+		expect_region(&t, sealed);
+		expect_region(&t, middle);
+		expect_region(&t, part);
+		expect_region(&t, onto);
+		expect_region(&t, from);
+	} else {
+		expect_region(&t, slice(middle, 0, 8));
+		expect_region(&t, slice(part, 0, half));
+		expect_region(&t, moved(from, onto.at));
+	}
+	expect_all_or_nothing(&t, memory);
+	expect_all_or_nothing(&t, limited);
+	report(&t);
+}
+
+/* Shrinks and moves at once, to where other memory follows; shrinks, and grows again where it was. */
+static void shrinks(void)
+{
+	size_t n = 64, less = 16;
+	struct region moves = far_region(n), place = far_region(n), again = far_region(n), fresher = far_region(n);
+
+	ready();
+	wait_go();
+	struct tally t = { .name = "shrinks" };
+
+	remap(moves.at, n, less, MREMAP_MAYMOVE | MREMAP_FIXED, place.at);
+	expect_region(&t, slice(moved(moves, place.at), 0, less));
+	expect_region(&t, slice(place, less, n - less));
+	fresh(fresher.at + less * PAGE, n - less);
+	remap(place.at, less, 1, MREMAP_MAYMOVE | MREMAP_FIXED, fresher.at + (less - 1) * PAGE);
+	expect_region(&t, slice(fresher, 0, less - 1));
+	expect_region(&t, slice(moved(moves, fresher.at + (less - 1) * PAGE), 0, 1));
+	expect_zeros(&t, fresher.at + less * PAGE, n - less);
+	for (size_t keep = n - 4; keep >= 4; keep -= 4) {
+		remap(again.at, keep + 4, keep, 0, NULL);
+		remap(again.at, keep, keep + 4, 0, NULL);
+		expect_zeros(&t, again.at + keep * PAGE, 4);
+	}
+	expect_region(&t, slice(again, 0, 4));
+	report(&t);
+}
+
 const struct scenario layout_scenarios[] = {
+	{ "refused", refused }, { "shrinks", shrinks },
 	{ "moves", moves }, { "moves_over", moves_over }, { "resizes", resizes },
 	{ "leaves_behind", leaves_behind }, { "unmaps", unmaps }, { "discards", discards },
 	{ "huge_unmap", huge_unmap }, { "huge_discard", huge_discard }, { "huge_move", huge_move },

@@ -1,0 +1,188 @@
+#define _GNU_SOURCE
+#include "doubt.h"
+
+#include <errno.h>
+
+#define LOOKS 8 /* pages that may prove that nothing was unmapped: most are there if it was not */
+
+enum lp_verdict lp_verdict(const struct lp_doubt *d, const struct lp_evidence *e)
+{
+	if (!e->here)
+		return LP_IS_GONE;
+	if (e->present)
+		return LP_STAYS;
+	if (d->edge == LP_NO_EDGE)
+		return LP_UNKNOWN;
+	if (e->attached)
+		return LP_IS_GONE;
+	if (d->unsure || e->grows || (e->below && !e->alike))
+		return LP_UNKNOWN;
+	return LP_STAYS;
+}
+
+/* The same for a child; `e` is what it has, `parent` what its parent has now. */
+static enum lp_verdict verdict_of_child(const struct lp_doubt *d, const struct lp_evidence *e,
+					const struct lp_evidence *parent)
+{
+	if (!e->here)
+		return LP_IS_GONE;
+	/* forked before: the parent has not got it any more */
+	if (e->present || !parent->here)
+		return LP_STAYS;
+	return lp_verdict(d, parent);
+}
+
+/* 1: yes, 0: no, or -EAGAIN, -ESRCH */
+static int is_within(const struct lp_ask *ask, uint64_t start, uint64_t end)
+{
+	int rc = ask->within(ask->arg, start, end);
+
+	return rc == -ENOENT ? 0 : rc ? rc : 1;
+}
+
+/* Growth comes from one end, and need not have reached the other. */
+static int is_here(const struct lp_ask *ask, const struct lp_doubt *d)
+{
+	int rc = is_within(ask, d->end - LP_PAGE_SIZE, d->end);
+
+	return rc == 1 ? is_within(ask, d->start, d->start + LP_PAGE_SIZE) : rc;
+}
+
+static int is_present(const struct lp_space *s, const struct lp_ask *ask, const struct lp_doubt *d)
+{
+	uint64_t addrs[LOOKS];
+	size_t nr = lp_space_not_pending(s, d, addrs, LOOKS);
+
+	for (size_t i = 0; i < nr; i++) {
+		int rc = ask->zero(ask->arg, addrs[i]);
+
+		if (rc == -EEXIST)
+			return 1;
+		if (rc && rc != -ENOENT)
+			return rc;
+	}
+	return 0;
+}
+
+#define ASK(field, question)                                                                                           \
+	do {                                                                                                           \
+		int rc_ = (question);                                                                                  \
+		if (rc_ < 0)                                                                                           \
+			return rc_;                                                                                    \
+		(field) = rc_;                                                                                         \
+	} while (0)
+
+/* 0, -EAGAIN, -ESRCH */
+static int gather(const struct lp_space *s, const struct lp_ask *ask, const struct lp_doubt *d, struct lp_evidence *e)
+{
+	*e = (struct lp_evidence){0};
+	ASK(e->here, is_here(ask, d));
+	if (!e->here)
+		return 0;
+	ASK(e->present, is_present(s, ask, d));
+	if (e->present || d->edge == LP_NO_EDGE)
+		return 0;
+	ASK(e->attached, is_within(ask, d->edge - LP_PAGE_SIZE, d->start + LP_PAGE_SIZE));
+	if (e->attached)
+		return 0;
+	ASK(e->below, is_within(ask, d->edge - LP_PAGE_SIZE, d->edge));
+	if (e->below)
+		e->alike = ask->alike(ask->arg, d->edge, d->start, d->end);
+	ASK(e->grows, is_within(ask, d->end - LP_PAGE_SIZE, d->top + LP_PAGE_SIZE));
+	if (e->grows)
+		e->grows = ask->grows(ask->arg, d->top);
+	return 0;
+}
+
+static int answer(struct lp_space *s, const struct lp_ask *ask, const struct lp_doubt *d, size_t i,
+		  enum lp_verdict verdict, struct lp_counts *dropped)
+{
+	int rc = lp_space_answer_doubt(s, i, verdict == LP_IS_GONE, dropped);
+
+	if (!rc && verdict != LP_IS_GONE)
+		ask->stays(ask->arg, d->start, d->end, verdict == LP_STAYS);
+	return rc;
+}
+
+int lp_settle(struct lp_space *s, const struct lp_ask *ask, struct lp_counts *dropped)
+{
+	for (size_t i = lp_space_nr_doubts(s); i--;) {
+		struct lp_doubt d = lp_space_doubt(s, i);
+		struct lp_evidence e = {0};
+		int rc = lp_space_in_doubt(s, &d) ? gather(s, ask, &d, &e) : 0;
+
+		if (rc == -EAGAIN)
+			return rc;
+		/* of a task that is gone nothing is here */
+		rc = answer(s, ask, &d, i, lp_verdict(&d, &e), dropped);
+		if (rc)
+			return rc;
+	}
+	return 0;
+}
+
+static bool overlap(uint64_t a, uint64_t b, uint64_t len)
+{
+	return a < b + len && b < a + len;
+}
+
+/* Whether move i was made before the child was forked: 1, 0, -EAGAIN, -ESRCH. */
+static int has_moved(const struct lp_change *changes, size_t nr, size_t i, const struct lp_ask *ask)
+{
+	const struct lp_change *move = &changes[i];
+	bool leaves = false, refilled = false;
+	int rc;
+
+	for (size_t k = 0; k < nr; k++) {
+		leaves |= changes[k].kind == LP_UNMAPPED && changes[k].start == move->start && changes[k].len == move->len;
+		/* something else may be there */
+		refilled |= k > i && changes[k].kind == LP_REMAPPED &&
+			    overlap(changes[k].to, move->start, changes[k].len > move->len ? changes[k].len : move->len);
+	}
+	if (!leaves || refilled)
+		return is_within(ask, move->to, move->to + LP_PAGE_SIZE);
+	rc = is_within(ask, move->start, move->start + LP_PAGE_SIZE);
+	return rc < 0 ? rc : !rc;
+}
+
+int lp_replay(struct lp_space *s, const struct lp_change *changes, size_t nr, uint64_t told, const struct lp_ask *ask,
+	      const struct lp_ask *ask_parent, struct lp_counts *dropped)
+{
+	int rc = 0;
+
+	for (size_t i = 0; i < nr && !rc; i++) {
+		const struct lp_change *change = &changes[i];
+		uint64_t end = change->start + change->len;
+
+		switch (change->kind) {
+		case LP_REMOVED:
+			if (change->to < told)
+				lp_space_remove(s, change->start, end, dropped);
+			break;
+		case LP_UNMAPPED:
+			rc = lp_space_question(s, change->start, end);
+			break;
+		case LP_REMAPPED:
+			rc = has_moved(changes, nr, i, ask);
+			if (rc == 1)
+				rc = lp_space_remap(s, change->start, change->to, change->len, dropped);
+			break;
+		}
+	}
+	lp_space_rest(s);
+	for (size_t i = lp_space_nr_doubts(s); i-- && !rc;) {
+		struct lp_doubt d = lp_space_doubt(s, i);
+		struct lp_evidence e = {0}, parent = {0};
+		enum lp_verdict verdict = LP_IS_GONE;
+
+		if (lp_space_in_doubt(s, &d)) {
+			rc = gather(s, ask, &d, &e);
+			if (rc == -EAGAIN)
+				return rc;
+			rc = e.here && !e.present ? gather(s, ask_parent, &d, &parent) : 0;
+			verdict = rc == -EAGAIN ? LP_UNKNOWN : verdict_of_child(&d, &e, &parent);
+		}
+		rc = answer(s, ask, &d, i, verdict, dropped);
+	}
+	return rc == -ESRCH ? 0 : rc;
+}

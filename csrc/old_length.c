@@ -1,0 +1,71 @@
+#define _GNU_SOURCE
+#include "old_length.h"
+
+#include <fcntl.h>
+#include <poll.h>
+#include <pthread.h>
+#include <stdint.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <linux/userfaultfd.h>
+
+#include "space.h"
+
+#define PATIENCE_MS 1000 /* for a thread that does nothing but one mremap */
+
+static bool tells_old_length = true;
+
+/* Pages 0 and 1 are moved, shrunk to one, to page 2. */
+static void *shrink_and_move(void *at)
+{
+	mremap(at, 2 * LP_PAGE_SIZE, LP_PAGE_SIZE, MREMAP_MAYMOVE | MREMAP_FIXED, (char *)at + 2 * LP_PAGE_SIZE);
+	return NULL;
+}
+
+/* The length that is reported; 0: none is. */
+static uint64_t reported_length(int uffd)
+{
+	struct pollfd readable = {.fd = uffd, .events = POLLIN};
+	struct uffd_msg msg;
+
+	while (poll(&readable, 1, PATIENCE_MS) == 1 && read(uffd, &msg, sizeof(msg)) == sizeof(msg))
+		if (msg.event == UFFD_EVENT_REMAP)
+			return msg.arg.remap.len;
+	return 0;
+}
+
+static void find_out(void)
+{
+	struct uffdio_api api = {.api = UFFD_API, .features = UFFD_FEATURE_EVENT_REMAP};
+	struct uffdio_register registered = {.mode = UFFDIO_REGISTER_MODE_MISSING};
+	int uffd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
+	char *at = mmap(NULL, 3 * LP_PAGE_SIZE, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	pthread_t thread;
+
+	if (uffd < 0 || at == MAP_FAILED || ioctl(uffd, UFFDIO_API, &api))
+		goto out;
+	registered.range = (struct uffdio_range){(uintptr_t)at, 2 * LP_PAGE_SIZE};
+	if (ioctl(uffd, UFFDIO_REGISTER, &registered) || pthread_create(&thread, NULL, shrink_and_move, at))
+		goto out;
+	tells_old_length = reported_length(uffd) != LP_PAGE_SIZE;
+	/* ends the wait of a thread whose event has not been read */
+	close(uffd);
+	uffd = -1;
+	pthread_join(thread, NULL);
+out:
+	if (at != MAP_FAILED)
+		munmap(at, 3 * LP_PAGE_SIZE);
+	if (uffd >= 0)
+		close(uffd);
+}
+
+bool lp_tells_old_length(void)
+{
+	static pthread_once_t once = PTHREAD_ONCE_INIT;
+
+	pthread_once(&once, find_out);
+	return tells_old_length;
+}
