@@ -18,6 +18,7 @@
 
 #include <linux/userfaultfd.h>
 
+#include "faults.h"
 #include "follow.h"
 #include "guard.h"
 #include "lane.h"
@@ -45,9 +46,15 @@ struct uffdio_poison {
 
 #define NS 1000000000ull
 #define EVENTS 64	      /* uffds answered for one epoll_wait */
-#define MESSAGES 32	      /* uffd messages taken by one read */
+#define MESSAGES 128	      /* uffd messages taken by one read */
 #define EXPECTED_NS 300000 /* how long an answer of a page server is waited for with our CPU left to others */
-#define RETRY_MS 1	      /* until an answer that was put off is tried again */
+/*
+ * Until answers that were put off are tried again.  The thread that changes the layout needs a CPU first, which takes some us;
+ * or it is stopped, and then this takes as long as that.
+ */
+#define RETRY_FIRST_NS 20000
+#define RETRY_MOST_NS 1000000
+#define READ_RETRY_NS (10 * NS / 1000) /* until a uffd that could not be read is read again */
 #define IDLE_MS 50	      /* without a fault: then no task's CPU is followed */
 #define CHUNK_QUIET (512u << 10) /* bytes a background copy takes at a time */
 #define CHUNK_BUSY (64u << 10)	 /* the same while tasks fault: one waits for this at most */
@@ -62,18 +69,10 @@ struct uffdio_poison {
 #define LEAD_MAX ((uint64_t)32 << 20)
 #define LEAD_MEMORY_NS (NS / 10)
 #define LOOKAHEAD_TRIES 8	 /* runs that another thread may take before we do */
+#define LEFT_LOOK 64		 /* faults left to the background before it is looked which of them still are */
 #define SERVE_TRIES 4		 /* for a task whose layout is changing, before others have their turn */
 
 typedef _Atomic uint64_t counter_t;
-
-struct fault {
-	uint64_t addr, since;
-};
-
-struct faults {
-	struct fault *at;
-	size_t nr, cap;
-};
 
 /* A thread that waits for a page from a remote source, dumped at image; what its fault has asked for, and where that is. */
 struct waiter {
@@ -90,11 +89,17 @@ struct lp_task {
 	_Atomic bool gone, complete;
 	struct lp_change *changes; /* of the layout, not made in the space yet: nothing may be answered */
 	size_t nr_changes, cap_changes;
-	struct faults faults, put_off; /* used by the serving thread only */
-	struct lp_plan plan;	       /* likewise */
-	struct lp_task *next_put_off, *next, *next_dead;
+	struct lp_faults faults; /* to be answered; used by the serving thread only, as what follows */
+	struct lp_faults left;	 /* on pages that the background had claimed */
+	size_t left_look;	 /* so many of them are too many */
+	bool look_at_left;	 /* the background has given claims back since they were looked at */
+	struct lp_plan plan;
+	struct lp_task *next_put_off;
 	bool is_put_off;
-	int read_error; /* the last one told */
+	int read_error;	     /* while the uffd can't be read */
+	uint64_t next_read;  /* then: not before */
+	_Atomic bool released; /* in the engine's list */
+	struct lp_task *next_released, *next, *next_dead;
 	_Atomic uint64_t cursor; /* where the next stripe of the background is looked for */
 	_Atomic uint32_t sent;	 /* how often a fault has sent it elsewhere */
 	uint64_t lane_cursor;	 /* that of lanes, the serving thread's */
@@ -139,6 +144,9 @@ struct lp_engine {
 	int ready; /* tasks that have something to say, of those that the last look at all of them has shown */
 	struct lp_follow follow; /* the serving thread's; which CPU it is at, anyone may read */
 	struct lp_task *put_off; /* tasks with answers put off; the serving thread's */
+	bool soon;		 /* some of these wait for a layout that is changing; likewise */
+	uint64_t retry;		 /* ns until those are tried again; likewise */
+	struct lp_task *_Atomic released; /* whose background has given claims back */
 	struct lp_trace *trace;	 /* NULL: none */
 	_Atomic uint32_t nr_memories;
 	pthread_mutex_t lock;	 /* of what follows */
@@ -318,14 +326,14 @@ uint64_t lp_histogram_bound(uint32_t bucket)
 	return ((8 + (uint64_t)(bucket % 8) + 1) << (exponent - 3)) - 1;
 }
 
-/* The fault read at `since`, on one of the pages at addr. */
-static void answered(struct lp_task *t, uint64_t since, uint16_t source, uint64_t addr, uint64_t pages)
+/* Faults on one of the pages at addr, of which the first was read at `since`. */
+static void answered(struct lp_task *t, uint64_t since, uint32_t times, uint16_t source, uint64_t addr, uint64_t pages)
 {
 	uint64_t now = now_ns(), ns = now - since, max = atomic_load(&t->stats.service_max);
 
 	if (t->engine->trace)
 		trace_at(t, now, LP_TRACE_ANSWERED, source, addr, pages, ns);
-	atomic_fetch_add_explicit(&t->histogram[bucket_of(ns)], 1, memory_order_relaxed);
+	atomic_fetch_add_explicit(&t->histogram[bucket_of(ns)], times, memory_order_relaxed);
 	while (ns > max && !atomic_compare_exchange_weak(&t->stats.service_max, &max, ns))
 		;
 }
@@ -370,7 +378,7 @@ static void end_wait(struct lp_task *t, uint64_t image, uint64_t end, bool serve
 		if (served) {
 			add(&t->stats.faults_served, 1);
 			add(&t->served[t->nr_levels], 1);
-			answered(t, w.since, LP_TRACE_REMOTE, w.addr, w.nr_pages);
+			answered(t, w.since, 1, LP_TRACE_REMOTE, w.addr, w.nr_pages);
 		}
 	}
 	pthread_mutex_unlock(&t->waiting_lock);
@@ -424,8 +432,21 @@ static void drop_page(struct lp_task *t, const struct lp_answer *run, uint64_t s
 enum claims {
 	KEEP_CLAIMS,	/* the caller tries again */
 	RELEASE,	/* the caller is the serving thread: nobody has left a fault to it meanwhile */
-	RELEASE_AND_WAKE,
+	RELEASE_LEFT,	/* the serving thread may have left faults to the caller */
 };
+
+/* The serving thread is to answer faults that it has left to the background.  No wake-up: all those threads would fault again. */
+static void take_back(struct lp_task *t)
+{
+	struct lp_engine *e = t->engine;
+
+	if (atomic_exchange(&t->released, true))
+		return;
+	t->next_released = atomic_load(&e->released);
+	while (!atomic_compare_exchange_weak(&e->released, &t->next_released, t))
+		;
+	signal_fd(e->wakefd);
+}
 
 /*
  * Copies a claimed run from src into the task (lock held shared).  Settles every page of it: committed, or lost, or as
@@ -476,8 +497,8 @@ static int copy_claimed(struct lp_task *t, const struct lp_answer *run, const vo
 		case EINTR:
 			if (claims != KEEP_CLAIMS)
 				lp_space_release(t->space, run->dense + done, left);
-			if (claims == RELEASE_AND_WAKE)
-				wake(t, run->addr + at, left);
+			if (claims == RELEASE_LEFT)
+				take_back(t);
 			return -EAGAIN;
 		default:
 			/*
@@ -606,23 +627,68 @@ static int bring(struct lp_task *t, uint64_t addr, uint64_t end)
 	return rc;
 }
 
+static void try_again(struct lp_task *t)
+{
+	if (!t->is_put_off) {
+		t->is_put_off = true;
+		t->next_put_off = t->engine->put_off;
+		t->engine->put_off = t;
+	}
+}
+
 /*
  * A thread has caught up with the background: that goes on well ahead of it, or they would meet again at every chunk.
  * What lies between is for faults and their readahead; the background comes back to what is left of it.
  */
-static void lead_on(struct lp_task *t, struct fault fault)
+static void lead_on(struct lp_task *t, const struct lp_fault *fault)
 {
-	if (fault.since - t->led_at > LEAD_MEMORY_NS)
+	if (fault->since - t->led_at > LEAD_MEMORY_NS)
 		t->lead = LEAD_MIN;
 	else if (t->lead < LEAD_MAX)
 		t->lead *= 2;
-	t->led_at = fault.since;
-	atomic_store(&t->cursor, fault.addr + t->lead);
+	t->led_at = fault->since;
+	atomic_store(&t->cursor, fault->addr + t->lead);
 	atomic_fetch_add(&t->sent, 1);
 }
 
+/*
+ * Faults left to the background: those on pages that it has given back are to be answered (lock held).  Whoever waits for a
+ * page that has come was woken by that; and by make_change, if it went away again.
+ */
+static void look_at_left(struct lp_task *t)
+{
+	t->look_at_left = false;
+	t->left_look = LEFT_LOOK;
+	for (size_t nr = t->left.nr; nr; nr--) {
+		struct lp_fault fault = lp_faults_pop(&t->left);
+		struct lp_answer run = lp_space_lookup(t->space, fault.addr, 1);
+
+		if (run.kind == LP_ZERO)
+			continue;
+		if (run.kind != LP_CLAIMED) {
+			if (lp_faults_push(&t->faults, fault))
+				continue;
+			t->look_at_left = true; /* once there is memory */
+			try_again(t);
+		}
+		lp_faults_push(&t->left, fault); /* there is room, that of the one taken out */
+	}
+	if (2 * t->left.nr > LEFT_LOOK)
+		t->left_look = 2 * t->left.nr;
+}
+
+/* Another thread brings the page, and wakes; or it calls take_back.  0, or -EAGAIN: not now. */
+static int leave_fault(struct lp_task *t, struct lp_fault fault)
+{
+	if (!lp_faults_push(&t->left, fault))
+		return -EAGAIN;
+	if (t->left.nr > t->left_look)
+		look_at_left(t);
+	return 0;
+}
+
 /* Answers one fault (lock held shared): 0, or -EAGAIN: not now, or -ESRCH. */
-static int answer(struct lp_task *t, struct fault fault)
+static int answer(struct lp_task *t, struct lp_fault fault)
 {
 	struct lp_answer run = lp_space_lookup(t->space, fault.addr, 1);
 	struct lp_notice notice = {.task = t, .addr = run.addr, .image = run.image, .nr_pages = 1, .since = fault.since};
@@ -639,14 +705,14 @@ static int answer(struct lp_task *t, struct fault fault)
 	case LP_ZERO:
 		rc = zero_page(t, fault.addr);
 		if (!rc) {
-			add(&t->stats.faults_zero, 1);
-			answered(t, fault.since, LP_TRACE_ZERO, fault.addr, 1);
+			add(&t->stats.faults_zero, fault.times);
+			answered(t, fault.since, fault.times, LP_TRACE_ZERO, fault.addr, 1);
 		}
 		return rc;
 	case LP_DATA:
 		if (!claim_window(t, &run, window)) {
 			trace(t, LP_TRACE_LEFT, trace_source(run.source), fault.addr, 1, 0);
-			return 0; /* another thread brings it, and wakes */
+			return leave_fault(t, fault);
 		}
 		/* the rest of the window first: the thread would be back for it at once */
 		rc = bring(t, first, run.addr);
@@ -657,9 +723,9 @@ static int answer(struct lp_task *t, struct fault fault)
 		else
 			rc = copy_level(t, &run, RELEASE);
 		if (!rc) {
-			add(&t->stats.faults_served, 1);
-			add(&t->served[run.source], 1);
-			answered(t, fault.since, trace_source(run.source), run.addr, run.nr_pages);
+			add(&t->stats.faults_served, fault.times);
+			add(&t->served[run.source], fault.times);
+			answered(t, fault.since, fault.times, trace_source(run.source), run.addr, run.nr_pages);
 		}
 		return rc;
 	case LP_REMOTE:
@@ -679,8 +745,8 @@ static int answer(struct lp_task *t, struct fault fault)
 	case LP_CLAIMED:
 		trace(t, LP_TRACE_LEFT, trace_source(run.source), fault.addr, 1, 0);
 		if (run.source != LP_SOURCE_REMOTE) {
-			lead_on(t, fault);
-			return 0;
+			lead_on(t, &fault);
+			return leave_fault(t, fault);
 		}
 		begin_wait(t, (struct waiter){run.image, fault.since, run.addr, 1});
 		if (lp_lanes_hurry(&t->engine->lanes, t->tag, run.image, fault.since))
@@ -693,21 +759,6 @@ static int answer(struct lp_task *t, struct fault fault)
 	}
 	notify(t->engine, notice);
 	return 0;
-}
-
-static bool push(struct faults *faults, struct fault fault)
-{
-	if (faults->nr == faults->cap) {
-		size_t cap = faults->cap ? faults->cap * 2 : 16;
-		struct fault *at = realloc(faults->at, cap * sizeof(*at));
-
-		if (!at)
-			return false;
-		faults->at = at;
-		faults->cap = cap;
-	}
-	faults->at[faults->nr++] = fault;
-	return true;
 }
 
 /* ---- layout events ---- */
@@ -764,8 +815,8 @@ static void task_free(struct lp_task *t)
 	lp_lock_destroy(&t->lock);
 	pthread_mutex_destroy(&t->waiting_lock);
 	free(t->waiting);
-	free(t->faults.at);
-	free(t->put_off.at);
+	lp_faults_free(&t->faults);
+	lp_faults_free(&t->left);
 	free(t->levels);
 	free((void *)t->copied);
 	free(t);
@@ -957,16 +1008,7 @@ static void keep_change(struct lp_task *t, const struct uffd_msg *msg)
 		notify_task(t, LP_NOTICE_FAILED, EPROTO);
 		return;
 	}
-	if (t->nr_changes == t->cap_changes) {
-		size_t cap = t->cap_changes ? t->cap_changes * 2 : 16;
-		struct lp_change *changes = realloc(t->changes, cap * sizeof(*changes));
-
-		if (!changes)
-			abort(); /* as above */
-		t->changes = changes;
-		t->cap_changes = cap;
-	}
-	t->changes[t->nr_changes++] = change;
+	t->changes[t->nr_changes++] = change; /* there is room: room_for_messages */
 }
 
 /* Those that can be made already, or all of them when the layout is at rest. */
@@ -992,15 +1034,41 @@ static void make_changes(struct lp_task *t, bool at_rest)
 	check_complete(t);
 }
 
-/* As when there is no fd left for the uffd of a forked child: it stays readable, so not at full speed. */
+/* As when there is no fd left for the uffd of a forked child, or no memory: the task waits, and is looked at again later. */
 static void read_failed(struct lp_task *t, int error)
 {
-	const struct timespec pause = {.tv_nsec = RETRY_MS * 1000000};
+	struct epoll_event none = {.data.ptr = t};
 
-	if (t->read_error != error)
+	if (!t->read_error) {
 		notify_task(t, LP_NOTICE_FAILED, error);
+		epoll_ctl(t->engine->epfd, EPOLL_CTL_MOD, t->uffd, &none); /* it stays readable */
+	}
 	t->read_error = error;
-	nanosleep(&pause, NULL);
+	t->next_read = now_ns() + READ_RETRY_NS;
+}
+
+static void read_works(struct lp_task *t)
+{
+	struct epoll_event event = {.events = EPOLLIN, .data.ptr = t};
+
+	if (t->read_error)
+		epoll_ctl(t->engine->epfd, EPOLL_CTL_MOD, t->uffd, &event);
+	t->read_error = 0;
+}
+
+/* What has been read is never to be lost. */
+static bool room_for_messages(struct lp_task *t)
+{
+	if (t->cap_changes - t->nr_changes < MESSAGES) {
+		size_t cap = t->nr_changes + 2 * MESSAGES;
+		struct lp_change *changes = realloc(t->changes, cap * sizeof(*changes));
+
+		if (!changes)
+			return false;
+		t->changes = changes;
+		t->cap_changes = cap;
+	}
+	return lp_faults_reserve(&t->faults, MESSAGES);
 }
 
 /*
@@ -1011,21 +1079,25 @@ static bool drain(struct lp_task *t)
 {
 	struct uffd_msg msgs[MESSAGES];
 	uint64_t now = 0;
+	int error = 0;
 	ssize_t n;
 
 	do {
+		if (!room_for_messages(t)) {
+			error = ENOMEM;
+			break;
+		}
 		add(&t->stats.reads, 1);
 		n = read(t->uffd, msgs, sizeof(msgs));
 		if (n < 0) {
+			error = errno == EINTR || errno == EAGAIN ? 0 : errno;
 			if (errno == EINTR)
 				continue;
-			if (errno != EAGAIN) {
-				read_failed(t, errno);
-				return false;
-			}
 			break;
 		}
 		for (size_t i = 0; i < (size_t)n / sizeof(*msgs); i++) {
+			uint64_t addr = msgs[i].arg.pagefault.address & ~(LP_PAGE_SIZE - 1);
+
 			if (msgs[i].event != UFFD_EVENT_PAGEFAULT) {
 				keep_change(t, &msgs[i]);
 				continue;
@@ -1034,16 +1106,17 @@ static bool drain(struct lp_task *t)
 				now = now_ns();
 			add(&t->stats.faults, 1);
 			if (t->engine->trace)
-				trace_at(t, now, LP_TRACE_FAULT, LP_TRACE_NO_SOURCE,
-					 msgs[i].arg.pagefault.address & ~(LP_PAGE_SIZE - 1), 1, 0);
-			if (!push(&t->faults, (struct fault){msgs[i].arg.pagefault.address & ~(LP_PAGE_SIZE - 1), now}))
-				/* the thread faults again, later */
-				wake(t, msgs[i].arg.pagefault.address & ~(LP_PAGE_SIZE - 1), 1);
+				trace_at(t, now, LP_TRACE_FAULT, LP_TRACE_NO_SOURCE, addr, 1, 0);
+			lp_faults_push(&t->faults, (struct lp_fault){.addr = addr, .since = now, .times = 1});
 		}
 	} while (n < 0 || n == sizeof(msgs));
 	if (now)
 		atomic_store_explicit(&t->engine->last_fault, now, memory_order_relaxed);
-	return true;
+	if (error)
+		read_failed(t, error);
+	else
+		read_works(t);
+	return !error;
 }
 
 /*
@@ -1067,29 +1140,44 @@ static void catch_up(struct lp_task *t)
 	lp_space_rest(t->space);
 }
 
-static void try_again(struct lp_task *t)
+/* Answers that can't be given yet; all but `before` of them are new. */
+static void put_off(struct lp_task *t, size_t before)
 {
-	if (!t->is_put_off) {
-		t->is_put_off = true;
-		t->next_put_off = t->engine->put_off;
-		t->engine->put_off = t;
+	struct lp_faults *f = &t->faults;
+	size_t new = f->nr > before ? f->nr - before : 0;
+
+	for (size_t n = f->nr - new; n < f->nr; n++) {
+		add(&t->stats.retried, lp_faults_at(f, n)->times);
+		trace(t, LP_TRACE_PUT_OFF, LP_TRACE_NO_SOURCE, lp_faults_at(f, n)->addr, 1, 0);
 	}
+	try_again(t);
 }
 
-static void put_off(struct lp_task *t, struct fault fault)
+/* Answers what has been read (lock held shared).  One EAGAIN means that all get it now: it is for the layout of the task. */
+static void answer_all(struct lp_task *t, size_t before)
 {
-	add(&t->stats.retried, 1);
-	trace(t, LP_TRACE_PUT_OFF, LP_TRACE_NO_SOURCE, fault.addr, 1, 0);
-	if (push(&t->put_off, fault))
-		try_again(t);
-	else
-		wake(t, fault.addr, 1);
+	struct lp_faults *f = &t->faults;
+
+	while (f->nr) {
+		struct lp_fault fault = lp_faults_pop(f);
+
+		if (answer(t, fault) == -EAGAIN) {
+			/* to the end: there may be another reason, which the others don't have. There is room, its own */
+			lp_faults_push(f, fault);
+			put_off(t, before);
+			return;
+		}
+		t->engine->retry = RETRY_FIRST_NS;
+		if (before)
+			before--;
+	}
 }
 
 /* Reads and answers all; false when something could not be answered yet. */
 static bool serve_once(struct lp_task *t)
 {
-	struct faults again;
+	size_t before = t->faults.nr;
+	uint64_t since;
 
 	lp_lock_alone(&t->lock);
 	if (t->uffd < 0) {
@@ -1097,41 +1185,34 @@ static bool serve_once(struct lp_task *t)
 		return true;
 	}
 	catch_up(t);
-	if (t->nr_changes) {
-		try_again(t);
-		for (size_t i = 0; i < t->faults.nr; i++)
-			put_off(t, t->faults.at[i]);
-		t->faults.nr = 0;
-	}
-	if (t->nr_changes || (!t->faults.nr && !t->put_off.nr)) {
+	if (t->read_error || t->nr_changes) {
+		put_off(t, before);
 		lp_unlock_alone(&t->lock);
-		return !t->nr_changes;
+		return false;
+	}
+	if (t->look_at_left)
+		look_at_left(t);
+	if (!t->faults.nr) {
+		lp_unlock_alone(&t->lock);
+		return true;
 	}
 	lp_lock_downgrade(&t->lock);
-	again = t->put_off;
-	t->put_off = (struct faults){0};
-	if (t->engine->ready == 1 && t->faults.nr == 1 && !again.nr)
-		lp_follow_yield(&t->engine->follow, t->faults.at[0].since);
+	if (t->engine->ready == 1 && t->faults.nr == 1 && !before)
+		lp_follow_yield(&t->engine->follow, lp_faults_at(&t->faults, 0)->since);
 	else
 		lp_follow_insist(&t->engine->follow);
-	for (size_t i = 0; i < again.nr; i++)
-		if (answer(t, again.at[i]) == -EAGAIN)
-			put_off(t, again.at[i]);
-	for (size_t i = 0; i < t->faults.nr; i++)
-		if (answer(t, t->faults.at[i]) == -EAGAIN)
-			put_off(t, t->faults.at[i]);
+	since = t->faults.nr > before ? lp_faults_at(&t->faults, before)->since : 0;
+	answer_all(t, before);
 	lp_unlock_shared(&t->lock);
-	if (t->faults.nr)
-		lp_follow_fault(&t->engine->follow, t->pid, t->faults.at[0].since, t->engine->ready);
-	t->faults.nr = 0;
-	free(again.at);
-	return !t->put_off.nr;
+	if (since)
+		lp_follow_fault(&t->engine->follow, t->pid, since, t->engine->ready);
+	return !t->faults.nr;
 }
 
 /* A thread that changes the layout is done soon, once it has been told of; before others have their turn it is waited for. */
 static void serve(struct lp_task *t)
 {
-	for (int tries = 0; tries < SERVE_TRIES && !serve_once(t); tries++)
+	for (int tries = 0; tries < SERVE_TRIES && !serve_once(t) && !t->read_error; tries++)
 		sched_yield(); /* it may need this CPU */
 }
 
@@ -1178,6 +1259,7 @@ struct lp_engine *lp_engine_new(struct lp_guard *guard)
 	pthread_mutex_init(&e->lock, NULL);
 	atomic_init(&e->follow.cpu, -1);
 	e->guard = guard;
+	e->retry = RETRY_FIRST_NS;
 	e->epfd = epoll_create1(EPOLL_CLOEXEC);
 	e->wakefd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	e->noticefd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
@@ -1265,13 +1347,53 @@ bool lp_engine_has_tasks(struct lp_engine *e)
 static void serve_put_off(struct lp_engine *e)
 {
 	struct lp_task *t = e->put_off, *next;
+	uint64_t now = now_ns();
 
 	e->put_off = NULL;
 	for (; t; t = next) {
 		next = t->next_put_off;
 		t->is_put_off = false;
-		serve(t);
+		if (t->read_error && now < t->next_read)
+			try_again(t);
+		else
+			serve(t);
 	}
+	e->soon = false;
+	for (t = e->put_off; t && !e->soon; t = t->next_put_off)
+		e->soon = !t->read_error;
+}
+
+/* Tasks whose background has given claims back. */
+static void take_released(struct lp_engine *e)
+{
+	struct lp_task *t, *next;
+
+	for (t = atomic_exchange(&e->released, NULL); t; t = next) {
+		next = t->next_released;
+		atomic_store(&t->released, false); /* from here on it may be in the list again */
+		t->look_at_left = true;
+		try_again(t);
+	}
+}
+
+/* ns until what was put off is tried again; less often while that is in vain. */
+static uint64_t retry_after(struct lp_engine *e)
+{
+	uint64_t now = e->retry;
+
+	e->retry = 2 * now < RETRY_MOST_NS ? 2 * now : RETRY_MOST_NS;
+	return now;
+}
+
+/* As epoll_wait, but ns. */
+static int wait_for(struct lp_engine *e, struct epoll_event *events, uint64_t ns)
+{
+	const struct timespec most = {.tv_nsec = (long)ns};
+	int n = (int)syscall(SYS_epoll_pwait2, e->epfd, events, EVENTS, &most, NULL, 0);
+
+	if (n < 0 && errno == ENOSYS) /* Linux before 5.11 */
+		n = epoll_wait(e->epfd, events, EVENTS, (int)((ns + 999999) / 1000000));
+	return n;
 }
 
 static int next_events(struct lp_engine *e, struct epoll_event *events, bool again)
@@ -1292,7 +1414,13 @@ static int next_events(struct lp_engine *e, struct epoll_event *events, bool aga
 			lp_follow_insist(&e->follow);
 		}
 	}
-	return n ? n : epoll_wait(e->epfd, events, EVENTS, again ? RETRY_MS : following ? IDLE_MS : -1);
+	if (n)
+		return n;
+	if (again || e->soon)
+		return wait_for(e, events, retry_after(e));
+	if (e->put_off)
+		return wait_for(e, events, READ_RETRY_NS);
+	return epoll_wait(e->epfd, events, EVENTS, following ? IDLE_MS : -1);
 }
 
 int lp_engine_run(struct lp_engine *e)
@@ -1307,8 +1435,9 @@ int lp_engine_run(struct lp_engine *e)
 		int n;
 
 		/* no task or lane that epoll_wait has named is buried before the next epoll_wait */
+		take_released(e);
 		bury(e);
-		again = lp_lanes_round(&e->lanes) || e->put_off;
+		again = lp_lanes_round(&e->lanes);
 		n = next_events(e, events, again);
 		if (n < 0 && errno != EINTR)
 			rc = -errno;
@@ -1323,6 +1452,8 @@ int lp_engine_run(struct lp_engine *e)
 			else
 				clear_fd(e->wakefd);
 		}
+		take_released(e);
+		e->soon = false;
 		if (e->put_off)
 			serve_put_off(e);
 	}
@@ -1589,7 +1720,7 @@ int64_t lp_task_transfer(struct lp_task *t, uint64_t max_bytes)
 			if (run.nr_pages) {
 				uint64_t begun = trace_begins(t);
 
-				rc = copy_level(t, &run, RELEASE_AND_WAKE);
+				rc = copy_level(t, &run, RELEASE_LEFT);
 				if (!rc)
 					trace_took(t, begun, LP_TRACE_BROUGHT, trace_source(run.source), run.addr, run.nr_pages);
 				brought += run.nr_pages << LP_PAGE_SHIFT;
