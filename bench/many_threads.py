@@ -39,12 +39,14 @@ class Case(NamedTuple):
     kind: str
     threads: int
     pages: int
+    #: Pages of other memory, which the background brings first: else it is done before all threads run.
+    ballast: int
 
 
 CASES = (
-    Case("1,000 threads fault at once", "heap", 1000, 16),
-    Case("5,000 threads fault at once", "heap", 5000, 16),
-    Case("1,000 threads touch their stacks and end", "stacks", 1000, 4),
+    Case("1,000 threads fault at once", "heap", 1000, 16, 1 << 18),
+    Case("5,000 threads fault at once", "heap", 5000, 16, 1 << 19),
+    Case("1,000 threads touch their stacks and end", "stacks", 1000, 4, 1 << 18),
 )
 
 
@@ -70,7 +72,7 @@ def dump(case: Case, program: Path, criu: Path, folder: Path) -> Path:
     images = folder / "images"
     images.mkdir(parents=True)
     ready, go = folder / "ready", folder / "go"
-    command = [program, case.kind, str(case.threads), str(case.pages), os.environ.get("BALLAST", "0"), ready, go, folder / "results"]
+    command = [program, case.kind, str(case.threads), str(case.pages), str(case.ballast), ready, go, folder / "results"]
     null = subprocess.DEVNULL
     with subprocess.Popen(
         command, stdin=null, stdout=null, stderr=null, cwd="/", start_new_session=True, env={}

@@ -65,6 +65,13 @@ struct uffdio_poison {
 #define MAPPED 8 /* levels of a chain of whose files a thread of the background remembers what it has mapped */
 #define ASIDE_NS (5 * NS / 1000) /* how long after a fault the background leaves its CPU to those who fault */
 #define ASIDE_TRIES 4		 /* for a place elsewhere, so far apart */
+/*
+ * How long after a layout event the background leaves room for the next: one thread, with pauses.  Who changes the layout takes
+ * a rwsem of the uffd for writing that every copy takes for reading (map_changing_lock, Linux 6.9 and later), and one reader
+ * after another keeps it from that for 4 ms (kernel/locking/rwsem.c, RWSEM_WAIT_TIMEOUT).
+ */
+#define CHANGING_NS (5 * NS / 1000)
+#define CHANGING_PAUSE_NS 50000
 #define LEAD_MIN ((uint64_t)1 << 20)
 #define LEAD_MAX ((uint64_t)32 << 20)
 #define LEAD_MEMORY_NS (NS / 10)
@@ -102,6 +109,8 @@ struct lp_task {
 	struct lp_task *next_released, *next, *next_dead;
 	_Atomic uint64_t cursor; /* where the next stripe of the background is looked for */
 	_Atomic uint32_t sent;	 /* how often a fault has sent it elsewhere */
+	_Atomic uint64_t last_change; /* when a layout event was read, ns */
+	_Atomic bool occupied;	 /* while there are some: by the one thread of the background */
 	uint64_t lane_cursor;	 /* that of lanes, the serving thread's */
 	struct lp_task *next_kin; /* under the engine's lock */
 	pthread_mutex_t waiting_lock; /* of what follows */
@@ -1112,6 +1121,8 @@ static bool drain(struct lp_task *t)
 	} while (n < 0 || n == sizeof(msgs));
 	if (now)
 		atomic_store_explicit(&t->engine->last_fault, now, memory_order_relaxed);
+	if (t->nr_changes)
+		atomic_store_explicit(&t->last_change, now_ns(), memory_order_relaxed);
 	if (error)
 		read_failed(t, error);
 	else
@@ -1681,12 +1692,14 @@ int64_t lp_task_transfer(struct lp_task *t, uint64_t max_bytes)
 {
 	uint64_t brought = 0;
 	struct stripe stripe = {0};
+	bool occupies = false;
 	struct lp_aside aside;
 	int rc = 0;
 
 	lp_aside_begin(&aside, &t->engine->follow);
 	for (int turned = 0, tries = 0, waits = 0; brought < max_bytes && !rc;) {
-		uint64_t quiet = now_ns() - atomic_load_explicit(&t->engine->last_fault, memory_order_relaxed);
+		uint64_t now = now_ns(), quiet = now - atomic_load_explicit(&t->engine->last_fault, memory_order_relaxed);
+		bool changing = now - atomic_load_explicit(&t->last_change, memory_order_relaxed) < CHANGING_NS;
 		uint64_t most = chunk(t->engine);
 		bool unmapped = false;
 		struct lp_answer run;
@@ -1701,6 +1714,17 @@ int64_t lp_task_transfer(struct lp_task *t, uint64_t max_bytes)
 				rc = -EAGAIN;
 			nanosleep(&pause, NULL);
 			continue;
+		}
+		if (changing) {
+			const struct timespec pause = {.tv_nsec = CHANGING_PAUSE_NS};
+
+			nanosleep(&pause, NULL);
+			if (!occupies && atomic_exchange(&t->occupied, true))
+				continue;
+			occupies = true;
+		} else if (occupies) {
+			atomic_store(&t->occupied, false);
+			occupies = false;
 		}
 		lp_lock_shared(&t->lock);
 		if (t->uffd < 0 || atomic_load(&t->gone)) {
@@ -1733,6 +1757,8 @@ int64_t lp_task_transfer(struct lp_task *t, uint64_t max_bytes)
 			map_ahead(t, &stripe, &run);
 	}
 	leave(t, &stripe);
+	if (occupies)
+		atomic_store(&t->occupied, false);
 	lp_aside_end(&aside, &t->engine->follow);
 	if (rc < 0 && !(rc == -EAGAIN && brought))
 		return rc;
