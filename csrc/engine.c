@@ -76,6 +76,13 @@ struct uffdio_poison {
 #define LEAD_MAX ((uint64_t)32 << 20)
 #define LEAD_MEMORY_NS (NS / 10)
 #define LOOKAHEAD_TRIES 8	 /* runs that another thread may take before we do */
+/*
+ * From so many faults at once on they are answered in the order of their addresses, and threads are woken for BATCH answers
+ * together: each wake-up, that of a copy as well, goes through all threads that wait (fs/userfaultfd.c, __wake_userfault).
+ */
+#define CROWD 64
+#define BATCH 64
+#define CROWD_NS (2 * NS / 1000) /* how long after that the background does not wake without need */
 #define LEFT_LOOK 64		 /* faults left to the background before it is looked which of them still are */
 #define SERVE_TRIES 4		 /* for a task whose layout is changing, before others have their turn */
 
@@ -99,6 +106,10 @@ struct lp_task {
 	struct lp_faults faults; /* to be answered; used by the serving thread only, as what follows */
 	struct lp_faults left;	 /* on pages that the background had claimed */
 	size_t left_look;	 /* so many of them are too many */
+	counter_t times_left;	 /* how often a fault was put there */
+	struct lp_range to_wake; /* pages that have come without a wake-up */
+	uint64_t sweep;		 /* where the next batch begins */
+	bool batching;		 /* answers don't wake */
 	bool look_at_left;	 /* the background has given claims back since they were looked at */
 	struct lp_plan plan;
 	struct lp_task *next_put_off;
@@ -110,6 +121,7 @@ struct lp_task {
 	_Atomic uint64_t cursor; /* where the next stripe of the background is looked for */
 	_Atomic uint32_t sent;	 /* how often a fault has sent it elsewhere */
 	_Atomic uint64_t last_change; /* when a layout event was read, ns */
+	_Atomic uint64_t last_crowd;  /* when there were many faults at once, ns */
 	_Atomic bool occupied;	 /* while there are some: by the one thread of the background */
 	uint64_t lane_cursor;	 /* that of lanes, the serving thread's */
 	struct lp_task *next_kin; /* under the engine's lock */
@@ -404,6 +416,30 @@ static void wake(struct lp_task *t, uint64_t addr, uint64_t nr_pages)
 	ioctl(t->uffd, UFFDIO_WAKE, &range);
 }
 
+/* Who waits for these pages, which are there, is woken: now or with the batch. (serving thread) */
+static void wake_soon(struct lp_task *t, uint64_t addr, uint64_t nr_pages)
+{
+	uint64_t end = addr + (nr_pages << LP_PAGE_SHIFT);
+
+	if (!t->batching) {
+		wake(t, addr, nr_pages);
+		return;
+	}
+	if (t->to_wake.start == t->to_wake.end)
+		t->to_wake = (struct lp_range){addr, end};
+	if (addr < t->to_wake.start)
+		t->to_wake.start = addr;
+	if (end > t->to_wake.end)
+		t->to_wake.end = end;
+}
+
+static void wake_batch(struct lp_task *t)
+{
+	if (t->to_wake.start < t->to_wake.end)
+		wake(t, t->to_wake.start, (t->to_wake.end - t->to_wake.start) >> LP_PAGE_SHIFT);
+	t->to_wake = (struct lp_range){0};
+}
+
 static int try_page(struct lp_task *t, uint64_t addr)
 {
 	return lp_probe(t->uffd, t->engine->nowhere, addr);
@@ -442,6 +478,7 @@ enum claims {
 	KEEP_CLAIMS,	/* the caller tries again */
 	RELEASE,	/* the caller is the serving thread: nobody has left a fault to it meanwhile */
 	RELEASE_LEFT,	/* the serving thread may have left faults to the caller */
+	RELEASE_LEFT_QUIETLY, /* likewise; and who waits for what is copied is woken by the caller */
 };
 
 /* The serving thread is to answer faults that it has left to the background.  No wake-up: all those threads would fault again. */
@@ -466,6 +503,7 @@ static int copy_claimed(struct lp_task *t, const struct lp_answer *run, const vo
 {
 	counter_t *copied = &t->copied[source_index(t, run->source)];
 	uint64_t done = 0, step = run->nr_pages;
+	bool quiet = claims == RELEASE ? t->batching : claims == RELEASE_LEFT_QUIETLY;
 
 	while (done < run->nr_pages) {
 		uint64_t at = done << LP_PAGE_SHIFT, left = run->nr_pages - done;
@@ -473,6 +511,7 @@ static int copy_claimed(struct lp_task *t, const struct lp_answer *run, const vo
 			.dst = run->addr + at,
 			.src = (uintptr_t)src + at,
 			.len = (step < left ? step : left) << LP_PAGE_SHIFT,
+			.mode = quiet ? UFFDIO_COPY_MODE_DONTWAKE : 0,
 		};
 		int error = 0;
 
@@ -484,6 +523,8 @@ static int copy_claimed(struct lp_task *t, const struct lp_answer *run, const vo
 
 			add(copied, nr);
 			lp_space_commit(t->space, run->dense + done, nr);
+			if (quiet && claims == RELEASE)
+				wake_soon(t, run->addr + at, nr);
 			done += nr;
 			if (!error)
 				step *= 2; /* after a bisection: larger again */
@@ -493,7 +534,10 @@ static int copy_claimed(struct lp_task *t, const struct lp_answer *run, const vo
 		case EEXIST: /* somebody else's page is there; a thread may wait for it all the same */
 			add(&t->stats.present, 1);
 			lp_space_commit(t->space, run->dense + done, 1);
-			wake(t, run->addr + at, 1);
+			if (claims == RELEASE)
+				wake_soon(t, run->addr + at, 1);
+			else
+				wake(t, run->addr + at, 1);
 			done++;
 			continue;
 		case ESRCH:
@@ -506,7 +550,7 @@ static int copy_claimed(struct lp_task *t, const struct lp_answer *run, const vo
 		case EINTR:
 			if (claims != KEEP_CLAIMS)
 				lp_space_release(t->space, run->dense + done, left);
-			if (claims == RELEASE_LEFT)
+			if (claims == RELEASE_LEFT || claims == RELEASE_LEFT_QUIETLY)
 				take_back(t);
 			return -EAGAIN;
 		default:
@@ -566,11 +610,16 @@ static int copy_level(struct lp_task *t, const struct lp_answer *run, enum claim
 /* 0, -EAGAIN, -ESRCH */
 static int zero_page(struct lp_task *t, uint64_t addr)
 {
-	struct uffdio_zeropage zero = {.range = {.start = addr, .len = LP_PAGE_SIZE}};
+	struct uffdio_zeropage zero = {
+		.range = {.start = addr, .len = LP_PAGE_SIZE},
+		.mode = t->batching ? UFFDIO_ZEROPAGE_MODE_DONTWAKE : 0,
+	};
 	int error;
 
 	if (!ioctl(t->uffd, UFFDIO_ZEROPAGE, &zero)) {
 		add(&t->stats.zero_pages, 1);
+		if (t->batching)
+			wake_soon(t, addr, 1);
 		return 0;
 	}
 	error = zero.zeropage < 0 ? (int)-zero.zeropage : errno;
@@ -584,7 +633,7 @@ static int zero_page(struct lp_task *t, uint64_t addr)
 		add(&t->stats.present, 1);
 	else if (error != ENOENT) /* ENOENT: unmapped since; the thread finds out when it runs */
 		notify_task(t, LP_NOTICE_FAILED, error);
-	wake(t, addr, 1);
+	wake_soon(t, addr, 1);
 	return 0;
 }
 
@@ -691,6 +740,10 @@ static int leave_fault(struct lp_task *t, struct lp_fault fault)
 {
 	if (!lp_faults_push(&t->left, fault))
 		return -EAGAIN;
+	add(&t->times_left, 1);
+	atomic_thread_fence(memory_order_seq_cst); /* with that of bring_run */
+	if (lp_space_lookup(t->space, fault.addr, 1).kind == LP_ZERO)
+		wake_soon(t, fault.addr, 1); /* it has come meanwhile */
 	if (t->left.nr > t->left_look)
 		look_at_left(t);
 	return 0;
@@ -1168,20 +1221,38 @@ static void put_off(struct lp_task *t, size_t before)
 static void answer_all(struct lp_task *t, size_t before)
 {
 	struct lp_faults *f = &t->faults;
+	size_t answered_here = 0;
+	int rc = 0;
 
-	while (f->nr) {
-		struct lp_fault fault = lp_faults_pop(f);
+	if (f->nr >= CROWD)
+		atomic_store_explicit(&t->last_crowd, now_ns(), memory_order_relaxed);
+	while (f->nr && rc != -EAGAIN) {
+		struct lp_fault fault;
 
-		if (answer(t, fault) == -EAGAIN) {
+		/* after the first answer: sorting is in vain while the layout is changing */
+		if (answered_here == 1 && f->nr >= CROWD) {
+			lp_faults_sort(f, t->sweep);
+			t->batching = true;
+		}
+		if (t->batching && answered_here % BATCH == 0)
+			wake_batch(t);
+		fault = lp_faults_pop(f);
+		rc = answer(t, fault);
+		if (rc == -EAGAIN)
 			/* to the end: there may be another reason, which the others don't have. There is room, its own */
 			lp_faults_push(f, fault);
-			put_off(t, before);
-			return;
-		}
-		t->engine->retry = RETRY_FIRST_NS;
-		if (before)
-			before--;
+		else
+			answered_here++;
+		if (t->batching)
+			t->sweep = fault.addr + LP_PAGE_SIZE;
 	}
+	if (t->batching)
+		wake_batch(t);
+	t->batching = false;
+	if (answered_here)
+		t->engine->retry = RETRY_FIRST_NS;
+	if (f->nr)
+		put_off(t, before > answered_here ? before - answered_here : 0);
 }
 
 /* Reads and answers all; false when something could not be answered yet. */
@@ -1201,7 +1272,7 @@ static bool serve_once(struct lp_task *t)
 		lp_unlock_alone(&t->lock);
 		return false;
 	}
-	if (t->look_at_left)
+	if (t->look_at_left || t->left.nr)
 		look_at_left(t);
 	if (!t->faults.nr) {
 		lp_unlock_alone(&t->lock);
@@ -1621,6 +1692,29 @@ static uint64_t chunk(struct lp_engine *e)
 	return CHUNK_QUIET;
 }
 
+/*
+ * Claims and copies a run of the background (lock held shared).  In a crowd nobody is woken by the copy: whoever waits for one
+ * of these pages has been left to us since we claimed it, or the serving thread has still to read the fault, will find the
+ * page there, and wakes.
+ */
+static int bring_run(struct lp_task *t, struct lp_answer *run)
+{
+	bool quietly = now_ns() - atomic_load_explicit(&t->last_crowd, memory_order_relaxed) < CROWD_NS;
+	uint64_t begun = trace_begins(t), times_left = atomic_load(&t->times_left);
+	int rc;
+
+	run->nr_pages = lp_space_claim(t->space, run->dense, run->nr_pages);
+	if (!run->nr_pages)
+		return 0;
+	rc = copy_level(t, run, quietly ? RELEASE_LEFT_QUIETLY : RELEASE_LEFT);
+	atomic_thread_fence(memory_order_seq_cst); /* with that of leave_fault: it sees the commit, or we its fault */
+	if (quietly && atomic_load(&t->times_left) != times_left)
+		wake(t, run->addr, run->nr_pages);
+	if (!rc)
+		trace_took(t, begun, LP_TRACE_BROUGHT, trace_source(run->source), run->addr, run->nr_pages);
+	return rc;
+}
+
 /* Where one thread of the background is, and how far it goes on from there. */
 struct stripe {
 	uint64_t at, end;
@@ -1740,17 +1834,10 @@ int64_t lp_task_transfer(struct lp_task *t, uint64_t max_bytes)
 			unmapped = true;
 		} else {
 			stripe.at = run.addr + (run.nr_pages << LP_PAGE_SHIFT);
-			run.nr_pages = lp_space_claim(t->space, run.dense, run.nr_pages);
-			if (run.nr_pages) {
-				uint64_t begun = trace_begins(t);
-
-				rc = copy_level(t, &run, RELEASE_LEFT);
-				if (!rc)
-					trace_took(t, begun, LP_TRACE_BROUGHT, trace_source(run.source), run.addr, run.nr_pages);
-				brought += run.nr_pages << LP_PAGE_SHIFT;
-			} else if (++tries > LOOKAHEAD_TRIES) {
+			rc = bring_run(t, &run);
+			brought += run.nr_pages << LP_PAGE_SHIFT;
+			if (!run.nr_pages && ++tries > LOOKAHEAD_TRIES)
 				rc = 1;
-			}
 		}
 		lp_unlock_shared(&t->lock);
 		if (unmapped)

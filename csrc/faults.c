@@ -1,6 +1,8 @@
+#define _GNU_SOURCE
 #include "faults.h"
 
 #include <stdlib.h>
+#include <string.h>
 
 #define SHIFT 12 /* pages */
 #define MIN_CAP 64
@@ -85,6 +87,32 @@ bool lp_faults_push(struct lp_faults *f, struct lp_fault fault)
 	f->pages[slot] = f->first + f->nr + 1;
 	*lp_faults_at(f, f->nr++) = fault;
 	return true;
+}
+
+static int compare(const void *a, const void *b, void *from)
+{
+	uint64_t x = ((const struct lp_fault *)a)->addr - *(const uint64_t *)from;
+	uint64_t y = ((const struct lp_fault *)b)->addr - *(const uint64_t *)from;
+
+	return x < y ? -1 : x > y;
+}
+
+void lp_faults_sort(struct lp_faults *f, uint64_t from)
+{
+	size_t begin = (size_t)(f->first & (f->cap - 1)), whole = f->cap - begin;
+
+	if (f->nr < 2)
+		return;
+	/* all together: the part that goes round follows the other one, whatever lies between is free */
+	if (f->nr > whole)
+		memmove(f->ring + f->nr - whole, f->ring + begin, whole * sizeof(*f->ring));
+	else
+		memmove(f->ring, f->ring + begin, f->nr * sizeof(*f->ring));
+	qsort_r(f->ring, f->nr, sizeof(*f->ring), compare, &from);
+	f->first = 0;
+	memset(f->pages, 0, 2 * f->cap * sizeof(*f->pages));
+	for (size_t n = 0; n < f->nr; n++)
+		f->pages[find(f, f->ring[n].addr)] = n + 1;
 }
 
 struct lp_fault lp_faults_pop(struct lp_faults *f)

@@ -29,6 +29,8 @@ void lp_faults_free(struct lp_faults *faults);
 bool lp_faults_reserve(struct lp_faults *faults, size_t nr);
 /* False: no memory. */
 bool lp_faults_push(struct lp_faults *faults, struct lp_fault fault);
+/* By address from `from` on, round to those before it; from here on that is what "oldest" means. */
+void lp_faults_sort(struct lp_faults *faults, uint64_t from);
 /* The n-th oldest, n < nr. */
 struct lp_fault *lp_faults_at(const struct lp_faults *faults, size_t n);
 /* The oldest; there is one. */
