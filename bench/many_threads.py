@@ -72,7 +72,16 @@ def dump(case: Case, program: Path, criu: Path, folder: Path) -> Path:
     images = folder / "images"
     images.mkdir(parents=True)
     ready, go = folder / "ready", folder / "go"
-    command = [program, case.kind, str(case.threads), str(case.pages), str(case.ballast), ready, go, folder / "results"]
+    command = [
+        program,
+        case.kind,
+        str(case.threads),
+        str(case.pages),
+        str(case.ballast),
+        ready,
+        go,
+        folder / "results",
+    ]
     null = subprocess.DEVNULL
     with subprocess.Popen(
         command, stdin=null, stdout=null, stderr=null, cwd="/", start_new_session=True, env={}

@@ -101,6 +101,9 @@ struct lp_task {
 	bool closed; /* under the engine's lock: nobody is to hear of it any more */
 	bool remote, is_child;
 	_Atomic bool gone, complete;
+	_Atomic bool broken;	/* we don't know any more what it misses */
+	uint32_t unheard;	/* notices that there was no memory for, by kind; under the engine's lock, as what follows */
+	int32_t unheard_error;	/* of the last of them */
 	struct lp_change *changes; /* of the layout, not made in the space yet: nothing may be answered */
 	size_t nr_changes, cap_changes;
 	struct lp_faults faults; /* to be answered; used by the serving thread only, as what follows */
@@ -175,6 +178,7 @@ struct lp_engine {
 	struct lp_task *families[FAMILIES]; /* by tag */
 	struct lp_notice *notices;
 	size_t nr_notices, cap_notices;
+	bool unheard;		 /* any task has some */
 };
 
 static uint64_t now_ns(void)
@@ -255,9 +259,43 @@ static uint64_t trace_begins(const struct lp_task *t)
 
 /* ---- notices ---- */
 
-static void notify(struct lp_engine *e, struct lp_notice notice)
+static bool more_notices(struct lp_engine *e)
+{
+	size_t cap = e->cap_notices ? e->cap_notices * 2 : 64;
+	struct lp_notice *more = realloc(e->notices, cap * sizeof(*more));
+
+	if (!more)
+		return false;
+	e->notices = more;
+	e->cap_notices = cap;
+	return true;
+}
+
+/*
+ * A notice that there is no memory for.  Those that come once for a task are kept as a bit.  Of pages that are lost nobody
+ * would ever hear: then the task must not go on.  Only a want can be told again: false.
+ */
+static bool notify_without_memory(struct lp_engine *e, const struct lp_notice *notice)
+{
+	uint32_t kind = notice->kind;
+
+	if (kind == LP_NOTICE_NEED || kind == LP_NOTICE_HURRY)
+		return false;
+	if (kind == LP_NOTICE_LOST) {
+		kind = LP_NOTICE_BROKEN;
+		atomic_store(&notice->task->broken, true);
+	}
+	notice->task->unheard |= 1u << kind;
+	notice->task->unheard_error = kind == notice->kind ? notice->error : ENOMEM;
+	e->unheard = true;
+	return true;
+}
+
+/* False: there was no memory, and it has to be tried again. */
+static bool notify(struct lp_engine *e, struct lp_notice notice)
 {
 	struct lp_notice *last;
+	bool done = true;
 
 	pthread_mutex_lock(&e->lock);
 	if (notice.task->closed)
@@ -269,34 +307,51 @@ static void notify(struct lp_engine *e, struct lp_notice notice)
 		last->nr_pages += notice.nr_pages;
 		goto out;
 	}
-	if (e->nr_notices == e->cap_notices) {
-		size_t cap = e->cap_notices ? e->cap_notices * 2 : 64;
-		struct lp_notice *more = realloc(e->notices, cap * sizeof(*more));
-
-		if (!more)
-			abort(); /* a notice not given is a task that hangs without a word */
-		e->notices = more;
-		e->cap_notices = cap;
-	}
-	e->notices[e->nr_notices++] = notice;
+	if (e->nr_notices == e->cap_notices && !more_notices(e))
+		done = notify_without_memory(e, &notice);
+	else
+		e->notices[e->nr_notices++] = notice;
 out:
 	pthread_mutex_unlock(&e->lock);
 	signal_fd(e->noticefd);
+	return done;
+}
+
+/* The notices, of one kind or all, that are kept as bits; returns how many. (lock held) */
+static size_t take_unheard(struct lp_engine *e, uint32_t kinds, struct lp_notice *notices, size_t max)
+{
+	size_t nr = 0;
+
+	for (struct lp_task *t = e->tasks; t; t = t->next)
+		for (uint32_t kind = LP_NOTICE_FORKED; t->unheard && kind <= LP_NOTICE_BROKEN && nr < max; kind++)
+			if (t->unheard & kinds & 1u << kind) {
+				t->unheard &= ~(1u << kind);
+				notices[nr++] = (struct lp_notice){.kind = kind, .error = t->unheard_error, .task = t};
+			}
+	return nr;
 }
 
 size_t lp_engine_notices(struct lp_engine *e, struct lp_notice *notices, size_t max)
 {
-	size_t nr;
+	size_t nr, first = 0;
 
 	pthread_mutex_lock(&e->lock);
 	clear_fd(e->noticefd);
-	nr = e->nr_notices < max ? e->nr_notices : max;
+	/* a task is heard of before anything about it is; all other bits come last in its life */
+	if (e->unheard)
+		first = take_unheard(e, 1u << LP_NOTICE_FORKED, notices, max);
+	nr = e->nr_notices < max - first ? e->nr_notices : max - first;
 	if (nr) {
-		memcpy(notices, e->notices, nr * sizeof(*notices));
+		memcpy(notices + first, e->notices, nr * sizeof(*notices));
 		memmove(e->notices, e->notices + nr, (e->nr_notices - nr) * sizeof(*notices));
 		e->nr_notices -= nr;
 	}
-	if (e->nr_notices)
+	nr += first;
+	if (e->unheard && !e->nr_notices) {
+		nr += take_unheard(e, ~0u, notices + nr, max - nr);
+		e->unheard = nr == max; /* there may be more */
+	}
+	if (e->nr_notices || e->unheard)
 		signal_fd(e->noticefd);
 	pthread_mutex_unlock(&e->lock);
 	return nr;
@@ -315,10 +370,25 @@ static void is_gone(struct lp_task *t)
 	notify_task(t, LP_NOTICE_GONE, 0);
 }
 
+/*
+ * What the task misses is not known any more: from here on nothing is answered, and the owner kills it.  Its uffd, and those of
+ * children that it has forked and nobody serves, stay open: closed they would be filled with zeros.
+ */
+static void break_task(struct lp_task *t, int error)
+{
+	if (!atomic_exchange(&t->broken, true))
+		notify_task(t, LP_NOTICE_BROKEN, error);
+}
+
+static bool is_served(const struct lp_task *t)
+{
+	return t->uffd >= 0 && !atomic_load(&t->broken);
+}
+
 /* (the task's lock is held: else its uffd could be closed at this moment, and its number be another's) */
 static void check_complete(struct lp_task *t)
 {
-	if (lp_space_pending(t->space) || atomic_exchange(&t->complete, true))
+	if (lp_space_pending(t->space) || atomic_load(&t->broken) || atomic_exchange(&t->complete, true))
 		return;
 	lp_guard_complete(t->engine->guard, t->uffd);
 	trace(t, LP_TRACE_COMPLETE, LP_TRACE_NO_SOURCE, 0, 0, 0);
@@ -819,8 +889,12 @@ static int answer(struct lp_task *t, struct lp_fault fault)
 		notice.kind = LP_NOTICE_LOST;
 		break;
 	}
-	notify(t->engine, notice);
-	return 0;
+	if (notify(t->engine, notice))
+		return 0;
+	if (notice.kind == LP_NOTICE_NEED)
+		lp_space_release(t->space, run.dense, run.nr_pages);
+	end_wait(t, notice.image, notice.image + LP_PAGE_SIZE, false);
+	return -EAGAIN;
 }
 
 /* ---- layout events ---- */
@@ -859,7 +933,9 @@ static struct lp_task *task_alloc(struct lp_engine *e, int uffd, uint32_t nr_lev
  */
 static void close_uffd(struct lp_task *t)
 {
-	if (!lp_space_pending(t->space) || atomic_load(&t->gone) || lp_means_gone(try_page(t, LP_ANYWHERE))) {
+	bool safe = !lp_space_pending(t->space) && !atomic_load(&t->broken);
+
+	if (safe || atomic_load(&t->gone) || lp_means_gone(try_page(t, LP_ANYWHERE))) {
 		/* the number stays taken until the guard has forgotten what it knew of it */
 		dup3(t->engine->wakefd, t->uffd, O_CLOEXEC);
 		lp_guard_names(t->engine->guard, t->uffd, 0, -1);
@@ -933,6 +1009,7 @@ struct ranges {
 
 struct seen {
 	struct ranges wiped, kept;
+	bool failed; /* there was no memory */
 };
 
 static void add_seen(void *arg, uint64_t start, uint64_t end, bool wiped)
@@ -941,10 +1018,15 @@ static void add_seen(void *arg, uint64_t start, uint64_t end, bool wiped)
 	struct ranges *r = wiped ? &seen->wiped : &seen->kept;
 
 	if (r->nr == r->cap) {
-		r->cap = r->cap ? r->cap * 2 : 16;
-		r->at = realloc(r->at, r->cap * sizeof(*r->at));
-		if (!r->at)
-			abort(); /* as in forked */
+		size_t cap = r->cap ? r->cap * 2 : 16;
+		struct lp_range *at = realloc(r->at, cap * sizeof(*at));
+
+		if (!at) {
+			seen->failed = true;
+			return;
+		}
+		r->at = at;
+		r->cap = cap;
 	}
 	r->at[r->nr++] = (struct lp_range){start, end};
 }
@@ -969,8 +1051,8 @@ static void learn_wiped(struct lp_task *t)
 		return;
 	/* after an execve it is of another memory */
 	if (!lp_each_mapping(t->pid, t->pidfd, add_seen, &seen) && !lp_means_gone(try_page(t, LP_ANYWHERE)) &&
-	    lp_space_wipe(t->space, seen.wiped.at, seen.wiped.nr, seen.kept.at, seen.kept.nr))
-		abort();
+	    (seen.failed || lp_space_wipe(t->space, seen.wiped.at, seen.wiped.nr, seen.kept.at, seen.kept.nr)))
+		break_task(t, ENOMEM); /* read later, it would be what was said since */
 	free(seen.wiped.at);
 	free(seen.kept.at);
 }
@@ -982,12 +1064,19 @@ static void forked(struct lp_task *t, int uffd)
 	int rc = 0;
 
 	add(&t->stats.forks, 1);
-	if (!child)
-		abort(); /* closing the uffd would fill the child with zeros, and it can't be kept */
+	if (!child) {
+		break_task(t, ENOMEM);
+		return;
+	}
 	learn_wiped(t);
 	dropped.by_source = calloc(t->nr_levels + 2, sizeof(uint64_t));
-	if (!dropped.by_source || !(child->space = lp_space_clone(t->space, &dropped)))
-		abort();
+	if (atomic_load(&t->broken) || !dropped.by_source || !(child->space = lp_space_clone(t->space, &dropped))) {
+		break_task(t, ENOMEM);
+		child->uffd = -1; /* it stays open */
+		free(dropped.by_source);
+		task_free(child);
+		return;
+	}
 	drop_into(child, dropped.by_source);
 	free(dropped.by_source);
 	memcpy(child->levels, t->levels, t->nr_levels * sizeof(*t->levels));
@@ -1041,7 +1130,7 @@ static void make_change(struct lp_task *t, const struct lp_change *change)
 		free(by_source);
 out:
 	if (rc)
-		abort(); /* with a layout that we do not know every answer could be wrong */
+		break_task(t, -rc); /* with a layout that we do not know every answer could be wrong */
 }
 
 static void keep_change(struct lp_task *t, const struct uffd_msg *msg)
@@ -1079,7 +1168,7 @@ static void make_changes(struct lp_task *t, bool at_rest)
 	struct lp_change *changes = t->changes;
 	size_t nr = t->nr_changes, next;
 
-	while (nr && (next = lp_space_next_change(t->space, changes, nr, at_rest)) < nr) {
+	while (nr && !atomic_load(&t->broken) && (next = lp_space_next_change(t->space, changes, nr, at_rest)) < nr) {
 		struct lp_change change = changes[next];
 
 		memmove(&changes[1], changes, next * sizeof(change));
@@ -1262,11 +1351,14 @@ static bool serve_once(struct lp_task *t)
 	uint64_t since;
 
 	lp_lock_alone(&t->lock);
-	if (t->uffd < 0) {
+	if (is_served(t))
+		catch_up(t);
+	if (!is_served(t)) {
+		if (t->uffd >= 0) /* it stays readable */
+			epoll_ctl(t->engine->epfd, EPOLL_CTL_DEL, t->uffd, NULL);
 		lp_unlock_alone(&t->lock);
 		return true;
 	}
-	catch_up(t);
 	if (t->read_error || t->nr_changes) {
 		put_off(t, before);
 		lp_unlock_alone(&t->lock);
@@ -1312,10 +1404,15 @@ static int place(void *arg, uint64_t tag, uint64_t image, uint64_t nr_pages, con
 		if (t->tag != tag)
 			continue;
 		if (nr == e->cap_kin) {
-			e->cap_kin = e->cap_kin ? e->cap_kin * 2 : 16;
-			e->kin = realloc(e->kin, e->cap_kin * sizeof(struct lp_task *));
-			if (!e->kin)
-				abort(); /* pages that are not placed are a task that hangs without a word */
+			size_t cap = e->cap_kin ? e->cap_kin * 2 : 16;
+			struct lp_task **kin = realloc(e->kin, cap * sizeof(*kin));
+
+			if (!kin) {
+				pthread_mutex_unlock(&e->lock);
+				return -EAGAIN;
+			}
+			e->kin = kin;
+			e->cap_kin = cap;
 		}
 		e->kin[nr++] = t;
 	}
@@ -1676,6 +1773,7 @@ bool lp_task_close(struct lp_task *t)
 			spoilt |= e->notices[i].kind == LP_NOTICE_LOST && e->notices[i].error == ESTALE;
 	}
 	e->nr_notices = kept;
+	spoilt |= t->unheard & 1u << LP_NOTICE_BROKEN;
 	pthread_mutex_unlock(&e->lock);
 	return spoilt;
 }
@@ -1821,7 +1919,7 @@ int64_t lp_task_transfer(struct lp_task *t, uint64_t max_bytes)
 			occupies = false;
 		}
 		lp_lock_shared(&t->lock);
-		if (t->uffd < 0 || atomic_load(&t->gone)) {
+		if (!is_served(t) || atomic_load(&t->gone)) {
 			rc = -ESRCH;
 		} else if (t->nr_changes) {
 			rc = -EAGAIN;
@@ -1859,7 +1957,7 @@ uint64_t lp_task_claim_remote(struct lp_task *t, uint64_t cursor, uint64_t max_p
 	uint64_t nr = 0;
 
 	lp_lock_shared(&t->lock);
-	while (t->uffd >= 0 && lp_space_next(t->space, cursor, max_pages, true, &run)) {
+	while (is_served(t) && lp_space_next(t->space, cursor, max_pages, true, &run)) {
 		cursor = run.addr + (run.nr_pages << LP_PAGE_SHIFT);
 		if ((nr = lp_space_claim(t->space, run.dense, run.nr_pages)))
 			break;
@@ -1913,7 +2011,7 @@ int64_t lp_task_deliver(struct lp_task *t, uint64_t image, uint64_t nr_pages, co
 	int rc = 0;
 
 	lp_lock_shared(&t->lock);
-	if (t->uffd < 0)
+	if (!is_served(t))
 		rc = -ESRCH;
 	else if (t->nr_changes)
 		rc = -EAGAIN;
@@ -2012,6 +2110,8 @@ int64_t lp_task_poison(struct lp_task *t, bool all)
 	int64_t total = 0, rc = 0;
 
 	lp_lock_alone(&t->lock);
+	if (t->uffd >= 0 && atomic_load(&t->broken))
+		rc = -ESRCH; /* nobody knows what there is to poison */
 	for (size_t r = 0; t->uffd >= 0 && rc >= 0 && r < lp_space_nr_regions(t->space); r++) {
 		struct lp_region region = lp_space_regions(t->space)[r];
 

@@ -171,7 +171,17 @@ ffibuilder.set_source(
     '#include "engine.h"\n#include "lane.h"\n#include "plan.h"\n#include "space.h"\n#include "trace.h"\n',
     sources=[
         str(CSRC / name)
-        for name in ("space.c", "plan.c", "faults.c", "smaps.c", "follow.c", "guard.c", "trace.c", "lane.c", "engine.c")
+        for name in (
+            "space.c",
+            "plan.c",
+            "faults.c",
+            "smaps.c",
+            "follow.c",
+            "guard.c",
+            "trace.c",
+            "lane.c",
+            "engine.c",
+        )
     ],
     depends=[
         str(CSRC / name)
