@@ -1,7 +1,8 @@
-"""Tasks of very many threads that fault at once: `PYTHONPATH=. python bench/many_threads.py [--criu CRIU] [--rounds N]`.
+"""Tasks of very many threads that fault at once: `PYTHONPATH=. python bench/many_threads.py [--criu CRIU]`.
 
 In turns: `lazypages serve` and `criu lazy-pages` serve a task that a real `criu restore` brings back, all of whose
-threads need missing memory the moment they run, while the background brings the rest (tests/support/programs/threads.c):
+threads need missing memory the moment they run, while the background brings the rest
+(tests/support/programs/threads.c):
 
 * 1,000 and 5,000 threads that read 16 pages each,
 * 1,000 threads that read what they have used of their stacks, and end, each with a change of the layout.

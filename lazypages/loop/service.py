@@ -342,8 +342,8 @@ class TaskService:
                 return
 
     def _kill(self, why: str, *, descendants: bool = False) -> None:
-        """Kills the task, with its descendants if told so. The process of a forked child is not known: then its ancestor
-        and all its descendants."""
+        """Kills the task; its descendants, too, on demand. The process of a forked child is not known: then its
+        ancestor and all its descendants."""
         if not self.process:
             log.error("%s: %s, and its process is not known", self.identity.name, why)
             return
