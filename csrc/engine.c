@@ -20,6 +20,7 @@
 
 #include "follow.h"
 #include "guard.h"
+#include "guarded.h"
 #include "lane.h"
 #include "lock.h"
 #include "pages_file.h"
@@ -55,6 +56,7 @@ struct uffdio_poison {
 #define BUSY_NS (2 * NS / 1000)	 /* how long after a fault tasks count as faulting */
 /* What one thread of the background has to itself: what one page table maps, for the lock of that is taken for each page. */
 #define STRIPE ((uint64_t)2 << 20)
+#define LP_NO_PAGE (~(uint64_t)0) /* an address that no page has */
 #define MAPPED 8 /* levels of a chain of whose files a thread of the background remembers what it has mapped */
 #define ASIDE_NS (5 * NS / 1000) /* how long after a fault the background leaves its CPU to those who fault */
 #define ASIDE_TRIES 4		 /* for a place elsewhere, so far apart */
@@ -88,10 +90,13 @@ struct lp_task {
 	bool closed; /* under the engine's lock: nobody is to hear of it any more */
 	bool remote, is_child;
 	_Atomic bool gone, complete;
+	_Atomic bool unseen; /* its guards can't be looked for, and the owner has been told */
 	struct lp_change *changes; /* of the layout, not made in the space yet: nothing may be answered */
 	size_t nr_changes, cap_changes;
 	struct faults faults, put_off; /* used by the serving thread only */
 	struct lp_plan plan;	       /* likewise */
+	struct lp_look look;	       /* likewise */
+	uint64_t layout;	       /* how often it has changed */
 	struct lp_task *next_put_off, *next, *next_dead;
 	bool is_put_off;
 	int read_error; /* the last one told */
@@ -129,6 +134,7 @@ struct lp_memory {
 
 struct lp_engine {
 	struct lp_lanes lanes;
+	struct lp_guarded guarded;
 	struct lp_task **kin; /* for the serving thread to collect a family in */
 	size_t cap_kin;
 	int epfd, wakefd, noticefd;
@@ -411,13 +417,25 @@ static void lose(struct lp_task *t, const struct lp_answer *run, uint64_t skip, 
 	notify_lost(t, run, skip, nr, error);
 }
 
+/* Counters that a layout event drops pages into, and their way into the task's. */
+static void drop_into(struct lp_task *t, const uint64_t *dropped)
+{
+	for (uint32_t i = 0; i < t->nr_levels + 2; i++)
+		add(&t->dropped[i], dropped[i]);
+}
+
+static void drop_pages(struct lp_task *t, const struct lp_answer *run, uint64_t skip, uint64_t nr)
+{
+	add(&t->dropped[source_index(t, run->source)], lp_space_commit(t->space, run->dense + skip, nr));
+}
+
 /*
  * A page that a forked child has not: all that its parent had was registered, so another thread unmapped it while one
  * forked, and the kernel told of the fork first; or it is not for children (MADV_DONTFORK).
  */
 static void drop_page(struct lp_task *t, const struct lp_answer *run, uint64_t skip)
 {
-	add(&t->dropped[source_index(t, run->source)], lp_space_commit(t->space, run->dense + skip, 1));
+	drop_pages(t, run, skip, 1);
 }
 
 /* What becomes of the claims on pages that can't be copied now. */
@@ -460,9 +478,9 @@ static int copy_claimed(struct lp_task *t, const struct lp_answer *run, const vo
 			continue;
 		}
 		switch (error) {
-		case EEXIST: /* somebody else's page is there; a thread may wait for it all the same */
+		case EEXIST: /* somebody else's page is there, or a guard; a thread may wait for it all the same */
 			add(&t->stats.present, 1);
-			lp_space_commit(t->space, run->dense + done, 1);
+			drop_pages(t, run, done, 1);
 			wake(t, run->addr + at, 1);
 			done++;
 			continue;
@@ -502,9 +520,128 @@ static int copy_claimed(struct lp_task *t, const struct lp_answer *run, const vo
 	return 0;
 }
 
+/* Claimed pages that nobody has tried to copy: as copy_claimed settles those that it can't. */
+static void settle(struct lp_task *t, const struct lp_answer *run, uint64_t skip, enum claims claims)
+{
+	if (claims != KEEP_CLAIMS)
+		lp_space_release(t->space, run->dense + skip, run->nr_pages - skip);
+	if (claims == RELEASE_AND_WAKE)
+		wake(t, run->addr + (skip << LP_PAGE_SHIFT), run->nr_pages - skip);
+}
+
+/* The run without its first pages. */
+static struct lp_answer rest_of(const struct lp_answer *run, uint64_t skip)
+{
+	struct lp_answer rest = *run;
+
+	rest.addr += skip << LP_PAGE_SHIFT;
+	rest.image += skip << LP_PAGE_SHIFT;
+	rest.offset += skip << LP_PAGE_SHIFT;
+	rest.dense += skip;
+	rest.nr_pages -= skip;
+	return rest;
+}
+
+static struct lp_guarded_task guarded_task(const struct lp_task *t)
+{
+	return (struct lp_guarded_task){
+		.owner = t, .pid = t->pid, .pidfd = t->pidfd, .uffd = t->uffd, .nowhere = t->engine->nowhere};
+}
+
+/*
+ * As copy_claimed, but for guards (csrc/guarded.h): those pages are dropped, since from the moment a guard is installed what was
+ * there is gone, and when it is removed they are zero.  `touched`: a page on which a thread has just faulted, so that it is no
+ * guard; on its own it is copied without a look.  look: the thread's, or NULL: what it copies next is elsewhere.
+ */
+static int copy_unguarded(struct lp_task *t, const struct lp_answer *run, const void *src, enum claims claims, uint64_t touched,
+			  struct lp_look *look)
+{
+	struct lp_guarded *g = &t->engine->guarded;
+	struct lp_guarded_task task = guarded_task(t);
+	uint64_t end = run->addr + (run->nr_pages << LP_PAGE_SHIFT), done = 0, now;
+	int fd, rc = 0;
+
+	if (!g->category || !t->pid || (run->nr_pages == 1 && run->addr == touched))
+		return copy_claimed(t, run, src, claims);
+	now = look ? now_ns() : 0;
+	if (look && look->layout == t->layout && run->addr >= look->from && end <= look->to && now - look->at < LP_LOOK_NS)
+		return copy_claimed(t, run, src, claims);
+	fd = lp_guarded_take(g, &task);
+	if (fd == -EMFILE || fd == -ENFILE || fd == -ENOMEM) {
+		settle(t, run, 0, claims);
+		return -EAGAIN;
+	}
+	if (fd < 0) {
+		if (fd != -ESRCH && !atomic_exchange(&t->unseen, true))
+			notify_task(t, LP_NOTICE_UNSEEN, -fd);
+		return copy_claimed(t, run, src, claims);
+	}
+	while (done < run->nr_pages && !rc) {
+		struct lp_answer part = rest_of(run, done);
+		uint64_t ahead = part.addr + LP_LOOK_AHEAD, nr;
+		struct lp_range guard = {end, end};
+
+		/*
+		 * Ahead may be past all that a task can have; other errors don't matter: where there are no page tables there is
+		 * nothing to copy to.
+		 */
+		if (!look || ahead < end || lp_guarded_scan(fd, g->category, part.addr, ahead, &guard))
+			lp_guarded_scan(fd, g->category, part.addr, end, &guard);
+		if (look)
+			*look = (struct lp_look){part.addr, guard.start, now, t->layout};
+		if (guard.start > end)
+			guard.start = end;
+		if (guard.end > end)
+			guard.end = end;
+		part.nr_pages = (guard.start - part.addr) >> LP_PAGE_SHIFT;
+		if (part.nr_pages)
+			rc = copy_claimed(t, &part, (const char *)src + (done << LP_PAGE_SHIFT), claims);
+		done += part.nr_pages;
+		nr = (guard.end - guard.start) >> LP_PAGE_SHIFT;
+		if (rc || !nr)
+			continue;
+		drop_pages(t, run, done, nr);
+		wake(t, guard.start, nr); /* who waits there: it was no guard then */
+		done += nr;
+	}
+	lp_guarded_give(g, t, fd);
+	if (rc)
+		settle(t, run, done, rc == -EAGAIN ? claims : RELEASE);
+	return rc;
+}
+
+/* A child has the guards that its parent has when it forks; what is behind them is dropped in both (lock held alone). */
+static void drop_guarded(struct lp_task *t)
+{
+	struct lp_guarded *g = &t->engine->guarded;
+	struct lp_guarded_task task = guarded_task(t);
+	struct lp_counts dropped = {.nr_levels = t->nr_levels};
+	size_t nr = lp_space_nr_regions(t->space);
+	int fd;
+
+	if (!g->category || !t->pid || !nr || !lp_space_pending(t->space))
+		return;
+	fd = lp_guarded_take(g, &task);
+	if (fd < 0)
+		return;
+	dropped.by_source = calloc(t->nr_levels + 2, sizeof(uint64_t));
+	if (dropped.by_source) {
+		uint64_t at = lp_space_regions(t->space)[0].start, end = lp_space_regions(t->space)[nr - 1].end;
+		struct lp_range guard;
+
+		for (; !lp_guarded_scan(fd, g->category, at, end, &guard) && guard.start < end; at = guard.end) {
+			lp_space_remove(t->space, guard.start, guard.end, &dropped);
+			wake(t, guard.start, (guard.end - guard.start) >> LP_PAGE_SHIFT);
+		}
+		drop_into(t, dropped.by_source);
+		free(dropped.by_source);
+	}
+	lp_guarded_give(g, t, fd);
+}
+
 static int copy_run(struct lp_task *t, const struct lp_answer *run, const void *src, enum claims claims)
 {
-	int rc = copy_claimed(t, run, src, claims);
+	int rc = copy_unguarded(t, run, src, claims, LP_NO_PAGE, NULL);
 
 	check_complete(t);
 	return rc;
@@ -514,7 +651,7 @@ static int copy_run(struct lp_task *t, const struct lp_answer *run, const void *
  * As copy_run, from the pages file that has the run.  What the file does not hold any more is lost.  If it became shorter
  * while it was read, the page that it ends in may have come with zeros: the owner is told (ESTALE), there is no taking it back.
  */
-static int copy_level(struct lp_task *t, const struct lp_answer *run, enum claims claims)
+static int copy_level(struct lp_task *t, const struct lp_answer *run, enum claims claims, uint64_t touched, struct lp_look *look)
 {
 	const struct lp_level *level = &t->levels[run->source];
 	uint64_t held = lp_pages_held(level->fd, run->offset, run->nr_pages), still;
@@ -525,7 +662,7 @@ static int copy_level(struct lp_task *t, const struct lp_answer *run, enum claim
 		lose(t, run, held, run->nr_pages - held, EFAULT);
 	part.nr_pages = held;
 	if (held)
-		rc = copy_claimed(t, &part, (const char *)level->base + run->offset, claims);
+		rc = copy_unguarded(t, &part, (const char *)level->base + run->offset, claims, touched, look);
 	still = lp_pages_held(level->fd, run->offset, held);
 	if (still < held)
 		notify_lost(t, run, still, 1, ESTALE);
@@ -599,7 +736,7 @@ static int bring(struct lp_task *t, uint64_t addr, uint64_t end)
 			continue;
 		run.nr_pages = lp_space_claim(t->space, run.dense, run.nr_pages);
 		if (run.nr_pages)
-			rc = copy_level(t, &run, RELEASE);
+			rc = copy_level(t, &run, RELEASE, LP_NO_PAGE, &t->look);
 		else
 			run.nr_pages = 1; /* somebody was faster */
 	}
@@ -655,7 +792,7 @@ static int answer(struct lp_task *t, struct fault fault)
 		if (rc)
 			lp_space_release(t->space, run.dense, run.nr_pages);
 		else
-			rc = copy_level(t, &run, RELEASE);
+			rc = copy_level(t, &run, RELEASE, fault.addr, &t->look);
 		if (!rc) {
 			add(&t->stats.faults_served, 1);
 			add(&t->served[run.source], 1);
@@ -757,6 +894,7 @@ static void close_uffd(struct lp_task *t)
 
 static void task_free(struct lp_task *t)
 {
+	lp_guarded_forget(&t->engine->guarded, t);
 	if (t->uffd >= 0)
 		close_uffd(t);
 	free(t->changes); /* the uffds of children that it knows of stay open, as above */
@@ -804,13 +942,6 @@ static int task_start(struct lp_task *t)
 		check_complete(t);
 	lp_unlock_alone(&t->lock);
 	return rc;
-}
-
-/* Counters that a layout event drops pages into, and their way into the task's. */
-static void drop_into(struct lp_task *t, const uint64_t *dropped)
-{
-	for (uint32_t i = 0; i < t->nr_levels + 2; i++)
-		add(&t->dropped[i], dropped[i]);
 }
 
 struct ranges {
@@ -872,6 +1003,7 @@ static void forked(struct lp_task *t, int uffd)
 	if (!child)
 		abort(); /* closing the uffd would fill the child with zeros, and it can't be kept */
 	learn_wiped(t);
+	drop_guarded(t);
 	dropped.by_source = calloc(t->nr_levels + 2, sizeof(uint64_t));
 	if (!dropped.by_source || !(child->space = lp_space_clone(t->space, &dropped)))
 		abort();
@@ -903,6 +1035,7 @@ static void make_change(struct lp_task *t, const struct lp_change *change)
 
 	if (rc)
 		goto out;
+	t->layout++;
 	switch (change->kind) {
 	case LP_FORKED:
 		forked(t, change->uffd);
@@ -1176,6 +1309,7 @@ struct lp_engine *lp_engine_new(struct lp_guard *guard)
 	if (!e)
 		return NULL;
 	pthread_mutex_init(&e->lock, NULL);
+	lp_guarded_init(&e->guarded);
 	atomic_init(&e->follow.cpu, -1);
 	e->guard = guard;
 	e->epfd = epoll_create1(EPOLL_CLOEXEC);
@@ -1233,6 +1367,7 @@ void lp_engine_free(struct lp_engine *e)
 		task_free(t);
 	}
 	lp_lanes_free(&e->lanes);
+	lp_guarded_end(&e->guarded);
 	free(e->kin);
 	if (e->epfd >= 0)
 		close(e->epfd);
@@ -1483,6 +1618,7 @@ static uint64_t chunk(struct lp_engine *e)
 struct stripe {
 	uint64_t at, end;
 	uint32_t sent;
+	struct lp_look look;
 	struct {
 		uint32_t level; /* whose bytes [from, to) are mapped */
 		uint64_t from, to;
@@ -1589,7 +1725,7 @@ int64_t lp_task_transfer(struct lp_task *t, uint64_t max_bytes)
 			if (run.nr_pages) {
 				uint64_t begun = trace_begins(t);
 
-				rc = copy_level(t, &run, RELEASE_AND_WAKE);
+				rc = copy_level(t, &run, RELEASE_AND_WAKE, LP_NO_PAGE, &stripe.look);
 				if (!rc)
 					trace_took(t, begun, LP_TRACE_BROUGHT, trace_source(run.source), run.addr, run.nr_pages);
 				brought += run.nr_pages << LP_PAGE_SHIFT;

@@ -157,6 +157,13 @@ class TaskService:
                     self._tend(self._group)
             case NoticeKind.FAILED:
                 log.error("%s: userfaultfd: %s", self.identity.name, os.strerror(notice.error))
+            case NoticeKind.UNSEEN:
+                log.warning(
+                    "%s: /proc/PID/pagemap can't be read (%s): a guard that it installs (MADV_GUARD_INSTALL) before "
+                    "all of its memory is there may be copied over; give the daemon CAP_SYS_PTRACE",
+                    self.identity.name,
+                    os.strerror(notice.error),
+                )
             case NoticeKind.FORKED:
                 pass  # the server's
 

@@ -245,6 +245,35 @@ static void peek(uint64_t at)
 	say("ok signal %d", number);
 }
 
+#define MADV_GUARD_INSTALL_ 102 /* linux/mman.h, 6.13 */
+
+static void *guard_when_told(void *at)
+{
+	sigset_t set;
+	int number;
+
+	sigemptyset(&set);
+	sigaddset(&set, SIGUSR1);
+	sigwait(&set, &number);
+	madvise(at, PAGE, MADV_GUARD_INSTALL_); /* or not, on an older kernel */
+	return NULL;
+}
+
+/* As peek; another thread makes a guard of the page at SIGUSR1. */
+static void peek_guarded(uint64_t at)
+{
+	pthread_t thread;
+	sigset_t set;
+
+	sigemptyset(&set);
+	sigaddset(&set, SIGUSR1);
+	pthread_sigmask(SIG_BLOCK, &set, NULL);
+	if (pthread_create(&thread, NULL, guard_when_told, (void *)at))
+		_exit(4);
+	peek(at);
+	pthread_join(thread, NULL);
+}
+
 /* ---- churn: one thread changes the layout, others touch at the same time ---- */
 
 #define NOWHERE UINT64_MAX /* not mapped */
@@ -785,6 +814,8 @@ static void obey(const char *name, const uint64_t *a)
 		check(a[0], a[1], a[2], (enum order)a[3], (int)a[4], a[5], a[6]);
 	} else if (!strcmp(name, "peek")) {
 		peek(a[0]);
+	} else if (!strcmp(name, "peek_guarded")) {
+		peek_guarded(a[0]);
 	} else if (!strcmp(name, "poke")) {
 		for (size_t i = 0; i < a[1] * WORDS; i++)
 			((uint64_t *)at)[i] = a[2] + i / WORDS;
