@@ -90,6 +90,7 @@ struct lp_task {
 	bool closed; /* under the engine's lock: nobody is to hear of it any more */
 	bool remote, is_child;
 	_Atomic bool gone, complete;
+	_Atomic bool has_guards; /* one was seen */
 	_Atomic bool unseen; /* its guards can't be looked for, and the owner has been told */
 	struct lp_change *changes; /* of the layout, not made in the space yet: nothing may be answered */
 	size_t nr_changes, cap_changes;
@@ -551,7 +552,8 @@ static struct lp_guarded_task guarded_task(const struct lp_task *t)
 /*
  * As copy_claimed, but for guards (csrc/guarded.h): those pages are dropped, since from the moment a guard is installed what was
  * there is gone, and when it is removed they are zero.  `touched`: a page on which a thread has just faulted, so that it is no
- * guard; on its own it is copied without a look.  look: the thread's, or NULL: what it copies next is elsewhere.
+ * guard unless another thread has made it one meanwhile; on its own it is copied without a look, unless the task has guards.
+ * look: the thread's, or NULL: what it copies next is elsewhere.
  */
 static int copy_unguarded(struct lp_task *t, const struct lp_answer *run, const void *src, enum claims claims, uint64_t touched,
 			  struct lp_look *look)
@@ -561,7 +563,11 @@ static int copy_unguarded(struct lp_task *t, const struct lp_answer *run, const 
 	uint64_t end = run->addr + (run->nr_pages << LP_PAGE_SHIFT), done = 0, now;
 	int fd, rc = 0;
 
-	if (!g->category || !t->pid || (run->nr_pages == 1 && run->addr == touched))
+	if (!g->category || !t->pid)
+		return copy_claimed(t, run, src, claims);
+	if (atomic_load_explicit(&t->has_guards, memory_order_relaxed))
+		look = NULL;
+	else if (run->nr_pages == 1 && run->addr == touched)
 		return copy_claimed(t, run, src, claims);
 	now = look ? now_ns() : 0;
 	if (look && look->layout == t->layout && run->addr >= look->from && end <= look->to && now - look->at < LP_LOOK_NS)
@@ -578,21 +584,27 @@ static int copy_unguarded(struct lp_task *t, const struct lp_answer *run, const 
 	}
 	while (done < run->nr_pages && !rc) {
 		struct lp_answer part = rest_of(run, done);
-		uint64_t ahead = part.addr + LP_LOOK_AHEAD, nr;
-		struct lp_range guard = {end, end};
+		bool close = atomic_load_explicit(&t->has_guards, memory_order_relaxed);
+		uint64_t until = close && end - part.addr > LP_LOOK_CLOSE ? part.addr + LP_LOOK_CLOSE : end, nr;
+		uint64_t ahead = look && !close && end < part.addr + LP_LOOK_AHEAD ? part.addr + LP_LOOK_AHEAD : until;
+		struct lp_range guard = {until, until};
 
 		/*
 		 * Ahead may be past all that a task can have; other errors don't matter: where there are no page tables there is
 		 * nothing to copy to.
 		 */
-		if (!look || ahead < end || lp_guarded_scan(fd, g->category, part.addr, ahead, &guard))
-			lp_guarded_scan(fd, g->category, part.addr, end, &guard);
-		if (look)
+		if (lp_guarded_scan(fd, g->category, part.addr, ahead, &guard) && ahead > until)
+			lp_guarded_scan(fd, g->category, part.addr, until, &guard);
+		if (guard.start < guard.end && !close) {
+			atomic_store_explicit(&t->has_guards, true, memory_order_relaxed);
+			continue; /* closer */
+		}
+		if (look && !close)
 			*look = (struct lp_look){part.addr, guard.start, now, t->layout};
-		if (guard.start > end)
-			guard.start = end;
-		if (guard.end > end)
-			guard.end = end;
+		if (guard.start > until)
+			guard.start = until;
+		if (guard.end > until)
+			guard.end = until;
 		part.nr_pages = (guard.start - part.addr) >> LP_PAGE_SHIFT;
 		if (part.nr_pages)
 			rc = copy_claimed(t, &part, (const char *)src + (done << LP_PAGE_SHIFT), claims);

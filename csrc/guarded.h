@@ -33,7 +33,8 @@ struct lp_guarded {
 
 /*
  * What a thread saw when it last looked: no guard in [from, to).  What follows there soon after is copied without another look,
- * as the end of a large piece is: a guard that is installed between look and copy is lost in any case.
+ * as the end of a large piece is: a guard that is installed between look and copy is lost in any case.  Of a task that has
+ * guards, which nearly none has, each few pages are looked at on their own.
  */
 struct lp_look {
 	uint64_t from, to, at; /* at: when, ns */
@@ -41,6 +42,7 @@ struct lp_look {
 };
 #define LP_LOOK_NS 300000		  /* what copying so much takes, about: */
 #define LP_LOOK_AHEAD ((uint64_t)1 << 20) /* bytes */
+#define LP_LOOK_CLOSE ((uint64_t)8 << LP_PAGE_SHIFT)
 
 /* Whose pages: the owner is a name for it, pidfd may be -1. */
 struct lp_guarded_task {

@@ -77,6 +77,9 @@ SCENARIOS = {
         Scenario("tree", 6),
         Scenario("crowd", 41),
         Scenario("interpreter", 5),
+        Scenario("guarded", 2, ("4.2",)),  # CRIU 4.1.1 can't dump guard regions (images_spec/mm.md)
+        Scenario("guarded_threads", 8, ("4.2",)),
+        Scenario("guards_late", 2),  # waits until all has come
         Scenario("forever"),
     )
 }
@@ -88,7 +91,7 @@ def all_cases() -> list[ParameterSet]:
         pytest.param(Criu(release), scenario.name, id=f"{scenario}-{release}")
         for scenario in SCENARIOS.values()
         for release in scenario.releases
-        if scenario.name != "forever"
+        if scenario.name not in {"guards_late", "forever"}
     ]
 
 
