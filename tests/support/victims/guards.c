@@ -146,7 +146,7 @@ static void guarded(void)
 /* Whether all pages but the guards are there, without touching them. */
 static bool are_there(struct region r, const char *states)
 {
-	static unsigned char there[PAGES(64 * MIB)];
+	static unsigned char there[PAGES(16 * MIB)];
 
 	if (mincore(r.at, r.pages * PAGE, there))
 		die("mincore");
@@ -162,9 +162,9 @@ static bool are_there(struct region r, const char *states)
  */
 static void guards_late(void)
 {
-	size_t n = PAGES(64 * MIB);
+	size_t n = PAGES(16 * MIB);
 	struct region r = region_new(n);
-	static char states[PAGES(64 * MIB)];
+	static char states[PAGES(16 * MIB)];
 	struct tally t = { .name = "guards late" }, installed = { .name = "installed" };
 
 	catch_segv();
