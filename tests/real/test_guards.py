@@ -5,9 +5,10 @@ Dumped and restored by CRIU they are among the scenarios of test_criu_serve.py, 
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,6 +19,10 @@ from images_spec import images
 from images_spec.checkpoint import open_checkpoint
 from images_spec.images import Kind
 from images_spec.placement import guard_regions
+from lazypages.restore.dump import load
+from lazypages.restore.errors import RestoreError
+from lazypages.restore.machine import Machine
+from lazypages.restore.planner import Order, check
 from tests.real.test_criu_serve import check_counts
 from tests.real.test_restore import OurRestore
 from tests.support import dumptool
@@ -123,6 +128,17 @@ def test_at_a_page_server(checkpoints: Checkpoints, tmp_path: Path) -> None:
         restored = stack.enter_context(lazy_restore(checkpoint, daemon, tmp_path, left))
         restored.check_all()
         check_counts(restored)
+
+
+def test_a_kernel_without_guards(dumps: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refused before anything is made."""
+    checkpoint = dumps.get(DumpedByUs(CRIU.release), "guarded")
+    monkeypatch.setattr(Machine, "has_guards", False)
+    order = Order(
+        lazy=False, shell_job=False, detached=True, own_session=os.getsid(0), own_group=os.getpgrp()
+    )
+    with pytest.raises(RestoreError, match=r"Linux 6\.13 is needed") if has_guards() else nullcontext():
+        check(load(checkpoint.images, lazy=False), order, Machine())
 
 
 def test_both_find_the_same(program: Program, tmp_path: Path) -> None:
