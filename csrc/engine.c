@@ -64,6 +64,8 @@ struct uffdio_poison {
 #define LEAD_MAX ((uint64_t)32 << 20)
 #define LEAD_MEMORY_NS (NS / 10)
 #define LOOKAHEAD_TRIES 8	 /* runs that another thread may take before we do */
+#define REST_NS 10000000	 /* how long a fork is waited for to be over, at most: */
+#define REST_TRIES 100
 #define SERVE_TRIES 4		 /* for a task whose layout is changing, before others have their turn */
 
 typedef _Atomic uint64_t counter_t;
@@ -94,6 +96,7 @@ struct lp_task {
 	_Atomic bool unseen; /* its guards can't be looked for, and the owner has been told */
 	struct lp_change *changes; /* of the layout, not made in the space yet: nothing may be answered */
 	size_t nr_changes, cap_changes;
+	size_t unmade; /* how many more changes have been told than the one that is being made */
 	struct faults faults, put_off; /* used by the serving thread only */
 	struct lp_plan plan;	       /* likewise */
 	struct lp_look look;	       /* likewise */
@@ -550,6 +553,15 @@ static struct lp_guarded_task guarded_task(const struct lp_task *t)
 }
 
 /*
+ * Whether what has just been seen of the task's page tables is of the layout that the space knows (lock held).  Who changes it is
+ * counted from before the change until it has been read of, and a little longer (fs/userfaultfd.c, mmap_changing).
+ */
+static bool at_rest(struct lp_task *t)
+{
+	return try_page(t, LP_ANYWHERE) != EAGAIN;
+}
+
+/*
  * As copy_claimed, but for guards (csrc/guarded.h): those pages are dropped, since from the moment a guard is installed what was
  * there is gone, and when it is removed they are zero.  `touched`: a page on which a thread has just faulted, so that it is no
  * guard unless another thread has made it one meanwhile; on its own it is copied without a look, unless the task has guards.
@@ -612,6 +624,10 @@ static int copy_unguarded(struct lp_task *t, const struct lp_answer *run, const 
 		nr = (guard.end - guard.start) >> LP_PAGE_SHIFT;
 		if (rc || !nr)
 			continue;
+		if (!at_rest(t)) { /* it may be the guard of what is there now */
+			rc = -EAGAIN;
+			continue;
+		}
 		drop_pages(t, run, done, nr);
 		wake(t, guard.start, nr); /* who waits there: it was no guard then */
 		done += nr;
@@ -620,35 +636,6 @@ static int copy_unguarded(struct lp_task *t, const struct lp_answer *run, const 
 	if (rc)
 		settle(t, run, done, rc == -EAGAIN ? claims : RELEASE);
 	return rc;
-}
-
-/* A child has the guards that its parent has when it forks; what is behind them is dropped in both (lock held alone). */
-static void drop_guarded(struct lp_task *t)
-{
-	struct lp_guarded *g = &t->engine->guarded;
-	struct lp_guarded_task task = guarded_task(t);
-	struct lp_counts dropped = {.nr_levels = t->nr_levels};
-	size_t nr = lp_space_nr_regions(t->space);
-	int fd;
-
-	if (!g->category || !t->pid || !nr || !lp_space_pending(t->space))
-		return;
-	fd = lp_guarded_take(g, &task);
-	if (fd < 0)
-		return;
-	dropped.by_source = calloc(t->nr_levels + 2, sizeof(uint64_t));
-	if (dropped.by_source) {
-		uint64_t at = lp_space_regions(t->space)[0].start, end = lp_space_regions(t->space)[nr - 1].end;
-		struct lp_range guard;
-
-		for (; !lp_guarded_scan(fd, g->category, at, end, &guard) && guard.start < end; at = guard.end) {
-			lp_space_remove(t->space, guard.start, guard.end, &dropped);
-			wake(t, guard.start, (guard.end - guard.start) >> LP_PAGE_SHIFT);
-		}
-		drop_into(t, dropped.by_source);
-		free(dropped.by_source);
-	}
-	lp_guarded_give(g, t, fd);
 }
 
 static int copy_run(struct lp_task *t, const struct lp_answer *run, const void *src, enum claims claims)
@@ -1005,6 +992,60 @@ static void learn_wiped(struct lp_task *t)
 	free(seen.kept.at);
 }
 
+/* Whether the layout comes to rest soon: the thread that forks may need a moment to wake up. */
+static bool comes_to_rest(struct lp_task *t)
+{
+	const struct timespec pause = {.tv_nsec = REST_NS / REST_TRIES};
+
+	for (int tries = 0; !at_rest(t); tries++) {
+		if (tries == REST_TRIES)
+			return false;
+		nanosleep(&pause, NULL);
+	}
+	return true;
+}
+
+/*
+ * A child has the guards that its parent had when it forked: what is behind them is dropped in both.  The event has been read, so
+ * what the parent installs until its page tables are read, right now, counts as installed before.  Other changes that have been
+ * told and are not made yet, or not told, may have put another mapping in the place of one that the space knows: then nothing is
+ * dropped, and what the child is brought can end its guards.
+ */
+static void drop_guarded(struct lp_task *t)
+{
+	struct lp_guarded *g = &t->engine->guarded;
+	struct lp_guarded_task task = guarded_task(t);
+	struct lp_counts dropped = {.nr_levels = t->nr_levels};
+	size_t nr_regions = lp_space_nr_regions(t->space);
+	struct seen guards = {0};
+	struct lp_range found;
+	uint64_t at, end;
+	int fd;
+
+	if (!g->category || !t->pid || t->unmade || !nr_regions || !lp_space_pending(t->space))
+		return;
+	at = lp_space_regions(t->space)[0].start;
+	end = lp_space_regions(t->space)[nr_regions - 1].end;
+	fd = lp_guarded_take(g, &task);
+	if (fd < 0)
+		return;
+	for (; !lp_guarded_scan(fd, g->category, at, end, &found) && found.start < found.end; at = found.end)
+		add_seen(&guards, found.start, found.end, false);
+	lp_guarded_give(g, t, fd);
+	dropped.by_source = calloc(t->nr_levels + 2, sizeof(uint64_t));
+	if (dropped.by_source && guards.kept.nr && comes_to_rest(t)) {
+		for (size_t i = 0; i < guards.kept.nr; i++) {
+			const struct lp_range *guard = &guards.kept.at[i];
+
+			lp_space_remove(t->space, guard->start, guard->end, &dropped);
+			wake(t, guard->start, (guard->end - guard->start) >> LP_PAGE_SHIFT);
+		}
+		drop_into(t, dropped.by_source);
+	}
+	free(dropped.by_source);
+	free(guards.kept.at);
+}
+
 static void forked(struct lp_task *t, int uffd)
 {
 	struct lp_task *child = task_alloc(t->engine, uffd, t->nr_levels);
@@ -1014,8 +1055,8 @@ static void forked(struct lp_task *t, int uffd)
 	add(&t->stats.forks, 1);
 	if (!child)
 		abort(); /* closing the uffd would fill the child with zeros, and it can't be kept */
-	learn_wiped(t);
 	drop_guarded(t);
+	learn_wiped(t);
 	dropped.by_source = calloc(t->nr_levels + 2, sizeof(uint64_t));
 	if (!dropped.by_source || !(child->space = lp_space_clone(t->space, &dropped)))
 		abort();
@@ -1126,6 +1167,7 @@ static void make_changes(struct lp_task *t, bool at_rest)
 		memmove(&changes[1], changes, next * sizeof(change));
 		changes++;
 		nr--;
+		t->unmade = nr;
 		make_change(t, &change);
 	}
 	if (nr == t->nr_changes)

@@ -9,7 +9,7 @@ import os
 import resource
 import signal
 from collections.abc import Iterable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 
 import pytest
 
@@ -174,6 +174,24 @@ def test_moved(file: PagesFile) -> None:
             )
         task.check(to, 16, file.first_id)
         task.check(to + 32 * PAGE, 32, file.first_id + 32)
+
+
+def test_the_guard_of_another_mapping(file: PagesFile) -> None:
+    """It is where pages are missing that have moved away, of which the engine has not been told: those stay missing."""
+    to = BASE + (1 << 32)
+    with ExitStack() as stack:
+        service = Service()  # which reads no events yet
+        task, served = serve(service, file)
+        stack.callback(task.close)
+        assert task.do("leave_guards", BASE, PAGES, to) == ("0" if has_guards() else "errno 22")
+        with suppress(BusyError):
+            served.transfer(PAGES * PAGE)
+        assert served.pending == PAGES
+        stack.enter_context(service)
+        until("the move", lambda: served.stats().remaps)
+        bring_all(served)
+        task.check(to, PAGES, file.first_id)
+        assert task.do("peek", BASE) == (SIGSEGV if has_guards() else "0")
 
 
 def test_no_descriptor_is_free(file: PagesFile) -> None:
