@@ -22,6 +22,7 @@
 #include "faults.h"
 #include "follow.h"
 #include "guard.h"
+#include "guarded.h"
 #include "lane.h"
 #include "lock.h"
 #include "old_length.h"
@@ -64,6 +65,7 @@ struct uffdio_poison {
 #define BUSY_NS (2 * NS / 1000)	 /* how long after a fault tasks count as faulting */
 /* What one thread of the background has to itself: what one page table maps, for the lock of that is taken for each page. */
 #define STRIPE ((uint64_t)2 << 20)
+#define LP_NO_PAGE (~(uint64_t)0) /* an address that no page has */
 #define MAPPED 8 /* levels of a chain of whose files a thread of the background remembers what it has mapped */
 #define ASIDE_NS (5 * NS / 1000) /* how long after a fault the background leaves its CPU to those who fault */
 #define ASIDE_TRIES 4		 /* for a place elsewhere, so far apart */
@@ -107,6 +109,8 @@ struct lp_task {
 	bool closing; /* by another thread than the serving one */
 	struct lp_answer *untold; /* the first run that is lost, while nobody knows the task yet */
 	_Atomic bool gone, complete;
+	_Atomic bool has_guards; /* one was seen */
+	_Atomic bool unseen; /* its guards can't be looked for, and the owner has been told */
 	_Atomic bool broken;	/* we don't know any more what it misses */
 	uint32_t unheard;	/* notices that there was no memory for, by kind; under the engine's lock, as what follows */
 	int32_t unheard_error;	/* of the last of them */
@@ -122,7 +126,9 @@ struct lp_task {
 	bool batching;		 /* answers don't wake */
 	bool look_at_left;	 /* the background has given claims back since they were looked at */
 	struct lp_plan plan;
+	struct lp_look look;
 	struct lp_task *next_put_off;
+	uint64_t layout; /* how often it has changed */
 	bool is_put_off;
 	int read_error;	     /* while the uffd can't be read */
 	uint64_t next_read;  /* then: not before */
@@ -167,6 +173,7 @@ struct lp_memory {
 
 struct lp_engine {
 	struct lp_lanes lanes;
+	struct lp_guarded guarded;
 	struct lp_task **kin; /* for the serving thread to collect a family in */
 	size_t cap_kin;
 	int epfd, wakefd, noticefd;
@@ -543,13 +550,25 @@ static void lose(struct lp_task *t, const struct lp_answer *run, uint64_t skip, 
 	notify_lost(t, run, skip, nr, error);
 }
 
+/* Counters that a layout event drops pages into, and their way into the task's. */
+static void drop_into(struct lp_task *t, const uint64_t *dropped)
+{
+	for (uint32_t i = 0; i < t->nr_levels + 2; i++)
+		add(&t->dropped[i], dropped[i]);
+}
+
+static void drop_pages(struct lp_task *t, const struct lp_answer *run, uint64_t skip, uint64_t nr)
+{
+	add(&t->dropped[source_index(t, run->source)], lp_space_commit(t->space, run->dense + skip, nr));
+}
+
 /*
  * A page that a forked child has not: all that its parent had was registered, so another thread unmapped it while one
  * forked, and the kernel told of the fork first; or it is not for children (MADV_DONTFORK).
  */
 static void drop_page(struct lp_task *t, const struct lp_answer *run, uint64_t skip)
 {
-	add(&t->dropped[source_index(t, run->source)], lp_space_commit(t->space, run->dense + skip, 1));
+	drop_pages(t, run, skip, 1);
 }
 
 /* What becomes of the claims on pages that can't be copied now. */
@@ -571,6 +590,15 @@ static void take_back(struct lp_task *t)
 	while (!atomic_compare_exchange_weak(&e->released, &t->next_released, t))
 		;
 	signal_fd(e->wakefd);
+}
+
+/* Claimed pages that can't be copied now, from number `skip` of the run on. */
+static void settle_claims(struct lp_task *t, const struct lp_answer *run, uint64_t skip, enum claims claims)
+{
+	if (claims != KEEP_CLAIMS)
+		lp_space_release(t->space, run->dense + skip, run->nr_pages - skip);
+	if (claims == RELEASE_LEFT || claims == RELEASE_LEFT_QUIETLY)
+		take_back(t);
 }
 
 /*
@@ -610,9 +638,9 @@ static int copy_claimed(struct lp_task *t, const struct lp_answer *run, const vo
 			continue;
 		}
 		switch (error) {
-		case EEXIST: /* somebody else's page is there; a thread may wait for it all the same */
+		case EEXIST: /* somebody else's page is there, or a guard; a thread may wait for it all the same */
 			add(&t->stats.present, 1);
-			lp_space_commit(t->space, run->dense + done, 1);
+			drop_pages(t, run, done, 1);
 			if (claims == RELEASE)
 				wake_soon(t, run->addr + at, 1);
 			else
@@ -627,10 +655,7 @@ static int copy_claimed(struct lp_task *t, const struct lp_answer *run, const vo
 		case EAGAIN: /* a layout event under way */
 		case ENOMEM: /* memory may come back */
 		case EINTR:
-			if (claims != KEEP_CLAIMS)
-				lp_space_release(t->space, run->dense + done, left);
-			if (claims == RELEASE_LEFT || claims == RELEASE_LEFT_QUIETLY)
-				take_back(t);
+			settle_claims(t, run, done, claims);
 			return -EAGAIN;
 		default:
 			/*
@@ -655,9 +680,114 @@ static int copy_claimed(struct lp_task *t, const struct lp_answer *run, const vo
 	return 0;
 }
 
+/* The run without its first pages. */
+static struct lp_answer rest_of(const struct lp_answer *run, uint64_t skip)
+{
+	struct lp_answer rest = *run;
+
+	rest.addr += skip << LP_PAGE_SHIFT;
+	rest.image += skip << LP_PAGE_SHIFT;
+	rest.offset += skip << LP_PAGE_SHIFT;
+	rest.dense += skip;
+	rest.nr_pages -= skip;
+	return rest;
+}
+
+static struct lp_guarded_task guarded_task(const struct lp_task *t)
+{
+	return (struct lp_guarded_task){
+		.owner = t, .pid = t->pid, .pidfd = t->pidfd, .uffd = t->uffd, .nowhere = t->engine->nowhere};
+}
+
+/*
+ * Whether what has just been seen of the task's page tables is of the layout that the space knows (lock held).  Who changes it is
+ * counted from before the change until it has been read of, and a little longer (fs/userfaultfd.c, mmap_changing).
+ */
+static bool at_rest(struct lp_task *t)
+{
+	return try_page(t, LP_ANYWHERE) != EAGAIN;
+}
+
+/*
+ * As copy_claimed, but for guards (csrc/guarded.h): those pages are dropped, since from the moment a guard is installed what was
+ * there is gone, and when it is removed they are zero.  `touched`: a page on which a thread has just faulted, so that it is no
+ * guard unless another thread has made it one meanwhile; on its own it is copied without a look, unless the task has guards.
+ * look: the thread's, or NULL: what it copies next is elsewhere.
+ */
+static int copy_unguarded(struct lp_task *t, const struct lp_answer *run, const void *src, enum claims claims, uint64_t touched,
+			  struct lp_look *look)
+{
+	struct lp_guarded *g = &t->engine->guarded;
+	struct lp_guarded_task task = guarded_task(t);
+	uint64_t end = run->addr + (run->nr_pages << LP_PAGE_SHIFT), done = 0, now;
+	int fd, rc = 0;
+
+	if (!g->category || !t->pid)
+		return copy_claimed(t, run, src, claims);
+	if (atomic_load_explicit(&t->has_guards, memory_order_relaxed))
+		look = NULL;
+	else if (run->nr_pages == 1 && run->addr == touched)
+		return copy_claimed(t, run, src, claims);
+	now = look ? now_ns() : 0;
+	if (look && look->layout == t->layout && run->addr >= look->from && end <= look->to && now - look->at < LP_LOOK_NS)
+		return copy_claimed(t, run, src, claims);
+	fd = lp_guarded_take(g, &task);
+	if (fd == -EMFILE || fd == -ENFILE || fd == -ENOMEM) {
+		settle_claims(t, run, 0, claims);
+		return -EAGAIN;
+	}
+	if (fd < 0) {
+		if (fd != -ESRCH && !atomic_exchange(&t->unseen, true))
+			notify_task(t, LP_NOTICE_UNSEEN, -fd);
+		return copy_claimed(t, run, src, claims);
+	}
+	while (done < run->nr_pages && !rc) {
+		struct lp_answer part = rest_of(run, done);
+		bool close = atomic_load_explicit(&t->has_guards, memory_order_relaxed);
+		uint64_t until = close && end - part.addr > LP_LOOK_CLOSE ? part.addr + LP_LOOK_CLOSE : end, nr;
+		uint64_t ahead = look && !close && end < part.addr + LP_LOOK_AHEAD ? part.addr + LP_LOOK_AHEAD : until;
+		struct lp_range guard = {until, until};
+
+		/*
+		 * Ahead may be past all that a task can have; other errors don't matter: where there are no page tables there is
+		 * nothing to copy to.
+		 */
+		if (lp_guarded_scan(fd, g->category, part.addr, ahead, &guard) && ahead > until)
+			lp_guarded_scan(fd, g->category, part.addr, until, &guard);
+		if (guard.start < guard.end && !close) {
+			atomic_store_explicit(&t->has_guards, true, memory_order_relaxed);
+			continue; /* closer */
+		}
+		if (look && !close)
+			*look = (struct lp_look){part.addr, guard.start, now, t->layout};
+		if (guard.start > until)
+			guard.start = until;
+		if (guard.end > until)
+			guard.end = until;
+		part.nr_pages = (guard.start - part.addr) >> LP_PAGE_SHIFT;
+		if (part.nr_pages)
+			rc = copy_claimed(t, &part, (const char *)src + (done << LP_PAGE_SHIFT), claims);
+		done += part.nr_pages;
+		nr = (guard.end - guard.start) >> LP_PAGE_SHIFT;
+		if (rc || !nr)
+			continue;
+		if (!at_rest(t)) { /* it may be the guard of what is there now */
+			rc = -EAGAIN;
+			continue;
+		}
+		drop_pages(t, run, done, nr);
+		wake(t, guard.start, nr); /* who waits there: it was no guard then */
+		done += nr;
+	}
+	lp_guarded_give(g, t, fd);
+	if (rc)
+		settle_claims(t, run, done, rc == -EAGAIN ? claims : RELEASE);
+	return rc;
+}
+
 static int copy_run(struct lp_task *t, const struct lp_answer *run, const void *src, enum claims claims)
 {
-	int rc = copy_claimed(t, run, src, claims);
+	int rc = copy_unguarded(t, run, src, claims, LP_NO_PAGE, NULL);
 
 	check_complete(t);
 	return rc;
@@ -667,7 +797,7 @@ static int copy_run(struct lp_task *t, const struct lp_answer *run, const void *
  * As copy_run, from the pages file that has the run.  What the file does not hold any more is lost.  If it became shorter
  * while it was read, the page that it ends in may have come with zeros: the owner is told (ESTALE), there is no taking it back.
  */
-static int copy_level(struct lp_task *t, const struct lp_answer *run, enum claims claims)
+static int copy_level(struct lp_task *t, const struct lp_answer *run, enum claims claims, uint64_t touched, struct lp_look *look)
 {
 	const struct lp_level *level = &t->levels[run->source];
 	uint64_t held = lp_pages_held(level->fd, run->offset, run->nr_pages), still;
@@ -678,7 +808,7 @@ static int copy_level(struct lp_task *t, const struct lp_answer *run, enum claim
 		lose(t, run, held, run->nr_pages - held, EFAULT);
 	part.nr_pages = held;
 	if (held)
-		rc = copy_claimed(t, &part, (const char *)level->base + run->offset, claims);
+		rc = copy_unguarded(t, &part, (const char *)level->base + run->offset, claims, touched, look);
 	still = lp_pages_held(level->fd, run->offset, held);
 	if (still < held)
 		notify_lost(t, run, still, 1, ESTALE);
@@ -757,7 +887,7 @@ static int bring(struct lp_task *t, uint64_t addr, uint64_t end)
 			continue;
 		run.nr_pages = lp_space_claim(t->space, run.dense, run.nr_pages);
 		if (run.nr_pages)
-			rc = copy_level(t, &run, RELEASE);
+			rc = copy_level(t, &run, RELEASE, LP_NO_PAGE, &t->look);
 		else
 			run.nr_pages = 1; /* somebody was faster */
 	}
@@ -862,7 +992,7 @@ static int answer(struct lp_task *t, struct lp_fault fault)
 		if (rc)
 			lp_space_release(t->space, run.dense, run.nr_pages);
 		else
-			rc = copy_level(t, &run, RELEASE);
+			rc = copy_level(t, &run, RELEASE, fault.addr, &t->look);
 		if (!rc) {
 			add(&t->stats.faults_served, fault.times);
 			add(&t->served[run.source], fault.times);
@@ -957,6 +1087,7 @@ static void forget_seen(struct seen *seen);
 
 static void task_free(struct lp_task *t)
 {
+	lp_guarded_forget(&t->engine->guarded, t);
 	if (t->uffd >= 0)
 		close_uffd(t);
 	for (size_t i = 0; i < t->nr_changes; i++)
@@ -1006,13 +1137,6 @@ static int task_start(struct lp_task *t)
 		check_complete(t);
 	lp_unlock_alone(&t->lock);
 	return rc;
-}
-
-/* Counters that a layout event drops pages into, and their way into the task's. */
-static void drop_into(struct lp_task *t, const uint64_t *dropped)
-{
-	for (uint32_t i = 0; i < t->nr_levels + 2; i++)
-		add(&t->dropped[i], dropped[i]);
 }
 
 struct ranges {
@@ -1219,6 +1343,47 @@ static void replay(struct lp_task *t, struct lp_task *child, const struct unrest
 		wake(child, lp_faults_pop(&child->faults).addr, 1);
 }
 
+/*
+ * A child has the guards that its parent had when it forked: what is behind them is dropped in both (the layout was at rest a
+ * moment ago).  What the parent installs until its page tables are read, right now, counts as installed before.  A change that has
+ * begun meanwhile may have put another mapping in the place of one that the space knows: then nothing is dropped, and what the
+ * child is brought can end its guards.
+ */
+static void drop_guarded(struct lp_task *t)
+{
+	struct lp_guarded *g = &t->engine->guarded;
+	struct lp_guarded_task task = guarded_task(t);
+	struct lp_counts dropped = {.nr_levels = t->nr_levels};
+	size_t nr_regions = lp_space_nr_regions(t->space);
+	struct seen guards = {0};
+	struct lp_range found;
+	uint64_t at, end;
+	int fd;
+
+	if (!g->category || !t->pid || !nr_regions || !lp_space_pending(t->space))
+		return;
+	at = lp_space_regions(t->space)[0].start;
+	end = lp_space_regions(t->space)[nr_regions - 1].end;
+	fd = lp_guarded_take(g, &task);
+	if (fd < 0)
+		return;
+	for (; !lp_guarded_scan(fd, g->category, at, end, &found) && found.start < found.end; at = found.end)
+		add_seen(&guards, found.start, found.end, false);
+	lp_guarded_give(g, t, fd);
+	dropped.by_source = calloc(t->nr_levels + 2, sizeof(uint64_t));
+	if (dropped.by_source && guards.kept.nr && at_rest(t)) {
+		for (size_t i = 0; i < guards.kept.nr; i++) {
+			const struct lp_range *guard = &guards.kept.at[i];
+
+			lp_space_remove(t->space, guard->start, guard->end, &dropped);
+			wake(t, guard->start, (guard->end - guard->start) >> LP_PAGE_SHIFT);
+		}
+		drop_into(t, dropped.by_source);
+	}
+	free(dropped.by_source);
+	free(guards.kept.at);
+}
+
 static void forked(struct lp_task *t, const struct lp_change *fork, const struct unrest *unrest)
 {
 	struct lp_task *child = task_alloc(t->engine, fork->uffd, t->nr_levels);
@@ -1235,6 +1400,8 @@ static void forked(struct lp_task *t, const struct lp_change *fork, const struct
 	child->untold = &lost;
 	child->tag = t->tag;
 	learn_wiped(t, fork->seen);
+	if (!unrest->before)
+		drop_guarded(t);
 	dropped.by_source = calloc(t->nr_levels + 2, sizeof(uint64_t));
 	if (dropped.by_source && unrest->before)
 		replay(t, child, unrest, fork->to, &dropped);
@@ -1281,6 +1448,7 @@ static void make_change(struct lp_task *t, const struct lp_change *change, const
 
 	if (rc || change->kind == LP_QUESTION)
 		goto out;
+	t->layout++;
 	switch (change->kind) {
 	case LP_FORKED:
 		forked(t, change, unrest);
@@ -1694,6 +1862,7 @@ struct lp_engine *lp_engine_new(struct lp_guard *guard)
 	if (!e)
 		return NULL;
 	pthread_mutex_init(&e->lock, NULL);
+	lp_guarded_init(&e->guarded);
 	atomic_init(&e->follow.cpu, -1);
 	e->guard = guard;
 	e->retry = RETRY_FIRST_NS;
@@ -1752,6 +1921,7 @@ void lp_engine_free(struct lp_engine *e)
 		task_free(t);
 	}
 	lp_lanes_free(&e->lanes);
+	lp_guarded_end(&e->guarded);
 	free(e->kin);
 	if (e->epfd >= 0)
 		close(e->epfd);
@@ -2054,7 +2224,7 @@ static uint64_t chunk(struct lp_engine *e)
  * of these pages has been left to us since we claimed it, or the serving thread has still to read the fault, will find the
  * page there, and wakes.
  */
-static int bring_run(struct lp_task *t, struct lp_answer *run)
+static int bring_run(struct lp_task *t, struct lp_answer *run, struct lp_look *look)
 {
 	bool quietly = now_ns() - atomic_load_explicit(&t->last_crowd, memory_order_relaxed) < CROWD_NS;
 	uint64_t begun = trace_begins(t), times_left = atomic_load(&t->times_left);
@@ -2063,7 +2233,7 @@ static int bring_run(struct lp_task *t, struct lp_answer *run)
 	run->nr_pages = lp_space_claim(t->space, run->dense, run->nr_pages);
 	if (!run->nr_pages)
 		return 0;
-	rc = copy_level(t, run, quietly ? RELEASE_LEFT_QUIETLY : RELEASE_LEFT);
+	rc = copy_level(t, run, quietly ? RELEASE_LEFT_QUIETLY : RELEASE_LEFT, LP_NO_PAGE, look);
 	atomic_thread_fence(memory_order_seq_cst); /* with that of leave_fault: it sees the commit, or we its fault */
 	if (quietly && atomic_load(&t->times_left) != times_left)
 		wake(t, run->addr, run->nr_pages);
@@ -2076,6 +2246,7 @@ static int bring_run(struct lp_task *t, struct lp_answer *run)
 struct stripe {
 	uint64_t at, end;
 	uint32_t sent;
+	struct lp_look look;
 	struct {
 		uint32_t level; /* whose bytes [from, to) are mapped */
 		uint64_t from, to;
@@ -2191,7 +2362,7 @@ int64_t lp_task_transfer(struct lp_task *t, uint64_t max_bytes)
 			unmapped = true;
 		} else {
 			stripe.at = run.addr + (run.nr_pages << LP_PAGE_SHIFT);
-			rc = bring_run(t, &run);
+			rc = bring_run(t, &run, &stripe.look);
 			brought += run.nr_pages << LP_PAGE_SHIFT;
 			if (!run.nr_pages && ++tries > LOOKAHEAD_TRIES)
 				rc = 1;

@@ -47,6 +47,7 @@ enum lp_notice_kind {
 	LP_NOTICE_GONE,	      /* the task's memory does not exist any more */
 	LP_NOTICE_FAILED,     /* an operation on the uffd failed in a way that should not be: error */
 	LP_NOTICE_BROKEN,     /* what the task misses is not known any more: error is why. It is to be killed, and what it has forked */
+	LP_NOTICE_UNSEEN,     /* guards that the task installs can't be seen, and may be copied over: error is why */
 };
 
 struct lp_notice {

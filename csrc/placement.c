@@ -191,6 +191,39 @@ int lp_fill(const struct lp_extents *top, uint32_t nr_levels, const struct lp_ex
 	return 0;
 }
 
+int lp_exclude(const struct lp_extents *all, const struct lp_span *spans, uint64_t nr_spans,
+	       struct lp_extents *table)
+{
+	struct builder builder = {0};
+	uint64_t first = 0;
+
+	for (uint64_t i = 0; i < all->count; i++) {
+		const struct lp_extent *extent = &all->extents[i];
+		uint64_t address = extent->start, stop = extent_end(extent);
+
+		while (first < nr_spans && spans[first].end <= address)
+			first++;
+		for (uint64_t k = first; address < stop; k++) {
+			uint64_t end = k < nr_spans && spans[k].start < stop ? spans[k].start : stop;
+			struct lp_extent piece = *extent;
+
+			piece.start = address;
+			if (extent->source < LP_SOURCE_REMOTE)
+				piece.offset += address - extent->start;
+			if (end > address) {
+				piece.nr_pages = (end - address) / PAGE_SIZE;
+				if (append(&builder, &piece)) {
+					lp_extents_free(&builder.table);
+					return -1;
+				}
+			}
+			address = end < stop ? spans[k].end : stop;
+		}
+	}
+	finish(&builder, table);
+	return 0;
+}
+
 void lp_extents_free(struct lp_extents *table)
 {
 	free(table->extents);

@@ -49,6 +49,14 @@ int lp_fill(const struct lp_extents *top, uint32_t nr_levels, const struct lp_ex
 	    struct lp_extents *table);
 
 /*
+ * The same pages without those in the spans, which are sorted and do not
+ * overlap: guard regions. Linear in extents and spans. 0, or -1 when memory
+ * is short.
+ */
+int lp_exclude(const struct lp_extents *all, const struct lp_span *spans, uint64_t nr_spans,
+	       struct lp_extents *table);
+
+/*
  * Adds up the pages in each of the spans, which are sorted and do not overlap:
  * nr_levels + 2 counts a span, one for each level, then remote, then lost.
  */

@@ -41,6 +41,7 @@ from images_spec.messages import (
     StatsEntry,
     TaskKobjIdsEntry,
 )
+from images_spec.placement import Span
 from lazypages.wire import ImageType
 
 IMAGE_VERSION = 2
@@ -355,7 +356,8 @@ class _Run:
             captured = core.capture(task, self._gadgets[task.pid], components, ids)
             arm = self.settings.leave_running and self.settings.track
             described = self.find_pages(task, partial(table.add_mapped, task.pid), number, arm=arm)
-            _write_task(_Captured(task, captured, described, ids), directory, table)
+            guards = memory.guard_regions(task.pid, described)
+            _write_task(_Captured(task, captured, described, guards, ids), directory, table)
         _write_tables(directory, tree, table)
 
     def copy(self, *, running: bool) -> None:
@@ -478,6 +480,7 @@ class _Captured:
     task: Task
     captured: core.Captured
     described: list[Mapping]
+    guards: list[Span]
     ids: TaskKobjIdsEntry
 
 
@@ -489,7 +492,7 @@ def _write_task(what: _Captured, directory: Path, table: FileTable) -> None:
         root_id=table.add_link(pid, "root"),
         umask=int(task.status["Umask"], 8),
     )
-    mm = mappings.mm_entry(task, captured.inside, what.described, table.add_link(pid, "exe"))
+    mm = mappings.mm_entry(task, captured.inside, what.described, what.guards, table.add_link(pid, "exe"))
     for tid, entry in captured.cores.items():
         images.write(directory / Kind.CORE.file_name(tid), Kind.CORE, [entry])
     images.write(directory / Kind.IDS.file_name(pid), Kind.IDS, [ids])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from dumptool import proc
@@ -19,6 +19,7 @@ from images_spec.flags import (
     VMA_ANON_SHARED,
     VMA_FILE_PRIVATE,
     VMA_FILE_SHARED,
+    VMA_GUARD,
     VMA_HEAP,
     VMA_REGULAR,
     VMA_VDSO,
@@ -27,6 +28,7 @@ from images_spec.flags import (
     lazy_capable,
 )
 from images_spec.messages import MmEntry, VmaEntry
+from images_spec.placement import Span
 
 MAP_NORESERVE = 0x4000
 PROT_READ = 1
@@ -125,7 +127,9 @@ def _entry(vma: proc.Vma, flags: frozenset[str], file_id: FileIds) -> VmaEntry:
     return entry
 
 
-def mm_entry(task: Task, inside: Inside, mappings: list[Mapping], exe_id: int) -> MmEntry:
+def mm_entry(
+    task: Task, inside: Inside, mappings: list[Mapping], guards: Iterable[Span], exe_id: int
+) -> MmEntry:
     """The mm image of a process."""
     stat_ = task.stat
     return MmEntry(
@@ -142,10 +146,16 @@ def mm_entry(task: Task, inside: Inside, mappings: list[Mapping], exe_id: int) -
         env_end=stat_.env_end,
         exe_file_id=exe_id,
         saved_auxv=auxiliary_vector(proc.read(task.pid, "auxv")),
-        vmas=[mapping.entry for mapping in mappings],
+        vmas=[*(mapping.entry for mapping in mappings), *map(_guard, guards)],
         dumpable=inside.dumpable,
         thp_disabled=inside.thp_disabled,
     )
+
+
+def _guard(span: Span) -> VmaEntry:
+    """As CRIU 4.2 writes a guard region (images_spec/mm.md)."""
+    places = {"start": span.start, "end": span.end, "pgoff": 0, "shmid": 0}
+    return VmaEntry(**places, prot=0, flags=0, status=VMA_GUARD, fd=-1)
 
 
 def auxiliary_vector(data: bytes) -> tuple[int, ...]:

@@ -19,8 +19,18 @@ from dumptool._ptrace import ffi, lib
 from dumptool.chain import ParentPages
 from dumptool.errors import DumpError, system_error
 from dumptool.mappings import Mapping
-from images_spec.flags import PAGE_SIZE, PE_LAZY, PE_PARENT, PE_PRESENT
+from images_spec.flags import (
+    MAP_LOCKED,
+    PAGE_SIZE,
+    PE_LAZY,
+    PE_PARENT,
+    PE_PRESENT,
+    VMA_VDSO,
+    VMA_VSYSCALL,
+    VMA_VVAR,
+)
 from images_spec.pagemap import PagemapWriter
+from images_spec.placement import Span
 
 BUFFER_PAGES = 256
 """Read and written at a time: 1 MiB, which stays in the CPU's cache."""
@@ -184,9 +194,10 @@ def _scan_mapping(pagemap_fd: int, mapping: Mapping, protect: bool, runs: Runs) 
     what = ffi.new(
         "struct lp_scan *",
         {
-            "excluded": lib.LP_PAGE_FILE if mapping.file_backed else lib.LP_PAGE_PFNZERO,
+            # guards look like swapped pages; and what is found may be marked (protect), which they must not be
+            "excluded": guard_category() | (lib.LP_PAGE_FILE if mapping.file_backed else lib.LP_PAGE_PFNZERO),
             "any": lib.LP_PAGE_PRESENT | lib.LP_PAGE_SWAPPED,
-            "wanted": WANTED | guard_category(),
+            "wanted": WANTED,
             "protect": protect,
         },
     )
@@ -196,16 +207,45 @@ def _scan_mapping(pagemap_fd: int, mapping: Mapping, protect: bool, runs: Runs) 
         outcome = lib.lp_scan_pages(
             pagemap_fd, what, at, mapping.entry.end, runs.end, runs.room - runs.count, count
         )
-        if lib.lp_count_pages(runs.end, count[0], lib.LP_PAGE_GUARD):
-            raise DumpError(
-                f"mapping {mapping.entry.start:x}-{mapping.entry.end:x} has guard regions (madvise), "
-                "which are not saved"
-            )
         runs.count += count[0]
         if outcome == -1 and protect:  # EPERM: this mapping is not ours to protect
             what.protect = False
         elif outcome:
             raise system_error(-outcome, f"pages of {mapping.entry.start:#x}-{mapping.entry.end:#x}")
+
+
+def guard_regions(pid: int, mappings: Iterable[Mapping]) -> list[Span]:
+    """Pages of a frozen process that raise SIGSEGV (MADV_GUARD_INSTALL), as mm images have them (images_spec/mm.md).
+
+    None where ``guard_category`` can't tell them: the dump fails there, as guards can't be read. Raises ``DumpError``.
+    """
+    if not guard_category():
+        return []
+    what = ffi.new("struct lp_scan *", {"required": guard_category()})
+    at, count, runs = ffi.new("uint64_t *"), ffi.new("size_t *"), Runs()
+    found: list[Span] = []
+    fd = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        for mapping in mappings:
+            if mapping.entry.status & (VMA_VSYSCALL | VMA_VVAR | VMA_VDSO):
+                continue
+            at[0], end = mapping.entry.start, mapping.entry.end
+            while at[0] < end:
+                outcome = lib.lp_scan_pages(fd, what, at, end, runs.array, runs.room, count)
+                if outcome:
+                    raise system_error(-outcome, f"guard regions of {mapping.entry.start:#x}-{end:#x}")
+                runs.count = count[0]
+                if runs.count and mapping.entry.flags & MAP_LOCKED:
+                    raise DumpError(
+                        f"pid {pid}: locked memory at {mapping.entry.start:#x} has guard regions (madvise), "
+                        "which can't be installed there"
+                    )
+                for first, last, _ in runs:
+                    before = found.pop() if found and found[-1].end == first else Span(first, first)
+                    found.append(Span(before.start, last))
+    finally:
+        os.close(fd)
+    return found
 
 
 def only_in_parent(parts: Iterable[Part], parent: ParentPages | None, marks: Marks) -> list[Part]:

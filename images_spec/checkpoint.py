@@ -17,7 +17,7 @@ from images_spec.errors import ImageError, ImageMissingError
 from images_spec.flags import MADV_WIPEONFORK
 from images_spec.images import Kind
 from images_spec.pagemap import Pagemap
-from images_spec.placement import ExtentTable, Span, lazy_vmas, resolve
+from images_spec.placement import ExtentTable, Span, guard_regions, lazy_vmas, mappings, resolve
 
 if TYPE_CHECKING:
     from images_spec.messages import InventoryEntry, PstreeEntry
@@ -49,7 +49,8 @@ class TaskImages(NamedTuple):
     """A task's memory. ``Extent.source`` counts ``levels``.
 
     ``vmas``: the mappings that the restorer registers with userfaultfd; ``wiped``: those of them that a
-    forked child finds zeroed. A dead task (a zombie) has no memory: all is empty.
+    forked child finds zeroed; ``guards``: pages that raise SIGSEGV, in these or other mappings, of which
+    ``extents`` says nothing. A dead task (a zombie) has no memory: all is empty.
     """
 
     pid: int
@@ -57,6 +58,7 @@ class TaskImages(NamedTuple):
     extents: ExtentTable
     vmas: list[Span]
     wiped: list[Span]
+    guards: list[Span]
     levels: list[TaskLevel]
 
 
@@ -86,15 +88,17 @@ class Checkpoint:
             raise ImageError(self.directory / Kind.PSTREE.file_name(), f"has no task {pid}")
         core = images.read_one(self.directory / Kind.CORE.file_name(pid), Kind.CORE)
         if core.tc.task_state == TaskState.TASK_DEAD:
-            return TaskImages(pid, True, resolve([None], remote=remote), [], [], [])
+            return TaskImages(pid, True, resolve([None], remote=remote), [], [], [], [])
         mm_path = self.directory / Kind.MM.file_name(pid)
         mm = images.read_one(mm_path, Kind.MM)
         vmas = lazy_vmas(mm, mm_path)
-        advised = {Span(vma.start, vma.end) for vma in mm.vmas if vma.madv >> MADV_WIPEONFORK & 1}
+        guards = guard_regions(mm, mm_path)
+        advised = {Span(vma.start, vma.end) for vma in mappings(mm) if vma.madv >> MADV_WIPEONFORK & 1}
         levels, pagemaps = self._load_levels(pid)
-        extents = resolve(pagemaps, remote=remote)
+        extents = resolve(pagemaps, remote=remote).without(guards)
         extents.check_covered(vmas, pagemaps[0].path)
-        return TaskImages(pid, False, extents, vmas, [vma for vma in vmas if vma in advised], levels)
+        wiped = [vma for vma in vmas if vma in advised]
+        return TaskImages(pid, False, extents, vmas, wiped, guards, levels)
 
     def _load_levels(self, pid: int) -> tuple[list[TaskLevel], list[Pagemap]]:
         """The pagemaps of a task, down to the first level without one: there its chain ends, as for CRIU."""

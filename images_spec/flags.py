@@ -47,6 +47,11 @@ MAP_HUGETLB: Final = 0x40000
 MADV_WIPEONFORK: Final = 18
 
 
+def is_guard(status: int) -> bool:
+    """Whether a ``VmaEntry`` with this status is no mapping, but a guard region of others (images_spec/mm.md)."""
+    return bool(status & VMA_GUARD)
+
+
 def lazy_capable(vma_flags: int, status: int) -> bool:
     """Whether the restorer registers a mapping with userfaultfd.
 

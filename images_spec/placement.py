@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from images_spec._pagemap import ffi, lib
 from images_spec.errors import ImageError
-from images_spec.flags import PAGE_SIZE, lazy_capable
+from images_spec.flags import PAGE_SIZE, is_guard, lazy_capable
 from images_spec.pagemap import Pagemap
 
 if TYPE_CHECKING:
-    from images_spec.mm_pb2 import MmEntry
+    from images_spec.mm_pb2 import MmEntry, VmaEntry
 
 LAST_PAGE: Final = (1 << 64) - PAGE_SIZE
 """Past all that a pagemap can speak of."""
@@ -128,6 +128,15 @@ class ExtentTable:
             raise MemoryError
         return ExtentTable(table, self.nr_levels + other.nr_levels)
 
+    def without(self, spans: Sequence[Span]) -> ExtentTable:
+        """The same pages but for those in the spans (page aligned, sorted, not overlapping): guard regions."""
+        if not spans:
+            return self
+        table = ffi.new("struct lp_extents *")
+        if lib.lp_exclude(self._table, ffi.new("struct lp_span[]", list(spans)), len(spans), table):
+            raise MemoryError
+        return ExtentTable(table, self.nr_levels)
+
     def check_covered(self, spans: Sequence[Span], path: Path) -> None:
         """Raises ``ImageError`` (for the pagemap at ``path``) when a lazy page lies in none of the spans.
 
@@ -161,16 +170,53 @@ def resolve(levels: Sequence[Pagemap | None], *, remote: bool) -> ExtentTable:
     return ExtentTable(table, len(levels))
 
 
+def mappings(mm: MmEntry) -> list[VmaEntry]:
+    """The entries of an mm image that are mappings: all but guard regions."""
+    return [vma for vma in mm.vmas if not is_guard(vma.status)]
+
+
 def lazy_vmas(mm: MmEntry, path: Path) -> list[Span]:
     """The mappings that the restorer registers with userfaultfd, whole, in order; neighbours stay apart.
 
     Raises ``ImageError`` (for the mm image at ``path``) when mappings, of whatever kind, are unsorted,
     overlapping, unaligned or empty.
     """
-    spans = []
+    vmas = mappings(mm)
+    return [
+        span
+        for vma, span in zip(vmas, _checked(vmas, "mapping", path), strict=True)
+        if lazy_capable(vma.flags, vma.status)
+    ]
+
+
+def guard_regions(mm: MmEntry, path: Path) -> list[Span]:
+    """Pages that raise SIGSEGV when they are touched (MADV_GUARD_INSTALL), in order.
+
+    They are neither data nor zero, whatever a pagemap says of them. They lie within the mappings, and one may
+    span several. Raises ``ImageError`` (for the mm image at ``path``) when they are unsorted, overlapping,
+    unaligned or empty, or where nothing is mapped.
+    """
+    spans = _checked([vma for vma in mm.vmas if is_guard(vma.status)], "guard region", path)
+    mapped = iter(mappings(mm))
+    vma = next(mapped, None)
+    for span in spans:
+        at = span.start
+        while at < span.end:
+            while vma is not None and vma.end <= at:
+                vma = next(mapped, None)
+            if vma is None or vma.start > at:
+                raise ImageError(
+                    path, f"guard region {span.start:#x}-{span.end:#x}: nothing is mapped at {at:#x}"
+                )
+            at = vma.end
+    return spans
+
+
+def _checked(vmas: Sequence[VmaEntry], kind: str, path: Path) -> list[Span]:
+    """Where they are, if they are what ``lazy_vmas`` and ``guard_regions`` ask for."""
     before = 0
-    for vma in mm.vmas:
-        name = f"mapping {vma.start:#x}-{vma.end:#x}"
+    for vma in vmas:
+        name = f"{kind} {vma.start:#x}-{vma.end:#x}"
         if vma.start % PAGE_SIZE or vma.end % PAGE_SIZE:
             raise ImageError(path, f"{name} is not page aligned")
         if vma.start >= vma.end:
@@ -178,6 +224,4 @@ def lazy_vmas(mm: MmEntry, path: Path) -> list[Span]:
         if vma.start < before:
             raise ImageError(path, f"{name} is not sorted or overlaps the one before it")
         before = vma.end
-        if lazy_capable(vma.flags, vma.status):
-            spans.append(Span(vma.start, vma.end))
-    return spans
+    return [Span(vma.start, vma.end) for vma in vmas]

@@ -117,6 +117,8 @@ struct lp_stats {
     uint64_t faults, faults_zero, faults_served, retried, zero_pages, present, copies, reads, wakes, poisoned;
     uint64_t forks, remaps, removes, unmaps, service_max;
 };
+int lp_guarded_scan(int fd, uint64_t category, uint64_t start, uint64_t end, struct lp_range *found);
+
 struct lp_guard;
 struct lp_guard *lp_guard_start(int log_fd);
 void lp_guard_end(struct lp_guard *guard);
@@ -199,7 +201,7 @@ CSRC = Path("csrc")  # builds run at the project's root
 ffibuilder.set_source(
     "lazypages._uffd",
     "#include <sys/mman.h>\n#include <sys/syscall.h>\n#include <unistd.h>\n"
-    '#include "doubt.h"\n#include "engine.h"\n#include "faults.h"\n#include "lane.h"\n#include "old_length.h"\n'
+    '#include "doubt.h"\n#include "engine.h"\n#include "faults.h"\n#include "guarded.h"\n#include "lane.h"\n#include "old_length.h"\n'
     '#include "plan.h"\n#include "space.h"\n#include "trace.h"\n',
     sources=[
         str(CSRC / name)
@@ -212,6 +214,7 @@ ffibuilder.set_source(
             "smaps.c",
             "follow.c",
             "guard.c",
+            "guarded.c",
             "trace.c",
             "lane.c",
             "engine.c",
@@ -232,6 +235,7 @@ ffibuilder.set_source(
             "lock.h",
             "follow.h",
             "guard.h",
+            "guarded.h",
             "trace.h",
             "lane.h",
             "engine.h",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -18,7 +19,7 @@ from images_spec.errors import ImageMissingError
 from images_spec.flags import PAGE_SIZE, lazy_capable
 from images_spec.images import Kind
 from images_spec.messages import CoreEntry, MmEntry, TaskState, VmaEntry
-from images_spec.placement import PageCount, PageCounts, Span
+from images_spec.placement import PageCount, PageCounts, Span, mappings
 
 WIDE = 10_000
 """Columns, more than any line takes."""
@@ -154,8 +155,12 @@ def _pages(report: _TaskReport) -> Table:
     memory = report.memory
     for name, count in _places(memory.extents.counts()):
         _add_row(table, *_row(name, count), style="bold red" if name == "lost" and count.total else "")
-    zero = _untouched(memory.vmas, memory.extents.counts_within(memory.vmas))
+    zero = _untouched(memory.vmas, memory)
     _add_row(table, *_row("zero (never touched)", PageCount(lazy=sum(zero))))
+    if memory.guards:
+        lazy = sum(_guarded(memory.vmas, memory.guards))
+        rest = sum(end - start for start, end in memory.guards) // PAGE_SIZE - lazy
+        _add_row(table, *_row("guard (SIGSEGV)", PageCount(lazy, rest)))
     return table
 
 
@@ -163,12 +168,28 @@ def _row(name: str, count: PageCount) -> tuple[str, str, str, str, str]:
     return name, str(count.lazy), _size(count.lazy), str(count.eager), _size(count.eager)
 
 
-def _untouched(vmas: Iterable[Span], counts: Iterable[PageCounts]) -> list[int]:
-    """How many pages of each mapping no pagemap speaks of."""
+def _untouched(vmas: Sequence[Span], memory: TaskImages) -> list[int]:
+    """How many pages of each mapping no pagemap speaks of, guards not among them."""
+    counts = memory.extents.counts_within(vmas)
     return [
-        (vma.end - vma.start) // PAGE_SIZE - sum(place.total for _, place in _places(count))
-        for vma, count in zip(vmas, counts, strict=True)
+        (vma.end - vma.start) // PAGE_SIZE - sum(place.total for _, place in _places(count)) - guards
+        for vma, count, guards in zip(vmas, counts, _guarded(vmas, memory.guards), strict=True)
     ]
+
+
+def _guarded(vmas: Iterable[Span], guards: Sequence[Span]) -> list[int]:
+    """How many pages of each mapping are guards; both in order."""
+    numbers, first = [], 0
+    for vma in vmas:
+        while first < len(guards) and guards[first].end <= vma.start:
+            first += 1
+        size = 0
+        for guard in islice(guards, first, None):
+            if guard.start >= vma.end:
+                break
+            size += min(guard.end, vma.end) - max(guard.start, vma.start)
+        numbers.append(size // PAGE_SIZE)
+    return numbers
 
 
 def _mappings(report: _TaskReport, mm: MmEntry, names: dict[int, str]) -> Table:
@@ -177,13 +198,16 @@ def _mappings(report: _TaskReport, mm: MmEntry, names: dict[int, str]) -> Table:
     "missing" pages are at a page server or lost. Those that no pagemap speaks of are zero only where the
     restorer registers the mapping: in others they may be in a file.
     """
-    spans = [Span(vma.start, vma.end) for vma in mm.vmas]
+    vmas, guards = mappings(mm), report.memory.guards
+    spans = [Span(vma.start, vma.end) for vma in vmas]
     counts = report.memory.extents.counts_within(spans)
     missing = any(count.remote.total or count.lost.total for count in counts)
     columns = ["address", "size", "access", "lazy", "stored", *(["missing"] if missing else []), "zero"]
+    columns += ["guard"] if guards else []
     table = _table(f"{report.title}: mappings", *columns, "what", right=[1, *range(4, len(columns))])
     table.columns[-1].no_wrap = False
-    for vma, count, zero in zip(mm.vmas, counts, _untouched(spans, counts), strict=True):
+    rows = zip(vmas, counts, _untouched(spans, report.memory), _guarded(spans, guards), strict=True)
+    for vma, count, zero, guarded in rows:
         lazy = lazy_capable(vma.flags, vma.status)
         _add_row(
             table,
@@ -194,6 +218,7 @@ def _mappings(report: _TaskReport, mm: MmEntry, names: dict[int, str]) -> Table:
             str(sum(level.total for level in count.levels)),
             *([str(count.remote.total + count.lost.total)] if missing else []),
             str(zero) if lazy else "",
+            *([str(guarded)] if guards else []),
             _what(vma, names),
         )
     return table

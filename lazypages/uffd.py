@@ -47,6 +47,7 @@ class NoticeKind(enum.IntEnum):
     GONE = 6
     FAILED = 7
     BROKEN = 8
+    UNSEEN = 9
 
 
 class Notice(NamedTuple):

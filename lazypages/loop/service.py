@@ -162,6 +162,13 @@ class TaskService:
                 self._kill(
                     f"it is not known any more what it misses: {os.strerror(notice.error)}", descendants=True
                 )
+            case NoticeKind.UNSEEN:
+                log.warning(
+                    "%s: /proc/PID/pagemap can't be read (%s): a guard that it installs (MADV_GUARD_INSTALL) before "
+                    "all of its memory is there may be copied over; give the daemon CAP_SYS_PTRACE",
+                    self.identity.name,
+                    os.strerror(notice.error),
+                )
             case NoticeKind.FORKED:
                 pass  # the server's
 

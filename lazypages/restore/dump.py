@@ -32,7 +32,7 @@ from images_spec.messages import (
     VmaEntry,
 )
 from images_spec.pagemap import Pagemap
-from images_spec.placement import ExtentTable, resolve
+from images_spec.placement import ExtentTable, mappings, resolve
 
 T = TypeVar("T")
 
@@ -42,7 +42,10 @@ SHARED_ANONYMOUS: Final = "/dev/zero"
 
 @dataclass(frozen=True, slots=True)
 class Alive:
-    """What a task has that a zombie lacks. ``threads``: the cores by tid, the leader's first."""
+    """What a task has that a zombie lacks. ``threads``: the cores by tid, the leader's first.
+
+    ``mm`` has mappings only: its guard regions are in ``memory``.
+    """
 
     ids: TaskKobjIdsEntry
     mm: MmEntry
@@ -174,13 +177,20 @@ def _process(checkpoint: Checkpoint, entry: PstreeEntry, lazy: bool) -> Process:
                 )
         alive = Alive(
             ids,
-            images.read_one(directory / Kind.MM.file_name(pid), Kind.MM),
+            _without_guards(images.read_one(directory / Kind.MM.file_name(pid), Kind.MM)),
             images.read_one(directory / Kind.FS.file_name(pid), Kind.FS),
             images.read(directory / Kind.FDINFO.file_name(ids.files_id), Kind.FDINFO),
             threads,
             checkpoint.load_task(pid, remote=lazy),
         )
     return Process(pid, entry.ppid, entry.pgid, entry.sid, core, alive)
+
+
+def _without_guards(mm: MmEntry) -> MmEntry:
+    kept = mappings(mm)
+    del mm.vmas[:]
+    mm.vmas.extend(kept)
+    return mm
 
 
 def _core(directory: Path, tid: int) -> CoreEntry:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import resource
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from lazypages.restore.syscalls import TIMER_CREATE_RESTORE_IDS_GET, Prctl
+from lazypages.restore.syscalls import MADV_GUARD_INSTALL, TIMER_CREATE_RESTORE_IDS_GET, Prctl
 
 CAPABILITY_SETS = ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")
 NR_RLIMITS = 16
@@ -85,6 +86,16 @@ class Machine:
             Prctl.TIMER_CREATE_RESTORE_IDS, TIMER_CREATE_RESTORE_IDS_GET, 0, 0, 0
         )
         return int(answer) >= 0
+
+    @cached_property
+    def has_guards(self) -> bool:
+        """Whether madvise can install guard regions: Linux 6.13, an older one says EINVAL."""
+        with mmap.mmap(-1, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as page:
+            try:
+                page.madvise(MADV_GUARD_INSTALL)
+            except OSError:
+                return False
+        return True
 
     def in_use(self, pid: int) -> bool:
         """Whether a process or thread, of which there may be a trace only, has this id."""

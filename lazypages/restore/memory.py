@@ -24,7 +24,6 @@ from images_spec.flags import (
     VMA_ANON_SHARED,
     VMA_FILE_PRIVATE,
     VMA_FILE_SHARED,
-    VMA_GUARD,
     VMA_MEMFD,
     VMA_SHSTK,
     VMA_SOCKET,
@@ -43,6 +42,7 @@ from lazypages.restore.files import Files
 from lazypages.restore.machine import Machine, Special
 from lazypages.restore.plan import NONE, SCRATCH_CODE, SCRATCH_DATA, TAKE_EAGER, TAKE_LAZY, FillRange, Plan
 from lazypages.restore.syscalls import (
+    MADV_GUARD_INSTALL,
     MAP_FIXED_NOREPLACE,
     MAP_NORESERVE,
     PROT_WRITE,
@@ -64,7 +64,6 @@ _UNSUPPORTED = {
     VMA_SOCKET: "a packet socket's ring",
     VMA_AIORING: "an asynchronous I/O ring (io_setup)",
     VMA_SHSTK: "a shadow stack",
-    VMA_GUARD: "guard pages (MADV_GUARD_INSTALL)",
     VMA_UPROBES: "uprobes",
 }
 _SPECIAL = VMA_VDSO | VMA_VVAR | VMA_VSYSCALL
@@ -163,8 +162,12 @@ def check_vdso(alive: Alive, machine: Machine, pid: int, path: Path) -> None:
             )
 
 
-def check_mappings(dump: Dump, alive: Alive, pid: int, path: Path, *, lazy: bool) -> None:
+def check_mappings(dump: Dump, alive: Alive, machine: Machine, pid: int, path: Path, *, lazy: bool) -> None:
     """Raises ``RestoreError`` for what can't be restored, ``ImageError`` for what is absurd."""
+    if alive.memory.guards and not machine.has_guards:
+        raise RestoreError(
+            f"task {pid}: has guard regions (MADV_GUARD_INSTALL), which this kernel has not: Linux 6.13 is needed"
+        )
     if alive.mm.aios:
         raise RestoreError(f"task {pid}: uses asynchronous I/O (io_setup), which can't be restored")
     for vma in alive.mm.vmas:
@@ -250,6 +253,9 @@ class Memory:
         for vma in mm.vmas:
             if not vma.status & _SPECIAL:
                 self._advise(thread, vma)
+        for start, end in alive.memory.guards:
+            label = f"install the guard region {start:#x}-{end:#x}"
+            plan.call(thread, label, Nr.MADVISE, start, end - start, MADV_GUARD_INSTALL)
         self._describe(thread, pid, mm)
         if not self._lazy:
             self._huge_pages(thread, mm)

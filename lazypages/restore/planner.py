@@ -74,7 +74,9 @@ def check(dump: Dump, order: Order, machine: Machine) -> None:
             )
         check_descriptors(dump, process.pid, alive)
         check_locks(dump, process.pid)
-        memory.check_mappings(dump, alive, process.pid, dump.path(Kind.PAGEMAP, process.pid), lazy=order.lazy)
+        memory.check_mappings(
+            dump, alive, machine, process.pid, dump.path(Kind.PAGEMAP, process.pid), lazy=order.lazy
+        )
         memory.special_places(alive.mm, machine, mm_path)
         memory.check_vdso(alive, machine, process.pid, mm_path)
         state.check_process(process, alive, machine, dump)

@@ -246,6 +246,35 @@ static void peek(uint64_t at)
 	say("ok signal %d", number);
 }
 
+#define MADV_GUARD_INSTALL_ 102 /* linux/mman.h, 6.13 */
+
+static void *guard_when_told(void *at)
+{
+	sigset_t set;
+	int number;
+
+	sigemptyset(&set);
+	sigaddset(&set, SIGUSR1);
+	sigwait(&set, &number);
+	madvise(at, PAGE, MADV_GUARD_INSTALL_); /* or not, on an older kernel */
+	return NULL;
+}
+
+/* As peek; another thread makes a guard of the page at SIGUSR1. */
+static void peek_guarded(uint64_t at)
+{
+	pthread_t thread;
+	sigset_t set;
+
+	sigemptyset(&set);
+	sigaddset(&set, SIGUSR1);
+	pthread_sigmask(SIG_BLOCK, &set, NULL);
+	if (pthread_create(&thread, NULL, guard_when_told, (void *)at))
+		_exit(4);
+	peek(at);
+	pthread_join(thread, NULL);
+}
+
 /* ---- churn: one thread changes the layout, others touch at the same time ---- */
 
 #define NOWHERE UINT64_MAX /* not mapped */
@@ -765,6 +794,38 @@ static void copy(uint64_t at, uint64_t id)
 	result(ioctl(uffd, UFFDIO_COPY, &copy));
 }
 
+struct move {
+	char *from, *to;
+	size_t pages;
+};
+
+static void *mover(void *arg)
+{
+	struct move *m = arg;
+
+	mremap(m->from, m->pages * PAGE, m->pages * PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, m->to);
+	return NULL;
+}
+
+/* Memory moves away, of which nobody may have heard yet; guards are in its place at once. */
+static void leave_guards(uint64_t from, size_t pages, uint64_t to)
+{
+	static struct move move;
+	unsigned char there;
+	pthread_t thread;
+
+	move = (struct move){(char *)from, (char *)to, pages};
+	if (pthread_create(&thread, NULL, mover, &move))
+		_exit(4);
+	pthread_detach(thread);
+	while (!mincore(move.from, PAGE, &there) || errno != ENOMEM)
+		sched_yield();
+	if (mmap(move.from, pages * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0) !=
+	    move.from)
+		_exit(7);
+	result(madvise(move.from, pages * PAGE, MADV_GUARD_INSTALL_));
+}
+
 /* A child, which takes commands on a socket of its own; orphan: it may outlive its parent. */
 static void fork_child(bool orphan)
 {
@@ -891,6 +952,10 @@ static void obey(const char *name, const uint64_t *a)
 		check(a[0], a[1], a[2], (enum order)a[3], (int)a[4], a[5], a[6]);
 	} else if (!strcmp(name, "peek")) {
 		peek(a[0]);
+	} else if (!strcmp(name, "leave_guards")) {
+		leave_guards(a[0], a[1], a[2]);
+	} else if (!strcmp(name, "peek_guarded")) {
+		peek_guarded(a[0]);
 	} else if (!strcmp(name, "poke")) {
 		for (size_t i = 0; i < a[1] * WORDS; i++)
 			((uint64_t *)at)[i] = a[2] + i / WORDS;

@@ -21,6 +21,7 @@ from images_spec.flags import (
     PE_PRESENT,
     VMA_ANON_PRIVATE,
     VMA_FILE_PRIVATE,
+    VMA_GUARD,
     VMA_REGULAR,
 )
 from images_spec.images import Kind
@@ -83,6 +84,14 @@ class Draft:
             mm.vmas.append(VmaEntry(**places, prot=3, flags=flags, status=status, fd=-1))
         images.write(self.directory / Kind.MM.file_name(pid), Kind.MM, [mm])
 
+    def guard(self, pid: int, start: int, end: int) -> None:
+        """A guard region, pages as above, after what is there."""
+        path = self.directory / Kind.MM.file_name(pid)
+        mm = images.read_one(path, Kind.MM)
+        places = {"start": start * PAGE_SIZE, "end": end * PAGE_SIZE, "pgoff": 0, "shmid": 0}
+        mm.vmas.append(VmaEntry(**places, prot=0, flags=0, status=VMA_GUARD, fd=-1))
+        images.write(path, Kind.MM, [mm])
+
     def memory(self, pid: int, entries: list[tuple[int, int, int]], pages: int | None = None) -> None:
         """Pagemap of (first page, count, PE_* flags), and as many pages as it promises, or ``pages``."""
         if pages is None:
@@ -138,6 +147,20 @@ def test_memory_of_a_task(draft: Draft) -> None:
     ]
     assert task.vmas == [Span(0x10 * PAGE_SIZE, 0x20 * PAGE_SIZE)]
     assert task.levels == [TaskLevel(draft.directory, draft.directory / "pages-10.img", 3 * PAGE_SIZE)]
+
+
+def test_a_guard_has_no_page(draft: Draft) -> None:
+    """Whatever the pagemap says."""
+    draft.mm(10, [(0x10, 0x20, ANON)])
+    draft.guard(10, 0x11, 0x13)
+    draft.memory(10, [(0x10, 2, LAZY | HERE), (0x18, 1, HERE)])
+    task = load(draft)
+    assert task.guards == [Span(0x11 * PAGE_SIZE, 0x13 * PAGE_SIZE)]
+    assert task.vmas == [Span(0x10 * PAGE_SIZE, 0x20 * PAGE_SIZE)]
+    assert list(task.extents) == [
+        Extent(0x10 * PAGE_SIZE, 1, 0, 0, True),
+        Extent(0x18 * PAGE_SIZE, 1, 2 * PAGE_SIZE, 0, False),
+    ]
 
 
 def test_a_dead_task_has_no_memory(draft: Draft) -> None:

@@ -27,6 +27,7 @@ from images_spec.flags import (
     PE_PARENT,
     PE_PRESENT,
     VMA_ANON_PRIVATE,
+    VMA_GUARD,
     VMA_HEAP,
     VMA_REGULAR,
     VMA_VDSO,
@@ -45,7 +46,9 @@ from images_spec.placement import (
     PageCount,
     PageCounts,
     Span,
+    guard_regions,
     lazy_vmas,
+    mappings,
     resolve,
 )
 
@@ -174,6 +177,22 @@ def test_counts_agree_with_page_dict(levels: list[Entries | None], remote: bool,
         for span in spans
     ]
     assert placed.counts_within(spans) == [counted(part, len(levels)) for part in inside]
+
+
+@settings(max_examples=300)
+@given(chains, st.booleans(), sorted_spans())
+def test_exclusion_agrees_with_page_dict(
+    levels: list[Entries | None], remote: bool, spans: list[Span]
+) -> None:
+    extents = list(table(levels, remote=remote).without(spans))
+    places = model(levels, remote=remote)
+    for span in spans:
+        for page in range(span.start // PAGE_SIZE, span.end // PAGE_SIZE):
+            places.pop(page, None)
+    assert as_pages(extents) == places
+    for first, second in pairwise(extents):
+        assert first.end <= second.start
+        assert not continues(first, second)
 
 
 @settings(max_examples=300)
@@ -343,6 +362,36 @@ def test_neighbouring_mappings_stay_apart() -> None:
 def test_the_highest_mapping_is_no_problem() -> None:
     top = (1 << 64) // PAGE_SIZE - 2561
     assert lazy_vmas(MmEntry(vmas=[vma(top, top + 1, MAP_PRIVATE, VMA_VSYSCALL)]), PATH) == []
+
+
+def test_guard_regions_are_no_mappings() -> None:
+    """As CRIU 4.2.1 writes them: after all mappings, inside them, one in two of them."""
+    top = vma(100, 101, MAP_PRIVATE, VMA_VSYSCALL)
+    mm = MmEntry(vmas=[vma(1, 5), vma(5, 9), top, vma(2, 3, 0, VMA_GUARD), vma(4, 7, 0, VMA_GUARD)])
+    assert lazy_vmas(mm, PATH) == [Span(PAGE_SIZE, 5 * PAGE_SIZE), Span(5 * PAGE_SIZE, 9 * PAGE_SIZE)]
+    assert guard_regions(mm, PATH) == [
+        Span(2 * PAGE_SIZE, 3 * PAGE_SIZE),
+        Span(4 * PAGE_SIZE, 7 * PAGE_SIZE),
+    ]
+    assert mappings(mm) == list(mm.vmas)[:3]
+
+
+@pytest.mark.parametrize(
+    ("guards", "what"),
+    [
+        ([(2, 3), (2, 4)], "guard region 0x2000-0x4000 is not sorted or overlaps the one before it"),
+        ([(3, 3)], "guard region 0x3000-0x3000 is empty"),
+        ([(0, 2)], "guard region 0x0-0x2000: nothing is mapped at 0x0"),
+        ([(4, 6)], "guard region 0x4000-0x6000: nothing is mapped at 0x5000"),
+        ([(4, 5), (8, 12)], "guard region 0x8000-0xc000: nothing is mapped at 0xb000"),
+    ],
+)
+def test_broken_guard_regions_are_refused(guards: list[tuple[int, int]], what: str) -> None:
+    mm = MmEntry(vmas=[vma(1, 5), vma(7, 9), vma(9, 11)])
+    mm.vmas.extend(vma(start, end, 0, VMA_GUARD) for start, end in guards)
+    with pytest.raises(ImageError) as caught:
+        guard_regions(mm, PATH)
+    assert caught.value.what == what
 
 
 @pytest.mark.parametrize(

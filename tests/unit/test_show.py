@@ -91,6 +91,24 @@ def test_nothing_missing_has_no_column_for_it(draft: Draft) -> None:
     assert table(lines, "task (10): mappings") == [["10000", "64 KiB", "rw-p", "yes", "3", "13"]]
 
 
+def test_guards_are_neither_data_nor_zero(draft: Draft) -> None:
+    draft.mm(10, [(0x10, 0x20, ANON), (0x20, 0x28, ANON), (0x30, 0x34, MAP_PRIVATE)])
+    draft.guard(10, 0x1E, 0x22)
+    draft.guard(10, 0x24, 0x25)
+    draft.guard(10, 0x31, 0x33)
+    lines = shown(draft.directory)
+    pages = table(lines, "task (10): pages")
+    assert pages[-2:] == [
+        ["zero (never touched)", "16", "64 KiB", "0", "0 bytes"],
+        ["guard (SIGSEGV)", "5", "20 KiB", "2", "8 KiB"],
+    ]
+    assert table(lines, "task (10): mappings") == [
+        ["10000", "64 KiB", "rw-p", "yes", "3", "11", "2"],
+        ["20000", "32 KiB", "rw-p", "yes", "0", "5", "3"],
+        ["30000", "16 KiB", "rw-p", "no", "0", "2", "file 1"],
+    ]
+
+
 def test_tree_of_tasks(tmp_path: Path) -> None:
     draft = Draft(tmp_path / "top", tasks={10: 0, 11: 10, 12: 11, 13: 10, 14: 10, 15: 10})
     draft.write()

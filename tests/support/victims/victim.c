@@ -259,7 +259,7 @@ void wait_go(void)
 
 int main(int argc, char **argv)
 {
-	const struct scenario *all[] = { read_scenarios, layout_scenarios, fork_scenarios, tree_scenarios };
+	const struct scenario *all[] = { read_scenarios, layout_scenarios, fork_scenarios, tree_scenarios, guard_scenarios };
 
 	if (argc != 4)
 		return 64;

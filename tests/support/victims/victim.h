@@ -48,7 +48,7 @@ struct scenario {
 	const char *name;
 	void (*run)(void);
 };
-extern const struct scenario read_scenarios[], layout_scenarios[], fork_scenarios[], tree_scenarios[];
+extern const struct scenario read_scenarios[], layout_scenarios[], fork_scenarios[], tree_scenarios[], guard_scenarios[];
 
 /* Puts the reason into the verdict and exits 2. */
 _Noreturn void die(const char *what);
