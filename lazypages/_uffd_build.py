@@ -89,7 +89,10 @@ struct lp_stats {
 struct lp_guard;
 struct lp_guard *lp_guard_start(int log_fd);
 void lp_guard_end(struct lp_guard *guard);
+int lp_guard_restart(struct lp_guard *guard);
 int lp_guard_pid(const struct lp_guard *guard);
+int lp_guard_pidfd(const struct lp_guard *guard);
+#define LP_GUARD_FDS ...
 
 struct lp_engine *lp_engine_new(struct lp_guard *guard);
 void lp_engine_free(struct lp_engine *engine);

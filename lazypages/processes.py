@@ -11,54 +11,64 @@ from typing import Self
 
 import anyio
 
+from lazypages.descriptors import NONE_LEFT, NoDescriptorError, Reserve
+
 #: Bytes of /proc/PID/status that hold NSpid at least: the groups before it may be 65536 (NGROUPS_MAX).
 _STATUS_SIZE = 1 << 20
 
 
 class Process:
-    """A process that can be killed without mistaking another for it; owns a pidfd."""
+    """A process that can be killed without mistaking another for it; owns a pidfd.
 
-    def __init__(self, pid: int, pidfd: int) -> None:
+    ``reserve``: descriptors that it may use for a moment when there are no others.
+    """
+
+    def __init__(self, pid: int, pidfd: int, reserve: Reserve | None = None) -> None:
         self.pid = pid
         self._pidfd = pidfd
+        self._reserve = reserve or Reserve(0)
 
     @classmethod
-    def of_task(cls, real_pid: int, image_pid: int) -> Process | None:
-        """The process `real_pid` if it is, in its own PID namespace, the task `image_pid`; None if not."""
+    def of_task(cls, real_pid: int, image_pid: int, reserve: Reserve) -> Process | None:
+        """The process `real_pid` if it is, in its own PID namespace, the task `image_pid`; None if not.
+
+        Raises NoDescriptorError.
+        """
         try:
             pidfd = os.pidfd_open(real_pid)
-        except OSError:
+        except OSError as error:
+            if error.errno in NONE_LEFT:
+                raise NoDescriptorError(
+                    f"task {image_pid}: no file descriptor is free for its pidfd"
+                ) from None
             return None
-        if _innermost_pid(real_pid) == image_pid:
-            return cls(real_pid, pidfd)
+        try:
+            found = reserve.attempt(lambda: _innermost_pid(real_pid))
+        except OSError:
+            os.close(pidfd)
+            raise NoDescriptorError(f"task {image_pid}: no file descriptor is free to look at it") from None
+        if found == image_pid:
+            return cls(real_pid, pidfd, reserve)
         os.close(pidfd)
         return None
 
     def kill(self, *, descendants: bool = False) -> None:
-        """Sends SIGKILL; to all that it has forked as well, on demand."""
-        family = _descendants(self.pid) if descendants else []
+        """Sends SIGKILL; to all that it has forked first, on demand. Raises OSError if they can't be looked for."""
         try:
+            if descendants:
+                # A zombie takes signals, too: as long as this works, its number is no other's.
+                signal.pidfd_send_signal(self._pidfd, 0)
+                self._reserve.attempt(lambda: _kill_children(self.pid))
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
         except ProcessLookupError:
-            return  # then the family found under its number was not its either
-        for pid in family:
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
+            return
 
     def holds_anonymous_memory(self, addr: int) -> bool:
         """Whether private anonymous memory is mapped at `addr`; True too when that can't be read."""
         try:
-            with Path(f"/proc/{self.pid}/maps").open(errors="replace") as maps:
-                for line in maps:
-                    span, permissions, _offset, _device, inode, *_name = line.split()
-                    start, end = (int(part, 16) for part in span.split("-"))
-                    if start <= addr < end:
-                        return inode == "0" and permissions.endswith("p")
+            return self._reserve.attempt(lambda: _is_anonymous(self.pid, addr))
         except OSError:
             return True
-        return False
 
     def fileno(self) -> int:
         """The pidfd. Readable when the process has exited, all its threads included (pidfd_open(2))."""
@@ -108,19 +118,60 @@ def _innermost_pid(real_pid: int) -> int | None:
             os.close(fd)
         pids = status.partition(b"\nNSpid:")[2].partition(b"\n")[0].split()
         return int(pids[-1])
-    except (OSError, ValueError, IndexError):
+    except (ValueError, IndexError):
+        return None
+    except OSError as error:
+        if error.errno in NONE_LEFT:
+            raise
         return None
 
 
-def _descendants(pid: int) -> list[int]:
+def _is_anonymous(pid: int, addr: int) -> bool:
+    with Path(f"/proc/{pid}/maps").open(errors="replace") as maps:
+        for line in maps:
+            span, permissions, _offset, _device, inode, *_name = line.split()
+            start, end = (int(part, 16) for part in span.split("-"))
+            if start <= addr < end:
+                return inode == "0" and permissions.endswith("p")
+    return False
+
+
+def _kill_children(parent: int) -> None:
+    """Kills all descendants of a process whose number stays its own meanwhile. Raises OSError: none is left open."""
+    for child in _children(parent):
+        try:
+            pidfd = os.pidfd_open(child)
+        except ProcessLookupError:
+            continue
+        try:
+            # A number that has become another's since it was read: that one has another parent, or is a child, too.
+            if _parent(child) == parent:
+                _kill_children(child)
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+        finally:
+            os.close(pidfd)
+
+
+def _children(pid: int) -> list[int]:
     found: list[int] = []
-    queue = [pid]
-    while queue:
-        for children in Path(f"/proc/{queue.pop()}/task").glob("*/children"):
-            try:
-                pids = [int(word) for word in children.read_text().split()]
-            except OSError:
-                continue
-            found += pids
-            queue += pids
+    try:
+        threads = os.listdir(f"/proc/{pid}/task")
+    except FileNotFoundError:
+        return []
+    for thread in threads:
+        try:
+            found += map(int, Path(f"/proc/{pid}/task/{thread}/children").read_text().split())
+        except (FileNotFoundError, ProcessLookupError):
+            continue
     return found
+
+
+def _parent(pid: int) -> int:
+    """0 if there is no such process any more."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return int(stat[stat.rindex(b")") + 2 :].split()[1])

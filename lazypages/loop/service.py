@@ -91,6 +91,8 @@ class TaskService:
         self._group: TaskGroup | None = None  # while children may be started
         self._ended = anyio.Event()
         self._final: TaskReport | None = None
+        #: Whether the uffd had to stay open to the end of this process.
+        self.holds_uffd = False
 
     @property
     def pending(self) -> int:
@@ -360,6 +362,7 @@ class TaskService:
             if (self.process and not self.identity.forked) or not poison_now(self._served):
                 self._kill("the daemon failed")
         report = self._measure()
+        self.holds_uffd = report.pending > 0 and not self._gone
         if self._served.close():
             self._spoilt()
         self._final = report._replace(state=self._state)

@@ -45,7 +45,7 @@ def restored() -> Iterator[Path]:
 def guards() -> list[int]:
     """Those below us that run."""
     names = {pid: Path(f"/proc/{pid}/comm") for pid, state in descendants().items() if state != "Z"}
-    return [pid for pid, name in names.items() if name.exists() and name.read_text() == "lazypages-guard\n"]
+    return [pid for pid, name in names.items() if name.exists() and name.read_text() == "uffd-guard\n"]
 
 
 def test_tasks_that_miss_pages_are_killed(restored: Path, tmp_path: Path) -> None:
