@@ -1025,6 +1025,7 @@ static bool drain(struct lp_task *t)
 			}
 			break;
 		}
+		t->read_error = 0;
 		for (size_t i = 0; i < (size_t)n / sizeof(*msgs); i++) {
 			if (msgs[i].event != UFFD_EVENT_PAGEFAULT) {
 				keep_change(t, &msgs[i]);
@@ -1183,7 +1184,7 @@ struct lp_engine *lp_engine_new(struct lp_guard *guard)
 	e->noticefd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	e->nowhere = mmap(NULL, LP_PAGE_SIZE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	if (e->nowhere == MAP_FAILED || e->epfd < 0 || e->wakefd < 0 || e->noticefd < 0 ||
-	    epoll_ctl(e->epfd, EPOLL_CTL_ADD, e->wakefd, &event)) {
+	    epoll_ctl(e->epfd, EPOLL_CTL_ADD, e->wakefd, &event) || lp_mappings_reserve()) {
 		int saved = errno;
 
 		lp_engine_free(e);

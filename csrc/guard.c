@@ -24,6 +24,8 @@
 #include <time.h>
 #include <unistd.h>
 
+#include <linux/futex.h>
+
 #include "probe.h"
 
 #define PAGE 4096
@@ -45,6 +47,7 @@ struct lp_guard {
 	char *command; /* the bytes that /proc/PID/cmdline shows: command_size of them */
 	size_t command_size;
 	int top; /* the guard's, when it takes over: all descriptors in use are below this */
+	_Atomic uint32_t ready; /* the guard has its own name; a futex */
 	_Atomic bool left; /* the daemon has ended regularly, but for what it had to leave */
 	struct {
 		_Atomic int32_t pid; /* 0: nothing is known; COMPLETE */
@@ -343,6 +346,8 @@ _Noreturn static void guard(struct lp_guard *g)
 
 	rename_guard(g);
 	setsid();
+	atomic_store(&g->ready, 1);
+	syscall(SYS_futex, &g->ready, FUTEX_WAKE, 1, NULL, NULL, 0);
 	avoid_oom();
 	while (poll(&daemon, 1, -1) < 0)
 		;
@@ -392,13 +397,22 @@ static void find_command(struct lp_guard *g)
 	g->command_size = end - start;
 }
 
+static bool has_ended(const struct lp_guard *g)
+{
+	struct pollfd guard = {g->pidfd, POLLIN, 0};
+
+	return g->pidfd < 0 || poll(&guard, 1, 0) > 0;
+}
+
 /* 0 or -errno.  Other threads may run. */
 static int begin(struct lp_guard *g)
 {
+	const struct timespec look = {.tv_nsec = LOOK_MS * 1000000};
 	sigset_t all, before;
 	int pidfd = -1, error;
 	pid_t pid;
 
+	atomic_store(&g->ready, 0);
 	/* none of the daemon's signal handlers may run in the second process */
 	sigfillset(&all);
 	pthread_sigmask(SIG_SETMASK, &all, &before);
@@ -414,6 +428,9 @@ static int begin(struct lp_guard *g)
 		return -error;
 	g->pid = pid;
 	g->pidfd = pidfd;
+	/* who looks for the daemon by its command line must not find this one, too */
+	for (int i = 0; i < LEAVE_LOOKS && !atomic_load(&g->ready) && !has_ended(g); i++)
+		syscall(SYS_futex, &g->ready, FUTEX_WAIT, 0, &look, NULL, 0);
 	return 0;
 }
 
@@ -459,13 +476,6 @@ static void reap(struct lp_guard *g)
 		;
 	close(g->pidfd);
 	g->pidfd = -1;
-}
-
-static bool has_ended(const struct lp_guard *g)
-{
-	struct pollfd guard = {g->pidfd, POLLIN, 0};
-
-	return g->pidfd < 0 || poll(&guard, 1, 0) > 0;
 }
 
 int lp_guard_restart(struct lp_guard *g)

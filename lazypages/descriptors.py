@@ -11,7 +11,6 @@ import errno
 import os
 import resource
 from collections.abc import Callable
-from contextlib import suppress
 from typing import TypeVar
 
 from lazypages.errors import LazyPagesError
@@ -80,6 +79,7 @@ def too_few_for_images() -> LazyPagesError:
 
 def how_to_raise(needed: int) -> str:
     """What to do about too low a limit, before the start."""
+    needed = -(-needed // 64) * 64  # another start may find a few more open
     return (
         f"start it with `prlimit --nofile={needed} lazypages serve ...` as root, or after `ulimit -Hn {needed}`; "
         f"in a systemd unit: LimitNOFILE={needed}"
@@ -104,10 +104,12 @@ class Reserve:
         self.refill()
 
     def refill(self) -> None:
-        """As far as there are any."""
-        with suppress(OSError):
+        """All of it, or nothing: what there are few of is for those who need it."""
+        try:
             while len(self._fds) < self._size:
                 self._fds.append(os.open("/", os.O_PATH | os.O_CLOEXEC))
+        except OSError:
+            self.release()
 
     def release(self) -> None:
         """Gives all of them to whoever needs some."""

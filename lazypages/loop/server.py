@@ -88,7 +88,6 @@ class Server:
         self._for_forks = Reserve(FOR_FORKS)
         self._for_emergencies = Reserve(FOR_EMERGENCIES)
         self._short_said = -SHORTAGE_REMINDER
-        self._short = False  # since the last look
         self._forks: Counter[int] = Counter()
         self._one_ended = anyio.Event()
         self._families: dict[int, list[TaskService]] = {}  # a restored task and what it has forked
@@ -202,18 +201,11 @@ class Server:
 
     def _short_of_descriptors(self, why: object) -> None:
         """Nothing is lost: whatever there is no descriptor for waits, and so does its task."""
-        self._short = True
         self._for_forks.release()
         now = time.monotonic()
         if now - self._short_said >= SHORTAGE_REMINDER:
             self._short_said = now
             log.error("%s: the task waits until one is; %s", why, how_to_raise_now())
-
-    def _refill_reserves(self) -> None:
-        self._for_emergencies.refill()
-        if not self._short:
-            self._for_forks.refill()
-        self._short = False
 
     # The page servers.
 
@@ -368,7 +360,8 @@ class Server:
         waiting: list[TaskService] = []
         while True:
             await anyio.sleep(PROBE_INTERVAL)
-            self._refill_reserves()
+            self._for_emergencies.refill()
+            self._for_forks.refill()
             waiting = waiting or list(self._by_task.values())
             for service in waiting[:PROBES]:
                 service.probe()
