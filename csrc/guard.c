@@ -275,14 +275,34 @@ static unsigned int close_gone(struct lp_guard *g)
 	return left;
 }
 
+/* All descriptors in use are below this.  The kernel says how large its table is (proc_pid_status(5), FDSize), if we can ask. */
+static int fd_bound(void)
+{
+	char status[4096];
+	const char *at;
+	int fd = open("/proc/self/status", O_RDONLY | O_CLOEXEC), bound = 0;
+	ssize_t size;
+
+	if (fd < 0)
+		return LP_GUARD_FDS;
+	size = read(fd, status, sizeof(status) - 1);
+	close(fd);
+	status[size > 0 ? size : 0] = 0;
+	at = strstr(status, "\nFDSize:\t");
+	for (at = at ? at + 9 : status; *at >= '0' && *at <= '9' && bound < LP_GUARD_FDS; at++)
+		bound = bound * 10 + (*at - '0');
+	return bound && bound < LP_GUARD_FDS ? bound : LP_GUARD_FDS;
+}
+
 /* The daemon is gone.  Everything here works on the file descriptors that it has left. */
 static void take_over(struct lp_guard *g)
 {
 	const struct timespec pause = {.tv_nsec = LOOK_MS * 1000000};
 	unsigned int unknown = 0, said = 0, left;
+	int bound = fd_bound();
 	bool all = false;
 
-	for (int fd = 0; fd < LP_GUARD_FDS; fd++) {
+	for (int fd = 0; fd < bound; fd++) {
 		int32_t pid = atomic_load(&g->about[fd].pid);
 
 		if (fcntl(fd, F_GETFD) < 0)

@@ -92,6 +92,9 @@ void lp_guard_end(struct lp_guard *guard);
 int lp_guard_restart(struct lp_guard *guard);
 int lp_guard_pid(const struct lp_guard *guard);
 int lp_guard_pidfd(const struct lp_guard *guard);
+
+int lp_exit_status(int pidfd);
+bool lp_exit_status_works(void);
 #define LP_GUARD_FDS ...
 
 struct lp_engine *lp_engine_new(struct lp_guard *guard);
@@ -171,10 +174,21 @@ CSRC = Path("csrc")  # builds run at the project's root
 ffibuilder.set_source(
     "lazypages._uffd",
     "#include <sys/mman.h>\n#include <sys/syscall.h>\n#include <unistd.h>\n"
-    '#include "engine.h"\n#include "lane.h"\n#include "plan.h"\n#include "space.h"\n#include "trace.h"\n',
+    '#include "engine.h"\n#include "exits.h"\n#include "lane.h"\n#include "plan.h"\n#include "space.h"\n'
+    '#include "trace.h"\n',
     sources=[
         str(CSRC / name)
-        for name in ("space.c", "plan.c", "smaps.c", "follow.c", "guard.c", "trace.c", "lane.c", "engine.c")
+        for name in (
+            "space.c",
+            "plan.c",
+            "smaps.c",
+            "follow.c",
+            "guard.c",
+            "exits.c",
+            "trace.c",
+            "lane.c",
+            "engine.c",
+        )
     ],
     depends=[
         str(CSRC / name)
@@ -188,6 +202,7 @@ ffibuilder.set_source(
             "lock.h",
             "follow.h",
             "guard.h",
+            "exits.h",
             "trace.h",
             "lane.h",
             "engine.h",

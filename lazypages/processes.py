@@ -11,6 +11,7 @@ from typing import Self
 
 import anyio
 
+from lazypages._uffd import lib
 from lazypages.descriptors import NONE_LEFT, NoDescriptorError, Reserve
 
 #: Bytes of /proc/PID/status that hold NSpid at least: the groups before it may be 65536 (NGROUPS_MAX).
@@ -27,6 +28,7 @@ class Process:
         self.pid = pid
         self._pidfd = pidfd
         self._reserve = reserve or Reserve(0)
+        self._status: int | None = None
 
     @classmethod
     def of_task(cls, real_pid: int, image_pid: int, reserve: Reserve) -> Process | None:
@@ -69,6 +71,43 @@ class Process:
             return self._reserve.attempt(lambda: _is_anonymous(self.pid, addr))
         except OSError:
             return True
+
+    @property
+    def has_exited(self) -> bool:
+        """All its threads."""
+        polled = select.poll()
+        polled.register(self._pidfd, select.POLLIN)
+        return bool(polled.poll(0))
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether it runs a program: not while it is exiting. False too when that can't be read."""
+        try:
+            return self._reserve.attempt(lambda: Path(f"/proc/{self.pid}/statm").read_bytes())[:2] != b"0 "
+        except OSError:
+            return False
+
+    def exit_status(self) -> int | None:
+        """How it ended, as wait(2) tells; None if that is not known.
+
+        On kernels before 6.15 only its parent can know it for certain. So it should be asked for as soon as it has
+        exited: its parent may not have waited for it yet.
+        """
+        if self._status is None:
+            self._status = self._status_of_zombie()
+        if self._status is None:
+            status = int(lib.lp_exit_status(self._pidfd))
+            self._status = status if status >= 0 else None
+        return self._status
+
+    def _status_of_zombie(self) -> int | None:
+        try:
+            stat = self._reserve.attempt(lambda: Path(f"/proc/{self.pid}/stat").read_bytes())
+            signal.pidfd_send_signal(self._pidfd, 0)  # its number was no other's yet
+        except OSError:
+            return None
+        fields = stat[stat.rindex(b")") + 2 :].split()  # from the third one on: proc_pid_stat(5)
+        return int(fields[52 - 3]) if fields[0] == b"Z" else None
 
     def fileno(self) -> int:
         """The pidfd. Readable when the process has exited, all its threads included (pidfd_open(2))."""

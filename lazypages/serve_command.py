@@ -62,8 +62,9 @@ Ctrl-C (SIGINT) and SIGTERM
 
 \b
 Exit status
-  0  every task has all its memory, or has exited by itself
-  1  it could not be served, or a task lost memory or was killed
+  0  every task has all its memory, or has exited by itself before it had
+  1  it could not be served; a task lost memory, or was killed (by anybody) while
+     it missed some; or a task ended while it missed some and nobody can say how
   2  wrong command line
 """
 
