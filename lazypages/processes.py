@@ -7,12 +7,15 @@ import select
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import anyio
 
 from lazypages._uffd import lib
 from lazypages.descriptors import NONE_LEFT, NoDescriptorError, Reserve
+
+if TYPE_CHECKING:
+    from lazypages.exit_events import ExitEvents
 
 #: Bytes of /proc/PID/status that hold NSpid at least: the groups before it may be 65536 (NGROUPS_MAX).
 _STATUS_SIZE = 1 << 20
@@ -21,17 +24,24 @@ _STATUS_SIZE = 1 << 20
 class Process:
     """A process that can be killed without mistaking another for it; owns a pidfd.
 
-    ``reserve``: descriptors that it may use for a moment when there are no others.
+    ``reserve``: descriptors that it may use for a moment when there are no others. ``events``: where they are needed.
     """
 
-    def __init__(self, pid: int, pidfd: int, reserve: Reserve | None = None) -> None:
+    def __init__(
+        self, pid: int, pidfd: int, reserve: Reserve | None = None, events: ExitEvents | None = None
+    ) -> None:
         self.pid = pid
         self._pidfd = pidfd
         self._reserve = reserve or Reserve(0)
+        self._events = events
         self._status: int | None = None
+        if events:
+            events.watch(pid)
 
     @classmethod
-    def of_task(cls, real_pid: int, image_pid: int, reserve: Reserve) -> Process | None:
+    def of_task(
+        cls, real_pid: int, image_pid: int, reserve: Reserve, events: ExitEvents | None = None
+    ) -> Process | None:
         """The process `real_pid` if it is, in its own PID namespace, the task `image_pid`; None if not.
 
         Raises NoDescriptorError.
@@ -50,7 +60,7 @@ class Process:
             os.close(pidfd)
             raise NoDescriptorError(f"task {image_pid}: no file descriptor is free to look at it") from None
         if found == image_pid:
-            return cls(real_pid, pidfd, reserve)
+            return cls(real_pid, pidfd, reserve, events)
         os.close(pidfd)
         return None
 
@@ -88,11 +98,13 @@ class Process:
             return False
 
     def exit_status(self) -> int | None:
-        """How it ended, as wait(2) tells; None if that is not known.
+        """How it ended, as wait(2) tells, once it has exited; None if that is not known.
 
-        On kernels before 6.15 only its parent can know it for certain. So it should be asked for as soon as it has
-        exited: its parent may not have waited for it yet.
+        On kernels before 6.15 it may be told from a zombie only: it should be asked for before the parent has waited
+        for it. If there are `events`, nothing is sooner or later; but what status it exited with they do not say: 0.
         """
+        if self._status is None and self._events:
+            self._status = self._events.signal_of(self.pid)
         if self._status is None:
             self._status = self._status_of_zombie()
         if self._status is None:

@@ -25,6 +25,7 @@ from lazypages.descriptors import (
     how_to_raise_now,
 )
 from lazypages.errors import LazyPagesError
+from lazypages.exit_events import ExitEvents
 from lazypages.loop.options import ServeOptions
 from lazypages.loop.service import Identity, TaskService, poison_now
 from lazypages.metrics import Summary
@@ -85,6 +86,7 @@ class Server:
         self._by_task: dict[ServedTask, TaskService] = {}
         self._processes: dict[int, Process] = {}
         self._exits = Exits()
+        self._events: ExitEvents | None = None
         self._for_forks = Reserve(FOR_FORKS)
         self._for_emergencies = Reserve(FOR_EMERGENCIES)
         self._short_said = -SHORTAGE_REMINDER
@@ -117,6 +119,8 @@ class Server:
             async with AsyncExitStack() as stack:
                 stack.callback(self._for_forks.release)
                 stack.callback(self._for_emergencies.release)
+                if events := ExitEvents.open():
+                    self._events = stack.enter_context(events)
                 stack.callback(self._close_processes)
                 stack.enter_context(self._exits)
                 # Whatever happens: children that nobody has heard of yet do not get zeros.
@@ -268,7 +272,7 @@ class Server:
     async def _process_of(self, event: TaskArrived) -> Process | None:
         while True:
             try:
-                return Process.of_task(event.real_pid, event.pid, self._for_emergencies)
+                return Process.of_task(event.real_pid, event.pid, self._for_emergencies, self._events)
             except NoDescriptorError as error:
                 self._short_of_descriptors(error)
                 await anyio.sleep(SHORTAGE_PAUSE)
@@ -360,6 +364,8 @@ class Server:
         waiting: list[TaskService] = []
         while True:
             await anyio.sleep(PROBE_INTERVAL)
+            if self._events:
+                self._events.take()
             self._for_emergencies.refill()
             self._for_forks.refill()
             waiting = waiting or list(self._by_task.values())

@@ -33,7 +33,7 @@ def tasks_of(directory: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("waited_for", [False, True], ids=["zombie", "reaped at once"])
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV, signal.SIGTERM, signal.SIGRTMIN + 3])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV, signal.SIGRTMIN + 3])
 def test_killed(number: int, waited_for: bool, restored: Path, tmp_path: Path) -> None:
     with (
         nothing_left(),
@@ -86,6 +86,40 @@ def test_killed_when_complete(restored: Path, tmp_path: Path) -> None:
         os.kill(tasks.pids[0], signal.SIGKILL)
         assert server.wait() == 0
     assert [task["state"] for task in tasks_of(tmp_path)] == ["complete"] * 2
+
+
+#: `serve` on a kernel that says to nobody but a parent how a process has ended.
+OLD_KERNEL = """
+import lazypages.exit_events, lazypages.processes, sys
+from lazypages.__main__ import main
+class Lib:
+    def lp_exit_status(self, pidfd): return -1
+    def lp_exit_status_works(self): return False
+lazypages.exit_events.lib = lazypages.processes.lib = Lib()
+main()
+"""
+
+
+@pytest.mark.parametrize("how", ["kill", "exit", "exec"])
+def test_on_kernels_before_6_15(how: str, restored: Path, tmp_path: Path) -> None:
+    """Its parent waits for it at once, and so nothing is left of it."""
+    command = [sys.executable, "-c", OLD_KERNEL, *serve_command(tmp_path, "--no-background")[3:]]
+    with nothing_left(), restored_tasks(restored, 4, PAGES) as tasks:
+        write_images(tmp_path, tasks.pids, PAGES)
+        with Server(command, output=tmp_path / "serve.out") as server:
+            server.wait_ready()
+            tasks.say(f"connect {tmp_path}/lazy-pages.socket")
+            tasks.say("finish")
+            tasks.say("touch 10")  # it has them
+            if how != "kill":
+                tasks.say(how)
+            tasks.tell("wait")
+            for pid in tasks.pids:
+                if how == "kill":
+                    os.kill(pid, signal.SIGKILL)
+            assert server.wait() == (how == "kill")
+    ends = [(task["state"], task["signal"]) for task in tasks_of(tmp_path)]
+    assert ends == [("died", "SIGKILL") if how == "kill" else ("gone", None)] * 4
 
 
 UNKNOWN = """
