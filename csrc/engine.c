@@ -1183,6 +1183,7 @@ static void add_seen(void *arg, uint64_t start, uint64_t end, bool wiped)
 static struct seen *look_at_mappings(struct lp_task *t)
 {
 	struct seen *seen;
+	int rc;
 
 	if (!t->pid || !lp_space_pending(t->space))
 		return NULL;
@@ -1192,10 +1193,11 @@ static struct seen *look_at_mappings(struct lp_task *t)
 		return NULL;
 	}
 	/* after an execve it is of another memory */
-	if (lp_each_mapping(t->pid, t->pidfd, add_seen, seen) || lp_means_gone(try_page(t, LP_ANYWHERE)))
+	rc = lp_each_mapping(t->pid, t->pidfd, add_seen, seen);
+	if (rc == -EMFILE || rc == -ENFILE || rc == -ENOMEM || seen->failed)
+		break_task(t, rc ? -rc : ENOMEM); /* read later, it would be what was said since */
+	else if (rc || lp_means_gone(try_page(t, LP_ANYWHERE)))
 		seen->wiped.nr = seen->kept.nr = 0;
-	else if (seen->failed)
-		break_task(t, ENOMEM); /* read later, it would be what was said since */
 	return seen;
 }
 
@@ -1669,6 +1671,7 @@ static bool drain(struct lp_task *t)
 				continue;
 			break;
 		}
+		t->read_error = 0;
 		for (size_t i = 0; i < (size_t)n / sizeof(*msgs); i++) {
 			uint64_t addr = msgs[i].arg.pagefault.address & ~(LP_PAGE_SIZE - 1);
 
@@ -1871,7 +1874,7 @@ struct lp_engine *lp_engine_new(struct lp_guard *guard)
 	e->noticefd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	e->nowhere = mmap(NULL, LP_PAGE_SIZE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	if (e->nowhere == MAP_FAILED || e->epfd < 0 || e->wakefd < 0 || e->noticefd < 0 ||
-	    epoll_ctl(e->epfd, EPOLL_CTL_ADD, e->wakefd, &event)) {
+	    epoll_ctl(e->epfd, EPOLL_CTL_ADD, e->wakefd, &event) || lp_mappings_reserve()) {
 		int saved = errno;
 
 		lp_engine_free(e);

@@ -15,19 +15,29 @@
 
 struct lp_guard;
 
+/* Descriptors from 0 on that it looks after: who uses it sees to it that there is none above (RLIMIT_NOFILE). */
+#define LP_GUARD_FDS (1 << 20)
+
 /* Starts the second process, which says on log_fd what it had to do.  NULL with errno set. */
 struct lp_guard *lp_guard_start(int log_fd);
+/*
+ * If the second process has ended, as its pidfd tells, starts another that knows all that it knew.  0 or -errno: then there is
+ * none, and the pidfd is -1.  Other threads may run meanwhile; one at a time calls this.
+ */
+int lp_guard_restart(struct lp_guard *guard);
 /*
  * The process that began it ends regularly.  If it leaves uffds open whose tasks are not gone after a moment, these miss pages
  * and nothing else could be done for them: then the second process stays, and does its work as soon as the first has ended.
  */
 void lp_guard_end(struct lp_guard *guard);
 pid_t lp_guard_pid(const struct lp_guard *guard);
+/* Readable when the second process has ended.  The guard's own. */
+int lp_guard_pidfd(const struct lp_guard *guard);
 
 /*
  * What the daemon knows of a uffd; guard may be NULL.  One that it knows nothing of is held until the memory behind it is
- * gone.  names: whose it is, 0 and -1 if that is not known.  The process is killed by its pidfd, which is duplicated: its
- * memory may outlive it (CLONE_VM), and then its pid may be another's.
+ * gone.  names: whose it is, 0 and -1 if that is not known.  The process is killed by its pidfd, for its memory may outlive it
+ * (CLONE_VM), and then its pid may be another's; the pidfd stays the caller's, and open as long as the uffd is.
  */
 void lp_guard_names(struct lp_guard *guard, int uffd, pid_t pid, int pidfd);
 void lp_guard_complete(struct lp_guard *guard, int uffd); /* nothing is missing behind it */

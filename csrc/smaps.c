@@ -2,12 +2,55 @@
 #include "smaps.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <inttypes.h>
+#include <stdatomic.h>
 #include <stdio.h>
+#include <sched.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+
+#define TRIES 100 /* for a descriptor; a fault may be waiting, so without a pause */
+
+static atomic_int reserve = -1;
+
+int lp_mappings_reserve(void)
+{
+	int before, fd = open("/", O_PATH | O_CLOEXEC);
+
+	if (fd < 0)
+		return -errno;
+	before = atomic_exchange(&reserve, fd);
+	if (before >= 0)
+		close(before);
+	return 0;
+}
+
+static FILE *open_mappings(const char *path)
+{
+	FILE *file = fopen(path, "re");
+
+	/* another thread may take the number that is let go of, but not for long: they are as short of them */
+	for (int i = 0; !file && (errno == EMFILE || errno == ENFILE) && i < TRIES; i++) {
+		int fd = atomic_exchange(&reserve, -1);
+
+		if (fd >= 0)
+			close(fd);
+		else
+			sched_yield();
+		file = fopen(path, "re");
+	}
+	return file;
+}
+
+static void close_mappings(FILE *file)
+{
+	fclose(file);
+	if (atomic_load(&reserve) < 0)
+		lp_mappings_reserve();
+}
 
 struct mapping {
 	uint64_t start, end;
@@ -24,13 +67,13 @@ static int each_mapping(pid_t pid, int pidfd, void (*found)(void *arg, const str
 	int rc = 0;
 
 	snprintf(path, sizeof(path), "/proc/%d/smaps", (int)pid);
-	smaps = fopen(path, "re");
+	smaps = open_mappings(path);
 	if (!smaps)
 		return -errno;
 	/* from here on it is about the memory that the process had (fs/proc/task_mmu.c, proc_maps_open): was it the right one? */
 	if (pidfd >= 0 && syscall(SYS_pidfd_send_signal, pidfd, 0, NULL, 0)) {
 		rc = -errno;
-		fclose(smaps);
+		close_mappings(smaps);
 		return rc;
 	}
 	while (getline(&line, &size, smaps) > 0) {
@@ -54,7 +97,7 @@ static int each_mapping(pid_t pid, int pidfd, void (*found)(void *arg, const str
 	else if (!mapping.end)
 		rc = -ESRCH;
 	free(line);
-	fclose(smaps);
+	close_mappings(smaps);
 	return rc;
 }
 

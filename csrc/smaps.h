@@ -7,6 +7,12 @@
 #include <sys/types.h>
 
 /*
+ * Keeps a descriptor back for lp_each_mapping: what a fork finds zeroed must be known also when the fork has got the last one.
+ * 0 or -errno.
+ */
+int lp_mappings_reserve(void);
+
+/*
  * Calls found for each mapping of process pid, from the lowest on; wiped: a forked child finds it zeroed (MADV_WIPEONFORK;
  * "wf" in VmFlags, proc_pid_smaps(5)).  0 or -errno; -ESRCH when the process is not the one of pidfd any more, or has no
  * memory.  pidfd may be -1: not known.

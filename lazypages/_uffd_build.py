@@ -122,7 +122,13 @@ int lp_guarded_scan(int fd, uint64_t category, uint64_t start, uint64_t end, str
 struct lp_guard;
 struct lp_guard *lp_guard_start(int log_fd);
 void lp_guard_end(struct lp_guard *guard);
+int lp_guard_restart(struct lp_guard *guard);
 int lp_guard_pid(const struct lp_guard *guard);
+int lp_guard_pidfd(const struct lp_guard *guard);
+
+int lp_exit_status(int pidfd);
+bool lp_exit_status_works(void);
+#define LP_GUARD_FDS ...
 
 struct lp_engine *lp_engine_new(struct lp_guard *guard);
 void lp_engine_free(struct lp_engine *engine);
@@ -201,7 +207,7 @@ CSRC = Path("csrc")  # builds run at the project's root
 ffibuilder.set_source(
     "lazypages._uffd",
     "#include <sys/mman.h>\n#include <sys/syscall.h>\n#include <unistd.h>\n"
-    '#include "doubt.h"\n#include "engine.h"\n#include "faults.h"\n#include "guarded.h"\n#include "lane.h"\n#include "old_length.h"\n'
+    '#include "doubt.h"\n#include "engine.h"\n#include "exits.h"\n#include "faults.h"\n#include "guarded.h"\n#include "lane.h"\n#include "old_length.h"\n'
     '#include "plan.h"\n#include "space.h"\n#include "trace.h"\n',
     sources=[
         str(CSRC / name)
@@ -215,6 +221,7 @@ ffibuilder.set_source(
             "follow.c",
             "guard.c",
             "guarded.c",
+            "exits.c",
             "trace.c",
             "lane.c",
             "engine.c",
@@ -236,6 +243,7 @@ ffibuilder.set_source(
             "follow.h",
             "guard.h",
             "guarded.h",
+            "exits.h",
             "trace.h",
             "lane.h",
             "engine.h",

@@ -10,13 +10,21 @@ from __future__ import annotations
 
 import socket
 import struct
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from types import TracebackType
 from typing import NamedTuple, Self
 
 import anyio
 
-from lazypages.control_socket import CREDENTIALS, ControlError, ControlSocket, discard, hang_up
+from lazypages.control_socket import (
+    ControlError,
+    ControlSocket,
+    Received,
+    discard,
+    hang_up,
+    receive,
+)
+from lazypages.descriptors import NoDescriptorError
 
 #: "Restore finished".
 FINISH = 0x52535446
@@ -46,19 +54,42 @@ class RestoreFinished(NamedTuple):
 Event = TaskArrived | ZombieArrived | RestoreFinished
 
 
-async def accept(control: ControlSocket) -> Connection:
-    """Waits for a restorer."""
-    while (caller := control.take()) is None:
-        await anyio.wait_readable(control)
-    return Connection(*caller)
+#: Seconds between tries to receive what there is no file descriptor for.
+SHORTAGE_PAUSE = 0.05
+
+
+async def accept(
+    control: ControlSocket, short: Callable[[NoDescriptorError], None] | None = None
+) -> Connection:
+    """Waits for a restorer. ``short`` is called again and again while there is no descriptor for what has come."""
+    while True:
+        try:
+            if caller := control.take():
+                return Connection(*caller, short)
+        except NoDescriptorError as error:
+            await _wait_for_descriptors(error, short)
+        else:
+            await anyio.wait_readable(control)
+
+
+async def _wait_for_descriptors(
+    error: NoDescriptorError, short: Callable[[NoDescriptorError], None] | None
+) -> None:
+    if short is None:
+        raise error
+    short(error)
+    await anyio.sleep(SHORTAGE_PAUSE)
 
 
 class Connection:
-    """One restorer's connection. ``peer_pid``: who connected."""
+    """One restorer's connection. ``peer_pid``: who connected. ``short``: as for `accept`."""
 
-    def __init__(self, peer: socket.socket, peer_pid: int) -> None:
+    def __init__(
+        self, peer: socket.socket, peer_pid: int, short: Callable[[NoDescriptorError], None] | None = None
+    ) -> None:
         self._peer = peer
         self.peer_pid = peer_pid
+        self._short = short
 
     def __enter__(self) -> Self:
         return self
@@ -84,28 +115,17 @@ class Connection:
             else:
                 yield TaskArrived(value, sender, await self._uffd(value))
 
-    async def _receive(self, size: int) -> tuple[bytes, list[int], int]:
-        """Some bytes, at most `size`; fds that came with them; pid of the sender, 0 if not told."""
-        space = socket.CMSG_SPACE(CREDENTIALS.size) + socket.CMSG_SPACE(4 * 4)
+    async def _receive(self, size: int) -> Received:
+        """Some bytes, at most `size`, and what came with them. Waits for a free file descriptor if need be."""
         while True:
             try:
-                data, ancillary, _flags, _address = self._peer.recvmsg(size, space, socket.MSG_CMSG_CLOEXEC)
-                break
+                return receive(self._peer, size)
             except BlockingIOError:
                 await anyio.wait_readable(self._peer)
+            except NoDescriptorError as error:
+                await _wait_for_descriptors(error, self._short)
             except ConnectionError:
-                return b"", [], 0
-        fds: list[int] = []
-        sender = 0
-        for level, kind, payload in ancillary:
-            if level != socket.SOL_SOCKET:
-                continue
-            if kind == socket.SCM_RIGHTS:
-                whole = payload[: len(payload) - len(payload) % 4]
-                fds.extend(struct.unpack(f"={len(whole) // 4}i", whole))
-            elif kind == socket.SCM_CREDENTIALS:
-                sender = CREDENTIALS.unpack(payload[: CREDENTIALS.size])[0]
-        return data, fds, sender
+                return Received(b"", [], 0)
 
     async def _word(self) -> tuple[int, int] | None:
         data, sender = b"", 0

@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
+from lazypages.descriptors import NONE_LEFT, NoDescriptorError
 from lazypages.errors import LazyPagesError
 
 SOCKET_NAME = "lazy-pages.socket"
@@ -27,9 +28,20 @@ CREDENTIALS = struct.Struct("=iII")
 #: Of one message: SCM_MAX_FD, unix(7).
 _MAX_FDS = 253
 
+#: Room for all that a message can bring beside its bytes.
+_ANCILLARY = socket.CMSG_SPACE(CREDENTIALS.size) + socket.CMSG_SPACE(_MAX_FDS * 4)
+
 
 class ControlError(LazyPagesError):
     """The socket can't be had, or the restorer broke the protocol."""
+
+
+class Received(NamedTuple):
+    """Bytes, none at the end; descriptors that came with them; pid of the sender, 0 if not told."""
+
+    data: bytes
+    fds: list[int]
+    sender: int
 
 
 class ControlSocket:
@@ -113,13 +125,19 @@ class ControlSocket:
     def take(self) -> tuple[socket.socket, int] | None:
         """The restorer that waits, and its pid; None if there is none.
 
-        Peers that are neither root nor ourselves are turned away.
+        Peers that are neither root nor ourselves are turned away. Raises NoDescriptorError.
         """
         while True:
             try:
                 peer, _ = self._listener.accept()
             except BlockingIOError:
                 return None
+            except OSError as error:
+                if error.errno in NONE_LEFT:
+                    raise NoDescriptorError(
+                        "no file descriptor is free for the restorer that connects"
+                    ) from None
+                raise
             raw = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, CREDENTIALS.size)
             pid, uid, _gid = CREDENTIALS.unpack(raw)
             if uid in {0, os.geteuid()}:
@@ -130,9 +148,14 @@ class ControlSocket:
 
     def close(self) -> None:
         """Stops listening and removes the socket, if it is still ours."""
-        with suppress(OSError):  # nobody waits any more, or it is closed already
+        try:
             while True:
                 hang_up(self._listener.accept()[0])
+        except OSError as error:
+            if error.errno in NONE_LEFT:
+                # Who waits may have sent uffds, so nothing is closed here: the guard takes them out when we have ended.
+                self._listener.shutdown(socket.SHUT_RD)
+                self._listener.detach()
         self._listener.close()
         if self._dir < 0:
             return
@@ -147,6 +170,49 @@ class ControlSocket:
         self._dir = -1
 
 
+def receive(peer: socket.socket, size: int) -> Received:
+    """What comes next, at most `size` bytes, together with all the descriptors that came with it.
+
+    It is looked at before it is taken (MSG_PEEK), which gives us its descriptors once more: if there is no number for
+    one of them it stays where it is. Taken, it would be closed (net/core/scm.c, scm_detach_fds; recvmsg(2),
+    MSG_CTRUNC), and a task whose uffd that is would run on zeros.
+
+    Raises NoDescriptorError, BlockingIOError, OSError.
+    """
+    # What is seen may have the descriptors of the message behind it, too (net/unix/af_unix.c,
+    # unix_stream_read_generic).
+    _data, seen, _sender, whole = _receive(peer, size, socket.MSG_PEEK)
+    if not whole:
+        _close(seen)
+        raise NoDescriptorError("no file descriptor is free for one that has been sent")
+    data, fds, sender, whole = _receive(peer, size, 0)
+    if not whole:  # there was no number for it twice
+        fds, seen = seen, fds
+    _close(seen)
+    return Received(data, fds, sender)
+
+
+def _receive(peer: socket.socket, size: int, flags: int) -> tuple[bytes, list[int], int, bool]:
+    """As Received; and whether there was a number for every descriptor."""
+    data, ancillary, found, _address = peer.recvmsg(size, _ANCILLARY, flags | socket.MSG_CMSG_CLOEXEC)
+    fds: list[int] = []
+    sender = 0
+    for level, kind, payload in ancillary:
+        if level != socket.SOL_SOCKET:
+            continue
+        if kind == socket.SCM_RIGHTS:
+            whole = payload[: len(payload) - len(payload) % 4]
+            fds.extend(struct.unpack(f"={len(whole) // 4}i", whole))
+        elif kind == socket.SCM_CREDENTIALS:
+            sender = CREDENTIALS.unpack(payload[: CREDENTIALS.size])[0]
+    return data, fds, sender, not found & socket.MSG_CTRUNC
+
+
+def _close(fds: Sequence[int]) -> None:
+    for fd in fds:
+        os.close(fd)
+
+
 def discard(fds: Sequence[int]) -> None:
     """Closes what nobody wants. But uffds stay open to the end: closed, they would let their tasks run on zeros."""
     for fd in fds:
@@ -155,11 +221,19 @@ def discard(fds: Sequence[int]) -> None:
 
 
 def hang_up(peer: socket.socket) -> None:
-    """Closes a connection, and nothing with it: what was sent and nobody has read may be uffds."""
-    with peer, suppress(OSError):
+    """Closes a connection, and nothing with it: what was sent and nobody has read may be uffds.
+
+    If there is no descriptor for one of them, the connection stays open to the end: the guard takes it out then.
+    """
+    with suppress(OSError):
         peer.setblocking(False)
         peer.shutdown(socket.SHUT_RD)
         data = b"?"
         while data:
-            data, fds, _flags, _address = socket.recv_fds(peer, 4096, _MAX_FDS, socket.MSG_CMSG_CLOEXEC)
+            try:
+                data, fds, _sender = receive(peer, 4096)
+            except NoDescriptorError:
+                peer.detach()
+                return
             discard(fds)
+    peer.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import signal
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,18 +14,33 @@ if TYPE_CHECKING:
 
 
 class State(enum.StrEnum):
-    """Where a task stands, or how its service ended."""
+    """Where a task stands, or how its service ended.
+
+    COMPLETE: nothing was missing any more. Before that: GONE, it has exited by itself or called execve; DIED, a signal
+    that was not the daemon's killed it; ENDED, how it ended is not known; LOST, pages could not be had; KILLED, the
+    daemon had to kill it. A task that was forked after the restore is GONE however it ended: its process is not known.
+    """
 
     SERVING = "serving"
     COMPLETE = "complete"
     GONE = "gone"
+    DIED = "died"
+    ENDED = "ended"
     LOST = "lost"
     KILLED = "killed"
 
     @property
     def good(self) -> bool:
-        """Whether it is an end with every byte right."""
+        """Whether it is an end with every byte right, and nobody else's doing."""
         return self in {State.COMPLETE, State.GONE}
+
+
+def signal_name(number: int) -> str:
+    """SIGKILL."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal
+        return f"signal {number}"
 
 
 class ServiceTimes(NamedTuple):
@@ -67,6 +83,7 @@ class TaskReport(NamedTuple):
 
     ``pid``: as in the images; for a forked child the pid of the restored task that it descends from.
     ``total``: lazy pages at the start; ``seconds``: from the arrival of its uffd to its end (or till now).
+    ``signal``: what killed a task that has DIED, else 0.
     """
 
     name: str
@@ -83,6 +100,7 @@ class TaskReport(NamedTuple):
     faults: SourcePages = _NOTHING
     stats: Stats = Stats()
     times: ServiceTimes = ServiceTimes((), 0)
+    signal: int = 0
 
     def by_source(self, pages: SourcePages) -> dict[str, int]:
         """Counts by the names of sources, those without any left out."""
@@ -97,6 +115,7 @@ class TaskReport(NamedTuple):
             "pid": self.pid,
             "forked": self.forked,
             "state": str(self.state),
+            "signal": signal_name(self.signal) if self.signal else None,
             "pages": {
                 "total": self.total,
                 "pending": self.pending,
@@ -153,7 +172,7 @@ class Summary(NamedTuple):
 
     @property
     def ok(self) -> bool:
-        """Whether the restore finished and every task is complete or gone."""
+        """Whether the restore finished and every task is complete, or has exited by itself."""
         return self.finished and all(task.state.good for task in self.tasks)
 
     @property

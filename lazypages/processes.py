@@ -7,58 +7,119 @@ import select
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import anyio
+
+from lazypages._uffd import lib
+from lazypages.descriptors import NONE_LEFT, NoDescriptorError, Reserve
+
+if TYPE_CHECKING:
+    from lazypages.exit_events import ExitEvents
 
 #: Bytes of /proc/PID/status that hold NSpid at least: the groups before it may be 65536 (NGROUPS_MAX).
 _STATUS_SIZE = 1 << 20
 
 
 class Process:
-    """A process that can be killed without mistaking another for it; owns a pidfd."""
+    """A process that can be killed without mistaking another for it; owns a pidfd.
 
-    def __init__(self, pid: int, pidfd: int) -> None:
+    ``reserve``: descriptors that it may use for a moment when there are no others. ``events``: where they are needed.
+    """
+
+    def __init__(
+        self, pid: int, pidfd: int, reserve: Reserve | None = None, events: ExitEvents | None = None
+    ) -> None:
         self.pid = pid
         self._pidfd = pidfd
+        self._reserve = reserve or Reserve(0)
+        self._events = events
+        self._status: int | None = None
+        if events:
+            events.watch(pid)
 
     @classmethod
-    def of_task(cls, real_pid: int, image_pid: int) -> Process | None:
-        """The process `real_pid` if it is, in its own PID namespace, the task `image_pid`; None if not."""
+    def of_task(
+        cls, real_pid: int, image_pid: int, reserve: Reserve, events: ExitEvents | None = None
+    ) -> Process | None:
+        """The process `real_pid` if it is, in its own PID namespace, the task `image_pid`; None if not.
+
+        Raises NoDescriptorError.
+        """
         try:
             pidfd = os.pidfd_open(real_pid)
-        except OSError:
+        except OSError as error:
+            if error.errno in NONE_LEFT:
+                raise NoDescriptorError(
+                    f"task {image_pid}: no file descriptor is free for its pidfd"
+                ) from None
             return None
-        if _innermost_pid(real_pid) == image_pid:
-            return cls(real_pid, pidfd)
+        try:
+            found = reserve.attempt(lambda: _innermost_pid(real_pid))
+        except OSError:
+            os.close(pidfd)
+            raise NoDescriptorError(f"task {image_pid}: no file descriptor is free to look at it") from None
+        if found == image_pid:
+            return cls(real_pid, pidfd, reserve, events)
         os.close(pidfd)
         return None
 
     def kill(self, *, descendants: bool = False) -> None:
-        """Sends SIGKILL; to all that it has forked as well, on demand."""
-        family = _descendants(self.pid) if descendants else []
+        """Sends SIGKILL; to all that it has forked first, on demand. Raises OSError if they can't be looked for."""
         try:
+            if descendants:
+                # A zombie takes signals, too: as long as this works, its number is no other's.
+                signal.pidfd_send_signal(self._pidfd, 0)
+                self._reserve.attempt(lambda: _kill_children(self.pid))
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
         except ProcessLookupError:
-            return  # then the family found under its number was not its either
-        for pid in family:
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
+            return
 
     def holds_anonymous_memory(self, addr: int) -> bool:
         """Whether private anonymous memory is mapped at `addr`; True too when that can't be read."""
         try:
-            with Path(f"/proc/{self.pid}/maps").open(errors="replace") as maps:
-                for line in maps:
-                    span, permissions, _offset, _device, inode, *_name = line.split()
-                    start, end = (int(part, 16) for part in span.split("-"))
-                    if start <= addr < end:
-                        return inode == "0" and permissions.endswith("p")
+            return self._reserve.attempt(lambda: _is_anonymous(self.pid, addr))
         except OSError:
             return True
-        return False
+
+    @property
+    def has_exited(self) -> bool:
+        """All its threads."""
+        polled = select.poll()
+        polled.register(self._pidfd, select.POLLIN)
+        return bool(polled.poll(0))
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether it runs a program: not while it is exiting. False too when that can't be read."""
+        try:
+            return self._reserve.attempt(lambda: Path(f"/proc/{self.pid}/statm").read_bytes())[:2] != b"0 "
+        except OSError:
+            return False
+
+    def exit_status(self) -> int | None:
+        """How it ended, as wait(2) tells, once it has exited; None if that is not known.
+
+        On kernels before 6.15 it may be told from a zombie only: it should be asked for before the parent has waited
+        for it. If there are `events`, nothing is sooner or later; but what status it exited with they do not say: 0.
+        """
+        if self._status is None and self._events:
+            self._status = self._events.signal_of(self.pid)
+        if self._status is None:
+            self._status = self._status_of_zombie()
+        if self._status is None:
+            status = int(lib.lp_exit_status(self._pidfd))
+            self._status = status if status >= 0 else None
+        return self._status
+
+    def _status_of_zombie(self) -> int | None:
+        try:
+            stat = self._reserve.attempt(lambda: Path(f"/proc/{self.pid}/stat").read_bytes())
+            signal.pidfd_send_signal(self._pidfd, 0)  # its number was no other's yet
+        except OSError:
+            return None
+        fields = stat[stat.rindex(b")") + 2 :].split()  # from the third one on: proc_pid_stat(5)
+        return int(fields[52 - 3]) if fields[0] == b"Z" else None
 
     def fileno(self) -> int:
         """The pidfd. Readable when the process has exited, all its threads included (pidfd_open(2))."""
@@ -108,19 +169,60 @@ def _innermost_pid(real_pid: int) -> int | None:
             os.close(fd)
         pids = status.partition(b"\nNSpid:")[2].partition(b"\n")[0].split()
         return int(pids[-1])
-    except (OSError, ValueError, IndexError):
+    except (ValueError, IndexError):
+        return None
+    except OSError as error:
+        if error.errno in NONE_LEFT:
+            raise
         return None
 
 
-def _descendants(pid: int) -> list[int]:
+def _is_anonymous(pid: int, addr: int) -> bool:
+    with Path(f"/proc/{pid}/maps").open(errors="replace") as maps:
+        for line in maps:
+            span, permissions, _offset, _device, inode, *_name = line.split()
+            start, end = (int(part, 16) for part in span.split("-"))
+            if start <= addr < end:
+                return inode == "0" and permissions.endswith("p")
+    return False
+
+
+def _kill_children(parent: int) -> None:
+    """Kills all descendants of a process whose number stays its own meanwhile. Raises OSError: none is left open."""
+    for child in _children(parent):
+        try:
+            pidfd = os.pidfd_open(child)
+        except ProcessLookupError:
+            continue
+        try:
+            # A number that has become another's since it was read: that one has another parent, or is a child, too.
+            if _parent(child) == parent:
+                _kill_children(child)
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+        finally:
+            os.close(pidfd)
+
+
+def _children(pid: int) -> list[int]:
     found: list[int] = []
-    queue = [pid]
-    while queue:
-        for children in Path(f"/proc/{queue.pop()}/task").glob("*/children"):
-            try:
-                pids = [int(word) for word in children.read_text().split()]
-            except OSError:
-                continue
-            found += pids
-            queue += pids
+    try:
+        threads = os.listdir(f"/proc/{pid}/task")
+    except FileNotFoundError:
+        return []
+    for thread in threads:
+        try:
+            found += map(int, Path(f"/proc/{pid}/task/{thread}/children").read_text().split())
+        except (FileNotFoundError, ProcessLookupError):
+            continue
     return found
+
+
+def _parent(pid: int) -> int:
+    """0 if there is no such process any more."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return int(stat[stat.rindex(b")") + 2 :].split()[1])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import resource
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 import click
 
 from images_spec.errors import ImageError
-from lazypages import kernel, logs, summary
+from lazypages import descriptors, kernel, logs, summary
 from lazypages.control_socket import ControlSocket
 from lazypages.daemonize import daemonize, open_pidfile, tell_ready
 from lazypages.errors import LazyPagesError
@@ -63,8 +62,9 @@ Ctrl-C (SIGINT) and SIGTERM
 
 \b
 Exit status
-  0  every task has all its memory, or has exited by itself
-  1  it could not be served, or a task lost memory or was killed
+  0  every task has all its memory, or has exited by itself before it had
+  1  it could not be served; a task lost memory, or was killed (by anybody) while
+     it missed some; or a task ended while it missed some and nobody can say how
   2  wrong command line
 """
 
@@ -209,7 +209,7 @@ def serve(
     terminal = _terminal() if verbosity >= AUDIBLE and not daemon and sys.stderr.isatty() else None
     log_stream = _log_stream(places.log_file, terminal)
     logs.start(verbosity, log_stream, terminal)
-    _raise_open_files()
+    descriptors.raise_limit()
     try:
         result = _serve(
             places,
@@ -244,7 +244,7 @@ def _serve(
     """All that can go wrong for known reasons does so before a restore is told that it may start."""
     if status_fd is not None:
         _check_status_fd(status_fd)  # before files of ours have numbers
-    expected = expect(places.images_dir, remote=bool(options.page_servers), others=directories)
+    expected = _expect(places, options, directories)
     if options.remote and options.remote.layout is None:
         from dataclasses import replace  # noqa: PLC0415 - slow to import
 
@@ -294,6 +294,19 @@ def _serve(
     if places.stats_json:
         write_stats(places.stats_json, result)
     return result
+
+
+def _expect(places: Places, options: ServeOptions, directories: Sequence[Path]) -> dict[int, Expected]:
+    """Raises ImageError, LazyPagesError."""
+    try:
+        expected = expect(places.images_dir, remote=bool(options.page_servers), others=directories)
+    except ImageError:
+        if descriptors.exhausted():
+            raise descriptors.too_few_for_images() from None
+        raise
+    alive = sum(task.memory is not None for task in expected.values())
+    descriptors.check_enough(alive, len(options.page_servers))
+    return expected
 
 
 def _invitation(places: Places, expected: Mapping[int, Expected]) -> str:
@@ -386,12 +399,6 @@ def _forget_unsaid() -> None:
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, stream.fileno())
             os.close(null)
-
-
-def _raise_open_files() -> None:
-    """One uffd a task: all that we may have."""
-    _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _check_status_fd(status_fd: int) -> None:

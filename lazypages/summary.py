@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from lazypages.metrics import State, Summary, TaskReport
+from lazypages.metrics import State, Summary, TaskReport, signal_name
 from lazypages.uffd import PAGE_SIZE
 
 if TYPE_CHECKING:
@@ -18,6 +18,8 @@ _WORDS = {
     State.SERVING: "not complete",
     State.COMPLETE: "complete",
     State.GONE: "gone before that",
+    State.DIED: "killed by a signal",
+    State.ENDED: "ended before that, how is not known",
     State.LOST: "lost pages",
     State.KILLED: "killed",
 }
@@ -106,7 +108,8 @@ def leftovers(summary: Summary) -> list[str]:
 def _leftover(task: TaskReport) -> str:
     missing = f"{count(task.pending, 'page')} missing" if task.pending else "no page missing"
     poisoned = f", {count(task.stats.poisoned, 'page')} poisoned" if task.stats.poisoned else ""
-    return f"{task.name}: {_WORDS[task.state]}, {missing}{poisoned}"
+    how = f"killed by {signal_name(task.signal)}" if task.signal else _WORDS[task.state]
+    return f"{task.name}: {how}, {missing}{poisoned}"
 
 
 def dropped(summary: Summary) -> str | None:

@@ -151,6 +151,11 @@ def _check(rc: int) -> int:
     raise OSError(-rc, os.strerror(-rc))
 
 
+def _check_errno(rc: int) -> None:
+    if rc < 0:
+        raise OSError(-rc, os.strerror(-rc))
+
+
 def _ranges(ranges: Sequence[tuple[int, int]]) -> Any:
     return ffi.new("struct lp_range[]", [(start, end) for start, end in ranges])
 
@@ -312,11 +317,26 @@ class Guard:
     tasks that miss pages are left then: with these it deals as soon as this process has ended. Raises OSError.
     """
 
+    #: It looks after descriptors below this number only: see to it that there are no others (RLIMIT_NOFILE).
+    MAX_FDS = int(lib.LP_GUARD_FDS)
+
     def __init__(self, log_fd: int) -> None:
         self.handle = lib.lp_guard_start(log_fd)
         if self.handle == ffi.NULL:
             raise OSError(ffi.errno, os.strerror(ffi.errno))
-        self.pid = int(lib.lp_guard_pid(self.handle))
+
+    @property
+    def pid(self) -> int:
+        return int(lib.lp_guard_pid(self.handle))
+
+    @property
+    def pidfd(self) -> int:
+        """Readable when that process has ended, though it should not; -1: there is none."""
+        return int(lib.lp_guard_pidfd(self.handle))
+
+    def restart(self) -> None:
+        """If it has ended, begins another one, which knows what it knew. Raises OSError: there is none then."""
+        _check_errno(int(lib.lp_guard_restart(self.handle)))
 
     def __enter__(self) -> Guard:
         return self

@@ -16,7 +16,16 @@ from anyio.abc import TaskStatus
 
 from lazypages.control import Connection, RestoreFinished, TaskArrived, ZombieArrived, accept
 from lazypages.control_socket import ControlError, ControlSocket
+from lazypages.descriptors import (
+    FOR_EMERGENCIES,
+    FOR_FORKS,
+    NONE_LEFT,
+    NoDescriptorError,
+    Reserve,
+    how_to_raise_now,
+)
 from lazypages.errors import LazyPagesError
+from lazypages.exit_events import ExitEvents
 from lazypages.loop.options import ServeOptions
 from lazypages.loop.service import Identity, TaskService, poison_now
 from lazypages.metrics import Summary
@@ -40,6 +49,13 @@ PROBES = 200
 
 #: Seconds that a page server may take to be reached at the very end: it waits to be told that this is the end.
 FAREWELL = 10.0
+
+#: Seconds until it is said once more that there are too few file descriptors; and until it is tried again to have one.
+SHORTAGE_REMINDER = 10.0
+SHORTAGE_PAUSE = 0.05
+
+#: Seconds until another guard is tried to be started, when that has failed.
+GUARD_PAUSE = 0.1
 
 
 class EngineError(LazyPagesError):
@@ -70,9 +86,14 @@ class Server:
         self._by_task: dict[ServedTask, TaskService] = {}
         self._processes: dict[int, Process] = {}
         self._exits = Exits()
+        self._events: ExitEvents | None = None
+        self._for_forks = Reserve(FOR_FORKS)
+        self._for_emergencies = Reserve(FOR_EMERGENCIES)
+        self._short_said = -SHORTAGE_REMINDER
         self._forks: Counter[int] = Counter()
         self._one_ended = anyio.Event()
         self._families: dict[int, list[TaskService]] = {}  # a restored task and what it has forked
+        self._held: set[int] = set()  # those of which a uffd stays open to the end
         self._remote: RemotePages | None = None
         self._failure: OSError | None = None
         self._turns = anyio.CapacityLimiter(TRANSFER_THREADS)
@@ -96,6 +117,10 @@ class Server:
         """
         with Engine(self._options.trace, self._guard) as engine:
             async with AsyncExitStack() as stack:
+                stack.callback(self._for_forks.release)
+                stack.callback(self._for_emergencies.release)
+                if events := ExitEvents.open():
+                    self._events = stack.enter_context(events)
                 stack.callback(self._close_processes)
                 stack.enter_context(self._exits)
                 # Whatever happens: children that nobody has heard of yet do not get zeros.
@@ -121,6 +146,8 @@ class Server:
                     helpers.start_soon(self._dispatch, engine)
                     helpers.start_soon(self._exits.run)
                     helpers.start_soon(self._probe)
+                    if self._guard:
+                        helpers.start_soon(self._keep_guard, self._guard)
                     if watch:
                         helpers.start_soon(watch, self)
                     async with anyio.create_task_group() as tasks:
@@ -149,8 +176,40 @@ class Server:
             scope.cancel()  # every service deals with its task on its way out
 
     def _close_processes(self) -> None:
-        for process in self._processes.values():
-            process.close()
+        """But for those of which a uffd stays open: by its pidfd the guard will kill such a task."""
+        for pid, process in self._processes.items():
+            if pid not in self._held:
+                process.close()
+
+    async def _keep_guard(self, guard: Guard) -> None:
+        """Without one, a daemon that is killed gives zeros to its tasks."""
+        while True:
+            await anyio.wait_readable(guard.pidfd)
+            log.error(
+                "the guard (pid %d) was killed: without it, killing the daemon gives zeros to tasks",
+                guard.pid,
+            )
+            reason = None
+            while True:
+                try:
+                    guard.restart()
+                    break
+                except OSError as error:
+                    if error.strerror != reason:
+                        reason = error.strerror
+                        log.error("no other guard can be started: %s; trying again", reason)
+                await anyio.sleep(GUARD_PAUSE)
+            log.error("another guard has been started (pid %d)", guard.pid)
+
+    # File descriptors.
+
+    def _short_of_descriptors(self, why: object) -> None:
+        """Nothing is lost: whatever there is no descriptor for waits, and so does its task."""
+        self._for_forks.release()
+        now = time.monotonic()
+        if now - self._short_said >= SHORTAGE_REMINDER:
+            self._short_said = now
+            log.error("%s: the task waits until one is; %s", why, how_to_raise_now())
 
     # The page servers.
 
@@ -172,7 +231,7 @@ class Server:
     # The restorer.
 
     async def _receive(self, engine: Engine) -> None:
-        with await accept(self._control) as connection:
+        with await accept(self._control, self._short_of_descriptors) as connection:
             # One restore a daemon: a second one fails at once rather than wait for nobody.
             self._connected = True
             self._started = time.monotonic()
@@ -188,7 +247,7 @@ class Server:
                 async for event in events:
                     match event:
                         case TaskArrived():
-                            self._task_arrived(engine, event)
+                            self._task_arrived(engine, event, await self._process_of(event))
                         case ZombieArrived(pid):
                             self._expect(pid, zombie=True)
                             self._zombies += 1
@@ -210,8 +269,15 @@ class Server:
         self._awaited.discard(pid)
         return expected
 
-    def _task_arrived(self, engine: Engine, event: TaskArrived) -> None:
-        process = Process.of_task(event.real_pid, event.pid)
+    async def _process_of(self, event: TaskArrived) -> Process | None:
+        while True:
+            try:
+                return Process.of_task(event.real_pid, event.pid, self._for_emergencies, self._events)
+            except NoDescriptorError as error:
+                self._short_of_descriptors(error)
+                await anyio.sleep(SHORTAGE_PAUSE)
+
+    def _task_arrived(self, engine: Engine, event: TaskArrived, process: Process | None) -> None:
         try:
             expected = self._expect(event.pid, zombie=False)
             assert expected.memory is not None
@@ -232,7 +298,10 @@ class Server:
         except OSError as error:
             if process:
                 process.kill()
-                process.close()
+                self._processes[event.pid] = (
+                    process  # the uffd stays open, and the guard knows this pidfd of it
+                )
+                self._held.add(event.pid)
             raise ControlError(f"task {event.pid} can't be served: {error.strerror}") from error
         identity = Identity(f"task {event.pid}", event.pid, False, expected.lazy_pages, expected.sources)
         log.info("%s: %d pages are lazy", identity.name, expected.lazy_pages)
@@ -277,6 +346,8 @@ class Server:
         try:
             await service.run()
         finally:
+            if service.holds_uffd:
+                self._held.add(service.identity.pid)
             del self._by_task[served]
             self._one_ended.set()
             family = self._families[service.identity.pid]
@@ -293,6 +364,10 @@ class Server:
         waiting: list[TaskService] = []
         while True:
             await anyio.sleep(PROBE_INTERVAL)
+            if self._events:
+                self._events.take()
+            self._for_emergencies.refill()
+            self._for_forks.refill()
             waiting = waiting or list(self._by_task.values())
             for service in waiting[:PROBES]:
                 service.probe()
@@ -305,6 +380,10 @@ class Server:
             for notice in engine.notices():
                 if notice.kind is NoticeKind.FORKED:
                     self._forked(notice.task)
+                elif notice.kind is NoticeKind.FAILED and notice.error in NONE_LEFT:
+                    self._short_of_descriptors(
+                        f"task {notice.task.tag}: no file descriptor is free for what it forks"
+                    )
                 elif service := self._by_task.get(notice.task):
                     service.handle(notice, urgent)
             if urgent and self._remote:

@@ -17,7 +17,7 @@ import anyio.lowlevel
 from anyio import to_thread
 from anyio.abc import TaskGroup
 
-from lazypages.metrics import State, TaskReport, measure
+from lazypages.metrics import State, TaskReport, measure, signal_name
 from lazypages.processes import Process
 from lazypages.uffd import BusyError, Notice, NoticeKind, ServedTask, TaskGoneError
 
@@ -47,6 +47,10 @@ BUSY_TRIES = 500
 
 #: Bytes that have come for a task whose layout is changing, and wait beside their connection.
 PARKED_MOST = 4 << 20
+
+#: How long it is looked how a task ended whose memory is gone; from there to its exit the kernel has little to do.
+END_PAUSE = 0.01
+END_LOOKS = 1000
 
 #: Seconds between looks whether the memory of a process that has exited is gone, at most; then the server's are enough.
 GONE_PAUSE = 0.5
@@ -83,6 +87,7 @@ class TaskService:
         self._may_close = False
         self._gone = False
         self._state = State.SERVING
+        self._signal = 0
         self._wrong: list[Notice] = []
         self._tending = False
         self._background = False
@@ -91,6 +96,8 @@ class TaskService:
         self._group: TaskGroup | None = None  # while children may be started
         self._ended = anyio.Event()
         self._final: TaskReport | None = None
+        #: Whether the uffd had to stay open to the end of this process.
+        self.holds_uffd = False
 
     @property
     def pending(self) -> int:
@@ -108,6 +115,7 @@ class TaskService:
             pid=identity.pid,
             forked=identity.forked,
             state=self._state,
+            signal=self._signal,
             total=identity.total,
             seconds=time.monotonic() - self._started,
             sources=identity.sources,
@@ -131,6 +139,8 @@ class TaskService:
     def process_exited(self) -> None:
         """The process has exited, all its threads included."""
         self._exited = True
+        if self.process:
+            self.process.exit_status()  # soon nobody may know it any more
         if self._group and self._served.probe():
             self._group.start_soon(self._await_gone)
 
@@ -148,7 +158,10 @@ class TaskService:
                 self._check_complete()
             case NoticeKind.GONE:
                 self._gone = True
-                self._end(State.GONE if self._served.pending else State.COMPLETE)
+                if not self._served.pending:
+                    self._end(State.COMPLETE)
+                elif self._group:
+                    self._group.start_soon(self._learn_end)
             case NoticeKind.LOST if notice.error == errno.ESTALE:
                 self._spoilt()
             case NoticeKind.LOST:
@@ -194,6 +207,8 @@ class TaskService:
                         self._bring_rest(group)
                     if self._exited:
                         group.start_soon(self._await_gone)
+                    if self._gone:
+                        group.start_soon(self._learn_end)
                     self._tend(group)
                     await self._ended.wait()
                 finally:
@@ -291,6 +306,32 @@ class TaskService:
             await anyio.sleep(pause)
             pause *= 2
 
+    async def _learn_end(self) -> None:
+        """Its memory is gone, and it missed pages: was that its own doing?"""
+        for _ in range(END_LOOKS):
+            if (state := self._how_it_ended()) is not State.SERVING:
+                self._end(state)
+                return
+            await anyio.sleep(END_PAUSE)
+        self._end(State.ENDED)
+
+    def _how_it_ended(self) -> State:
+        """SERVING: that can't be told yet."""
+        if self.identity.forked:
+            return State.GONE
+        if not self.process:
+            return State.ENDED
+        if not self.process.has_exited:
+            # Either it has another memory already (execve), or it is about to exit.
+            return State.GONE if self.process.has_memory and not self.process.has_exited else State.SERVING
+        status = self.process.exit_status()
+        if status is None:
+            return State.ENDED
+        if os.WIFSIGNALED(status):
+            self._signal = os.WTERMSIG(status)
+            return State.DIED
+        return State.GONE
+
     def _tend(self, group: TaskGroup) -> None:
         if self._wrong and not self._tending:
             self._tending = True
@@ -359,7 +400,7 @@ class TaskService:
 
     async def give_up(self) -> None:
         """Ends the task if it still misses pages: never may it read zeros for them."""
-        if self._state is State.SERVING and (pending := self._served.pending):
+        if self._state is State.SERVING and not self._gone and (pending := self._served.pending):
             self._state = State.KILLED
             await self._poison(everything=True)
             if not self.identity.forked:
@@ -372,10 +413,21 @@ class TaskService:
             self._state = State.KILLED
             if (self.process and not self.identity.forked) or not poison_now(self._served):
                 self._kill("the daemon failed")
+        if self._gone and self._state is State.SERVING:
+            self._end(State.ENDED)
+        self._say_end()
         report = self._measure()
+        self.holds_uffd = report.pending > 0 and not self._gone
         if self._served.close():
             self._spoilt()
         self._final = report._replace(state=self._state)
+
+    def _say_end(self) -> None:
+        name, pending = self.identity.name, self._served.pending
+        if self._state is State.DIED:
+            log.error("%s: killed by %s while it missed %d pages", name, signal_name(self._signal), pending)
+        elif self._state is State.ENDED:
+            log.error("%s: ended while it missed %d pages; how is not known", name, pending)
 
 
 def poison_now(served: ServedTask) -> bool:

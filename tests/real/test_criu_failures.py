@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -94,13 +95,14 @@ def test_damaged_images_are_refused_at_once(
 
 @one
 def test_task_killed_while_pages_are_missing(criu: Criu, checkpoints: Checkpoints, tmp_path: Path) -> None:
-    """A task that is gone needs no pages: exit 0."""
+    """It needs none any more, but that is no success: exit 1."""
     checkpoint = checkpoints.get(criu, "forever")
     with lazy_restore(checkpoint, LAZY, tmp_path) as restored:
         os.kill(checkpoint.pid, signal.SIGKILL)
         assert restored.wait_tasks() == -signal.SIGKILL
-        assert restored.server.wait() == 0
-        assert [task["state"] for task in restored.stats()["tasks"]] == ["gone"]
+        assert restored.server.wait() == 1
+        (task,) = restored.stats()["tasks"]
+        assert (task["state"], task["signal"]) == ("died", "SIGKILL")
 
 
 @one
@@ -108,7 +110,7 @@ def test_task_killed_while_pages_are_missing(criu: Criu, checkpoints: Checkpoint
 def test_one_task_of_a_tree_killed(
     criu: Criu, background: bool, checkpoints: Checkpoints, tmp_path: Path
 ) -> None:
-    """The others are served on as if nothing had happened."""
+    """The others are served on as if nothing had happened. What was killed is told, unless it had all its memory."""
     checkpoint = checkpoints.get(criu, "crowd")
     with lazy_restore(checkpoint, our_daemon() if background else LAZY, tmp_path) as restored:
         os.kill(max(checkpoint.pids), signal.SIGKILL)
@@ -118,7 +120,10 @@ def test_one_task_of_a_tree_killed(
         assert len(others) == 39
         assert [report for report in others if report.bad] == []
         assert (root.bad, root.what) == (1, CHILD_ENDED)
-        assert restored.server.wait() == 0
+        exit_status = restored.server.wait()
+        states = Counter(task["state"] for task in restored.stats()["tasks"])
+        assert states["complete"] + states["gone"] + states["died"] == 41
+        assert (states["died"], exit_status) in {(1, 1), (0, 0)}
 
 
 @one

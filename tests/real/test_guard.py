@@ -46,7 +46,7 @@ def restored() -> Iterator[Path]:
 def guards() -> list[int]:
     """Those below us that run."""
     names = {pid: Path(f"/proc/{pid}/comm") for pid, state in descendants().items() if state != "Z"}
-    return [pid for pid, name in names.items() if name.exists() and name.read_text() == "lazypages-guard\n"]
+    return [pid for pid, name in names.items() if name.exists() and name.read_text() == "uffd-guard\n"]
 
 
 @pytest.mark.every_kernel

@@ -76,6 +76,10 @@ class Restored:
     def statuses(self) -> list[int]:
         """Waits for all tasks to end; exit statuses, 128 + signal for killed ones."""
         self.tell("wait")
+        return self.told_statuses()
+
+    def told_statuses(self) -> list[int]:
+        """The answer to "wait"."""
         return [int(word) for word in self._line().split()]
 
 

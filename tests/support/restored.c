@@ -8,6 +8,8 @@
  *     finish         says that the restore is finished
  *     close          closes the connection
  *     touch N        each task touches its first N pages, then waits for the next command
+ *     exit           each task ends with status 0, whatever it misses
+ *     exec           each task becomes another program, which does nothing
  *     check          each task checks all its pages and ends, with status 0 if every byte is right
  *     wait           waits for the tasks; prints how each ended, as a shell would number it
  *
@@ -111,6 +113,11 @@ static void run_task(uint64_t task, size_t pages, int sock, int commands, int an
 			for (uint32_t i = 0; i < n; i++)
 				check_page(task, i);
 			break;
+		case 'e':
+			_exit(0);
+		case 'x':
+			execl("/bin/sleep", "sleep", "60", NULL);
+			_exit(3);
 		case 'c':
 			for (size_t i = 0; i < pages; i++)
 				check_page(task, (i * 7919 + 13 * task) % pages);
@@ -196,6 +203,10 @@ int main(int argc, char **argv)
 			tell(tasks, nr, message, 5, 2);
 		} else if (!strcmp(line, "check")) {
 			tell(tasks, nr, "c", 1, 0);
+		} else if (!strcmp(line, "exit")) {
+			tell(tasks, nr, "e", 1, 0);
+		} else if (!strcmp(line, "exec")) {
+			tell(tasks, nr, "x", 1, 0);
 		} else if (!strcmp(line, "wait")) {
 			for (int i = 0; i < nr; i++) {
 				int status;

@@ -1,0 +1,146 @@
+"""How a task ended that missed pages: by itself, or killed. The exit status and the summary tell."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+
+from tests.support.fake import compile_restored, restored_tasks, serve_command, serving, write_images
+from tests.support.processes import Server, nothing_left, wait_for
+
+pytestmark = pytest.mark.timeout(120)
+
+PAGES = 600
+
+
+@pytest.fixture(scope="module")
+def restored() -> Iterator[Path]:
+    with TemporaryDirectory(prefix="lazypages-restored-") as folder:
+        yield compile_restored(Path(folder))
+
+
+def tasks_of(directory: Path) -> list[dict[str, Any]]:
+    tasks: list[dict[str, Any]] = json.loads((directory / "stats.json").read_text())["tasks"]
+    return tasks
+
+
+@pytest.mark.parametrize("waited_for", [False, True], ids=["zombie", "reaped at once"])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV, signal.SIGRTMIN + 3])
+def test_killed(number: int, waited_for: bool, restored: Path, tmp_path: Path) -> None:
+    with (
+        nothing_left(),
+        restored_tasks(restored, 2, PAGES) as tasks,
+        serving(tmp_path, tasks, PAGES, "--no-background") as server,
+    ):
+        tasks.say("finish")
+        tasks.say("touch 10")
+        if waited_for:
+            tasks.tell("wait")
+        for pid in tasks.pids:
+            os.kill(pid, number)
+        assert server.wait() == 1
+        if waited_for:
+            assert tasks.told_statuses() == [128 + number] * 2
+        name = "signal 37" if number == 37 else signal.Signals(number).name
+        assert f"task {tasks.pids[0]}: killed by {name} while it missed 5" in server.story()
+        assert "2 killed by a signal" in server.story()
+        assert f"task {tasks.pids[1]}: killed by {name}, 5" in server.story()
+    assert [(task["state"], task["signal"]) for task in tasks_of(tmp_path)] == [("died", name)] * 2
+
+
+@pytest.mark.parametrize("how", ["exit", "exec"])
+@pytest.mark.parametrize("waited_for", [False, True], ids=["zombie", "reaped at once"])
+def test_by_itself(how: str, waited_for: bool, restored: Path, tmp_path: Path) -> None:
+    with (
+        nothing_left(),
+        restored_tasks(restored, 2, PAGES) as tasks,
+        serving(tmp_path, tasks, PAGES, "--no-background") as server,
+    ):
+        tasks.say("finish")
+        tasks.say("touch 10")
+        tasks.say(how)
+        if waited_for:
+            tasks.tell("wait")
+        assert server.wait() == 0
+        assert "2 gone before that" in server.story()
+    assert [(task["state"], task["signal"]) for task in tasks_of(tmp_path)] == [("gone", None)] * 2
+
+
+def test_killed_when_complete(restored: Path, tmp_path: Path) -> None:
+    """It had all its memory: what became of it then is not the daemon's business."""
+    with (
+        nothing_left(),
+        restored_tasks(restored, 2, PAGES) as tasks,
+        serving(tmp_path, tasks, PAGES) as server,
+    ):
+        tasks.say("finish")
+        wait_for("the end", lambda: server.process.poll() is not None)
+        os.kill(tasks.pids[0], signal.SIGKILL)
+        assert server.wait() == 0
+    assert [task["state"] for task in tasks_of(tmp_path)] == ["complete"] * 2
+
+
+#: `serve` on a kernel that says to nobody but a parent how a process has ended.
+OLD_KERNEL = """
+import lazypages.exit_events, lazypages.processes, sys
+from lazypages.__main__ import main
+class Lib:
+    def lp_exit_status(self, pidfd): return -1
+    def lp_exit_status_works(self): return False
+lazypages.exit_events.lib = lazypages.processes.lib = Lib()
+main()
+"""
+
+
+@pytest.mark.parametrize("how", ["kill", "exit", "exec"])
+def test_on_kernels_before_6_15(how: str, restored: Path, tmp_path: Path) -> None:
+    """Its parent waits for it at once, and so nothing is left of it."""
+    command = [sys.executable, "-c", OLD_KERNEL, *serve_command(tmp_path, "--no-background")[3:]]
+    with nothing_left(), restored_tasks(restored, 4, PAGES) as tasks:
+        write_images(tmp_path, tasks.pids, PAGES)
+        with Server(command, output=tmp_path / "serve.out") as server:
+            server.wait_ready()
+            tasks.say(f"connect {tmp_path}/lazy-pages.socket")
+            tasks.say("finish")
+            tasks.say("touch 10")  # it has them
+            if how != "kill":
+                tasks.say(how)
+            tasks.tell("wait")
+            for pid in tasks.pids:
+                if how == "kill":
+                    os.kill(pid, signal.SIGKILL)
+            assert server.wait() == (how == "kill")
+    ends = [(task["state"], task["signal"]) for task in tasks_of(tmp_path)]
+    assert ends == [("died", "SIGKILL") if how == "kill" else ("gone", None)] * 4
+
+
+UNKNOWN = """
+import lazypages.processes, sys
+from lazypages.__main__ import main
+lazypages.processes.Process.exit_status = lambda self: None
+main()
+"""
+
+
+def test_nobody_knows(restored: Path, tmp_path: Path) -> None:
+    """As where the kernel does not tell, and its parent has waited for it: not a success."""
+    command = [sys.executable, "-c", UNKNOWN, *serve_command(tmp_path, "--no-background")[3:]]
+    with nothing_left(), restored_tasks(restored, 1, PAGES) as tasks:
+        write_images(tmp_path, tasks.pids, PAGES)
+        with Server(command, output=tmp_path / "serve.out") as server:
+            server.wait_ready()
+            tasks.say(f"connect {tmp_path}/lazy-pages.socket")
+            tasks.say("finish")
+            tasks.say("exit")
+            assert server.wait() == 1
+            assert "600 pages; how is not known" in server.story()
+            assert "1 ended before that, how is not known" in server.story()
+    assert [task["state"] for task in tasks_of(tmp_path)] == ["ended"]
