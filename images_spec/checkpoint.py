@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from images_spec import images
+from images_spec import images, seen
 from images_spec.core_pb2 import TaskState
 from images_spec.errors import ImageError, ImageMissingError
 from images_spec.flags import MADV_WIPEONFORK, VMA_KNOWN
@@ -52,6 +53,9 @@ class TaskImages(NamedTuple):
 
     ``vmas``: the mappings that the restorer registers with userfaultfd; ``wiped``: those of them that a
     forked child finds zeroed. A dead task (a zombie) has no memory: all is empty.
+
+    ``seen``: what others look at without the task's help: arguments, environment, auxiliary vector
+    (/proc/<pid>/cmdline and so on), and the top of its leader's stack.
     """
 
     pid: int
@@ -60,6 +64,7 @@ class TaskImages(NamedTuple):
     vmas: list[Span]
     wiped: list[Span]
     levels: list[TaskLevel]
+    seen: Sequence[Span] = ()
 
 
 class Checkpoint:
@@ -100,7 +105,17 @@ class Checkpoint:
         levels, pagemaps = self._load_levels(pid)
         extents = resolve(pagemaps, remote=remote)
         extents.check_covered(vmas, pagemaps[0].path)
-        return TaskImages(pid, False, extents, vmas, [vma for vma in vmas if vma in advised], levels)
+        wiped = [vma for vma in vmas if vma in advised]
+        return TaskImages(pid, False, extents, vmas, wiped, levels, seen.of_task(mm, core))
+
+    def thread_stacks(self, pid: int) -> Iterator[Span]:
+        """The tops of the stacks of a task's threads, but for the leader's. Raises ``ImageError``."""
+        (task,) = (task for task in self.tasks if task.pid == pid)
+        for tid in task.threads:
+            if tid != pid:
+                yield from seen.of_thread(
+                    images.read_one(self.directory / Kind.CORE.file_name(tid), Kind.CORE)
+                )
 
     def _load_levels(self, pid: int) -> tuple[list[TaskLevel], list[Pagemap]]:
         """The pagemaps of a task, down to the first level without one: there its chain ends, as for CRIU."""

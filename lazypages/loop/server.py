@@ -6,7 +6,7 @@ import logging
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import AsyncExitStack, aclosing
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from lazypages.control_socket import ControlError, ControlSocket
 from lazypages.errors import LazyPagesError
 from lazypages.loop.options import ServeOptions
 from lazypages.loop.service import Identity, TaskService, poison_now
+from lazypages.loop.traced import TracedTasks
 from lazypages.metrics import Summary
 from lazypages.processes import Exits, Process
 from lazypages.restored import Expected
@@ -73,6 +74,7 @@ class Server:
         self._forks: Counter[int] = Counter()
         self._one_ended = anyio.Event()
         self._families: dict[int, list[TaskService]] = {}  # a restored task and what it has forked
+        self._traced = TracedTasks(self._families, self._processes)
         self._remote: RemotePages | None = None
         self._failure: OSError | None = None
         self._turns = anyio.CapacityLimiter(TRANSFER_THREADS)
@@ -121,6 +123,7 @@ class Server:
                     helpers.start_soon(self._dispatch, engine)
                     helpers.start_soon(self._exits.run)
                     helpers.start_soon(self._probe)
+                    helpers.start_soon(self._traced.run)
                     if watch:
                         helpers.start_soon(watch, self)
                     async with anyio.create_task_group() as tasks:
@@ -238,13 +241,14 @@ class Server:
         log.info("%s: %d pages are lazy", identity.name, expected.lazy_pages)
         if process:
             self._processes[event.pid] = process
-        self._start(served, identity, process)
+        self._start(served, identity, process, expected.seen)
 
     def _restore_finished(self) -> None:
         if self._awaited:
             log.warning("tasks that never came: %s", ", ".join(map(str, sorted(self._awaited))))
         log.info("restore finished; tasks go on")
         self._finished = True
+        self._traced.restore_finished()
         for service in self._services:
             service.restore_finished()
             if self._options.background or self._draining:
@@ -258,9 +262,15 @@ class Server:
             self._one_ended = anyio.Event()
             await self._one_ended.wait()
 
-    def _start(self, served: ServedTask, identity: Identity, process: Process | None) -> None:
+    def _start(
+        self,
+        served: ServedTask,
+        identity: Identity,
+        process: Process | None,
+        seen: Callable[[], Iterator[tuple[int, int]]] = lambda: iter(()),
+    ) -> None:
         service = TaskService(
-            served, identity, process=process, transfer_turns=self._turns, remote=self._remote
+            served, identity, process=process, transfer_turns=self._turns, remote=self._remote, seen=seen
         )
         self._services.append(service)
         self._by_task[served] = service
@@ -281,6 +291,8 @@ class Server:
             self._one_ended.set()
             family = self._families[service.identity.pid]
             family.remove(service)
+            if not family:
+                self._traced.ended(service.identity.pid)
             if not family and self._remote:
                 self._remote.forget(service.identity.pid)
         report = service.report()
