@@ -1,7 +1,7 @@
 """Tasks that somebody begins to trace while they miss pages: completed before the tracer goes on (docs/criu.md).
 
-Who looks at a task's memory from outside is not given what is missing, and is not told: `criu dump` takes pages that have
-not come for pages that were never touched, a debugger reads EIO.
+Who looks at a task's memory from outside is not given what is missing, and is not told: `criu dump` takes pages that
+have not come for pages that were never touched, a debugger reads EIO.
 """
 
 from __future__ import annotations
