@@ -15,6 +15,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
+#include <sys/inotify.h>
 #include <sys/ptrace.h>
 #include <sys/socket.h>
 #include <sys/wait.h>
@@ -42,8 +43,17 @@ struct queue {
 	size_t nr, cap;
 };
 
+/* A watch of inotify on /proc/PID; its number is the index. */
+struct look {
+	int32_t pid; /* 0: none */
+	int32_t tracer; /* who traced it at the last look */
+};
+
 struct lp_tracers {
 	int connector; /* -1: the kernel does not tell us */
+	int inotify; /* -1: not needed, or not to be had */
+	struct look *looks; /* under the lock */
+	size_t nr_looks;
 	int wake, event;
 	atomic_bool stopped;
 	_Atomic uint64_t *watched;
@@ -193,18 +203,23 @@ static struct held *find(struct lp_tracers *t, int32_t tracer)
 	return NULL;
 }
 
-/* Whether it is the tracer of a thread of ours: then we would wait for it as well. */
-static bool traces(int32_t tracer, const char *status_path)
+/* A number in a status file of /proc, 0 if it can't be had.  name: with its colon. */
+static int32_t status_number(const char *path, const char *name)
 {
+	size_t length = strlen(name);
+	int32_t number = 0;
 	char line[256];
-	FILE *file = fopen(status_path, "re");
-	bool found = false;
+	FILE *file = fopen(path, "re");
 
-	while (file && !found && fgets(line, sizeof(line), file))
-		found = !strncmp(line, "TracerPid:", 10) && atoi(line + 10) == tracer;
+	while (file && fgets(line, sizeof(line), file)) {
+		if (!strncmp(line, name, length)) {
+			number = atoi(line + length);
+			break;
+		}
+	}
 	if (file)
 		fclose(file);
-	return found;
+	return number;
 }
 
 /* 0 or an errno. */
@@ -224,7 +239,9 @@ static int hold(struct lp_tracers *t, int32_t tracer)
 		t->held = held;
 		t->cap_held += HELD_MORE;
 	}
-	if (traces(tracer, "/proc/self/status") || traces(tracer, "/proc/thread-self/status"))
+	/* we would wait for it as well */
+	if (status_number("/proc/self/status", "TracerPid:") == tracer ||
+	    status_number("/proc/thread-self/status", "TracerPid:") == tracer)
 		return EDEADLK;
 	if (ptrace(PTRACE_SEIZE, tracer, NULL, NULL) < 0)
 		return errno;
@@ -281,6 +298,98 @@ static void take_event(struct lp_tracers *t)
 	}
 }
 
+/* ---- inotify ---- */
+
+/* What `ps` and `top` open says nothing, and "status" is what we open ourselves. */
+static bool is_a_look(const char *name)
+{
+	static const char *const names[] = {"smaps", "maps", "pagemap", "mem", "task", "fd", "map_files", "auxv"};
+
+	for (size_t i = 0; i < sizeof(names) / sizeof(names[0]); i++)
+		if (!strcmp(name, names[i]))
+			return true;
+	return false;
+}
+
+static void look(struct lp_tracers *t, int watch)
+{
+	struct lp_attach attach = {0};
+	char path[64];
+
+	pthread_mutex_lock(&t->lock);
+	if (watch >= 0 && (size_t)watch < t->nr_looks && t->looks[watch].pid) {
+		struct look *at = &t->looks[watch];
+
+		snprintf(path, sizeof(path), "/proc/%d/status", at->pid);
+		attach.tracer = status_number(path, "TracerPid:");
+		if (attach.tracer && attach.tracer != at->tracer)
+			attach.pid = at->pid;
+		at->tracer = attach.tracer;
+	}
+	pthread_mutex_unlock(&t->lock);
+	if (!attach.pid)
+		return;
+	snprintf(path, sizeof(path), "/proc/%d/status", attach.tracer);
+	attach.owner = status_number(path, "Tgid:");
+	if (attach.owner != getpid())
+		attached(t, attach);
+}
+
+static void take_looks(struct lp_tracers *t)
+{
+	char buffer[4096] __attribute__((aligned(__alignof__(struct inotify_event))));
+	ssize_t got = read(t->inotify, buffer, sizeof(buffer));
+
+	for (char *at = buffer; got > 0 && at < buffer + got;) {
+		const struct inotify_event *event = (const void *)at;
+
+		if (event->mask & IN_Q_OVERFLOW)
+			attached(t, (struct lp_attach){0});
+		else if (event->len && is_a_look(event->name))
+			look(t, event->wd);
+		at += sizeof(*event) + event->len;
+	}
+}
+
+static void watch_looks(struct lp_tracers *t, int32_t pid)
+{
+	char path[64];
+	int watch;
+
+	snprintf(path, sizeof(path), "/proc/%d", pid);
+	watch = inotify_add_watch(t->inotify, path, IN_OPEN | IN_ONLYDIR);
+	if (watch < 0)
+		return;
+	pthread_mutex_lock(&t->lock);
+	if ((size_t)watch >= t->nr_looks) {
+		size_t nr = (size_t)watch * 2 + 64;
+		struct look *more = realloc(t->looks, nr * sizeof(*more));
+
+		if (more) {
+			memset(more + t->nr_looks, 0, (nr - t->nr_looks) * sizeof(*more));
+			t->looks = more;
+			t->nr_looks = nr;
+		}
+	}
+	if ((size_t)watch < t->nr_looks) {
+		snprintf(path, sizeof(path), "/proc/%d/status", pid);
+		t->looks[watch] = (struct look){pid, status_number(path, "TracerPid:")}; /* the restorer may be at it still */
+	}
+	pthread_mutex_unlock(&t->lock);
+}
+
+static void unwatch_looks(struct lp_tracers *t, int32_t pid)
+{
+	pthread_mutex_lock(&t->lock);
+	for (size_t watch = 0; watch < t->nr_looks; watch++) {
+		if (t->looks[watch].pid == pid) {
+			inotify_rm_watch(t->inotify, (int)watch);
+			t->looks[watch].pid = 0;
+		}
+	}
+	pthread_mutex_unlock(&t->lock);
+}
+
 static void obey(struct lp_tracers *t)
 {
 	struct lp_attach order;
@@ -298,19 +407,25 @@ static void obey(struct lp_tracers *t)
 
 int lp_tracers_run(struct lp_tracers *t)
 {
-	struct pollfd waiting[2] = {{.fd = t->wake, .events = POLLIN}, {.fd = t->connector, .events = POLLIN}};
+	struct pollfd waiting[3] = {
+		{.fd = t->wake, .events = POLLIN},
+		{.fd = t->connector, .events = POLLIN},
+		{.fd = t->inotify, .events = POLLIN},
+	};
 	struct sched_param now = {.sched_priority = 1}, before = {0};
 	int policy = sched_getscheduler(0), rc = 0;
 
 	/* CRIU reads which pages there are 2.6 ms after its attach (docs/criu.md): no time to wait for a CPU, if that is allowed */
 	sched_setscheduler(0, SCHED_FIFO | SCHED_RESET_ON_FORK, &now);
 	while (!atomic_load(&t->stopped)) {
-		if (poll(waiting, 2, -1) < 0 && errno != EINTR) {
+		if (poll(waiting, 3, -1) < 0 && errno != EINTR) {
 			rc = -errno;
 			break;
 		}
 		if (waiting[1].revents) /* first: each moment counts */
 			take_event(t);
+		if (waiting[2].revents)
+			take_looks(t);
 		if (waiting[0].revents)
 			obey(t);
 	}
@@ -328,7 +443,7 @@ struct lp_tracers *lp_tracers_new(void)
 
 	if (!t)
 		return NULL;
-	t->connector = -1;
+	t->connector = t->inotify = -1;
 	t->wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	t->event = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	t->watched = calloc(PIDS / 64, sizeof(*t->watched));
@@ -341,6 +456,8 @@ struct lp_tracers *lp_tracers_new(void)
 		return NULL;
 	}
 	t->connector = open_connector();
+	if (t->connector < 0)
+		t->inotify = inotify_init1(IN_CLOEXEC | IN_NONBLOCK);
 	return t;
 }
 
@@ -351,11 +468,14 @@ void lp_tracers_free(struct lp_tracers *t)
 		say(t->connector, PROC_CN_MCAST_IGNORE);
 		close(t->connector);
 	}
+	if (t->inotify >= 0)
+		close(t->inotify);
 	if (t->wake >= 0)
 		close(t->wake);
 	if (t->event >= 0)
 		close(t->event);
 	free(t->watched);
+	free(t->looks);
 	free(t->orders.items);
 	free(t->told.items);
 	free(t->held);
@@ -374,6 +494,10 @@ void lp_tracers_watch(struct lp_tracers *t, int32_t pid, bool watched)
 
 	if (pid <= 0 || (uint32_t)pid >= PIDS)
 		return;
+	if (t->inotify >= 0 && watched)
+		watch_looks(t, pid);
+	else if (t->inotify >= 0)
+		unwatch_looks(t, pid);
 	if (watched)
 		atomic_fetch_or(&t->watched[pid / 64], bit);
 	else

@@ -3,7 +3,9 @@
  *
  * The kernel tells of each PTRACE_ATTACH and PTRACE_SEIZE through the process connector (drivers/connector/cn_proc.c,
  * PROC_EVENT_PTRACE; Linux 3.1 and later), to listeners in the first user, PID and network namespace that have
- * CAP_NET_ADMIN.  Where it does not tell us, the owner finds out (/proc/PID/status) and reports it here.
+ * CAP_NET_ADMIN.  Elsewhere inotify tells when somebody opens a file in /proc/PID, as all do who are about to look at a
+ * process, and /proc/PID/status whether it is traced then.  That needs no privilege, but that they use the same mount of /proc;
+ * so the owner looks as well, now and then, and reports what it finds.
  *
  * A tracer is held by tracing its thread ourselves and interrupting it: that is undone by the kernel when this process
  * ends, however it ends, and neither the tracer nor its parent sees it.
@@ -29,7 +31,7 @@ struct lp_attach {
 /* NULL with errno */
 struct lp_tracers *lp_tracers_new(void);
 void lp_tracers_free(struct lp_tracers *tracers);
-/* Whether the kernel tells.  If not, nothing happens but by lp_tracers_report. */
+/* Whether the kernel tells of every attach.  If not, look. */
 bool lp_tracers_told(const struct lp_tracers *tracers);
 /* Processes whose tracers are held at once.  The tracers of others are told of, with EAGAIN. */
 void lp_tracers_watch(struct lp_tracers *tracers, int32_t pid, bool watched);

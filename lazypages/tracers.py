@@ -42,7 +42,7 @@ class Tracers:
 
     @property
     def told(self) -> bool:
-        """Whether the kernel tells; if not, attaches are to be found and reported."""
+        """Whether the kernel tells of every attach; if not, they are to be looked for, and reported."""
         return bool(lib.lp_tracers_told(self._handle))
 
     @property

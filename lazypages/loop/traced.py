@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("lazypages")
 
-#: Where the kernel does not tell of tracers: seconds between looks, and how many tasks are looked at. 12 us each.
+#: Where the kernel does not tell of every tracer: seconds between looks, and how many tasks are looked at. 12 us each.
 POLL_PAUSE = 0.02
 POLLS = 8
 
@@ -95,6 +95,7 @@ class TracedTasks:
         if not attach.pid:
             self._look(tracers, list(self._processes.values()))
             return
+        self._seen[attach.pid] = attach.tracer
         task = next((pid for pid, process in self._processes.items() if process.pid == attach.pid), None)
         if task is not None:
             families = [self._families.get(task, ())]
