@@ -230,3 +230,28 @@ def test_a_userfaultfd_of_its_own(criu: Criu, tmp_path: Path) -> None:
         task.server.signal(signal.SIGTERM)  # completes
         assert task.server.wait() == 0
         assert task.ask(signal.SIGUSR1) == 0
+
+
+def test_who_held_a_tracer_dies(tmp_path: Path) -> None:
+    """The tracer goes on."""
+    holder_code = """
+import sys, threading
+from lazypages.tracers import Tracers
+tracers = Tracers()
+tracers.watch(int(sys.argv[1]), watched=True)
+threading.Thread(target=tracers.run).start()
+print("ready", flush=True)
+"""
+    with nothing_left():
+        target = start(["sleep", "infinity"])
+        said = tmp_path / "said"
+        holder = start([sys.executable, "-c", holder_code, str(target.pid)], output=said)
+        wait_for("the holder", lambda: said.read_text() == "ready\n")
+        tracer = start([sys.executable, TRACER, str(target.pid)])
+        wait_for("the tracer to stand still", lambda: state_of(tracer.pid) == "t")
+        holder.kill()
+        assert tracer.wait(30) == 0
+
+
+def state_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
