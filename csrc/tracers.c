@@ -273,6 +273,8 @@ static void attached(struct lp_tracers *t, struct lp_attach attach)
 
 static bool is_watched(struct lp_tracers *t, int32_t pid)
 {
+	if (atomic_load(&t->watched[0]) & 1) /* all */
+		return true;
 	return pid > 0 && (uint32_t)pid < PIDS && atomic_load(&t->watched[pid / 64]) >> pid % 64 & 1;
 }
 
@@ -492,11 +494,11 @@ void lp_tracers_watch(struct lp_tracers *t, int32_t pid, bool watched)
 {
 	uint64_t bit = UINT64_C(1) << pid % 64;
 
-	if (pid <= 0 || (uint32_t)pid >= PIDS)
+	if (pid < 0 || (uint32_t)pid >= PIDS)
 		return;
-	if (t->inotify >= 0 && watched)
+	if (t->inotify >= 0 && pid && watched)
 		watch_looks(t, pid);
-	else if (t->inotify >= 0)
+	else if (t->inotify >= 0 && pid)
 		unwatch_looks(t, pid);
 	if (watched)
 		atomic_fetch_or(&t->watched[pid / 64], bit);

@@ -33,7 +33,7 @@ struct lp_tracers *lp_tracers_new(void);
 void lp_tracers_free(struct lp_tracers *tracers);
 /* Whether the kernel tells of every attach.  If not, look. */
 bool lp_tracers_told(const struct lp_tracers *tracers);
-/* Processes whose tracers are held at once.  The tracers of others are told of, with EAGAIN. */
+/* Processes whose tracers are held at once (0: all there are).  The tracers of others are told of, with EAGAIN. */
 void lp_tracers_watch(struct lp_tracers *tracers, int32_t pid, bool watched);
 /* A tracer found in another way, or one told of with EAGAIN: hold it.  It is told of (again). */
 void lp_tracers_report(struct lp_tracers *tracers, int32_t pid, int32_t tracer, int32_t owner);

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("lazypages")
 
+#: Reads images; gives ranges of a task, in bytes.
+Seen = Callable[[], Iterator[tuple[int, int]]]
+
 
 class Expected(NamedTuple):
     """A task that a restore of the checkpoint will hand over. ``memory`` is None for a zombie.
@@ -28,14 +31,14 @@ class Expected(NamedTuple):
     ``sources``: names of the levels, as in summaries: ``local``, ``parent-1``, ``parent-2``, ..., then
     ``local:DIR`` for directories beside the checkpoint.
 
-    ``seen``: ranges to bring first, since others look at them; reads images.
+    ``seen``: ranges to bring first, since others look at them.
     """
 
     pid: int
     memory: PreparedMemory | None
     lazy_pages: int
     sources: tuple[str, ...]
-    seen: Callable[[], Iterator[tuple[int, int]]] = lambda: iter(())
+    seen: Seen | None = None
 
 
 def level_names(count: int) -> tuple[str, ...]:

@@ -60,7 +60,7 @@ class Tracers:
         lib.lp_tracers_stop(self._handle)
 
     def watch(self, pid: int, *, watched: bool) -> None:
-        """From now on whoever attaches to the process is held at once."""
+        """From now on whoever attaches to the process (0: to any) is held at once."""
         lib.lp_tracers_watch(self._handle, pid, watched)
 
     def report(self, pid: int, tracer: int, owner: int) -> None:

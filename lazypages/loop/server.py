@@ -6,7 +6,7 @@ import logging
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from contextlib import AsyncExitStack, aclosing
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ from lazypages.loop.service import Identity, TaskService, poison_now
 from lazypages.loop.traced import TracedTasks
 from lazypages.metrics import Summary
 from lazypages.processes import Exits, Process
-from lazypages.restored import Expected
+from lazypages.restored import Expected, Seen
 from lazypages.summary import count, size
 from lazypages.uffd import PAGE_SIZE, Engine, Guard, NoticeKind, ServedTask
 
@@ -267,7 +267,7 @@ class Server:
         served: ServedTask,
         identity: Identity,
         process: Process | None,
-        seen: Callable[[], Iterator[tuple[int, int]]] = lambda: iter(()),
+        seen: Seen | None = None,
     ) -> None:
         service = TaskService(
             served, identity, process=process, transfer_turns=self._turns, remote=self._remote, seen=seen
@@ -275,6 +275,7 @@ class Server:
         self._services.append(service)
         self._by_task[served] = service
         self._families.setdefault(identity.pid, []).append(service)
+        self._traced.changed(identity.pid)
         if process and not identity.forked:
             self._exits.watch(process, service.process_exited)
         if self._finished:
@@ -291,8 +292,7 @@ class Server:
             self._one_ended.set()
             family = self._families[service.identity.pid]
             family.remove(service)
-            if not family:
-                self._traced.ended(service.identity.pid)
+            self._traced.changed(service.identity.pid)
             if not family and self._remote:
                 self._remote.forget(service.identity.pid)
         report = service.report()

@@ -10,7 +10,6 @@ import errno
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 import anyio
@@ -20,6 +19,7 @@ from anyio.abc import TaskGroup
 
 from lazypages.metrics import State, TaskReport, measure
 from lazypages.processes import Process
+from lazypages.restored import Seen
 from lazypages.uffd import BusyError, Notice, NoticeKind, ServedTask, TaskGoneError
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class TaskService:
         process: Process | None,
         transfer_turns: anyio.CapacityLimiter,
         remote: RemotePages | None,
-        seen: Callable[[], Iterator[tuple[int, int]]] = lambda: iter(()),
+        seen: Seen | None = None,
     ) -> None:
         self.identity = identity
         self._served = served
@@ -229,11 +229,13 @@ class TaskService:
             group.start_soon(self._transfer, turns)
 
     async def _bring_seen(self) -> None:
-        await to_thread.run_sync(self._bring_seen_now, limiter=self._turns)
+        if not self._background:  # which does it
+            await to_thread.run_sync(self._bring_seen_now, limiter=self._turns)
 
     def _bring_seen_now(self) -> None:
-        """Blocks. What can't be had at the moment comes later, with the rest."""
-        for start, end in self._seen():
+        """Blocks; once. What can't be had at the moment comes later, with the rest."""
+        seen, self._seen = self._seen, None
+        for start, end in seen() if seen else ():
             for _ in range(SEEN_TRIES):
                 try:
                     self._served.bring(start, end)
@@ -243,12 +245,16 @@ class TaskService:
                 except TaskGoneError:
                     return
 
+    def _transfer_some(self, quantum: int) -> int:
+        self._bring_seen_now()
+        return self._served.transfer(quantum)
+
     async def _transfer(self, turns: anyio.CapacityLimiter) -> None:
         quantum = QUANTUM
         while True:
             try:
                 # The limiter is fair: a task that has had its turn goes to the end of the line.
-                brought = await to_thread.run_sync(self._served.transfer, quantum, limiter=turns)
+                brought = await to_thread.run_sync(self._transfer_some, quantum, limiter=turns)
             except BusyError:
                 await anyio.sleep(BUSY_PAUSE)
                 continue

@@ -37,7 +37,7 @@ PARASITE = b"CRIUMFD"
 class TracedTasks:
     """`families`: a restored task and what it has forked; `processes`: of the restored ones. By pid in the images.
 
-    The server changes them, and says so (:meth:`ended`).
+    The server changes them, and says so (:meth:`changed`).
     """
 
     def __init__(
@@ -53,11 +53,21 @@ class TracedTasks:
         """Before, it is the restorer that traces them."""
         self._finished.set()
 
-    def ended(self, pid: int) -> None:
-        """Nothing of this family is served any more."""
-        process = self._processes.get(pid)
-        if self._tracers and process:
+    def changed(self, pid: int) -> None:
+        """A family has got or lost a member."""
+        if not self._tracers:
+            return
+        if not self._families.get(pid) and (process := self._processes.get(pid)):
             self._tracers.watch(process.pid, watched=False)
+        self._watch_forked(self._tracers)
+
+    def _forked(self) -> list[Sequence[TaskService]]:
+        """Families with members whose processes are not known: the kernel does not tell which a task has forked."""
+        return [family for family in self._families.values() if any(one.identity.forked for one in family)]
+
+    def _watch_forked(self, tracers: Tracers) -> None:
+        """Any process may be one of them: whoever attaches to one is held until we have looked at it."""
+        tracers.watch(0, watched=bool(self._forked()))
 
     async def run(self) -> None:
         await self._finished.wait()
@@ -73,6 +83,7 @@ class TracedTasks:
                 try:
                     for process in self._processes.values():
                         tracers.watch(process.pid, watched=True)
+                    self._watch_forked(tracers)
                     if not tracers.told:
                         log.debug("the kernel does not tell who traces tasks: looking at them in turn")
                         group.start_soon(self._poll, tracers)
@@ -102,9 +113,7 @@ class TracedTasks:
             name = f"task {task}"
         else:
             # What a task has forked: the kernel does not tell which process that is.
-            families = [
-                family for family in self._families.values() if any(s.identity.forked for s in family)
-            ]
+            families = self._forked()
             name = f"process {attach.pid}, which a task has forked,"
             if not families or not await to_thread.run_sync(_misses_pages, attach.pid):
                 families = []

@@ -24,7 +24,7 @@ newer = pytest.mark.parametrize("criu", all_criu()[1:])
 LAZY = our_daemon("--no-background")
 PROGRAMS = Path(__file__).parents[1] / "support" / "programs"
 TRACER = Path(__file__).parents[1] / "support" / "tracer.py"
-MEGABYTES = 48
+MEGABYTES = 24
 ATTEMPTS = 5
 
 WAITED = re.compile(r"WARNING .*: traced by .*, which waits until [\d,]+ pages have come")
@@ -129,7 +129,7 @@ class Onlooked:
             [sys.executable, str(TRACER), str(pid)], capture_output=True, text=True, timeout=60, check=False
         )
         assert done.returncode == 0, done
-        return done.stdout.strip()
+        return (done.stdout + done.stderr).strip()
 
     @property
     def log(self) -> str:

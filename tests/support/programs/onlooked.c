@@ -15,6 +15,8 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#define MEMORY (1ul << 45) /* away from all else, with which it would become one mapping */
+
 static void say(const char *out, int number)
 {
 	FILE *file = fopen(out, "ae");
@@ -41,7 +43,8 @@ static int register_own(void *page)
 int main(int argc, char **argv)
 {
 	size_t size = argc > 2 ? (size_t)atoi(argv[2]) << 20 : 0;
-	char *memory = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	char *memory = mmap((void *)MEMORY, size, PROT_READ | PROT_WRITE,
+			    MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0);
 	sigset_t asked;
 
 	sigemptyset(&asked);
