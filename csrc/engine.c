@@ -2383,6 +2383,39 @@ int64_t lp_task_transfer(struct lp_task *t, uint64_t max_bytes)
 	return (int64_t)brought;
 }
 
+int lp_task_bring(struct lp_task *t, uint64_t start, uint64_t end)
+{
+	struct lp_answer run;
+	int rc = 0;
+
+	lp_lock_shared(&t->lock);
+	if (!is_served(t) || atomic_load(&t->gone))
+		rc = -ESRCH;
+	else if (t->nr_changes)
+		rc = -EAGAIN;
+	for (uint64_t at = start; at < end && !rc; at += run.nr_pages << LP_PAGE_SHIFT) {
+		uint64_t claimed;
+
+		run = lp_space_lookup(t->space, at, (end - at) >> LP_PAGE_SHIFT);
+		if (run.kind != LP_DATA && run.kind != LP_REMOTE)
+			continue;
+		claimed = lp_space_claim(t->space, run.dense, run.nr_pages);
+		run.nr_pages = claimed ? claimed : 1;
+		if (!claimed)
+			continue; /* somebody was faster */
+		if (run.kind == LP_DATA)
+			rc = copy_level(t, &run, RELEASE_LEFT, LP_NO_PAGE, NULL);
+		else
+			notify(t->engine, (struct lp_notice){.kind = LP_NOTICE_NEED,
+							     .task = t,
+							     .addr = run.addr,
+							     .image = run.image,
+							     .nr_pages = run.nr_pages});
+	}
+	lp_unlock_shared(&t->lock);
+	return rc;
+}
+
 uint64_t lp_task_claim_remote(struct lp_task *t, uint64_t cursor, uint64_t max_pages, uint64_t *image,
 			      uint64_t *next_cursor)
 {

@@ -126,6 +126,11 @@ bool lp_task_close(struct lp_task *task);
  * Returns bytes brought; 0 when there is nothing to bring at the moment; -EAGAIN when a layout event is in the way; -ESRCH.
  */
 int64_t lp_task_transfer(struct lp_task *task, uint64_t max_bytes);
+/*
+ * Brings what waits in [start, end) now.  For what a remote source must give there is a notice, as for a fault (LP_NOTICE_NEED).
+ * 0, or -EAGAIN when a layout event is in the way, or -ESRCH.
+ */
+int lp_task_bring(struct lp_task *task, uint64_t start, uint64_t end);
 /* Claims the next run of pages that a remote source must give; 0 pages when there is none. */
 uint64_t lp_task_claim_remote(struct lp_task *task, uint64_t cursor, uint64_t max_pages, uint64_t *image,
 			      uint64_t *next_cursor);

@@ -5,7 +5,9 @@
  * The protobuf encoding is taken apart by hand: a million entries in a
  * fraction of a second, 24 bytes each. What protobuf's own decoder refuses is
  * refused. So are groups and known fields of the wrong wire type, which CRIU's
- * decoder (protobuf-c) refuses too, and numbers that do not fit 64 bits.
+ * decoder (protobuf-c) refuses too, and numbers that do not fit 64 bits. And,
+ * unlike protobuf, so are fields and flags that we do not know: they may say
+ * that the pages are not stored plainly (images_spec/unknown.md).
  */
 #include "pagemap.h"
 
@@ -24,6 +26,8 @@
 #define PAGEMAP_MAGIC 0x56084025u
 
 #define KNOWN_FLAGS (LP_PE_PARENT | LP_PE_LAZY | LP_PE_PRESENT)
+
+#define UNKNOWN "which this lazypages does not know: written by a newer CRIU?"
 
 enum wire_type { WIRE_VARINT = 0, WIRE_FIXED64 = 1, WIRE_BYTES = 2, WIRE_FIXED32 = 5 };
 
@@ -121,17 +125,17 @@ static int parse_head(const uint8_t *at, const uint8_t *end, uint64_t offset, ui
 		at = take_field(at, end, &field);
 		if (!at || (field.number == 1 && field.type != WIRE_VARINT))
 			return fail(error, offset, "PagemapHead can't be decoded");
-		if (field.number == 1) {
-			*pages_id = (uint32_t)field.value;
-			found = 1;
-		}
+		if (field.number != 1)
+			return fail(error, offset, "the head has field %" PRIu32 ", " UNKNOWN, field.number);
+		*pages_id = (uint32_t)field.value;
+		found = 1;
 	}
 	return found ? 0 : fail(error, offset, "PagemapHead lacks pages_id");
 }
 
-/* Takes the fields of one entry, as they are. */
-static int decode_entry(const uint8_t *at, const uint8_t *end, uint64_t offset, struct lp_pagemap_entry *entry,
-			struct lp_image_error *error)
+/* Takes the fields of one entry, as they are. number: of the entry, from 1, for messages. */
+static int decode_entry(const uint8_t *at, const uint8_t *end, uint64_t number, uint64_t offset,
+			struct lp_pagemap_entry *entry, struct lp_image_error *error)
 {
 	uint32_t compat_nr_pages = 0, flags = 0;
 	uint64_t vaddr = 0, nr_pages = 0;
@@ -155,13 +159,16 @@ static int decode_entry(const uint8_t *at, const uint8_t *end, uint64_t offset, 
 			in_parent = field.value != 0;
 			break;
 		case 4:
+			if (field.value & ~(uint64_t)KNOWN_FLAGS)
+				return fail(error, offset, "entry %" PRIu64 " has flags %#" PRIx64 ", of them %#" PRIx64 ", " UNKNOWN,
+					    number, field.value, field.value & ~(uint64_t)KNOWN_FLAGS);
 			flags = (uint32_t)field.value;
 			break;
 		case 5:
 			nr_pages = field.value;
 			break;
 		default:
-			continue;
+			return fail(error, offset, "entry %" PRIu64 " has field %" PRIu32 ", " UNKNOWN, number, field.number);
 		}
 		found |= 1u << field.number;
 	}
@@ -262,7 +269,7 @@ int lp_pagemap_parse(const uint8_t *data, uint64_t size, struct lp_pagemap *map,
 
 		length = get_u32(data + place);
 		place += 4;
-		if (decode_entry(data + place, data + place + length, place, entry, error) ||
+		if (decode_entry(data + place, data + place + length, map->count + 1, place, entry, error) ||
 		    check_entry(entry, before, place, error)) {
 			lp_pagemap_free(map);
 			return -1;

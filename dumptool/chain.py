@@ -10,6 +10,7 @@ from typing import Any
 
 from dumptool._ptrace import ffi
 from dumptool.errors import DumpError
+from images_spec.checkpoint import check_inventory
 from images_spec.errors import ImageError, ImageMissingError
 from images_spec.images import Kind, read_one
 from images_spec.pagemap import Pagemap
@@ -32,6 +33,7 @@ class Chain:
         while here is not None:
             if len(self.levels) == MAX_LEVELS:
                 raise DumpError(f"{directory}: more than {MAX_LEVELS} levels of parents (a loop?)")
+            check_inventory(here)
             self.levels.append(here)
             link = here / PARENT_LINK
             here = link if os.path.lexists(link) else None

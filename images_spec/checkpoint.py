@@ -7,20 +7,23 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from images_spec import images
+from images_spec import images, seen
 from images_spec.core_pb2 import TaskState
 from images_spec.errors import ImageError, ImageMissingError
-from images_spec.flags import MADV_WIPEONFORK
+from images_spec.flags import MADV_WIPEONFORK, VMA_KNOWN
 from images_spec.images import Kind
 from images_spec.pagemap import Pagemap
 from images_spec.placement import ExtentTable, Span, guard_regions, lazy_vmas, mappings, resolve
+from images_spec.unknown import NEWER, has_unknown_fields, refuse_unknown_fields
 
 if TYPE_CHECKING:
-    from images_spec.messages import InventoryEntry, PstreeEntry
+    from images_spec.messages import InventoryEntry, MmEntry, PstreeEntry
 
 PARENT_LINK = "parent"
 
@@ -51,6 +54,9 @@ class TaskImages(NamedTuple):
     ``vmas``: the mappings that the restorer registers with userfaultfd; ``wiped``: those of them that a
     forked child finds zeroed; ``guards``: pages that raise SIGSEGV, in these or other mappings, of which
     ``extents`` says nothing. A dead task (a zombie) has no memory: all is empty.
+
+    ``seen``: what others look at without the task's help: arguments, environment, auxiliary vector
+    (/proc/<pid>/cmdline and so on), and the top of its leader's stack.
     """
 
     pid: int
@@ -60,6 +66,7 @@ class TaskImages(NamedTuple):
     wiped: list[Span]
     guards: list[Span]
     levels: list[TaskLevel]
+    seen: Sequence[Span] = ()
 
 
 class Checkpoint:
@@ -73,7 +80,10 @@ class Checkpoint:
     @cached_property
     def chain(self) -> tuple[Path, ...]:
         """The directories of the chain, this one first. Raises ``ImageError`` if broken or circular."""
-        return parent_chain(self.directory)
+        chain = parent_chain(self.directory)
+        for directory in chain[1:]:
+            check_inventory(directory)
+        return chain
 
     @cached_property
     def _pids(self) -> frozenset[int]:
@@ -91,6 +101,7 @@ class Checkpoint:
             return TaskImages(pid, True, resolve([None], remote=remote), [], [], [], [])
         mm_path = self.directory / Kind.MM.file_name(pid)
         mm = images.read_one(mm_path, Kind.MM)
+        _check_mappings(mm, mm_path)
         vmas = lazy_vmas(mm, mm_path)
         guards = guard_regions(mm, mm_path)
         advised = {Span(vma.start, vma.end) for vma in mappings(mm) if vma.madv >> MADV_WIPEONFORK & 1}
@@ -98,7 +109,16 @@ class Checkpoint:
         extents = resolve(pagemaps, remote=remote).without(guards)
         extents.check_covered(vmas, pagemaps[0].path)
         wiped = [vma for vma in vmas if vma in advised]
-        return TaskImages(pid, False, extents, vmas, wiped, guards, levels)
+        return TaskImages(pid, False, extents, vmas, wiped, guards, levels, seen.of_task(mm, core))
+
+    def thread_stacks(self, pid: int) -> Iterator[Span]:
+        """The tops of the stacks of a task's threads, but for the leader's. Raises ``ImageError``."""
+        (task,) = (task for task in self.tasks if task.pid == pid)
+        for tid in task.threads:
+            if tid != pid:
+                yield from seen.of_thread(
+                    images.read_one(self.directory / Kind.CORE.file_name(tid), Kind.CORE)
+                )
 
     def _load_levels(self, pid: int) -> tuple[list[TaskLevel], list[Pagemap]]:
         """The pagemaps of a task, down to the first level without one: there its chain ends, as for CRIU."""
@@ -122,12 +142,24 @@ def open_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint:
     All paths that come of it are absolute, and hold when the working directory changes.
     """
     directory = Path(os.path.abspath(directory))
+    inventory = _inventory(directory)
+    path = directory / Kind.PSTREE.file_name()
+    return Checkpoint(directory, inventory, _tasks(images.read(path, Kind.PSTREE), path))
+
+
+def check_inventory(directory: Path) -> None:
+    """Raises ``ImageError`` for what ``open_checkpoint`` would refuse; there may be none: a page server writes none."""
+    with suppress(ImageMissingError):
+        _inventory(directory)
+
+
+def _inventory(directory: Path) -> InventoryEntry:
     path = directory / Kind.INVENTORY.file_name()
     inventory = images.read_one(path, Kind.INVENTORY)
     if inventory.img_version not in (1, 2):
         raise ImageError(path, f"image version {inventory.img_version}, but 1 and 2 are known")
-    path = directory / Kind.PSTREE.file_name()
-    return Checkpoint(directory, inventory, _tasks(images.read(path, Kind.PSTREE), path))
+    refuse_unknown_fields([inventory], path)
+    return inventory
 
 
 def parent_chain(directory: Path) -> tuple[Path, ...]:
@@ -170,6 +202,15 @@ def _tasks(entries: list[PstreeEntry], path: Path) -> tuple[Task, ...]:
     if not tasks:
         raise ImageError(path, "holds no task")
     return tuple(tasks.values())
+
+
+def _check_mappings(mm: MmEntry, path: Path) -> None:
+    """What a mapping is decides whether its pages are lazy, and whether what no pagemap speaks of is zero."""
+    for vma in mm.vmas:
+        if unknown := vma.status & ~VMA_KNOWN:
+            raise ImageError(path, f"mapping {vma.start:#x}-{vma.end:#x} has status {unknown:#x}, {NEWER}")
+    if has_unknown_fields(mm):
+        refuse_unknown_fields(mm.vmas, path)
 
 
 def _find_pages(pagemap: Pagemap, directory: Path) -> TaskLevel:

@@ -34,6 +34,10 @@ VMA_MEMFD: Final = 0x4000
 VMA_SHSTK: Final = 0x8000
 VMA_GUARD: Final = 0x10000
 VMA_UPROBES: Final = 0x20000
+VMA_EXT_PLUGIN: Final = 1 << 27
+"""A file that a plugin of CRIU's knows."""
+VMA_KNOWN: Final = 0x3FFFF & ~0x10 | VMA_EXT_PLUGIN
+"""All of these. Bits above the last one are never in an image (reference/criu-interfaces §5)."""
 
 # VmaEntry.flags
 MAP_SHARED: Final = 0x1

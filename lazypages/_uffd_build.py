@@ -103,6 +103,19 @@ void lp_trace_stop(struct lp_trace *trace);
 uint64_t lp_trace_written(const struct lp_trace *trace);
 uint64_t lp_trace_dropped(const struct lp_trace *trace);
 
+struct lp_tracers;
+struct lp_attach { int32_t pid, tracer, owner, error; };
+struct lp_tracers *lp_tracers_new(void);
+void lp_tracers_free(struct lp_tracers *tracers);
+bool lp_tracers_told(const struct lp_tracers *tracers);
+void lp_tracers_watch(struct lp_tracers *tracers, int32_t pid, bool watched);
+void lp_tracers_report(struct lp_tracers *tracers, int32_t pid, int32_t tracer, int32_t owner);
+void lp_tracers_release(struct lp_tracers *tracers, int32_t tracer);
+int lp_tracers_event_fd(const struct lp_tracers *tracers);
+size_t lp_tracers_take(struct lp_tracers *tracers, struct lp_attach *attaches, size_t max);
+int lp_tracers_run(struct lp_tracers *tracers);
+void lp_tracers_stop(struct lp_tracers *tracers);
+
 struct lp_engine;
 struct lp_task;
 struct lp_notice {
@@ -146,6 +159,7 @@ struct lp_task *lp_task_new(struct lp_engine *engine, int uffd, struct lp_memory
                             int pid, int pidfd, uint64_t tag);
 bool lp_task_close(struct lp_task *task);
 int64_t lp_task_transfer(struct lp_task *task, uint64_t max_bytes);
+int lp_task_bring(struct lp_task *task, uint64_t start, uint64_t end);
 uint64_t lp_task_claim_remote(struct lp_task *task, uint64_t cursor, uint64_t max_pages, uint64_t *image,
                               uint64_t *next_cursor);
 int64_t lp_task_deliver(struct lp_task *task, uint64_t image, uint64_t nr_pages, const void *buffer);
@@ -207,8 +221,9 @@ CSRC = Path("csrc")  # builds run at the project's root
 ffibuilder.set_source(
     "lazypages._uffd",
     "#include <sys/mman.h>\n#include <sys/syscall.h>\n#include <unistd.h>\n"
-    '#include "doubt.h"\n#include "engine.h"\n#include "exits.h"\n#include "faults.h"\n#include "guarded.h"\n#include "lane.h"\n#include "old_length.h"\n'
-    '#include "plan.h"\n#include "space.h"\n#include "trace.h"\n',
+    '#include "doubt.h"\n#include "engine.h"\n#include "exits.h"\n#include "faults.h"\n'
+    '#include "guarded.h"\n#include "lane.h"\n#include "old_length.h"\n#include "plan.h"\n'
+    '#include "space.h"\n#include "trace.h"\n#include "tracers.h"\n',
     sources=[
         str(CSRC / name)
         for name in (
@@ -224,6 +239,7 @@ ffibuilder.set_source(
             "exits.c",
             "trace.c",
             "lane.c",
+            "tracers.c",
             "engine.c",
         )
     ],
@@ -246,6 +262,7 @@ ffibuilder.set_source(
             "exits.h",
             "trace.h",
             "lane.h",
+            "tracers.h",
             "engine.h",
         )
     ],

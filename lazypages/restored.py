@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -17,17 +19,26 @@ if TYPE_CHECKING:
     from lazypages.wire import Layout
 
 
+log = logging.getLogger("lazypages")
+
+#: Reads images; gives ranges of a task, in bytes.
+Seen = Callable[[], Iterator[tuple[int, int]]]
+
+
 class Expected(NamedTuple):
     """A task that a restore of the checkpoint will hand over. ``memory`` is None for a zombie.
 
     ``sources``: names of the levels, as in summaries: ``local``, ``parent-1``, ``parent-2``, ..., then
     ``local:DIR`` for directories beside the checkpoint.
+
+    ``seen``: ranges to bring first, since others look at them.
     """
 
     pid: int
     memory: PreparedMemory | None
     lazy_pages: int
     sources: tuple[str, ...]
+    seen: Seen | None = None
 
 
 def level_names(count: int) -> tuple[str, ...]:
@@ -103,7 +114,16 @@ def _expect_task(
         prepared,
         sum(level.lazy for level in counts.levels) + counts.remote.lazy,
         tuple(names),
+        partial(_seen, checkpoint, images),
     )
+
+
+def _seen(checkpoint: Checkpoint, images: TaskImages) -> Iterator[tuple[int, int]]:
+    yield from images.seen
+    try:
+        yield from checkpoint.thread_stacks(images.pid)
+    except ImageError as error:  # nobody needs them to be right
+        log.warning("%s", error)
 
 
 def _lost_text(images: TaskImages, lost: int) -> str:

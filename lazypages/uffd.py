@@ -228,6 +228,13 @@ class ServedTask:
         """
         return _check(int(lib.lp_task_transfer(self._handle, max_bytes)))
 
+    def bring(self, start: int, end: int) -> None:
+        """Brings what waits in this range of the task at once; of what page servers must give NEED tells.
+
+        Raises TaskGoneError, BusyError.
+        """
+        _check(int(lib.lp_task_bring(self._handle, start, end)))
+
     def claim_remote(self, cursor: int, max_pages: int) -> tuple[int, int, int]:
         """Claims the next run that a remote source must give, from task address `cursor` on.
 

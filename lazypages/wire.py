@@ -66,6 +66,8 @@ class Command(enum.IntEnum):
 
 _COMMANDS = {int(command): command for command in Command}
 
+_UNKNOWN = "which this lazypages does not know: a newer CRIU?"
+
 
 class PageFlags(enum.IntFlag):
     """Pagemap flags, in the high 16 bits of a header's cmd. ZERO and ZSTD are ours: see Features."""
@@ -75,6 +77,14 @@ class PageFlags(enum.IntFlag):
     PRESENT = 4
     ZERO = 0x100
     ZSTD = 0x200
+
+
+#: Others may say that pages are not sent plainly, or not wanted so (images_spec/unknown.md). CRIU leaves them out of
+#: all other commands, where they mean nothing.
+_KNOWN_FLAGS = {
+    Command.ADD_F: PageFlags.PARENT | PageFlags.LAZY | PageFlags.PRESENT,
+    Command.GET: PageFlags.ZSTD,
+}
 
 
 class Features(enum.IntFlag):
@@ -520,6 +530,8 @@ class ServerCodec(_ReceiveBuffer):
         if command is None:
             raise RemoteProtocolError(f"the client sends the unknown command {word & 0xFFFF:#x}")
         header = Header(command, nr_pages, vaddr, dst_id, word >> 16)
+        if unknown := header.flags & ~_KNOWN_FLAGS.get(command, 0xFFFF):
+            raise RemoteProtocolError(f"the client's {command.name} has flags {unknown:#x}, {_UNKNOWN}")
         if command in {Command.ADD, Command.ADD_F, Command.HOLE, Command.GET}:
             _check_range(f"the client's {command.name} is of", vaddr, nr_pages)
         self._missing = header.payload

@@ -28,9 +28,10 @@ from lazypages.errors import LazyPagesError
 from lazypages.exit_events import ExitEvents
 from lazypages.loop.options import ServeOptions
 from lazypages.loop.service import Identity, TaskService, poison_now
+from lazypages.loop.traced import TracedTasks
 from lazypages.metrics import Summary
 from lazypages.processes import Exits, Process
-from lazypages.restored import Expected
+from lazypages.restored import Expected, Seen
 from lazypages.summary import count, size
 from lazypages.uffd import PAGE_SIZE, Engine, Guard, NoticeKind, ServedTask
 
@@ -94,6 +95,7 @@ class Server:
         self._one_ended = anyio.Event()
         self._families: dict[int, list[TaskService]] = {}  # a restored task and what it has forked
         self._held: set[int] = set()  # those of which a uffd stays open to the end
+        self._traced = TracedTasks(self._families, self._processes)
         self._remote: RemotePages | None = None
         self._failure: OSError | None = None
         self._turns = anyio.CapacityLimiter(TRANSFER_THREADS)
@@ -148,6 +150,7 @@ class Server:
                     helpers.start_soon(self._probe)
                     if self._guard:
                         helpers.start_soon(self._keep_guard, self._guard)
+                    helpers.start_soon(self._traced.run)
                     if watch:
                         helpers.start_soon(watch, self)
                     async with anyio.create_task_group() as tasks:
@@ -307,13 +310,14 @@ class Server:
         log.info("%s: %d pages are lazy", identity.name, expected.lazy_pages)
         if process:
             self._processes[event.pid] = process
-        self._start(served, identity, process)
+        self._start(served, identity, process, expected.seen)
 
     def _restore_finished(self) -> None:
         if self._awaited:
             log.warning("tasks that never came: %s", ", ".join(map(str, sorted(self._awaited))))
         log.info("restore finished; tasks go on")
         self._finished = True
+        self._traced.restore_finished()
         for service in self._services:
             service.restore_finished()
             if self._options.background or self._draining:
@@ -327,13 +331,20 @@ class Server:
             self._one_ended = anyio.Event()
             await self._one_ended.wait()
 
-    def _start(self, served: ServedTask, identity: Identity, process: Process | None) -> None:
+    def _start(
+        self,
+        served: ServedTask,
+        identity: Identity,
+        process: Process | None,
+        seen: Seen | None = None,
+    ) -> None:
         service = TaskService(
-            served, identity, process=process, transfer_turns=self._turns, remote=self._remote
+            served, identity, process=process, transfer_turns=self._turns, remote=self._remote, seen=seen
         )
         self._services.append(service)
         self._by_task[served] = service
         self._families.setdefault(identity.pid, []).append(service)
+        self._traced.changed(identity.pid)
         if process and not identity.forked:
             self._exits.watch(process, service.process_exited)
         if self._finished:
@@ -352,6 +363,7 @@ class Server:
             self._one_ended.set()
             family = self._families[service.identity.pid]
             family.remove(service)
+            self._traced.changed(service.identity.pid)
             if not family and self._remote:
                 self._remote.forget(service.identity.pid)
         report = service.report()

@@ -19,6 +19,7 @@ from anyio.abc import TaskGroup
 
 from lazypages.metrics import State, TaskReport, measure, signal_name
 from lazypages.processes import Process
+from lazypages.restored import Seen
 from lazypages.uffd import BusyError, Notice, NoticeKind, ServedTask, TaskGoneError
 
 if TYPE_CHECKING:
@@ -44,6 +45,9 @@ CLAIMED_PAUSE = 0.1
 #: Seconds to wait while a layout event of the task is under way; and how often that is done at the very end.
 BUSY_PAUSE = 0.001
 BUSY_TRIES = 500
+
+#: How often ranges that others look at are tried while a layout event is under way.
+SEEN_TRIES = 20
 
 #: Bytes that have come for a task whose layout is changing, and wait beside their connection.
 PARKED_MOST = 4 << 20
@@ -77,9 +81,11 @@ class TaskService:
         process: Process | None,
         transfer_turns: anyio.CapacityLimiter,
         remote: RemotePages | None,
+        seen: Seen | None = None,
     ) -> None:
         self.identity = identity
         self._served = served
+        self._seen = seen
         self.process = process
         self._turns = transfer_turns
         self._remote = remote
@@ -91,10 +97,12 @@ class TaskService:
         self._wrong: list[Notice] = []
         self._tending = False
         self._background = False
+        self._urgent = False
         self._exited = False
         self._parked = 0  # bytes
         self._group: TaskGroup | None = None  # while children may be started
         self._ended = anyio.Event()
+        self._closed = anyio.Event()
         self._final: TaskReport | None = None
         #: Whether the uffd had to stay open to the end of this process.
         self.holds_uffd = False
@@ -128,6 +136,8 @@ class TaskService:
         """The task is registered and goes on: from now on the uffd may be closed once nothing is missing."""
         self._may_close = True
         self._check_complete()
+        if self._group:
+            self._group.start_soon(self._bring_seen)
 
     def start_background(self) -> None:
         """Bring what nobody has touched yet. Only once the restore is finished: before, nothing is registered."""
@@ -135,6 +145,15 @@ class TaskService:
             self._background = True
             if self._group:
                 self._bring_rest(self._group)
+
+    async def complete(self) -> None:
+        """Bring all that is missing, before what other tasks miss. Returns when the uffd is closed."""
+        self.start_background()
+        if not self._urgent:
+            self._urgent = True
+            if self._group:
+                self._hurry(self._group)
+        await self._closed.wait()
 
     def process_exited(self) -> None:
         """The process has exited, all its threads included."""
@@ -203,8 +222,12 @@ class TaskService:
                 # Its children are started when there is something to do: a thousand tasks are a normal number.
                 self._group = group
                 try:
+                    if self._may_close:
+                        group.start_soon(self._bring_seen)
                     if self._background:
                         self._bring_rest(group)
+                    if self._urgent:
+                        self._hurry(group)
                     if self._exited:
                         group.start_soon(self._await_gone)
                     if self._gone:
@@ -219,18 +242,46 @@ class TaskService:
 
     def _bring_rest(self, group: TaskGroup) -> None:
         for _ in range(int(self._turns.total_tokens)):
-            group.start_soon(self._transfer)
+            group.start_soon(self._transfer, self._turns)
         if self._remote:
             group.start_soon(self._fetch, self._remote)
             for _ in self._remote.stats():
                 group.start_soon(self._fetch_by_turns, self._remote)
 
-    async def _transfer(self) -> None:
+    def _hurry(self, group: TaskGroup) -> None:
+        """Beside those that wait for their turn."""
+        threads = int(self._turns.total_tokens)
+        turns = anyio.CapacityLimiter(threads)
+        for _ in range(threads):
+            group.start_soon(self._transfer, turns)
+
+    async def _bring_seen(self) -> None:
+        if not self._background:  # which does it
+            await to_thread.run_sync(self._bring_seen_now, limiter=self._turns)
+
+    def _bring_seen_now(self) -> None:
+        """Blocks; once. What can't be had at the moment comes later, with the rest."""
+        seen, self._seen = self._seen, None
+        for start, end in seen() if seen else ():
+            for _ in range(SEEN_TRIES):
+                try:
+                    self._served.bring(start, end)
+                    break
+                except BusyError:
+                    time.sleep(BUSY_PAUSE)
+                except TaskGoneError:
+                    return
+
+    def _transfer_some(self, quantum: int) -> int:
+        self._bring_seen_now()
+        return self._served.transfer(quantum)
+
+    async def _transfer(self, turns: anyio.CapacityLimiter) -> None:
         quantum = QUANTUM
         while True:
             try:
                 # The limiter is fair: a task that has had its turn goes to the end of the line.
-                brought = await to_thread.run_sync(self._served.transfer, quantum, limiter=self._turns)
+                brought = await to_thread.run_sync(self._transfer_some, quantum, limiter=turns)
             except BusyError:
                 await anyio.sleep(BUSY_PAUSE)
                 continue
@@ -240,7 +291,7 @@ class TaskService:
                 if not any(self._served.remaining().levels):
                     return
                 await anyio.sleep(CLAIMED_PAUSE)  # others bring what is left; they may give some of it back
-            quantum = QUANTUM if self._turns.statistics().tasks_waiting else LONG_QUANTUM
+            quantum = QUANTUM if turns.statistics().tasks_waiting else LONG_QUANTUM
 
     async def _fetch(self, remote: RemotePages) -> None:
         """As _transfer, for what page servers have: asks for as much as does not keep faults waiting."""
@@ -421,6 +472,7 @@ class TaskService:
         if self._served.close():
             self._spoilt()
         self._final = report._replace(state=self._state)
+        self._closed.set()
 
     def _say_end(self) -> None:
         name, pending = self.identity.name, self._served.pending

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from images_spec.checkpoint import parent_chain
+from images_spec.checkpoint import check_inventory, parent_chain
 from images_spec.errors import ImageError, ImageMissingError
 from images_spec.images import Kind
 from images_spec.pagemap import Pagemap
@@ -56,6 +56,8 @@ class ServedImages:
 
     def __init__(self, directory: Path) -> None:
         chain = parent_chain(directory)
+        for level in chain:
+            check_inventory(level)
         self._files: dict[Path, PagesFile] = {}
         names = (_PAGEMAP_NAME.fullmatch(name) for name in os.listdir(directory))
         self.pids = sorted(int(match[1]) for match in names if match)

@@ -33,6 +33,7 @@ from images_spec.messages import (
 )
 from images_spec.pagemap import Pagemap
 from images_spec.placement import ExtentTable, mappings, resolve
+from images_spec.unknown import refuse_unknown_fields
 
 T = TypeVar("T")
 
@@ -129,22 +130,38 @@ class Dump:
 def load(directory: Path, *, lazy: bool) -> Dump:
     """Reads a checkpoint. ``lazy``: there will be a daemon. Raises ``ImageError``."""
     checkpoint = open_checkpoint(directory)
-    entries = images.read(directory / Kind.PSTREE.file_name(), Kind.PSTREE)
+    entries = _read(directory / Kind.PSTREE.file_name(), Kind.PSTREE)
     processes = [_process(checkpoint, entry, lazy) for entry in entries]
-    files = {entry.id: entry for entry in images.read(directory / Kind.FILES.file_name(), Kind.FILES)}
+    files = {entry.id: entry for entry in _read(directory / Kind.FILES.file_name(), Kind.FILES)}
     return Dump(
         checkpoint,
         processes,
         files,
         {
             entry.pipe_id: (entry, data)
-            for entry, data in _optional(images.read_with_data, directory, Kind.PIPES_DATA)
+            for entry, data in _optional(_read_with_data, directory, Kind.PIPES_DATA)
         },
-        {entry.id: entry for entry in _optional(images.read, directory, Kind.TTY_INFO)},
-        frozenset(entry.orig_id for entry in _optional(images.read, directory, Kind.REMAP_FPATH)),
+        {entry.id: entry for entry in _optional(_read, directory, Kind.TTY_INFO)},
+        frozenset(entry.orig_id for entry in _optional(_read, directory, Kind.REMAP_FPATH)),
         _shared_memories(checkpoint, files, processes),
-        _optional(images.read, directory, Kind.FILE_LOCKS),
+        _optional(_read, directory, Kind.FILE_LOCKS),
     )
+
+
+def _read(path: Path, kind: Kind[M]) -> list[M]:
+    return [message for message, _ in _read_with_data(path, kind)]
+
+
+def _read_one(path: Path, kind: Kind[M]) -> M:
+    (message,) = _read(path, kind)
+    return message
+
+
+def _read_with_data(path: Path, kind: Kind[M]) -> list[tuple[M, bytes]]:
+    """What we do not know would be missing in the task afterwards: such a message is refused."""
+    items = images.read_with_data(path, kind)
+    refuse_unknown_fields((message for message, _ in items), path)
+    return items
 
 
 def _optional(read: Callable[[Path, Kind[M]], list[T]], directory: Path, kind: Kind[M]) -> list[T]:
@@ -164,11 +181,7 @@ def _process(checkpoint: Checkpoint, entry: PstreeEntry, lazy: bool) -> Process:
             raise ImageError(
                 directory / Kind.PSTREE.file_name(), f"task {pid} has no leader among its threads"
             )
-        ids = (
-            core.ids
-            if core.HasField("ids")
-            else images.read_one(directory / Kind.IDS.file_name(pid), Kind.IDS)
-        )
+        ids = core.ids if core.HasField("ids") else _read_one(directory / Kind.IDS.file_name(pid), Kind.IDS)
         threads = {pid: core} | {tid: _core(directory, tid) for tid in entry.threads if tid != pid}
         for tid, thread in threads.items():
             if not thread.HasField("thread_info") or not thread.HasField("thread_core"):
@@ -177,9 +190,9 @@ def _process(checkpoint: Checkpoint, entry: PstreeEntry, lazy: bool) -> Process:
                 )
         alive = Alive(
             ids,
-            _without_guards(images.read_one(directory / Kind.MM.file_name(pid), Kind.MM)),
-            images.read_one(directory / Kind.FS.file_name(pid), Kind.FS),
-            images.read(directory / Kind.FDINFO.file_name(ids.files_id), Kind.FDINFO),
+            _without_guards(_read_one(directory / Kind.MM.file_name(pid), Kind.MM)),
+            _read_one(directory / Kind.FS.file_name(pid), Kind.FS),
+            _read(directory / Kind.FDINFO.file_name(ids.files_id), Kind.FDINFO),
             threads,
             checkpoint.load_task(pid, remote=lazy),
         )
@@ -194,13 +207,13 @@ def _without_guards(mm: MmEntry) -> MmEntry:
 
 
 def _core(directory: Path, tid: int) -> CoreEntry:
-    return images.read_one(directory / Kind.CORE.file_name(tid), Kind.CORE)
+    return _read_one(directory / Kind.CORE.file_name(tid), Kind.CORE)
 
 
 def _shared_memories(
     checkpoint: Checkpoint, files: Mapping[int, FileEntry], processes: list[Process]
 ) -> SharedMemories:
-    inodes = {entry.inode_id: entry for entry in _optional(images.read, checkpoint.directory, Kind.MEMFD)}
+    inodes = {entry.inode_id: entry for entry in _optional(_read, checkpoint.directory, Kind.MEMFD)}
     ids_of_files = {
         entry.id: inode.shmid
         for entry in files.values()

@@ -1,0 +1,541 @@
+#define _GNU_SOURCE
+#include "tracers.h"
+
+#include <arpa/inet.h>
+#include <errno.h>
+#include <linux/cn_proc.h>
+#include <linux/connector.h>
+#include <linux/filter.h>
+#include <linux/netlink.h>
+#include <poll.h>
+#include <pthread.h>
+#include <sched.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/inotify.h>
+#include <sys/ptrace.h>
+#include <sys/socket.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+/* Pids end here at the latest: PID_MAX_LIMIT, proc_sys_kernel(5). A bit each; what is not touched takes no memory. */
+#define PIDS (UINT32_C(1) << 22)
+
+/* How long the kernel may take to say that it tells us, ms. It does so before send(2) returns (cn_proc_mcast_ctl). */
+#define ACK_MS 100
+
+#define MESSAGE_MAX 512
+
+enum { HELD_MORE = 16 };
+
+struct held {
+	int32_t tracer;
+	int32_t signal; /* it was about to get this one */
+	uint32_t times;
+};
+
+/* A growing array under the lock. */
+struct queue {
+	struct lp_attach *items;
+	size_t nr, cap;
+};
+
+/* A watch of inotify on /proc/PID; its number is the index. */
+struct look {
+	int32_t pid; /* 0: none */
+	int32_t tracer; /* who traced it at the last look */
+};
+
+struct lp_tracers {
+	int connector; /* -1: the kernel does not tell us */
+	int inotify; /* -1: not needed, or not to be had */
+	struct look *looks; /* under the lock */
+	size_t nr_looks;
+	int wake, event;
+	atomic_bool stopped;
+	_Atomic uint64_t *watched;
+	pthread_mutex_t lock;
+	struct queue orders; /* pid 0: release the tracer; else hold it */
+	struct queue told;
+	struct held *held; /* of the thread of lp_tracers_run */
+	size_t nr_held, cap_held;
+};
+
+static void signal_fd(int fd)
+{
+	uint64_t one = 1;
+
+	/* it can't fail: the counter would have to reach 2^64 - 1 */
+	if (write(fd, &one, sizeof(one)) < 0)
+		return;
+}
+
+static void clear_fd(int fd)
+{
+	uint64_t count;
+
+	if (read(fd, &count, sizeof(count)) < 0)
+		return;
+}
+
+/* False without memory: then the tracer is not held, or not told of, or never let go; the caller sees to it. */
+static bool push(struct lp_tracers *t, struct queue *queue, struct lp_attach item)
+{
+	bool there;
+
+	pthread_mutex_lock(&t->lock);
+	if (queue->nr == queue->cap) {
+		size_t cap = queue->cap ? queue->cap * 2 : 64;
+		struct lp_attach *more = realloc(queue->items, cap * sizeof(*more));
+
+		if (more) {
+			queue->items = more;
+			queue->cap = cap;
+		}
+	}
+	there = queue->nr < queue->cap;
+	if (there)
+		queue->items[queue->nr++] = item;
+	pthread_mutex_unlock(&t->lock);
+	return there;
+}
+
+static size_t pop(struct lp_tracers *t, struct queue *queue, struct lp_attach *items, size_t max)
+{
+	size_t nr;
+
+	pthread_mutex_lock(&t->lock);
+	nr = queue->nr < max ? queue->nr : max;
+	if (nr) {
+		memcpy(items, queue->items, nr * sizeof(*items));
+		queue->nr -= nr;
+		memmove(queue->items, queue->items + nr, queue->nr * sizeof(*items));
+	}
+	pthread_mutex_unlock(&t->lock);
+	return nr;
+}
+
+/* ---- the process connector ---- */
+
+/*
+ * Only what we want wakes us: each fork, exec and exit of the machine is told of as well.  At 36 bytes, after the headers of
+ * netlink and connector, a message has the kind of its event; BPF loads big-endian.
+ */
+static int filter(int fd)
+{
+	const unsigned int kind = NLMSG_LENGTH(sizeof(struct cn_msg)) + offsetof(struct proc_event, what);
+	struct sock_filter code[] = {
+		BPF_STMT(BPF_LD | BPF_W | BPF_ABS, kind),
+		BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, htonl(PROC_EVENT_PTRACE), 1, 0),
+		BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, htonl(PROC_EVENT_NONE), 0, 1), /* the answer to our own */
+		BPF_STMT(BPF_RET | BPF_K, UINT32_MAX),
+		BPF_STMT(BPF_RET | BPF_K, 0),
+	};
+	struct sock_fprog program = {.len = sizeof(code) / sizeof(code[0]), .filter = code};
+
+	return setsockopt(fd, SOL_SOCKET, SO_ATTACH_FILTER, &program, sizeof(program));
+}
+
+static int say(int fd, uint32_t operation)
+{
+	struct {
+		struct nlmsghdr netlink;
+		struct cn_msg connector;
+		uint32_t operation;
+	} __attribute__((packed)) message = {
+		.netlink = {.nlmsg_len = sizeof(message), .nlmsg_type = NLMSG_DONE},
+		.connector = {.id = {CN_IDX_PROC, CN_VAL_PROC}, .len = sizeof(operation)},
+		.operation = operation,
+	};
+
+	return send(fd, &message, sizeof(message), 0) == (ssize_t)sizeof(message) ? 0 : -1;
+}
+
+/* One event: 1, or 0 when there is none, or -errno. */
+static int receive(int fd, struct proc_event *event)
+{
+	char buffer[MESSAGE_MAX];
+	const size_t start = NLMSG_LENGTH(sizeof(struct cn_msg));
+	struct sockaddr_nl from = {0};
+	socklen_t length = sizeof(from);
+	ssize_t got;
+
+	do {
+		got = recvfrom(fd, buffer, sizeof(buffer), MSG_DONTWAIT, (struct sockaddr *)&from, &length);
+		if (got < 0)
+			return errno == EAGAIN || errno == EINTR ? 0 : -errno;
+	} while (from.nl_pid || (size_t)got < start + sizeof(event->what)); /* not the kernel */
+	memset(event, 0, sizeof(*event));
+	memcpy(event, buffer + start, (size_t)got - start < sizeof(*event) ? (size_t)got - start : sizeof(*event));
+	return 1;
+}
+
+/* The socket, or -1: in another namespace the kernel does not even refuse, it says nothing. */
+static int open_connector(void)
+{
+	struct sockaddr_nl address = {.nl_family = AF_NETLINK, .nl_groups = CN_IDX_PROC};
+	int fd = socket(AF_NETLINK, SOCK_DGRAM | SOCK_CLOEXEC, NETLINK_CONNECTOR);
+	struct proc_event event;
+
+	if (fd < 0)
+		return -1;
+	if (!filter(fd) && !bind(fd, (struct sockaddr *)&address, sizeof(address)) && !say(fd, PROC_CN_MCAST_LISTEN)) {
+		struct pollfd waiting = {.fd = fd, .events = POLLIN};
+
+		while (poll(&waiting, 1, ACK_MS) > 0 && receive(fd, &event) > 0)
+			if (event.what == PROC_EVENT_NONE && !event.event_data.ack.err)
+				return fd;
+	}
+	close(fd);
+	return -1;
+}
+
+/* ---- holding ---- */
+
+static struct held *find(struct lp_tracers *t, int32_t tracer)
+{
+	for (size_t i = 0; i < t->nr_held; i++)
+		if (t->held[i].tracer == tracer)
+			return &t->held[i];
+	return NULL;
+}
+
+/* A number in a status file of /proc, 0 if it can't be had.  name: with its colon. */
+static int32_t status_number(const char *path, const char *name)
+{
+	size_t length = strlen(name);
+	int32_t number = 0;
+	char line[256];
+	FILE *file = fopen(path, "re");
+
+	while (file && fgets(line, sizeof(line), file)) {
+		if (!strncmp(line, name, length)) {
+			number = atoi(line + length);
+			break;
+		}
+	}
+	if (file)
+		fclose(file);
+	return number;
+}
+
+/* 0 or an errno. */
+static int hold(struct lp_tracers *t, int32_t tracer)
+{
+	struct held *held = find(t, tracer);
+	int status = 0;
+
+	if (held) {
+		held->times++;
+		return 0;
+	}
+	if (t->nr_held == t->cap_held) {
+		held = realloc(t->held, (t->cap_held + HELD_MORE) * sizeof(*held));
+		if (!held)
+			return ENOMEM;
+		t->held = held;
+		t->cap_held += HELD_MORE;
+	}
+	/* we would wait for it as well */
+	if (status_number("/proc/self/status", "TracerPid:") == tracer ||
+	    status_number("/proc/thread-self/status", "TracerPid:") == tracer)
+		return EDEADLK;
+	if (ptrace(PTRACE_SEIZE, tracer, NULL, NULL) < 0)
+		return errno;
+	if (ptrace(PTRACE_INTERRUPT, tracer, NULL, NULL) < 0 || waitpid(tracer, &status, __WALL) < 0 || !WIFSTOPPED(status))
+		return ESRCH; /* it is dying */
+	t->held[t->nr_held++] = (struct held){
+		.tracer = tracer,
+		.signal = status >> 16 == PTRACE_EVENT_STOP ? 0 : WSTOPSIG(status),
+		.times = 1,
+	};
+	return 0;
+}
+
+static void let_go(struct lp_tracers *t, struct held *held)
+{
+	ptrace(PTRACE_DETACH, held->tracer, NULL, (void *)(uintptr_t)held->signal);
+	*held = t->held[--t->nr_held];
+}
+
+static void attached(struct lp_tracers *t, struct lp_attach attach)
+{
+	if (attach.pid && !attach.error)
+		attach.error = hold(t, attach.tracer);
+	if (push(t, &t->told, attach))
+		signal_fd(t->event);
+	else if (!attach.error && attach.pid)
+		let_go(t, find(t, attach.tracer)); /* better than for ever */
+}
+
+static bool is_watched(struct lp_tracers *t, int32_t pid)
+{
+	if (atomic_load(&t->watched[0]) & 1) /* all */
+		return true;
+	return pid > 0 && (uint32_t)pid < PIDS && atomic_load(&t->watched[pid / 64]) >> pid % 64 & 1;
+}
+
+static void take_event(struct lp_tracers *t)
+{
+	struct proc_event event;
+	int rc = receive(t->connector, &event);
+
+	if (rc < 0) { /* ENOBUFS: events are lost */
+		attached(t, (struct lp_attach){0});
+	} else if (rc && event.what == PROC_EVENT_PTRACE && event.event_data.ptrace.tracer_pid) {
+		struct lp_attach attach = {
+			.pid = event.event_data.ptrace.process_tgid,
+			.tracer = event.event_data.ptrace.tracer_pid,
+			.owner = event.event_data.ptrace.tracer_tgid,
+		};
+
+		if (attach.owner == getpid())
+			return; /* ourselves, holding one */
+		if (!is_watched(t, attach.pid))
+			attach.error = EAGAIN;
+		attached(t, attach);
+	}
+}
+
+/* ---- inotify ---- */
+
+/* What `ps` and `top` open says nothing, and "status" is what we open ourselves. */
+static bool is_a_look(const char *name)
+{
+	static const char *const names[] = {"smaps", "maps", "pagemap", "mem", "task", "fd", "map_files", "auxv"};
+
+	for (size_t i = 0; i < sizeof(names) / sizeof(names[0]); i++)
+		if (!strcmp(name, names[i]))
+			return true;
+	return false;
+}
+
+static void look(struct lp_tracers *t, int watch)
+{
+	struct lp_attach attach = {0};
+	char path[64];
+
+	pthread_mutex_lock(&t->lock);
+	if (watch >= 0 && (size_t)watch < t->nr_looks && t->looks[watch].pid) {
+		struct look *at = &t->looks[watch];
+
+		snprintf(path, sizeof(path), "/proc/%d/status", at->pid);
+		attach.tracer = status_number(path, "TracerPid:");
+		if (attach.tracer && attach.tracer != at->tracer)
+			attach.pid = at->pid;
+		at->tracer = attach.tracer;
+	}
+	pthread_mutex_unlock(&t->lock);
+	if (!attach.pid)
+		return;
+	snprintf(path, sizeof(path), "/proc/%d/status", attach.tracer);
+	attach.owner = status_number(path, "Tgid:");
+	if (attach.owner != getpid())
+		attached(t, attach);
+}
+
+static void take_looks(struct lp_tracers *t)
+{
+	char buffer[4096] __attribute__((aligned(__alignof__(struct inotify_event))));
+	ssize_t got = read(t->inotify, buffer, sizeof(buffer));
+
+	for (char *at = buffer; got > 0 && at < buffer + got;) {
+		const struct inotify_event *event = (const void *)at;
+
+		if (event->mask & IN_Q_OVERFLOW)
+			attached(t, (struct lp_attach){0});
+		else if (event->len && is_a_look(event->name))
+			look(t, event->wd);
+		at += sizeof(*event) + event->len;
+	}
+}
+
+static void watch_looks(struct lp_tracers *t, int32_t pid)
+{
+	char path[64];
+	int watch;
+
+	snprintf(path, sizeof(path), "/proc/%d", pid);
+	watch = inotify_add_watch(t->inotify, path, IN_OPEN | IN_ONLYDIR);
+	if (watch < 0)
+		return;
+	pthread_mutex_lock(&t->lock);
+	if ((size_t)watch >= t->nr_looks) {
+		size_t nr = (size_t)watch * 2 + 64;
+		struct look *more = realloc(t->looks, nr * sizeof(*more));
+
+		if (more) {
+			memset(more + t->nr_looks, 0, (nr - t->nr_looks) * sizeof(*more));
+			t->looks = more;
+			t->nr_looks = nr;
+		}
+	}
+	if ((size_t)watch < t->nr_looks) {
+		snprintf(path, sizeof(path), "/proc/%d/status", pid);
+		t->looks[watch] = (struct look){pid, status_number(path, "TracerPid:")}; /* the restorer may be at it still */
+	}
+	pthread_mutex_unlock(&t->lock);
+}
+
+static void unwatch_looks(struct lp_tracers *t, int32_t pid)
+{
+	pthread_mutex_lock(&t->lock);
+	for (size_t watch = 0; watch < t->nr_looks; watch++) {
+		if (t->looks[watch].pid == pid) {
+			inotify_rm_watch(t->inotify, (int)watch);
+			t->looks[watch].pid = 0;
+		}
+	}
+	pthread_mutex_unlock(&t->lock);
+}
+
+static void obey(struct lp_tracers *t)
+{
+	struct lp_attach order;
+
+	clear_fd(t->wake);
+	while (pop(t, &t->orders, &order, 1)) {
+		struct held *held = find(t, order.tracer);
+
+		if (order.pid)
+			attached(t, order);
+		else if (held && !--held->times)
+			let_go(t, held);
+	}
+}
+
+int lp_tracers_run(struct lp_tracers *t)
+{
+	struct pollfd waiting[3] = {
+		{.fd = t->wake, .events = POLLIN},
+		{.fd = t->connector, .events = POLLIN},
+		{.fd = t->inotify, .events = POLLIN},
+	};
+	struct sched_param now = {.sched_priority = 1}, before = {0};
+	int policy = sched_getscheduler(0), rc = 0;
+
+	/* CRIU reads which pages there are 2.6 ms after its attach (docs/criu.md): no time to wait for a CPU, if that is allowed */
+	sched_setscheduler(0, SCHED_FIFO | SCHED_RESET_ON_FORK, &now);
+	while (!atomic_load(&t->stopped)) {
+		if (poll(waiting, 3, -1) < 0 && errno != EINTR) {
+			rc = -errno;
+			break;
+		}
+		if (waiting[1].revents) /* first: each moment counts */
+			take_event(t);
+		if (waiting[2].revents)
+			take_looks(t);
+		if (waiting[0].revents)
+			obey(t);
+	}
+	while (t->nr_held)
+		let_go(t, t->held);
+	sched_setscheduler(0, policy < 0 ? SCHED_OTHER : policy, &before); /* the thread may be used for something else */
+	return rc;
+}
+
+/* ---- the owner's side ---- */
+
+struct lp_tracers *lp_tracers_new(void)
+{
+	struct lp_tracers *t = calloc(1, sizeof(*t));
+
+	if (!t)
+		return NULL;
+	t->connector = t->inotify = -1;
+	t->wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+	t->event = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+	t->watched = calloc(PIDS / 64, sizeof(*t->watched));
+	pthread_mutex_init(&t->lock, NULL);
+	if (t->wake < 0 || t->event < 0 || !t->watched) {
+		int error = errno;
+
+		lp_tracers_free(t);
+		errno = error;
+		return NULL;
+	}
+	t->connector = open_connector();
+	if (t->connector < 0)
+		t->inotify = inotify_init1(IN_CLOEXEC | IN_NONBLOCK);
+	return t;
+}
+
+void lp_tracers_free(struct lp_tracers *t)
+{
+	if (t->connector >= 0) {
+		/* before Linux 6.6 the kernel goes on making events when a socket is only closed */
+		say(t->connector, PROC_CN_MCAST_IGNORE);
+		close(t->connector);
+	}
+	if (t->inotify >= 0)
+		close(t->inotify);
+	if (t->wake >= 0)
+		close(t->wake);
+	if (t->event >= 0)
+		close(t->event);
+	free(t->watched);
+	free(t->looks);
+	free(t->orders.items);
+	free(t->told.items);
+	free(t->held);
+	pthread_mutex_destroy(&t->lock);
+	free(t);
+}
+
+bool lp_tracers_told(const struct lp_tracers *t)
+{
+	return t->connector >= 0;
+}
+
+void lp_tracers_watch(struct lp_tracers *t, int32_t pid, bool watched)
+{
+	uint64_t bit = UINT64_C(1) << pid % 64;
+
+	if (pid < 0 || (uint32_t)pid >= PIDS)
+		return;
+	if (t->inotify >= 0 && pid && watched)
+		watch_looks(t, pid);
+	else if (t->inotify >= 0 && pid)
+		unwatch_looks(t, pid);
+	if (watched)
+		atomic_fetch_or(&t->watched[pid / 64], bit);
+	else
+		atomic_fetch_and(&t->watched[pid / 64], ~bit);
+}
+
+void lp_tracers_report(struct lp_tracers *t, int32_t pid, int32_t tracer, int32_t owner)
+{
+	push(t, &t->orders, (struct lp_attach){.pid = pid, .tracer = tracer, .owner = owner});
+	signal_fd(t->wake);
+}
+
+void lp_tracers_release(struct lp_tracers *t, int32_t tracer)
+{
+	push(t, &t->orders, (struct lp_attach){.tracer = tracer});
+	signal_fd(t->wake);
+}
+
+int lp_tracers_event_fd(const struct lp_tracers *t)
+{
+	return t->event;
+}
+
+size_t lp_tracers_take(struct lp_tracers *t, struct lp_attach *attaches, size_t max)
+{
+	size_t nr;
+
+	clear_fd(t->event);
+	nr = pop(t, &t->told, attaches, max);
+	if (nr == max)
+		signal_fd(t->event); /* there may be more */
+	return nr;
+}
+
+void lp_tracers_stop(struct lp_tracers *t)
+{
+	atomic_store(&t->stopped, true);
+	signal_fd(t->wake);
+}
