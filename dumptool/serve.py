@@ -32,6 +32,7 @@ from lazypages.daemonize import tell_ready
 from lazypages.errors import UnreadableError
 from lazypages.logs import MESSAGE
 from lazypages.pageserver.listen import accept_all, hang_up, prepare, until_signalled
+from lazypages.pageserver.peers import StrangerError
 from lazypages.pageserver.serve import PageConnection
 from lazypages.tls import TlsError, TlsFiles
 
@@ -166,7 +167,7 @@ class PageService:
     """Where clients find us; its call is a ``dumptool.dump.Serve``.
 
     ``name``: of the listening socket, for people. ``address``: as given with --address. ``status_fd``: gets a
-    0 byte once clients are served.
+    0 byte once clients are served. ``strangers``: other users of this host may connect, too.
     """
 
     listener: socket.socket
@@ -174,6 +175,7 @@ class PageService:
     address: str | None = None
     tls: TlsFiles | None = None
     status_fd: int | None = None
+    strangers: bool = False
 
     def __call__(self, tree: FrozenTree, settings: Settings) -> None:
         """Serves until a client has said that it needs no more.
@@ -232,8 +234,9 @@ class _Clients:
     def _give(self, sock: socket.socket, name: str) -> bool:
         """Whether the client has said that it needs no more."""
         try:
-            sock = prepare(sock, self._service.tls, self._service.address)
-        except TlsError as error:
+            service = self._service
+            sock = prepare(sock, service.tls, service.address, strangers=service.strangers)
+        except (TlsError, StrangerError) as error:
             log.error("%s: %s", name, error)
             return False
         connection = PageConnection(sock, self, name)

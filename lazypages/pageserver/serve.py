@@ -181,6 +181,6 @@ class PageConnection:
             self._sock.sendall(data)
             return
         sent = self._sock.sendmsg([header, data])
-        if sent < len(header):
-            self._sock.sendall(header[sent:])
-        self._sock.sendall(memoryview(data)[max(0, sent - len(header)) :])
+        for part in (header[sent:], memoryview(data)[max(0, sent - len(header)) :]):
+            if len(part):  # sending nothing fails too, where the client has all and has hung up
+                self._sock.sendall(part)
