@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import select
 import stat
 import struct
 import threading
@@ -28,15 +29,20 @@ class _Disk:
     def __init__(self, directory: Path, bad: set[int], *, direct: bool) -> None:
         self._directory, self._bad, self._direct = directory, bad, direct
         self._names = sorted(os.listdir(directory))
-        self.fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+        self.fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+        self.over = os.eventfd(0, os.EFD_CLOEXEC)
 
     def run(self) -> None:
-        """Answers until the file system is unmounted."""
-        while True:
+        """Answers until it is over, or the file system is unmounted."""
+        while self.over not in select.select([self.fd, self.over], [], [])[0]:
             try:
                 request = os.read(self.fd, LONGEST)
             except OSError as error:
-                if error.errno in {errno.EINTR, errno.ENOENT}:  # ENOENT: the request is gone already
+                if error.errno in {
+                    errno.EINTR,
+                    errno.EAGAIN,
+                    errno.ENOENT,
+                }:  # ENOENT: the request is gone already
                     continue
                 return
             _, opcode, unique, node = struct.unpack_from("=IIQQ", request)
@@ -120,7 +126,10 @@ def bad_disk(directory: Path, mounted: Path, bad: set[int], *, direct: bool = Fa
         try:
             yield mounted
         finally:
+            # Another mount namespace may have a copy of the mount; without its server it answers ENOTCONN.
             libc.umount2(bytes(mounted), MNT_DETACH)
-            thread.join(30)  # whoever has files open keeps it a moment longer
+            os.eventfd_write(disk.over, 1)
+            thread.join()
     finally:
         os.close(disk.fd)
+        os.close(disk.over)
