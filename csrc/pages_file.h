@@ -30,22 +30,37 @@ static inline uint64_t lp_pages_held(int fd, uint64_t offset, uint64_t nr_pages)
 	return held < nr_pages ? held : nr_pages;
 }
 
-/* Reads pages at offset.  Returns how many of them the file holds, or -errno. */
+/*
+ * Reads pages at offset.  Returns how many, from the first one on, the file holds and can be read, or -errno if the first can't.
+ *
+ * A read of many pages may fail for one among them (FUSE and network file systems answer for the whole of a request), so what
+ * lies before it is then read page by page.
+ */
 static inline int64_t lp_pages_read(int fd, void *buffer, uint64_t offset, uint64_t nr_pages)
 {
 	uint64_t size = nr_pages * LP_FILE_PAGE, done = 0;
+	int error = 0;
 
 	while (done < size) {
-		ssize_t got = pread(fd, (char *)buffer + done, size - done, (off_t)(offset + done));
+		uint64_t want = error ? LP_FILE_PAGE - done % LP_FILE_PAGE : size - done;
+		ssize_t got = pread(fd, (char *)buffer + done, want, (off_t)(offset + done));
 
 		if (got < 0 && errno == EINTR)
 			continue;
-		if (got < 0)
-			return -errno;
-		if (!got)
+		if (got < 0) {
+			error = errno;
+			if (want > LP_FILE_PAGE)
+				continue;
 			break;
+		}
+		if (!got) {
+			error = 0;
+			break;
+		}
 		done += (uint64_t)got;
 	}
+	if (error && done < LP_FILE_PAGE)
+		return -error;
 	return (int64_t)lp_pages_held(fd, offset, done / LP_FILE_PAGE);
 }
 

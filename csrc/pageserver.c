@@ -4,6 +4,7 @@
 #include "pageserver.h"
 
 #include <errno.h>
+#include <poll.h>
 #include <sched.h>
 #include <string.h>
 #include <sys/socket.h>
@@ -88,7 +89,7 @@ size_t lp_find_pages(const struct lp_served *served, uint64_t pid, uint64_t vadd
 		return 0;
 	for (uint64_t i = find_extent(task, vaddr); nr_pages && i < task->nr_extents; i++) {
 		const struct lp_extent *extent = &task->extents[i];
-		const struct lp_pages_file *file;
+		struct lp_pages_file *file;
 		struct lp_piece *last = found ? &pieces[found - 1] : NULL;
 		uint64_t skip, taken, offset;
 
@@ -158,14 +159,15 @@ struct reading {
 	const struct lp_piece *piece;
 	uint64_t done; /* bytes of it */
 	uint64_t left; /* bytes of all */
+	bool unreadable; /* the next page is */
 };
 
-/* The next bytes, as many as fit into a client's buffer: how many, or -errno. */
-static int64_t read_on(struct reading *at, uint8_t *buffer)
+/* The next bytes, as many as fit into a client's buffer and can be read. */
+static uint64_t read_on(struct reading *at, uint8_t *buffer)
 {
 	uint64_t size = 0;
 
-	while (at->left && size < LP_BUFFER_SIZE) {
+	while (at->left && size < LP_BUFFER_SIZE && !at->unreadable) {
 		const struct lp_piece *piece = at->piece;
 		uint64_t part = piece->size - at->done;
 		int64_t got;
@@ -173,10 +175,11 @@ static int64_t read_on(struct reading *at, uint8_t *buffer)
 		if (part > LP_BUFFER_SIZE - size)
 			part = LP_BUFFER_SIZE - size;
 		got = lp_pages_read(piece->file->fd, buffer + size, piece->offset + at->done, part / PAGE_SIZE);
-		if (got < 0)
-			return got;
-		if ((uint64_t)got < part / PAGE_SIZE)
-			return -EFAULT;
+		if (got < (int64_t)(part / PAGE_SIZE)) {
+			__atomic_store_n(&piece->file->damaged, 1, __ATOMIC_RELAXED);
+			at->unreadable = true;
+			part = got < 0 ? 0 : (uint64_t)got * PAGE_SIZE;
+		}
 		size += part;
 		at->done += part;
 		at->left -= part;
@@ -185,7 +188,7 @@ static int64_t read_on(struct reading *at, uint8_t *buffer)
 			at->done = 0;
 		}
 	}
-	return (int64_t)size;
+	return size;
 }
 
 /* Sends all of it, however long the client takes; `more` is to follow. 0 or -errno. */
@@ -213,7 +216,7 @@ static int send_all(int fd, struct iovec *iov, size_t count, bool more)
 	return 0;
 }
 
-/* 1: answered; 0: the first page is not here; -errno. */
+/* 1: answered; 0: the first page is not here, or can't be read; -errno. */
 static int answer(struct lp_client *client, const struct lp_served *served, const struct request *request)
 {
 	uint64_t asked = request->nr_pages < client->max_pages ? request->nr_pages : client->max_pages, bytes = 0;
@@ -221,42 +224,46 @@ static int answer(struct lp_client *client, const struct lp_served *served, cons
 	uint8_t header[NEW_HEADER], *buffer = client->buffer;
 	struct iovec iov[2] = {{header, client->header_size}, {buffer, 0}};
 	struct reading at;
-	bool zero;
+	bool zero, damaged = false;
 	size_t count;
-	int64_t size;
+	uint64_t size;
 	int error;
 
 	count = lp_find_pages(served, request->pid, request->vaddr, asked, pieces, PIECES);
 	if (!count)
 		return 0;
-	for (size_t i = 0; i < count; i++)
+	for (size_t i = 0; i < count; i++) {
 		bytes += pieces[i].size;
+		damaged |= __atomic_load_n(&pieces[i].file->damaged, __ATOMIC_RELAXED);
+	}
 	at = (struct reading){.piece = pieces, .left = bytes};
 	size = read_on(&at, buffer);
-	if (size < 0)
-		return (int)size;
-	zero = client->features & LP_FEATURE_ZERO && all_zero(buffer, (size_t)size);
-	while (zero && at.left) {
-		int64_t more = read_on(&at, buffer);
+	if (!size)
+		return 0;
+	zero = client->features & LP_FEATURE_ZERO && all_zero(buffer, size);
+	while (zero && at.left && !at.unreadable) {
+		uint64_t more = read_on(&at, buffer);
 
-		if (more < 0)
-			return (int)more;
-		if (all_zero(buffer, (size_t)more))
+		if (!more || all_zero(buffer, more))
 			continue;
 		zero = false; /* so the pages go out after all, from the first on */
 		at = (struct reading){.piece = pieces, .left = bytes};
 		size = read_on(&at, buffer);
-		if (size < 0)
-			return (int)size;
+		if (!size)
+			return 0;
+	}
+	if (zero || damaged || at.unreadable) { /* no more than what is known to be good */
+		bytes = zero ? bytes - at.left : size;
+		at.left = 0;
 	}
 	put_header(client, header, request, zero ? FLAG_ZERO : FLAG_PRESENT, bytes / PAGE_SIZE);
-	iov[1].iov_len = (size_t)size;
-	error = send_all(client->fd, iov, zero ? 1 : 2, !zero && at.left);
-	while (!error && !zero && at.left) {
+	iov[1].iov_len = size;
+	error = send_all(client->fd, iov, zero ? 1 : 2, at.left);
+	while (!error && at.left) {
 		size = read_on(&at, buffer);
-		if (size < 0)
-			return (int)size;
-		iov[1] = (struct iovec){buffer, (size_t)size};
+		if (at.unreadable)
+			return -EFAULT;
+		iov[1] = (struct iovec){buffer, size};
 		error = send_all(client->fd, &iov[1], 1, at.left);
 	}
 	if (error)
@@ -287,11 +294,39 @@ static ssize_t poll_socket(struct lp_client *client)
 	}
 }
 
-/* Waits for more requests: bytes received, 0 at the end, -errno. There is room. */
-static ssize_t receive(struct lp_client *client)
+/* Until there is something to receive, or `deadline`: 0 or -errno. */
+static int wait_readable(int fd, uint64_t deadline)
+{
+	for (;;) {
+		struct pollfd one = {.fd = fd, .events = POLLIN};
+		uint64_t now = now_ns();
+		int ready = poll(&one, 1, now < deadline ? (int)((deadline - now) / 1000000 + 1) : 0);
+
+		if (ready > 0)
+			return 0;
+		if (!ready)
+			return -ETIMEDOUT;
+		if (errno != EINTR)
+			return -errno;
+	}
+}
+
+/* Waits for more requests: bytes received, 0 at the end, -errno. There is room. `deadline`: 0 for none. */
+static ssize_t receive(struct lp_client *client, uint64_t deadline)
 {
 	ssize_t got = poll_socket(client);
 
+	if (got < 0 && errno == EAGAIN && deadline) {
+		do {
+			int error = wait_readable(client->fd, deadline);
+
+			if (error)
+				return error;
+			got = recv(client->fd, client->requests + client->end, LP_REQUESTS_SIZE - client->end,
+				   MSG_DONTWAIT);
+		} while (got < 0 && errno == EAGAIN);
+		return got < 0 ? -errno : got;
+	}
 	if (got < 0 && errno == EAGAIN) {
 		uint64_t began = now_ns(), slept;
 
@@ -311,6 +346,8 @@ static ssize_t receive(struct lp_client *client)
 
 int lp_answer_gets(struct lp_client *client, const struct lp_served *served)
 {
+	uint64_t deadline = 0; /* of the request that is there in part */
+
 	for (;;) {
 		ssize_t got;
 
@@ -326,10 +363,14 @@ int lp_answer_gets(struct lp_client *client, const struct lp_served *served)
 				return LP_CLIENT_OTHER;
 			client->start += client->header_size;
 		}
+		if (client->start == client->end)
+			deadline = 0;
+		else if (client->start || !deadline)
+			deadline = now_ns() + client->patience_ns;
 		memmove(client->requests, client->requests + client->start, client->end - client->start);
 		client->end -= client->start;
 		client->start = 0;
-		got = receive(client);
+		got = receive(client, deadline);
 		if (got < 0)
 			return (int)got;
 		if (!got)

@@ -5,9 +5,13 @@
  * One thread for each connection, because a page that is not in the page cache
  * keeps its reader waiting for the disk, and a client that does not read keeps
  * its writer waiting; the others go on. What is not a plain GET of a page that
- * is here is left to the caller.  Pages are read into a buffer that stays in the
- * CPU's cache, and sent when it is known that the file still holds them
- * (pages_file.h).
+ * is here and can be read is left to the caller.  Pages are read into a buffer
+ * that stays in the CPU's cache, and sent when it is known that the file still
+ * holds them (pages_file.h).
+ *
+ * An answer ends before a page that can't be read.  One that is longer than the
+ * buffer has promised its pages by then: the connection is given up, and from
+ * then on no answer out of that file is longer than the buffer.
  */
 #ifndef LAZYPAGES_PAGESERVER_H
 #define LAZYPAGES_PAGESERVER_H
@@ -22,7 +26,8 @@
 struct lp_pages_file {
 	uint64_t size; /* bytes, when it was opened */
 	int32_t fd;
-	uint32_t number; /* the caller's name for it */
+	uint32_t number;  /* the caller's name for it */
+	uint32_t damaged; /* a read has failed; set here */
 };
 
 /* Where each page of one task is. */
@@ -30,7 +35,7 @@ struct lp_task_pages {
 	uint64_t pid;
 	const struct lp_extent *extents; /* sorted */
 	uint64_t nr_extents;
-	const struct lp_pages_file *const *levels; /* NULL: a level without data */
+	struct lp_pages_file *const *levels; /* NULL: a level without data */
 	uint32_t nr_levels;
 };
 
@@ -42,7 +47,7 @@ struct lp_served {
 
 /* A part of an answer. */
 struct lp_piece {
-	const struct lp_pages_file *file;
+	struct lp_pages_file *file;
 	uint64_t offset; /* bytes */
 	uint64_t size;
 };
@@ -61,6 +66,7 @@ struct lp_client {
 	uint32_t max_pages; /* of one answer */
 	uint64_t pages;	    /* answered so far */
 	uint64_t poll_ns;   /* how long to look for the next request before sleeping; adapts itself */
+	uint64_t patience_ns; /* for the rest of a request, once a part of it is there */
 	uint32_t start, end;
 	uint8_t requests[LP_REQUESTS_SIZE]; /* received and not yet answered: [start, end) */
 	uint8_t buffer[LP_BUFFER_SIZE];	    /* pages */
@@ -80,7 +86,8 @@ size_t lp_find_pages(const struct lp_served *served, uint64_t pid, uint64_t vadd
 
 /*
  * Answers GETs until there is something else to do: an lp_client_state, or
- * -errno of the socket or of a file; -EFAULT is a file that was cut short.
+ * -errno of the socket; -ETIMEDOUT: the rest of a request did not come in time;
+ * -EFAULT: pages that had been promised could not be read.
  */
 int lp_answer_gets(struct lp_client *client, const struct lp_served *served);
 

@@ -324,7 +324,7 @@ def _page_server(options: dict[str, Any]) -> PageServer | None:
 @click.option(
     "--insecure",
     is_flag=True,
-    help="With --lazy-pages: allow an address that others can reach without --tls.",
+    help="With --lazy-pages, without --tls: allow an address that others can reach, and other users of this host.",
 )
 def dump_command(**options: Any) -> None:
     """Write all images of a tree of processes and end it (or let it go on).
@@ -348,10 +348,12 @@ def _service(options: dict[str, Any]) -> Iterator[PageService | None]:
     if options["tls"]:
         tls = tls_files(options)
         tls.server_context()  # to fail before anything is stopped
-    listener, name = listen(address, port or 0, public=options["insecure"] or options["tls"])
+    listener, name = listen(address, port or 0, insecure=options["insecure"], tls=options["tls"])
     try:
         with listener:
-            yield PageService(listener, name, address, tls, options["status_fd"])
+            yield PageService(
+                listener, name, address, tls, options["status_fd"], strangers=options["insecure"]
+            )
     finally:
         if address is not None and address.startswith(UNIX_PREFIX):
             Path(address.removeprefix(UNIX_PREFIX)).unlink(missing_ok=True)

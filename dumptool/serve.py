@@ -29,8 +29,10 @@ from images_spec.flags import PAGE_SIZE, PE_LAZY
 from images_spec.images import Kind
 from images_spec.pagemap import Pagemap
 from lazypages.daemonize import tell_ready
+from lazypages.errors import UnreadableError
 from lazypages.logs import MESSAGE
 from lazypages.pageserver.listen import accept_all, hang_up, prepare, until_signalled
+from lazypages.pageserver.peers import StrangerError
 from lazypages.pageserver.serve import PageConnection
 from lazypages.tls import TlsError, TlsFiles
 
@@ -92,20 +94,21 @@ class LazyMemory:
     def read(self, address: int, nr_pages: int) -> bytes:
         """The first pages of the range, as many as there are without a gap; nothing if the first one is not lazy.
 
-        Raises ``DumpError``; ``SourceGoneError`` if the process is no more.
+        They end before a page that can't be read. Raises ``UnreadableError`` if that is the first, ``SourceGoneError``
+        if the process is no more.
         """
         found = self._find(address, nr_pages)
         if not found:
             return b""
-        try:
+        try:  # what was read before an error is returned (mem_rw() in the kernel's fs/proc/base.c)
             data = os.pread(self._fd, found * PAGE_SIZE, address)
         except OSError as error:
-            raise DumpError(f"pid {self._pid}: page {address:#x} can't be read: {error.strerror}") from None
+            raise UnreadableError(f"pid {self._pid}: {error.strerror}") from None
         if not data:
             raise SourceGoneError(f"pid {self._pid} was killed while its pages were being served")
-        if len(data) % PAGE_SIZE:
-            raise DumpError(f"pid {self._pid}: page {address + len(data):#x} can't be read")
-        return data
+        if len(data) < PAGE_SIZE:
+            raise UnreadableError(f"pid {self._pid}: only a part of it")
+        return data[: len(data) // PAGE_SIZE * PAGE_SIZE]
 
     def _find(self, address: int, nr_pages: int) -> int:
         """How many of the pages are here; they count as asked for."""
@@ -164,7 +167,7 @@ class PageService:
     """Where clients find us; its call is a ``dumptool.dump.Serve``.
 
     ``name``: of the listening socket, for people. ``address``: as given with --address. ``status_fd``: gets a
-    0 byte once clients are served.
+    0 byte once clients are served. ``strangers``: other users of this host may connect, too.
     """
 
     listener: socket.socket
@@ -172,6 +175,7 @@ class PageService:
     address: str | None = None
     tls: TlsFiles | None = None
     status_fd: int | None = None
+    strangers: bool = False
 
     def __call__(self, tree: FrozenTree, settings: Settings) -> None:
         """Serves until a client has said that it needs no more.
@@ -230,8 +234,9 @@ class _Clients:
     def _give(self, sock: socket.socket, name: str) -> bool:
         """Whether the client has said that it needs no more."""
         try:
-            sock = prepare(sock, self._service.tls, self._service.address)
-        except TlsError as error:
+            service = self._service
+            sock = prepare(sock, service.tls, service.address, strangers=service.strangers)
+        except (TlsError, StrangerError) as error:
             log.error("%s: %s", name, error)
             return False
         connection = PageConnection(sock, self, name)

@@ -12,22 +12,22 @@ ffibuilder = FFI()
 
 ffibuilder.cdef("""
 struct lp_extent;
-struct lp_pages_file { uint64_t size; int32_t fd; uint32_t number; };
+struct lp_pages_file { uint64_t size; int32_t fd; uint32_t number, damaged; };
 struct lp_task_pages {
     uint64_t pid;
     const struct lp_extent *extents;
     uint64_t nr_extents;
-    const struct lp_pages_file *const *levels;
+    struct lp_pages_file *const *levels;
     uint32_t nr_levels;
 };
 struct lp_served { const struct lp_task_pages *tasks; uint64_t nr_tasks; };
-struct lp_piece { const struct lp_pages_file *file; uint64_t offset, size; };
+struct lp_piece { struct lp_pages_file *file; uint64_t offset, size; };
 #define LP_REQUESTS_SIZE ...
 #define LP_FEATURE_ZERO ...
 struct lp_client {
     int32_t fd;
     uint32_t header_size, features, max_pages;
-    uint64_t pages, poll_ns;
+    uint64_t pages, poll_ns, patience_ns;
     uint32_t start, end;
     uint8_t requests[...];
     ...;
@@ -36,7 +36,7 @@ enum lp_client_state { LP_CLIENT_EOF, LP_CLIENT_OTHER };
 size_t lp_find_pages(const struct lp_served *served, uint64_t pid, uint64_t vaddr, uint64_t nr_pages,
                      struct lp_piece *pieces, size_t max);
 int lp_answer_gets(struct lp_client *client, const struct lp_served *served);
-uint64_t lp_pages_held(int fd, uint64_t offset, uint64_t nr_pages);
+int64_t lp_pages_read(int fd, void *buffer, uint64_t offset, uint64_t nr_pages);
 """)
 
 CSRC = Path("csrc")  # builds run at the project's root

@@ -483,6 +483,11 @@ class ServerCodec(_ReceiveBuffer):
         """Whether all that comes next is a whole message in `layout`."""
         return self.layout is not None and not (self._after_probe or self._missing or self._closed)
 
+    @property
+    def midway(self) -> bool:
+        """Whether a message has begun and is not complete, or the client has said CLOSE and not yet closed."""
+        return bool(len(self) or self._missing or self._closed)
+
     def take_rest(self) -> bytes:
         """What was received of a message that is not complete; give it back with receive()."""
         return bytes(self._take(len(self)))

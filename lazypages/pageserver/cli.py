@@ -23,6 +23,7 @@ from lazypages.daemonize import daemonize, open_pidfile, tell_ready
 from lazypages.errors import LazyPagesError
 from lazypages.logs import MESSAGE
 from lazypages.options import verbosity_option
+from lazypages.pageserver.ending import Ending, Verdict
 from lazypages.pageserver.images import ServedImages
 from lazypages.pageserver.listen import (
     LOOPBACK,
@@ -36,7 +37,7 @@ from lazypages.pageserver.listen import (
 )
 from lazypages.pageserver.receive import ImageReceiver, ReceiveConnection
 from lazypages.pageserver.serve import PageConnection
-from lazypages.tls import TlsError, TlsFiles
+from lazypages.tls import TlsFiles
 from lazypages.tls_defaults import DEFAULT_CACERT, DEFAULT_CERT, DEFAULT_KEY
 from lazypages.wire import PAGE_SIZE
 
@@ -52,11 +53,20 @@ Examples
     criu dump -t PID -D meta --page-server --address 127.0.0.1 --port 27000
   Give the pages of a checkpoint to lazy restores elsewhere, encrypted:
     lazypages page-server -D ckpt --lazy-pages --address 10.0.0.1 --port 27000 --tls
+  The same for many restores, one after the other or at once:
+    lazypages page-server -D ckpt --lazy-pages --keep-serving --address 10.0.0.1 --port 27000 --tls
 
 \b
 How long it runs
   Receiving: for one dump, as criu page-server does; exit status 0 if it was complete.
-  --lazy-pages: for any number of clients, until SIGTERM or SIGINT; exit status 0.
+  --lazy-pages: for one client, as criu page-server does; exit status 0 once it has said that it needs no more. A
+  client of ours that has lost its connections will be back, and is waited for.
+  --lazy-pages --keep-serving: for any number of clients, until SIGTERM or SIGINT; exit status 0.
+
+\b
+Who may connect
+  From this host: processes of the same user, and of root; what is safest is --address unix:PATH. From others: nobody
+  without --tls or --insecure.
 """
 
 _PATH = click.Path(path_type=Path)
@@ -117,7 +127,14 @@ _PATH = click.Path(path_type=Path)
 @click.option(
     "--tls-no-cn-verify", is_flag=True, help="Let clients pass whose certificate does not name --address."
 )
-@click.option("--insecure", is_flag=True, help="Allow an address that others can reach without --tls.")
+@click.option(
+    "--keep-serving", is_flag=True, help="With --lazy-pages: any number of clients, until a signal comes."
+)
+@click.option(
+    "--insecure",
+    is_flag=True,
+    help="Without --tls: allow an address that others can reach, and other users of this host.",
+)
 @click.pass_context
 def page_server_command(
     ctx: click.Context,
@@ -141,6 +158,7 @@ def page_server_command(
     tls_cert: Path,
     tls_key: Path,
     tls_no_cn_verify: bool,
+    keep_serving: bool,
     insecure: bool,
 ) -> None:
     """Receive the images of a dump over the network or, with --lazy-pages, give their pages to lazy restores.
@@ -160,9 +178,11 @@ def page_server_command(
     files = TlsFiles(tls_cacert, tls_cert, tls_key, tls_cacrl, not tls_no_cn_verify) if tls else None
     if files:
         files.server_context()  # to fail before anybody connects
-    server = _Server(images_dir, address, files)
+    if keep_serving and not lazy_pages:
+        raise LazyPagesError("--keep-serving goes with --lazy-pages: a dump comes once")
+    server = _Server(address, files, keep_serving=keep_serving, strangers=insecure or ps_socket is not None)
     if ps_socket is None:
-        listener, name = listen(address, port, public=insecure or tls)
+        listener, name = listen(address, port, insecure=insecure, tls=tls)
     else:
         listener, name = connected_socket(ps_socket), f"the socket {ps_socket}"
     if lazy_pages:
@@ -197,18 +217,26 @@ def page_server_command(
 class _Server:
     """One run of the command, in either mode."""
 
-    def __init__(self, directory: Path, address: str | None, tls: TlsFiles | None) -> None:
-        self._directory = directory
+    def __init__(
+        self, address: str | None, tls: TlsFiles | None, *, keep_serving: bool, strangers: bool
+    ) -> None:
         self._address = address
         self._tls = tls
+        self._strangers = strangers
+        self._ending = None if keep_serving else Ending()
+        self._over = os.eventfd(0, os.EFD_CLOEXEC)
         self.images: ServedImages | None = None
         self.receiver: ImageReceiver | None = None
 
     def run(self, listener: socket.socket, stop: int, *, connected: bool) -> bool:
         """Serve until the end. `connected`: `listener` is the one client itself. Whether all went well."""
         if self.images is None:
-            client = (listener.dup(), "the dump") if connected else accept_one(listener, stop)
-            if client is None:
+            if connected:
+                with _cut_off(listener, stop):
+                    client = self._admit(listener.dup(), "the dump"), "the dump"
+            elif (found := accept_one(listener, stop, self._admit)) is not None:
+                client = found
+            else:
                 log.error("ended before a dump came")
                 return False
             listener.close()
@@ -216,34 +244,56 @@ class _Server:
         if connected:
             with _cut_off(listener, stop):
                 return self._give(listener.dup(), "the client")
-        accept_all(listener, stop, self._give)
-        return True
+        with select.epoll() as ends:
+            ends.register(stop, select.EPOLLIN)
+            ends.register(self._over, select.EPOLLIN)
+            accept_all(listener, ends.fileno(), self._give)
+        if self._ending is None or self._ending.verdict is Verdict.DONE:
+            return True
+        if self._ending.verdict is not Verdict.FAILED:
+            log.error("ended by a signal before a client was done")
+        return False
+
+    def _admit(self, sock: socket.socket, name: str) -> socket.socket:
+        """Raises LazyPagesError, with the socket closed, for who may not connect."""
+        log.info("%s: connected", name)
+        return prepare(sock, self._tls, self._address, strangers=self._strangers)
 
     def _give(self, sock: socket.socket, name: str) -> bool:
         assert self.images is not None
-        log.info("%s: connected", name)
         try:
-            sock = prepare(sock, self._tls, self._address)
-        except TlsError as error:
+            sock = self._admit(sock, name)
+        except LazyPagesError as error:
             log.error("%s: %s", name, error)
             return False
         answerer = None if self._tls else self.images.answerer(sock.fileno())
         connection = PageConnection(sock, self.images, name, answerer)
+        if self._ending is not None:
+            self._ending.connected(connection)
         clean = False
         try:
             clean = connection.run()
         finally:
             hang_up(sock, clean=clean)
             log.info("%s: gone after %.1f MiB", name, connection.pages * PAGE_SIZE / (1 << 20))
+            if self._ending is not None:
+                self._gone(self._ending.gone(connection, clean=clean), name)
         return clean
+
+    def _gone(self, verdict: Verdict, name: str) -> None:
+        if verdict is Verdict.WAIT:
+            log.warning(
+                "%s: gone without having said that it needs no more; waiting for it to come back", name
+            )
+        elif verdict in {Verdict.DONE, Verdict.FAILED}:
+            os.eventfd_write(self._over, 1)
 
     def _receive(self, sock: socket.socket, name: str, stop: int) -> bool:
         """Raises LazyPagesError, ImageError."""
         receiver = self.receiver
         assert receiver is not None
         clean = False
-        with sock.dup() as plain, _cut_off(plain, stop):
-            sock = prepare(sock, self._tls, self._address)
+        with socket.socket(fileno=os.dup(sock.fileno())) as plain, _cut_off(plain, stop):
             try:
                 ReceiveConnection(sock, receiver).run()
                 clean = True

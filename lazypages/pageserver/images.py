@@ -15,7 +15,8 @@ from images_spec.images import Kind
 from images_spec.pagemap import Pagemap
 from images_spec.placement import ExtentTable, resolve
 from lazypages._pageserver import ffi, lib
-from lazypages.errors import LazyPagesError
+from lazypages.errors import LazyPagesError, UnreadableError
+from lazypages.pageserver import patience
 from lazypages.wire import PAGE_SIZE, Features, Layout
 
 MAX_ANSWER: Final = 1024  # pages of one answer; the client asks again for the rest
@@ -41,13 +42,16 @@ class Piece:
     offset: int
     size: int
 
-    def read(self) -> bytes:
-        """The bytes. Raises ImageError when the file does not hold them any more."""
-        fd = self.file.handle.fd
-        data = os.pread(fd, self.size, self.offset)
-        held = lib.lp_pages_held(fd, self.offset, len(data) // PAGE_SIZE) * PAGE_SIZE
-        if held < self.size:
-            raise ImageError(self.file.path, "was cut short while it was served", offset=self.offset + held)
+    def read(self) -> bytes | bytearray:
+        """The bytes, up to the first page that can't be read. Raises UnreadableError if that is the first of all."""
+        data = bytearray(self.size)
+        count = lib.lp_pages_read(
+            self.file.handle.fd, ffi.from_buffer(data), self.offset, self.size // PAGE_SIZE
+        )
+        if count <= 0:
+            why = os.strerror(-count) if count else "it was cut short while it was served"
+            raise UnreadableError(f"{self.file.path} at offset {self.offset}: {why}")
+        del data[count * PAGE_SIZE :]
         return data
 
 
@@ -123,6 +127,7 @@ class GetAnswerer:
         self._served = served
         self._client = ffi.new("struct lp_client *")
         self._client.fd, self._client.max_pages, self._client.poll_ns = fd, MAX_ANSWER, POLL
+        self._client.patience_ns = int(patience.MESSAGE_TIMEOUT * 1e9)
 
     @property
     def pages(self) -> int:
@@ -131,9 +136,9 @@ class GetAnswerer:
 
     def run(self, layout: Layout, features: Features, received: bytes) -> tuple[bytes, bool]:
         """Answer what is in `received`, and what comes after it, until there is something else than a GET of pages
-        that are here. Returns that and what follows, and whether the client has closed.
+        that are here and can be read. Returns that and what follows, and whether the client has closed.
 
-        Raises OSError of the connection, LazyPagesError when a pages file was cut short.
+        Raises OSError of the connection, LazyPagesError when it can't go on, SlowPeerError.
         """
         client = self._client
         client.header_size, client.features = layout.header_size, features
@@ -141,7 +146,11 @@ class GetAnswerer:
         ffi.memmove(client.requests, received, len(received))
         result = lib.lp_answer_gets(client, self._served)
         if result == -errno.EFAULT:
-            raise LazyPagesError("a pages image was cut short while it was served")
+            raise LazyPagesError(
+                "a page can't be read that an answer had promised; the next answers are shorter"
+            )
+        if result == -errno.ETIMEDOUT and client.end:
+            raise patience.SlowPeerError(patience.MESSAGE_TIMEOUT)
         if result < 0:
             raise OSError(-result, os.strerror(-result))
         rest = bytes(ffi.buffer(client.requests)[client.start : client.end])

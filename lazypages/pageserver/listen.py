@@ -15,9 +15,10 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Self
 
 from lazypages.errors import LazyPagesError
+from lazypages.pageserver.peers import StrangerError, check_peer
 from lazypages.sources.link import KEEPALIVE
 from lazypages.tls import TlsError, TlsFiles
 
@@ -25,8 +26,16 @@ log = logging.getLogger("lazypages")
 
 LOOPBACK: Final = "127.0.0.1"
 UNIX_PREFIX: Final = "unix:"
-HANDSHAKE_TIMEOUT: Final = 30.0  # s
+HANDSHAKE_TIMEOUT: float = 30.0  # s
 BACKLOG: Final = 64
+#: What OpenSSL calls the beginning of something else.
+NO_TLS: Final = {
+    "WRONG_VERSION_NUMBER",
+    "HTTP_REQUEST",
+    "HTTPS_PROXY_REQUEST",
+    "UNKNOWN_PROTOCOL",
+    "BAD_RECORD_TYPE",
+}
 RETRY: Final = 0.5  # s after which a client is taken that could not be taken
 
 
@@ -34,11 +43,11 @@ class ListenError(LazyPagesError):
     """The server can't listen there, or should not."""
 
 
-def listen(address: str | None, port: int, *, public: bool) -> tuple[socket.socket, str]:
+def listen(address: str | None, port: int, *, insecure: bool, tls: bool) -> tuple[socket.socket, str]:
     """A listening socket, and how to name it: `address` is a host, an IPv4 or IPv6 address, or unix:PATH.
 
     Loopback without an address; port 0 is one of the kernel's choice. Raises ListenError, also for an address that
-    others can reach unless `public`.
+    others can reach unless it is to be `insecure`, which is warned of, or has `tls`.
     """
     if address is not None and address.startswith(UNIX_PREFIX):
         return _listen_unix(Path(address.removeprefix(UNIX_PREFIX)))
@@ -48,7 +57,8 @@ def listen(address: str | None, port: int, *, public: bool) -> tuple[socket.sock
     except OSError as error:
         raise ListenError(f"--address {host}: {error.strerror}") from None
     family, _, _, _, where = found[0]
-    if not public and not ipaddress.ip_address(str(where[0]).partition("%")[0]).is_loopback:
+    loopback = ipaddress.ip_address(str(where[0]).partition("%")[0]).is_loopback
+    if not (loopback or insecure or tls):
         raise ListenError(
             f"--address {host}: everybody who reaches it could read or write the memory of tasks: "
             "use --tls, or say --insecure"
@@ -61,6 +71,8 @@ def listen(address: str | None, port: int, *, public: bool) -> tuple[socket.sock
     except OSError as error:
         sock.close()
         raise ListenError(f"can't listen at {host} port {port}: {error.strerror}") from None
+    if insecure and not (loopback or tls):
+        log.warning("--insecure: everybody who reaches %s can read or write the memory of tasks", host)
     bound, number = sock.getsockname()[:2]
     return sock, f"[{bound}]:{number}" if family == socket.AF_INET6 else f"{bound}:{number}"
 
@@ -100,10 +112,12 @@ def connected_socket(fd: int) -> socket.socket:
     return sock
 
 
-def prepare(sock: socket.socket, tls: TlsFiles | None, name: str | None) -> socket.socket:
-    """An accepted socket, ready to be read; with TLS after the handshake. Raises TlsError.
+def prepare(sock: socket.socket, tls: TlsFiles | None, name: str | None, *, strangers: bool) -> socket.socket:
+    """An accepted socket, ready to be read; with TLS after the handshake. Raises TlsError, StrangerError, and has
+    closed it then.
 
-    `name`: the server's --address, which the client's certificate must name too (as with CRIU), or None.
+    `name`: the server's --address, which the client's certificate must name too (as with CRIU), or None. `strangers`:
+    whether other users of this host may connect; with TLS the certificate says who may.
     """
     if sock.family != socket.AF_UNIX:
         with suppress(OSError):  # a client that is gone already is found out by reading
@@ -112,13 +126,25 @@ def prepare(sock: socket.socket, tls: TlsFiles | None, name: str | None) -> sock
             for option, value in KEEPALIVE.items():
                 sock.setsockopt(socket.IPPROTO_TCP, option, value)
     if tls is None:
+        if not strangers:
+            try:
+                check_peer(sock)
+            except StrangerError:
+                sock.close()
+                raise
         return sock
-    sock.settimeout(HANDSHAKE_TIMEOUT)
+    sock.settimeout(HANDSHAKE_TIMEOUT)  # for all of it, however it is cut
     try:
         secure = tls.server_context().wrap_socket(sock, server_side=True)
+    except TimeoutError:
+        sock.close()
+        raise TlsError(f"TLS: no handshake within {HANDSHAKE_TIMEOUT:g} s") from None
     except ssl.SSLError as error:
         sock.close()
-        raise TlsError(f"TLS: {getattr(error, 'verify_message', None) or error.reason or error}") from None
+        what = getattr(error, "verify_message", None) or error.reason or error
+        if error.reason in NO_TLS:
+            what = f"the client does not speak it ({error.reason})"
+        raise TlsError(f"TLS: {what}") from None
     except OSError as error:
         sock.close()
         raise TlsError(f"TLS: no handshake: {error.strerror or error}") from None
@@ -219,15 +245,70 @@ def _handle(
         duplicate.close()  # or the connection would stay open
 
 
-def accept_one(listener: socket.socket, stop: int) -> tuple[socket.socket, str] | None:
-    """The first client; None when `stop` becomes readable before one comes."""
+Admit = Callable[[socket.socket, str], socket.socket]
+
+
+def accept_one(listener: socket.socket, stop: int, admit: Admit) -> tuple[socket.socket, str] | None:
+    """The first client that `admit(socket, name)` lets in; None when `stop` becomes readable before that.
+
+    All who come meanwhile are asked at once, each in a thread: who is slow at its handshake keeps nobody waiting.
+    `admit` returns the socket to be used, or closes it and raises LazyPagesError, which is logged and costs nobody else
+    anything.
+    """
     listener.setblocking(False)
-    with selectors.DefaultSelector() as selector:
-        selector.register(listener, selectors.EVENT_READ)
-        selector.register(stop, selectors.EVENT_READ)
+    with selectors.DefaultSelector() as selector, _Admission(admit) as admission:
+        for fd in (listener, stop, admission.fd):
+            selector.register(fd, selectors.EVENT_READ)
         while not any(key.fd == stop for key, _ in selector.select()):
-            with suppress(BlockingIOError, ConnectionAbortedError):
-                sock, peer = listener.accept()
-                sock.setblocking(True)
-                return sock, f"client {peer[0]} port {peer[1]}" if peer else "a client"
+            if admission.admitted is not None:
+                return admission.admitted
+            try:
+                with suppress(BlockingIOError, ConnectionAbortedError):
+                    _start_client(*listener.accept(), admission.ask, admission.clients)
+            except (OSError, RuntimeError) as error:
+                log.warning("a client could not be taken: %s", getattr(error, "strerror", None) or error)
+                select.select([stop], [], [], RETRY)
     return None
+
+
+class _Admission:
+    """Clients that are being asked who they are. `fd` is readable once one is `admitted`; the others are cut off on
+    the way out.
+    """
+
+    def __init__(self, admit: Admit) -> None:
+        self._admit = admit
+        self._lock = threading.Lock()
+        self._over = False
+        self.clients: dict[threading.Thread, socket.socket] = {}
+        self.admitted: tuple[socket.socket, str] | None = None
+        self._chosen: threading.Thread | None = None
+        self.fd = os.eventfd(0, os.EFD_CLOEXEC)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._over = True
+        for thread, sock in self.clients.items():
+            if thread is not self._chosen:
+                with suppress(OSError):
+                    sock.shutdown(socket.SHUT_RDWR)
+            thread.join()
+        os.close(self.fd)
+
+    def ask(self, sock: socket.socket, name: str) -> None:
+        """In a thread of its own."""
+        try:
+            sock = self._admit(sock, name)
+        except LazyPagesError as error:
+            log.error("%s: %s", name, error)
+            return
+        with self._lock:
+            if self._over or self.admitted is not None:
+                log.warning("%s: another client was faster", name)
+                sock.close()
+            else:
+                self.admitted, self._chosen = (sock, name), threading.current_thread()
+                os.eventfd_write(self.fd, 1)

@@ -22,6 +22,7 @@ from images_spec.messages import PagemapEntry, PagemapHead
 from images_spec.pagemap import Pagemap
 from lazypages import wire
 from lazypages.errors import LazyPagesError
+from lazypages.pageserver.patience import PatientReader, SlowPeerError
 from lazypages.wire import PAGE_SIZE, Command, Header, ImageType, Layout, RemoteProtocolError, ServerCodec
 
 log = logging.getLogger("lazypages")
@@ -164,6 +165,7 @@ class ReceiveConnection:
 
     def __init__(self, sock: socket.socket, receiver: ImageReceiver) -> None:
         self._sock = sock
+        self._reader = PatientReader(sock)
         self._receiver = receiver
         self._codec = ServerCodec(size=BUFFER_SIZE)
         self._ours = False  # is the client
@@ -176,7 +178,11 @@ class ReceiveConnection:
         closed = forced = False
         while not forced:
             try:
-                self._codec.received(self._sock.recv_into(self._codec.writable()))
+                self._reader.receive(self._codec)
+            except SlowPeerError as error:
+                if closed:
+                    return
+                raise ReceiveError(f"{error}: the dump has failed, the images are not complete") from None
             except OSError as error:
                 if closed:
                     return
@@ -184,6 +190,7 @@ class ReceiveConnection:
             while (event := self._codec.next_event()) is not None:
                 match event:
                     case Header():
+                        self._reader.message()
                         closed = self._handle(event) or closed
                         forced = event.command is Command.FORCE_CLOSE
                     case wire.Payload(data):
@@ -192,6 +199,7 @@ class ReceiveConnection:
                         except OSError as error:
                             raise ReceiveError(f"the images can't be written: {error.strerror}") from None
                     case wire.Probed():
+                        self._reader.message()
                         self._ours = True
                         self._sock.sendall(self._codec.answer_probe(wire.NO_FEATURES))
                     case wire.Eof():

@@ -17,8 +17,9 @@ from images_spec.errors import ImageError
 from lazypages import wire
 from lazypages._pageserver import lib
 from lazypages.compression import Compressor
-from lazypages.errors import LazyPagesError
+from lazypages.errors import LazyPagesError, UnreadableError
 from lazypages.pageserver.images import MAX_ANSWER, GetAnswerer
+from lazypages.pageserver.patience import PatientReader, SlowPeerError
 from lazypages.wire import PAGE_SIZE, Command, Features, Header, RemoteProtocolError, ServerCodec
 
 log = logging.getLogger("lazypages")
@@ -32,8 +33,8 @@ class Piece(Protocol):
     @property
     def size(self) -> int: ...
 
-    def read(self) -> bytes:
-        """The bytes. Raises ImageError."""
+    def read(self) -> bytes | bytearray:
+        """The bytes, up to the first page that can't be read. Raises UnreadableError if that is the first of all."""
 
 
 class Pages(Protocol):
@@ -42,12 +43,14 @@ class Pages(Protocol):
     def find(self, pid: int, address: int, nr_pages: int) -> Sequence[Piece]:
         """The first pages of the range, up to all of them; nothing if the first one is not here.
 
-        Raises LazyPagesError or ImageError when they are but can't be had: the connection is closed then.
+        Raises UnreadableError when the first one is but can't be read; any other LazyPagesError or ImageError closes
+        the connection.
         """
 
 
 class PageConnection:
-    """One client. `pages`: how many it was given; `closed`: it has said that it needs no more.
+    """One client. `pages`: how many it was given; `closed`: it has said that it needs no more; `spoke`: it has sent
+    a whole message; `ours`: it speaks more than CRIU's protocol, and comes back when a connection is lost.
 
     `answerer`, if there is one for `sock`, takes most requests off our hands.
     """
@@ -56,13 +59,15 @@ class PageConnection:
         self, sock: socket.socket, images: Pages, name: str, answerer: GetAnswerer | None = None
     ) -> None:
         self._sock = sock
+        self._reader = PatientReader(sock)
         self._images = images
         self._name = name
         self._answerer = answerer
         self._codec = ServerCodec(size=BUFFER_SIZE)
         self._compressor: Compressor | None = None
         self._pages = 0
-        self.closed = False
+        self._told_lost: set[tuple[int, int]] = set()
+        self.closed = self.spoke = self.ours = False
 
     @property
     def pages(self) -> int:
@@ -74,6 +79,8 @@ class PageConnection:
             while True:
                 self._receive()
                 while (event := self._codec.next_event()) is not None:
+                    self._reader.message()
+                    self.spoke = self.spoke or not isinstance(event, wire.Eof)
                     match event:
                         case Header(command=Command.GET):
                             if not self._get(event):
@@ -81,12 +88,16 @@ class PageConnection:
                         case Header():
                             self._sock.sendall(self._answer(event))
                         case wire.Probed(features):
+                            self.ours = True
                             granted = features & wire.ALL_FEATURES
                             self._sock.sendall(self._codec.answer_probe(granted))
                         case wire.Eof(complete):
                             if not complete:
                                 log.warning("%s: closed in the middle of a request", self._name)
                             return complete
+        except SlowPeerError as error:
+            log.warning("%s: %s", self._name, error)
+            return self.closed
         except (LazyPagesError, ImageError) as error:
             log.error("%s: %s; closing", self._name, error)
         except OSError as error:
@@ -97,7 +108,7 @@ class PageConnection:
         """More bytes, that the codec has to deal with."""
         codec, answerer = self._codec, self._answerer
         if answerer is None or codec.layout is None or not codec.settled:
-            codec.received(self._sock.recv_into(codec.writable()))
+            self._reader.receive(codec)
             return
         rest, closed = answerer.run(codec.layout, codec.features, codec.take_rest())
         codec.receive(rest)
@@ -116,22 +127,15 @@ class PageConnection:
         )
 
     def _get(self, request: Header) -> bool:
-        pieces = self._images.find(request.dst_id, request.vaddr, min(request.nr_pages, MAX_ANSWER))
-        pages = sum(piece.size for piece in pieces) // PAGE_SIZE
+        data = self._read(request)
+        pages = len(data) // PAGE_SIZE
         self._pages += pages
         granted = self._codec.features
         if not pages:
-            log.warning(
-                "%s: asks for page %#x of task %d, which is not here",
-                self._name,
-                request.vaddr,
-                request.dst_id,
-            )
             if not granted & Features.MISSING:
                 return False  # as CRIU's server does
             self._sock.sendall(self._codec.answer_get(request, 0))
             return True
-        data = b"".join(piece.read() for piece in pieces)
         if granted & Features.ZERO and not data[0] and data.count(0) == len(data):
             self._sock.sendall(self._codec.answer_get(request, pages, zero=True))
         elif self._codec.may_compress(request) and (frame := self._compressed(data)):
@@ -139,6 +143,29 @@ class PageConnection:
         else:
             self._send(self._codec.answer_get(request, pages), data)
         return True
+
+    def _read(self, request: Header) -> bytes:
+        """The first pages of the range, up to one that is not here or can't be read."""
+        data: list[bytes | bytearray] = []
+        try:
+            for piece in self._images.find(request.dst_id, request.vaddr, min(request.nr_pages, MAX_ANSWER)):
+                data.append(piece.read())
+                if len(data[-1]) < piece.size:
+                    break
+        except UnreadableError as error:
+            if not data:
+                self._tell_lost(logging.ERROR, request, f"which can't be read, and is lost: {error}")
+        else:
+            if not data:
+                self._tell_lost(logging.WARNING, request, "which is not here")
+        return b"".join(data)
+
+    def _tell_lost(self, level: int, request: Header, why: str) -> None:
+        """Once for each page: its client asks for it again."""
+        page = request.dst_id, request.vaddr
+        if page not in self._told_lost:
+            self._told_lost.add(page)
+            log.log(level, "%s: asks for page %#x of task %d, %s", self._name, page[1], page[0], why)
 
     def _compressed(self, data: bytes) -> bytes | None:
         """None when that does not pay."""
@@ -154,6 +181,6 @@ class PageConnection:
             self._sock.sendall(data)
             return
         sent = self._sock.sendmsg([header, data])
-        if sent < len(header):
-            self._sock.sendall(header[sent:])
-        self._sock.sendall(memoryview(data)[max(0, sent - len(header)) :])
+        for part in (header[sent:], memoryview(data)[max(0, sent - len(header)) :]):
+            if len(part):  # sending nothing fails too, where the client has all and has hung up
+                self._sock.sendall(part)

@@ -28,6 +28,7 @@ class Wanted:
     owner: object = None
     suspect: bool = False  # a server seems not to have its first page: it is asked for alone
     refused: set[object] = field(default_factory=set)  # the servers that seem not to have it
+    denied: set[object] = field(default_factory=set)  # those that have said so
     attempts: int = 0  # times that all servers have refused it
     not_before: float = 0.0  # s: refused pages wait until then
     gone: bool = False  # not waited for any more; may still lie about in a queue
@@ -151,13 +152,17 @@ class Backlog:
             if wanted.owner is owner:
                 self.again(wanted)
 
-    def refuse(self, wanted: Wanted, server: object) -> None:
-        """`server` seems not to have the first page of the owned `wanted`; the rest of it is queued again."""
+    def refuse(self, wanted: Wanted, server: object, *, said: bool = False) -> None:
+        """`server` seems not to have the first page of the owned `wanted`, or has said so; the rest of it is queued
+        again.
+        """
         if wanted.nr_pages > 1:
             self.again(self._split(wanted, wanted.start + PAGE_SIZE))
         wanted.owner = None
         wanted.suspect = True
         wanted.refused.add(server)
+        if said:
+            wanted.denied.add(server)
         self.refused.append(wanted)
 
     def retake(self, wanted: Wanted, owner: object) -> None:

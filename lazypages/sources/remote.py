@@ -9,7 +9,9 @@ of faults by itself, and for those of the background as far as it is told to, an
 only what it can't settle: pages that were refused, silence, the end. All of a lane that has TLS is done here.
 
 What can't be had at the moment waits, and is asked for again: of the other servers at once, of the same one after
-a pause that grows. Only a deadline, if there is one, makes pages lost; nothing here ever makes them zeros.
+a pause that grows. Pages are lost when every server has said, again and again, that it can't give them (a server of
+CRIU's only closes the connection, for whatever reason), or after a deadline, if there is one; nothing here ever makes
+them zeros.
 """
 
 from __future__ import annotations
@@ -57,6 +59,9 @@ SILENCE: Final = 3.0  # s without a byte, while answers are due, that make a lan
 SILENT_ROUND_TRIPS: Final = 20  # and so many round trips
 BACKOFF: Final = (0.02, 5.0)  # s: first and longest pause before a server is tried again
 REFUSED_BACKOFF: Final = (0.2, 10.0)  # the same for a page that all servers refuse
+# Rounds after which a page is lost that every server has said it has not, or can't read: what was wrong with a disk, or
+# with the memory of a frozen task, may pass. By the pauses above that is about 3 s.
+DENIED_ROUNDS: Final = 5
 WARN_INTERVAL: Final = 30.0  # s
 TICK: Final = 0.1  # s between looks at what waits, while something does
 NS_PER_S: Final = 1e9
@@ -66,6 +71,7 @@ CLOSE_TIMEOUT: Final = 5.0  # s for the server's answer to CLOSE
 PROBE_PATIENCE: Final = {Layout.CRIU_4_2: 0.5, Layout.CRIU_4_1: 5.0, None: 2.0}
 
 CLOSED: Final = "closed by the server"
+DENIED: Final = "no page server can give it; their logs say why"
 
 OnPages = Callable[[int, int, memoryview], Awaitable[None]]
 OnLost = Callable[[int, int, int, str], Awaitable[None]]
@@ -491,7 +497,7 @@ class RemotePages:
                 if lane.reserved is not None and lane.reserved.owner is lane:
                     lane.reserved = None
                 for rest in self._backlog.owned(lane, pid, start, end):
-                    self._refused(lane, rest)
+                    self._refused(lane, rest, said=True)
             case LaneEventKind.HEARD:
                 if lane.silent:
                     lane.silent = False
@@ -565,11 +571,16 @@ class RemotePages:
             if nr_pages:
                 self._backlog.again(rest)  # a short answer: the server had no more in one piece
             else:
-                self._refused(lane, rest)
+                self._refused(lane, rest, said=True)
 
-    def _refused(self, lane: _Lane, wanted: Wanted) -> None:
-        log.info("%s: seems not to have page %#x of task %d", lane.server.address, wanted.start, wanted.pid)
-        self._backlog.refuse(wanted, lane.server)
+    def _refused(self, lane: _Lane, wanted: Wanted, *, said: bool) -> None:
+        what = "can't give" if said else "seems not to have"
+        log.info("%s: %s page %#x of task %d", lane.server.address, what, wanted.start, wanted.pid)
+        self._backlog.refuse(wanted, lane.server, said=said)
+
+    def _denied(self, wanted: Wanted) -> bool:
+        """Whether every server has said that it can't give the page, often enough."""
+        return wanted.attempts >= DENIED_ROUNDS and wanted.denied.issuperset(self._servers)
 
     def _notice_room(self) -> None:
         if not self._room.is_set() and self.room:
@@ -624,7 +635,7 @@ class RemotePages:
             # So a server of CRIU's says that it hasn't got the page that it was asked for first.
             pid, start, nr_pages = oldest[:3]
             for wanted in self._backlog.owned(lane, pid, start, start + nr_pages * PAGE_SIZE)[:1]:
-                self._refused(lane, wanted)
+                self._refused(lane, wanted, said=False)
         self._backlog.give_back(lane)
         if lane.engine is not None:
             self._turn_over(lane, 0)
@@ -793,6 +804,9 @@ class RemotePages:
                     first = lane.engine.state().oldest
                     if first and now - first / NS_PER_S > deadline:
                         self._adopt_all(lane)
+            for wanted in [wanted for wanted in self._backlog.refused if self._denied(wanted)]:
+                self._backlog.drop(wanted)
+                await self._on_lost(wanted.pid, wanted.start, wanted.nr_pages, DENIED)
             if deadline is not None:
                 for wanted in [wanted for wanted in self._backlog if now - wanted.since > deadline]:
                     self._backlog.drop(wanted)

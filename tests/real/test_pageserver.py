@@ -23,6 +23,7 @@ from lazypages.wire import PAGE_SIZE, Command, Header, Layout
 from tests.support.certificates import Authority
 from tests.support.pages import (
     BASE,
+    KEEP_SERVING,
     LOOP_NAMES,
     LOOPS,
     Contents,
@@ -46,7 +47,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Contents]:
 
 @pytest.fixture(scope="module")
 def server(images: tuple[Path, Contents]) -> Iterator[PageServer]:
-    with page_server(images[0], "--lazy-pages") as server:
+    with page_server(images[0], *KEEP_SERVING) as server:
         server.wait_ready()
         yield server
 
@@ -159,7 +160,7 @@ def test_parents(tmp_path: Path) -> None:
             directory / "pagemap-77.img", 9, [*flags, (BASE + 10 * PAGE_SIZE, 1, 1 if level else 2)]
         )
         (directory / "pages-9.img").write_bytes(page_at(77, BASE + level * PAGE_SIZE))
-    with page_server(tmp_path / "3", "--lazy-pages") as server:
+    with page_server(tmp_path / "3", *KEEP_SERVING) as server:
         server.wait_ready()
         layout = Layout.CRIU_4_2
         assert converse(server.port, get(layout, 0, 9)) == answer(layout, 0, 4)
@@ -175,7 +176,7 @@ def test_zero_pages_are_not_sent(tmp_path: Path) -> None:
     expected = {(77, BASE + i * PAGE_SIZE): zero for i in range(63)} | {
         (77, BASE + 63 * PAGE_SIZE): b"x" * PAGE_SIZE
     }
-    with page_server(tmp_path / "images", "--lazy-pages") as server:
+    with page_server(tmp_path / "images", *KEEP_SERVING) as server:
         server.wait_ready()
         fetch([server.address], list(expected), faults=1).check(expected)
         said = wire.PROBE_FIRST + get(Layout.CRIU_4_2, 0, 63)
@@ -189,7 +190,7 @@ def test_file_cut_short(tls: bool, more: int, authority: Authority, tmp_path: Pa
     """While it is served: that is never answered with zeros, and the server lives on."""
     contents = write_images(tmp_path / "images", {77: [(0, 100)]})
     mine = authority.issue(f"cut-{tls}-{more}")
-    options = ["--lazy-pages", *(["--address", "127.0.0.1", *authority.options(mine)] if tls else [])]
+    options = [*KEEP_SERVING, *(["--address", "127.0.0.1", *authority.options(mine)] if tls else [])]
     with page_server(tmp_path / "images", *options) as server:
         server.wait_ready()
         os.truncate(tmp_path / "images" / "pages-1.img", 50 * PAGE_SIZE + more)
@@ -237,12 +238,12 @@ def test_no_images(tmp_path: Path) -> None:
 
 
 def test_loopback_unless_told(images: tuple[Path, Contents], tmp_path: Path) -> None:
-    with page_server(images[0], "--lazy-pages", output=tmp_path / "out") as server:
+    with page_server(images[0], *KEEP_SERVING, output=tmp_path / "out") as server:
         server.wait_ready()
         assert "page server at 127.0.0.1:" in server.story()
         assert "this machine only" in server.story()
     with page_server(
-        images[0], "--lazy-pages", "--address", "0.0.0.0", "--insecure", output=tmp_path / "out"
+        images[0], *KEEP_SERVING, "--address", "0.0.0.0", "--insecure", output=tmp_path / "out"
     ) as server:
         server.wait_ready()
         assert converse(server.port, get(Layout.CRIU_4_2, 0, 1)) == answer(Layout.CRIU_4_2, 0, 1)
@@ -250,7 +251,7 @@ def test_loopback_unless_told(images: tuple[Path, Contents], tmp_path: Path) -> 
 
 def test_daemon(images: tuple[Path, Contents], tmp_path: Path) -> None:
     """The command returns when it listens; pidfile and log are in the work directory."""
-    options = ["--lazy-pages", "-W", tmp_path, "-d", "--pidfile", "pid", "-o", "log", "-v3"]
+    options = [*KEEP_SERVING, "-W", tmp_path, "-d", "--pidfile", "pid", "-o", "log", "-v3"]
     done = run("-D", images[0], *options)
     assert done.returncode == 0, done.stderr
     pid = int((tmp_path / "pid").read_text())
@@ -267,7 +268,7 @@ def test_daemon(images: tuple[Path, Contents], tmp_path: Path) -> None:
 
 
 def test_signal_cuts_clients_off(images: tuple[Path, Contents], tmp_path: Path) -> None:
-    with page_server(images[0], "--lazy-pages", output=tmp_path / "out") as server:
+    with page_server(images[0], *KEEP_SERVING, output=tmp_path / "out") as server:
         server.wait_ready()
         with socket.create_connection(("127.0.0.1", server.port), timeout=30) as sock:
             sock.sendall(get(Layout.CRIU_4_2, 0, 1))
@@ -277,7 +278,7 @@ def test_signal_cuts_clients_off(images: tuple[Path, Contents], tmp_path: Path) 
 
 
 def test_signal_while_receiving(tmp_path: Path) -> None:
-    """A dump that is cut off by us is not complete: exit 1. The same before any dump came."""
+    """A dump that is cut off by us is not complete: exit 1. The same for one that goes without a word."""
     for begun in (False, True):
         with page_server(tmp_path) as server:
             server.wait_ready()
@@ -286,8 +287,11 @@ def test_signal_while_receiving(tmp_path: Path) -> None:
                     sock.sendall(Layout.CRIU_4_2.pack(Header(Command.OPEN2, dst_id=77 << 8 | 1)))
                     assert sock.recv(1) == b"\0"
                 else:
-                    sock.close()
-                    wait_for("the end", lambda: server.process.poll() is not None)
+                    wait_for("the connection", lambda: "connected" in server.story())
+                    sock.shutdown(
+                        socket.SHUT_RDWR
+                    )  # before it has closed, so that it can be asked for its user
+                    assert server.wait(10) == 1
                     continue
                 server.process.terminate()
                 assert server.wait(10) == 1
@@ -331,7 +335,7 @@ def test_tls(
 ) -> None:
     ours, theirs = authority.issue("one"), authority.issue("two")
     options = [
-        "--lazy-pages",
+        *KEEP_SERVING,
         "--address",
         "127.0.0.1",
         *authority.options(ours, "--tls-cacrl", str(authority.crl)),
@@ -366,7 +370,7 @@ def test_tls_refuses(case: str, images: tuple[Path, Contents], tmp_path: Path) -
         server_cert = foreign.issue("server")
     if case.startswith("revoked"):
         authority.revoke(client_cert if case == "revoked client" else server_cert)
-    options = ["--lazy-pages", "--address", "127.0.0.1"]
+    options = [*KEEP_SERVING, "--address", "127.0.0.1"]
     options += authority.options(server_cert, "--tls-cacrl", str(authority.crl))
     with page_server(images[0], *options, output=tmp_path / "out") as server:
         server.wait_ready()
@@ -414,7 +418,7 @@ def test_client_that_does_not_read(server: PageServer) -> None:
 
 
 def test_signal_while_a_client_does_not_read(images: tuple[Path, Contents], tmp_path: Path) -> None:
-    with page_server(images[0], "--lazy-pages", output=tmp_path / "out") as server:
+    with page_server(images[0], *KEEP_SERVING, output=tmp_path / "out") as server:
         server.wait_ready()
         with socket.create_connection(("127.0.0.1", server.port), timeout=30) as sock:
             sock.sendall(get(Layout.CRIU_4_2, 0, 300) * 200)
@@ -425,7 +429,7 @@ def test_signal_while_a_client_does_not_read(images: tuple[Path, Contents], tmp_
 
 def test_one_line_for_garbage(images: tuple[Path, Contents], tmp_path: Path) -> None:
     """After good requests too, where C has the connection in hand; nothing that the client said is in the log."""
-    with page_server(images[0], "--lazy-pages", output=tmp_path / "out") as server:
+    with page_server(images[0], *KEEP_SERVING, output=tmp_path / "out") as server:
         server.wait_ready()
         layout = Layout.CRIU_4_2
         said = get(layout, 0, 1) * 3 + b"\xfeSECRET!" * 4000
@@ -440,7 +444,7 @@ def test_one_line_for_garbage(images: tuple[Path, Contents], tmp_path: Path) -> 
 
 def test_more_clients_than_files(images: tuple[Path, Contents], tmp_path: Path) -> None:
     """Those that are too many wait until others have gone; the server says so, and does not spin."""
-    with page_server(images[0], "--lazy-pages", output=tmp_path / "out") as server:
+    with page_server(images[0], *KEEP_SERVING, output=tmp_path / "out") as server:
         server.wait_ready()
         used = len(os.listdir(f"/proc/{server.process.pid}/fd"))
         resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, (used + 6, used + 6))

@@ -23,6 +23,7 @@ from lazypages.wire import PAGE_SIZE, Layout
 from tests.support.liar import LIES, Liar
 from tests.support.pages import (
     BASE,
+    KEEP_SERVING,
     LOOP_NAMES,
     LOOPS,
     Contents,
@@ -48,7 +49,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Contents]:
 
 @pytest.fixture(scope="module")
 def server(images: tuple[Path, Contents]) -> Iterator[PageServer]:
-    with page_server(images[0], "--lazy-pages") as server:
+    with page_server(images[0], *KEEP_SERVING) as server:
         server.wait_ready()
         yield server
         server.process.terminate()
@@ -74,16 +75,16 @@ def test_told_the_layout(layout: Layout, images: tuple[Path, Contents], server: 
 def test_addresses(images: tuple[Path, Contents], tmp_path: Path) -> None:
     """IPv6, names, unix sockets, and a socket that is connected already."""
     some = dict(list(images[1].items())[:40])
-    with page_server(images[0], "--lazy-pages", "--address", "::1", output=tmp_path / "out") as server:
+    with page_server(images[0], *KEEP_SERVING, "--address", "::1", output=tmp_path / "out") as server:
         server.wait_ready()
         fetch([TcpServer("::1", server.port)], list(some)).check(some)
         sock = socket.create_connection(("::1", server.port))
         fetch([ConnectedSocket(sock.detach())], list(some)).check(some)
-    with page_server(images[0], "--lazy-pages", "--address", "localhost", output=tmp_path / "out") as server:
+    with page_server(images[0], *KEEP_SERVING, "--address", "localhost", output=tmp_path / "out") as server:
         server.wait_ready()
         fetch([TcpServer("localhost", server.port)], list(some)).check(some)
     path = tmp_path / "socket"
-    options = ["--lazy-pages", "--address", f"unix:{path}", "--port", "1"]
+    options = [*KEEP_SERVING, "--address", f"unix:{path}", "--port", "1"]
     with page_server(images[0], *options, output=tmp_path / "out") as server:
         super(PageServer, server).wait_ready()
         fetch([UnixServer(path)], list(some)).check(some)
@@ -297,7 +298,7 @@ def test_server_that_comes_later(images: tuple[Path, Contents], tmp_path: Path) 
     def start() -> None:
         servers.append(
             page_server(
-                images[0], "--lazy-pages", "--port", str(port), output=tmp_path / f"out-{len(servers)}"
+                images[0], *KEEP_SERVING, "--port", str(port), output=tmp_path / f"out-{len(servers)}"
             )
         )
 
@@ -325,7 +326,7 @@ def test_told_server_that_is_not_there_yet(images: tuple[Path, Contents], tmp_pa
                 listener.accept()[0].close()
                 hung_up += 1
         listener.close()
-        servers.append(page_server(images[0], "--lazy-pages", "--port", str(port), output=tmp_path / "out"))
+        servers.append(page_server(images[0], *KEEP_SERVING, "--port", str(port), output=tmp_path / "out"))
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
@@ -347,7 +348,7 @@ def test_several_servers(images: tuple[Path, Contents], server: PageServer, tmp_
     """Reads are spread; one that refuses and one that cuts all the time are left out."""
     contents = images[1]
     with (
-        page_server(images[0], "--lazy-pages", output=tmp_path / "out") as second,
+        page_server(images[0], *KEEP_SERVING, output=tmp_path / "out") as second,
         Proxy(("127.0.0.1", server.port), lambda number: Fault(PROBE + number * 100)) as proxy,
         socket.create_server(("127.0.0.1", 0)) as closed,
     ):
@@ -376,7 +377,7 @@ def test_page_that_another_server_has(
     images: tuple[Path, Contents], server: PageServer, tmp_path: Path
 ) -> None:
     more = write_images(tmp_path / "more", {77: [(300, 10)]})
-    with page_server(tmp_path / "more", "--lazy-pages") as second:
+    with page_server(tmp_path / "more", *KEEP_SERVING) as second:
         second.wait_ready()
         fetch([server.address, second.address], list(more)).check(more)
 

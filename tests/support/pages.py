@@ -71,6 +71,10 @@ def page_server_command(*arguments: str | Path) -> list[str]:
     return [sys.executable, "-m", "lazypages", "page-server", *map(str, arguments)]
 
 
+#: Options of a server that many clients come to, one after the other or at once.
+KEEP_SERVING = ("--lazy-pages", "--keep-serving")
+
+
 def page_server(images: Path, *options: str | Path, output: Path | None = None) -> PageServer:
     """`lazypages page-server -D images …`; its log goes to `output`."""
     command = page_server_command("-D", images, "-v3", *options)

@@ -81,11 +81,11 @@ def criu_page_server(criu: Criu, images: Path, work: Path) -> Iterator[tuple[int
 
 
 @contextmanager
-def our_page_server(images: Path, work: Path) -> Iterator[tuple[int, Server]]:
+def our_page_server(images: Path, work: Path, *options: str) -> Iterator[tuple[int, Server]]:
     """`lazypages page-server --lazy-pages`; its port."""
     port = free_port()
     command = [sys.executable, "-m", "lazypages", "page-server", "--lazy-pages", "-D", str(images)]
-    command += ["-W", str(work), "--port", str(port), "-v4", "-o", "page-server.log"]
+    command += ["-W", str(work), "--port", str(port), "-v4", "-o", "page-server.log", *options]
     with Server(command, output=work / "page-server.out", logs=[work / "page-server.log"]) as server:
         server.wait_ready()
         yield port, server

@@ -1,0 +1,183 @@
+"""Who may connect: on this host, only processes of our own user and of root.
+
+A socket that listens at loopback can be reached by every user of this host, and by the containers that share its
+network namespace. What it gives is the memory of tasks. The kernel knows whose the socket at the other end is:
+SO_PEERCRED for unix sockets (unix(7)), NETLINK_SOCK_DIAG for TCP (sock_diag(7)). A peer in another network namespace,
+be it a container of this host behind a veth, is another host: no socket here is its.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import socket
+import struct
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+from lazypages.errors import LazyPagesError
+
+NETLINK_SOCK_DIAG: Final = 4
+SOCK_DIAG_BY_FAMILY: Final = 20
+NLMSG_ERROR: Final = 2
+NLMSG_DONE: Final = 3
+NLM_F_REQUEST: Final = 0x1
+NLM_F_DUMP: Final = 0x300
+ALL_STATES: Final = 0xFFFFFFFF
+NO_COOKIE: Final = b"\xff" * 8
+TIMEOUT: Final = 10.0  # s for the kernel's answer
+
+_HEADER = struct.Struct("=IHHII")  # struct nlmsghdr
+_REQUEST = struct.Struct("=BBBxI")  # struct inet_diag_req_v2, up to the socket's name
+_NAME = struct.Struct("!HH16s16s4s8s")  # struct inet_diag_sockid; ports are in network order
+_MESSAGE = struct.Struct("=BBBB48sIIIII")  # struct inet_diag_msg
+_CREDENTIALS = struct.Struct("=iII")  # struct ucred
+
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+End = tuple[Address, int]  # address and port
+
+
+class StrangerError(LazyPagesError):
+    """A peer that may not connect."""
+
+
+class Owner(NamedTuple):
+    """Of a socket. `inode` is 0 for one that no process has open any more; then `uid` says nothing."""
+
+    uid: int
+    inode: int
+
+
+def check_peer(sock: socket.socket) -> None:
+    """Whether the process at the other end is ours or root's, or on another host. Raises StrangerError."""
+    try:
+        if sock.family == socket.AF_UNIX:
+            _, uid, _ = _CREDENTIALS.unpack(
+                sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+            )
+            _check_uid(uid)
+            return
+        here, peer = _end(sock.getsockname()), _end(sock.getpeername())
+    except OSError as error:
+        raise StrangerError(f"gone before it could be asked for its user: {error.strerror}") from None
+    try:
+        owner = find_owner(peer, here)
+    except OSError as error:
+        raise StrangerError(
+            f"the kernel does not say whose socket it is ({error.strerror}): use unix:PATH, --tls, or --insecure"
+        ) from None
+    if owner is not None and owner.inode:
+        _check_uid(owner.uid)
+    elif owner is not None or peer[0].is_loopback or here[0].is_loopback or peer[0] == here[0]:
+        raise StrangerError("has hung up on this host before it could be asked for its user")
+
+
+def _check_uid(uid: int) -> None:
+    if uid not in {0, os.geteuid()}:
+        raise StrangerError(
+            f"is of user {uid}, and this server is of user {os.geteuid()}: only that user and root may connect from "
+            "this host (--insecure lets everybody)"
+        )
+
+
+def _end(name: tuple[Any, ...]) -> End:
+    """Address and port; the IPv4 address of one that is mapped into IPv6."""
+    address = ipaddress.ip_address(name[0].partition("%")[0])
+    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
+        address = address.ipv4_mapped
+    return address, name[1]
+
+
+def find_owner(here: End, there: End) -> Owner | None:
+    """Whose the TCP socket of this network namespace is that is bound `here` and connected to `there`; None: there is
+    none. Raises OSError.
+    """
+    try:
+        return _from_kernel(here, there)
+    except OSError:  # without CONFIG_INET_DIAG, or where a sandbox does not let us ask
+        return _from_proc(here, there)
+
+
+def _from_kernel(here: End, there: End) -> Owner | None:
+    """By sock_diag. Raises OSError.
+
+    The kernel looks the socket up by name in its table of connections. One that is bound to a device is not found so
+    (inet_sk_bound_dev_eq() in the kernel), and anybody may bind one (SO_BINDTODEVICE, from Linux 5.7 on): then all
+    sockets with these ports are gone through.
+    """
+    with socket.socket(
+        socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_SOCK_DIAG
+    ) as netlink:
+        netlink.settimeout(TIMEOUT)
+        family = socket.AF_INET if here[0].version == 4 else socket.AF_INET6
+        name = _NAME.pack(here[1], there[1], _packed(here[0]), _packed(there[0]), bytes(4), NO_COOKIE)
+        try:
+            found = _ask(netlink, family, name, dump=False)
+        except FileNotFoundError:
+            found = []
+        for family in (socket.AF_INET, socket.AF_INET6):
+            if not found:
+                name = _NAME.pack(here[1], there[1], bytes(16), bytes(16), bytes(4), NO_COOKIE)
+                found = [one for one in _ask(netlink, family, name, dump=True) if one[:2] == (here, there)]
+    return found[0][2] if found else None
+
+
+def _packed(address: Address) -> bytes:
+    return address.packed.ljust(16, b"\0")
+
+
+_Found = tuple[End, End, Owner]
+
+
+def _ask(netlink: socket.socket, family: int, name: bytes, *, dump: bool) -> list[_Found]:
+    """Raises OSError; FileNotFoundError when one was asked for and is not there."""
+    body = _REQUEST.pack(family, socket.IPPROTO_TCP, 0, ALL_STATES) + name
+    flags = NLM_F_REQUEST | (NLM_F_DUMP if dump else 0)
+    netlink.send(_HEADER.pack(_HEADER.size + len(body), SOCK_DIAG_BY_FAMILY, flags, 0, 0) + body)
+    found: list[_Found] = []
+    while True:
+        data = netlink.recv(1 << 16)
+        while len(data) >= _HEADER.size:
+            length, kind, *_ = _HEADER.unpack_from(data)
+            message, data = data[_HEADER.size : length], data[(length + 3) & ~3 :]
+            if kind == NLMSG_DONE:
+                return found
+            if kind == NLMSG_ERROR:
+                number = -struct.unpack_from("=i", message)[0]
+                raise OSError(number, os.strerror(number))
+            found.append(_found(message))
+            if not dump:
+                return found
+
+
+def _found(message: bytes) -> _Found:
+    family, _, _, _, name, _, _, _, uid, inode = _MESSAGE.unpack_from(message)
+    port, to_port, address, to_address, _, _ = _NAME.unpack(name)
+    size = 4 if family == socket.AF_INET else 16
+    here, there = (
+        _end((socket.inet_ntop(family, packed[:size]), number))
+        for packed, number in ((address, port), (to_address, to_port))
+    )
+    return here, there, Owner(uid, inode)
+
+
+def _from_proc(here: End, there: End) -> Owner | None:
+    """By /proc/net/tcp and tcp6 (proc_pid_net(5)): all sockets of the network namespace. Raises OSError."""
+    for name in ("tcp", "tcp6"):
+        path = Path("/proc/self/net", name)
+        if name == "tcp6" and not path.exists():  # a kernel without IPv6
+            continue
+        for line in path.read_text().splitlines()[1:]:
+            fields = line.split()
+            if (_read_end(fields[1]), _read_end(fields[2])) == (here, there):
+                return Owner(int(fields[7]), int(fields[9]))
+    return None
+
+
+def _read_end(text: str) -> End:
+    """Of "0100007F:1F90": words of 32 bits in the byte order of this machine, and the port."""
+    address, _, port = text.partition(":")
+    words = [int(address[at : at + 8], 16) for at in range(0, len(address), 8)]
+    packed = struct.pack(f"={len(words)}I", *words)
+    family = socket.AF_INET if len(words) == 1 else socket.AF_INET6
+    return _end((socket.inet_ntop(family, packed), int(port, 16)))
