@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import signal
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -31,6 +30,7 @@ from dumptool.tracee import Gadgets, find_room, registers, xstate_components
 from dumptool.tracking import Armed, Method
 from images_spec import images
 from images_spec.flags import PE_PRESENT
+from images_spec.identity import new_run_id
 from images_spec.images import Kind
 from images_spec.messages import (
     DumpStatsEntry,
@@ -213,7 +213,7 @@ class _Run:
 
     def __init__(self, settings: Settings, watcher: Watcher) -> None:
         self.settings, self.watcher, self.report = settings, watcher, Report()
-        self._run_id = str(uuid.uuid4())
+        self._run_id = new_run_id()
         self._chain: Chain | None = None
         self._sender: Sender | None = None
         self._parents: dict[int, ParentPages | None] = {}
