@@ -17,6 +17,7 @@ import anyio.lowlevel
 from anyio import to_thread
 from anyio.abc import TaskGroup
 
+from lazypages.loop.stub_exit import was_killed
 from lazypages.metrics import State, TaskReport, measure
 from lazypages.processes import Process
 from lazypages.uffd import BusyError, Notice, NoticeKind, ServedTask, TaskGoneError
@@ -367,6 +368,13 @@ class TaskService:
             self._state = State.KILLED
             if (self.process and not self.identity.forked) or not poison_now(self._served):
                 self._kill("the daemon failed")
+        if (
+            self._state is State.GONE
+            and self.process
+            and not self.identity.forked
+            and was_killed(self.process)
+        ):
+            self._state = State.KILLED
         report = self._measure()
         if self._served.close():
             self._spoilt()
