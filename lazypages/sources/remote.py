@@ -849,7 +849,7 @@ class RemotePages:
     def _is_used_up(self, server: _Server) -> bool:
         """Whether it has been CRIU's, which takes one connection in its life: who answers there now has another dump.
 
-        A connection would even be the only one of that server, and the end of it the end of the tasks that it has.
+        A connection would even be the only one of that server, and the end of it the end of its dump, which fails.
         """
         if self._options.checkpoint is None:
             return False
