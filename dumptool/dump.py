@@ -424,12 +424,13 @@ class _Run:
         self.report.tracked = ", ".join(sorted(methods))
 
     def ignore_interrupts(self) -> None:
-        """From here to the end Ctrl-C is for who serves, alone.
+        """From here to the end SIGINT and SIGTERM are for who serves, alone.
 
-        Right after that it would let a tree go on that runs elsewhere, or stop half-way letting it go on here.
+        Right after that they would let a tree go on that runs elsewhere, stop half-way letting it go on here, or end us
+        before we have said what became of it.
         """
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        self._resources.callback(signal.signal, signal.SIGINT, before)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._resources.callback(signal.signal, number, signal.signal(number, signal.SIG_IGN))
 
     @contextmanager
     def worthless_on_error(self) -> Iterator[None]:

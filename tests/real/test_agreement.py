@@ -66,9 +66,7 @@ def test_a_second_dump_at_the_same_address(protocol: str, program: Program, tmp_
                 assert new.server.wait() == 0
                 assert source.wait() == 0
                 assert victim.has_ended()
-                for _ in range(2):
-                    old.server.signal(signal.SIGTERM)
-                assert old.server.wait() == 1
+                old.give_up()
                 assert old.stats()["page_servers"][0]["pages"] == 0
                 assert old.stats()["pages_copied"] == 0
                 new.check_memory()
@@ -90,9 +88,7 @@ def test_a_dump_of_criu_at_the_address_of_one_of_ours(release: str, program: Pro
         ):
             source.wait_ready()
             wait_for("the refusal", lambda: "can't say which dump it has" in old.server.story())
-            for _ in range(2):
-                old.server.signal(signal.SIGTERM)
-            assert old.server.wait() == 1
+            old.give_up()
             assert old.stats()["page_servers"][0]["pages"] == 0
             assert old.stats()["pages_copied"] == 0
 
@@ -131,9 +127,7 @@ def test_two_dumps_of_criu(protocol: str, program: Program, tmp_path: Path) -> N
                     assert other.wait() == 0
                 assert proxy.connections == 1
                 assert old.reports() == []
-                for _ in range(2):
-                    old.server.signal(signal.SIGTERM)
-                assert old.server.wait() == 1
+                old.give_up()
 
 
 def left_away(checkpoint: Checkpoint, images: Path) -> Victim:

@@ -30,7 +30,7 @@ def write(directory: Path, run_id: str = "", *, uptime: int = 7, comm: str = "a"
         blk_sigset=0,
         comm=comm.encode(),
     )
-    core = CoreEntry(mtype=CoreEntry.X86_64, tc=task)
+    core = CoreEntry(mtype=1, tc=task)
     images.write(directory / Kind.CORE.file_name(9), Kind.CORE, [core])
     return directory
 
