@@ -188,9 +188,9 @@ class Server:
                 service.ended_as_twin()
 
     async def _meet(self, remote: RemotePages) -> None:
-        """A server keeps its task frozen until it hears the end; it must have heard of us at all for that."""
+        """A server keeps its task frozen until it hears the end; it must hear of us at all for that."""
         with anyio.move_on_after(FAREWELL):
-            while not any(server.connections for server in remote.stats()):
+            while not remote.can_be_told:
                 await anyio.sleep(0.05)
 
     # The restorer.

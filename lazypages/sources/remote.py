@@ -936,6 +936,13 @@ class RemotePages:
         await self._completed.wait()
 
     @property
+    def can_be_told(self) -> bool:
+        """Whether a server that must hear the end can hear it now: dumptool's. Others only must have been there."""
+        if self._options.checkpoint and self._options.checkpoint.by_dumptool:
+            return any(lane.up for server in self._servers for lane in server.lanes)
+        return any(server.stats.connections for server in self._servers)
+
+    @property
     def completed_elsewhere(self) -> bool:
         """Whether a server has said that; the last word comes when all is closed."""
         return self._completed.is_set()
