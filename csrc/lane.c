@@ -27,6 +27,7 @@
 #define COMMAND_GET 7u
 #define COMMAND_CLOSE 0x1023u
 #define COMMAND_FORCE_CLOSE 0x1024u
+#define COMMAND_COMPLETED 0x4C02u /* wire.Command.COMPLETED */
 #define FLAG_PRESENT 4u
 #define FLAG_ZERO 0x100u /* wire.PageFlags.ZERO */
 #define MAX_HEADER 32
@@ -486,7 +487,7 @@ static bool digest(struct lp_lane *l)
 				return true;
 			answer = read_header(l);
 			if (!begin_answer(l, &answer)) {
-				end_lane(l, EPROTO);
+				end_lane(l, answer.command == COMMAND_COMPLETED ? ESTALE : EPROTO);
 				return false;
 			}
 			l->start += l->options.header_size;
@@ -494,15 +495,13 @@ static bool digest(struct lp_lane *l)
 				answer_complete(l);
 			continue;
 		}
-		if (!there)
-			return true;
-		if (!closing) { /* what nobody asked for */
-			end_lane(l, EPROTO);
-			return false;
-		}
 		if (there < sizeof(status))
 			return true;
 		memcpy(&status, l->buffer + l->start, sizeof(status));
+		if (!closing) { /* what nobody asked for */
+			end_lane(l, status == COMMAND_COMPLETED ? ESTALE : EPROTO);
+			return false;
+		}
 		l->start += sizeof(status);
 		pthread_mutex_lock(&l->lock);
 		l->closed = true;
@@ -978,13 +977,13 @@ void lp_lane_turn(struct lp_lane *l, struct lp_task *task, uint64_t max_bytes)
 	signal_fd(l->lanes->wakefd);
 }
 
-void lp_lane_finish(struct lp_lane *l, bool force)
+void lp_lane_finish(struct lp_lane *l, bool force, uint32_t flags)
 {
 	pthread_mutex_lock(&l->lock);
 	l->finishing = true;
 	turn_over(l);
 	if (room_to_ask(l))
-		send_later(l, force ? COMMAND_FORCE_CLOSE : COMMAND_CLOSE, 0, 0, 0);
+		send_later(l, (force ? COMMAND_FORCE_CLOSE : COMMAND_CLOSE) | flags << 16, 0, 0, 0);
 	else
 		fail(l);
 	pthread_mutex_unlock(&l->lock);

@@ -43,7 +43,8 @@ enum lp_lane_event_kind {
 	LP_LANE_QUIET,	     /* nothing is outstanding on a held lane any more */
 	LP_LANE_TURN_OVER,   /* of the background: nr_pages were asked for */
 	LP_LANE_CLOSED,	     /* the answer to lp_lane_finish: status */
-	LP_LANE_ENDED,	     /* nothing comes any more; status: errno, 0 at the end of the stream, EPROTO for garbage */
+	LP_LANE_ENDED,	     /* nothing comes any more; status: errno, 0 at the end of the stream, EPROTO for garbage,
+				ESTALE when another destination has completed (wire.Command.COMPLETED) */
 };
 
 struct lp_lane_event {
@@ -79,8 +80,8 @@ void lp_lane_ask(struct lp_lane *lane, uint64_t tag, uint64_t image, uint64_t nr
 void lp_lane_hold(struct lp_lane *lane, bool held);
 /* Background for this task, until max_bytes have been asked for or nothing is left: LP_LANE_TURN_OVER. One at a time. */
 void lp_lane_turn(struct lp_lane *lane, struct lp_task *task, uint64_t max_bytes);
-/* Tells the server that this is the end. */
-void lp_lane_finish(struct lp_lane *lane, bool force);
+/* Tells the server that this is the end; flags: wire.CloseFlags. */
+void lp_lane_finish(struct lp_lane *lane, bool force, uint32_t flags);
 /* What has not come yet, the oldest first; all of it is `told` from then on.  Returns how many there are. */
 size_t lp_lane_outstanding(struct lp_lane *lane, struct lp_request *requests, size_t max);
 void lp_lane_state(struct lp_lane *lane, struct lp_lane_state *state);

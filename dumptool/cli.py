@@ -69,11 +69,14 @@ Examples
 \b
 --lazy-pages
   A client that is lost ends nothing: the tasks stay stopped, and the next
-  client gets every page. Ctrl-C or SIGTERM lets them go on here after all
-  (exit status 1): what was restored elsewhere must not run then.
-  If dumptool itself is killed they stay stopped too, as by SIGSTOP, so that
-  they can't run twice. Then it is you who decides: `kill -CONT` for each of the
-  processes lets them go on here, `kill -KILL` ends them.
+  client gets every page. They are ended when one says that all of its tasks are
+  complete (or have exited by themselves); of `criu lazy-pages`, when it has
+  asked for every page.
+  Ctrl-C or SIGTERM ends dumptool (exit status 1). If no client can have started
+  the tasks, they go on here. Else they stay stopped, as by SIGSTOP, also if
+  dumptool itself is killed, so that they can't run twice. Then it is you who
+  decides: `kill -CONT` for each of the processes lets them go on here, and what
+  was restored elsewhere must not run then; `kill -KILL` ends them.
 
 \b
 --page-server
@@ -96,7 +99,7 @@ What can't be saved
 \b
 Exit status
   0  all images are written
-  1  they are not, and the tasks go on as before
+  1  they are not, and the tasks go on as before (but see --lazy-pages)
   2  wrong command line
 """
 

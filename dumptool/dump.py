@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import signal
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -31,6 +30,7 @@ from dumptool.tracee import Gadgets, find_room, registers, xstate_components
 from dumptool.tracking import Armed, Method
 from images_spec import images
 from images_spec.flags import PE_PRESENT
+from images_spec.identity import new_run_id
 from images_spec.images import Kind
 from images_spec.messages import (
     DumpStatsEntry,
@@ -214,7 +214,7 @@ class _Run:
 
     def __init__(self, settings: Settings, watcher: Watcher) -> None:
         self.settings, self.watcher, self.report = settings, watcher, Report()
-        self._run_id = str(uuid.uuid4())
+        self._run_id = new_run_id()
         self._chain: Chain | None = None
         self._sender: Sender | None = None
         self._parents: dict[int, ParentPages | None] = {}
@@ -426,12 +426,13 @@ class _Run:
         self.report.tracked = ", ".join(sorted(methods))
 
     def ignore_interrupts(self) -> None:
-        """From here to the end Ctrl-C is for who serves, alone.
+        """From here to the end SIGINT and SIGTERM are for who serves, alone.
 
-        Right after that it would let a tree go on that runs elsewhere, or stop half-way letting it go on here.
+        Right after that they would let a tree go on that runs elsewhere, stop half-way letting it go on here, or end us
+        before we have said what became of it.
         """
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        self._resources.callback(signal.signal, signal.SIGINT, before)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._resources.callback(signal.signal, number, signal.signal(number, signal.SIG_IGN))
 
     @contextmanager
     def worthless_on_error(self) -> Iterator[None]:

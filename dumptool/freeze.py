@@ -59,6 +59,7 @@ class FrozenTree:
     """All threads of a tree, stopped and traced by the calling thread; see ``freeze``.
 
     ``freezing_time``: seconds that stopping took. ``frozen_since``: time.monotonic() when all were stopped.
+    ``stays``: what it is may be running elsewhere, so that it does not go on at the end, but stays stopped.
     """
 
     processes: list[Process]
@@ -66,6 +67,7 @@ class FrozenTree:
     frozen_since: float
     _stopped: set[int] = field(repr=False, default_factory=set)
     _held: dict[int, bool] = field(repr=False, default_factory=dict)  # pid: did SIGCONT wait for it?
+    stays: bool = False
 
     @property
     def root(self) -> Process:
@@ -101,14 +103,23 @@ class FrozenTree:
             del self._held[pid]
 
     def thaw(self) -> float:
-        """Let all go on; seconds that they were frozen. Calling it again does nothing."""
+        """Let all go on, or stop for good (``stays``); seconds that they were frozen. Calling it again does nothing."""
         try:
-            self.release()
+            if self.stays:
+                self._stop_again()
+            else:
+                self.release()
         finally:
             for tid in self._leaders_last():
                 tracee.detach(tid)
             self._stopped.clear()
         return time.monotonic() - self.frozen_since
+
+    def _stop_again(self) -> None:
+        """Somebody's SIGCONT may have taken our SIGSTOP away, or will end a stop that was there before."""
+        for process in self.alive if self._stopped else ():
+            with suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGSTOP)
 
     def kill(self) -> None:
         """End all processes; when this returns none of them exists, but perhaps as a zombie of its parent."""

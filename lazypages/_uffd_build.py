@@ -211,7 +211,7 @@ size_t lp_lane_events(struct lp_lane *lane, struct lp_lane_event *events, size_t
 void lp_lane_ask(struct lp_lane *lane, uint64_t tag, uint64_t image, uint64_t nr_pages, bool urgent);
 void lp_lane_hold(struct lp_lane *lane, bool held);
 void lp_lane_turn(struct lp_lane *lane, struct lp_task *task, uint64_t max_bytes);
-void lp_lane_finish(struct lp_lane *lane, bool force);
+void lp_lane_finish(struct lp_lane *lane, bool force, uint32_t flags);
 size_t lp_lane_outstanding(struct lp_lane *lane, struct lp_request *requests, size_t max);
 void lp_lane_state(struct lp_lane *lane, struct lp_lane_state *state);
 """)

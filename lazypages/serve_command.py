@@ -245,11 +245,15 @@ def _serve(
     if status_fd is not None:
         _check_status_fd(status_fd)  # before files of ours have numbers
     expected = _expect(places, options, directories)
-    if options.remote and options.remote.layout is None:
+    if options.remote:
         from dataclasses import replace  # noqa: PLC0415 - slow to import
 
-        hint = replace(options.remote, written_by=written_by(places.images_dir))
-        options = options._replace(remote=hint)
+        from images_spec.identity import identify  # noqa: PLC0415 - only needed with a page server
+
+        remote = replace(options.remote, checkpoint=identify(places.images_dir))
+        if remote.layout is None:
+            remote = replace(remote, written_by=written_by(places.images_dir))
+        options = options._replace(remote=remote)
     tracer = _tracer(places, expected)
     _check_userfaultfd()
     if options.page_servers:

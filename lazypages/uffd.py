@@ -463,9 +463,9 @@ class Lane:
         """Brings pages of `task` in the background, until TURN_OVER; one task at a time."""
         lib.lp_lane_turn(self._handle, task._handle, max_bytes)
 
-    def finish(self, *, force: bool) -> None:
-        """Tells the server that this is the end; CLOSED is its answer."""
-        lib.lp_lane_finish(self._handle, force)
+    def finish(self, *, force: bool, flags: int = 0) -> None:
+        """Tells the server that this is the end, with wire.CloseFlags; CLOSED is its answer."""
+        lib.lp_lane_finish(self._handle, force, flags)
 
     def outstanding(self) -> list[LaneRequest]:
         """What has not come yet, the oldest first; from now on its arrival is told."""

@@ -24,7 +24,7 @@ Its first 24 bytes are a whole message in the old layout and are answered; a ser
 for the other 8 and then answers (observed with `dump --lazy-pages` and `page-server --lazy-pages` of CRIU
 4.1.1 and 4.2.1). Our own server knows the probe by its `vaddr`, which CRIU does not look at in this
 command, and answers at once with what it can do beyond CRIU (`Features`); from then on both sides use the
-criu-4.2 layout with those extras, on this connection only.
+criu-4.2 layout with those extras, on this connection only. What the extras are is in docs/protocol.md.
 
 In TLS a message in two pieces is two records, which a server of CRIU 4.2 does not put together (observed with 4.2.1: it
 ends). There the layout is a guess, unless somebody says it (`GUESSED`).
@@ -62,6 +62,8 @@ class Command(enum.IntEnum):
     GET = 7  # answered with ADD_F and the pages
     CLOSE = 0x1023  # answered with an int32 status
     FORCE_CLOSE = 0x1024
+    CHECKPOINT = 0x4C01  # ours: the client says which checkpoint it means; no answer
+    COMPLETED = 0x4C02  # ours, from the server: another destination has all of this dump
 
 
 _COMMANDS = {int(command): command for command in Command}
@@ -96,10 +98,30 @@ class Features(enum.IntFlag):
     # A GET with flags ZSTD may be answered with flags ZSTD: then a u32 follows, and as many bytes of a zstd frame,
     # fewer than the pages have.
     COMPRESSED = 8
+    # Both say which checkpoint they mean before any page: the server's identity follows its answer to the probe, and
+    # the client's first message is CHECKPOINT with its own. CLOSE says how it went (CloseFlags), the server may say
+    # COMPLETED. Only between a client that has images and a server that has an identity.
+    CHECKPOINT = 0x80
 
 
 NO_FEATURES = Features(0)
 ALL_FEATURES = Features.MISSING | Features.CONNECTIONS | Features.ZERO | Features.COMPRESSED
+"""All that need nothing but code."""
+
+
+class CloseFlags(enum.IntFlag):
+    """In the high 16 bits of CLOSE's cmd, after Features.CHECKPOINT was granted. None: nobody knows how it went."""
+
+    COMPLETE = 1  # every task has all its memory, or has exited by itself
+    UNUSED = 2  # no restore has come: nothing runs at this destination
+
+
+NO_CLOSE_FLAGS = CloseFlags(0)
+ALL_CLOSE_FLAGS = CloseFlags.COMPLETE | CloseFlags.UNUSED
+
+IDENTITY_SIZE = 16
+ELSEWHERE = int(Command.COMPLETED)
+"""Status in the answer to CLOSE: another destination was complete before this one."""
 
 
 class Layout(enum.Enum):
@@ -179,7 +201,14 @@ def decode_dst_id(dst_id: int) -> tuple[ImageType, int]:
 _PROBE_MAGIC = 0x6C617A7970616765  # in vaddr; as nr_pages of the other layout it is out of all bounds
 _PROBE_DST_ID = encode_dst_id(ImageType.TASK, 0x7FFFFFFF)
 _PROBE_ANSWER = 0x4C50 << 16  # plus Features
-PROBE_FIRST = _STRUCTS[Layout.CRIU_4_1].pack(Command.PARENT, ALL_FEATURES, _PROBE_MAGIC, _PROBE_DST_ID)
+
+
+def probe_first(features: Features = ALL_FEATURES) -> bytes:
+    """The first piece of a probe that asks for `features`."""
+    return _STRUCTS[Layout.CRIU_4_1].pack(Command.PARENT, features, _PROBE_MAGIC, _PROBE_DST_ID)
+
+
+PROBE_FIRST = probe_first()
 PROBE_REST = struct.pack("=Q", _PROBE_DST_ID)
 PROBE_ANSWER_SIZE = _STATUS.size
 
@@ -198,6 +227,18 @@ def probe_answer(data: bytes) -> Features | None:
     if value in {0, 1}:
         return None
     raise RemoteProtocolError(f"the page server answers {value:#x} when asked for a parent image, not 0 or 1")
+
+
+def checkpoint_message(identity: bytes, client: int) -> bytes:
+    """The client's first message once Features.CHECKPOINT is granted. `client`: a number of 64 bits, the same on all
+    connections of this destination and no other's."""
+    first, second = struct.unpack("=QQ", identity)
+    return Layout.CRIU_4_2.pack(Header(Command.CHECKPOINT, client, first, second))
+
+
+def completed_message() -> bytes:
+    """What a server says, instead of an answer or of nothing, before it closes: COMPLETED."""
+    return Layout.CRIU_4_2.pack(Header(Command.COMPLETED))
 
 
 def detect_layout(first: bytes | bytearray | memoryview) -> Layout:
@@ -319,6 +360,10 @@ class Closed(NamedTuple):
     status: int
 
 
+class Completed(NamedTuple):
+    """Another destination has all of the dump, whose tasks run there; the server has no page for us any more."""
+
+
 class ClientCodec(_ReceiveBuffer):
     """Our side of a connection to a server that answers GETs (`page-server --lazy-pages` and the like).
 
@@ -368,12 +413,15 @@ class ClientCodec(_ReceiveBuffer):
             Command.GET | (PageFlags.ZSTD << 16 if compress else 0), nr_pages, vaddr, pid
         )
 
-    def close(self, *, force: bool = False) -> bytes:
-        """The bytes that end the session; Closed is the last event, after all answers."""
+    def close(self, *, force: bool = False, flags: CloseFlags = NO_CLOSE_FLAGS) -> bytes:
+        """The bytes that end the session; Closed is the last event, after all answers. `flags` need CHECKPOINT."""
+        if flags and not self.features & Features.CHECKPOINT:
+            raise ValueError("the server would not know what that means")
         self._closing = True
-        return self._struct.pack(Command.FORCE_CLOSE if force else Command.CLOSE, 0, 0, 0)
+        command = Command.FORCE_CLOSE if force else Command.CLOSE
+        return self._struct.pack(command | flags << 16, 0, 0, 0)
 
-    def next_event(self) -> Pages | ZeroPages | Answered | Closed | Eof | None:
+    def next_event(self) -> Pages | ZeroPages | Answered | Closed | Completed | Eof | None:
         """What comes next in the bytes received so far; None: receive more. Raises RemoteProtocolError."""
         if self._missing:
             count = min(len(self), self._missing) // PAGE_SIZE * PAGE_SIZE
@@ -396,13 +444,28 @@ class ClientCodec(_ReceiveBuffer):
                 self._closed = True
                 return Closed(*_STATUS.unpack(self._take(_STATUS.size)))
         elif len(self):
-            raise RemoteProtocolError(
-                f"the page server sends what nobody asked for: {bytes(self._peek(min(len(self), 32))).hex()}"
-            )
+            return self._unasked()
         return self._end_of_file(complete=self.at_boundary)
 
-    def _header(self) -> Pages | ZeroPages | Answered | Closed | Eof | None:
+    def _unasked(self) -> Completed | None:
+        """Bytes that are no answer."""
+        size = self._struct.size
+        if self.features & Features.CHECKPOINT and len(self) < size and not self._eof:
+            return None
+        if len(self) >= size and self._says_completed(self._struct.unpack(self._peek(size))[0]):
+            self._take(len(self))
+            return Completed()
+        raise RemoteProtocolError(
+            f"the page server sends what nobody asked for: {bytes(self._peek(min(len(self), 32))).hex()}"
+        )
+
+    def _says_completed(self, word: int) -> bool:
+        return word == Command.COMPLETED and bool(self.features & Features.CHECKPOINT)
+
+    def _header(self) -> Pages | ZeroPages | Answered | Closed | Completed | Eof | None:
         word, nr_pages, vaddr, dst_id = self._struct.unpack(self._take(self._struct.size))
+        if self._says_completed(word):
+            return Completed()
         asked = self._asked[0]
         command, flags = word & 0xFFFF, word >> 16
         zero = flags == PageFlags.ZERO and bool(self.features & Features.ZERO)
@@ -454,6 +517,16 @@ class Probed(NamedTuple):
     features: Features
 
 
+class Agreement(NamedTuple):
+    """A client says which checkpoint it means, before anything else (only after Features.CHECKPOINT was granted).
+
+    `client`: the same number on all connections of one destination.
+    """
+
+    client: int
+    identity: bytes
+
+
 class Payload(NamedTuple):
     """Some bytes of the pages that belong to the Header before, as they arrive; `missing` are to come.
 
@@ -476,12 +549,15 @@ class ServerCodec(_ReceiveBuffer):
         self.features = NO_FEATURES
         self._missing = 0  # bytes of pages that are still to come
         self._after_probe = False
+        self._unagreed = False  # which checkpoint the client means must come next
         self._closed = False
 
     @property
     def settled(self) -> bool:
         """Whether all that comes next is a whole message in `layout`."""
-        return self.layout is not None and not (self._after_probe or self._missing or self._closed)
+        return self.layout is not None and not (
+            self._after_probe or self._unagreed or self._missing or self._closed
+        )
 
     @property
     def midway(self) -> bool:
@@ -492,7 +568,7 @@ class ServerCodec(_ReceiveBuffer):
         """What was received of a message that is not complete; give it back with receive()."""
         return bytes(self._take(len(self)))
 
-    def next_event(self) -> Header | Payload | Probed | Eof | None:
+    def next_event(self) -> Header | Payload | Probed | Agreement | Eof | None:
         """What comes next in the bytes received so far; None: receive more. Raises RemoteProtocolError."""
         if self._missing:
             count = min(len(self), self._missing)
@@ -514,7 +590,7 @@ class ServerCodec(_ReceiveBuffer):
             return self._message()
         return self._end_of_file(complete=not len(self) and not self._missing)
 
-    def _message(self) -> Header | Payload | Probed | Eof | None:
+    def _message(self) -> Header | Payload | Probed | Agreement | Eof | None:
         layout = self.layout
         if layout is None:
             first = self._peek(_SHORTEST)
@@ -523,7 +599,7 @@ class ServerCodec(_ReceiveBuffer):
                 self._take(_SHORTEST)
                 self.layout = Layout.CRIU_4_2
                 self._after_probe = True
-                return Probed(Features(features & ALL_FEATURES))
+                return Probed(Features(features & (ALL_FEATURES | Features.CHECKPOINT)))
             if word & 0xFFFF in {Command.CLOSE, Command.FORCE_CLOSE}:
                 layout = Layout.CRIU_4_1  # all zeros from here on in both: the shorter will do
             else:
@@ -532,7 +608,12 @@ class ServerCodec(_ReceiveBuffer):
                     return self.next_event()
         word, nr_pages, vaddr, dst_id = _STRUCTS[layout].unpack(self._take(layout.header_size))
         command = _COMMANDS.get(word & 0xFFFF)
-        if command is None:
+        if self._unagreed:
+            if command is not Command.CHECKPOINT:
+                raise RemoteProtocolError("the client does not say which checkpoint it means")
+            self._unagreed = False
+            return Agreement(nr_pages, struct.pack("=QQ", vaddr, dst_id))
+        if command in {None, Command.CHECKPOINT, Command.COMPLETED}:
             raise RemoteProtocolError(f"the client sends the unknown command {word & 0xFFFF:#x}")
         header = Header(command, nr_pages, vaddr, dst_id, word >> 16)
         if unknown := header.flags & ~_KNOWN_FLAGS.get(command, 0xFFFF):
@@ -563,10 +644,13 @@ class ServerCodec(_ReceiveBuffer):
         """Whether the client has asked for that, and may."""
         return bool(self.features & Features.COMPRESSED and request.flags & PageFlags.ZSTD)
 
-    def answer_probe(self, features: Features) -> bytes:
-        """Grant `features` from here on."""
+    def answer_probe(self, features: Features, identity: bytes = b"") -> bytes:
+        """Grant `features` from here on; `identity`: of the checkpoint, with CHECKPOINT."""
+        if len(identity) != (IDENTITY_SIZE if features & Features.CHECKPOINT else 0):
+            raise ValueError("an identity goes with CHECKPOINT")
         self.features = features
-        return _STATUS.pack(_PROBE_ANSWER | features)
+        self._unagreed = bool(identity)
+        return _STATUS.pack(_PROBE_ANSWER | features) + identity
 
 
 def answer_open(*, has_parent: bool) -> bytes:

@@ -132,6 +132,7 @@ class Server:
                 stack.callback(engine.stop)
                 engine_group.start_soon(self._run_engine, engine, engine_group.cancel_scope)
                 if self._options.page_servers:
+                    stack.callback(self._end_twins)  # when the servers have said their last word
                     from lazypages.sources.remote import open_remote  # noqa: PLC0415 - slow to import
 
                     self._remote = await stack.enter_async_context(
@@ -151,6 +152,8 @@ class Server:
                     if self._guard:
                         helpers.start_soon(self._keep_guard, self._guard)
                     helpers.start_soon(self._traced.run)
+                    if self._remote:
+                        helpers.start_soon(self._await_completed, self._remote, helpers.cancel_scope)
                     if watch:
                         helpers.start_soon(watch, self)
                     async with anyio.create_task_group() as tasks:
@@ -160,7 +163,9 @@ class Server:
                     if self._remote and self.summary().ok:
                         await self._meet(self._remote)
                     helpers.cancel_scope.cancel()
-                if self._remote and not self.summary().ok:
+                if self._remote and not self._connected and not self._control.has_caller():
+                    self._remote.unused()
+                elif self._remote and not self.summary().ok:
                     # The source still has all pages, and hears that nobody else does.
                     self._remote.abandon()
         if self._failure:
@@ -225,10 +230,29 @@ class Server:
         for service in tuple(self._families.get(pid, ())):
             service.pages_lost(image, nr_pages, reason)
 
+    async def _await_completed(self, remote: RemotePages, scope: anyio.CancelScope) -> None:
+        """Another destination has all of the dump: what it was runs there, and never on both sides."""
+        await remote.wait_completed_elsewhere()
+        if self._connected or self._control.has_caller():
+            log.error("another destination has all of this dump and goes on with it: ending the tasks here")
+            await self._give_up()
+            self._end_twins()
+        else:
+            log.error("ended before a restore connected: another destination has all of this dump")
+            scope.cancel()
+
+    def _end_twins(self) -> None:
+        """What runs elsewhere must not run here: all tasks, the complete ones too, and all that they have forked."""
+        if self._remote and self._remote.completed_elsewhere:
+            for process in self._processes.values():
+                process.kill(descendants=True)
+            for service in self._services:
+                service.ended_as_twin()
+
     async def _meet(self, remote: RemotePages) -> None:
-        """A server keeps its task frozen until it hears the end; it must have heard of us at all for that."""
+        """A server keeps its task frozen until it hears the end; it must hear of us at all for that."""
         with anyio.move_on_after(FAREWELL):
-            while not any(server.connections for server in remote.stats()):
+            while not remote.can_be_told:
                 await anyio.sleep(0.05)
 
     # The restorer.

@@ -458,6 +458,14 @@ class TaskService:
                 self._kill(f"{pending} pages were still missing")
         self._ended.set()
 
+    def ended_as_twin(self) -> None:
+        """Its process was killed, because what it is runs elsewhere."""
+        if self._state is State.COMPLETE:
+            log.error("%s: killed: another destination has all of this dump", self.identity.name)
+            self._state = State.KILLED
+            if self._final:
+                self._final = self._final._replace(state=State.KILLED)
+
     def _close(self) -> None:
         if self._served.pending and not self._gone and self._state is not State.KILLED:
             # Only after an error of ours. Until the task is dead its uffd stays open, or it would get zeros.

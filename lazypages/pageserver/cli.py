@@ -18,6 +18,8 @@ import click
 
 from images_spec.checkpoint import PARENT_LINK
 from images_spec.errors import ImageError
+from images_spec.identity import identify
+from images_spec.images import Kind
 from lazypages import logs
 from lazypages.daemonize import daemonize, open_pidfile, tell_ready
 from lazypages.errors import LazyPagesError
@@ -36,7 +38,7 @@ from lazypages.pageserver.listen import (
     until_signalled,
 )
 from lazypages.pageserver.receive import ImageReceiver, ReceiveConnection
-from lazypages.pageserver.serve import PageConnection
+from lazypages.pageserver.serve import Gate, PageConnection
 from lazypages.tls import TlsFiles
 from lazypages.tls_defaults import DEFAULT_CACERT, DEFAULT_CERT, DEFAULT_KEY
 from lazypages.wire import PAGE_SIZE
@@ -187,6 +189,7 @@ def page_server_command(
         listener, name = connected_socket(ps_socket), f"the socket {ps_socket}"
     if lazy_pages:
         server.images = ServedImages(images_dir)
+        server.identity = _identity(images_dir)
     else:
         _link_parent(images_dir, prev_images_dir)
         server.receiver = ImageReceiver(images_dir, auto_dedup=auto_dedup)
@@ -227,6 +230,7 @@ class _Server:
         self._over = os.eventfd(0, os.EFD_CLOEXEC)
         self.images: ServedImages | None = None
         self.receiver: ImageReceiver | None = None
+        self.identity: bytes | None = None
 
     def run(self, listener: socket.socket, stop: int, *, connected: bool) -> bool:
         """Serve until the end. `connected`: `listener` is the one client itself. Whether all went well."""
@@ -267,7 +271,7 @@ class _Server:
             log.error("%s: %s", name, error)
             return False
         answerer = None if self._tls else self.images.answerer(sock.fileno())
-        connection = PageConnection(sock, self.images, name, answerer)
+        connection = PageConnection(sock, self.images, name, answerer, Gate(self.identity))
         if self._ending is not None:
             self._ending.connected(connection)
         clean = False
@@ -303,6 +307,18 @@ class _Server:
                     receiver.close()
         log.info("%s: %.1f MiB received", name, receiver.pages / (1 << 20))
         return True
+
+
+def _identity(directory: Path) -> bytes | None:
+    """Of the checkpoint. Raises ImageError."""
+    inventory = directory / Kind.INVENTORY.file_name()
+    if inventory.exists():
+        return identify(directory).digest
+    log.warning(
+        "%s: without it nothing tells which dump this is, and no `lazypages serve` takes a page: copy it there",
+        inventory,
+    )
+    return None
 
 
 @contextmanager

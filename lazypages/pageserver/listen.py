@@ -12,6 +12,7 @@ import signal
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -184,10 +185,16 @@ def until_signalled() -> Iterator[int]:
         os.close(writable)
 
 
-def accept_all(listener: socket.socket, stop: int, handle: Callable[[socket.socket, str], object]) -> None:
+def accept_all(
+    listener: socket.socket,
+    stop: int,
+    handle: Callable[[socket.socket, str], object],
+    *,
+    last_words: float = 0.0,
+) -> None:
     """`handle(socket, name)` in a thread for each client, until `stop` is readable; then all are cut off.
 
-    `handle` closes its socket.
+    `handle` closes its socket. `last_words`: seconds for which it may still send then, but nothing more comes.
     """
     listener.setblocking(False)
     clients: dict[threading.Thread, socket.socket] = {}
@@ -208,10 +215,20 @@ def accept_all(listener: socket.socket, stop: int, handle: Callable[[socket.sock
             except (OSError, RuntimeError) as error:  # no more files, no more threads
                 log.warning("a client could not be taken: %s", getattr(error, "strerror", None) or error)
                 select.select([stop], [], [], RETRY)
-    for thread, sock in clients.items():
-        with suppress(OSError):
-            sock.shutdown(socket.SHUT_RDWR)
+    if last_words:
+        _shut(clients, socket.SHUT_RD)
+        deadline = time.monotonic() + last_words
+        for thread in clients:
+            thread.join(max(0.0, deadline - time.monotonic()))
+    _shut(clients, socket.SHUT_RDWR)
+    for thread in clients:
         thread.join()
+
+
+def _shut(clients: dict[threading.Thread, socket.socket], how: int) -> None:
+    for sock in clients.values():
+        with suppress(OSError):
+            sock.shutdown(how)
 
 
 def _start_client(

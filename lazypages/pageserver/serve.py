@@ -48,15 +48,46 @@ class Pages(Protocol):
         """
 
 
+class Gate:
+    """Which checkpoint is served, and what comes of that: for one connection.
+
+    `identity`: of wire.IDENTITY_SIZE bytes. None: it is not known, and no client is told; those of ours then take no
+    page.
+    """
+
+    def __init__(self, identity: bytes | None) -> None:
+        self.identity = identity
+
+    def opened(self) -> None:
+        """A client that means this or another checkpoint is about to be told which one is here."""
+
+    def agreed(self, client: int) -> None:
+        """It means this one. `client`: as in wire.Agreement."""
+
+    def refused(self) -> None:
+        """It means another one."""
+
+    def closing(self, client: int | None, flags: wire.CloseFlags) -> int:
+        """A client says that it needs no more: the status for it. `client`: None for one that has not agreed."""
+        del client, flags
+        return 0
+
+
 class PageConnection:
     """One client. `pages`: how many it was given; `closed`: it has said that it needs no more; `spoke`: it has sent
-    a whole message; `ours`: it speaks more than CRIU's protocol, and comes back when a connection is lost.
+    a whole message; `ours`: it speaks more than CRIU's protocol, and comes back when a connection is lost;
+    `client`: the number of one that has agreed on the checkpoint.
 
     `answerer`, if there is one for `sock`, takes most requests off our hands.
     """
 
     def __init__(
-        self, sock: socket.socket, images: Pages, name: str, answerer: GetAnswerer | None = None
+        self,
+        sock: socket.socket,
+        images: Pages,
+        name: str,
+        answerer: GetAnswerer | None = None,
+        gate: Gate | None = None,
     ) -> None:
         self._sock = sock
         self._reader = PatientReader(sock)
@@ -67,6 +98,8 @@ class PageConnection:
         self._compressor: Compressor | None = None
         self._pages = 0
         self._told_lost: set[tuple[int, int]] = set()
+        self._gate = gate or Gate(None)
+        self.client: int | None = None
         self.closed = self.spoke = self.ours = False
 
     @property
@@ -89,8 +122,10 @@ class PageConnection:
                             self._sock.sendall(self._answer(event))
                         case wire.Probed(features):
                             self.ours = True
-                            granted = features & wire.ALL_FEATURES
-                            self._sock.sendall(self._codec.answer_probe(granted))
+                            self._probed(features)
+                        case wire.Agreement(client, identity):
+                            if not self._agree(client, identity):
+                                return False
                         case wire.Eof(complete):
                             if not complete:
                                 log.warning("%s: closed in the middle of a request", self._name)
@@ -103,6 +138,27 @@ class PageConnection:
         except OSError as error:
             log.warning("%s: %s", self._name, error.strerror or error)
         return False
+
+    def _probed(self, features: Features) -> None:
+        identity = self._gate.identity if features & Features.CHECKPOINT else None
+        if identity is not None:
+            self._gate.opened()
+            self._sock.sendall(self._codec.answer_probe(features, identity))
+        else:
+            self._sock.sendall(self._codec.answer_probe(features & wire.ALL_FEATURES))
+
+    def _agree(self, client: int, identity: bytes) -> bool:
+        if identity != self._gate.identity:
+            self._gate.refused()
+            log.error(
+                "%s: wants pages of another checkpoint (%s), not of the one that is here: refused",
+                self._name,
+                identity.hex(),
+            )
+            return False
+        self._gate.agreed(client)
+        self.client = client
+        return True
 
     def _receive(self) -> None:
         """More bytes, that the codec has to deal with."""
@@ -119,7 +175,9 @@ class PageConnection:
         match header.command:
             case Command.CLOSE | Command.FORCE_CLOSE:
                 self.closed = True
-                return wire.answer_close()
+                agreed = self._codec.features & Features.CHECKPOINT
+                flags = wire.CloseFlags(header.flags & wire.ALL_CLOSE_FLAGS if agreed else 0)
+                return wire.answer_close(self._gate.closing(self.client, flags))
             case Command.PARENT:
                 return wire.answer_parent(has_parent=False)
         raise RemoteProtocolError(

@@ -1,5 +1,8 @@
 """Pages from page servers: CRIU's and ours, one or several with the same content.
 
+No page is taken from a server of ours that has not said that it has this very checkpoint; CRIU's can't say it, and what
+protects there is in docs/protocol.md.
+
 A connection to a server is a *lane*. CRIU's servers take one connection in their whole life, and end a task that
 they keep frozen when it closes; so a lane that has gone silent is given up only for another one of which the
 server has answered the first question. Our own servers take any number: faults get a lane of their own.
@@ -16,6 +19,7 @@ them zeros.
 
 from __future__ import annotations
 
+import enum
 import errno
 import logging
 import os
@@ -31,6 +35,7 @@ from typing import Final, NamedTuple
 import anyio
 from anyio.abc import TaskGroup
 
+from images_spec.identity import Identity
 from lazypages import wire
 from lazypages.sources.backlog import Backlog, Wanted
 from lazypages.sources.link import Link, LinkError, connect
@@ -40,7 +45,7 @@ from lazypages.sources.window import Sent, Window
 from lazypages.tls import TlsError, TlsFiles
 from lazypages.uffd import Engine, LaneEvent, LaneEventKind, LaneRequest, ServedTask
 from lazypages.uffd import Lane as EngineLane
-from lazypages.wire import PAGE_SIZE, ClientCodec, Features, Layout, RemoteProtocolError
+from lazypages.wire import PAGE_SIZE, ClientCodec, CloseFlags, Features, Layout, RemoteProtocolError
 
 log = logging.getLogger("lazypages")
 
@@ -72,6 +77,7 @@ PROBE_PATIENCE: Final = {Layout.CRIU_4_2: 0.5, Layout.CRIU_4_1: 5.0, None: 2.0}
 
 CLOSED: Final = "closed by the server"
 DENIED: Final = "no page server can give it; their logs say why"
+ELSEWHERE: Final = "another destination has all of this dump, and goes on with it"
 
 OnPages = Callable[[int, int, memoryview], Awaitable[None]]
 OnLost = Callable[[int, int, int, str], Awaitable[None]]
@@ -81,12 +87,30 @@ OnLost = Callable[[int, int, int, str], Awaitable[None]]
 class RemoteOptions:
     """``layout``: of the header, when the user has said it. ``written_by``: the layout of the CRIU that wrote the
     images, a hint for finding out. ``deadline``: seconds after which pages that can't be had are lost; None: never.
+    ``checkpoint``: which one the pages must be of; None, for tests: of any.
     """
 
     layout: Layout | None = None
     written_by: Layout | None = None
     deadline: float | None = None
     tls: TlsFiles | None = None
+    checkpoint: Identity | None = None
+
+
+class CheckpointError(LinkError):
+    """The server has another checkpoint, or can't say which one it has."""
+
+
+class CompletedError(LinkError):
+    """The server says that another destination has completed."""
+
+
+class _Ending(enum.Enum):
+    """What servers are told at the end."""
+
+    COMPLETE = "complete"
+    UNUSED = "unused"
+    ABANDONED = "abandoned"
 
 
 @dataclass(slots=True)
@@ -163,6 +187,17 @@ class _Lane:
         return self.codec is not None and bool(self.codec.features)
 
     @property
+    def agreed(self) -> bool:
+        """Whether the server has said that it has our checkpoint."""
+        return self.codec is not None and bool(self.codec.features & Features.CHECKPOINT)
+
+    @property
+    def used_up(self) -> bool:
+        """Whether this was the one connection that a server of CRIU's takes."""
+        answered = self.answered or bool(self.engine and self.engine.state().pages)
+        return self.codec is not None and not self.ours and answered
+
+    @property
     def load(self) -> _Load:
         """What is on its way, and how much may be."""
         if self.engine is None:
@@ -212,6 +247,9 @@ class _Server:
     lanes: list[_Lane] = field(default_factory=list)
     changed: anyio.Event = field(default_factory=anyio.Event)
     many: bool = False  # takes more than one connection
+    agreed: bool = False  # has had our checkpoint
+    used_up: bool = False  # CRIU's, and it has had its connection
+    given_up: bool = False  # therefore, and that has been said
     complained: float = float("-inf")
 
     def notify(self) -> None:
@@ -245,8 +283,10 @@ class RemotePages:
         self._backlog = Backlog()
         self._wake = anyio.Event()
         self._room = anyio.Event()
+        self._client = int.from_bytes(os.urandom(8), "little")
         self._closing = False
-        self._abandoned = False
+        self._ending = _Ending.COMPLETE
+        self._completed = anyio.Event()
 
     def request(self, ranges: Iterable[tuple[int, int, int]], *, urgent: bool) -> None:
         """Ask for ranges of (pid, address, pages); what is on its way already is not asked for again.
@@ -465,10 +505,11 @@ class RemotePages:
                     case wire.Answered():
                         self._answered(lane, event)
                     case wire.Closed(status):
-                        if status:
-                            log.warning("%s: status %d at the end", lane.server.address, status)
+                        self._hear_status(lane, status)
                         lane.closed.set()
                         return
+                    case wire.Completed():
+                        raise CompletedError(ELSEWHERE)
                     case wire.Eof(complete):
                         raise LinkError(CLOSED if complete else "closed in the middle of an answer")
             self._dispatch()
@@ -505,17 +546,25 @@ class RemotePages:
             case LaneEventKind.TURN_OVER:
                 self._turn_over(lane, event.nr_pages)
             case LaneEventKind.CLOSED:
-                if event.status:
-                    log.warning("%s: status %d at the end", lane.server.address, event.status)
+                self._hear_status(lane, event.status)
                 return True
             case LaneEventKind.ENDED:
                 lane.at_boundary = event.at_boundary
+                if event.status == errno.ESTALE:
+                    raise CompletedError(ELSEWHERE)
                 if event.status == errno.EPROTO:
                     raise RemoteProtocolError("the page server answers what it was not asked for")
                 if event.status:
                     raise LinkError(os.strerror(event.status))
                 raise LinkError(CLOSED if event.at_boundary else "closed in the middle of an answer")
         return False
+
+    def _hear_status(self, lane: _Lane, status: int) -> None:
+        """Of the answer to CLOSE."""
+        if status == wire.ELSEWHERE:
+            self._completed.set()
+        elif status:
+            log.warning("%s: status %d at the end", lane.server.address, status)
 
     def _adopt(self, lane: _Lane, pid: int, start: int, end: int, since: int) -> None:
         """The engine has asked `lane` for these; from here on it is our business that they come."""
@@ -609,12 +658,15 @@ class RemotePages:
                 reason = "given up for another connection"
         except* (LinkError, RemoteProtocolError, TlsError) as errors:
             reason = str(_first(errors))
+            if isinstance(_first(errors), CompletedError):
+                self._completed.set()
         finally:
             self._lane_ended(lane, reason)
 
     def _lane_ended(self, lane: _Lane, reason: str) -> None:
         lane.answered = lane.answered or bool(lane.engine and lane.engine.state().pages)
         was_up, lane.up, lane.down = lane.up and lane.answered, False, True
+        lane.server.used_up = lane.server.used_up or lane.used_up
         if reason and not self._closing:
             self._complain(lane, reason, was_up=was_up)
         oldest: LaneRequest | wire.Get | None = None
@@ -720,15 +772,19 @@ class RemotePages:
         A server that the user has named is taken for it: CRIU's holds its answer back for 200 ms (it corks its socket,
         and only pages uncork it; seen with strace, 4.1.1).
         """
-        told = self._options.layout
-        if told and not lane.second:  # a second one must show that it is better than the first
+        told, checkpoint = self._options.layout, self._options.checkpoint
+        must_agree = lane.server.agreed or bool(checkpoint and checkpoint.by_dumptool)
+        if told and not (
+            must_agree or lane.second
+        ):  # a second one must show that it is better than the first
             lane.codec = ClientCodec(told)
             return
         address = lane.server.address
         guessed = told is None and isinstance(address, TcpServer) and address.tls
         if guessed:  # see wire; the images' word has to do, and the old layout without it
             told = self._options.written_by or Layout.CRIU_4_1
-        unsent = wire.PROBE_FIRST + (wire.PROBE_REST if told is Layout.CRIU_4_2 else b"")
+        wanted = wire.ALL_FEATURES | (Features.CHECKPOINT if checkpoint else wire.NO_FEATURES)
+        unsent = wire.probe_first(wanted) + (wire.PROBE_REST if told is Layout.CRIU_4_2 else b"")
         await _send_all(link, unsent)
         patience = PROBE_PATIENCE[self._options.written_by] + 8 * (link.round_trip() or 0.0)
         answer = bytearray()
@@ -747,10 +803,26 @@ class RemotePages:
             raise
         lane.answered = True
         features = wire.probe_answer(bytes(answer))
+        if checkpoint and (features is not None or must_agree):
+            await self._agree(link, checkpoint, features or wire.NO_FEATURES)
+            lane.server.agreed = True
         if features is None:
             lane.codec = ClientCodec(layout)
         else:
             lane.codec = ClientCodec(Layout.CRIU_4_2, features)
+
+    async def _agree(self, link: Link, checkpoint: Identity, features: Features) -> None:
+        """Raises CheckpointError unless the server has this checkpoint."""
+        if not features & Features.CHECKPOINT:
+            raise CheckpointError("can't say which dump it has the pages of: none is taken from it")
+        theirs = bytearray()
+        await _receive_all(link, theirs, wire.IDENTITY_SIZE)
+        await _send_all(link, wire.checkpoint_message(checkpoint.digest, self._client))
+        if theirs != checkpoint.digest:
+            raise CheckpointError(
+                f"has the pages of another dump ({theirs.hex()}; the images: {checkpoint.digest.hex()}): "
+                "none is taken from it"
+            )
 
     async def _keep_connected(self, server: _Server, *, urgent_only: bool) -> None:
         """See to it that there is one good lane (or a second one, for faults only)."""
@@ -772,7 +844,8 @@ class RemotePages:
             hopeless = [lane for lane in lanes if now - lane.heard > SILENCE or lane.silent]
             wanted = not urgent_only or server.many
             if wanted and len(hopeless) == len(lanes) < 2 and now >= retry_at:
-                if isinstance(server.address, ConnectedSocket) and server.stats.connections:
+                connected = isinstance(server.address, ConnectedSocket) and server.stats.connections
+                if connected or self._is_used_up(server):
                     await server.changed.wait()
                     continue
                 lane = _Lane(server, urgent_only, second=bool(lanes), heard=now)
@@ -783,6 +856,23 @@ class RemotePages:
                 lanes.append(lane)
             with anyio.move_on_after(max(0.02, min(1.0, retry_at - time.monotonic())) if wanted else 3600):
                 await server.changed.wait()
+
+    def _is_used_up(self, server: _Server) -> bool:
+        """Whether it has been CRIU's, which takes one connection in its life: who answers there now has another dump.
+
+        A connection would even be the only one of that server, and the end of it the end of its dump, which fails.
+        """
+        if self._options.checkpoint is None:
+            return False
+        if not server.lanes and server.used_up and not server.given_up:
+            server.given_up = True
+            log.error(
+                "page server %s: a page server of CRIU's takes one connection, and that has ended. Whoever listens "
+                "there now may have another dump: not connecting again. Pages that are still missing must come from "
+                "elsewhere (--source)",
+                server.address,
+            )
+        return server.used_up or any(lane.used_up for lane in server.lanes)
 
     # -- what waits ----------------------------------------------------------------------------------------
 
@@ -849,20 +939,44 @@ class RemotePages:
 
     def abandon(self) -> None:
         """At the end only hang up: a server that hears CLOSE ends the task whose pages it has."""
-        self._abandoned = True
+        self._ending = _Ending.ABANDONED
+
+    def unused(self) -> None:
+        """At the end say that no restore has come; who can't be told that is hung up on."""
+        self._ending = _Ending.UNUSED
+
+    async def wait_completed_elsewhere(self) -> None:
+        """Until a server says that another destination has all of the dump."""
+        await self._completed.wait()
+
+    @property
+    def can_be_told(self) -> bool:
+        """Whether a server that must hear the end can hear it now: dumptool's. Others only must have been there."""
+        if self._options.checkpoint and self._options.checkpoint.by_dumptool:
+            return any(lane.up for server in self._servers for lane in server.lanes)
+        return any(server.stats.connections for server in self._servers)
+
+    @property
+    def completed_elsewhere(self) -> bool:
+        """Whether a server has said that; the last word comes when all is closed."""
+        return self._completed.is_set()
 
     async def _close(self) -> None:
         """Tell all servers that this is the end, and wait a little for their answers."""
         self._closing = True
-        if self._abandoned:
+        if self._ending is _Ending.ABANDONED:
             return
+        told = CloseFlags.COMPLETE if self._ending is _Ending.COMPLETE else CloseFlags.UNUSED
         lanes = [lane for server in self._servers for lane in server.lanes if lane.up]
+        if self._ending is _Ending.UNUSED:
+            lanes = [lane for lane in lanes if lane.agreed]
         for lane in lanes:
             force = isinstance(lane.server.address, ConnectedSocket)
+            flags = told if lane.agreed else wire.NO_CLOSE_FLAGS
             if lane.engine is not None:
-                lane.engine.finish(force=force)
+                lane.engine.finish(force=force, flags=flags)
             elif lane.codec is not None:
-                self._write(lane, lane.codec.close(force=force))
+                self._write(lane, lane.codec.close(force=force, flags=flags))
         with anyio.move_on_after(CLOSE_TIMEOUT, shield=True):
             for lane in lanes:
                 await lane.closed.wait()
@@ -904,10 +1018,10 @@ async def _send_all(link: Link, data: bytes) -> None:
         await link.wait_writable()
 
 
-async def _receive_all(link: Link, answer: bytearray) -> None:
+async def _receive_all(link: Link, answer: bytearray, size: int = wire.PROBE_ANSWER_SIZE) -> None:
     """The rest of an answer to the probe. What has arrived is in `answer` also when this is cancelled."""
-    room = memoryview(bytearray(wire.PROBE_ANSWER_SIZE))
-    while missing := wire.PROBE_ANSWER_SIZE - len(answer):
+    room = memoryview(bytearray(size))
+    while missing := size - len(answer):
         await link.wait_readable()
         count = link.recv_into(room[:missing])
         if count == 0:

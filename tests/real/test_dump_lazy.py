@@ -77,6 +77,23 @@ class Victim:
         """Killed from outside, before it had anything to say."""
         return reap(self.pid) == signal.SIGKILL
 
+    def goes_on_when_told(self, source: LazyDump, work: Path) -> None:
+        """It may have run elsewhere: it stays stopped, untraced, until somebody does what the message says."""
+        assert "may have started the tasks, so they stay stopped here" in source.output.read_text()
+        self.stays_stopped()
+        (command,) = re.findall(r"`(kill -CONT \d+)`", source.output.read_text())
+        subprocess.run(command.split(), check=True, timeout=30)
+        self.goes_on_here(work)
+
+    def stays_stopped(self) -> None:
+        """As by SIGSTOP, and nobody traces it."""
+
+        def is_stopped() -> bool:
+            status = Path(f"/proc/{self.pid}/status").read_text()
+            return "State:\tT (stopped)" in status and "TracerPid:\t0\n" in status
+
+        wait_for("the process to be stopped", is_stopped)
+
     def goes_on_here(self, work: Path) -> None:
         """It runs on, with every byte right."""
         is_unharmed(self.pid)
@@ -126,6 +143,8 @@ def test_migration(criu: Criu, client: str, scenario: str, program: Program, tmp
         work.mkdir()
         with restore(victim.checkpoint, daemon, work) as (restored, restorer):
             assert victim.is_frozen(source.pid)
+            if client == "criu":  # all that it says is what it has asked for: see test_dump_completion.py
+                assert restored.server.wait() == 0
             restored.go()
             assert restorer.wait(60) == 0
             restored.check_verdict()
@@ -170,6 +189,8 @@ def test_a_client_is_killed(second: str, program: Program, tmp_path: Path) -> No
             assert victim.is_frozen(source.pid)
         daemon = ours(source.port) if second == "ours" else remote_daemon(criu, source.port)
         with restore(victim.checkpoint, daemon, works[1]) as (restored, restorer):
+            if second == "criu":
+                assert restored.server.wait() == 0
             restored.go()
             assert restorer.wait(60) == 0
             restored.check_verdict()
@@ -201,7 +222,7 @@ def test_a_client_gives_up(program: Program, tmp_path: Path) -> None:
             assert victim.is_frozen(source.pid)
         source.signal(signal.SIGTERM)
         assert source.wait() == 1
-        victim.goes_on_here(tmp_path)
+        victim.goes_on_when_told(source, tmp_path)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -261,7 +282,7 @@ def test_a_client_that_never_asked(layout: Layout, program: Program, tmp_path: P
         assert victim.is_frozen(source.pid)
         source.signal(signal.SIGTERM)
         assert source.wait() == 1
-        victim.goes_on_here(tmp_path)
+        victim.goes_on_when_told(source, tmp_path)
 
 
 def test_tls(program: Program, tmp_path: Path) -> None:
@@ -301,6 +322,7 @@ def test_migration_with_tls(criu: Criu, program: Program, tmp_path: Path) -> Non
         work.mkdir()
         daemon = remote_daemon(criu, source.port, *authority.options(there))
         with restore(victim.checkpoint, daemon, work) as (restored, restorer):
+            assert restored.server.wait() == 0
             restored.go()
             assert restorer.wait(60) == 0
             restored.check_verdict()

@@ -1,0 +1,60 @@
+"""Which checkpoint this is: what tells one dump from another dump of the same processes.
+
+CRIU writes a random id into the inventory of each dump (``dump_criu_run_id``, from 4.1 on), and so does dumptool: a
+UUID, of version 8, where CRIU's are those of libuuid (4, or 1). Without one, what the processes were doing and when it
+was (``dump_uptime`` in the inventory, registers in the cores) has to tell them apart.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from hashlib import blake2b
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from images_spec import images
+from images_spec.checkpoint import open_checkpoint
+from images_spec.errors import ImageError
+from images_spec.images import Kind
+
+SIZE: Final = 16
+_OUR_VERSION: Final = 8  # RFC 9562: for whoever has a use for it
+
+
+class Identity(NamedTuple):
+    """``digest``: SIZE bytes, the same for each copy of the images. ``by_dumptool``: who has written them."""
+
+    digest: bytes
+    by_dumptool: bool
+
+
+def new_run_id() -> str:
+    """For the inventory of a dump that begins."""
+    number = int.from_bytes(os.urandom(16), "big")
+    number &= ~(0xF << 76 | 0x3 << 62)
+    return str(uuid.UUID(int=number | _OUR_VERSION << 76 | 0x2 << 62))
+
+
+def identify(directory: Path) -> Identity:
+    """Of the checkpoint in ``directory``. Raises ``ImageError``."""
+    path = directory / Kind.INVENTORY.file_name()
+    run_id = images.read_one(path, Kind.INVENTORY).dump_criu_run_id
+    if run_id:
+        return Identity(blake2b(run_id.encode(), digest_size=SIZE).digest(), _is_ours(run_id))
+    digest = blake2b(digest_size=SIZE)
+    names = [Kind.CORE.file_name(task.pid) for task in open_checkpoint(directory).tasks]
+    for name in (path.name, Kind.PSTREE.file_name(), *names):
+        try:
+            content = (directory / name).read_bytes()
+        except OSError as error:
+            raise ImageError(directory / name, f"can't be read: {error.strerror}") from None
+        digest.update(len(content).to_bytes(8, "little") + content)
+    return Identity(digest.digest(), False)
+
+
+def _is_ours(run_id: str) -> bool:
+    try:
+        return uuid.UUID(run_id).version == _OUR_VERSION
+    except ValueError:
+        return False
