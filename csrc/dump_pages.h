@@ -41,6 +41,7 @@ struct lp_scan {
 
 /*
  * Scan from *next up to end; *count runs were found in out. Done when *next has become end, else out is full.
+ * Before Linux 6.7 the entries of the file are read instead: WPALLOWED, WRITTEN and HUGE are not told then.
  */
 int lp_scan_pages(int pagemap_fd, const struct lp_scan *scan, uint64_t *next, uint64_t end, struct lp_run *out,
 		  size_t room, size_t *count);
@@ -91,6 +92,7 @@ struct lp_copy {
 	pid_t pid;
 	int mem_fd;   /* of /proc/<pid>/mem, for what process_vm_readv may not read (PROT_NONE); else -1 */
 	int pages_fd; /* written at its position */
+	int durable;	  /* have the disk begin to write what is in pages_fd at once: there will be an fsync */
 	int drop_zero;	  /* leave out pages that are all zero */
 	int drop_missing; /* leave out pages that can't be read; else they are -EFAULT */
 	const struct lp_parent *parent; /* NULL: not compared. Pages with the same bytes there are not written: */

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import struct
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -38,8 +39,19 @@ STEP_PAGES = 16384
 """Copied per call into C: how often progress is told."""
 CHUNK = 4096
 """Runs that an array has room for at first."""
+OF_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+"""Errors of a copy that come from writing, not from reading: lp_copy_pages says EFAULT for EIO there."""
+HUGE_SIZE = 2 << 20
+ENTRY_FILE = 1 << 61
+"""Of an entry of /proc/<pid>/pagemap: no anonymous page (Documentation/admin-guide/mm/pagemap.rst)."""
 
-WANTED = lib.LP_PAGE_WPALLOWED | lib.LP_PAGE_WRITTEN | lib.LP_PAGE_SOFT_DIRTY
+WANTED = (
+    lib.LP_PAGE_WPALLOWED
+    | lib.LP_PAGE_WRITTEN
+    | lib.LP_PAGE_SOFT_DIRTY
+    | lib.LP_PAGE_PFNZERO
+    | lib.LP_PAGE_HUGE
+)
 NEVER = (1 << 63, 0)
 """A category that no page has."""
 
@@ -123,10 +135,7 @@ class Runs:
 
 @lru_cache(maxsize=1)
 def guard_category() -> int:
-    """LP_PAGE_GUARD where the kernel knows it (Linux 6.15), else 0.
-
-    Raises ``DumpError`` where it has no PAGEMAP_SCAN at all.
-    """
+    """LP_PAGE_GUARD where the kernel knows it (Linux 6.15), else 0."""
     fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
     try:
         for category in (lib.LP_PAGE_GUARD, 0):
@@ -136,7 +145,7 @@ def guard_category() -> int:
                 return int(category)
     finally:
         os.close(fd)
-    raise DumpError("this kernel can't tell which pages a task has (PAGEMAP_SCAN): Linux 6.7 is needed")
+    return 0
 
 
 @dataclass(slots=True)
@@ -155,9 +164,11 @@ def scan(
     *,
     protect: bool = False,
     stack_pointers: Sequence[int] = (),
+    fresh: Collection[int] = frozenset(),
 ) -> list[Part]:
     """The pages that a process has for itself, labelled; in order.
 
+    ``fresh``: starts of mappings whose pages have all changed, whatever categories they have.
     ``protect``: write-protect them at the same time, where a userfaultfd of ours allows it: what is written
     later can then be told. Pages with a stack pointer must be there before the task runs: never lazy.
     """
@@ -173,12 +184,14 @@ def scan(
                 runs.append(mapping.entry.start, mapping.entry.end, 0)
             else:
                 _scan_mapping(pagemap_fd, mapping, protect, runs)
+                if marks.without & lib.LP_PAGE_SOFT_DIRTY:
+                    _doubt_huge_zeros(pagemap_fd, runs, first)
             lib.lp_label_runs(
                 runs.array + first,
                 runs.count - first,
                 *(
                     (marks.with_, marks.without)
-                    if marks.known and not (mapping.new or mapping.whole)
+                    if marks.known and not (mapping.entry.start in fresh or mapping.whole)
                     else NEVER
                 ),
                 marks.unchanged(lazy=mapping.lazy),
@@ -248,6 +261,21 @@ def guard_regions(pid: int, mappings: Iterable[Mapping]) -> list[Span]:
     return found
 
 
+def _doubt_huge_zeros(pagemap_fd: int, runs: Runs, first: int) -> None:
+    """Have runs with the huge zero page count as written: a read that brings it in sets no soft-dirty bit.
+
+    PAGEMAP_SCAN does not call it PFNZERO on all kernels from 6.7 on, but pagemap has never called it anonymous.
+    """
+    for index in range(first, runs.count):
+        run = runs.array[index]
+        if run.flags & lib.LP_PAGE_HUGE and not run.flags & lib.LP_PAGE_SOFT_DIRTY:
+            for address in range(run.start, run.end, HUGE_SIZE):
+                (entry,) = struct.unpack("<Q", os.pread(pagemap_fd, 8, address // PAGE_SIZE * 8))
+                if entry & ENTRY_FILE:
+                    run.flags |= lib.LP_PAGE_SOFT_DIRTY
+                    break
+
+
 def only_in_parent(parts: Iterable[Part], parent: ParentPages | None, marks: Marks) -> list[Part]:
     """The parts with PARENT only where the chain has the page; the others become data (or lazy)."""
     held, count = (ffi.NULL, 0) if parent is None else (parent.extents_pointer, len(parent.extents))
@@ -294,7 +322,8 @@ class Source:
 class Image(Protocol):
     """Where the pages of one process go, step by step.
 
-    ``pages_fd``: pages are written there, at its position. ``step_pages``: how many at once, about.
+    ``pages_fd``: pages are written there, at its position. ``step_pages``: how many at once, about. ``durable``: there
+    will be an fsync.
     """
 
     @property
@@ -302,6 +331,9 @@ class Image(Protocol):
 
     @property
     def step_pages(self) -> int: ...
+
+    @property
+    def durable(self) -> bool: ...
 
     def add(self, runs: Runs) -> None:
         """The entries that a step has made; the pages of those that are PRESENT have been written."""
@@ -321,6 +353,7 @@ class Sink(Protocol):
 class _LocalImage:
     pages_fd: int
     writer: PagemapWriter
+    durable: bool
     step_pages: int = STEP_PAGES
 
     def add(self, runs: Runs) -> None:
@@ -330,11 +363,15 @@ class _LocalImage:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A ``Sink`` on the disk: a pagemap by the given name, and pages-<pages_id>.img beside it."""
+    """A ``Sink`` on the disk: a pagemap by the given name, and pages-<pages_id>.img beside it.
+
+    ``keep``: as ``dumptool.output.Output`` has it.
+    """
 
     directory: Path
     pagemap_name: str
     pages_id: int
+    keep: Callable[[Path, int], None] | None = None
 
     @property
     def pages(self) -> Path:
@@ -349,15 +386,24 @@ class Target:
         except OSError as error:
             raise DumpError(f"{path}: can't be written: {error.strerror}") from None
         try:
-            with PagemapWriter(self.directory / self.pagemap_name, self.pages_id) as writer:
-                yield _LocalImage(pages_fd, writer)
+            with PagemapWriter(self.directory / self.pagemap_name, self.pages_id, self.keep) as writer:
+                yield _LocalImage(pages_fd, writer, self.keep is not None)
+            if self.keep is not None:
+                self.keep(path, pages_fd)
         finally:
-            os.close(pages_fd)
+            _close(pages_fd, path)
 
     def remove(self) -> None:
         """Unmake both."""
         self.pages.unlink(missing_ok=True)
         (self.directory / self.pagemap_name).unlink(missing_ok=True)
+
+
+def _close(fd: int, path: Path) -> None:
+    try:
+        os.close(fd)
+    except OSError as error:  # of a file system on a network
+        raise DumpError(f"{path}: can't be written: {error.strerror}") from None
 
 
 def write(target: Sink, source: Source, parts: Sequence[Part], marks: Marks, progress: Progress) -> Counts:
@@ -391,6 +437,7 @@ def _copied(image: Image, source: Source, part: Part, marks: Marks) -> Iterator[
                 "pid": source.pid,
                 "mem_fd": -1 if mem_fd is None else mem_fd,
                 "pages_fd": image.pages_fd,
+                "durable": image.durable,
                 "drop_zero": part.drop_zero,
                 "drop_missing": source.running,
                 "parent": parent,
@@ -417,6 +464,9 @@ def _copied(image: Image, source: Source, part: Part, marks: Marks) -> Iterator[
             if outcome == -14:  # EFAULT
                 run = part.runs.array[cursor.run]
                 raise DumpError(f"pid {source.pid}: page {run.start + cursor.offset:#x} can't be read")
+            if -outcome in OF_WRITING:
+                path = os.readlink(f"/proc/self/fd/{image.pages_fd}")
+                raise DumpError(f"{path}: can't be written: {os.strerror(-outcome)}")
             if outcome:
                 raise system_error(-outcome, f"copying pages of pid {source.pid}")
             made.count = found[0]
