@@ -2403,14 +2403,20 @@ int lp_task_bring(struct lp_task *t, uint64_t start, uint64_t end)
 		run.nr_pages = claimed ? claimed : 1;
 		if (!claimed)
 			continue; /* somebody was faster */
-		if (run.kind == LP_DATA)
+		if (run.kind == LP_DATA) {
+			uint64_t begun = trace_begins(t);
+
 			rc = copy_level(t, &run, RELEASE_LEFT, LP_NO_PAGE, NULL);
-		else
+			if (!rc)
+				trace_took(t, begun, LP_TRACE_BROUGHT, trace_source(run.source), run.addr, run.nr_pages);
+		} else {
+			trace(t, LP_TRACE_FETCHED, LP_TRACE_REMOTE, run.addr, run.nr_pages, run.image);
 			notify(t->engine, (struct lp_notice){.kind = LP_NOTICE_NEED,
 							     .task = t,
 							     .addr = run.addr,
 							     .image = run.image,
 							     .nr_pages = run.nr_pages});
+		}
 	}
 	lp_unlock_shared(&t->lock);
 	return rc;

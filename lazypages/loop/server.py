@@ -368,7 +368,7 @@ class Server:
         self._services.append(service)
         self._by_task[served] = service
         self._families.setdefault(identity.pid, []).append(service)
-        self._traced.changed(identity.pid)
+        self._traced.started(service)
         if process and not identity.forked:
             self._exits.watch(process, service.process_exited)
         if self._finished:
@@ -387,7 +387,7 @@ class Server:
             self._one_ended.set()
             family = self._families[service.identity.pid]
             family.remove(service)
-            self._traced.changed(service.identity.pid)
+            self._traced.ended(service)
             if not family and self._remote:
                 self._remote.forget(service.identity.pid)
         report = service.report()

@@ -37,7 +37,7 @@ PARASITE = b"CRIUMFD"
 class TracedTasks:
     """`families`: a restored task and what it has forked; `processes`: of the restored ones. By pid in the images.
 
-    The server changes them, and says so (:meth:`changed`).
+    The server changes them, and says so.
     """
 
     def __init__(
@@ -47,27 +47,29 @@ class TracedTasks:
         self._processes = processes
         self._finished = anyio.Event()
         self._tracers: Tracers | None = None
+        self._unknown = 0  # services of processes that are not known
+        self._tasks: dict[int, int] = {}  # pids in the images by pids here
         self._seen: dict[int, int] = {}  # tracers that are dealt with, or the restorer's, by pid of the task
 
     def restore_finished(self) -> None:
         """Before, it is the restorer that traces them."""
         self._finished.set()
 
-    def changed(self, pid: int) -> None:
-        """A family has got or lost a member."""
-        if not self._tracers:
-            return
-        if not self._families.get(pid) and (process := self._processes.get(pid)):
-            self._tracers.watch(process.pid, watched=False)
-        self._watch_forked(self._tracers)
+    def started(self, service: TaskService) -> None:
+        self._unknown += _is_unknown(service)
+        self._watch_unknown()
 
-    def _forked(self) -> list[Sequence[TaskService]]:
-        """Families with members whose processes are not known: the kernel does not tell which a task has forked."""
-        return [family for family in self._families.values() if any(one.identity.forked for one in family)]
+    def ended(self, service: TaskService) -> None:
+        """It has left its family already."""
+        self._unknown -= _is_unknown(service)
+        self._watch_unknown()
+        if self._tracers and service.process and not self._families.get(service.identity.pid):
+            self._tracers.watch(service.process.pid, watched=False)
 
-    def _watch_forked(self, tracers: Tracers) -> None:
+    def _watch_unknown(self) -> None:
         """Any process may be one of them: whoever attaches to one is held until we have looked at it."""
-        tracers.watch(0, watched=bool(self._forked()))
+        if self._tracers:
+            self._tracers.watch(0, watched=self._unknown > 0)
 
     async def run(self) -> None:
         await self._finished.wait()
@@ -81,9 +83,10 @@ class TracedTasks:
                 self._tracers = tracers
                 group.start_soon(self._drive, tracers)
                 try:
+                    self._tasks = {process.pid: pid for pid, process in self._processes.items()}
                     for process in self._processes.values():
                         tracers.watch(process.pid, watched=True)
-                    self._watch_forked(tracers)
+                    self._watch_unknown()
                     if not tracers.told:
                         log.debug("the kernel does not tell who traces tasks: looking at them in turn")
                         group.start_soon(self._poll, tracers)
@@ -106,16 +109,15 @@ class TracedTasks:
         if not attach.pid:
             self._look(tracers, list(self._processes.values()))
             return
-        self._seen[attach.pid] = attach.tracer
-        task = next((pid for pid, process in self._processes.items() if process.pid == attach.pid), None)
+        task = self._tasks.get(attach.pid)
         if task is not None:
+            self._seen[attach.pid] = attach.tracer
             families = [self._families.get(task, ())]
             name = f"task {task}"
         else:
-            # What a task has forked: the kernel does not tell which process that is.
-            families = self._forked()
+            families = [family for family in self._families.values() if any(map(_is_unknown, family))]
             name = f"process {attach.pid}, which a task has forked,"
-            if not families or not await to_thread.run_sync(_misses_pages, attach.pid):
+            if not self._unknown or not await to_thread.run_sync(_misses_pages, attach.pid):
                 families = []
             elif attach.error == errno.EAGAIN:
                 tracers.report(attach.pid, attach.tracer, attach.owner)
@@ -159,7 +161,11 @@ class TracedTasks:
         for process in self._processes.values():
             self._seen[process.pid] = tracer_of(process.pid)  # the restorer, if it has not let go yet
         while True:
-            waiting = [self._processes[pid] for pid in tuple(self._families) if pid in self._processes]
+            waiting = [
+                self._processes[pid]
+                for pid, family in self._families.items()
+                if family and pid in self._processes
+            ]
             for start in range(0, len(waiting), POLLS):
                 await anyio.sleep(POLL_PAUSE)
                 self._look(tracers, waiting[start : start + POLLS])
@@ -172,6 +178,11 @@ class TracedTasks:
             if tracer and tracer != self._seen.get(process.pid):
                 tracers.report(process.pid, tracer, tracer)
             self._seen[process.pid] = tracer
+
+
+def _is_unknown(service: TaskService) -> bool:
+    """Whether its process is not known: the kernel does not tell which one a task has forked."""
+    return service.identity.forked or service.process is None
 
 
 def _describe(pid: int) -> str:
