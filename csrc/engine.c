@@ -1346,44 +1346,58 @@ static void replay(struct lp_task *t, struct lp_task *child, const struct unrest
 }
 
 /*
- * A child has the guards that its parent had when it forked: what is behind them is dropped in both (the layout was at rest a
- * moment ago).  What the parent installs until its page tables are read, right now, counts as installed before.  A change that has
- * begun meanwhile may have put another mapping in the place of one that the space knows: then nothing is dropped, and what the
- * child is brought can end its guards.
+ * A page where the parent has a guard by now: has the child one, too?  Poison is not placed over a guard (EEXIST).  Where it is
+ * placed there was none when the process forked, and the page takes its place at once: the child does not run yet, or hardly.
  */
-static void drop_guarded(struct lp_task *t)
+static void inherit_page(struct lp_task *child, const struct lp_answer *page)
+{
+	const struct lp_level *level = &child->levels[page->source];
+	struct uffdio_poison poison = {.range = {.start = page->addr, .len = LP_PAGE_SIZE}};
+	struct uffdio_copy copy = {
+		.dst = page->addr, .src = (uintptr_t)level->base + page->offset, .len = LP_PAGE_SIZE};
+
+	if (lp_pages_held(level->fd, page->offset, 1) != 1 || !lp_space_claim(child->space, page->dense, 1))
+		return;
+	if (ioctl(child->uffd, UFFDIO_POISON, &poison) && poison.updated == -EEXIST) {
+		drop_pages(child, page, 0, 1);
+	} else if (poison.updated > 0 && !ioctl(child->uffd, UFFDIO_COPY, &copy)) {
+		add(&child->copied[page->source], 1);
+		lp_space_commit(child->space, page->dense, 1);
+	} else {
+		lp_space_release(child->space, page->dense, 1); /* a copy over poison heals it */
+	}
+}
+
+/* A child has the guards that its parent had when it forked, and its process is not known: they are looked for in the parent. */
+static void inherit_guards(struct lp_task *t, struct lp_task *child)
 {
 	struct lp_guarded *g = &t->engine->guarded;
 	struct lp_guarded_task task = guarded_task(t);
-	struct lp_counts dropped = {.nr_levels = t->nr_levels};
-	size_t nr_regions = lp_space_nr_regions(t->space);
-	struct seen guards = {0};
-	struct lp_range found;
+	size_t nr = lp_space_nr_regions(t->space);
+	struct lp_range guard;
 	uint64_t at, end;
 	int fd;
 
-	if (!g->category || !t->pid || !nr_regions || !lp_space_pending(t->space))
+	if (!g->category || !t->pid || !nr || !lp_space_pending(child->space))
 		return;
-	at = lp_space_regions(t->space)[0].start;
-	end = lp_space_regions(t->space)[nr_regions - 1].end;
 	fd = lp_guarded_take(g, &task);
 	if (fd < 0)
 		return;
-	for (; !lp_guarded_scan(fd, g->category, at, end, &found) && found.start < found.end; at = found.end)
-		add_seen(&guards, found.start, found.end, false);
-	lp_guarded_give(g, t, fd);
-	dropped.by_source = calloc(t->nr_levels + 2, sizeof(uint64_t));
-	if (dropped.by_source && guards.kept.nr && at_rest(t)) {
-		for (size_t i = 0; i < guards.kept.nr; i++) {
-			const struct lp_range *guard = &guards.kept.at[i];
+	at = lp_space_regions(t->space)[0].start;
+	end = lp_space_regions(t->space)[nr - 1].end;
+	for (; !lp_guarded_scan(fd, g->category, at, end, &guard) && guard.start < guard.end; at = guard.end)
+		for (uint64_t addr = guard.start; addr < guard.end;) {
+			struct lp_answer run =
+				lp_space_lookup(child->space, addr, (guard.end - addr) >> LP_PAGE_SHIFT);
 
-			lp_space_remove(t->space, guard->start, guard->end, &dropped);
-			wake(t, guard->start, (guard->end - guard->start) >> LP_PAGE_SHIFT);
+			addr += run.nr_pages << LP_PAGE_SHIFT;
+			for (uint64_t i = 0; run.kind == LP_DATA && i < run.nr_pages; i++) {
+				struct lp_answer page = rest_of(&run, i);
+
+				inherit_page(child, &page);
+			}
 		}
-		drop_into(t, dropped.by_source);
-	}
-	free(dropped.by_source);
-	free(guards.kept.at);
+	lp_guarded_give(g, t, fd);
 }
 
 static void forked(struct lp_task *t, const struct lp_change *fork, const struct unrest *unrest)
@@ -1402,8 +1416,6 @@ static void forked(struct lp_task *t, const struct lp_change *fork, const struct
 	child->untold = &lost;
 	child->tag = t->tag;
 	learn_wiped(t, fork->seen);
-	if (!unrest->before)
-		drop_guarded(t);
 	dropped.by_source = calloc(t->nr_levels + 2, sizeof(uint64_t));
 	if (dropped.by_source && unrest->before)
 		replay(t, child, unrest, fork->to, &dropped);
@@ -1427,6 +1439,7 @@ static void forked(struct lp_task *t, const struct lp_change *fork, const struct
 	child->is_child = true;
 	number_memory(child, t->number);
 	lp_plan_init(&child->plan, t->plan.max_window);
+	inherit_guards(t, child);
 	task_link(child); /* whoever is told of it may close it at once */
 	/* told before it is served, so that its first notice comes after this one */
 	notify(t->engine, (struct lp_notice){.kind = LP_NOTICE_FORKED, .task = child});

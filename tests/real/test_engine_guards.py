@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import resource
+import select
 import signal
 from collections.abc import Iterable
 from contextlib import ExitStack, suppress
@@ -158,6 +159,23 @@ def test_a_child_has_its_parents_guards(file: PagesFile) -> None:
             check(one, file)
             guard(one, advice=MADV_GUARD_REMOVE)
             check(one, file, removed=True)
+
+
+def test_a_guard_that_the_child_has_not(file: PagesFile) -> None:
+    """The parent has forked, of which nobody has been told, and installs a guard: in the child there is data."""
+    with ExitStack() as stack:
+        service = Service()  # which reads no events yet
+        task, _ = serve(service, file)
+        stack.callback(task.close)
+        guard(task, GUARDS[:3])
+        task.do("fork_apart")
+        assert select.select([task.uffd], [], [], 60)[0]
+        guard(task, GUARDS[3:])
+        stack.enter_context(service)
+        child = service.adopt(task.forked())
+        child_served = service.wait(NoticeKind.FORKED).task
+        bring_all(child_served)
+        check(child, file, GUARDS[:3])
 
 
 def test_moved(file: PagesFile) -> None:

@@ -105,6 +105,8 @@ class Task:
         self._control = control
         self.pid = pid
         self.process = process
+        self.uffd = -1
+        """The one that it has handed over last; not its owner."""
 
     @classmethod
     def start(cls) -> Task:
@@ -152,7 +154,8 @@ class Task:
     def received_uffd(self) -> int:
         """The answer to "uffd"."""
         self.reply()
-        return self._receive_fd()
+        self.uffd = self._receive_fd()
+        return self.uffd
 
     def fork(self, *, orphan: bool = False) -> Task:
         """A child, which ends with it unless it may become an orphan."""

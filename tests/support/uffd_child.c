@@ -856,6 +856,31 @@ static void fork_child(bool orphan)
 
 static void obey_all(void);
 
+static void *fork_thread(void *arg)
+{
+	pid_t parent = getpid();
+
+	(void)arg;
+	fork_child(false);
+	if (getpid() != parent) {
+		obey_all();
+		_exit(0);
+	}
+	for (;;) /* the child ends with the thread that has made it */
+		pause();
+}
+
+/* A thread forks, which takes until the event is read; the others go on. */
+static void fork_apart(void)
+{
+	pthread_t thread;
+
+	if (pthread_create(&thread, NULL, fork_thread, NULL))
+		_exit(4);
+	pthread_detach(thread);
+	say("ok");
+}
+
 static int heir(void *arg)
 {
 	(void)arg;
@@ -996,6 +1021,8 @@ static void obey(const char *name, const uint64_t *a)
 		race(a[0], a[1], a[2], a[3], a[4], a[5], a[6]);
 	} else if (!strcmp(name, "fork")) {
 		fork_child(a[0]);
+	} else if (!strcmp(name, "fork_apart")) {
+		fork_apart();
 	} else if (!strcmp(name, "leave")) {
 		leave();
 	} else if (!strcmp(name, "drop")) {
