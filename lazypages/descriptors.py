@@ -26,7 +26,7 @@ PER_TASK = 2
 PER_SERVER = 8
 
 #: Of the daemon itself beside what is open when the images have been read: control socket, guard, engine, event loop.
-DAEMON = 24
+DAEMON = 32
 
 #: Kept back for what the tasks fork: a userfaultfd each.
 FOR_FORKS = 32

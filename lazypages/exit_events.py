@@ -7,14 +7,13 @@ the socket lets in only ends by signals, so a busy machine does not wake the dae
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import socket
 import struct
 from typing import Self
 
-from lazypages._uffd import lib
+from lazypages._uffd import ffi, lib
 
 _NETLINK_CONNECTOR = 11
 _CN_IDX_PROC, _CN_VAL_PROC = 1, 1
@@ -62,11 +61,11 @@ class ExitEvents:
             socket.AF_NETLINK, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK, _NETLINK_CONNECTOR
         )
         try:
-            program = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *step) for step in _FILTER))
+            program = ffi.from_buffer(b"".join(struct.pack("=HBBI", *step) for step in _FILTER))
             self._socket.setsockopt(
                 socket.SOL_SOCKET,
                 _SO_ATTACH_FILTER,
-                struct.pack("@HP", len(_FILTER), ctypes.addressof(program)),
+                struct.pack("@HP", len(_FILTER), int(ffi.cast("uintptr_t", program))),
             )
             self._socket.bind((0, _CN_IDX_PROC))
             self._say(_LISTEN)

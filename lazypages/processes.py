@@ -68,8 +68,8 @@ class Process:
         """Sends SIGKILL; to all that it has forked first, on demand. Raises OSError if they can't be looked for."""
         try:
             if descendants:
-                # A zombie takes signals, too: as long as this works, its number is no other's.
-                signal.pidfd_send_signal(self._pidfd, 0)
+                # So that it forks no more. (A zombie takes signals, too: as long as this works, its number is its own.)
+                signal.pidfd_send_signal(self._pidfd, signal.SIGSTOP)
                 self._reserve.attempt(lambda: _kill_children(self.pid))
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
         except ProcessLookupError:
@@ -208,6 +208,7 @@ def _kill_children(parent: int) -> None:
         try:
             # A number that has become another's since it was read: that one has another parent, or is a child, too.
             if _parent(child) == parent:
+                signal.pidfd_send_signal(pidfd, signal.SIGSTOP)
                 _kill_children(child)
                 signal.pidfd_send_signal(pidfd, signal.SIGKILL)
         except ProcessLookupError:

@@ -325,9 +325,8 @@ class Server:
         except OSError as error:
             if process:
                 process.kill()
-                self._processes[event.pid] = (
-                    process  # the uffd stays open, and the guard knows this pidfd of it
-                )
+                # The uffd stays open, and the guard knows this pidfd of it.
+                self._processes[event.pid] = process
                 self._held.add(event.pid)
             raise ControlError(f"task {event.pid} can't be served: {error.strerror}") from error
         identity = Identity(f"task {event.pid}", event.pid, False, expected.lazy_pages, expected.sources)

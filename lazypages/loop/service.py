@@ -359,6 +359,9 @@ class TaskService:
 
     async def _learn_end(self) -> None:
         """Its memory is gone, and it missed pages: was that its own doing?"""
+        if self._state is not State.SERVING:  # lost pages, or was killed for a reason of ours
+            self._ended.set()
+            return
         for _ in range(END_LOOKS):
             if (state := self._how_it_ended()) is not State.SERVING:
                 self._end(state)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import socket
 import stat
 import struct
@@ -17,6 +18,7 @@ import anyio
 import pytest
 from anyio import to_thread
 
+from lazypages import control_socket
 from lazypages._uffd import ffi, lib
 from lazypages.control import (
     FINISH,
@@ -28,6 +30,7 @@ from lazypages.control import (
     accept,
 )
 from lazypages.control_socket import SOCKET_NAME, ControlError, ControlSocket
+from lazypages.descriptors import NoDescriptorError
 from lazypages.loop.run import LOOPS
 
 Run = Callable[..., Any]
@@ -250,6 +253,38 @@ def test_too_many_fds(run: Run, control: ControlSocket, peer: socket.socket) -> 
     assert "3 file descriptors" in error
     os.close(writer)
     assert os.read(reader, 1) == b""
+    os.close(reader)
+
+
+def test_no_descriptor_is_free(control: ControlSocket, peer: socket.socket) -> None:
+    """What has been sent stays where it is, for later."""
+    reader, writer = os.pipe()
+    peer.sendall(word(5))
+    send_fds(peer, writer)
+    peer.sendall(word(-6))
+    os.close(writer)
+    caller = control.take()
+    assert caller
+    with caller[0] as connection:
+        before = resource.getrlimit(resource.RLIMIT_NOFILE)
+        free = os.dup(reader)
+        os.close(free)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free, before[1]))
+        try:
+            for _ in range(2):
+                with pytest.raises(NoDescriptorError):
+                    control_socket.receive(connection, 5)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        first = control_socket.receive(connection, 4)
+        assert (first.data, first.fds) == (word(5), [])
+        data, (received,), sender = control_socket.receive(connection, 1)
+        assert (data, sender) == (b"\0", os.getpid())
+        os.write(received, b"x")
+        os.close(received)
+        assert control_socket.receive(connection, 4) == (word(-6), [], os.getpid())
+    assert os.read(reader, 8) == b"x"
+    assert os.read(reader, 8) == b""  # no other copy is left
     os.close(reader)
 
 
