@@ -62,6 +62,7 @@ REFUSED_BACKOFF: Final = (0.2, 10.0)  # the same for a page that all servers ref
 # Rounds after which a page is lost that every server has said it has not, or can't read: what was wrong with a disk, or
 # with the memory of a frozen task, may pass. By the pauses above that is about 3 s.
 DENIED_ROUNDS: Final = 5
+REFUSED_WINDOW: Final = 256  # requests for refused pages that are on their way on one lane
 WARN_INTERVAL: Final = 30.0  # s
 TICK: Final = 0.1  # s between looks at what waits, while something does
 NS_PER_S: Final = 1e9
@@ -163,6 +164,10 @@ class _Lane:
         return self.codec is not None and bool(self.codec.features)
 
     @property
+    def answers_missing(self) -> bool:
+        return self.codec is not None and bool(self.codec.features & Features.MISSING)
+
+    @property
     def load(self) -> _Load:
         """What is on its way, and how much may be."""
         if self.engine is None:
@@ -245,6 +250,7 @@ class RemotePages:
         self._backlog = Backlog()
         self._wake = anyio.Event()
         self._room = anyio.Event()
+        self._refused_at = 0.0  # s: when refused pages are looked at next
         self._closing = False
         self._abandoned = False
 
@@ -354,8 +360,11 @@ class RemotePages:
             if (wanted := backlog.take(URGENT_MAX_PAGES, fastest, urgent=True)) is None:
                 break
             self._send(fastest, wanted)
-        if backlog.refused:
-            self._dispatch_refused()
+        if backlog.refused and (now := time.monotonic()) >= self._refused_at:
+            self._dispatch_refused(now)
+            # A file that was cut short may cost thousands: looking at them is not to take all our time.
+            after = time.monotonic()
+            self._refused_at = 2 * after - now
         if backlog.queued_pages(urgent=False):
             for lane in sorted(self._background_lanes(), key=lambda lane: lane.load.background):
                 self._dispatch_background(lane)
@@ -369,18 +378,33 @@ class RemotePages:
                 return
             self._send(lane, wanted)
 
-    def _dispatch_refused(self) -> None:
-        """Pages that a server has refused go alone, to a server that has not: it may close for them, too."""
-        now = time.monotonic()
+    def _dispatch_refused(self, now: float) -> None:
+        """Pages that a server has refused go to a server that has not; alone, if it may close for them, too."""
         up = [server for server in self._servers if any(lane.up for lane in server.lanes)]
+        answering: dict[
+            _Server, _Lane
+        ] = {}  # that answer when a page is missing, and how much they may be sent
+        for lane in self._background_lanes():
+            if lane.answers_missing:
+                answering.setdefault(lane.server, lane)
+        room = {lane: REFUSED_WINDOW - lane.load.requests for lane in answering.values()}
         for wanted in list(self._backlog.refused):
             if wanted.not_before > now:
                 continue
+            if up and len(answering) == len(up) and max(room.values()) <= 0:
+                break
             candidates = [server for server in up if server not in wanted.refused]
             if up and not candidates:
                 wanted.refused.clear()  # refused by all: each gets another chance, later
                 wanted.not_before = now + _pause(REFUSED_BACKOFF, wanted.attempts)
                 wanted.attempts += 1
+                continue
+            if told := [answering[server] for server in candidates if server in answering]:
+                lane = max(told, key=lambda lane: room[lane])
+                if room[lane] > 0:
+                    room[lane] -= 1
+                    self._backlog.retake(wanted, lane)
+                    self._send(lane, wanted)
                 continue
             lanes = [lane for server in candidates for lane in server.lanes if not lane.urgent_only]
             lanes.sort(key=lambda lane: lane.reserved is None)  # the one that is kept free for it

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -241,3 +242,14 @@ def test_a_frozen_task(tmp_path: Path) -> None:
             assert source_of_pages.wait() == 0
             assert "can't be read, and is lost" in source_of_pages.story()
             assert fetched.stats[0].connections == 2
+
+
+def test_most_of_a_file_is_gone(tmp_path: Path) -> None:
+    """Thousands of lost pages take seconds, not the square of that."""
+    contents = write_images(tmp_path / "images", {77: [(0, 4000)]})
+    with page_server(tmp_path / "images", "--lazy-pages", output=tmp_path / "out") as server:
+        server.wait_ready()
+        os.truncate(tmp_path / "images" / "pages-1.img", 1000 * PAGE_SIZE)
+        fetched = fetch([server.address], list(contents), timeout=100)
+    assert fetched.pages == {place(page): contents[place(page)] for page in range(1000)}
+    assert fetched.lost.keys() == {place(page) for page in range(1000, 4000)}
