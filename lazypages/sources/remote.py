@@ -62,6 +62,9 @@ REFUSED_BACKOFF: Final = (0.2, 10.0)  # the same for a page that all servers ref
 # Rounds after which a page is lost that every server has said it has not, or can't read: what was wrong with a disk, or
 # with the memory of a frozen task, may pass. By the pauses above that is about 3 s.
 DENIED_ROUNDS: Final = 5
+SUSPECT_PAUSE: Final = (
+    0.5  # s for which a new connection that has brought nothing is not risked for a refused page
+)
 REFUSED_WINDOW: Final = 256  # requests for refused pages that are on their way on one lane
 WARN_INTERVAL: Final = 30.0  # s
 TICK: Final = 0.1  # s between looks at what waits, while something does
@@ -142,6 +145,8 @@ class _Lane:
     down: bool = False
     silent: bool = False
     answered: bool = False  # the server has said something, so it is one
+    brought: bool = False  # pages, to us
+    up_since: float = 0.0  # s
     heard: float = 0.0  # when the last byte came, or the first of what is due was asked for
     window: Window = field(default_factory=Window)
     trial: Trial = field(default_factory=Trial)
@@ -162,6 +167,11 @@ class _Lane:
     @property
     def ours(self) -> bool:
         return self.codec is not None and bool(self.codec.features)
+
+    @property
+    def has_brought(self) -> bool:
+        """Whether pages have come on it."""
+        return self.brought or bool(self.engine and self.engine.state().pages)
 
     @property
     def answers_missing(self) -> bool:
@@ -406,7 +416,13 @@ class RemotePages:
                     self._backlog.retake(wanted, lane)
                     self._send(lane, wanted)
                 continue
-            lanes = [lane for server in candidates for lane in server.lanes if not lane.urgent_only]
+            # First what else a connection is good for: if each began with such a page, nothing else would ever come.
+            lanes = [
+                lane
+                for server in candidates
+                for lane in server.lanes
+                if not lane.urgent_only and (lane.has_brought or now - lane.up_since > SUSPECT_PAUSE)
+            ]
             lanes.sort(key=lambda lane: lane.reserved is None)  # the one that is kept free for it
             for lane in [lane for lane in lanes if lane.reserved is wanted or lane.usable][:1]:
                 lane.reserved = wanted
@@ -575,6 +591,7 @@ class RemotePages:
 
     def _answered(self, lane: _Lane, answer: wire.Answered) -> None:
         asked, nr_pages, frame = answer
+        lane.brought = lane.brought or nr_pages > 0
         now = time.monotonic()
         sent, size, urgent = lane.sent.popleft()
         if urgent:
@@ -704,7 +721,7 @@ class RemotePages:
         assert lane.codec is not None
         lane.heard = time.monotonic()
         self._hand_over(lane)
-        lane.up, lane.silent = True, False
+        lane.up, lane.silent, lane.up_since = True, False, lane.heard
         lane.server.many = bool(lane.codec.features & Features.CONNECTIONS)
         lane.server.stats.connected = True
         lane.server.stats.connections += 1
