@@ -56,7 +56,7 @@ class Backlog:
         self._tasks: dict[int, list[Wanted]] = {}  # sorted by address
         self._queues: dict[bool, deque[Wanted]] = {True: deque(), False: deque()}
         self._queued_pages = {True: 0, False: 0}
-        self.refused: list[Wanted] = []
+        self.refused: dict[Wanted, None] = {}  # in this order
 
     def __bool__(self) -> bool:
         return bool(self._tasks)
@@ -142,7 +142,7 @@ class Backlog:
         """`wanted` was asked for in vain; it is the next to be sent."""
         wanted.owner = None
         if wanted.suspect:
-            self.refused.append(wanted)
+            self.refused[wanted] = None
         else:
             self._enqueue(wanted, first=True)
 
@@ -163,11 +163,11 @@ class Backlog:
         wanted.refused.add(server)
         if said:
             wanted.denied.add(server)
-        self.refused.append(wanted)
+        self.refused[wanted] = None
 
     def retake(self, wanted: Wanted, owner: object) -> None:
         """A refused range is sent once more."""
-        self.refused.remove(wanted)
+        del self.refused[wanted]
         wanted.owner = owner
 
     def drop(self, wanted: Wanted) -> None:
@@ -238,7 +238,7 @@ class Backlog:
     def _remove(self, wanted: Wanted) -> None:
         wanted.gone = True
         if wanted in self.refused:
-            self.refused.remove(wanted)
+            del self.refused[wanted]
         ranges = self._tasks[wanted.pid]
         del ranges[bisect_left(ranges, wanted.start, key=_start)]
         if not ranges:

@@ -67,6 +67,10 @@ REFUSED_BACKOFF: Final = (0.2, 10.0)  # the same for a page that all servers ref
 # Rounds after which a page is lost that every server has said it has not, or can't read: what was wrong with a disk, or
 # with the memory of a frozen task, may pass. By the pauses above that is about 3 s.
 DENIED_ROUNDS: Final = 5
+SUSPECT_PAUSE: Final = (
+    0.5  # s for which a new connection that has brought nothing is not risked for a refused page
+)
+REFUSED_WINDOW: Final = 256  # requests for refused pages that are on their way on one lane
 WARN_INTERVAL: Final = 30.0  # s
 TICK: Final = 0.1  # s between looks at what waits, while something does
 NS_PER_S: Final = 1e9
@@ -165,6 +169,8 @@ class _Lane:
     down: bool = False
     silent: bool = False
     answered: bool = False  # the server has said something, so it is one
+    brought: bool = False  # pages, to us
+    up_since: float = 0.0  # s
     heard: float = 0.0  # when the last byte came, or the first of what is due was asked for
     window: Window = field(default_factory=Window)
     trial: Trial = field(default_factory=Trial)
@@ -196,6 +202,15 @@ class _Lane:
         """Whether this was the one connection that a server of CRIU's takes."""
         answered = self.answered or bool(self.engine and self.engine.state().pages)
         return self.codec is not None and not self.ours and answered
+
+    @property
+    def has_brought(self) -> bool:
+        """Whether pages have come on it."""
+        return self.brought or bool(self.engine and self.engine.state().pages)
+
+    @property
+    def answers_missing(self) -> bool:
+        return self.codec is not None and bool(self.codec.features & Features.MISSING)
 
     @property
     def load(self) -> _Load:
@@ -284,6 +299,7 @@ class RemotePages:
         self._wake = anyio.Event()
         self._room = anyio.Event()
         self._client = int.from_bytes(os.urandom(8), "little")
+        self._refused_at = 0.0  # s: when refused pages are looked at next
         self._closing = False
         self._ending = _Ending.COMPLETE
         self._completed = anyio.Event()
@@ -394,8 +410,11 @@ class RemotePages:
             if (wanted := backlog.take(URGENT_MAX_PAGES, fastest, urgent=True)) is None:
                 break
             self._send(fastest, wanted)
-        if backlog.refused:
-            self._dispatch_refused()
+        if backlog.refused and (now := time.monotonic()) >= self._refused_at:
+            self._dispatch_refused(now)
+            # A file that was cut short may cost thousands: looking at them is not to take all our time.
+            after = time.monotonic()
+            self._refused_at = 2 * after - now
         if backlog.queued_pages(urgent=False):
             for lane in sorted(self._background_lanes(), key=lambda lane: lane.load.background):
                 self._dispatch_background(lane)
@@ -409,20 +428,41 @@ class RemotePages:
                 return
             self._send(lane, wanted)
 
-    def _dispatch_refused(self) -> None:
-        """Pages that a server has refused go alone, to a server that has not: it may close for them, too."""
-        now = time.monotonic()
+    def _dispatch_refused(self, now: float) -> None:
+        """Pages that a server has refused go to a server that has not; alone, if it may close for them, too."""
         up = [server for server in self._servers if any(lane.up for lane in server.lanes)]
+        answering: dict[
+            _Server, _Lane
+        ] = {}  # that answer when a page is missing, and how much they may be sent
+        for lane in self._background_lanes():
+            if lane.answers_missing:
+                answering.setdefault(lane.server, lane)
+        room = {lane: REFUSED_WINDOW - lane.load.requests for lane in answering.values()}
         for wanted in list(self._backlog.refused):
             if wanted.not_before > now:
                 continue
+            if up and len(answering) == len(up) and max(room.values()) <= 0:
+                break
             candidates = [server for server in up if server not in wanted.refused]
             if up and not candidates:
                 wanted.refused.clear()  # refused by all: each gets another chance, later
                 wanted.not_before = now + _pause(REFUSED_BACKOFF, wanted.attempts)
                 wanted.attempts += 1
                 continue
-            lanes = [lane for server in candidates for lane in server.lanes if not lane.urgent_only]
+            if told := [answering[server] for server in candidates if server in answering]:
+                lane = max(told, key=lambda lane: room[lane])
+                if room[lane] > 0:
+                    room[lane] -= 1
+                    self._backlog.retake(wanted, lane)
+                    self._send(lane, wanted)
+                continue
+            # First what else a connection is good for: if each began with such a page, nothing else would ever come.
+            lanes = [
+                lane
+                for server in candidates
+                for lane in server.lanes
+                if not lane.urgent_only and (lane.has_brought or now - lane.up_since > SUSPECT_PAUSE)
+            ]
             lanes.sort(key=lambda lane: lane.reserved is None)  # the one that is kept free for it
             for lane in [lane for lane in lanes if lane.reserved is wanted or lane.usable][:1]:
                 lane.reserved = wanted
@@ -600,6 +640,7 @@ class RemotePages:
 
     def _answered(self, lane: _Lane, answer: wire.Answered) -> None:
         asked, nr_pages, frame = answer
+        lane.brought = lane.brought or nr_pages > 0
         now = time.monotonic()
         sent, size, urgent = lane.sent.popleft()
         if urgent:
@@ -732,7 +773,7 @@ class RemotePages:
         assert lane.codec is not None
         lane.heard = time.monotonic()
         self._hand_over(lane)
-        lane.up, lane.silent = True, False
+        lane.up, lane.silent, lane.up_since = True, False, lane.heard
         lane.server.many = bool(lane.codec.features & Features.CONNECTIONS)
         lane.server.stats.connected = True
         lane.server.stats.connections += 1

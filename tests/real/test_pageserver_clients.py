@@ -449,3 +449,20 @@ def test_an_address_for_all_is_warned_of(images: tuple[Path, Contents], tmp_path
     ) as server:
         server.wait_ready()
         assert "WARNING --insecure: everybody who reaches 0.0.0.0 can read" in server.story()
+
+
+def test_a_server_that_is_not_roots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own user and root may connect, nobody else."""
+    monkeypatch.setattr(os, "geteuid", lambda: STRANGER)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        for user in (STRANGER, 0, STRANGER - 1):
+            with socket_of(user, socket.AF_INET, listener.getsockname()):
+                accepted, _ = listener.accept()
+                with accepted:
+                    if user in {STRANGER, 0}:
+                        peers.check_peer(accepted)
+                    else:
+                        with pytest.raises(
+                            peers.StrangerError, match=f"of user {user}, and this server is of"
+                        ):
+                            peers.check_peer(accepted)

@@ -109,7 +109,7 @@ class BacklogMachine(RuleBasedStateMachine):
     @rule(owner=owners)
     def retake(self, owner: str) -> None:
         if self.backlog.refused:
-            wanted = self.backlog.refused[0]
+            wanted = next(iter(self.backlog.refused))
             (place,) = self._places(wanted)
             self.backlog.retake(wanted, owner)
             self.pages[place] = owner
