@@ -48,16 +48,28 @@ def level_names(count: int) -> tuple[str, ...]:
 def expect(images_dir: Path, *, remote: bool, others: Sequence[Path] = ()) -> dict[int, Expected]:
     """Reads and checks all of a checkpoint, maps its pages; by pid. Raises ImageError, before anything is served.
 
-    ``others``: image directories to look into for lazy pages that this one lacks, in this order. Pages that no
-    source has are refused here: a restore that needs them can't end well.
+    ``others``: image directories of the same dump to look into for lazy pages that this one lacks, in this order. Pages
+    that no source has are refused here: a restore that needs them can't end well.
     """
     checkpoint = open_checkpoint(images_dir)
+    _check_same_dump(images_dir, others)
     known = [open_checkpoint(directory) for directory in others]
     mapped = MappedPages()
     return {
         task.pid: _expect_task(checkpoint.load_task(task.pid, remote), checkpoint, known, mapped)
         for task in checkpoint.tasks
     }
+
+
+def _check_same_dump(images_dir: Path, others: Sequence[Path]) -> None:
+    """Raises ImageError: what another dump has of the same addresses is memory of another moment."""
+    if not others:
+        return
+    from images_spec.identity import identify  # noqa: PLC0415 - only needed beside other directories
+
+    for directory in others:
+        if identify(directory) != identify(images_dir):
+            raise ImageError(directory, f"is not of the same dump as {images_dir}: no page is taken from it")
 
 
 def written_by(images_dir: Path) -> Layout | None:

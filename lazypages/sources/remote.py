@@ -815,9 +815,8 @@ class RemotePages:
         """
         told, checkpoint = self._options.layout, self._options.checkpoint
         must_agree = lane.server.agreed or bool(checkpoint and checkpoint.by_dumptool)
-        if told and not (
-            must_agree or lane.second
-        ):  # a second one must show that it is better than the first
+        # A second one must show that it is better than the first.
+        if told and not (must_agree or lane.second):
             lane.codec = ClientCodec(told)
             return
         address = lane.server.address

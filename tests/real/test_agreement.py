@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from tests.real.test_one_destination import destination
 from tests.real.test_remote_criu import lazy_pages, read_memory
 from tests.real.test_serve_remote import page_server_at
 from tests.support.criu import Criu, raised_pipe_limit
+from tests.support.dumptool import check
 from tests.support.pages import fetch
 from tests.support.processes import nothing_left, start, wait_for
 from tests.support.proxy import Fault, Proxy
@@ -181,3 +184,18 @@ def test_a_page_server_without_an_inventory(
         with page_server_at(*at, images=bare, work=tmp_path / "again"):
             restored.wait_restored(program)
             restored.check_memory()
+
+
+def test_a_directory_of_another_dump(program: Program, tmp_path: Path) -> None:
+    """--source local:DIR with the same processes at another moment: refused before a restore can connect."""
+    with running(OLD, "single", program, tmp_path) as victim:
+        images, other = tmp_path / "images", tmp_path / "other"
+        for directory in (images, other):
+            check("dump", "-t", victim.pid, "-D", directory, "-R")
+        leave_at_source(images, tmp_path / "left")
+        command = [sys.executable, "-m", "lazypages", "serve", "-D", tmp_path / "left", "--source"]
+        done = subprocess.run(
+            [*command, f"local:{other}"], capture_output=True, timeout=60, check=False, text=True
+        )
+        assert done.returncode == 1
+        assert f"{other}: is not of the same dump as {tmp_path / 'left'}" in done.stderr
