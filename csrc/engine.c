@@ -1628,10 +1628,9 @@ static void read_failed(struct lp_task *t, int error)
 {
 	struct epoll_event none = {.data.ptr = t};
 
-	if (!t->read_error) {
+	if (!t->read_error)
 		notify_task(t, LP_NOTICE_FAILED, error);
-		epoll_ctl(t->engine->epfd, EPOLL_CTL_MOD, t->uffd, &none); /* it stays readable */
-	}
+	epoll_ctl(t->engine->epfd, EPOLL_CTL_MOD, t->uffd, &none); /* it stays readable */
 	t->read_error = error;
 	t->next_read = now_ns() + READ_RETRY_NS;
 }
@@ -2354,12 +2353,14 @@ int64_t lp_task_transfer(struct lp_task *t, uint64_t max_bytes)
 			continue;
 		}
 		if (changing) {
-			const struct timespec pause = {.tv_nsec = CHANGING_PAUSE_NS};
+			const struct timespec pause = {.tv_nsec = CHANGING_PAUSE_NS}, turn = {.tv_nsec = RETRY_MOST_NS};
 
-			nanosleep(&pause, NULL);
-			if (!occupies && atomic_exchange(&t->occupied, true))
+			if (!occupies && atomic_exchange(&t->occupied, true)) {
+				nanosleep(&turn, NULL);
 				continue;
+			}
 			occupies = true;
+			nanosleep(&pause, NULL);
 		} else if (occupies) {
 			atomic_store(&t->occupied, false);
 			occupies = false;
