@@ -30,6 +30,10 @@
 #define FLAG_PRESENT 4u
 #define FLAG_ZERO 0x100u /* wire.PageFlags.ZERO */
 #define MAX_HEADER 32
+/* Room for these is always there: the turn is over, nothing is outstanding, the lane is closed, it has ended. */
+#define LAST_EVENTS 4
+/* What the taking in of one piece of an answer may say: pages have come, others are refused. */
+#define PIECE_EVENTS 2
 
 #define MIN_PAGES 4ull /* of a background request */
 #define MIN_LIMIT ((uint64_t)64 << 10)
@@ -92,6 +96,7 @@ struct lp_lane {
 
 	pthread_mutex_t lock; /* of what follows */
 	_Atomic bool held, ended, finishing; /* read without the lock, too */
+	_Atomic bool failed; /* there was no memory for a request of the owner's: the lane ends */
 	bool closed;
 	struct lp_request *requests; /* a ring; the oldest is answered first */
 	size_t first, nr, cap;
@@ -116,16 +121,22 @@ static uint64_t now_ns(void)
 	return (uint64_t)ts.tv_sec * NS + (uint64_t)ts.tv_nsec;
 }
 
-/* Room for one more.  Whoever forgets what was asked for leaves threads waiting without a word: so no error. */
-static void *more(void *array, size_t nr, size_t *cap, size_t size)
+/* Room for `nr` in an array: false if there is no memory; then it is as it was. */
+static bool grow(void *array_pointer, size_t nr, size_t *cap, size_t size)
 {
-	if (nr < *cap)
-		return array;
-	*cap = *cap ? *cap * 2 : 64;
-	array = realloc(array, *cap * size);
-	if (!array)
-		abort();
-	return array;
+	void **array = array_pointer, *more;
+	size_t larger = *cap ? *cap : 64;
+
+	while (larger < nr)
+		larger *= 2;
+	if (larger == *cap)
+		return true;
+	more = realloc(*array, larger * size);
+	if (!more)
+		return false;
+	*array = more;
+	*cap = larger;
+	return true;
 }
 
 static void signal_fd(int fd)
@@ -171,14 +182,15 @@ static struct lp_request *request_at(struct lp_lane *l, size_t i)
 	return &l->requests[(l->first + i) & (l->cap - 1)];
 }
 
-static void push_request(struct lp_lane *l, struct lp_request request)
+/* Room for one more request, and for its bytes: false if there is no memory. */
+static bool room_to_ask(struct lp_lane *l)
 {
 	if (l->nr == l->cap) {
 		size_t cap = l->cap ? l->cap * 2 : 64;
 		struct lp_request *ring = malloc(cap * sizeof(*ring));
 
 		if (!ring)
-			abort();
+			return false;
 		for (size_t i = 0; i < l->nr; i++)
 			ring[i] = *request_at(l, i);
 		free(l->requests);
@@ -186,9 +198,10 @@ static void push_request(struct lp_lane *l, struct lp_request request)
 		l->first = 0;
 		l->cap = cap;
 	}
-	*request_at(l, l->nr++) = request;
+	return grow(&l->out, l->out_nr + MAX_HEADER, &l->out_cap, 1);
 }
 
+/* (There is room: room_to_ask.) */
 static void send_later(struct lp_lane *l, uint32_t command, uint64_t nr_pages, uint64_t vaddr, uint64_t dst_id)
 {
 	union {
@@ -200,28 +213,29 @@ static void send_later(struct lp_lane *l, uint32_t command, uint64_t nr_pages, u
 		header.s = (struct header_short){command, (uint32_t)nr_pages, vaddr, dst_id};
 	else
 		header.l = (struct header_long){command, 0, nr_pages, vaddr, dst_id};
-	while (l->out_nr + sizeof(header) > l->out_cap)
-		l->out = more(l->out, l->out_cap, &l->out_cap, 1);
 	memcpy(l->out + l->out_nr, &header, l->options.header_size);
 	l->out_nr += l->options.header_size;
 }
 
-static void ask(struct lp_lane *l, uint64_t tag, uint64_t image, uint64_t nr_pages, uint64_t since, bool urgent, bool told)
+/* False: there is no memory, nothing has been asked. */
+static bool ask(struct lp_lane *l, uint64_t tag, uint64_t image, uint64_t nr_pages, uint64_t since, bool urgent, bool told)
 {
 	uint64_t now = now_ns();
 
+	if (!room_to_ask(l))
+		return false;
 	if (!l->nr)
 		l->heard = now;
-	push_request(l, (struct lp_request){
-				.tag = tag,
-				.image = image,
-				.nr_pages = nr_pages,
-				.since = since,
-				.sent = now,
-				.delivered = l->pace.delivered,
-				.urgent = urgent,
-				.told = told,
-			});
+	*request_at(l, l->nr++) = (struct lp_request){
+		.tag = tag,
+		.image = image,
+		.nr_pages = nr_pages,
+		.since = since,
+		.sent = now,
+		.delivered = l->pace.delivered,
+		.urgent = urgent,
+		.told = told,
+	};
 	if (urgent) {
 		l->urgent += nr_pages << LP_PAGE_SHIFT;
 		l->last_urgent = now;
@@ -230,13 +244,21 @@ static void ask(struct lp_lane *l, uint64_t tag, uint64_t image, uint64_t nr_pag
 	}
 	l->nr_requests++;
 	send_later(l, COMMAND_GET, nr_pages, image, tag);
+	return true;
+}
+
+static bool room_for_events(struct lp_lane *l, size_t nr)
+{
+	return grow(&l->events, l->nr_events + nr + LAST_EVENTS, &l->cap_events, sizeof(*l->events));
 }
 
 static void add_event(struct lp_lane *l, struct lp_lane_event event)
 {
 	if (event.kind == LP_LANE_HEARD && l->nr_events && l->events[l->nr_events - 1].kind == LP_LANE_HEARD)
 		return;
-	l->events = more(l->events, l->nr_events, &l->cap_events, sizeof(*l->events));
+	/* all others have room; that something comes is said again when more comes */
+	if (event.kind == LP_LANE_HEARD && !room_for_events(l, 1))
+		return;
 	l->events[l->nr_events++] = event;
 	if (l->nr_events == 1)
 		signal_fd(l->eventfd);
@@ -354,7 +376,7 @@ static void answer_complete(struct lp_lane *l)
 				     .nr_pages = rest.nr_pages,
 				     .since = rest.since,
 			     });
-	else if (rest.nr_pages) /* the server had no more in one piece */
+	else if (rest.nr_pages) /* the server had no more in one piece; there is room, that of the one that is answered */
 		ask(l, rest.tag, rest.image, rest.nr_pages, rest.since, rest.urgent, rest.told);
 	if (!l->nr && l->held)
 		add_event(l, (struct lp_lane_event){.kind = LP_LANE_QUIET});
@@ -428,8 +450,16 @@ static bool digest(struct lp_lane *l)
 		struct answer answer;
 		int32_t status;
 		size_t nr;
-		bool closing;
+		bool closing, room;
 
+		/* what has come is not to be forgotten, so it is not taken in before there is room to tell of it */
+		pthread_mutex_lock(&l->lock);
+		room = room_for_events(l, PIECE_EVENTS) && room_to_ask(l);
+		pthread_mutex_unlock(&l->lock);
+		if (!room) {
+			end_lane(l, ENOMEM);
+			return false;
+		}
 		if (l->missing) {
 			uint64_t pages = l->zeros ? ZERO_PAGES : there >> LP_PAGE_SHIFT;
 
@@ -514,7 +544,7 @@ static void receive(struct lp_lane *l)
 		if (n < 0 && errno == EAGAIN)
 			return;
 		if (n <= 0) {
-			end_lane(l, n ? errno : 0);
+			end_lane(l, atomic_load(&l->failed) ? ENOMEM : n ? errno : 0);
 			return;
 		}
 		l->end += (size_t)n;
@@ -589,13 +619,13 @@ static void go_on(struct lp_lane *l)
 			return;
 		}
 		pthread_mutex_lock(&l->lock);
-		if (nr > 0 && (l->held || l->finishing)) {
+		if (nr > 0 && (l->held || l->finishing ||
+			       !ask(l, lp_task_tag(turn), image, (uint64_t)nr, 0, false, false))) {
+			l->claim_later = !l->held && !l->finishing; /* there was no memory */
 			pthread_mutex_unlock(&l->lock);
 			lp_task_fail_remote(turn, image, (uint64_t)nr, false);
 			return;
 		}
-		if (nr > 0)
-			ask(l, lp_task_tag(turn), image, (uint64_t)nr, 0, false, false);
 		/* another turn may have begun meanwhile */
 		if (nr > 0 && l->turn == turn && l->turn_left >= (uint64_t)nr) {
 			l->turn_left -= (uint64_t)nr;
@@ -775,8 +805,7 @@ bool lp_lanes_fault(struct lp_lanes *lanes, uint64_t tag, uint64_t image, uint64
 			bool takes;
 
 			pthread_mutex_lock(&best->lock);
-			takes = takes_faults(best, false);
-			if (takes)
+			takes = takes_faults(best, false) &&
 				ask(best, tag, image, (stop - image) >> LP_PAGE_SHIFT, since, true, false);
 			pthread_mutex_unlock(&best->lock);
 			if (!takes)
@@ -862,7 +891,7 @@ struct lp_lane *lp_lane_new(struct lp_engine *engine, int fd, const struct lp_la
 	l->fd = fcntl(fd, F_DUPFD_CLOEXEC, 0);
 	l->eventfd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	l->buffer = aligned_alloc(LP_PAGE_SIZE, BUFFER);
-	if (l->fd < 0 || l->eventfd < 0 || !l->buffer || !zero_pages) {
+	if (l->fd < 0 || l->eventfd < 0 || !l->buffer || !zero_pages || !room_for_events(l, 0)) {
 		int saved = errno;
 
 		lane_free(l);
@@ -911,10 +940,18 @@ size_t lp_lane_events(struct lp_lane *l, struct lp_lane_event *events, size_t ma
 	return nr;
 }
 
+/* The lane comes to its end, and what is outstanding back to the owner. */
+static void fail(struct lp_lane *l)
+{
+	atomic_store(&l->failed, true);
+	shutdown(l->fd, SHUT_RDWR);
+}
+
 void lp_lane_ask(struct lp_lane *l, uint64_t tag, uint64_t image, uint64_t nr_pages, bool urgent)
 {
 	pthread_mutex_lock(&l->lock);
-	ask(l, tag, image, nr_pages, 0, urgent, true);
+	if (!ask(l, tag, image, nr_pages, 0, urgent, true))
+		fail(l);
 	pthread_mutex_unlock(&l->lock);
 	signal_fd(l->lanes->wakefd);
 }
@@ -946,7 +983,10 @@ void lp_lane_finish(struct lp_lane *l, bool force)
 	pthread_mutex_lock(&l->lock);
 	l->finishing = true;
 	turn_over(l);
-	send_later(l, force ? COMMAND_FORCE_CLOSE : COMMAND_CLOSE, 0, 0, 0);
+	if (room_to_ask(l))
+		send_later(l, force ? COMMAND_FORCE_CLOSE : COMMAND_CLOSE, 0, 0, 0);
+	else
+		fail(l);
 	pthread_mutex_unlock(&l->lock);
 	signal_fd(l->lanes->wakefd);
 }
