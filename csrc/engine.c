@@ -18,6 +18,7 @@
 
 #include <linux/userfaultfd.h>
 
+#include "faults.h"
 #include "follow.h"
 #include "guard.h"
 #include "lane.h"
@@ -45,9 +46,15 @@ struct uffdio_poison {
 
 #define NS 1000000000ull
 #define EVENTS 64	      /* uffds answered for one epoll_wait */
-#define MESSAGES 32	      /* uffd messages taken by one read */
+#define MESSAGES 128	      /* uffd messages taken by one read */
 #define EXPECTED_NS 300000 /* how long an answer of a page server is waited for with our CPU left to others */
-#define RETRY_MS 1	      /* until an answer that was put off is tried again */
+/*
+ * Until answers that were put off are tried again.  The thread that changes the layout needs a CPU first, which takes some us;
+ * or it is stopped, and then this takes as long as that.
+ */
+#define RETRY_FIRST_NS 20000
+#define RETRY_MOST_NS 1000000
+#define READ_RETRY_NS (10 * NS / 1000) /* until a uffd that could not be read is read again */
 #define IDLE_MS 50	      /* without a fault: then no task's CPU is followed */
 #define CHUNK_QUIET (512u << 10) /* bytes a background copy takes at a time */
 #define CHUNK_BUSY (64u << 10)	 /* the same while tasks fault: one waits for this at most */
@@ -58,22 +65,28 @@ struct uffdio_poison {
 #define MAPPED 8 /* levels of a chain of whose files a thread of the background remembers what it has mapped */
 #define ASIDE_NS (5 * NS / 1000) /* how long after a fault the background leaves its CPU to those who fault */
 #define ASIDE_TRIES 4		 /* for a place elsewhere, so far apart */
+/*
+ * How long after a layout event the background leaves room for the next: one thread, with pauses.  Who changes the layout takes
+ * a rwsem of the uffd for writing that every copy takes for reading (map_changing_lock, Linux 6.9 and later), and one reader
+ * after another keeps it from that for 4 ms (kernel/locking/rwsem.c, RWSEM_WAIT_TIMEOUT).
+ */
+#define CHANGING_NS (5 * NS / 1000)
+#define CHANGING_PAUSE_NS 50000
 #define LEAD_MIN ((uint64_t)1 << 20)
 #define LEAD_MAX ((uint64_t)32 << 20)
 #define LEAD_MEMORY_NS (NS / 10)
 #define LOOKAHEAD_TRIES 8	 /* runs that another thread may take before we do */
+/*
+ * From so many faults at once on they are answered in the order of their addresses, and threads are woken for BATCH answers
+ * together: each wake-up, that of a copy as well, goes through all threads that wait (fs/userfaultfd.c, __wake_userfault).
+ */
+#define CROWD 64
+#define BATCH 64
+#define CROWD_NS (2 * NS / 1000) /* how long after that the background does not wake without need */
+#define LEFT_LOOK 64		 /* faults left to the background before it is looked which of them still are */
 #define SERVE_TRIES 4		 /* for a task whose layout is changing, before others have their turn */
 
 typedef _Atomic uint64_t counter_t;
-
-struct fault {
-	uint64_t addr, since;
-};
-
-struct faults {
-	struct fault *at;
-	size_t nr, cap;
-};
 
 /* A thread that waits for a page from a remote source, dumped at image; what its fault has asked for, and where that is. */
 struct waiter {
@@ -88,15 +101,31 @@ struct lp_task {
 	bool closed; /* under the engine's lock: nobody is to hear of it any more */
 	bool remote, is_child;
 	_Atomic bool gone, complete;
+	_Atomic bool broken;	/* we don't know any more what it misses */
+	uint32_t unheard;	/* notices that there was no memory for, by kind; under the engine's lock, as what follows */
+	int32_t unheard_error;	/* of the last of them */
 	struct lp_change *changes; /* of the layout, not made in the space yet: nothing may be answered */
 	size_t nr_changes, cap_changes;
-	struct faults faults, put_off; /* used by the serving thread only */
-	struct lp_plan plan;	       /* likewise */
-	struct lp_task *next_put_off, *next, *next_dead;
+	struct lp_faults faults; /* to be answered; used by the serving thread only, as what follows */
+	struct lp_faults left;	 /* on pages that the background had claimed */
+	size_t left_look;	 /* so many of them are too many */
+	counter_t times_left;	 /* how often a fault was put there */
+	struct lp_range to_wake; /* pages that have come without a wake-up */
+	uint64_t sweep;		 /* where the next batch begins */
+	bool batching;		 /* answers don't wake */
+	bool look_at_left;	 /* the background has given claims back since they were looked at */
+	struct lp_plan plan;
+	struct lp_task *next_put_off;
 	bool is_put_off;
-	int read_error; /* the last one told */
+	int read_error;	     /* while the uffd can't be read */
+	uint64_t next_read;  /* then: not before */
+	_Atomic bool released; /* in the engine's list */
+	struct lp_task *next_released, *next, *next_dead;
 	_Atomic uint64_t cursor; /* where the next stripe of the background is looked for */
 	_Atomic uint32_t sent;	 /* how often a fault has sent it elsewhere */
+	_Atomic uint64_t last_change; /* when a layout event was read, ns */
+	_Atomic uint64_t last_crowd;  /* when there were many faults at once, ns */
+	_Atomic bool occupied;	 /* while there are some: by the one thread of the background */
 	uint64_t lane_cursor;	 /* that of lanes, the serving thread's */
 	struct lp_task *next_kin; /* under the engine's lock */
 	pthread_mutex_t waiting_lock; /* of what follows */
@@ -139,6 +168,9 @@ struct lp_engine {
 	int ready; /* tasks that have something to say, of those that the last look at all of them has shown */
 	struct lp_follow follow; /* the serving thread's; which CPU it is at, anyone may read */
 	struct lp_task *put_off; /* tasks with answers put off; the serving thread's */
+	bool soon;		 /* some of these wait for a layout that is changing; likewise */
+	uint64_t retry;		 /* ns until those are tried again; likewise */
+	struct lp_task *_Atomic released; /* whose background has given claims back */
 	struct lp_trace *trace;	 /* NULL: none */
 	_Atomic uint32_t nr_memories;
 	pthread_mutex_t lock;	 /* of what follows */
@@ -146,6 +178,7 @@ struct lp_engine {
 	struct lp_task *families[FAMILIES]; /* by tag */
 	struct lp_notice *notices;
 	size_t nr_notices, cap_notices;
+	bool unheard;		 /* any task has some */
 };
 
 static uint64_t now_ns(void)
@@ -226,9 +259,43 @@ static uint64_t trace_begins(const struct lp_task *t)
 
 /* ---- notices ---- */
 
-static void notify(struct lp_engine *e, struct lp_notice notice)
+static bool more_notices(struct lp_engine *e)
+{
+	size_t cap = e->cap_notices ? e->cap_notices * 2 : 64;
+	struct lp_notice *more = realloc(e->notices, cap * sizeof(*more));
+
+	if (!more)
+		return false;
+	e->notices = more;
+	e->cap_notices = cap;
+	return true;
+}
+
+/*
+ * A notice that there is no memory for.  Those that come once for a task are kept as a bit.  Of pages that are lost nobody
+ * would ever hear: then the task must not go on.  Only a want can be told again: false.
+ */
+static bool notify_without_memory(struct lp_engine *e, const struct lp_notice *notice)
+{
+	uint32_t kind = notice->kind;
+
+	if (kind == LP_NOTICE_NEED || kind == LP_NOTICE_HURRY)
+		return false;
+	if (kind == LP_NOTICE_LOST) {
+		kind = LP_NOTICE_BROKEN;
+		atomic_store(&notice->task->broken, true);
+	}
+	notice->task->unheard |= 1u << kind;
+	notice->task->unheard_error = kind == notice->kind ? notice->error : ENOMEM;
+	e->unheard = true;
+	return true;
+}
+
+/* False: there was no memory, and it has to be tried again. */
+static bool notify(struct lp_engine *e, struct lp_notice notice)
 {
 	struct lp_notice *last;
+	bool done = true;
 
 	pthread_mutex_lock(&e->lock);
 	if (notice.task->closed)
@@ -240,34 +307,51 @@ static void notify(struct lp_engine *e, struct lp_notice notice)
 		last->nr_pages += notice.nr_pages;
 		goto out;
 	}
-	if (e->nr_notices == e->cap_notices) {
-		size_t cap = e->cap_notices ? e->cap_notices * 2 : 64;
-		struct lp_notice *more = realloc(e->notices, cap * sizeof(*more));
-
-		if (!more)
-			abort(); /* a notice not given is a task that hangs without a word */
-		e->notices = more;
-		e->cap_notices = cap;
-	}
-	e->notices[e->nr_notices++] = notice;
+	if (e->nr_notices == e->cap_notices && !more_notices(e))
+		done = notify_without_memory(e, &notice);
+	else
+		e->notices[e->nr_notices++] = notice;
 out:
 	pthread_mutex_unlock(&e->lock);
 	signal_fd(e->noticefd);
+	return done;
+}
+
+/* The notices, of one kind or all, that are kept as bits; returns how many. (lock held) */
+static size_t take_unheard(struct lp_engine *e, uint32_t kinds, struct lp_notice *notices, size_t max)
+{
+	size_t nr = 0;
+
+	for (struct lp_task *t = e->tasks; t; t = t->next)
+		for (uint32_t kind = LP_NOTICE_FORKED; t->unheard && kind <= LP_NOTICE_BROKEN && nr < max; kind++)
+			if (t->unheard & kinds & 1u << kind) {
+				t->unheard &= ~(1u << kind);
+				notices[nr++] = (struct lp_notice){.kind = kind, .error = t->unheard_error, .task = t};
+			}
+	return nr;
 }
 
 size_t lp_engine_notices(struct lp_engine *e, struct lp_notice *notices, size_t max)
 {
-	size_t nr;
+	size_t nr, first = 0;
 
 	pthread_mutex_lock(&e->lock);
 	clear_fd(e->noticefd);
-	nr = e->nr_notices < max ? e->nr_notices : max;
+	/* a task is heard of before anything about it is; all other bits come last in its life */
+	if (e->unheard)
+		first = take_unheard(e, 1u << LP_NOTICE_FORKED, notices, max);
+	nr = e->nr_notices < max - first ? e->nr_notices : max - first;
 	if (nr) {
-		memcpy(notices, e->notices, nr * sizeof(*notices));
+		memcpy(notices + first, e->notices, nr * sizeof(*notices));
 		memmove(e->notices, e->notices + nr, (e->nr_notices - nr) * sizeof(*notices));
 		e->nr_notices -= nr;
 	}
-	if (e->nr_notices)
+	nr += first;
+	if (e->unheard && !e->nr_notices) {
+		nr += take_unheard(e, ~0u, notices + nr, max - nr);
+		e->unheard = nr == max; /* there may be more */
+	}
+	if (e->nr_notices || e->unheard)
 		signal_fd(e->noticefd);
 	pthread_mutex_unlock(&e->lock);
 	return nr;
@@ -286,10 +370,25 @@ static void is_gone(struct lp_task *t)
 	notify_task(t, LP_NOTICE_GONE, 0);
 }
 
+/*
+ * What the task misses is not known any more: from here on nothing is answered, and the owner kills it.  Its uffd, and those of
+ * children that it has forked and nobody serves, stay open: closed they would be filled with zeros.
+ */
+static void break_task(struct lp_task *t, int error)
+{
+	if (!atomic_exchange(&t->broken, true))
+		notify_task(t, LP_NOTICE_BROKEN, error);
+}
+
+static bool is_served(const struct lp_task *t)
+{
+	return t->uffd >= 0 && !atomic_load(&t->broken);
+}
+
 /* (the task's lock is held: else its uffd could be closed at this moment, and its number be another's) */
 static void check_complete(struct lp_task *t)
 {
-	if (lp_space_pending(t->space) || atomic_exchange(&t->complete, true))
+	if (lp_space_pending(t->space) || atomic_load(&t->broken) || atomic_exchange(&t->complete, true))
 		return;
 	lp_guard_complete(t->engine->guard, t->uffd);
 	trace(t, LP_TRACE_COMPLETE, LP_TRACE_NO_SOURCE, 0, 0, 0);
@@ -318,14 +417,14 @@ uint64_t lp_histogram_bound(uint32_t bucket)
 	return ((8 + (uint64_t)(bucket % 8) + 1) << (exponent - 3)) - 1;
 }
 
-/* The fault read at `since`, on one of the pages at addr. */
-static void answered(struct lp_task *t, uint64_t since, uint16_t source, uint64_t addr, uint64_t pages)
+/* Faults on one of the pages at addr, of which the first was read at `since`. */
+static void answered(struct lp_task *t, uint64_t since, uint32_t times, uint16_t source, uint64_t addr, uint64_t pages)
 {
 	uint64_t now = now_ns(), ns = now - since, max = atomic_load(&t->stats.service_max);
 
 	if (t->engine->trace)
 		trace_at(t, now, LP_TRACE_ANSWERED, source, addr, pages, ns);
-	atomic_fetch_add_explicit(&t->histogram[bucket_of(ns)], 1, memory_order_relaxed);
+	atomic_fetch_add_explicit(&t->histogram[bucket_of(ns)], times, memory_order_relaxed);
 	while (ns > max && !atomic_compare_exchange_weak(&t->stats.service_max, &max, ns))
 		;
 }
@@ -370,7 +469,7 @@ static void end_wait(struct lp_task *t, uint64_t image, uint64_t end, bool serve
 		if (served) {
 			add(&t->stats.faults_served, 1);
 			add(&t->served[t->nr_levels], 1);
-			answered(t, w.since, LP_TRACE_REMOTE, w.addr, w.nr_pages);
+			answered(t, w.since, 1, LP_TRACE_REMOTE, w.addr, w.nr_pages);
 		}
 	}
 	pthread_mutex_unlock(&t->waiting_lock);
@@ -385,6 +484,30 @@ static void wake(struct lp_task *t, uint64_t addr, uint64_t nr_pages)
 	add(&t->stats.wakes, 1);
 	/* no error matters: who can't be woken does not wait there */
 	ioctl(t->uffd, UFFDIO_WAKE, &range);
+}
+
+/* Who waits for these pages, which are there, is woken: now or with the batch. (serving thread) */
+static void wake_soon(struct lp_task *t, uint64_t addr, uint64_t nr_pages)
+{
+	uint64_t end = addr + (nr_pages << LP_PAGE_SHIFT);
+
+	if (!t->batching) {
+		wake(t, addr, nr_pages);
+		return;
+	}
+	if (t->to_wake.start == t->to_wake.end)
+		t->to_wake = (struct lp_range){addr, end};
+	if (addr < t->to_wake.start)
+		t->to_wake.start = addr;
+	if (end > t->to_wake.end)
+		t->to_wake.end = end;
+}
+
+static void wake_batch(struct lp_task *t)
+{
+	if (t->to_wake.start < t->to_wake.end)
+		wake(t, t->to_wake.start, (t->to_wake.end - t->to_wake.start) >> LP_PAGE_SHIFT);
+	t->to_wake = (struct lp_range){0};
 }
 
 static int try_page(struct lp_task *t, uint64_t addr)
@@ -424,8 +547,22 @@ static void drop_page(struct lp_task *t, const struct lp_answer *run, uint64_t s
 enum claims {
 	KEEP_CLAIMS,	/* the caller tries again */
 	RELEASE,	/* the caller is the serving thread: nobody has left a fault to it meanwhile */
-	RELEASE_AND_WAKE,
+	RELEASE_LEFT,	/* the serving thread may have left faults to the caller */
+	RELEASE_LEFT_QUIETLY, /* likewise; and who waits for what is copied is woken by the caller */
 };
+
+/* The serving thread is to answer faults that it has left to the background.  No wake-up: all those threads would fault again. */
+static void take_back(struct lp_task *t)
+{
+	struct lp_engine *e = t->engine;
+
+	if (atomic_exchange(&t->released, true))
+		return;
+	t->next_released = atomic_load(&e->released);
+	while (!atomic_compare_exchange_weak(&e->released, &t->next_released, t))
+		;
+	signal_fd(e->wakefd);
+}
 
 /*
  * Copies a claimed run from src into the task (lock held shared).  Settles every page of it: committed, or lost, or as
@@ -436,6 +573,7 @@ static int copy_claimed(struct lp_task *t, const struct lp_answer *run, const vo
 {
 	counter_t *copied = &t->copied[source_index(t, run->source)];
 	uint64_t done = 0, step = run->nr_pages;
+	bool quiet = claims == RELEASE ? t->batching : claims == RELEASE_LEFT_QUIETLY;
 
 	while (done < run->nr_pages) {
 		uint64_t at = done << LP_PAGE_SHIFT, left = run->nr_pages - done;
@@ -443,6 +581,7 @@ static int copy_claimed(struct lp_task *t, const struct lp_answer *run, const vo
 			.dst = run->addr + at,
 			.src = (uintptr_t)src + at,
 			.len = (step < left ? step : left) << LP_PAGE_SHIFT,
+			.mode = quiet ? UFFDIO_COPY_MODE_DONTWAKE : 0,
 		};
 		int error = 0;
 
@@ -454,6 +593,8 @@ static int copy_claimed(struct lp_task *t, const struct lp_answer *run, const vo
 
 			add(copied, nr);
 			lp_space_commit(t->space, run->dense + done, nr);
+			if (quiet && claims == RELEASE)
+				wake_soon(t, run->addr + at, nr);
 			done += nr;
 			if (!error)
 				step *= 2; /* after a bisection: larger again */
@@ -463,7 +604,10 @@ static int copy_claimed(struct lp_task *t, const struct lp_answer *run, const vo
 		case EEXIST: /* somebody else's page is there; a thread may wait for it all the same */
 			add(&t->stats.present, 1);
 			lp_space_commit(t->space, run->dense + done, 1);
-			wake(t, run->addr + at, 1);
+			if (claims == RELEASE)
+				wake_soon(t, run->addr + at, 1);
+			else
+				wake(t, run->addr + at, 1);
 			done++;
 			continue;
 		case ESRCH:
@@ -476,8 +620,8 @@ static int copy_claimed(struct lp_task *t, const struct lp_answer *run, const vo
 		case EINTR:
 			if (claims != KEEP_CLAIMS)
 				lp_space_release(t->space, run->dense + done, left);
-			if (claims == RELEASE_AND_WAKE)
-				wake(t, run->addr + at, left);
+			if (claims == RELEASE_LEFT || claims == RELEASE_LEFT_QUIETLY)
+				take_back(t);
 			return -EAGAIN;
 		default:
 			/*
@@ -536,11 +680,16 @@ static int copy_level(struct lp_task *t, const struct lp_answer *run, enum claim
 /* 0, -EAGAIN, -ESRCH */
 static int zero_page(struct lp_task *t, uint64_t addr)
 {
-	struct uffdio_zeropage zero = {.range = {.start = addr, .len = LP_PAGE_SIZE}};
+	struct uffdio_zeropage zero = {
+		.range = {.start = addr, .len = LP_PAGE_SIZE},
+		.mode = t->batching ? UFFDIO_ZEROPAGE_MODE_DONTWAKE : 0,
+	};
 	int error;
 
 	if (!ioctl(t->uffd, UFFDIO_ZEROPAGE, &zero)) {
 		add(&t->stats.zero_pages, 1);
+		if (t->batching)
+			wake_soon(t, addr, 1);
 		return 0;
 	}
 	error = zero.zeropage < 0 ? (int)-zero.zeropage : errno;
@@ -554,7 +703,7 @@ static int zero_page(struct lp_task *t, uint64_t addr)
 		add(&t->stats.present, 1);
 	else if (error != ENOENT) /* ENOENT: unmapped since; the thread finds out when it runs */
 		notify_task(t, LP_NOTICE_FAILED, error);
-	wake(t, addr, 1);
+	wake_soon(t, addr, 1);
 	return 0;
 }
 
@@ -606,23 +755,72 @@ static int bring(struct lp_task *t, uint64_t addr, uint64_t end)
 	return rc;
 }
 
+static void try_again(struct lp_task *t)
+{
+	if (!t->is_put_off) {
+		t->is_put_off = true;
+		t->next_put_off = t->engine->put_off;
+		t->engine->put_off = t;
+	}
+}
+
 /*
  * A thread has caught up with the background: that goes on well ahead of it, or they would meet again at every chunk.
  * What lies between is for faults and their readahead; the background comes back to what is left of it.
  */
-static void lead_on(struct lp_task *t, struct fault fault)
+static void lead_on(struct lp_task *t, const struct lp_fault *fault)
 {
-	if (fault.since - t->led_at > LEAD_MEMORY_NS)
+	if (fault->since - t->led_at > LEAD_MEMORY_NS)
 		t->lead = LEAD_MIN;
 	else if (t->lead < LEAD_MAX)
 		t->lead *= 2;
-	t->led_at = fault.since;
-	atomic_store(&t->cursor, fault.addr + t->lead);
+	t->led_at = fault->since;
+	atomic_store(&t->cursor, fault->addr + t->lead);
 	atomic_fetch_add(&t->sent, 1);
 }
 
+/*
+ * Faults left to the background: those on pages that it has given back are to be answered (lock held).  Whoever waits for a
+ * page that has come was woken by that; and by make_change, if it went away again.
+ */
+static void look_at_left(struct lp_task *t)
+{
+	t->look_at_left = false;
+	t->left_look = LEFT_LOOK;
+	for (size_t nr = t->left.nr; nr; nr--) {
+		struct lp_fault fault = lp_faults_pop(&t->left);
+		struct lp_answer run = lp_space_lookup(t->space, fault.addr, 1);
+
+		if (run.kind == LP_ZERO)
+			continue;
+		if (run.kind != LP_CLAIMED) {
+			if (lp_faults_push(&t->faults, fault))
+				continue;
+			t->look_at_left = true; /* once there is memory */
+			try_again(t);
+		}
+		lp_faults_push(&t->left, fault); /* there is room, that of the one taken out */
+	}
+	if (2 * t->left.nr > LEFT_LOOK)
+		t->left_look = 2 * t->left.nr;
+}
+
+/* Another thread brings the page, and wakes; or it calls take_back.  0, or -EAGAIN: not now. */
+static int leave_fault(struct lp_task *t, struct lp_fault fault)
+{
+	if (!lp_faults_push(&t->left, fault))
+		return -EAGAIN;
+	add(&t->times_left, 1);
+	atomic_thread_fence(memory_order_seq_cst); /* with that of bring_run */
+	if (lp_space_lookup(t->space, fault.addr, 1).kind == LP_ZERO)
+		wake_soon(t, fault.addr, 1); /* it has come meanwhile */
+	if (t->left.nr > t->left_look)
+		look_at_left(t);
+	return 0;
+}
+
 /* Answers one fault (lock held shared): 0, or -EAGAIN: not now, or -ESRCH. */
-static int answer(struct lp_task *t, struct fault fault)
+static int answer(struct lp_task *t, struct lp_fault fault)
 {
 	struct lp_answer run = lp_space_lookup(t->space, fault.addr, 1);
 	struct lp_notice notice = {.task = t, .addr = run.addr, .image = run.image, .nr_pages = 1, .since = fault.since};
@@ -639,14 +837,14 @@ static int answer(struct lp_task *t, struct fault fault)
 	case LP_ZERO:
 		rc = zero_page(t, fault.addr);
 		if (!rc) {
-			add(&t->stats.faults_zero, 1);
-			answered(t, fault.since, LP_TRACE_ZERO, fault.addr, 1);
+			add(&t->stats.faults_zero, fault.times);
+			answered(t, fault.since, fault.times, LP_TRACE_ZERO, fault.addr, 1);
 		}
 		return rc;
 	case LP_DATA:
 		if (!claim_window(t, &run, window)) {
 			trace(t, LP_TRACE_LEFT, trace_source(run.source), fault.addr, 1, 0);
-			return 0; /* another thread brings it, and wakes */
+			return leave_fault(t, fault);
 		}
 		/* the rest of the window first: the thread would be back for it at once */
 		rc = bring(t, first, run.addr);
@@ -657,9 +855,9 @@ static int answer(struct lp_task *t, struct fault fault)
 		else
 			rc = copy_level(t, &run, RELEASE);
 		if (!rc) {
-			add(&t->stats.faults_served, 1);
-			add(&t->served[run.source], 1);
-			answered(t, fault.since, trace_source(run.source), run.addr, run.nr_pages);
+			add(&t->stats.faults_served, fault.times);
+			add(&t->served[run.source], fault.times);
+			answered(t, fault.since, fault.times, trace_source(run.source), run.addr, run.nr_pages);
 		}
 		return rc;
 	case LP_REMOTE:
@@ -679,8 +877,8 @@ static int answer(struct lp_task *t, struct fault fault)
 	case LP_CLAIMED:
 		trace(t, LP_TRACE_LEFT, trace_source(run.source), fault.addr, 1, 0);
 		if (run.source != LP_SOURCE_REMOTE) {
-			lead_on(t, fault);
-			return 0;
+			lead_on(t, &fault);
+			return leave_fault(t, fault);
 		}
 		begin_wait(t, (struct waiter){run.image, fault.since, run.addr, 1});
 		if (lp_lanes_hurry(&t->engine->lanes, t->tag, run.image, fault.since))
@@ -691,23 +889,12 @@ static int answer(struct lp_task *t, struct fault fault)
 		notice.kind = LP_NOTICE_LOST;
 		break;
 	}
-	notify(t->engine, notice);
-	return 0;
-}
-
-static bool push(struct faults *faults, struct fault fault)
-{
-	if (faults->nr == faults->cap) {
-		size_t cap = faults->cap ? faults->cap * 2 : 16;
-		struct fault *at = realloc(faults->at, cap * sizeof(*at));
-
-		if (!at)
-			return false;
-		faults->at = at;
-		faults->cap = cap;
-	}
-	faults->at[faults->nr++] = fault;
-	return true;
+	if (notify(t->engine, notice))
+		return 0;
+	if (notice.kind == LP_NOTICE_NEED)
+		lp_space_release(t->space, run.dense, run.nr_pages);
+	end_wait(t, notice.image, notice.image + LP_PAGE_SIZE, false);
+	return -EAGAIN;
 }
 
 /* ---- layout events ---- */
@@ -746,7 +933,9 @@ static struct lp_task *task_alloc(struct lp_engine *e, int uffd, uint32_t nr_lev
  */
 static void close_uffd(struct lp_task *t)
 {
-	if (!lp_space_pending(t->space) || atomic_load(&t->gone) || lp_means_gone(try_page(t, LP_ANYWHERE))) {
+	bool safe = !lp_space_pending(t->space) && !atomic_load(&t->broken);
+
+	if (safe || atomic_load(&t->gone) || lp_means_gone(try_page(t, LP_ANYWHERE))) {
 		/* the number stays taken until the guard has forgotten what it knew of it */
 		dup3(t->engine->wakefd, t->uffd, O_CLOEXEC);
 		lp_guard_names(t->engine->guard, t->uffd, 0, -1);
@@ -764,8 +953,8 @@ static void task_free(struct lp_task *t)
 	lp_lock_destroy(&t->lock);
 	pthread_mutex_destroy(&t->waiting_lock);
 	free(t->waiting);
-	free(t->faults.at);
-	free(t->put_off.at);
+	lp_faults_free(&t->faults);
+	lp_faults_free(&t->left);
 	free(t->levels);
 	free((void *)t->copied);
 	free(t);
@@ -820,6 +1009,7 @@ struct ranges {
 
 struct seen {
 	struct ranges wiped, kept;
+	bool failed; /* there was no memory */
 };
 
 static void add_seen(void *arg, uint64_t start, uint64_t end, bool wiped)
@@ -828,10 +1018,15 @@ static void add_seen(void *arg, uint64_t start, uint64_t end, bool wiped)
 	struct ranges *r = wiped ? &seen->wiped : &seen->kept;
 
 	if (r->nr == r->cap) {
-		r->cap = r->cap ? r->cap * 2 : 16;
-		r->at = realloc(r->at, r->cap * sizeof(*r->at));
-		if (!r->at)
-			abort(); /* as in forked */
+		size_t cap = r->cap ? r->cap * 2 : 16;
+		struct lp_range *at = realloc(r->at, cap * sizeof(*at));
+
+		if (!at) {
+			seen->failed = true;
+			return;
+		}
+		r->at = at;
+		r->cap = cap;
 	}
 	r->at[r->nr++] = (struct lp_range){start, end};
 }
@@ -856,8 +1051,8 @@ static void learn_wiped(struct lp_task *t)
 		return;
 	/* after an execve it is of another memory */
 	if (!lp_each_mapping(t->pid, t->pidfd, add_seen, &seen) && !lp_means_gone(try_page(t, LP_ANYWHERE)) &&
-	    lp_space_wipe(t->space, seen.wiped.at, seen.wiped.nr, seen.kept.at, seen.kept.nr))
-		abort();
+	    (seen.failed || lp_space_wipe(t->space, seen.wiped.at, seen.wiped.nr, seen.kept.at, seen.kept.nr)))
+		break_task(t, ENOMEM); /* read later, it would be what was said since */
 	free(seen.wiped.at);
 	free(seen.kept.at);
 }
@@ -869,12 +1064,19 @@ static void forked(struct lp_task *t, int uffd)
 	int rc = 0;
 
 	add(&t->stats.forks, 1);
-	if (!child)
-		abort(); /* closing the uffd would fill the child with zeros, and it can't be kept */
+	if (!child) {
+		break_task(t, ENOMEM);
+		return;
+	}
 	learn_wiped(t);
 	dropped.by_source = calloc(t->nr_levels + 2, sizeof(uint64_t));
-	if (!dropped.by_source || !(child->space = lp_space_clone(t->space, &dropped)))
-		abort();
+	if (atomic_load(&t->broken) || !dropped.by_source || !(child->space = lp_space_clone(t->space, &dropped))) {
+		break_task(t, ENOMEM);
+		child->uffd = -1; /* it stays open */
+		free(dropped.by_source);
+		task_free(child);
+		return;
+	}
 	drop_into(child, dropped.by_source);
 	free(dropped.by_source);
 	memcpy(child->levels, t->levels, t->nr_levels * sizeof(*t->levels));
@@ -928,7 +1130,7 @@ static void make_change(struct lp_task *t, const struct lp_change *change)
 		free(by_source);
 out:
 	if (rc)
-		abort(); /* with a layout that we do not know every answer could be wrong */
+		break_task(t, -rc); /* with a layout that we do not know every answer could be wrong */
 }
 
 static void keep_change(struct lp_task *t, const struct uffd_msg *msg)
@@ -957,16 +1159,7 @@ static void keep_change(struct lp_task *t, const struct uffd_msg *msg)
 		notify_task(t, LP_NOTICE_FAILED, EPROTO);
 		return;
 	}
-	if (t->nr_changes == t->cap_changes) {
-		size_t cap = t->cap_changes ? t->cap_changes * 2 : 16;
-		struct lp_change *changes = realloc(t->changes, cap * sizeof(*changes));
-
-		if (!changes)
-			abort(); /* as above */
-		t->changes = changes;
-		t->cap_changes = cap;
-	}
-	t->changes[t->nr_changes++] = change;
+	t->changes[t->nr_changes++] = change; /* there is room: room_for_messages */
 }
 
 /* Those that can be made already, or all of them when the layout is at rest. */
@@ -975,7 +1168,7 @@ static void make_changes(struct lp_task *t, bool at_rest)
 	struct lp_change *changes = t->changes;
 	size_t nr = t->nr_changes, next;
 
-	while (nr && (next = lp_space_next_change(t->space, changes, nr, at_rest)) < nr) {
+	while (nr && !atomic_load(&t->broken) && (next = lp_space_next_change(t->space, changes, nr, at_rest)) < nr) {
 		struct lp_change change = changes[next];
 
 		memmove(&changes[1], changes, next * sizeof(change));
@@ -992,15 +1185,40 @@ static void make_changes(struct lp_task *t, bool at_rest)
 	check_complete(t);
 }
 
-/* As when there is no fd left for the uffd of a forked child: it stays readable, so not at full speed. */
+/* As when there is no fd left for the uffd of a forked child, or no memory: the task waits, and is looked at again later. */
 static void read_failed(struct lp_task *t, int error)
 {
-	const struct timespec pause = {.tv_nsec = RETRY_MS * 1000000};
+	struct epoll_event none = {.data.ptr = t};
 
-	if (t->read_error != error)
+	if (!t->read_error)
 		notify_task(t, LP_NOTICE_FAILED, error);
+	epoll_ctl(t->engine->epfd, EPOLL_CTL_MOD, t->uffd, &none); /* it stays readable */
 	t->read_error = error;
-	nanosleep(&pause, NULL);
+	t->next_read = now_ns() + READ_RETRY_NS;
+}
+
+static void read_works(struct lp_task *t)
+{
+	struct epoll_event event = {.events = EPOLLIN, .data.ptr = t};
+
+	if (t->read_error)
+		epoll_ctl(t->engine->epfd, EPOLL_CTL_MOD, t->uffd, &event);
+	t->read_error = 0;
+}
+
+/* What has been read is never to be lost. */
+static bool room_for_messages(struct lp_task *t)
+{
+	if (t->cap_changes - t->nr_changes < MESSAGES) {
+		size_t cap = t->nr_changes + 2 * MESSAGES;
+		struct lp_change *changes = realloc(t->changes, cap * sizeof(*changes));
+
+		if (!changes)
+			return false;
+		t->changes = changes;
+		t->cap_changes = cap;
+	}
+	return lp_faults_reserve(&t->faults, MESSAGES);
 }
 
 /*
@@ -1011,21 +1229,25 @@ static bool drain(struct lp_task *t)
 {
 	struct uffd_msg msgs[MESSAGES];
 	uint64_t now = 0;
+	int error = 0;
 	ssize_t n;
 
 	do {
+		if (!room_for_messages(t)) {
+			error = ENOMEM;
+			break;
+		}
 		add(&t->stats.reads, 1);
 		n = read(t->uffd, msgs, sizeof(msgs));
 		if (n < 0) {
+			error = errno == EINTR || errno == EAGAIN ? 0 : errno;
 			if (errno == EINTR)
 				continue;
-			if (errno != EAGAIN) {
-				read_failed(t, errno);
-				return false;
-			}
 			break;
 		}
 		for (size_t i = 0; i < (size_t)n / sizeof(*msgs); i++) {
+			uint64_t addr = msgs[i].arg.pagefault.address & ~(LP_PAGE_SIZE - 1);
+
 			if (msgs[i].event != UFFD_EVENT_PAGEFAULT) {
 				keep_change(t, &msgs[i]);
 				continue;
@@ -1034,16 +1256,19 @@ static bool drain(struct lp_task *t)
 				now = now_ns();
 			add(&t->stats.faults, 1);
 			if (t->engine->trace)
-				trace_at(t, now, LP_TRACE_FAULT, LP_TRACE_NO_SOURCE,
-					 msgs[i].arg.pagefault.address & ~(LP_PAGE_SIZE - 1), 1, 0);
-			if (!push(&t->faults, (struct fault){msgs[i].arg.pagefault.address & ~(LP_PAGE_SIZE - 1), now}))
-				/* the thread faults again, later */
-				wake(t, msgs[i].arg.pagefault.address & ~(LP_PAGE_SIZE - 1), 1);
+				trace_at(t, now, LP_TRACE_FAULT, LP_TRACE_NO_SOURCE, addr, 1, 0);
+			lp_faults_push(&t->faults, (struct lp_fault){.addr = addr, .since = now, .times = 1});
 		}
 	} while (n < 0 || n == sizeof(msgs));
 	if (now)
 		atomic_store_explicit(&t->engine->last_fault, now, memory_order_relaxed);
-	return true;
+	if (t->nr_changes)
+		atomic_store_explicit(&t->last_change, now_ns(), memory_order_relaxed);
+	if (error)
+		read_failed(t, error);
+	else
+		read_works(t);
+	return !error;
 }
 
 /*
@@ -1067,71 +1292,100 @@ static void catch_up(struct lp_task *t)
 	lp_space_rest(t->space);
 }
 
-static void try_again(struct lp_task *t)
+/* Answers that can't be given yet; all but `before` of them are new. */
+static void put_off(struct lp_task *t, size_t before)
 {
-	if (!t->is_put_off) {
-		t->is_put_off = true;
-		t->next_put_off = t->engine->put_off;
-		t->engine->put_off = t;
+	struct lp_faults *f = &t->faults;
+	size_t new = f->nr > before ? f->nr - before : 0;
+
+	for (size_t n = f->nr - new; n < f->nr; n++) {
+		add(&t->stats.retried, lp_faults_at(f, n)->times);
+		trace(t, LP_TRACE_PUT_OFF, LP_TRACE_NO_SOURCE, lp_faults_at(f, n)->addr, 1, 0);
 	}
+	try_again(t);
 }
 
-static void put_off(struct lp_task *t, struct fault fault)
+/* Answers what has been read (lock held shared).  One EAGAIN means that all get it now: it is for the layout of the task. */
+static void answer_all(struct lp_task *t, size_t before)
 {
-	add(&t->stats.retried, 1);
-	trace(t, LP_TRACE_PUT_OFF, LP_TRACE_NO_SOURCE, fault.addr, 1, 0);
-	if (push(&t->put_off, fault))
-		try_again(t);
-	else
-		wake(t, fault.addr, 1);
+	struct lp_faults *f = &t->faults;
+	size_t answered_here = 0;
+	int rc = 0;
+
+	if (f->nr >= CROWD)
+		atomic_store_explicit(&t->last_crowd, now_ns(), memory_order_relaxed);
+	while (f->nr && rc != -EAGAIN) {
+		struct lp_fault fault;
+
+		/* after the first answer: sorting is in vain while the layout is changing */
+		if (answered_here == 1 && f->nr >= CROWD) {
+			lp_faults_sort(f, t->sweep);
+			t->batching = true;
+		}
+		if (t->batching && answered_here % BATCH == 0)
+			wake_batch(t);
+		fault = lp_faults_pop(f);
+		rc = answer(t, fault);
+		if (rc == -EAGAIN)
+			/* to the end: there may be another reason, which the others don't have. There is room, its own */
+			lp_faults_push(f, fault);
+		else
+			answered_here++;
+		if (t->batching)
+			t->sweep = fault.addr + LP_PAGE_SIZE;
+	}
+	if (t->batching)
+		wake_batch(t);
+	t->batching = false;
+	if (answered_here)
+		t->engine->retry = RETRY_FIRST_NS;
+	if (f->nr)
+		put_off(t, before > answered_here ? before - answered_here : 0);
 }
 
 /* Reads and answers all; false when something could not be answered yet. */
 static bool serve_once(struct lp_task *t)
 {
-	struct faults again;
+	size_t before = t->faults.nr;
+	uint64_t since;
 
 	lp_lock_alone(&t->lock);
-	if (t->uffd < 0) {
+	if (is_served(t))
+		catch_up(t);
+	if (!is_served(t)) {
+		if (t->uffd >= 0) /* it stays readable */
+			epoll_ctl(t->engine->epfd, EPOLL_CTL_DEL, t->uffd, NULL);
 		lp_unlock_alone(&t->lock);
 		return true;
 	}
-	catch_up(t);
-	if (t->nr_changes) {
-		try_again(t);
-		for (size_t i = 0; i < t->faults.nr; i++)
-			put_off(t, t->faults.at[i]);
-		t->faults.nr = 0;
-	}
-	if (t->nr_changes || (!t->faults.nr && !t->put_off.nr)) {
+	if (t->read_error || t->nr_changes) {
+		put_off(t, before);
 		lp_unlock_alone(&t->lock);
-		return !t->nr_changes;
+		return false;
+	}
+	if (t->look_at_left || t->left.nr)
+		look_at_left(t);
+	if (!t->faults.nr) {
+		lp_unlock_alone(&t->lock);
+		return true;
 	}
 	lp_lock_downgrade(&t->lock);
-	again = t->put_off;
-	t->put_off = (struct faults){0};
-	if (t->engine->ready == 1 && t->faults.nr == 1 && !again.nr)
-		lp_follow_yield(&t->engine->follow, t->faults.at[0].since);
+	if (t->engine->ready == 1 && t->faults.nr == 1 && !before)
+		lp_follow_yield(&t->engine->follow, lp_faults_at(&t->faults, 0)->since);
 	else
 		lp_follow_insist(&t->engine->follow);
-	for (size_t i = 0; i < again.nr; i++)
-		if (answer(t, again.at[i]) == -EAGAIN)
-			put_off(t, again.at[i]);
-	for (size_t i = 0; i < t->faults.nr; i++)
-		if (answer(t, t->faults.at[i]) == -EAGAIN)
-			put_off(t, t->faults.at[i]);
+	since = t->faults.nr > before ? lp_faults_at(&t->faults, before)->since : 0;
+	answer_all(t, before);
 	lp_unlock_shared(&t->lock);
-	if (t->faults.nr)
-		lp_follow_fault(&t->engine->follow, t->pid, t->faults.at[0].since, t->engine->ready);
-	t->faults.nr = 0;
-	free(again.at);
-	return !t->put_off.nr;
+	if (since)
+		lp_follow_fault(&t->engine->follow, t->pid, since, t->engine->ready);
+	return !t->faults.nr;
 }
 
 /* A thread that changes the layout is done soon, once it has been told of; before others have their turn it is waited for. */
 static void serve(struct lp_task *t)
 {
-	for (int tries = 0; tries < SERVE_TRIES && !serve_once(t); tries++)
+	for (int tries = 0; tries < SERVE_TRIES && !serve_once(t) && !t->read_error; tries++)
 		sched_yield(); /* it may need this CPU */
 }
 
@@ -1149,10 +1403,15 @@ static int place(void *arg, uint64_t tag, uint64_t image, uint64_t nr_pages, con
 		if (t->tag != tag)
 			continue;
 		if (nr == e->cap_kin) {
-			e->cap_kin = e->cap_kin ? e->cap_kin * 2 : 16;
-			e->kin = realloc(e->kin, e->cap_kin * sizeof(struct lp_task *));
-			if (!e->kin)
-				abort(); /* pages that are not placed are a task that hangs without a word */
+			size_t cap = e->cap_kin ? e->cap_kin * 2 : 16;
+			struct lp_task **kin = realloc(e->kin, cap * sizeof(*kin));
+
+			if (!kin) {
+				pthread_mutex_unlock(&e->lock);
+				return -EAGAIN;
+			}
+			e->kin = kin;
+			e->cap_kin = cap;
 		}
 		e->kin[nr++] = t;
 	}
@@ -1178,6 +1437,7 @@ struct lp_engine *lp_engine_new(struct lp_guard *guard)
 	pthread_mutex_init(&e->lock, NULL);
 	atomic_init(&e->follow.cpu, -1);
 	e->guard = guard;
+	e->retry = RETRY_FIRST_NS;
 	e->epfd = epoll_create1(EPOLL_CLOEXEC);
 	e->wakefd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	e->noticefd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
@@ -1265,13 +1525,53 @@ bool lp_engine_has_tasks(struct lp_engine *e)
 static void serve_put_off(struct lp_engine *e)
 {
 	struct lp_task *t = e->put_off, *next;
+	uint64_t now = now_ns();
 
 	e->put_off = NULL;
 	for (; t; t = next) {
 		next = t->next_put_off;
 		t->is_put_off = false;
-		serve(t);
+		if (t->read_error && now < t->next_read)
+			try_again(t);
+		else
+			serve(t);
 	}
+	e->soon = false;
+	for (t = e->put_off; t && !e->soon; t = t->next_put_off)
+		e->soon = !t->read_error;
+}
+
+/* Tasks whose background has given claims back. */
+static void take_released(struct lp_engine *e)
+{
+	struct lp_task *t, *next;
+
+	for (t = atomic_exchange(&e->released, NULL); t; t = next) {
+		next = t->next_released;
+		atomic_store(&t->released, false); /* from here on it may be in the list again */
+		t->look_at_left = true;
+		try_again(t);
+	}
+}
+
+/* ns until what was put off is tried again; less often while that is in vain. */
+static uint64_t retry_after(struct lp_engine *e)
+{
+	uint64_t now = e->retry;
+
+	e->retry = 2 * now < RETRY_MOST_NS ? 2 * now : RETRY_MOST_NS;
+	return now;
+}
+
+/* As epoll_wait, but ns. */
+static int wait_for(struct lp_engine *e, struct epoll_event *events, uint64_t ns)
+{
+	const struct timespec most = {.tv_nsec = (long)ns};
+	int n = (int)syscall(SYS_epoll_pwait2, e->epfd, events, EVENTS, &most, NULL, 0);
+
+	if (n < 0 && errno == ENOSYS) /* Linux before 5.11 */
+		n = epoll_wait(e->epfd, events, EVENTS, (int)((ns + 999999) / 1000000));
+	return n;
 }
 
 static int next_events(struct lp_engine *e, struct epoll_event *events, bool again)
@@ -1292,7 +1592,13 @@ static int next_events(struct lp_engine *e, struct epoll_event *events, bool aga
 			lp_follow_insist(&e->follow);
 		}
 	}
-	return n ? n : epoll_wait(e->epfd, events, EVENTS, again ? RETRY_MS : following ? IDLE_MS : -1);
+	if (n)
+		return n;
+	if (again || e->soon)
+		return wait_for(e, events, retry_after(e));
+	if (e->put_off)
+		return wait_for(e, events, READ_RETRY_NS);
+	return epoll_wait(e->epfd, events, EVENTS, following ? IDLE_MS : -1);
 }
 
 int lp_engine_run(struct lp_engine *e)
@@ -1307,8 +1613,9 @@ int lp_engine_run(struct lp_engine *e)
 		int n;
 
 		/* no task or lane that epoll_wait has named is buried before the next epoll_wait */
+		take_released(e);
 		bury(e);
-		again = lp_lanes_round(&e->lanes) || e->put_off;
+		again = lp_lanes_round(&e->lanes);
 		n = next_events(e, events, again);
 		if (n < 0 && errno != EINTR)
 			rc = -errno;
@@ -1323,6 +1630,8 @@ int lp_engine_run(struct lp_engine *e)
 			else
 				clear_fd(e->wakefd);
 		}
+		take_released(e);
+		e->soon = false;
 		if (e->put_off)
 			serve_put_off(e);
 	}
@@ -1463,6 +1772,7 @@ bool lp_task_close(struct lp_task *t)
 			spoilt |= e->notices[i].kind == LP_NOTICE_LOST && e->notices[i].error == ESTALE;
 	}
 	e->nr_notices = kept;
+	spoilt |= t->unheard & 1u << LP_NOTICE_BROKEN;
 	pthread_mutex_unlock(&e->lock);
 	return spoilt;
 }
@@ -1477,6 +1787,29 @@ static uint64_t chunk(struct lp_engine *e)
 	if (now - atomic_load_explicit(&e->last_fault, memory_order_relaxed) < BUSY_NS)
 		return CHUNK_BUSY;
 	return CHUNK_QUIET;
+}
+
+/*
+ * Claims and copies a run of the background (lock held shared).  In a crowd nobody is woken by the copy: whoever waits for one
+ * of these pages has been left to us since we claimed it, or the serving thread has still to read the fault, will find the
+ * page there, and wakes.
+ */
+static int bring_run(struct lp_task *t, struct lp_answer *run)
+{
+	bool quietly = now_ns() - atomic_load_explicit(&t->last_crowd, memory_order_relaxed) < CROWD_NS;
+	uint64_t begun = trace_begins(t), times_left = atomic_load(&t->times_left);
+	int rc;
+
+	run->nr_pages = lp_space_claim(t->space, run->dense, run->nr_pages);
+	if (!run->nr_pages)
+		return 0;
+	rc = copy_level(t, run, quietly ? RELEASE_LEFT_QUIETLY : RELEASE_LEFT);
+	atomic_thread_fence(memory_order_seq_cst); /* with that of leave_fault: it sees the commit, or we its fault */
+	if (quietly && atomic_load(&t->times_left) != times_left)
+		wake(t, run->addr, run->nr_pages);
+	if (!rc)
+		trace_took(t, begun, LP_TRACE_BROUGHT, trace_source(run->source), run->addr, run->nr_pages);
+	return rc;
 }
 
 /* Where one thread of the background is, and how far it goes on from there. */
@@ -1550,12 +1883,14 @@ int64_t lp_task_transfer(struct lp_task *t, uint64_t max_bytes)
 {
 	uint64_t brought = 0;
 	struct stripe stripe = {0};
+	bool occupies = false;
 	struct lp_aside aside;
 	int rc = 0;
 
 	lp_aside_begin(&aside, &t->engine->follow);
 	for (int turned = 0, tries = 0, waits = 0; brought < max_bytes && !rc;) {
-		uint64_t quiet = now_ns() - atomic_load_explicit(&t->engine->last_fault, memory_order_relaxed);
+		uint64_t now = now_ns(), quiet = now - atomic_load_explicit(&t->engine->last_fault, memory_order_relaxed);
+		bool changing = now - atomic_load_explicit(&t->last_change, memory_order_relaxed) < CHANGING_NS;
 		uint64_t most = chunk(t->engine);
 		bool unmapped = false;
 		struct lp_answer run;
@@ -1571,8 +1906,21 @@ int64_t lp_task_transfer(struct lp_task *t, uint64_t max_bytes)
 			nanosleep(&pause, NULL);
 			continue;
 		}
+		if (changing) {
+			const struct timespec pause = {.tv_nsec = CHANGING_PAUSE_NS}, turn = {.tv_nsec = RETRY_MOST_NS};
+
+			if (!occupies && atomic_exchange(&t->occupied, true)) {
+				nanosleep(&turn, NULL);
+				continue;
+			}
+			occupies = true;
+			nanosleep(&pause, NULL);
+		} else if (occupies) {
+			atomic_store(&t->occupied, false);
+			occupies = false;
+		}
 		lp_lock_shared(&t->lock);
-		if (t->uffd < 0 || atomic_load(&t->gone)) {
+		if (!is_served(t) || atomic_load(&t->gone)) {
 			rc = -ESRCH;
 		} else if (t->nr_changes) {
 			rc = -EAGAIN;
@@ -1585,23 +1933,18 @@ int64_t lp_task_transfer(struct lp_task *t, uint64_t max_bytes)
 			unmapped = true;
 		} else {
 			stripe.at = run.addr + (run.nr_pages << LP_PAGE_SHIFT);
-			run.nr_pages = lp_space_claim(t->space, run.dense, run.nr_pages);
-			if (run.nr_pages) {
-				uint64_t begun = trace_begins(t);
-
-				rc = copy_level(t, &run, RELEASE_AND_WAKE);
-				if (!rc)
-					trace_took(t, begun, LP_TRACE_BROUGHT, trace_source(run.source), run.addr, run.nr_pages);
-				brought += run.nr_pages << LP_PAGE_SHIFT;
-			} else if (++tries > LOOKAHEAD_TRIES) {
+			rc = bring_run(t, &run);
+			brought += run.nr_pages << LP_PAGE_SHIFT;
+			if (!run.nr_pages && ++tries > LOOKAHEAD_TRIES)
 				rc = 1;
-			}
 		}
 		lp_unlock_shared(&t->lock);
 		if (unmapped)
 			map_ahead(t, &stripe, &run);
 	}
 	leave(t, &stripe);
+	if (occupies)
+		atomic_store(&t->occupied, false);
 	lp_aside_end(&aside, &t->engine->follow);
 	if (rc < 0 && !(rc == -EAGAIN && brought))
 		return rc;
@@ -1615,7 +1958,7 @@ uint64_t lp_task_claim_remote(struct lp_task *t, uint64_t cursor, uint64_t max_p
 	uint64_t nr = 0;
 
 	lp_lock_shared(&t->lock);
-	while (t->uffd >= 0 && lp_space_next(t->space, cursor, max_pages, true, &run)) {
+	while (is_served(t) && lp_space_next(t->space, cursor, max_pages, true, &run)) {
 		cursor = run.addr + (run.nr_pages << LP_PAGE_SHIFT);
 		if ((nr = lp_space_claim(t->space, run.dense, run.nr_pages)))
 			break;
@@ -1669,7 +2012,7 @@ int64_t lp_task_deliver(struct lp_task *t, uint64_t image, uint64_t nr_pages, co
 	int rc = 0;
 
 	lp_lock_shared(&t->lock);
-	if (t->uffd < 0)
+	if (!is_served(t))
 		rc = -ESRCH;
 	else if (t->nr_changes)
 		rc = -EAGAIN;
@@ -1768,6 +2111,8 @@ int64_t lp_task_poison(struct lp_task *t, bool all)
 	int64_t total = 0, rc = 0;
 
 	lp_lock_alone(&t->lock);
+	if (t->uffd >= 0 && atomic_load(&t->broken))
+		rc = -ESRCH; /* nobody knows what there is to poison */
 	for (size_t r = 0; t->uffd >= 0 && rc >= 0 && r < lp_space_nr_regions(t->space); r++) {
 		struct lp_region region = lp_space_regions(t->space)[r];
 

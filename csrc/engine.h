@@ -19,8 +19,10 @@
  * of order (lp_space_next_change): then nothing is answered until the one that
  * is missing has been told, too.
  *
- * Whoever claims a page and does not bring it wakes its range: a thread that
- * waits there faults again, and the fault is seen anew.  No fault is lost.
+ * No fault is lost: the serving thread keeps those on pages that the background
+ * has claimed, and answers them when it hears that the claim was given back.
+ * Whoever else claims a page and does not bring it wakes its range: a thread
+ * that waits there faults again, and the fault is seen anew.
  */
 #ifndef LAZYPAGES_ENGINE_H
 #define LAZYPAGES_ENGINE_H
@@ -46,6 +48,7 @@ enum lp_notice_kind {
 	LP_NOTICE_COMPLETE,   /* nothing is pending any more */
 	LP_NOTICE_GONE,	      /* the task's memory does not exist any more */
 	LP_NOTICE_FAILED,     /* an operation on the uffd failed in a way that should not be: error */
+	LP_NOTICE_BROKEN,     /* what the task misses is not known any more: error is why. It is to be killed, and what it has forked */
 };
 
 struct lp_notice {
@@ -69,7 +72,7 @@ struct lp_stats {
 	uint64_t faults;	/* page fault messages read */
 	uint64_t faults_zero;	/* answered with a zero page */
 	uint64_t faults_served; /* answered with data, by us at once or when it came */
-	uint64_t retried;	/* answers put off because a layout event was under way */
+	uint64_t retried;	/* faults whose answer was put off because a layout event was under way, once each */
 	uint64_t zero_pages;	/* UFFDIO_ZEROPAGE that placed one */
 	uint64_t present;	/* pages found there already (EEXIST) */
 	uint64_t copies;	/* UFFDIO_COPY calls */

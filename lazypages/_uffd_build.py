@@ -56,6 +56,15 @@ struct lp_plan { uint64_t max_window; ...; };
 void lp_plan_init(struct lp_plan *plan, uint64_t max_window);
 struct lp_window lp_plan_fault(struct lp_plan *plan, uint64_t page);
 
+struct lp_fault { uint64_t addr, since; uint32_t times; };
+struct lp_faults { size_t nr; ...; };
+void lp_faults_free(struct lp_faults *faults);
+bool lp_faults_reserve(struct lp_faults *faults, size_t nr);
+bool lp_faults_push(struct lp_faults *faults, struct lp_fault fault);
+void lp_faults_sort(struct lp_faults *faults, uint64_t from);
+struct lp_fault *lp_faults_at(const struct lp_faults *faults, size_t n);
+struct lp_fault lp_faults_pop(struct lp_faults *faults);
+
 struct lp_trace;
 struct lp_trace_record {
     uint64_t time, addr, pages, detail;
@@ -168,10 +177,21 @@ CSRC = Path("csrc")  # builds run at the project's root
 ffibuilder.set_source(
     "lazypages._uffd",
     "#include <sys/mman.h>\n#include <sys/syscall.h>\n#include <unistd.h>\n"
-    '#include "engine.h"\n#include "lane.h"\n#include "plan.h"\n#include "space.h"\n#include "trace.h"\n',
+    '#include "engine.h"\n#include "faults.h"\n#include "lane.h"\n#include "plan.h"\n'
+    '#include "space.h"\n#include "trace.h"\n',
     sources=[
         str(CSRC / name)
-        for name in ("space.c", "plan.c", "smaps.c", "follow.c", "guard.c", "trace.c", "lane.c", "engine.c")
+        for name in (
+            "space.c",
+            "plan.c",
+            "faults.c",
+            "smaps.c",
+            "follow.c",
+            "guard.c",
+            "trace.c",
+            "lane.c",
+            "engine.c",
+        )
     ],
     depends=[
         str(CSRC / name)
@@ -180,6 +200,7 @@ ffibuilder.set_source(
             "space.h",
             "pages_file.h",
             "plan.h",
+            "faults.h",
             "probe.h",
             "smaps.h",
             "lock.h",

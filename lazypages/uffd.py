@@ -46,6 +46,7 @@ class NoticeKind(enum.IntEnum):
     COMPLETE = 5
     GONE = 6
     FAILED = 7
+    BROKEN = 8
 
 
 class Notice(NamedTuple):

@@ -157,6 +157,11 @@ class TaskService:
                     self._tend(self._group)
             case NoticeKind.FAILED:
                 log.error("%s: userfaultfd: %s", self.identity.name, os.strerror(notice.error))
+            case NoticeKind.BROKEN:
+                self._state = State.KILLED
+                self._kill(
+                    f"it is not known any more what it misses: {os.strerror(notice.error)}", descendants=True
+                )
             case NoticeKind.FORKED:
                 pass  # the server's
 
@@ -336,13 +341,14 @@ class TaskService:
                     log.error("%s: poisoned %d pages: touching one raises SIGBUS", self.identity.name, pages)
                 return
 
-    def _kill(self, why: str) -> None:
-        """Kills the task. The process of a forked child is not known: then its ancestor and all its descendants."""
+    def _kill(self, why: str, *, descendants: bool = False) -> None:
+        """Kills the task; its descendants, too, on demand. The process of a forked child is not known: then its
+        ancestor and all its descendants."""
         if not self.process:
             log.error("%s: %s, and its process is not known", self.identity.name, why)
             return
         log.error("%s: killed (pid %d): %s", self.identity.name, self.process.pid, why)
-        self.process.kill(descendants=self.identity.forked)
+        self.process.kill(descendants=descendants or self.identity.forked)
 
     async def give_up(self) -> None:
         """Ends the task if it still misses pages: never may it read zeros for them."""
