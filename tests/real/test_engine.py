@@ -699,6 +699,36 @@ def test_no_file_descriptor_for_a_child(file: PagesFile) -> None:
         task.check(BASE, 64, file.first_id)
 
 
+def test_others_go_on_while_a_fork_cannot_be_read(file: PagesFile) -> None:
+    """The thread that serves all does not wait for the descriptor: it looks now and then; the owner is told once."""
+    pages = 2000
+    with Service() as service:
+        stuck, uffd = one_mapping(service, file, 64)
+        served = service.serve(uffd, [(BASE, 64, 0, 0)], [(BASE, 64)], file, max_readahead=1)
+        other, others_uffd = one_mapping(service, file, pages)
+        others = service.serve(others_uffd, [(BASE, pages, 0, 0)], [(BASE, pages)], file, max_readahead=1)
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        free = os.dup(0)
+        os.close(free)
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
+            stuck.tell("forks", 1, BASE, 64, file.first_id, 1)
+            assert service.wait(NoticeKind.FAILED, served).error == errno.EMFILE
+            before = served.stats().reads
+            other.check(BASE, pages, file.first_id, order=RANDOM)
+            assert others.stats().faults >= pages
+            assert (
+                served.stats().reads - before <= pages // 4
+            )  # by the clock, not once for each fault of others
+            assert not [notice for notice in service.look() if notice.kind is NoticeKind.FAILED]
+            assert stuck.busy()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        stuck.reply()
+        service.wait(NoticeKind.FORKED)
+        stuck.check(BASE, 64, file.first_id)
+
+
 # Ends.
 
 

@@ -5,14 +5,18 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import select
+import signal
 
 import anyio
 import pytest
 
 from lazypages.loop import service as service_module
 from lazypages.loop.service import Identity, TaskService
-from lazypages.uffd import NoticeKind, ServedTask
-from tests.support.uffd import BASE, PAGE, PagesFile, Service
+from lazypages.metrics import State
+from lazypages.processes import Process
+from lazypages.uffd import Notice, NoticeKind, ServedTask
+from tests.support.uffd import BASE, PAGE, PagesFile, Service, until
 
 PAGES = 64
 REMOTE = 0xFFFFFFFE  # csrc/extent.h
@@ -70,3 +74,33 @@ def test_pages_that_a_task_can_not_take_now(room: int, monkeypatch: pytest.Monke
             anyio.run(run, served)
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_a_task_of_which_nobody_knows_what_it_misses() -> None:
+    """It is killed, with what it has forked, and its uffd stays open until it is gone."""
+    file = PagesFile(PAGES)
+    with Service() as engine:
+        task = engine.task()
+        uffd = task.open_uffd()
+        task.map((BASE, PAGES))
+        served = engine.serve(uffd, [(BASE, PAGES, 0, 0)], [(BASE, PAGES)], file, pid=task.pid)
+        child = engine.adopt(task.fork(orphan=True))
+        process = Process(task.pid, os.pidfd_open(task.pid))
+        childs_fd = os.pidfd_open(child.pid)
+        try:
+            serving = TaskService(
+                served,
+                Identity("the task", task.pid, False, PAGES, ()),
+                process=process,
+                transfer_turns=anyio.CapacityLimiter(1),
+                remote=None,
+            )
+            serving.handle(Notice(NoticeKind.BROKEN, served, errno.ENOMEM, 0, 0, 0, 0), [])
+            assert serving.report().state is State.KILLED
+            until("the end of its memory", lambda: not served.probe())
+            assert task.process
+            assert task.process.wait(60) == -signal.SIGKILL
+            assert select.select([childs_fd], [], [], 60)[0]
+        finally:
+            os.close(childs_fd)
+            process.close()

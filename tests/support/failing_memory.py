@@ -1,0 +1,94 @@
+"""The engine with an allocator that fails on demand: built once, used by a process of its own.
+
+``python -m tests.support.failing_memory FOLDER SCENARIO`` runs a scenario again and again, each time with another of
+its allocations failing, until none is left to fail.  The engine may not end the process; and each time either every
+byte is right, or the engine says that the task can't go on (BROKEN), which costs this task alone.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+NAME = "failing_uffd"
+FUNCTIONS = ("malloc", "calloc", "realloc")
+#: So many allocations in a row: one, and more than whoever tries again has tries for.
+TIMES = (1, 40)
+
+
+def build(folder: Path) -> None:
+    """Compiles it into `folder`."""
+    from cffi import FFI
+
+    from lazypages._uffd_build import ffibuilder
+
+    _, source, _, options = ffibuilder._assigned_source
+    ffi = FFI()
+    for cdef in ffibuilder._cdefsources:
+        ffi.cdef(cdef)
+    ffi.cdef("void failing_memory(long after, long times); long failed_memory(void);")
+    ffi.set_source(
+        NAME,
+        "void failing_memory(long after, long times);\nlong failed_memory(void);\n" + source,
+        sources=[
+            *(str(ROOT / name) for name in options["sources"]),
+            str(ROOT / "tests/support/failing_memory.c"),
+        ],
+        include_dirs=[str(ROOT / "csrc")],
+        define_macros=[(name, f"failing_{name}") for name in FUNCTIONS],
+        extra_compile_args=options["extra_compile_args"],
+    )
+    ffi.compile(str(folder))
+
+
+def load(folder: Path) -> Any:
+    """Has whatever imports the engine from here on get this one; its library."""
+    path = next(folder.glob(f"{NAME}.*so"))
+    spec = importlib.util.spec_from_file_location(NAME, path)
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.modules["lazypages._uffd"] = module
+    return module.lib
+
+
+def run(lib: Any, scenario: Callable[[Callable[[], None]], bool]) -> None:
+    """`scenario` calls what it is given when allocations may fail; whether the task was said to be broken."""
+    for times in TIMES:
+        after = broken = 0
+        while True:
+            started = threading.Event()
+
+            def begin(after: int = after, times: int = times, started: threading.Event = started) -> None:
+                lib.failing_memory(after, times)
+                started.set()
+
+            result = scenario(begin)
+            failed = int(lib.failed_memory())
+            lib.failing_memory(0, 0)
+            assert started.is_set()
+            assert failed or not result, "broken, though all memory was there"
+            broken += result
+            if not failed:
+                break
+            after += 1 if times == 1 else 4
+        print(f"{times}: {after} allocations, {broken} of them broke the task")
+        assert after
+
+
+def main() -> None:
+    folder, name = Path(sys.argv[1]), sys.argv[2]
+    lib = load(folder)
+    from tests.support import failing_scenarios
+
+    run(lib, getattr(failing_scenarios, name))
+
+
+if __name__ == "__main__":
+    main()

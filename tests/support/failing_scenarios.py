@@ -1,0 +1,168 @@
+"""What tasks do while allocations of the engine fail (failing_memory.py); each says whether the engine gave one up."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+
+from lazypages.uffd import LaneEventKind, Notice, NoticeKind
+from tests.real.test_lane import REMOTE, TAG, Source
+from tests.support.uffd import BASE, PAGE, RANDOM, PagesFile, Service, Task, until
+
+PAGES = 64
+LEVELS = 20  # more than the engine has counters for without asking for memory
+MADV_DONTNEED = 4
+
+
+class BrokenError(Exception):
+    """The engine says that a task can't go on."""
+
+
+def is_broken(service: Service) -> bool:
+    return any(notice.kind is NoticeKind.BROKEN for notice in service.look())
+
+
+def wait(service: Service, ready: Callable[[], object]) -> None:
+    """Raises BrokenError."""
+    until("that, or word of the end", lambda: ready() or is_broken(service))
+    if not ready():
+        raise BrokenError
+
+
+def do(service: Service, task: Task, command: str, *args: int) -> None:
+    """Raises BrokenError."""
+    task.tell(command, *args)
+    wait(service, lambda: not task.busy(0.005))
+    task.reply()
+
+
+def fork(service: Service, task: Task) -> Task:
+    """Raises BrokenError."""
+    task.tell("fork", 0)
+    wait(service, lambda: not task.busy(0.005))
+    return service.adopt(task.forked())
+
+
+class Checks:
+    """Of a task's bytes, meanwhile something else. Each raises BrokenError."""
+
+    def __init__(self, service: Service, meanwhile: Callable[[], object] = lambda: None) -> None:
+        self._service = service
+        self._meanwhile = meanwhile
+
+    def __call__(self, task: Task, page: int, pages: int, first_id: int, threads: int = 1) -> None:
+        def settled() -> bool:
+            self._meanwhile()
+            return not task.busy(0.005)
+
+        task.tell_check(BASE + page * PAGE, pages, first_id, order=RANDOM, threads=threads)
+        wait(self._service, settled)
+        task.reply()
+
+
+def layout(begin: Callable[[], None]) -> bool:
+    """Faults, all kinds of layout events, a fork, the background."""
+    file, parents = PagesFile(PAGES), [PagesFile(1, level) for level in range(1, LEVELS)]
+    with Service() as service:
+        task = service.task()
+        uffd = task.open_uffd()
+        task.map((BASE, PAGES))
+        served = service.serve(
+            uffd, [(BASE, PAGES, 0, 0)], [(BASE, PAGES)], file, *parents, max_readahead=1, pid=task.pid
+        )
+        check = Checks(service)
+        begin()
+        try:
+            check(task, 0, 8, file.first_id, threads=4)
+            do(service, task, "mremap", BASE + 8 * PAGE, 8, 8, 3, BASE + 1024 * PAGE)
+            check(task, 1024, 4, file.first_id + 8)
+            do(service, task, "madvise", BASE + 16 * PAGE, 4, MADV_DONTNEED)
+            check(task, 16, 4, 0)
+            do(service, task, "munmap", BASE + 20 * PAGE, 4)
+            child = fork(service, task)
+            for one in (child, task):
+                check(one, 1028, 4, file.first_id + 12)
+                check(one, 24, 8, file.first_id + 24, threads=4)
+            transfer = service.transfer(served)
+            wait(service, lambda: not served.pending)
+            assert not transfer.error
+            for one in (task, child):
+                check(one, 32, PAGES - 32, file.first_id + 32, threads=4)
+            service.wait(NoticeKind.COMPLETE, served)
+            service.wait(NoticeKind.FORKED)
+        except BrokenError:
+            return True
+    return False
+
+
+class Owner:
+    """Does what Python does for a lane: asks for what the engine needs, makes another when one has ended."""
+
+    def __init__(self, service: Service, file: PagesFile) -> None:
+        self._service, self._file = service, file
+        self._wanted: list[tuple[int, int]] = []
+        self._seen: list[Notice] = []
+        self._connect()
+
+    def _connect(self) -> None:
+        while True:
+            with suppress(OSError):  # this allocation was the one
+                self._source = Source(self._service)
+                break
+        threading.Thread(target=self._answer, args=[self._source], daemon=True).start()
+
+    def _answer(self, source: Source) -> None:
+        with suppress(EOFError, OSError):
+            while True:
+                source.send(source.answer(self._file, source.asked()))
+
+    def _ask(self, image: int, nr_pages: int) -> None:
+        self._source.lane.ask(TAG, image, nr_pages, urgent=True)
+
+    def look(self) -> None:
+        for notice in self._service.look():
+            if notice.kind in {NoticeKind.NEED, NoticeKind.HURRY} and notice not in self._seen:
+                self._seen.append(notice)
+                self._wanted.append((notice.image, notice.nr_pages))
+                self._ask(notice.image, notice.nr_pages)
+        if any(event.kind is LaneEventKind.ENDED for event in self._source.lane.events()):
+            self._wanted += [(one.image, one.nr_pages) for one in self._source.lane.outstanding()]
+            self._source.close()
+            self._connect()
+            for image, nr_pages in self._wanted:
+                self._ask(image, nr_pages)
+
+    def bring(self, served: object) -> None:
+        self._source.lane.turn(served, 8 * PAGE)  # type: ignore[arg-type]
+
+    def close(self) -> None:
+        self._source.close()
+
+
+def remote(begin: Callable[[], None]) -> bool:
+    """Faults for pages of a page server, in a task and its child."""
+    pages = 256
+    file = PagesFile(pages)
+    with Service() as service:
+        task = service.task()
+        uffd = task.open_uffd()
+        task.map((BASE, pages))
+        served = service.serve(
+            uffd, [(BASE, pages, 0, REMOTE)], [(BASE, pages)], max_readahead=1, pid=task.pid, tag=TAG
+        )
+        owner = Owner(service, file)
+        check = Checks(service, owner.look)
+        begin()
+        try:
+            check(task, 0, 16, file.first_id, threads=8)
+            child = fork(service, task)
+            check(child, 16, 64, file.first_id + 16, threads=8)
+            owner.bring(served)
+            check(task, 80, pages - 80, file.first_id + 80, threads=8)
+            check(child, 0, pages, file.first_id)
+        except BrokenError:
+            return True
+        finally:
+            owner.close()
+    return False
