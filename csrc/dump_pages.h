@@ -41,6 +41,7 @@ struct lp_scan {
 
 /*
  * Scan from *next up to end; *count runs were found in out. Done when *next has become end, else out is full.
+ * Before Linux 6.7 the entries of the file are read instead: WPALLOWED, WRITTEN and HUGE are not told then.
  */
 int lp_scan_pages(int pagemap_fd, const struct lp_scan *scan, uint64_t *next, uint64_t end, struct lp_run *out,
 		  size_t room, size_t *count);

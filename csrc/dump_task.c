@@ -7,9 +7,12 @@
 #include <stdio.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#include <sys/mman.h>
 #include <sys/ptrace.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+
+#include "probe.h"
 
 #define SIGINFO_SIZE 128
 #define GET_RSEQ_CONFIGURATION 0x420f /* PTRACE_GET_RSEQ_CONFIGURATION, ptrace(2) */
@@ -136,4 +139,21 @@ int lp_dispatches_syscalls(pid_t tid, int *on)
 		return -errno;
 	*on = got.mode != 0; /* PR_SYS_DISPATCH_OFF */
 	return 0;
+}
+
+int lp_is_registered(int uffd, uint64_t address)
+{
+	static void *nowhere;
+	int rc;
+
+	if (!nowhere) {
+		void *made = mmap(NULL, 4096, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+		if (made == MAP_FAILED)
+			return 0;
+		nowhere = made;
+	}
+	/* EINVAL: it is of a file, no page can be put there; EEXIST: a huge page is there (mfill_atomic in mm/userfaultfd.c) */
+	rc = lp_probe(uffd, nowhere, address);
+	return rc == EFAULT || rc == EINVAL || rc == EEXIST;
 }

@@ -40,4 +40,11 @@ int lp_rseq(pid_t tid, struct lp_rseq *rseq);
 /* Whether a stopped thread has Syscall User Dispatch on: then a call that we have it make is a SIGSYS for it instead. */
 int lp_dispatches_syscalls(pid_t tid, int *on);
 
+/*
+ * Whether the mapping at a page is registered with a userfaultfd: 1 or 0, also 0 in doubt. Nothing is done to it. A
+ * registration ends with munmap and mremap (without UFFD_FEATURE_EVENT_REMAP: mremap_userfaultfd_prep in the kernel's
+ * fs/userfaultfd.c).
+ */
+int lp_is_registered(int uffd, uint64_t address);
+
 #endif

@@ -36,7 +36,7 @@ ffibuilder.set_source(
     "#include <sys/user.h>\n" + "".join(f'#include "{header}"\n' for header in HEADERS),
     sources=[f"csrc/{source}" for source in SOURCES],
     include_dirs=["csrc"],
-    depends=[f"csrc/{header}" for header in (*HEADERS, "pages_file.h")],
+    depends=[f"csrc/{header}" for header in (*HEADERS, "pages_file.h", "probe.h")],
     extra_compile_args=["-std=gnu11", "-O2", "-Wall", "-Wextra"],
 )
 

@@ -303,17 +303,21 @@ class _Run:
         begin = time.monotonic()
         settings, pid = self.settings, task.pid
         armed = tracking.arm(task, self._gadgets[pid], settings.method) if arm else None
-        marks, compare = self._marks(task)
-        described = mappings.describe(proc.layout(pid, task.layout), file_id)
-        pointers = [registers(tid).rsp for tid in task.process.threads]
         if armed is not None:
             self._armed.append(armed)
             self._resources.callback(armed.close)
+        marks, compare, known = self._marks(task, armed)
+        described = mappings.describe(proc.layout(pid, task.layout), file_id)
+        pointers = [registers(tid).rsp for tid in task.process.threads]
+        fresh = known.fresh(described) if known is not None else frozenset()
+        if armed is not None:
             armed.watch(described)
         pagemap = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
         try:
             protect = armed is not None and armed.can_protect
-            parts = memory.scan(pagemap, described, marks, protect=protect, stack_pointers=pointers)
+            parts = memory.scan(
+                pagemap, described, marks, protect=protect, stack_pointers=pointers, fresh=fresh
+            )
         finally:
             os.close(pagemap)
         if armed is not None:
@@ -333,19 +337,22 @@ class _Run:
         name = Kind.PAGEMAP.file_name(number if kind is ImageType.TASK else f"shmem-{number}")
         return Target(directory, name, pages_id)
 
-    def _marks(self, task: Task) -> tuple[Marks, ParentPages | None]:
-        """How the pages of a process are to be labelled, and what to compare them with, if anything."""
+    def _marks(
+        self, task: Task, armed: Armed | None
+    ) -> tuple[Marks, ParentPages | None, tracking.Vouched | None]:
+        """How the pages of a process are to be labelled, what to compare them with, if anything, and who says so."""
         settings = self.settings
         marks = Marks(lazy_dump=settings.lazy_pages, lazy_parents=settings.lazy_parents)
         parent = self._parents.get(task.pid)
         if self._chain is None or parent is None:
-            return marks, None
-        if settings.method is not Method.COMPARE:
+            return marks, None, None
+        if settings.method is not Method.COMPARE and not (armed is not None and armed.new):
             known = tracking.vouched(task, self._chain.run_id)
             if known is not None:
-                return replace(marks, with_=known[0], without=known[1]), None
+                self._resources.callback(known.close)
+                return replace(marks, with_=known.with_, without=known.without), None, known
         compare = settings.method in (Method.AUTO, Method.COMPARE) and not settings.lazy_pages
-        return marks, parent if compare else None
+        return marks, parent if compare else None, None
 
     def capture(self, tree: FrozenTree, tasks: list[Task]) -> None:
         """Everything but the pages, into images."""
@@ -420,7 +427,7 @@ class _Run:
         images.write(directory / Kind.INVENTORY.file_name(), Kind.INVENTORY, [entry])
         for armed in self._armed:
             armed.complete(self._run_id)
-        methods = {"uffd-wp" if armed.can_protect else "soft-dirty" for armed in self._armed}
+        methods = {armed.record.method for armed in self._armed}
         self.report.tracked = ", ".join(sorted(methods))
 
     def ignore_interrupts(self) -> None:

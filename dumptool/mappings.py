@@ -49,8 +49,8 @@ class Mapping:
     """A mapping to be written: its image entry, and how its pages are to be had.
 
     ``private``: pages may belong to the task alone. ``file_backed``: unchanged ones are in a file.
-    ``lazy``: the restorer can leave pages to the daemon. ``readable``: with process_vm_readv. ``new``: made
-    since soft-dirty bits were last cleared. ``whole``: the kernel fills the pages, touched or not.
+    ``lazy``: the restorer can leave pages to the daemon. ``readable``: with process_vm_readv.
+    ``whole``: the kernel fills the pages, touched or not.
     """
 
     entry: VmaEntry
@@ -58,7 +58,6 @@ class Mapping:
     file_backed: bool
     lazy: bool
     readable: bool
-    new: bool
     whole: bool
 
 
@@ -84,7 +83,6 @@ def describe(layout: proc.Layout, file_id: FileIds) -> list[Mapping]:
                 file_backed=bool(entry.status & VMA_FILE_PRIVATE),
                 lazy=lazy_capable(entry.flags, entry.status),
                 readable=bool(vma.prot & PROT_READ),
-                new="sd" in flags,
                 whole=bool(entry.status & VMA_VDSO),
             )
         )

@@ -27,16 +27,25 @@ UFFD_FEATURE_WP_UNPOPULATED = 1 << 13
 UFFD_FEATURE_WP_ASYNC = 1 << 15
 FEATURES = UFFD_FEATURE_WP_ASYNC | UFFD_FEATURE_WP_UNPOPULATED
 """linux/userfaultfd.h. PAGEMAP_SCAN protects memory of a userfaultfd with these two (fs/proc/task_mmu.c)."""
+UFFD_FEATURE_THREAD_ID = 1 << 8
+UFFD_FEATURE_EXACT_ADDRESS = 1 << 11
+OLD_FEATURES = UFFD_FEATURE_EXACT_ADDRESS | UFFD_FEATURE_THREAD_ID
+"""Before Linux 6.7: of a userfaultfd that protects nothing and gets no event. They only tell it from others."""
+UFFD_FEATURE_INITIALIZED = 1 << 31
+"""In fdinfo, of one that UFFDIO_API was called on."""
+UFFD_WP, SOFT_DIRTY = "uffd-wp", "soft-dirty"
+"""Methods of tracking."""
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
     """The contents of the memfd.
 
-    ``pid``, ``start_time``: the owner. ``uffd``: descriptor number, ``NO_UFFD`` when soft-dirty bits are
-    used. ``arming``: changes whenever writes are to be noted anew. ``level``: the run id (inventory image) of
-    the dump that has all that was written before that; empty while there is none, because that dump has
-    not been completed.
+    ``pid``, ``start_time``: the owner. ``uffd``: descriptor number, ``NO_UFFD`` where none could be had.
+    ``arming``: changes whenever writes are to be noted anew. ``level``: the run id (inventory image) of the dump that
+    has all that was written before that; empty while there is none, because that dump has not been completed.
+    ``method``: UFFD_WP or SOFT_DIRTY. ``witness``: address of a page that was made soft-dirty right after all bits were
+    cleared, 0 for none: it tells if somebody else has cleared them since.
     """
 
     pid: int
@@ -44,6 +53,8 @@ class Record:
     uffd: int
     arming: str = ""
     level: str = ""
+    method: str = ""
+    witness: int = 0
 
     def encode(self) -> bytes:
         """Always as many bytes, so that one write replaces a record as a whole."""
@@ -57,8 +68,8 @@ class Record:
             record = cls(**fields)
         except (ValueError, TypeError):
             return None
-        shapes = ((record.pid, int), (record.start_time, int), (record.uffd, int))
-        texts = ((record.arming, str), (record.level, str))
+        shapes = ((record.pid, int), (record.start_time, int), (record.uffd, int), (record.witness, int))
+        texts = ((record.arming, str), (record.level, str), (record.method, str))
         return record if all(isinstance(value, kind) for value, kind in (*shapes, *texts)) else None
 
 
@@ -93,7 +104,7 @@ class Tracker:
 
 def find(pid: int, files: Sequence[OpenFile]) -> list[Tracker]:
     """The trackers among the descriptors of a process, half-made ones of a run that was killed too."""
-    uffds = {file.fd for file in files if file.link == UFFD_LINK and _features(file) in (0, FEATURES)}
+    uffds = {file.fd for file in files if file.link == UFFD_LINK and _is_ours(file)}
     found = []
     for file in files:
         if file.link == MEMFD_LINK:
@@ -114,9 +125,10 @@ def _read(pid: int, memfd: int) -> Record | None:
         return None
 
 
-def _features(file: OpenFile) -> int:
-    """What a userfaultfd was set up with: the second number of "API:" in its fdinfo (bit 31: done)."""
-    return int(file.info.other.get("API", "0:0").split(":")[1], 16) & 0x7FFFFFFF
+def _is_ours(file: OpenFile) -> bool:
+    """Whether a userfaultfd has our features, or none yet: the second number of "API:" in its fdinfo."""
+    features = int(file.info.other.get("API", "0:0").split(":")[1], 16)
+    return features == 0 or features ^ UFFD_FEATURE_INITIALIZED in (FEATURES, OLD_FEATURES)
 
 
 def store(memfd: int, record: Record) -> None:

@@ -8,13 +8,13 @@ may have changed".
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import mmap
 import os
 import struct
 import uuid
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Final
@@ -25,7 +25,7 @@ from dumptool.errors import DumpError
 from dumptool.mappings import Mapping
 from dumptool.survey import Task
 from dumptool.tracee import Gadgets, Session, session, take_fd
-from dumptool.trackers import FEATURES, NO_UFFD, Record, Tracker
+from dumptool.trackers import FEATURES, NO_UFFD, OLD_FEATURES, SOFT_DIRTY, UFFD_WP, Record, Tracker
 
 NR_CLOSE = 3
 NR_FCNTL = 72
@@ -47,10 +47,19 @@ HIGHEST_FD = 1000
 FDS_OF_OURS = 8
 
 CATEGORIES = {
-    "uffd-wp": (lib.LP_PAGE_WPALLOWED, lib.LP_PAGE_WRITTEN),
-    "soft-dirty": (0, lib.LP_PAGE_SOFT_DIRTY),
+    UFFD_WP: (lib.LP_PAGE_WPALLOWED, lib.LP_PAGE_WRITTEN),
+    SOFT_DIRTY: (0, lib.LP_PAGE_SOFT_DIRTY | lib.LP_PAGE_PFNZERO),
 }
-"""What a page that has not been written must and must not have (Documentation/admin-guide/mm/pagemap.rst)."""
+"""What a page that has not been written must and must not have (Documentation/admin-guide/mm/pagemap.rst).
+
+A read that brings in the zero page, after madvise for instance, does not make it soft-dirty.
+"""
+
+TABLE_SHIFT = 21
+"""A page table maps 2 MiB. mremap of a whole one sets no soft-dirty bit (move_normal_pmd in mm/mremap.c)."""
+ENTRY_SOFT_DIRTY = 1 << 55
+ENTRY_THERE = 3 << 62
+"""Of an entry of pagemap: soft-dirty; present or swapped."""
 
 
 class Method(Enum):
@@ -87,12 +96,87 @@ def own_tracker(task: Task) -> Tracker | None:
     return None
 
 
-def vouched(task: Task, run_id: str) -> tuple[int, int] | None:
-    """The categories of pages that are as they were in the level ``run_id``; None when nothing is known."""
+@dataclass(slots=True)
+class Vouched:
+    """What a tracker says of the pages of a process that were in a level; ``close`` it.
+
+    ``with_``, ``without``: categories of those that are as they were there, but in the mappings that are ``fresh``.
+    """
+
+    method: str
+    uffd: int | None
+
+    @property
+    def with_(self) -> int:
+        """Of the pagemap (LP_PAGE_*)."""
+        return int(CATEGORIES[self.method][0])
+
+    @property
+    def without(self) -> int:
+        """Of the pagemap (LP_PAGE_*)."""
+        return int(CATEGORIES[self.method][1])
+
+    def fresh(self, mappings: Iterable[Mapping]) -> frozenset[int]:
+        """Starts of private mappings that may not be those of the level. To be asked before ``Armed.watch``.
+
+        A mapping is the one that it was if it is still registered with the userfaultfd. Of the others the bits of the
+        pages may be another place's: write protection goes with a page that is moved (until Linux 6.13), and a page
+        table that is moved as a whole keeps its soft-dirty bits. (VmFlags `sd` does not tell: all mappings have it
+        until clear_refs is written.)
+        """
+        return frozenset(
+            mapping.entry.start
+            for mapping in mappings
+            if mapping.private and not self._is_known(mapping.entry.start, mapping.entry.end)
+        )
+
+    def _is_known(self, start: int, end: int) -> bool:
+        if self.uffd is not None and lib.lp_is_registered(self.uffd, start):
+            return _register(self.uffd, start, end)
+        return self.method == SOFT_DIRTY and start >> TABLE_SHIFT == end >> TABLE_SHIFT
+
+    def close(self) -> None:
+        """Give back our descriptor."""
+        if self.uffd is not None:
+            os.close(self.uffd)
+
+
+def vouched(task: Task, run_id: str) -> Vouched | None:
+    """What is known of the pages that the level ``run_id`` has; None when nothing is."""
     tracker = own_tracker(task)
     if tracker is None or tracker.record is None or not run_id or tracker.record.level != run_id:
         return None
-    return CATEGORIES["soft-dirty" if tracker.record.uffd == NO_UFFD else "uffd-wp"]
+    record = tracker.record
+    if record.method not in CATEGORIES:
+        return None
+    if record.method == SOFT_DIRTY and not (record.witness and is_soft_dirty(task.pid, record.witness)):
+        return None
+    return Vouched(record.method, None if tracker.uffd is None else take_fd(task.pid, tracker.uffd))
+
+
+def is_soft_dirty(pid: int, address: int) -> bool:
+    """Whether a page that a process has is soft-dirty."""
+    with open(f"/proc/{pid}/pagemap", "rb", buffering=0) as file:
+        (entry,) = struct.unpack("<Q", os.pread(file.fileno(), 8, address // mmap.PAGESIZE * 8))
+    return bool(entry & ENTRY_SOFT_DIRTY and entry & ENTRY_THERE)
+
+
+def _register(uffd: int, start: int, end: int) -> bool:
+    """Whether this mapping is registered now with this userfaultfd.
+
+    Special mappings such as the vdso can't be, and before Linux 6.7 only anonymous memory can.
+    Raises ``DumpError`` where another one has it.
+    """
+    request = struct.pack("<QQQQ", start, end - start, UFFDIO_REGISTER_MODE_WP, 0)
+    try:
+        fcntl.ioctl(uffd, UFFDIO_REGISTER, request)
+    except OSError as error:
+        if error.errno == errno.EBUSY:
+            raise DumpError(
+                f"mapping {start:x}-{end:x} has a userfaultfd that is not ours, which is not saved"
+            ) from None
+        return False
+    return True
 
 
 @dataclass(slots=True)
@@ -100,16 +184,18 @@ class Armed:
     """A tracker under our hands, from before a level is taken until it is complete; ``close`` it.
 
     ``can_protect``: PAGEMAP_SCAN can write-protect pages; else soft-dirty bits have to be cleared.
+    ``new``: nothing is known of what was written before it was made.
     """
 
     task: Task
     record: Record
     memfd: int
     uffd: int | None
+    new: bool = False
 
     @property
     def can_protect(self) -> bool:
-        return self.uffd is not None
+        return self.record.method == UFFD_WP
 
     def watch(self, mappings: Iterable[Mapping]) -> None:
         """Have writes to all private mappings noted, those that are new too."""
@@ -117,19 +203,19 @@ class Armed:
             return
         for mapping in mappings:
             if mapping.private:
-                entry = mapping.entry
-                request = struct.pack(
-                    "<QQQQ", entry.start, entry.end - entry.start, UFFDIO_REGISTER_MODE_WP, 0
-                )
-                # Refused for special mappings such as the vdso: untracked, they are written each time.
-                with suppress(OSError):
-                    fcntl.ioctl(self.uffd, UFFDIO_REGISTER, request)
+                _register(self.uffd, mapping.entry.start, mapping.entry.end)
 
     def clear(self) -> None:
         """With soft-dirty bits: forget what was written so far."""
-        if self.uffd is None:
-            with open(f"/proc/{self.task.pid}/clear_refs", "wb", buffering=0) as file:
-                file.write(b"4")
+        if self.can_protect:
+            return
+        pid = self.task.pid
+        with open(f"/proc/{pid}/clear_refs", "wb", buffering=0) as file:
+            file.write(b"4")
+        witness = next((vma.start for vma in self.task.layout.vmas if vma.name == "[vdso]"), 0)
+        if not (witness and _mark(pid, witness)):
+            witness = 0
+        self.record = replace(self.record, witness=witness)
 
     def complete(self, run_id: str) -> None:
         """The level ``run_id`` has all that was written before we armed; unless another has come since."""
@@ -152,7 +238,8 @@ def arm(task: Task, gadgets: Gadgets, method: Method) -> Armed | None:
     if method is Method.COMPARE:
         return None
     tracker = own_tracker(task)
-    if tracker is not None and tracker.record is not None and _fits(tracker.record, method):
+    new = tracker is None or tracker.record is None or not _fits(tracker.record, method)
+    if tracker is not None and tracker.record is not None and not new:
         memfd = take_fd(task.pid, tracker.memfd)
         uffd = None if tracker.uffd is None else take_fd(task.pid, tracker.uffd)
         record = tracker.record
@@ -165,43 +252,58 @@ def arm(task: Task, gadgets: Gadgets, method: Method) -> Armed | None:
         memfd, uffd, record = made
     record = replace(record, arming=uuid.uuid4().hex, level="")
     trackers.store(memfd, record)
-    return Armed(task, record, memfd, uffd)
+    return Armed(task, record, memfd, uffd, new=new)
+
+
+def _mark(pid: int, address: int) -> bool:
+    """Write to a page what it holds, so that it is soft-dirty; whether it is.
+
+    The process itself can't write this page: it becomes a copy of its own, as by a debugger's breakpoint.
+    """
+    try:
+        with open(f"/proc/{pid}/mem", "r+b", buffering=0) as file:
+            os.pwrite(file.fileno(), os.pread(file.fileno(), 1, address), address)
+    except OSError:
+        return False
+    return is_soft_dirty(pid, address)
 
 
 def _fits(record: Record, method: Method) -> bool:
-    return method is Method.AUTO or (method is Method.SOFT_DIRTY) == (record.uffd == NO_UFFD)
+    return record.method in CATEGORIES if method is Method.AUTO else record.method == method.value
 
 
 def _make(task: Task, inside: Session, method: Method) -> tuple[int, int | None, Record] | None:
     """Our descriptors of a new memfd and userfaultfd in the process, and the record."""
-    use_uffd = method is not Method.SOFT_DIRTY
-    if not use_uffd and not soft_dirty_works():
+    if method is Method.SOFT_DIRTY and not soft_dirty_works():
         raise DumpError("this kernel has no soft-dirty bits (CONFIG_MEM_SOFT_DIRTY)")
     soft_limit = proc.parse_limits(proc.read_text(task.pid, "limits"))[7][0]
     low = max(0, min(HIGHEST_FD, soft_limit) - FDS_OF_OURS)
     memfd = inside.checked(NR_MEMFD_CREATE, inside.put(trackers.MEMFD_NAME.encode() + b"\0"), MFD_CLOEXEC)
     memfd = _move_up(inside, memfd, low)
-    uffd = -1
-    if use_uffd:
-        flags = os.O_CLOEXEC | os.O_NONBLOCK
-        uffd = inside.call(NR_USERFAULTFD, flags)
-        if uffd == -EPERM:  # vm.unprivileged_userfaultfd is 0: it need not see faults in the kernel
-            uffd = inside.call(NR_USERFAULTFD, flags | UFFD_USER_MODE_ONLY)
-        if uffd >= 0:
-            uffd = _move_up(inside, uffd, low)
-            our_uffd = take_fd(task.pid, uffd)
-            if _handshake(our_uffd):
-                record = Record(task.pid, task.stat.start_time, uffd)
-                return take_fd(task.pid, memfd), our_uffd, record
+    flags = os.O_CLOEXEC | os.O_NONBLOCK
+    uffd, our_uffd, can_protect = inside.call(NR_USERFAULTFD, flags), None, False
+    if uffd == -EPERM:  # vm.unprivileged_userfaultfd is 0: it need not see faults in the kernel
+        uffd = inside.call(NR_USERFAULTFD, flags | UFFD_USER_MODE_ONLY)
+    if uffd >= 0:
+        uffd = _move_up(inside, uffd, low)
+        our_uffd = take_fd(task.pid, uffd)
+        can_protect = _handshake(our_uffd, FEATURES)
+        if not can_protect and not _handshake(our_uffd, OLD_FEATURES):
             os.close(our_uffd)
             inside.call(NR_CLOSE, uffd)
-        if method is Method.UFFD_WP:
-            inside.call(NR_CLOSE, memfd)
-            raise DumpError(f"pid {task.pid}: no userfaultfd with WP_ASYNC (Linux 6.7) can be had in it")
-    if not soft_dirty_works():
-        inside.call(NR_CLOSE, memfd)
-        return None
-    return take_fd(task.pid, memfd), None, Record(task.pid, task.stat.start_time, NO_UFFD)
+            uffd, our_uffd = NO_UFFD, None
+    record = Record(task.pid, task.stat.start_time, max(uffd, NO_UFFD))
+    if can_protect and method is not Method.SOFT_DIRTY:
+        return take_fd(task.pid, memfd), our_uffd, replace(record, method=UFFD_WP)
+    if method is not Method.UFFD_WP and soft_dirty_works():
+        return take_fd(task.pid, memfd), our_uffd, replace(record, method=SOFT_DIRTY)
+    if our_uffd is not None:
+        os.close(our_uffd)
+        inside.call(NR_CLOSE, uffd)
+    inside.call(NR_CLOSE, memfd)
+    if method is Method.UFFD_WP:
+        raise DumpError(f"pid {task.pid}: no userfaultfd with WP_ASYNC (Linux 6.7) can be had in it")
+    return None
 
 
 def _move_up(inside: Session, fd: int, low: int) -> int:
@@ -212,9 +314,9 @@ def _move_up(inside: Session, fd: int, low: int) -> int:
     return moved
 
 
-def _handshake(uffd: int) -> bool:
+def _handshake(uffd: int, features: int) -> bool:
     try:
-        fcntl.ioctl(uffd, UFFDIO_API, struct.pack("<QQQ", UFFD_API, FEATURES, 0))
+        fcntl.ioctl(uffd, UFFDIO_API, struct.pack("<QQQ", UFFD_API, features, 0))
     except OSError:
         return False
     return True

@@ -14,16 +14,41 @@ import pytest
 from dumptool import memory, trackers, tracking
 from dumptool._ptrace import lib
 from dumptool.errors import DumpError
+from dumptool.mappings import Mapping
 from dumptool.memory import Marks
 from dumptool.proc import FdInfo, OpenFile
-from dumptool.trackers import FEATURES, MEMFD_LINK, NO_UFFD, UFFD_LINK, Record, Tracker
-from dumptool.tracking import Armed, Method
+from dumptool.trackers import (
+    FEATURES,
+    MEMFD_LINK,
+    NO_UFFD,
+    OLD_FEATURES,
+    SOFT_DIRTY,
+    UFFD_LINK,
+    UFFD_WP,
+    Record,
+    Tracker,
+)
+from dumptool.tracking import Armed, Method, Vouched
 
-RECORD = Record(pid=10, start_time=77, uffd=993, arming="a", level="run-1")
+RECORD = Record(pid=10, start_time=77, uffd=993, arming="a", level="run-1", method=UFFD_WP)
 
 
 def task(*found: Tracker, pid: int = 10, start_time: int = 77) -> Any:
-    return SimpleNamespace(pid=pid, stat=SimpleNamespace(start_time=start_time), trackers=found)
+    vdso = SimpleNamespace(start=0x7000, name="[vdso]")
+    layout = SimpleNamespace(vmas=(vdso,))
+    return SimpleNamespace(
+        pid=pid, stat=SimpleNamespace(start_time=start_time), trackers=found, layout=layout
+    )
+
+
+@pytest.fixture(autouse=True)
+def _no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Descriptors of processes that there are not."""
+    monkeypatch.setattr(tracking, "take_fd", lambda _pid, fd: fd)
+    monkeypatch.setattr(tracking, "is_soft_dirty", lambda _pid, address: address == WITNESS)
+
+
+WITNESS = 0x7000
 
 
 def test_a_record_is_written_in_one_piece() -> None:
@@ -40,7 +65,9 @@ def test_what_is_no_record(data: bytes) -> None:
 
 def test_vouches_for_its_own_level_only() -> None:
     tracker = Tracker(992, 993, RECORD)
-    assert tracking.vouched(task(tracker), "run-1") == (lib.LP_PAGE_WPALLOWED, lib.LP_PAGE_WRITTEN)
+    known = tracking.vouched(task(tracker), "run-1")
+    assert known is not None
+    assert (known.with_, known.without) == (lib.LP_PAGE_WPALLOWED, lib.LP_PAGE_WRITTEN)
     assert tracking.vouched(task(tracker), "run-0") is None
     assert tracking.vouched(task(tracker), "") is None
     assert tracking.vouched(task(Tracker(992, 993, replace(RECORD, level=""))), "run-1") is None
@@ -50,10 +77,45 @@ def test_vouches_for_its_own_level_only() -> None:
     assert tracking.vouched(task(Tracker(992, None, RECORD)), "run-1") is None  # the uffd has been closed
     assert tracking.vouched(task(), "run-1") is None
 
+    older = replace(RECORD, method="")  # as earlier versions have left it
+    assert tracking.vouched(task(Tracker(992, 993, older)), "run-1") is None
+
+
+def mapping(start: int, size: int = 0x4000) -> Mapping:
+    entry = SimpleNamespace(start=start, end=start + size)
+    found: Any = SimpleNamespace(
+        entry=entry, private=True, file_backed=False, lazy=True, readable=True, whole=False
+    )
+    return found  # type: ignore[no-any-return]
+
 
 def test_soft_dirty_bits_need_no_userfaultfd() -> None:
-    tracker = Tracker(992, None, replace(RECORD, uffd=NO_UFFD))
-    assert tracking.vouched(task(tracker), "run-1") == (0, lib.LP_PAGE_SOFT_DIRTY)
+    """But then a mapping from which a page table may have been moved as a whole is not known."""
+    record = replace(RECORD, uffd=NO_UFFD, method=SOFT_DIRTY, witness=WITNESS)
+    known = tracking.vouched(task(Tracker(992, None, record)), "run-1")
+    assert known is not None
+    assert known.with_ == 0
+    assert known.without == lib.LP_PAGE_SOFT_DIRTY | lib.LP_PAGE_PFNZERO
+    assert known.fresh([mapping(0x1000), mapping(0x1FF000, 0x1000), mapping(0x3FF000, 0x2000)]) == {
+        0x1FF000,
+        0x3FF000,
+    }
+
+
+@pytest.mark.parametrize("witness", [0, 0x9000])
+def test_soft_dirty_bits_that_somebody_else_has_cleared(witness: int) -> None:
+    record = replace(RECORD, method=SOFT_DIRTY, witness=witness)
+    assert tracking.vouched(task(Tracker(992, 993, record)), "run-1") is None
+
+
+def test_which_mappings_are_still_registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    registered = {0x1000, 0x400000}
+    fake = SimpleNamespace(lp_is_registered=lambda _uffd, start: start in registered)
+    monkeypatch.setattr(tracking, "lib", fake)
+    monkeypatch.setattr(tracking, "_register", lambda _uffd, start, _end: start in registered)
+    mappings = [mapping(start, 0x400000) for start in (0x1000, 0x400000, 0x800000)] + [mapping(0xC00000)]
+    assert Vouched(UFFD_WP, 993).fresh(mappings) == {0x800000, 0xC00000}
+    assert Vouched(SOFT_DIRTY, 993).fresh(mappings) == {0x800000}
 
 
 def open_file(fd: int, link: str, features: int | None = None) -> OpenFile:
@@ -77,6 +139,10 @@ def test_found_among_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
     assert second == Tracker(994, None, None)
     assert first.fds == (993, 995, 992)
     assert trackers.find(10, [open_file(993, UFFD_LINK, done)]) == []
+    others = [open_file(992, MEMFD_LINK), open_file(993, UFFD_LINK, OLD_FEATURES | 1 << 31)]
+    assert trackers.find(10, others) == [Tracker(992, 993, RECORD)]
+    of_the_program = [open_file(992, MEMFD_LINK), open_file(993, UFFD_LINK, 1 << 31)]
+    assert trackers.find(10, of_the_program) == [Tracker(992, None, RECORD)]
 
 
 def test_soft_dirty_runs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,15 +156,9 @@ def test_soft_dirty_runs(monkeypatch: pytest.MonkeyPatch) -> None:
         for run in found[mapping.entry.start]:
             runs.append(*run)
 
-    def mapping(start: int, *, new: bool) -> Any:
-        entry = SimpleNamespace(start=start, end=start + 0x4000)
-        return SimpleNamespace(
-            entry=entry, private=True, file_backed=False, lazy=True, readable=True, new=new, whole=False
-        )
-
     monkeypatch.setattr(memory, "_scan_mapping", scan_mapping)
     marks = Marks(*tracking.CATEGORIES["soft-dirty"])
-    (part,) = memory.scan(-1, [mapping(0x1000, new=False), mapping(0x9000, new=True)], marks)
+    (part,) = memory.scan(-1, [mapping(0x1000), mapping(0x9000)], marks, fresh={0x9000})
     assert list(part.runs) == [(0x1000, 0x2000, 3), (0x2000, 0x4000, 6), (0x9000, 0xA000, 6)]
 
 
@@ -119,8 +179,15 @@ def test_soft_dirty_bits_are_cleared(monkeypatch: pytest.MonkeyPatch) -> None:
             written.append((self._name, data))
 
     monkeypatch.setattr(tracking, "open", File, raising=False)
-    Armed(task(), RECORD, memfd=-1, uffd=None).clear()
-    assert written == [("/proc/10/clear_refs", b"4")]
+    for marked in (True, False):
+        written.clear()
+        monkeypatch.setattr(
+            tracking, "_mark", lambda _pid, address, marked=marked: marked and address == WITNESS
+        )
+        armed = Armed(task(), replace(RECORD, method=SOFT_DIRTY), memfd=-1, uffd=5)
+        armed.clear()
+        assert written == [("/proc/10/clear_refs", b"4")]
+        assert armed.record.witness == (WITNESS if marked else 0)
     Armed(task(), RECORD, memfd=-1, uffd=5).clear()
     assert len(written) == 1
 
@@ -152,3 +219,20 @@ def test_asking_for_soft_dirty_bits_where_there_are_none(monkeypatch: pytest.Mon
     monkeypatch.setattr(tracking, "soft_dirty_works", lambda: False)
     with pytest.raises(DumpError, match="no soft-dirty"):
         tracking._make(task(), SimpleNamespace(), Method.SOFT_DIRTY)  # type: ignore[arg-type]
+
+
+def test_the_huge_zero_page_counts_as_written(tmp_path: Path) -> None:
+    """Where PAGEMAP_SCAN does not tell it: pagemap says that it is no anonymous page."""
+    pagemap = tmp_path / "pagemap"
+    pagemap.write_bytes(b"".join((entry << 61).to_bytes(8, "little") * 512 for entry in (4, 4, 5, 4)))
+    runs, huge = memory.Runs(), lib.LP_PAGE_HUGE
+    for start, end, flags in (
+        (0, 0x400000, huge),
+        (0x400000, 0x600000, huge),
+        (0x600000, 0x601000, huge),
+        (0x400000, 0x401000, 0),
+    ):
+        runs.append(start, end, flags)
+    with pagemap.open("rb") as file:
+        memory._doubt_huge_zeros(file.fileno(), runs, 0)
+    assert [flags for _, _, flags in runs] == [huge, huge | lib.LP_PAGE_SOFT_DIRTY, huge, 0]
