@@ -234,6 +234,11 @@ def _common(command: F, *, address: str, port: str) -> F:
                 show_default=True,
                 help="How long to wait until all threads have stopped.",
             ),
+            click.option(
+                "--no-sync",
+                is_flag=True,
+                help="Do not wait until all is on the disk: faster, but if the machine fails, so may the dump.",
+            ),
             click.option("--track-mem", is_flag=True, help="With --leave-running: track writes from now on."),
             click.option(
                 "-o",
@@ -262,6 +267,7 @@ def _settings(options: dict[str, Any]) -> Settings:
         allow=Options(shell_job=options["shell_job"], file_locks=options.get("file_locks", False)),
         timeout=options["timeout"],
         page_server=_page_server(options),
+        sync=not options["no_sync"],
     )
 
 

@@ -25,6 +25,7 @@ from dumptool.files import FileTable
 from dumptool.freeze import FrozenTree, freeze, members
 from dumptool.mappings import FileIds, Mapping
 from dumptool.memory import Counts, Marks, Part, Sink, Source, Target
+from dumptool.output import Output
 from dumptool.send import PageServer, Sender, SentTarget
 from dumptool.survey import Task
 from dumptool.tracee import Gadgets, find_room, registers, xstate_components
@@ -69,7 +70,8 @@ class Settings:
 
     ``parent``: directory of the parent level relative to ``images``, or None. ``leave_running``: the tree
     goes on after a dump; with ``track`` as well, what it writes from then on is tracked. ``timeout``:
-    seconds for the tree to stop. ``page_server``: pages go there, not into ``images``.
+    seconds for the tree to stop. ``page_server``: pages go there, not into ``images``. ``sync``: a dump counts, and
+    the tree is ended, only when all of it is on the disk.
     """
 
     pid: int
@@ -83,6 +85,7 @@ class Settings:
     allow: survey.Options = field(default_factory=survey.Options)
     timeout: float = 10
     page_server: PageServer | None = None
+    sync: bool = True
 
 
 @dataclass(slots=True)
@@ -171,6 +174,14 @@ def dump(settings: Settings, watcher: Watcher, serve: Serve | None = None) -> Re
             run.capture(tree, tasks)
             run.copy(running=False)
             run.copy_shared(tasks)
+            if settings.leave_running and not settings.lazy_pages:
+                if not settings.track:
+                    run.untrack(tasks)
+                # It goes on whatever becomes of the images: it need not wait for the disk.
+                run.report.frozen = tree.thaw()
+                run.finish()
+                run.write_stats()
+                return run.report
             run.finish()
             if settings.lazy_pages and serve is not None:
                 watcher.stage("serving")
@@ -221,7 +232,9 @@ class _Run:
         self._gadgets: dict[int, Gadgets] = {}
         self._armed: list[Armed] = []
         self._jobs: list[_Job] = []
+        self._output = Output(settings.images, durable=settings.sync)
         self._resources = ExitStack()
+        self._resources.callback(self._output.close)
 
     def __enter__(self) -> Self:
         return self
@@ -257,7 +270,7 @@ class _Run:
             # all stands still finds them, or says why not.
             with suppress(DumpError):
                 self._gadgets[pid] = Gadgets(pid, task.layout.vmas)
-        _set_up_directory(settings)
+        _set_up_directory(settings, self._output)
         if settings.parent is not None:
             self._chain = Chain(settings.images / settings.parent)
             self._parents = {pid: self._chain.pages_of(pid) for pid in self._before}
@@ -333,9 +346,9 @@ class _Run:
         directory = self.settings.images
         if self._sender is not None:
             parents = kind is ImageType.TASK and self._parents.get(number) is not None
-            return SentTarget(self._sender, directory, kind, number, parents)
+            return SentTarget(self._sender, directory, kind, number, parents, self._output.keep)
         name = Kind.PAGEMAP.file_name(number if kind is ImageType.TASK else f"shmem-{number}")
-        return Target(directory, name, pages_id)
+        return Target(directory, name, pages_id, self._output.keep)
 
     def _marks(
         self, task: Task, armed: Armed | None
@@ -356,14 +369,14 @@ class _Run:
 
     def capture(self, tree: FrozenTree, tasks: list[Task]) -> None:
         """Everything but the pages, into images."""
-        directory, components, table = self.settings.images, xstate_components(), FileTable()
+        output, components, table = self._output, xstate_components(), FileTable()
         for number, task in enumerate(tasks, start=1):
             ids = _object_ids(ROOT_OBJECT + number)
             captured = core.capture(task, self._gadgets[task.pid], components, ids)
             arm = self.settings.leave_running and self.settings.track
             described = self.find_pages(task, partial(table.add_mapped, task.pid), number, arm=arm)
-            _write_task(_Captured(task, captured, described, ids), directory, table)
-        _write_tables(directory, tree, table)
+            _write_task(_Captured(task, captured, described, ids), output, table)
+        _write_tables(output, tree, table)
 
     def copy(self, *, running: bool) -> None:
         """The pages, into images; ``running``: the tree runs again."""
@@ -407,10 +420,11 @@ class _Run:
                 self._resources.callback(os.close, fd)
 
     def finish(self) -> None:
-        """The inventory, last of all: without it the directory is no dump. Trackers now vouch for it.
+        """The inventory, when all else is on the disk. Trackers now vouch for it.
 
         A page server must have everything before.
         """
+        self.watcher.stage("syncing")
         if self._sender is not None:
             self._sender.close()
         root = _object_ids(ROOT_OBJECT)
@@ -423,8 +437,7 @@ class _Run:
             network_lock_method=0,
             dump_criu_run_id=self._run_id,
         )
-        directory = self.settings.images
-        images.write(directory / Kind.INVENTORY.file_name(), Kind.INVENTORY, [entry])
+        self._output.publish(entry)
         for armed in self._armed:
             armed.complete(self._run_id)
         methods = {armed.record.method for armed in self._armed}
@@ -444,23 +457,24 @@ class _Run:
         try:
             yield
         except BaseException:
-            (self.settings.images / Kind.INVENTORY.file_name()).unlink(missing_ok=True)
+            self._output.withdraw()
             raise
 
     def write_stats(self) -> None:
         """stats-dump, when all times are known."""
-        directory = self.settings.images
-        images.write(directory / Kind.STATS.file_name("dump"), Kind.STATS, [self.report.entry()])
+        images.write(self.settings.images / Kind.STATS.file_name("dump"), Kind.STATS, [self.report.entry()])
 
 
 def _object_ids(number: int) -> TaskKobjIdsEntry:
     return TaskKobjIdsEntry(vm_id=number, files_id=number, fs_id=number, sighand_id=number, **NAMESPACE_IDS)
 
 
-def _set_up_directory(settings: Settings) -> None:
+def _set_up_directory(settings: Settings, output: Output) -> None:
     directory, link = settings.images, settings.images / PARENT_LINK
     try:
-        directory.mkdir(exist_ok=True)
+        if not directory.is_dir():
+            directory.mkdir()
+            Output(directory.parent, durable=settings.sync).sync_directory()
         if link.is_symlink():
             link.unlink()
         if settings.parent is not None:
@@ -474,6 +488,7 @@ def _set_up_directory(settings: Settings) -> None:
             stale.append(Kind.PAGEMAP.file_name("*"))  # what is here counts more than what was sent
         for path in [path for pattern in stale for path in directory.glob(pattern)]:
             path.unlink(missing_ok=True)
+        output.sync_directory()  # an old inventory must not come back beside new images
     except OSError as error:
         raise DumpError(f"{directory}: {error.strerror}") from None
 
@@ -488,7 +503,7 @@ class _Captured:
     ids: TaskKobjIdsEntry
 
 
-def _write_task(what: _Captured, directory: Path, table: FileTable) -> None:
+def _write_task(what: _Captured, output: Output, table: FileTable) -> None:
     task, captured, ids = what.task, what.captured, what.ids
     pid = task.pid
     fs = FsEntry(
@@ -498,19 +513,19 @@ def _write_task(what: _Captured, directory: Path, table: FileTable) -> None:
     )
     mm = mappings.mm_entry(task, captured.inside, what.described, table.add_link(pid, "exe"))
     for tid, entry in captured.cores.items():
-        images.write(directory / Kind.CORE.file_name(tid), Kind.CORE, [entry])
-    images.write(directory / Kind.IDS.file_name(pid), Kind.IDS, [ids])
-    images.write(directory / Kind.FS.file_name(pid), Kind.FS, [fs])
-    images.write(directory / Kind.MM.file_name(pid), Kind.MM, [mm])
-    images.write(directory / Kind.FDINFO.file_name(ids.files_id), Kind.FDINFO, table.add_descriptors(task))
+        output.write(Kind.CORE.file_name(tid), Kind.CORE, [entry])
+    output.write(Kind.IDS.file_name(pid), Kind.IDS, [ids])
+    output.write(Kind.FS.file_name(pid), Kind.FS, [fs])
+    output.write(Kind.MM.file_name(pid), Kind.MM, [mm])
+    output.write(Kind.FDINFO.file_name(ids.files_id), Kind.FDINFO, table.add_descriptors(task))
 
 
-def _write_tables(directory: Path, tree: FrozenTree, table: FileTable) -> None:
+def _write_tables(output: Output, tree: FrozenTree, table: FileTable) -> None:
     tree_entries = []
     for process in tree.processes:
         stat = proc.stat(process.pid)
         if process.zombie:
-            images.write(directory / Kind.CORE.file_name(process.pid), Kind.CORE, [core.zombie(process.pid)])
+            output.write(Kind.CORE.file_name(process.pid), Kind.CORE, [core.zombie(process.pid)])
         tree_entries.append(
             PstreeEntry(
                 pid=process.pid,
@@ -520,12 +535,12 @@ def _write_tables(directory: Path, tree: FrozenTree, table: FileTable) -> None:
                 threads=process.threads,
             )
         )
-    images.write(directory / Kind.PSTREE.file_name(), Kind.PSTREE, tree_entries)
-    images.write(directory / Kind.FILES.file_name(), Kind.FILES, table.entries)
-    images.write(directory / Kind.SECCOMP.file_name(), Kind.SECCOMP, [SeccompEntry()])
+    output.write(Kind.PSTREE.file_name(), Kind.PSTREE, tree_entries)
+    output.write(Kind.FILES.file_name(), Kind.FILES, table.entries)
+    output.write(Kind.SECCOMP.file_name(), Kind.SECCOMP, [SeccompEntry()])
     if table.pipes:
-        images.write_with_data(directory / Kind.PIPES_DATA.file_name(), Kind.PIPES_DATA, table.pipes)
+        output.write_with_data(Kind.PIPES_DATA.file_name(), Kind.PIPES_DATA, table.pipes)
     if table.locks:
-        images.write(directory / Kind.FILE_LOCKS.file_name(), Kind.FILE_LOCKS, table.locks)
+        output.write(Kind.FILE_LOCKS.file_name(), Kind.FILE_LOCKS, table.locks)
     if table.terminals:
-        images.write(directory / Kind.TTY_INFO.file_name(), Kind.TTY_INFO, table.terminals)
+        output.write(Kind.TTY_INFO.file_name(), Kind.TTY_INFO, table.terminals)

@@ -29,6 +29,8 @@ STEP_PAGES = 16384
 """Copied per call into C: how often progress is told."""
 CHUNK = 4096
 """Runs that an array has room for at first."""
+OF_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+"""Errors of a copy that come from writing, not from reading: lp_copy_pages says EFAULT for EIO there."""
 HUGE_SIZE = 2 << 20
 ENTRY_FILE = 1 << 61
 """Of an entry of /proc/<pid>/pagemap: no anonymous page (Documentation/admin-guide/mm/pagemap.rst)."""
@@ -316,11 +318,15 @@ class _LocalImage:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A ``Sink`` on the disk: a pagemap by the given name, and pages-<pages_id>.img beside it."""
+    """A ``Sink`` on the disk: a pagemap by the given name, and pages-<pages_id>.img beside it.
+
+    ``keep``: as ``dumptool.output.Output`` has it.
+    """
 
     directory: Path
     pagemap_name: str
     pages_id: int
+    keep: Callable[[Path, int], None] | None = None
 
     @property
     def pages(self) -> Path:
@@ -335,15 +341,24 @@ class Target:
         except OSError as error:
             raise DumpError(f"{path}: can't be written: {error.strerror}") from None
         try:
-            with PagemapWriter(self.directory / self.pagemap_name, self.pages_id) as writer:
+            with PagemapWriter(self.directory / self.pagemap_name, self.pages_id, self.keep) as writer:
                 yield _LocalImage(pages_fd, writer)
+            if self.keep is not None:
+                self.keep(path, pages_fd)
         finally:
-            os.close(pages_fd)
+            _close(pages_fd, path)
 
     def remove(self) -> None:
         """Unmake both."""
         self.pages.unlink(missing_ok=True)
         (self.directory / self.pagemap_name).unlink(missing_ok=True)
+
+
+def _close(fd: int, path: Path) -> None:
+    try:
+        os.close(fd)
+    except OSError as error:  # of a file system on a network
+        raise DumpError(f"{path}: can't be written: {error.strerror}") from None
 
 
 def write(target: Sink, source: Source, parts: Sequence[Part], marks: Marks, progress: Progress) -> Counts:
@@ -403,6 +418,9 @@ def _copied(image: Image, source: Source, part: Part, marks: Marks) -> Iterator[
             if outcome == -14:  # EFAULT
                 run = part.runs.array[cursor.run]
                 raise DumpError(f"pid {source.pid}: page {run.start + cursor.offset:#x} can't be read")
+            if -outcome in OF_WRITING:
+                path = os.readlink(f"/proc/self/fd/{image.pages_fd}")
+                raise DumpError(f"{path}: can't be written: {os.strerror(-outcome)}")
             if outcome:
                 raise system_error(-outcome, f"copying pages of pid {source.pid}")
             made.count = found[0]

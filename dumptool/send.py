@@ -12,7 +12,7 @@ import os
 import socket
 import ssl
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -206,6 +206,7 @@ class SentTarget:
     """Where an image goes: to the server; and its pagemap, for the next level, to ``directory``.
 
     ``number``: the pid of a task or the id of shared memory. ``parents``: whether it has pages of its parent.
+    ``keep``: as ``dumptool.output.Output`` has it.
     """
 
     sender: Sender
@@ -213,6 +214,7 @@ class SentTarget:
     kind: ImageType
     number: int
     parents: bool = False
+    keep: Callable[[Path, int], None] | None = None
 
     @property
     def record(self) -> Path:
@@ -226,7 +228,7 @@ class SentTarget:
         dst_id = encode_dst_id(self.kind, self.number)
         if not self.sender.open(dst_id) and self.parents:
             raise SendError(f"the page server has no parent of the pages of task {self.number} any more")
-        with PagemapWriter(self.record, 1) as record, ExitStack() as stack:
+        with PagemapWriter(self.record, 1, self.keep) as record, ExitStack() as stack:
             yield SentImage(self.sender, dst_id, record, stack)
 
     def remove(self) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import stat
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Self
@@ -38,11 +39,12 @@ def read_file(path: Path) -> bytes:
 class OutputFile:
     """An image being written, mode 0600: it may hold secrets of the task. Raises ``ImageError``.
 
-    A context manager: when the block fails, the file is discarded.
+    A context manager: when the block fails, the file is discarded. ``keep`` is called with a descriptor of the
+    whole file before that is closed.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, keep: Callable[[Path, int], None] | None = None) -> None:
+        self._path, self._keep = path, keep
         try:
             self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         except OSError as error:
@@ -67,7 +69,14 @@ class OutputFile:
                 raise self._failure(error) from None
 
     def close(self) -> None:
-        os.close(self._fd)
+        try:
+            if self._keep is not None:
+                self._keep(self._path, self._fd)
+        finally:
+            try:
+                os.close(self._fd)
+            except OSError as error:  # of a file system on a network
+                raise self._failure(error) from None
 
     def discard(self) -> None:
         """Leaves an empty file, which no reader takes for an image.

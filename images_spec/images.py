@@ -292,14 +292,30 @@ def read_with_data(path: str | os.PathLike[str], kind: Kind[M]) -> list[tuple[M,
     return list(decode(read_file(path), kind, path))
 
 
-def write(path: str | os.PathLike[str], kind: Kind[M], messages: Iterable[M]) -> None:
-    """Writes an image of messages that no raw bytes follow, mode 0600. Raises ``ImageError``."""
-    write_with_data(path, kind, ((message, b"") for message in messages))
+def write(
+    path: str | os.PathLike[str],
+    kind: Kind[M],
+    messages: Iterable[M],
+    keep: Callable[[Path, int], None] | None = None,
+) -> None:
+    """Writes an image of messages that no raw bytes follow, mode 0600. Raises ``ImageError``.
+
+    ``keep``: as ``OutputFile`` has it.
+    """
+    write_with_data(path, kind, ((message, b"") for message in messages), keep)
 
 
-def write_with_data(path: str | os.PathLike[str], kind: Kind[M], items: Iterable[tuple[M, bytes]]) -> None:
-    """Writes an image of messages and the raw bytes that follow each, mode 0600. Raises ``ImageError``."""
+def write_with_data(
+    path: str | os.PathLike[str],
+    kind: Kind[M],
+    items: Iterable[tuple[M, bytes]],
+    keep: Callable[[Path, int], None] | None = None,
+) -> None:
+    """Writes an image of messages and the raw bytes that follow each, mode 0600. Raises ``ImageError``.
+
+    ``keep``: as ``OutputFile`` has it.
+    """
     path = Path(path)
-    with OutputFile(path) as file:
+    with OutputFile(path, keep) as file:
         for part in encode(kind, items, path):
             file.write(part)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -82,12 +82,17 @@ class PagemapWriter:
 
     The image is complete when the block ends; if the block fails, the file is left empty. Counts are written
     both ways (``nr_pages``, and ``compat_nr_pages`` where they fit 32 bits), so that CRIU before and from 4.2
-    can read them. Raises ``ImageError``, also for what a reader would refuse.
+    can read them. Raises ``ImageError``, also for what a reader would refuse. ``keep``: as ``OutputFile`` has it.
     """
 
-    def __init__(self, path: str | os.PathLike[str], pages_id: int) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        pages_id: int,
+        keep: Callable[[Path, int], None] | None = None,
+    ) -> None:
         self._path = Path(path)
-        self._file = OutputFile(self._path)
+        self._file = OutputFile(self._path, keep)
         self._pending = b"".join(encode(Kind.PAGEMAP, [(PagemapHead(pages_id=pages_id), b"")], self._path))
         self._writer = ffi.new("struct lp_pagemap_writer *")
         self._bytes = ffi.buffer(self._writer.buffer)
