@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Self
 
-from dumptool import core, mappings, memory, proc, survey, tracking
+from dumptool import core, identity, mappings, memory, proc, survey, tracking
 from dumptool.chain import PARENT_LINK, SENT_PREFIX, Chain, ParentPages
 from dumptool.errors import DumpError, TaskGoneError, UnsupportedError
 from dumptool.files import FileTable
@@ -231,6 +231,7 @@ class _Run:
         self._before: dict[int, Task] = {}
         self._gadgets: dict[int, Gadgets] = {}
         self._armed: list[Armed] = []
+        self._pidfds: dict[int, int] = {}
         self._jobs: list[_Job] = []
         self._output = Output(settings.images, durable=settings.sync)
         self._resources = ExitStack()
@@ -295,6 +296,9 @@ class _Run:
             self.report.freezing = tree.freezing_time
             for process in tree.alive:
                 core.settle(process)
+            for pid, pidfd in tree.pidfds.items():
+                self._pidfds[pid] = os.dup(pidfd)  # for after the thaw, too
+                self._resources.callback(os.close, self._pidfds[pid])
             yield tree
 
     def live(self, tree: FrozenTree) -> list[Task]:
@@ -387,6 +391,7 @@ class _Run:
             source = replace(job.source, running=running)
             try:
                 counts = memory.write(job.target, source, job.parts, job.marks, self.watcher.copied)
+                identity.check(source.pid, self._pidfds.get(source.pid))  # else these may be another's pages
             except TaskGoneError:
                 if not running or source.pid == self.settings.pid:
                     raise

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
-from dumptool import proc, tracee
+from dumptool import identity, proc, tracee
 from dumptool.errors import DumpError, TaskGoneError
 
 
@@ -58,12 +58,14 @@ def members(root: int) -> list[Process]:
 class FrozenTree:
     """All threads of a tree, stopped and traced by the calling thread; see ``freeze``.
 
-    ``freezing_time``: seconds that stopping took. ``frozen_since``: time.monotonic() when all were stopped.
+    ``freezing_time``: seconds that stopping took. ``frozen_since``: time.monotonic() when all were stopped. ``pidfds``:
+    of the processes that are alive, opened when they stood still and traced by us: no other process is meant.
     """
 
     processes: list[Process]
     freezing_time: float
     frozen_since: float
+    pidfds: dict[int, int]
     _stopped: set[int] = field(repr=False, default_factory=set)
     _held: dict[int, bool] = field(repr=False, default_factory=dict)  # pid: did SIGCONT wait for it?
 
@@ -82,7 +84,7 @@ class FrozenTree:
             if not process.stop_signal:  # else it stays stopped anyway
                 with suppress(TaskGoneError, ProcessLookupError):
                     self._held[process.pid] = proc.is_pending(process.pid, signal.SIGCONT)
-                    os.kill(process.pid, signal.SIGSTOP)
+                    self._send(process.pid, signal.SIGSTOP)
 
     def release(self) -> None:
         """Undo ``hold``: neither the tree nor its parent sees anything of it.
@@ -97,7 +99,7 @@ class FrozenTree:
                 while proc.is_pending(pid, signal.SIGSTOP):  # else somebody's SIGCONT has taken it away
                     tracee.drop_sigstop(tid)
                 if self._held[pid]:  # SIGSTOP has thrown it out (signal(7))
-                    os.kill(pid, signal.SIGCONT)
+                    self._send(pid, signal.SIGCONT)
             del self._held[pid]
 
     def thaw(self) -> float:
@@ -114,13 +116,19 @@ class FrozenTree:
         """End all processes; when this returns none of them exists, but perhaps as a zombie of its parent."""
         for process in self.alive:
             with suppress(ProcessLookupError):
-                os.kill(process.pid, signal.SIGKILL)
+                self._send(process.pid, signal.SIGKILL)
         for tid in self._leaders_last():
             with suppress(ChildProcessError):
                 while not _has_ended(os.waitpid(tid, 0x40000000)[1]):  # __WALL
                     pass
         self._stopped.clear()
         self._held.clear()
+
+    def _send(self, pid: int, number: int) -> None:
+        """To the process that was frozen, not to one that has got its pid since."""
+        if pid not in self.pidfds:
+            raise ProcessLookupError
+        signal.pidfd_send_signal(self.pidfds[pid], number)
 
     def _leaders_last(self) -> list[int]:
         """The threads: the end of a leader can be waited for only after that of its other threads (ptrace(2))."""
@@ -306,6 +314,7 @@ def freeze(root: int, timeout: float = 10) -> Iterator[FrozenTree]:
 
     Raises ``DumpError`` when something is traced already or does not stop within ``timeout`` seconds.
     """
+    identity.allow_many_descriptors()
     undertaker = _Undertaker()
     try:
         begin = time.monotonic()
@@ -321,10 +330,20 @@ def freeze(root: int, timeout: float = 10) -> Iterator[FrozenTree]:
             if not process.zombie:
                 # One thread takes the signal that stops them all; the others may have been stopped by us before.
                 process.stop_signal = max(freezer.stopped[tid] for tid in process.threads)
-        tree = FrozenTree(processes, now - begin, now, set(freezer.stopped))
+        pidfds: dict[int, int] = {}
+        tree = FrozenTree(processes, now - begin, now, pidfds, set(freezer.stopped))
         try:
+            for process in tree.alive:
+                with suppress(TaskGoneError):
+                    pidfd = identity.open_pidfd(process.pid)
+                    if tracee.is_stopped(process.pid):
+                        pidfds[process.pid] = pidfd
+                    else:  # killed since
+                        os.close(pidfd)
             yield tree
         finally:
             tree.thaw()
+            for pidfd in pidfds.values():
+                os.close(pidfd)
     finally:
         undertaker.join()

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from dumptool import proc, trackers
 from dumptool.errors import DumpError, Refusal, TaskGoneError, UnsupportedError
 from dumptool.freeze import Process
+from dumptool.identity import one_process
 from dumptool.tracee import Same, dispatches_syscalls, same
 
 NAMESPACES = (
@@ -84,6 +85,14 @@ class Task:
 
 def look_at(process: Process, before: Task | None = None) -> Task:
     """Reads what there is to know. ``before``: an earlier look, which can save work."""
+    with one_process(process.pid):
+        now = proc.stat(process.pid)
+        if before is not None and before.stat.start_time != now.start_time:
+            before = None  # of another process with this pid
+        return _look_at(process, before)
+
+
+def _look_at(process: Process, before: Task | None) -> Task:
     pid = process.pid
     files = list(proc.open_files(pid))
     found = trackers.find(pid, files)

@@ -266,14 +266,26 @@ def write_memory(pid: int, address: int, data: bytes) -> None:
     _check(outcome, pid, f"can't write {len(data)} bytes at {address:#x}")
 
 
+SYSCALL_RETURN = b"\x0f\x05\xc3"
+SIGRETURN = b"\xb8\x0f\0\0\0\x0f\x05"
+OWN_CODE = SYSCALL_RETURN + SIGRETURN
+"""``syscall; ret`` and ``mov $15, %eax; syscall`` (rt_sigreturn)."""
+PADDING = 128
+"""Zeros at the end of the vdso that are no part of it: more than an ELF section header, 64 bytes, may end in."""
+
+
 class Gadgets:
     """Where in a process the two pieces of code are that a ``Session`` needs, and memory (csrc/dump_session.h).
+
+    A program that has no handler of signals may not have the way back from one (static ones with musl have not). It is
+    lent both pieces, behind the end of the vdso, for the time of a session (``in_place``).
 
     ``room``: as ``find_room`` has it.
     """
 
     def __init__(self, pid: int, vmas: Sequence[Vma]) -> None:
         """Searches executable mappings; can be done while the process runs. Raises ``DumpError``."""
+        self._lent = 0
         self.pointer = ffi.new("struct lp_gadgets *")
         self.room = 0
         for vma in vmas:
@@ -286,10 +298,29 @@ class Gadgets:
                 return
             if outcome == -errno.ESRCH:
                 raise TaskGoneError(f"pid {pid}: no such process (any more)")
+        for vma in vmas:
+            if vma.name == "[vdso]" and not any(read_memory(pid, vma.end - PADDING, PADDING)):
+                self._lent = vma.end - len(OWN_CODE)
+                self.pointer.syscall_ip = self._lent
+                self.pointer.sigreturn_ip = self._lent + len(SYSCALL_RETURN)
+                self._code = [(self._lent, bytes(len(OWN_CODE)))]
+                return
         raise DumpError(
-            f"pid {pid}: its code has no `syscall; ret` or no return from signal handlers, so that no system "
-            "call can be run in it safely"
+            f"pid {pid}: its code has no `syscall; ret` or no return from signal handlers, nor a vdso with room for "
+            "them, so that no system call can be run in it safely"
         )
+
+    @contextmanager
+    def in_place(self, pid: int) -> Iterator[None]:
+        """Both are there for the block. If we are killed, what was lent stays: code that nobody runs."""
+        if not self._lent:
+            yield
+            return
+        _overwrite(pid, self._lent, OWN_CODE)
+        try:
+            yield
+        finally:
+            _overwrite(pid, self._lent, bytes(len(OWN_CODE)))
 
     def are_there(self, pid: int, vmas: Sequence[Vma]) -> bool:
         """Whether the same code is where it was: the process may have called execve meanwhile, or unmapped it."""
@@ -298,6 +329,16 @@ class Gadgets:
             and read_memory(pid, place, len(code)) == code
             for place, code in self._code
         )
+
+
+def _overwrite(pid: int, address: int, data: bytes) -> None:
+    """Change what the process itself can't, as a debugger does for a breakpoint."""
+    try:
+        with open(f"/proc/{pid}/mem", "r+b", buffering=0) as file:
+            os.pwrite(file.fileno(), data, address)
+    except OSError as error:
+        number = errno.ESRCH if error.errno in (None, errno.ENOENT) else error.errno
+        raise system_error(number, f"pid {pid}: can't write at {address:#x}") from None
 
 
 def find_room(pid: int, vmas: Sequence[Vma], tids: Sequence[int]) -> int:
@@ -369,6 +410,11 @@ class Session:
 @contextmanager
 def session(tid: int, gadgets: Gadgets) -> Iterator[Session]:
     """Run system calls in a stopped thread; on the way out all of it is as it was."""
+    with gadgets.in_place(tid):
+        yield from _session(tid, gadgets)
+
+
+def _session(tid: int, gadgets: Gadgets) -> Iterator[Session]:
     raw = ffi.new("struct lp_session *")
     outcome = lib.lp_session_begin(raw, tid, gadgets.pointer, gadgets.room)
     if outcome == -errno.EFAULT and gadgets.room:  # the stack may not grow (RLIMIT_STACK)

@@ -355,6 +355,9 @@ def lock(task: Task) -> int | None:
         fd = os.open(f"/proc/{task.pid}/fd/{tracker.memfd}", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return None  # closed meanwhile, or the process has ended
+    if os.readlink(f"/proc/self/fd/{fd}") != trackers.MEMFD_LINK:
+        os.close(fd)
+        return None  # another file by now, or of another process
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
