@@ -1,7 +1,8 @@
 """How long a task stands still: `bench/frozen_time.py [--size MIB…] [--dirty MIB] [--criu CRIU] [--repeat N]`.
 
 A task fills SIZE of memory and then keeps writing to DIRTY of it. Beside each other: a dump of all of it by
-dumptool and by CRIU, and dumptool's dump after two pre-dumps. Times are the tools' own (stats-dump), medians,
+dumptool and by CRIU, and dumptool's dump after two pre-dumps, each of dumptool's also with the task ended, for which
+everything must be on the disk first, and so ended with --no-sync. Times are the tools' own (stats-dump), medians,
 milliseconds.
 """
 
@@ -25,7 +26,15 @@ from images_spec.images import Kind, read_one
 from images_spec.messages import DumpStatsEntry
 
 MIB = 1 << 20
-PEERS = ("dumptool", "dumptool after pre-dumps", "criu")
+PEERS = (
+    "dumptool",
+    "dumptool, ended",
+    "dumptool, ended, --no-sync",
+    "dumptool after pre-dumps",
+    "dumptool after pre-dumps, ended",
+    "dumptool after pre-dumps, ended, --no-sync",
+    "criu",
+)
 
 
 def victim(size: int, dirty: int) -> None:
@@ -79,17 +88,20 @@ def dumptool(action: str, pid: int, images: Path, *options: str) -> DumpStatsEnt
 
 
 def measure(peer: str, pid: int, folder: Path, criu: str) -> DumpStatsEntry:
-    """One dump that leaves the task running."""
+    """One dump."""
     top = folder / "top"
     if peer == "criu":
         top.mkdir()
         run(criu, "dump", "-t", str(pid), "-D", top, "-R", "-o", "dump.log")
         return read_one(top / Kind.STATS.file_name("dump"), Kind.STATS).dump
-    if peer == "dumptool":
-        return dumptool("dump", pid, top, "-R")
+    options = ["--no-sync"] if "--no-sync" in peer else []
+    if "ended" not in peer:
+        options.append("-R")
+    if "pre-dumps" not in peer:
+        return dumptool("dump", pid, top, *options)
     dumptool("pre-dump", pid, folder / "0")
     dumptool("pre-dump", pid, folder / "1", "--prev-images-dir", "../0")
-    return dumptool("dump", pid, top, "--prev-images-dir", "../1", "-R")
+    return dumptool("dump", pid, top, "--prev-images-dir", "../1", *options)
 
 
 def main() -> None:
@@ -103,24 +115,26 @@ def main() -> None:
     if arguments.victim:
         victim(*arguments.victim)
     print(f"Linux {os.uname().release}, {os.cpu_count()} CPUs; {arguments.dirty} MiB written all the time")
-    print(f"{'task':>9}  {'':26}{'freezing':>10}{'frozen':>10}{'pages written':>15}")
+    print(f"{'task':>9}  {'':44}{'freezing':>10}{'frozen':>10}{'pages written':>15}")
     for size in arguments.size:
         for peer in PEERS:
             if peer == "criu" and not arguments.criu:
                 continue
             found = []
             with tempfile.TemporaryDirectory(prefix="lazypages-frozen-") as name:
-                place = Path(name)
-                with running(size, arguments.dirty, place) as pid:
-                    for number in range(arguments.repeat):
-                        folder = place / str(number)
-                        folder.mkdir()
-                        found.append(measure(peer, pid, folder, arguments.criu))
-                        shutil.rmtree(folder)
+                place, left = Path(name), arguments.repeat
+                while left:
+                    with running(size, arguments.dirty, place) as pid:
+                        for _ in range(1 if "ended" in peer else left):
+                            folder = place / str(left)
+                            folder.mkdir()
+                            found.append(measure(peer, pid, folder, arguments.criu))
+                            shutil.rmtree(folder)
+                            left -= 1
             freezing = statistics.median(one.freezing_time for one in found) / 1000
             frozen = statistics.median(one.frozen_time for one in found) / 1000
             pages = statistics.median(one.pages_written for one in found)
-            print(f"{size:>5} MiB  {peer:26}{freezing:>10.1f}{frozen:>10.1f}{pages:>15.0f}", flush=True)
+            print(f"{size:>5} MiB  {peer:44}{freezing:>10.1f}{frozen:>10.1f}{pages:>15.0f}", flush=True)
 
 
 main()

@@ -19,6 +19,8 @@ from dumptool.dump import Settings, Watcher, dump, pre_dump
 from dumptool.freeze import freeze
 from dumptool.proc import Vma, layout
 from dumptool.tracee import Gadgets, find_room, session
+from images_spec.images import Kind
+from images_spec.pagemap import Pagemap
 from tests.support.dumptool import check, is_unharmed, run, task
 from tests.support.processes import reap, wait_for
 
@@ -117,6 +119,13 @@ def test_killed_200_times_at_random(workers: Path, tmp_path: Path) -> None:
             os.kill(child, signal.SIGKILL)
             _, status = os.waitpid(child, 0)
             is_unharmed(pid)
+            images = tmp_path / f"images-{killed % 4}"
+            if (images / "inventory.img").exists():
+                pagemap = Pagemap.load(images / Kind.PAGEMAP.file_name(pid))
+                pagemap.check_pages_size((images / "pages-1.img").stat().st_size, images)
+                assert killed % 2 == 0 or all(
+                    (images / name).exists() for name in ("pstree.img", "files.img")
+                )
             if os.waitstatus_to_exitcode(status) == -signal.SIGKILL:
                 killed += 1
             else:

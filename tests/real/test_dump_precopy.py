@@ -13,6 +13,7 @@ from tempfile import TemporaryDirectory
 import pytest
 
 from images_spec.flags import PE_LAZY, PE_PARENT, PE_PRESENT
+from tests.real.test_dump_tracking import methods
 from tests.support.criu import RELEASES, Criu, all_criu
 from tests.support.dumptool import COMMAND, check, pages, reap_all, run, stats, task
 from tests.support.processes import Server, reap, wait_for
@@ -86,7 +87,7 @@ def chain(running: Writer, folder: Path, *options: str) -> Path:
     return folder / "3"
 
 
-@pytest.mark.parametrize("method", ["uffd-wp", "compare"])
+@pytest.mark.parametrize("method", methods()[1:])
 @pytest.mark.parametrize("parents", ["lazy", "eager"])
 @pytest.mark.parametrize("criu", all_criu())
 def test_exactly_what_was_written(
@@ -178,7 +179,7 @@ def test_a_parent_that_the_tracker_does_not_know(skipped: str, running: Writer, 
             check("pre-dump", "-t", running.pid, "-D", tmp_path / "other")
             check("dump", "-t", running.pid, "-D", tmp_path / "another", "-R")
     options = ["-t", running.pid, "-D", tmp_path / "1", "--prev-images-dir", "../0", "-R"]
-    check("dump", *options, "--dirty-tracking", "uffd-wp")
+    check("dump", *options, "--dirty-tracking", methods()[-1])
     assert set(running.table_flags(tmp_path / "1").values()) == {PE_PRESENT | PE_LAZY}
     check("dump", *options)
     flags = running.table_flags(tmp_path / "1")
