@@ -312,8 +312,17 @@ struct writer {
 	pthread_cond_t changed;
 	const unsigned char *bytes;
 	size_t size; /* 0: it has nothing to do */
-	int fd, started, ended, rc;
+	int fd, durable, started, ended, rc;
 };
+
+/* The page cache need not wait for the fsync with all of a file. That this is refused, of a memfd for instance, is no error. */
+static void begin_writeback(int fd, size_t size)
+{
+	off_t end = lseek(fd, 0, SEEK_CUR);
+
+	if (end >= (off_t)size)
+		sync_file_range(fd, end - size, size, SYNC_FILE_RANGE_WRITE);
+}
 
 static void *write_on(void *argument)
 {
@@ -329,6 +338,8 @@ static void *write_on(void *argument)
 			break;
 		pthread_mutex_unlock(&w->lock);
 		rc = write_all(w->fd, w->bytes, w->size);
+		if (!rc && w->durable)
+			begin_writeback(w->fd, w->size);
 		pthread_mutex_lock(&w->lock);
 		w->rc = rc;
 		w->size = 0;
@@ -503,7 +514,7 @@ static int copy_pages(const struct lp_copy *copy, const struct lp_run *runs, siz
 int lp_copy_pages(const struct lp_copy *copy, const struct lp_run *runs, size_t nr_runs, struct lp_cursor *cursor,
 		  uint64_t max_pages, struct lp_run *out, size_t room, size_t *nr_out, uint64_t *written)
 {
-	struct writer writer = { .fd = copy->pages_fd };
+	struct writer writer = { .fd = copy->pages_fd, .durable = copy->durable };
 	int rc, ended;
 
 	pthread_mutex_init(&writer.lock, NULL);

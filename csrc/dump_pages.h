@@ -92,6 +92,7 @@ struct lp_copy {
 	pid_t pid;
 	int mem_fd;   /* of /proc/<pid>/mem, for what process_vm_readv may not read (PROT_NONE); else -1 */
 	int pages_fd; /* written at its position */
+	int durable;	  /* have the disk begin to write what is in pages_fd at once: there will be an fsync */
 	int drop_zero;	  /* leave out pages that are all zero */
 	int drop_missing; /* leave out pages that can't be read; else they are -EFAULT */
 	const struct lp_parent *parent; /* NULL: not compared. Pages with the same bytes there are not written: */

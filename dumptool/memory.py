@@ -282,7 +282,8 @@ class Source:
 class Image(Protocol):
     """Where the pages of one process go, step by step.
 
-    ``pages_fd``: pages are written there, at its position. ``step_pages``: how many at once, about.
+    ``pages_fd``: pages are written there, at its position. ``step_pages``: how many at once, about. ``durable``: there
+    will be an fsync.
     """
 
     @property
@@ -290,6 +291,9 @@ class Image(Protocol):
 
     @property
     def step_pages(self) -> int: ...
+
+    @property
+    def durable(self) -> bool: ...
 
     def add(self, runs: Runs) -> None:
         """The entries that a step has made; the pages of those that are PRESENT have been written."""
@@ -309,6 +313,7 @@ class Sink(Protocol):
 class _LocalImage:
     pages_fd: int
     writer: PagemapWriter
+    durable: bool
     step_pages: int = STEP_PAGES
 
     def add(self, runs: Runs) -> None:
@@ -342,7 +347,7 @@ class Target:
             raise DumpError(f"{path}: can't be written: {error.strerror}") from None
         try:
             with PagemapWriter(self.directory / self.pagemap_name, self.pages_id, self.keep) as writer:
-                yield _LocalImage(pages_fd, writer)
+                yield _LocalImage(pages_fd, writer, self.keep is not None)
             if self.keep is not None:
                 self.keep(path, pages_fd)
         finally:
@@ -392,6 +397,7 @@ def _copied(image: Image, source: Source, part: Part, marks: Marks) -> Iterator[
                 "pid": source.pid,
                 "mem_fd": -1 if mem_fd is None else mem_fd,
                 "pages_fd": image.pages_fd,
+                "durable": image.durable,
                 "drop_zero": part.drop_zero,
                 "drop_missing": source.running,
                 "parent": parent,

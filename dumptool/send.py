@@ -184,6 +184,7 @@ class SentImage:
     """One image at the server; a ``dumptool.memory.Image``."""
 
     step_pages = STEP_PAGES
+    durable = False
 
     def __init__(self, sender: Sender, dst_id: int, record: PagemapWriter, stack: ExitStack) -> None:
         self._sender, self._dst_id, self._record = sender, dst_id, record
