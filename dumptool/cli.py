@@ -114,7 +114,9 @@ Examples
 Dirty tracking
   uffd-wp     a userfaultfd in the task, kept as one of two descriptors with a
               high number until the final dump (Linux 6.7 or newer)
-  soft-dirty  the kernel's own bits (where it has CONFIG_MEM_SOFT_DIRTY)
+  soft-dirty  the kernel's own bits (where it has CONFIG_MEM_SOFT_DIRTY): clearing
+              them spoils CRIU's --track-mem of the same task, and the other way
+              round is noticed; older kernels than 6.7 have only this one
   compare     none: the next level reads all pages and compares them with the
               parent's bytes
   auto        the first of these that works

@@ -118,6 +118,8 @@ class FrozenTree:
             with suppress(ProcessLookupError):
                 self._send(process.pid, signal.SIGKILL)
         for tid in self._leaders_last():
+            if tid in self.pidfds and not identity.is_there(self.pidfds[tid]):
+                continue  # waited for already: whoever has its pid now is no business of ours
             with suppress(ChildProcessError):
                 while not _has_ended(os.waitpid(tid, 0x40000000)[1]):  # __WALL
                     pass
