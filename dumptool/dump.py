@@ -3,10 +3,13 @@
 Refusals come before anything is stopped. While the tree is stopped nothing is changed in it that does not
 come back by itself, so that it goes on after every failure, and when this process is killed. Once its
 pages are being served (``--lazy-pages``), it stays stopped if we are killed: it may be running elsewhere.
+Images and their names are on the disk before the inventory is, and the inventory before the tree is ended or its pages
+are served (``dumptool.output``). A tree that goes on anyway does not wait for the disk.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import time
@@ -31,6 +34,7 @@ from dumptool.survey import Task
 from dumptool.tracee import Gadgets, find_room, registers, xstate_components
 from dumptool.tracking import Armed, Method
 from images_spec import images
+from images_spec.errors import ImageError
 from images_spec.flags import PE_PRESENT
 from images_spec.images import Kind
 from images_spec.messages import (
@@ -43,6 +47,8 @@ from images_spec.messages import (
     TaskKobjIdsEntry,
 )
 from lazypages.wire import ImageType
+
+log = logging.getLogger("lazypages")
 
 IMAGE_VERSION = 2
 NAMESPACE_IDS = {
@@ -466,8 +472,13 @@ class _Run:
             raise
 
     def write_stats(self) -> None:
-        """stats-dump, when all times are known."""
-        images.write(self.settings.images / Kind.STATS.file_name("dump"), Kind.STATS, [self.report.entry()])
+        """stats-dump, when all times are known: the dump is complete without it, and its tree perhaps ended."""
+        try:
+            images.write(
+                self.settings.images / Kind.STATS.file_name("dump"), Kind.STATS, [self.report.entry()]
+            )
+        except ImageError as error:
+            log.warning("%s (the dump is complete without it)", error)
 
 
 def _object_ids(number: int) -> TaskKobjIdsEntry:

@@ -22,7 +22,7 @@ from tests.real.test_dump_kills import in_child
 from tests.real.test_dump_tracking import Mover, mover, moves
 from tests.support.criu import Criu
 from tests.support.dumptool import is_unharmed, reap_all, run
-from tests.support.processes import end
+from tests.support.processes import descendants, end, wait_for
 
 __all__ = ["mover", "moves"]  # fixtures
 
@@ -61,6 +61,18 @@ def test_a_full_disk(action: tuple[str, ...], full: str, mover: Mover, tmp_path:
         assert "No space left on device" in result.stderr
         assert not (images / INVENTORY).exists()
     is_as_before(mover)
+
+
+def test_statistics_that_can_t_be_written(mover: Mover, tmp_path: Path) -> None:
+    """The dump is complete without them, and the tree has been ended."""
+    images = tmp_path / "images"
+    images.mkdir()
+    (images / "stats-dump").symlink_to("/dev/full")
+    result = run("dump", "-t", mover.pid, "-D", images)
+    assert result.returncode == 0, result.stderr
+    assert "the dump is complete without it" in result.stderr
+    is_complete(images, mover.pid)
+    wait_for("its end", lambda: descendants().get(mover.pid) in (None, "Z"))
 
 
 def run_in_child(work: Callable[[], None]) -> int:
