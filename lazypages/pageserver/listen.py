@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 from lazypages.errors import LazyPagesError
-from lazypages.pageserver.peers import StrangerError, check_peer
+from lazypages.pageserver.peers import StrangerError, check_peer, get_ready
 from lazypages.sources.link import KEEPALIVE
 from lazypages.tls import TlsError, TlsFiles
 
@@ -64,6 +64,7 @@ def listen(address: str | None, port: int, *, insecure: bool, tls: bool) -> tupl
             f"--address {host}: everybody who reaches it could read or write the memory of tasks: "
             "use --tls, or say --insecure"
         )
+    get_ready()
     sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

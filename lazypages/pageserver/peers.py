@@ -12,6 +12,8 @@ import ipaddress
 import os
 import socket
 import struct
+import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -105,20 +107,16 @@ def _from_kernel(here: End, there: End) -> Owner | None:
     (inet_sk_bound_dev_eq() in the kernel), and anybody may bind one (SO_BINDTODEVICE, from Linux 5.7 on): then all
     sockets with these ports are gone through.
     """
-    with socket.socket(
-        socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_SOCK_DIAG
-    ) as netlink:
-        netlink.settimeout(TIMEOUT)
-        family = socket.AF_INET if here[0].version == 4 else socket.AF_INET6
-        name = _NAME.pack(here[1], there[1], _packed(here[0]), _packed(there[0]), bytes(4), NO_COOKIE)
-        try:
-            found = _ask(netlink, family, name, dump=False)
-        except FileNotFoundError:
-            found = []
-        for family in (socket.AF_INET, socket.AF_INET6):
-            if not found:
-                name = _NAME.pack(here[1], there[1], bytes(16), bytes(16), bytes(4), NO_COOKIE)
-                found = [one for one in _ask(netlink, family, name, dump=True) if one[:2] == (here, there)]
+    family = socket.AF_INET if here[0].version == 4 else socket.AF_INET6
+    name = _NAME.pack(here[1], there[1], _packed(here[0]), _packed(there[0]), bytes(4), NO_COOKIE)
+    try:
+        found = _ask(family, name, dump=False)
+    except FileNotFoundError:
+        found = []
+    for family in (socket.AF_INET, socket.AF_INET6):
+        if not found:
+            name = _NAME.pack(here[1], there[1], bytes(16), bytes(16), bytes(4), NO_COOKIE)
+            found = [one for one in _ask(family, name, dump=True) if one[:2] == (here, there)]
     return found[0][2] if found else None
 
 
@@ -129,22 +127,61 @@ def _packed(address: Address) -> bytes:
 _Found = tuple[End, End, Owner]
 
 
-def _ask(netlink: socket.socket, family: int, name: bytes, *, dump: bool) -> list[_Found]:
+class _Netlink:
+    """One socket for all who ask, opened when the server listens: later there may be no descriptor left for it."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self._sock: socket.socket | None = None
+        self._asked = 0
+
+    def open(self) -> socket.socket:
+        """Raises OSError."""
+        if self._sock is None:
+            self._sock = socket.socket(
+                socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_SOCK_DIAG
+            )
+            self._sock.settimeout(TIMEOUT)
+        return self._sock
+
+    def number(self) -> int:
+        """Of the next question."""
+        self._asked = (self._asked + 1) & 0xFFFFFFFF
+        return self._asked
+
+
+_netlink = _Netlink()
+
+
+def get_ready() -> None:
+    """Before clients come."""
+    with _netlink.lock, suppress(OSError):
+        _netlink.open()
+
+
+def _ask(family: int, name: bytes, *, dump: bool) -> list[_Found]:
     """Raises OSError; FileNotFoundError when one was asked for and is not there."""
+    with _netlink.lock:
+        return _ask_on(_netlink.open(), _netlink.number(), family, name, dump=dump)
+
+
+def _ask_on(netlink: socket.socket, number: int, family: int, name: bytes, *, dump: bool) -> list[_Found]:
     body = _REQUEST.pack(family, socket.IPPROTO_TCP, 0, ALL_STATES) + name
     flags = NLM_F_REQUEST | (NLM_F_DUMP if dump else 0)
-    netlink.send(_HEADER.pack(_HEADER.size + len(body), SOCK_DIAG_BY_FAMILY, flags, 0, 0) + body)
+    netlink.send(_HEADER.pack(_HEADER.size + len(body), SOCK_DIAG_BY_FAMILY, flags, number, 0) + body)
     found: list[_Found] = []
     while True:
         data = netlink.recv(1 << 16)
         while len(data) >= _HEADER.size:
-            length, kind, *_ = _HEADER.unpack_from(data)
+            length, kind, _, question, _ = _HEADER.unpack_from(data)
             message, data = data[_HEADER.size : length], data[(length + 3) & ~3 :]
+            if question != number:  # the rest of an answer that nobody has waited for
+                continue
             if kind == NLMSG_DONE:
                 return found
             if kind == NLMSG_ERROR:
-                number = -struct.unpack_from("=i", message)[0]
-                raise OSError(number, os.strerror(number))
+                code = -struct.unpack_from("=i", message)[0]
+                raise OSError(code, os.strerror(code))
             found.append(_found(message))
             if not dump:
                 return found
