@@ -1238,8 +1238,11 @@ static bool leaves(const struct lp_space *s, const struct lp_change *change, uin
 	return taken(s, change->start > start ? change->start : start, min_u64(end, change->start + change->len));
 }
 
-/* Which change leaves [start, end), where something is; nr when none tells so. Not change `but`, which moves there. */
-static size_t who_leaves(const struct lp_space *s, const struct lp_change *changes, size_t nr, size_t but,
+/*
+ * Which of the first nr changes, of all, leaves [start, end), where something is; nr when none of these tells so.  Not change
+ * `but`, which moves there.
+ */
+static size_t who_leaves(const struct lp_space *s, const struct lp_change *changes, size_t nr, size_t all, size_t but,
 			 uint64_t start, uint64_t end, bool at_rest)
 {
 	/* what a move has left is unmapped by the same mremap, not by who moves there next */
@@ -1250,9 +1253,10 @@ static size_t who_leaves(const struct lp_space *s, const struct lp_change *chang
 		    s->nr_regions)
 			continue;
 		/* if there is none for this mremap, who moves the rest away has unmapped it */
-		size_t unmaps = nr, moves = nr, more = 0;
+		size_t unmaps = all, moves = all;
+		int more = 0; /* unmapped than moved away since */
 
-		for (size_t i = nr; i--;) {
+		for (size_t i = all; i--;) {
 			if (changes[i].start != range->start || changes[i].len != range->end - range->start)
 				continue;
 			if (changes[i].kind == LP_UNMAPPED) {
@@ -1263,8 +1267,12 @@ static size_t who_leaves(const struct lp_space *s, const struct lp_change *chang
 				more--;
 			}
 		}
-		if (unmaps < nr)
-			return more || moves == nr ? unmaps : moves;
+		if (more > 0 || moves >= all) {
+			if (unmaps < nr)
+				return unmaps;
+		} else if (moves < nr) {
+			return moves;
+		}
 		if (!at_rest)
 			return nr;
 	}
@@ -1282,7 +1290,7 @@ static bool must_wait(const struct lp_space *s, const struct lp_change *change)
 }
 
 /* Of the changes told so far; nr: none before more is told. */
-static size_t next_so_far(const struct lp_space *s, const struct lp_change *changes, size_t nr, bool at_rest)
+static size_t next_so_far(const struct lp_space *s, const struct lp_change *changes, size_t nr, size_t all, bool at_rest)
 {
 	size_t next = 0, first;
 
@@ -1295,7 +1303,7 @@ static size_t next_so_far(const struct lp_space *s, const struct lp_change *chan
 
 		if (change->kind != LP_REMAPPED || !taken(s, change->to, change->to + change->len))
 			return next;
-		before = who_leaves(s, changes, nr, next, change->to, change->to + change->len, at_rest);
+		before = who_leaves(s, changes, nr, all, next, change->to, change->to + change->len, at_rest);
 		if (before == nr)
 			return at_rest ? next : nr;
 		next = before;
@@ -1311,11 +1319,11 @@ size_t lp_space_next_change(const struct lp_space *s, const struct lp_change *ch
 		return nr && !must_wait(s, &changes[0]) ? 0 : nr;
 	/* what could be made when only so much had been told */
 	for (size_t told = 1; told <= nr; told++) {
-		next = next_so_far(s, changes, told, false);
+		next = next_so_far(s, changes, told, nr, false);
 		if (next < told)
 			return next;
 	}
-	next = next_so_far(s, changes, nr, true);
+	next = next_so_far(s, changes, nr, nr, true);
 	return next < nr ? next : 0; /* only forks are left */
 }
 

@@ -19,7 +19,7 @@ EVIDENCE = ("here", "present", "attached", "below", "alike", "grows")
 
 def verdict(*evidence: str, unsure: bool = False, edge: int = PLACE) -> int:
     doubt = ffi.new("struct lp_doubt *", [PLACE, PLACE + LENGTH, PLACE, edge, PLACE + LENGTH, unsure])
-    return int(lib.lp_verdict(doubt, ffi.new("struct lp_evidence *", {name: True for name in evidence})))
+    return int(lib.lp_verdict(doubt, ffi.new("struct lp_evidence *", dict.fromkeys(evidence, True))))
 
 
 @pytest.mark.parametrize(
