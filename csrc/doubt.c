@@ -2,6 +2,7 @@
 #include "doubt.h"
 
 #include <errno.h>
+#include <stdlib.h>
 
 #define LOOKS 8 /* pages that may prove that nothing was unmapped: most are there if it was not */
 
@@ -27,8 +28,11 @@ static enum lp_verdict verdict_of_child(const struct lp_doubt *d, const struct l
 	if (!e->here)
 		return LP_IS_GONE;
 	/* forked before: the parent has not got it any more */
-	if (e->present || !parent->here)
+	if (e->present || d->refilled || !parent->here)
 		return LP_STAYS;
+	/* grown in the parent, and before the fork only if in the child, too */
+	if (parent->attached)
+		return e->attached ? LP_IS_GONE : LP_STAYS;
 	return lp_verdict(d, parent);
 }
 
@@ -72,14 +76,18 @@ static int is_present(const struct lp_space *s, const struct lp_ask *ask, const 
 		(field) = rc_;                                                                                         \
 	} while (0)
 
-/* 0, -EAGAIN, -ESRCH */
-static int gather(const struct lp_space *s, const struct lp_ask *ask, const struct lp_doubt *d, struct lp_evidence *e)
+/*
+ * 0, -EAGAIN, -ESRCH.  pages: of whose space the pages are that are looked for, NULL: none.  To be done once only, for it leaves
+ * pages of zeros.
+ */
+static int gather(const struct lp_space *pages, const struct lp_ask *ask, const struct lp_doubt *d, struct lp_evidence *e)
 {
 	*e = (struct lp_evidence){0};
 	ASK(e->here, is_here(ask, d));
 	if (!e->here)
 		return 0;
-	ASK(e->present, is_present(s, ask, d));
+	if (pages)
+		ASK(e->present, is_present(pages, ask, d));
 	if (e->present || d->edge == LP_NO_EDGE)
 		return 0;
 	ASK(e->attached, is_within(ask, d->edge - LP_PAGE_SIZE, d->start + LP_PAGE_SIZE));
@@ -109,10 +117,12 @@ int lp_settle(struct lp_space *s, const struct lp_ask *ask, struct lp_counts *dr
 	for (size_t i = lp_space_nr_doubts(s); i--;) {
 		struct lp_doubt d = lp_space_doubt(s, i);
 		struct lp_evidence e = {0};
-		int rc = lp_space_in_doubt(s, &d) ? gather(s, ask, &d, &e) : 0;
+		int rc = lp_space_in_doubt(s, &d) ? gather(d.asked ? NULL : s, ask, &d, &e) : 0;
 
-		if (rc == -EAGAIN)
+		if (rc == -EAGAIN) {
+			lp_space_asked(s, i);
 			return rc;
+		}
 		/* of a task that is gone nothing is here */
 		rc = answer(s, ask, &d, i, lp_verdict(&d, &e), dropped);
 		if (rc)
@@ -130,25 +140,74 @@ static bool overlap(uint64_t a, uint64_t b, uint64_t len)
 static int has_moved(const struct lp_change *changes, size_t nr, size_t i, const struct lp_ask *ask)
 {
 	const struct lp_change *move = &changes[i];
-	bool leaves = false, refilled = false;
+	bool unmaps = false;
 	int rc;
 
-	for (size_t k = 0; k < nr; k++) {
-		leaves |= changes[k].kind == LP_UNMAPPED && changes[k].start == move->start && changes[k].len == move->len;
-		/* something else may be there */
-		refilled |= k > i && changes[k].kind == LP_REMAPPED &&
-			    overlap(changes[k].to, move->start, changes[k].len > move->len ? changes[k].len : move->len);
-	}
-	if (!leaves || refilled)
-		return is_within(ask, move->to, move->to + LP_PAGE_SIZE);
+	for (size_t k = 0; k < nr; k++)
+		unmaps |= changes[k].kind == LP_UNMAPPED && changes[k].start == move->start && changes[k].len == move->len;
+	rc = is_within(ask, move->to, move->to + LP_PAGE_SIZE);
+	if (rc != 1 || !unmaps)
+		return rc;
+	/* what was there before may be there still */
 	rc = is_within(ask, move->start, move->start + LP_PAGE_SIZE);
 	return rc < 0 ? rc : !rc;
 }
 
-int lp_replay(struct lp_space *s, const struct lp_change *changes, size_t nr, uint64_t told, const struct lp_ask *ask,
-	      const struct lp_ask *ask_parent, struct lp_counts *dropped)
+/* Whether a change is about what one of the moves before it has brought, of those that the child has not seen. */
+static bool after_a_move(const struct lp_change *changes, size_t i, const bool *unmade, const struct lp_change *change)
 {
-	int rc = 0;
+	while (i--)
+		if (unmade[i] && changes[i].to < change->start + change->len &&
+		    change->start < changes[i].to + changes[i].len)
+			return true;
+	return false;
+}
+
+static bool meet(const struct lp_change *a, const struct lp_change *b)
+{
+	return overlap(a->start, b->start, a->len > b->len ? a->len : b->len);
+}
+
+bool lp_tangled(const struct lp_change *changes, size_t nr)
+{
+	for (size_t i = 0; i < nr; i++) {
+		const struct lp_change *move = &changes[i];
+		const struct lp_change to = {.start = move->to, .len = move->len};
+		size_t unmaps = 0;
+
+		for (size_t k = 0; k < nr && move->kind == LP_REMAPPED; k++) {
+			const struct lp_change *other = &changes[k];
+			const struct lp_change others_to = {.start = other->to, .len = other->len};
+
+			if (k == i)
+				continue;
+			if (other->kind == LP_REMAPPED && (meet(move, other) || meet(&to, other) || meet(move, &others_to) ||
+							   meet(&to, &others_to)))
+				return true;
+			if (other->kind == LP_UNMAPPED && ((meet(&to, other) && k > i) || (meet(move, other) && unmaps++)))
+				return true;
+			if (other->kind == LP_REMOVED && (meet(&to, other) || meet(move, other)))
+				return true;
+		}
+	}
+	return false;
+}
+
+/* All that is pending where something has changed is lost. */
+static void lose_touched(const struct lp_change *changes, size_t nr, const struct lp_ask *ask)
+{
+	for (size_t i = 0; i < nr; i++) {
+		ask->stays(ask->arg, changes[i].start, changes[i].start + changes[i].len, false);
+		if (changes[i].kind == LP_REMAPPED)
+			ask->stays(ask->arg, changes[i].to, changes[i].to + changes[i].len, false);
+	}
+}
+
+int lp_replay(struct lp_space *s, const struct lp_change *changes, size_t nr, uint64_t told, bool again,
+	      const struct lp_ask *ask, const struct lp_ask *ask_parent, struct lp_counts *dropped)
+{
+	bool *unmade = calloc(nr + 1, sizeof(*unmade));
+	int rc = unmade ? 0 : -ENOMEM;
 
 	for (size_t i = 0; i < nr && !rc; i++) {
 		const struct lp_change *change = &changes[i];
@@ -156,19 +215,26 @@ int lp_replay(struct lp_space *s, const struct lp_change *changes, size_t nr, ui
 
 		switch (change->kind) {
 		case LP_REMOVED:
-			if (change->to < told)
-				lp_space_remove(s, change->start, end, dropped);
+			if (change->to < told && !after_a_move(changes, i, unmade, change))
+				rc = lp_space_remove_from_child(s, change->start, end, dropped);
 			break;
 		case LP_UNMAPPED:
 			rc = lp_space_question(s, change->start, end);
 			break;
 		case LP_REMAPPED:
 			rc = has_moved(changes, nr, i, ask);
-			if (rc == 1)
+			unmade[i] = rc != 1;
+			/* what nobody knew of need not have been there at the fork: what was in its way may be */
+			if (rc == 1 && !lp_space_knows(s, change->start, end))
+				lp_space_obscure(s, change->to, change->to + change->len);
+			else if (rc == 1)
 				rc = lp_space_remap(s, change->start, change->to, change->len, dropped);
+			else
+				lp_space_refill(s, change->to, change->to + change->len);
 			break;
 		}
 	}
+	free(unmade);
 	lp_space_rest(s);
 	for (size_t i = lp_space_nr_doubts(s); i-- && !rc;) {
 		struct lp_doubt d = lp_space_doubt(s, i);
@@ -176,13 +242,16 @@ int lp_replay(struct lp_space *s, const struct lp_change *changes, size_t nr, ui
 		enum lp_verdict verdict = LP_IS_GONE;
 
 		if (lp_space_in_doubt(s, &d)) {
-			rc = gather(s, ask, &d, &e);
+			rc = gather(again || d.asked ? NULL : s, ask, &d, &e);
 			if (rc == -EAGAIN)
 				return rc;
-			rc = e.here && !e.present ? gather(s, ask_parent, &d, &parent) : 0;
+			/* what is there in the parent may be something else */
+			rc = e.here && !e.present ? gather(NULL, ask_parent, &d, &parent) : 0;
 			verdict = rc == -EAGAIN ? LP_UNKNOWN : verdict_of_child(&d, &e, &parent);
 		}
 		rc = answer(s, ask, &d, i, verdict, dropped);
 	}
+	if (lp_tangled(changes, nr))
+		lose_touched(changes, nr, ask);
 	return rc == -ESRCH ? 0 : rc;
 }

@@ -1324,7 +1324,8 @@ static void replay(struct lp_task *t, struct lp_task *child, const struct unrest
 			return;
 		if (tries == CHILD_TRIES)
 			break;
-		rc = lp_replay(child->space, unrest->made, unrest->nr_made, told, &of_child, &of_parent, dropped);
+		rc = lp_replay(child->space, unrest->made, unrest->nr_made, told, tries, &of_child, &of_parent,
+			       dropped);
 		if (rc) { /* its layout is changing already */
 			drain(child);
 			sched_yield();

@@ -14,10 +14,11 @@
  * read with the task's lock held exclusively, copies are made with it shared.
  * The kernel hands out faults before the events that are already queued
  * (fs/userfaultfd.c, userfaultfd_ctx_read), so all that can be read is read
- * and the events are settled before any fault is answered.  An event may tell
- * of what can't have happened yet, since those of several threads are told out
- * of order (lp_space_next_change): then nothing is answered until the one that
- * is missing has been told, too.
+ * and the events are settled before any fault is answered.  The events of
+ * several threads are told out of order (lp_space_next_change), an mremap has
+ * up to four, and UNMAP is told before it is known whether it succeeds
+ * (csrc/doubt.h): so nothing is answered until all that has begun has been
+ * told, which the kernel would refuse with EAGAIN anyway.
  *
  * No fault is lost: the serving thread keeps those on pages that the background
  * has claimed, and answers them when it hears that the claim was given back.
@@ -44,7 +45,11 @@ enum lp_notice_kind {
 	LP_NOTICE_FORKED = 1, /* task is new, the child of one with the same tag, and served already */
 	LP_NOTICE_NEED,	      /* pages [image, +nr_pages) are wanted from a remote source, a thread waits for one */
 	LP_NOTICE_HURRY,      /* a thread waits for a page that is on its way */
-	LP_NOTICE_LOST,	      /* pages [image, +nr_pages), now at addr, can't be had: error is why. ESTALE: they may be there, but zeros */
+	/*
+	 * pages [image, +nr_pages), now at addr, can't be had: error is why. ESTALE: they may be there, but zeros; EADDRNOTAVAIL:
+	 * whether they have been unmapped is not known
+	 */
+	LP_NOTICE_LOST,
 	LP_NOTICE_COMPLETE,   /* nothing is pending any more */
 	LP_NOTICE_GONE,	      /* the task's memory does not exist any more */
 	LP_NOTICE_FAILED,     /* an operation on the uffd failed in a way that should not be: error */

@@ -48,6 +48,8 @@ struct lp_space {
 	size_t nr_left, cap_left;
 	struct lp_doubt *doubts; /* in no order */
 	size_t nr_doubts, cap_doubts;
+	struct lp_range *gone; /* what changes have left since the layout was at rest */
+	size_t nr_gone, cap_gone;
 };
 
 static size_t nr_words(const struct image *image)
@@ -321,6 +323,7 @@ void lp_space_free(struct lp_space *s)
 	free(s->wiped);
 	free(s->left);
 	free(s->doubts);
+	free(s->gone);
 	free((void *)s->pending);
 	free((void *)s->claimed);
 	free((void *)s->lost);
@@ -719,12 +722,38 @@ static void drop_doubt(struct lp_space *s, size_t i, struct lp_counts *dropped)
 	s->doubts[i] = s->doubts[--s->nr_doubts];
 }
 
-/* [start, end) is left by a further change: what lies beside the edges of a doubt says less then. */
-static void unsettle_doubts(struct lp_space *s, uint64_t start, uint64_t end)
+/* Room for one more. */
+static int reserve_ranges(struct lp_range **ranges, size_t nr, size_t *cap)
 {
+	if (nr == *cap) {
+		size_t more = *cap ? *cap * 2 : 16;
+		struct lp_range *grown = realloc(*ranges, more * sizeof(*grown));
+
+		if (!grown)
+			return -ENOMEM;
+		*ranges = grown;
+		*cap = more;
+	}
+	return 0;
+}
+
+/* Whether, when `range` is left, what is registered beside the edge of a doubt says less. */
+static bool unsettles(const struct lp_range *range, const struct lp_doubt *doubt)
+{
+	return range->start < doubt->top && range->end >= doubt->edge;
+}
+
+/* [start, end) is left by a change. */
+static int leave(struct lp_space *s, uint64_t start, uint64_t end)
+{
+	const struct lp_range range = {start, end};
+
+	if (reserve_ranges(&s->gone, s->nr_gone, &s->cap_gone))
+		return -ENOMEM;
+	s->gone[s->nr_gone++] = range;
 	for (size_t i = 0; i < s->nr_doubts; i++)
-		if (start <= s->doubts[i].top && end >= s->doubts[i].edge)
-			s->doubts[i].unsure = true;
+		s->doubts[i].unsure |= unsettles(&range, &s->doubts[i]);
+	return 0;
 }
 
 /* What is in doubt in [start, end) is gone: something else is there. */
@@ -774,6 +803,11 @@ struct lp_doubt lp_space_doubt(const struct lp_space *s, size_t i)
 	return s->doubts[i];
 }
 
+void lp_space_asked(struct lp_space *s, size_t i)
+{
+	s->doubts[i].asked = true;
+}
+
 bool lp_space_in_doubt(const struct lp_space *s, const struct lp_doubt *d)
 {
 	return pending_of_image(s, d->image, d->image + (d->end - d->start));
@@ -790,6 +824,44 @@ size_t lp_space_not_pending(const struct lp_space *s, const struct lp_doubt *d, 
 			addrs[nr++] = at;
 	}
 	return nr;
+}
+
+void lp_space_refill(struct lp_space *s, uint64_t start, uint64_t end)
+{
+	for (size_t i = 0; i < s->nr_doubts; i++)
+		if (s->doubts[i].start <= end && s->doubts[i].end > start)
+			s->doubts[i].refilled = true;
+}
+
+bool lp_space_knows(const struct lp_space *s, uint64_t start, uint64_t end)
+{
+	size_t r = region_at(s, start);
+
+	for (size_t i = 0; i < s->nr_doubts; i++)
+		if (s->doubts[i].start < end && s->doubts[i].end > start)
+			return true;
+	return r < s->nr_regions && s->regions[r].start < end;
+}
+
+void lp_space_obscure(struct lp_space *s, uint64_t start, uint64_t end)
+{
+	for (size_t i = 0; i < s->nr_doubts; i++) {
+		struct lp_doubt *d = &s->doubts[i];
+
+		if ((d->start < end && d->end > start) || (d->edge <= end && d->start >= end && d->top >= end))
+			d->edge = LP_NO_EDGE;
+	}
+}
+
+int lp_space_remove_from_child(struct lp_space *s, uint64_t start, uint64_t end, struct lp_counts *dropped)
+{
+	if (split_doubts(s, start) || split_doubts(s, end))
+		return -ENOMEM;
+	drop_regions(s, start, end, dropped);
+	for (size_t i = 0; i < s->nr_doubts; i++)
+		if (s->doubts[i].start >= start && s->doubts[i].end <= end)
+			s->doubts[i].edge = LP_NO_EDGE;
+	return 0;
 }
 
 void lp_space_remove(struct lp_space *s, uint64_t start, uint64_t end, struct lp_counts *dropped)
@@ -1002,15 +1074,15 @@ int lp_space_wipe(struct lp_space *s, const struct lp_range *wiped, size_t nr_wi
 void lp_space_rest(struct lp_space *s)
 {
 	s->nr_left = 0;
+	s->nr_gone = 0;
 }
 
 int lp_space_unmap(struct lp_space *s, uint64_t start, uint64_t end, struct lp_counts *dropped)
 {
 	if (reserve(s, 1))
 		return -ENOMEM;
-	if (doubts_gone(s, start, end, dropped))
+	if (doubts_gone(s, start, end, dropped) || leave(s, start, end))
 		return -ENOMEM;
-	unsettle_doubts(s, start, end);
 	drop_regions(s, start, end, dropped);
 	cut(s, start, end);
 	forget_left(s);
@@ -1038,9 +1110,9 @@ int lp_space_question(struct lp_space *s, uint64_t start, uint64_t end)
 
 	while (last < s->nr_regions && s->regions[last].start < end)
 		last++;
-	if (split_doubts(s, start) || split_doubts(s, end) || reserve_doubts(s, last - first) || reserve(s, 1))
+	if (split_doubts(s, start) || split_doubts(s, end) || reserve_doubts(s, last - first) || reserve(s, 1) ||
+	    leave(s, start, end))
 		return -ENOMEM;
-	unsettle_doubts(s, start, end);
 	for (size_t i = 0; i < s->nr_doubts; i++) {
 		struct lp_doubt *d = &s->doubts[i];
 
@@ -1062,6 +1134,8 @@ int lp_space_question(struct lp_space *s, uint64_t start, uint64_t end)
 		if (region->image >= LP_NO_IMAGE)
 			continue;
 		d.image = region->image + (d.start - region->start);
+		for (size_t i = 0; i + 1 < s->nr_gone; i++) /* but for this one */
+			d.unsure |= unsettles(&s->gone[i], &d);
 		if (!lp_space_in_doubt(s, &d))
 			continue;
 		/* who brings such a page meanwhile finds it wanted again, or gone */
@@ -1089,22 +1163,16 @@ int lp_space_remap(struct lp_space *s, uint64_t from, uint64_t to, uint64_t len,
 
 	if (!len)
 		return 0;
-	if (s->nr_left == s->cap_left) {
-		size_t cap = s->cap_left ? s->cap_left * 2 : 16;
-		struct lp_range *left = realloc(s->left, cap * sizeof(*left));
-
-		if (!left)
-			return -ENOMEM;
-		s->left = left;
-		s->cap_left = cap;
-	}
-	if (move_doubts(s, from, to, len, dropped) || doubts_gone(s, to, to + len, dropped))
+	if (reserve_ranges(&s->left, s->nr_left, &s->cap_left))
+		return -ENOMEM;
+	if (doubts_gone(s, to, to + len, dropped) || move_doubts(s, from, to, len, dropped))
 		return -ENOMEM;
 	/* what is registered above may have grown with what has moved here */
 	for (size_t i = 0; i < s->nr_doubts; i++)
 		if (s->doubts[i].edge <= to + len && s->doubts[i].start >= to + len && s->doubts[i].top >= to + len)
 			s->doubts[i].edge = to + len;
-	unsettle_doubts(s, from, from + len);
+	if (leave(s, from, from + len))
+		return -ENOMEM;
 	while (last < s->nr_regions && s->regions[last].start < from + len)
 		last++;
 	/* the regions, and the gaps between them: memory that has grown since the dump */
@@ -1170,9 +1238,12 @@ static bool leaves(const struct lp_space *s, const struct lp_change *change, uin
 	return taken(s, change->start > start ? change->start : start, min_u64(end, change->start + change->len));
 }
 
-/* Which change leaves [start, end), where something is; nr when none tells so. Not change `but`, which moves there. */
-static size_t who_leaves(const struct lp_space *s, const struct lp_change *changes, size_t nr, size_t but,
-			 uint64_t start, uint64_t end)
+/*
+ * Which of the first nr changes, of all, leaves [start, end), where something is; nr when none of these tells so.  Not change
+ * `but`, which moves there.
+ */
+static size_t who_leaves(const struct lp_space *s, const struct lp_change *changes, size_t nr, size_t all, size_t but,
+			 uint64_t start, uint64_t end, bool at_rest)
 {
 	/* what a move has left is unmapped by the same mremap, not by who moves there next */
 	for (size_t left = 0; left < s->nr_left; left++) {
@@ -1181,10 +1252,29 @@ static size_t who_leaves(const struct lp_space *s, const struct lp_change *chang
 		if (first_empty(s, range->start > start ? range->start : start, min_u64(range->end, end)) ==
 		    s->nr_regions)
 			continue;
-		for (size_t i = 0; i < nr; i++)
-			if (changes[i].kind == LP_UNMAPPED && changes[i].start == range->start &&
-			    changes[i].len == range->end - range->start)
-				return i;
+		/* if there is none for this mremap, who moves the rest away has unmapped it */
+		size_t unmaps = all, moves = all;
+		int more = 0; /* unmapped than moved away since */
+
+		for (size_t i = all; i--;) {
+			if (changes[i].start != range->start || changes[i].len != range->end - range->start)
+				continue;
+			if (changes[i].kind == LP_UNMAPPED) {
+				unmaps = i;
+				more++;
+			} else if (changes[i].kind == LP_REMAPPED && i != but) {
+				moves = i;
+				more--;
+			}
+		}
+		if (more > 0 || moves >= all) {
+			if (unmaps < nr)
+				return unmaps;
+		} else if (moves < nr) {
+			return moves;
+		}
+		if (!at_rest)
+			return nr;
 	}
 	for (size_t i = 0; i < nr; i++)
 		if (i != but && leaves(s, &changes[i], start, end))
@@ -1199,28 +1289,42 @@ static bool must_wait(const struct lp_space *s, const struct lp_change *change)
 	       (change->kind == LP_UNMAPPED && lp_space_matters(s, change->start, change->start + change->len));
 }
 
-size_t lp_space_next_change(const struct lp_space *s, const struct lp_change *changes, size_t nr, bool at_rest)
+/* Of the changes told so far; nr: none before more is told. */
+static size_t next_so_far(const struct lp_space *s, const struct lp_change *changes, size_t nr, size_t all, bool at_rest)
 {
-	size_t next = 0;
+	size_t next = 0, first;
 
-	if (!at_rest)
-		return nr && !must_wait(s, &changes[0]) ? 0 : nr;
 	while (next < nr && changes[next].kind == LP_FORKED)
 		next++;
-	if (next == nr)
-		return 0;
-	for (size_t steps = 0; steps < nr; steps++) {
+	first = next;
+	for (size_t steps = 0; next < nr && steps < nr; steps++) {
 		const struct lp_change *change = &changes[next];
 		size_t before;
 
 		if (change->kind != LP_REMAPPED || !taken(s, change->to, change->to + change->len))
 			return next;
-		before = who_leaves(s, changes, nr, next, change->to, change->to + change->len);
+		before = who_leaves(s, changes, nr, all, next, change->to, change->to + change->len, at_rest);
 		if (before == nr)
-			return next;
+			return at_rest ? next : nr;
 		next = before;
 	}
-	return next; /* each waits for another: not what a kernel tells */
+	return first; /* each waits for another: not what a kernel tells */
+}
+
+size_t lp_space_next_change(const struct lp_space *s, const struct lp_change *changes, size_t nr, bool at_rest)
+{
+	size_t next;
+
+	if (!at_rest)
+		return nr && !must_wait(s, &changes[0]) ? 0 : nr;
+	/* what could be made when only so much had been told */
+	for (size_t told = 1; told <= nr; told++) {
+		next = next_so_far(s, changes, told, nr, false);
+		if (next < told)
+			return next;
+	}
+	next = next_so_far(s, changes, nr, nr, true);
+	return next < nr ? next : 0; /* only forks are left */
 }
 
 void lp_true_lengths(struct lp_change *changes, size_t nr)

@@ -72,6 +72,8 @@ struct lp_doubt {
 	uint64_t start, end, image; /* as a region's */
 	uint64_t edge, top;	    /* the range that was reported: where it begins and ends; LP_NO_EDGE, 0: it has moved since */
 	bool unsure;		    /* more than that has changed there */
+	bool asked;		    /* some of its pages may be there since, as zeros */
+	bool refilled;		    /* of a child: its parent has other memory there since */
 };
 
 #define LP_NO_EDGE UINT64_MAX
@@ -175,7 +177,9 @@ void lp_space_forget(struct lp_space *space, uint64_t image, uint64_t nr_pages, 
  *
  * One thing can't be told: when what has arrived leaves as well before the first that left has told so.  Then the one that
  * tells first is taken for the first.  For that to be wrong, a thread must be preempted between dropping the mmap lock and
- * queueing its event, while another thread's mremap gets the very place, is told, wakes up, leaves, and is told again.
+ * queueing its event, while another thread's mremap gets the very place, is told, wakes up, leaves, and is told again.  The same
+ * holds, while the layout does not come to rest, for memory that nobody knows of, since it has grown, and for memory whose
+ * unmapping has failed before it moved away, when another thread moves memory to where it was.
  */
 size_t lp_space_next_change(const struct lp_space *space, const struct lp_change *changes, size_t nr, bool at_rest);
 /*
@@ -188,6 +192,14 @@ void lp_space_rest(struct lp_space *space);
 
 /* Changes. (exclusive) 0 or -ENOMEM. */
 void lp_space_remove(struct lp_space *space, uint64_t start, uint64_t end, struct lp_counts *dropped);
+/* Whether anything is known to be, or in doubt, in [start, end). */
+bool lp_space_knows(const struct lp_space *space, uint64_t start, uint64_t end);
+/* For csrc/doubt.c: whether something has moved there before the fork or after it is not known. */
+void lp_space_obscure(struct lp_space *space, uint64_t start, uint64_t end);
+/* For csrc/doubt.c: after the fork, other memory of the parent has moved there. */
+void lp_space_refill(struct lp_space *space, uint64_t start, uint64_t end);
+/* For csrc/doubt.c: what is in doubt there may have been unmapped after the fork, and then this is about other memory. */
+int lp_space_remove_from_child(struct lp_space *space, uint64_t start, uint64_t end, struct lp_counts *dropped);
 int lp_space_unmap(struct lp_space *space, uint64_t start, uint64_t end, struct lp_counts *dropped);
 /* Whatever was at `to` is gone. */
 int lp_space_remap(struct lp_space *space, uint64_t from, uint64_t to, uint64_t len, struct lp_counts *dropped);
@@ -202,6 +214,7 @@ struct lp_doubt lp_space_doubt(const struct lp_space *space, size_t i);
 bool lp_space_in_doubt(const struct lp_space *space, const struct lp_doubt *doubt);
 /* Some of its pages that are not pending, by address: returns how many, at most max. */
 size_t lp_space_not_pending(const struct lp_space *space, const struct lp_doubt *doubt, uint64_t *addrs, size_t max);
+void lp_space_asked(struct lp_space *space, size_t i);
 /* Doubt i is gone as unmapped, or a region again; others change their place. (exclusive) */
 int lp_space_answer_doubt(struct lp_space *space, size_t i, bool gone, struct lp_counts *dropped);
 

@@ -55,7 +55,7 @@ size_t lp_space_nr_doubts(const struct lp_space *space);
 void lp_true_lengths(struct lp_change *changes, size_t nr);
 void lp_space_count(const struct lp_space *space, struct lp_counts *counts);
 
-struct lp_doubt { uint64_t start, end, image, edge, top; bool unsure; };
+struct lp_doubt { uint64_t start, end, image, edge, top; bool unsure, asked, refilled; };
 #define LP_NO_EDGE ...
 struct lp_evidence { bool here, present, attached, below, alike, grows; };
 enum lp_verdict { LP_IS_GONE, LP_STAYS, LP_UNKNOWN };
@@ -70,7 +70,8 @@ struct lp_ask {
 };
 int lp_settle(struct lp_space *space, const struct lp_ask *ask, struct lp_counts *dropped);
 int lp_replay(struct lp_space *child, const struct lp_change *changes, size_t nr, uint64_t told,
-              const struct lp_ask *ask, const struct lp_ask *ask_parent, struct lp_counts *dropped);
+              bool again, const struct lp_ask *ask, const struct lp_ask *ask_parent, struct lp_counts *dropped);
+bool lp_tangled(const struct lp_change *changes, size_t nr);
 bool lp_tells_old_length(void);
 
 struct lp_window { uint64_t first, nr; };

@@ -415,6 +415,13 @@ class TaskService:
             self._kill("it would read zeros there")
         elif notice.error == errno.ENODATA:
             pass  # pages_lost has said it
+        elif notice.error == errno.EADDRNOTAVAIL:
+            log.error(
+                "%s: %s may have been unmapped or not, which the kernel does not say: neither their data nor zeros"
+                " would be right",
+                name,
+                where,
+            )
         elif notice.error:
             log.error("%s: %s can't be read from the image: %s", name, where, os.strerror(notice.error))
         else:

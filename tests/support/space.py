@@ -76,6 +76,11 @@ class Nothing:
         raise AssertionError
 
 
+def tangled(changes: Sequence[Change]) -> bool:
+    """Whether a fork among them can't be placed by what its child has."""
+    return bool(lib.lp_tangled(_rows(changes), len(changes)))
+
+
 def _rows(changes: Sequence[Change]) -> Any:
     return ffi.new("struct lp_change[]", [change.row() for change in changes])
 
@@ -255,7 +260,7 @@ class Space:
         """This space is a child's, as it was before the changes; its fork was event ``told``."""
         counts, by_source = self._counts()
         (ask, _callbacks), (ask_parent, _others) = self._ask(memory), self._ask(parents)
-        assert lib.lp_replay(self._space, _rows(made), len(made), told, ask, ask_parent, counts) == 0
+        assert lib.lp_replay(self._space, _rows(made), len(made), told, False, ask, ask_parent, counts) == 0
         self._add_dropped(by_source)
 
     def make(

@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.support.space import PAGE, Change, Extent, Kind, Space
+from tests.support.space import PAGE, Change, Extent, Kind, Space, tangled
 
 UNITS = 24  # of address space, a page each, half of them mapped at first
 BASE = 0x100000
@@ -32,6 +32,8 @@ class Page:
     mapping: int
     owner: int
     there: bool = False
+    grown: bool = False  # which no event told
+    at_once: bool = False  # forked while it was being discarded: the child may find either
 
 
 @dataclass
@@ -48,9 +50,14 @@ class Memory:
 
     def zero(self, addr: int) -> bool:
         page = self.pages[(addr - BASE) // PAGE]
-        assert page.image is None or page.there, "a page of zeros over one that is pending"
+        assert page.image is None or page.there or page.at_once, "a page of zeros over one that is pending"
         was_there, page.there = page.there, True
         return not was_there
+
+
+def units(change: Change) -> range:
+    start = (change.start - BASE) // PAGE
+    return range(start, start + change.length // PAGE)
 
 
 @dataclass
@@ -70,6 +77,8 @@ class Kernel(Memory):
     nr_told: int = 0
     children: list[Memory] = field(default_factory=list)
     surprises: int = 0  # calls that failed, growth, forks: what may leave a doubt
+    hollow: bool = False  # since then something has been moved and left empty: what a child has tells less
+    unclear: set[int] = field(default_factory=set)  # units where that was since the layout was at rest
 
     def tell(self, me: int) -> None:
         thread = self.threads[me]
@@ -78,6 +87,15 @@ class Kernel(Memory):
             change._replace(to=self.nr_told) if change.kind in ("LP_FORKED", "LP_REMOVED") else change
         )
         self.nr_told += 1
+        if change.kind == "LP_REMOVED":  # told before it is done
+            forking = [
+                other.uffd for each in self.threads for other in each.untold if other.kind == "LP_FORKED"
+            ]
+            for i in units(change):
+                for child in forking:
+                    for page in self.children[child].pages.values():
+                        page.at_once |= page.image is not None and page.image == self.pages[i].image
+                self.pages[i] = replace(self.pages[i], image=None, there=False)
         if not thread.untold:
             thread.tells_of.clear()
 
@@ -97,8 +115,14 @@ class Kernel(Memory):
     def change(self, me: int, what: str, unit: int, length: int, to: int, more: int) -> None:  # noqa: PLR0917
         """Only what a program may do: with memory of its own, to where it has memory itself or nobody has."""
         thread = self.threads[me]
+        own = [i for i in range(UNITS + 8) if i in self.pages and self.pages[i].owner == me]
+        if not own:
+            return
+        unit = own[unit % len(own)]
+        while unit + length - 1 not in own:
+            length -= 1
         source = set(range(unit, unit + length))
-        if any(i not in self.pages or self.pages[i].owner != me for i in source):
+        if not source <= set(own):
             return
         others = [other for other in self.threads if other is not thread]
         # What has arrived where another thread has not told of its leaving stays until it has. Else both tell of
@@ -106,17 +130,22 @@ class Kernel(Memory):
         if any(source & other.tells_of for other in others):
             return
         if what == "discard":
-            for i in source:
-                self.pages[i] = replace(self.pages[i], image=None, there=False)
             thread.untold.append(Change("LP_REMOVED", BASE + unit * PAGE, length * PAGE))
         elif what == "fork":
             self.surprises += 1
-            self.children.append(Memory({i: replace(page) for i, page in self.pages.items()}))
+            discarding = [
+                change for other in others for change in other.untold if change.kind == "LP_REMOVED"
+            ]
+            at_once = {i for change in discarding for i in units(change)}
+            self.children.append(
+                Memory({i: replace(page, at_once=i in at_once) for i, page in self.pages.items()})
+            )
             thread.untold.append(Change("LP_FORKED", uffd=len(self.children) - 1))
         elif what == "unmap":
             self.leave(me, unit, length)
         elif what == "fail":
             self.surprises += 1
+            self.unclear |= source
             self.split(unit)
             if more % 2:
                 self.split(unit + length)
@@ -129,8 +158,9 @@ class Kernel(Memory):
             if any(i in self.pages for i in range(end, end + more)):
                 return
             self.surprises += 1
+            self.unclear |= set(range(end, end + more))
             for i in range(end, end + more):
-                self.pages[i] = Page(None, last.mapping, me)
+                self.pages[i] = Page(None, last.mapping, me, grown=True)
         else:
             self.move(me, what, unit, length, to, more)
 
@@ -138,6 +168,7 @@ class Kernel(Memory):
         """Unmaps, and has it told; what is not mapped is no matter."""
         self.split(unit)
         self.split(unit + length)
+        self.unclear |= {i for i in range(unit, unit + length) if i in self.pages and self.pages[i].grown}
         left = {i for i in range(unit, unit + length) if self.pages.pop(i, None)}
         if left:
             self.unmaps(me, unit, length)
@@ -152,6 +183,13 @@ class Kernel(Memory):
         others = [other for other in self.threads if other is not self.threads[me]]
         if any(target & other.tells_of and target & self.pages.keys() for other in others):
             return
+        # Likewise, what has grown unseen, or failed to leave before it did, leaves no place to others before rest.
+        if any(target & other.tells_of & self.unclear for other in others):
+            return
+        if what == "extend":
+            self.surprises += 1
+            self.unclear |= target
+        self.hollow |= what == "leave empty"
         if len({self.pages[i].mapping for i in source}) > 1:  # EFAULT, before 6.18 with the place gone
             if self.old:
                 self.leave(me, to, new)
@@ -162,12 +200,14 @@ class Kernel(Memory):
         self.split(unit)
         self.split(unit + length)
         tail = {unit + i for i in range(shorter, length)}
+        self.unclear |= {i for i in tail if self.pages[i].grown}
         for i in tail:
             del self.pages[i]
         left = next(self.mappings)
+        self.unclear |= {i for i in source if i in self.pages and self.pages[i].grown}
         for i in range(new):
             page = self.pages.pop(unit + i) if i < shorter else Page(None, mapping, me)
-            self.pages[to + i] = replace(page, mapping=mapping)
+            self.pages[to + i] = replace(page, mapping=mapping, grown=i >= shorter)
             if what == "leave empty" and i < shorter:
                 self.pages[unit + i] = Page(None, left, me)
         told = length if self.old else shorter
@@ -180,18 +220,19 @@ class Kernel(Memory):
             self.unmaps(me, unit, shorter)
 
 
-def check(space: Space, memory: Memory, *, sure: bool) -> None:
+def check(space: Space, memory: Memory, who: str, *, sure: bool) -> None:
     """Nothing wrong is brought anywhere; and nothing is lost where nothing is in doubt."""
     for i in range(UNITS + 8):
         answer, page = space.lookup(BASE + i * PAGE), memory.pages.get(i)
+        story = f"{who}: {answer.kind.name} of {answer.offset // PAGE} at {i}, where {page} is"
         if answer.kind is Kind.LOST:
-            assert not sure, i
-            assert page, i
+            assert page, story
+            assert not sure, story
         elif answer.kind is Kind.DATA:
-            assert page, i
-            assert (answer.offset // PAGE, page.there) == (page.image, False), i
-        elif page:
-            assert page.image is None or page.there, i
+            assert page, story
+            assert (answer.offset // PAGE, page.there) == (page.image, False), story
+        elif page and not page.at_once:
+            assert page.image is None or page.there, story
 
 
 def touch(space: Space, kernel: Kernel, unit: int) -> None:
@@ -235,11 +276,16 @@ def run(steps: list[tuple[int, str, int, int, int, int, bool]], *, old: bool) ->
     )
 
     def look(at_rest: bool) -> None:
+        unplaced = tangled(kernel.told) or kernel.hollow
         born = space.make(
             kernel.told, at_rest=at_rest, memory=kernel, children=kernel.children, old_length=old
         )
+        if at_rest:
+            kernel.unclear.clear()
+            kernel.hollow = False
         for which, child in born:
-            check(child, kernel.children[which], sure=False)
+            if not unplaced:
+                check(child, kernel.children[which], f"child {which}", sure=False)
 
     for me, what, unit, length, to, more, looks in steps:
         at_rest = looks and not any(thread.untold for thread in kernel.threads)
@@ -257,7 +303,7 @@ def run(steps: list[tuple[int, str, int, int, int, int, bool]], *, old: bool) ->
         while thread.untold:
             kernel.tell(me)
     look(True)
-    check(space, kernel, sure=not kernel.surprises)
+    check(space, kernel, "the task", sure=not kernel.surprises)
 
 
 @settings(max_examples=max(300, settings().max_examples))
