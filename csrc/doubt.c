@@ -224,13 +224,16 @@ int lp_replay(struct lp_space *s, const struct lp_change *changes, size_t nr, ui
 		case LP_REMAPPED:
 			rc = has_moved(changes, nr, i, ask);
 			unmade[i] = rc != 1;
+			if (rc < 0)
+				break;
 			/* what nobody knew of need not have been there at the fork: what was in its way may be */
-			if (rc == 1 && !lp_space_knows(s, change->start, end))
-				lp_space_obscure(s, change->to, change->to + change->len);
-			else if (rc == 1)
-				rc = lp_space_remap(s, change->start, change->to, change->len, dropped);
-			else
+			if (!rc)
 				lp_space_refill(s, change->to, change->to + change->len);
+			else if (!lp_space_knows(s, change->start, end))
+				lp_space_obscure(s, change->to, change->to + change->len);
+			rc = rc && lp_space_knows(s, change->start, end) ?
+				     lp_space_remap(s, change->start, change->to, change->len, dropped) :
+				     0;
 			break;
 		}
 	}

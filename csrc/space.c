@@ -1262,11 +1262,18 @@ static size_t who_leaves(const struct lp_space *s, const struct lp_change *chang
 			if (changes[i].kind == LP_UNMAPPED) {
 				unmaps = i;
 				more++;
-			} else if (changes[i].kind == LP_REMAPPED && i != but) {
+			} else if (changes[i].kind == LP_REMAPPED && i != but && unmaps < all) { /* told before */
 				moves = i;
 				more--;
 			}
 		}
+		/* only what has been told before the first of them */
+		for (size_t i = unmaps; moves < all && i < all; i++)
+			if (changes[i].kind == LP_REMAPPED && i != but && changes[i].start == range->start &&
+			    changes[i].len == range->end - range->start)
+				more++;
+		if (moves > unmaps)
+			moves = all;
 		if (more > 0 || moves >= all) {
 			if (unmaps < nr)
 				return unmaps;
