@@ -1684,7 +1684,6 @@ static bool drain(struct lp_task *t)
 				continue;
 			break;
 		}
-		t->read_error = 0;
 		for (size_t i = 0; i < (size_t)n / sizeof(*msgs); i++) {
 			uint64_t addr = msgs[i].arg.pagefault.address & ~(LP_PAGE_SIZE - 1);
 

@@ -106,8 +106,10 @@ def test_status_of_a_mapping(draft: Draft) -> None:
     path = draft.directory / Kind.MM.file_name(10)
     draft.mm(10, [(0x10, 0x20, ANON)])
     mm = images.read_one(path, Kind.MM)
-    for known in (VMA_GUARD, VMA_EXT_PLUGIN):
-        mm.vmas[0].status |= known
+    mm.vmas[0].status |= VMA_EXT_PLUGIN
+    guard = mm.vmas.add()
+    guard.CopyFrom(mm.vmas[0])
+    guard.status = VMA_GUARD
     images.write(path, Kind.MM, [mm])
     expect(draft.directory, remote=False)
     mm.vmas[0].status |= 1 << 18
