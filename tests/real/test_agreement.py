@@ -146,7 +146,7 @@ def test_a_page_server_of_the_wrong_images(
     """Refused, by name; the right ones at the same address are taken."""
     checkpoint, wrong = checkpoints.get(OLD, "single"), checkpoints.get(OLD, "plain")
     victim, port = left_away(checkpoint, tmp_path / "images"), free_port()
-    at = ("127.0.0.1", "--port", str(port))
+    at = ("127.0.0.1", "--port", str(port), "--keep-serving")
     with (
         nothing_left(),
         page_server_at(*at, images=wrong.images, work=tmp_path / "wrong") as server,
@@ -170,7 +170,7 @@ def test_a_page_server_without_an_inventory(
     victim, bare, port = left_away(checkpoint, tmp_path / "images"), tmp_path / "bare", free_port()
     shutil.copytree(checkpoint.images, bare)
     (bare / "inventory.img").unlink()
-    at = ("127.0.0.1", "--port", str(port))
+    at = ("127.0.0.1", "--port", str(port), "--keep-serving")
     with (
         nothing_left(),
         page_server_at(*at, images=bare, work=tmp_path / "server") as server,
