@@ -30,9 +30,9 @@ static enum lp_verdict verdict_of_child(const struct lp_doubt *d, const struct l
 	/* forked before: the parent has not got it any more */
 	if (e->present || d->refilled || !parent->here)
 		return LP_STAYS;
-	/* grown in the parent, and before the fork only if in the child, too */
+	/* grown in the parent: if in the child, too, before the fork or never */
 	if (parent->attached)
-		return e->attached ? LP_IS_GONE : LP_STAYS;
+		return e->attached ? LP_UNKNOWN : LP_STAYS;
 	return lp_verdict(d, parent);
 }
 
@@ -136,8 +136,8 @@ static bool overlap(uint64_t a, uint64_t b, uint64_t len)
 	return a < b + len && b < a + len;
 }
 
-/* Whether move i was made before the child was forked: 1, 0, -EAGAIN, -ESRCH. */
-static int has_moved(const struct lp_change *changes, size_t nr, size_t i, const struct lp_ask *ask)
+/* Whether move i was made before the child was forked: 1, 0, -EAGAIN, -ESRCH.  *tangled: that can't be told. */
+static int has_moved(const struct lp_change *changes, size_t nr, size_t i, const struct lp_ask *ask, bool *tangled)
 {
 	const struct lp_change *move = &changes[i];
 	bool unmaps = false;
@@ -148,8 +148,9 @@ static int has_moved(const struct lp_change *changes, size_t nr, size_t i, const
 	rc = is_within(ask, move->to, move->to + LP_PAGE_SIZE);
 	if (rc != 1 || !unmaps)
 		return rc;
-	/* what was there before may be there still */
+	/* what was there before may be there still; or it was left there (MREMAP_DONTUNMAP), and another call was to unmap that */
 	rc = is_within(ask, move->start, move->start + LP_PAGE_SIZE);
+	*tangled |= rc == 1;
 	return rc < 0 ? rc : !rc;
 }
 
@@ -168,11 +169,13 @@ static bool meet(const struct lp_change *a, const struct lp_change *b)
 	return overlap(a->start, b->start, a->len > b->len ? a->len : b->len);
 }
 
-bool lp_tangled(const struct lp_change *changes, size_t nr)
+/* Whether a place that a move has taken or left is taken or left again, but by what that mremap itself unmaps; or is not left at all. */
+static bool are_tangled(const struct lp_change *changes, size_t nr)
 {
 	for (size_t i = 0; i < nr; i++) {
 		const struct lp_change *move = &changes[i];
 		const struct lp_change to = {.start = move->to, .len = move->len};
+		bool leaves = move->kind != LP_REMAPPED; /* else MREMAP_DONTUNMAP */
 		size_t unmaps = 0;
 
 		for (size_t k = 0; k < nr && move->kind == LP_REMAPPED; k++) {
@@ -181,6 +184,7 @@ bool lp_tangled(const struct lp_change *changes, size_t nr)
 
 			if (k == i)
 				continue;
+			leaves |= other->kind == LP_UNMAPPED && other->start == move->start && other->len == move->len;
 			if (other->kind == LP_REMAPPED && (meet(move, other) || meet(&to, other) || meet(move, &others_to) ||
 							   meet(&to, &others_to)))
 				return true;
@@ -189,6 +193,8 @@ bool lp_tangled(const struct lp_change *changes, size_t nr)
 			if (other->kind == LP_REMOVED && (meet(&to, other) || meet(move, other)))
 				return true;
 		}
+		if (!leaves)
+			return true;
 	}
 	return false;
 }
@@ -204,10 +210,12 @@ static void lose_touched(const struct lp_change *changes, size_t nr, const struc
 }
 
 int lp_replay(struct lp_space *s, const struct lp_change *changes, size_t nr, uint64_t told, bool again,
-	      const struct lp_ask *ask, const struct lp_ask *ask_parent, struct lp_counts *dropped)
+	      const struct lp_ask *ask, const struct lp_ask *ask_parent, struct lp_counts *dropped, bool *tangled)
 {
 	bool *unmade = calloc(nr + 1, sizeof(*unmade));
 	int rc = unmade ? 0 : -ENOMEM;
+
+	*tangled = are_tangled(changes, nr);
 
 	for (size_t i = 0; i < nr && !rc; i++) {
 		const struct lp_change *change = &changes[i];
@@ -222,7 +230,7 @@ int lp_replay(struct lp_space *s, const struct lp_change *changes, size_t nr, ui
 			rc = lp_space_question(s, change->start, end);
 			break;
 		case LP_REMAPPED:
-			rc = has_moved(changes, nr, i, ask);
+			rc = has_moved(changes, nr, i, ask, tangled);
 			unmade[i] = rc != 1;
 			if (rc < 0)
 				break;
@@ -245,7 +253,7 @@ int lp_replay(struct lp_space *s, const struct lp_change *changes, size_t nr, ui
 		enum lp_verdict verdict = LP_IS_GONE;
 
 		if (lp_space_in_doubt(s, &d)) {
-			rc = gather(again || d.asked ? NULL : s, ask, &d, &e);
+			rc = gather(again || *tangled || d.asked ? NULL : s, ask, &d, &e);
 			if (rc == -EAGAIN)
 				return rc;
 			/* what is there in the parent may be something else */
@@ -254,7 +262,7 @@ int lp_replay(struct lp_space *s, const struct lp_change *changes, size_t nr, ui
 		}
 		rc = answer(s, ask, &d, i, verdict, dropped);
 	}
-	if (lp_tangled(changes, nr))
+	if (*tangled)
 		lose_touched(changes, nr, ask);
 	return rc == -ESRCH ? 0 : rc;
 }

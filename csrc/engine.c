@@ -99,6 +99,11 @@ struct waiter {
 	uint64_t image, since, addr, nr_pages;
 };
 
+struct ranges {
+	struct lp_range *at;
+	size_t nr, cap;
+};
+
 struct lp_task {
 	struct lp_engine *engine;
 	struct lp_space *space;
@@ -107,6 +112,11 @@ struct lp_task {
 	bool closed; /* under the engine's lock: nobody is to hear of it any more */
 	bool remote, is_child;
 	bool closing; /* by another thread than the serving one */
+	/*
+	 * Of a child that was forked while what had been reported was tangled (csrc/doubt.h): what is there that the space does not
+	 * know, and what moves from there, need not be zero.
+	 */
+	struct ranges unsure;
 	struct lp_answer *untold; /* the first run that is lost, while nobody knows the task yet */
 	_Atomic bool gone, complete;
 	_Atomic bool has_guards; /* one was seen */
@@ -958,6 +968,42 @@ static int leave_fault(struct lp_task *t, struct lp_fault fault)
 	return 0;
 }
 
+static bool is_unsure(const struct lp_task *t, uint64_t start, uint64_t end)
+{
+	for (size_t i = 0; i < t->unsure.nr; i++)
+		if (t->unsure.at[i].start < end && start < t->unsure.at[i].end)
+			return true;
+	return false;
+}
+
+/* A page of which nobody knows what it holds. Where the kernel has no poison the thread waits, and the owner hears of it. */
+static int refuse_zeros(struct lp_task *t, uint64_t addr)
+{
+	struct uffdio_poison poison = {.range = {.start = addr, .len = LP_PAGE_SIZE}};
+	int error = 0;
+
+	if (ioctl(t->uffd, UFFDIO_POISON, &poison))
+		error = poison.updated < 0 ? (int)-poison.updated : errno;
+	if (lp_means_gone(error)) {
+		is_gone(t);
+		return -ESRCH;
+	}
+	if (error == EAGAIN || error == ENOMEM || error == EINTR)
+		return -EAGAIN;
+	if (error == EINVAL) { /* Linux before 6.6 */
+		break_task(t, EADDRNOTAVAIL);
+		return 0;
+	}
+	if (error) /* a page is there, or nothing is mapped any more */
+		wake(t, addr, 1);
+	else
+		add(&t->stats.poisoned, 1);
+	trace(t, LP_TRACE_POISONED, LP_TRACE_NO_SOURCE, addr, 1, 0);
+	notify(t->engine, (struct lp_notice){
+				  .kind = LP_NOTICE_LOST, .error = EADDRNOTAVAIL, .task = t, .addr = addr, .nr_pages = 1});
+	return 0;
+}
+
 /* Answers one fault (lock held shared): 0, or -EAGAIN: not now, or -ESRCH. */
 static int answer(struct lp_task *t, struct lp_fault fault)
 {
@@ -974,6 +1020,8 @@ static int answer(struct lp_task *t, struct lp_fault fault)
 		atomic_store_explicit(&t->engine->last_lone, fault.since, memory_order_relaxed);
 	switch (run.kind) {
 	case LP_ZERO:
+		if (is_unsure(t, fault.addr, fault.addr + LP_PAGE_SIZE))
+			return refuse_zeros(t, fault.addr);
 		rc = zero_page(t, fault.addr);
 		if (!rc) {
 			add(&t->stats.faults_zero, fault.times);
@@ -1092,6 +1140,7 @@ static void task_free(struct lp_task *t)
 		close_uffd(t);
 	for (size_t i = 0; i < t->nr_changes; i++)
 		forget_seen(t->changes[i].seen);
+	free(t->unsure.at);
 	free(t->changes); /* the uffds of children that it knows of stay open, as above */
 	lp_space_free(t->space);
 	lp_lock_destroy(&t->lock);
@@ -1139,33 +1188,32 @@ static int task_start(struct lp_task *t)
 	return rc;
 }
 
-struct ranges {
-	struct lp_range *at;
-	size_t nr, cap;
-};
-
 struct seen {
 	struct ranges wiped, kept;
 	bool failed; /* there was no memory */
 };
 
-static void add_seen(void *arg, uint64_t start, uint64_t end, bool wiped)
+static bool add_range(struct ranges *r, uint64_t start, uint64_t end)
 {
-	struct seen *seen = arg;
-	struct ranges *r = wiped ? &seen->wiped : &seen->kept;
-
 	if (r->nr == r->cap) {
 		size_t cap = r->cap ? r->cap * 2 : 16;
 		struct lp_range *at = realloc(r->at, cap * sizeof(*at));
 
-		if (!at) {
-			seen->failed = true;
-			return;
-		}
+		if (!at)
+			return false;
 		r->at = at;
 		r->cap = cap;
 	}
 	r->at[r->nr++] = (struct lp_range){start, end};
+	return true;
+}
+
+static void add_seen(void *arg, uint64_t start, uint64_t end, bool wiped)
+{
+	struct seen *seen = arg;
+
+	if (!add_range(wiped ? &seen->wiped : &seen->kept, start, end))
+		seen->failed = true;
 }
 
 /*
@@ -1299,6 +1347,7 @@ struct unrest {
 	struct lp_space *before; /* NULL: nothing has */
 	struct lp_change *made;
 	size_t nr_made;
+	bool tangled; /* of the child that was made last */
 };
 
 static bool drain(struct lp_task *t);
@@ -1307,7 +1356,7 @@ static bool drain(struct lp_task *t);
  * The space of a child by what it has, with what is dropped from it.  If that can't be found out, all is lost.  Without memory the
  * child has no space.
  */
-static void replay(struct lp_task *t, struct lp_task *child, const struct unrest *unrest, uint64_t told,
+static void replay(struct lp_task *t, struct lp_task *child, struct unrest *unrest, uint64_t told,
 		   struct lp_counts *dropped)
 {
 	const struct lp_ask of_child = asking(child), of_parent = asking(t);
@@ -1325,13 +1374,14 @@ static void replay(struct lp_task *t, struct lp_task *child, const struct unrest
 		if (tries == CHILD_TRIES)
 			break;
 		rc = lp_replay(child->space, unrest->made, unrest->nr_made, told, tries, &of_child, &of_parent,
-			       dropped);
+			       dropped, &unrest->tangled);
 		if (rc) { /* its layout is changing already */
 			drain(child);
 			sched_yield();
 		}
 	}
 	if (rc) {
+		unrest->tangled = true;
 		while (lp_space_nr_doubts(child->space))
 			if (lp_space_answer_doubt(child->space, 0, false, dropped)) {
 				lp_space_free(child->space);
@@ -1401,7 +1451,25 @@ static void inherit_guards(struct lp_task *t, struct lp_task *child)
 	lp_guarded_give(g, t, fd);
 }
 
-static void forked(struct lp_task *t, const struct lp_change *fork, const struct unrest *unrest)
+static bool inherit_unsure(const struct lp_task *t, struct lp_task *child, const struct unrest *unrest)
+{
+	for (size_t i = 0; i < t->unsure.nr; i++)
+		if (!add_range(&child->unsure, t->unsure.at[i].start, t->unsure.at[i].end))
+			return false;
+	if (!unrest->before || !unrest->tangled)
+		return true;
+	for (size_t i = 0; i < unrest->nr_made; i++) {
+		const struct lp_change *change = &unrest->made[i];
+
+		if (!add_range(&child->unsure, change->start, change->start + change->len) ||
+		    (change->kind == LP_REMAPPED &&
+		     !add_range(&child->unsure, change->to, change->to + change->len)))
+			return false;
+	}
+	return true;
+}
+
+static void forked(struct lp_task *t, const struct lp_change *fork, struct unrest *unrest)
 {
 	struct lp_task *child = task_alloc(t->engine, fork->uffd, t->nr_levels);
 	struct lp_counts dropped = {.nr_levels = t->nr_levels};
@@ -1423,7 +1491,7 @@ static void forked(struct lp_task *t, const struct lp_change *fork, const struct
 	else if (dropped.by_source)
 		child->space = lp_space_clone(t->space, &dropped);
 	child->untold = NULL;
-	if (atomic_load(&t->broken) || !child->space) {
+	if (atomic_load(&t->broken) || !child->space || !inherit_unsure(t, child, unrest)) {
 		break_task(t, ENOMEM);
 		child->uffd = -1; /* it stays open */
 		free(dropped.by_source);
@@ -1454,7 +1522,7 @@ static void forked(struct lp_task *t, const struct lp_change *fork, const struct
 }
 
 /* Makes one change in the space. */
-static void make_change(struct lp_task *t, const struct lp_change *change, const struct unrest *unrest)
+static void make_change(struct lp_task *t, const struct lp_change *change, struct unrest *unrest)
 {
 	uint64_t counters[16] = {0};
 	uint64_t *by_source = t->nr_levels + 2 <= 16 ? counters : calloc(t->nr_levels + 2, sizeof(uint64_t));
@@ -1482,6 +1550,8 @@ static void make_change(struct lp_task *t, const struct lp_change *change, const
 	case LP_REMAPPED:
 		add(&t->stats.remaps, 1);
 		rc = lp_space_remap(t->space, change->start, change->to, change->len, &dropped);
+		if (!rc && is_unsure(t, change->start, end) && !add_range(&t->unsure, change->to, change->to + change->len))
+			rc = -ENOMEM;
 		break;
 	}
 	trace(t, LP_TRACE_FORKED + change->kind, LP_TRACE_NO_SOURCE, change->start, change->len >> LP_PAGE_SHIFT,

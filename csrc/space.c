@@ -1318,6 +1318,15 @@ static size_t next_so_far(const struct lp_space *s, const struct lp_change *chan
 	return first; /* each waits for another: not what a kernel tells */
 }
 
+/* An mremap to a given place unmaps what is there first, and reports that before the move (mm/mremap.c, mremap_to). */
+static size_t or_what_clears_its_place(const struct lp_change *changes, size_t next)
+{
+	for (size_t i = next; i-- && changes[next].kind == LP_REMAPPED;)
+		if (changes[i].kind == LP_UNMAPPED && changes[i].start == changes[next].to)
+			return i;
+	return next;
+}
+
 size_t lp_space_next_change(const struct lp_space *s, const struct lp_change *changes, size_t nr, bool at_rest)
 {
 	size_t next;
@@ -1328,10 +1337,10 @@ size_t lp_space_next_change(const struct lp_space *s, const struct lp_change *ch
 	for (size_t told = 1; told <= nr; told++) {
 		next = next_so_far(s, changes, told, nr, false);
 		if (next < told)
-			return next;
+			return or_what_clears_its_place(changes, next);
 	}
 	next = next_so_far(s, changes, nr, nr, true);
-	return next < nr ? next : 0; /* only forks are left */
+	return next < nr ? or_what_clears_its_place(changes, next) : 0; /* only forks are left */
 }
 
 void lp_true_lengths(struct lp_change *changes, size_t nr)
@@ -1343,6 +1352,9 @@ void lp_true_lengths(struct lp_change *changes, size_t nr)
 		for (size_t k = i + 1; k < nr && !found; k++) {
 			const struct lp_change *head = &changes[k];
 
+			/* another move from there, which left it to MREMAP_DONTUNMAP: what follows is that one's */
+			if (head->kind == LP_REMAPPED && head->start == move->start)
+				break;
 			if (head->kind != LP_UNMAPPED || head->start != move->start || head->len > move->len)
 				continue;
 			found = head->len == move->len;

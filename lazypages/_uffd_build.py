@@ -70,8 +70,8 @@ struct lp_ask {
 };
 int lp_settle(struct lp_space *space, const struct lp_ask *ask, struct lp_counts *dropped);
 int lp_replay(struct lp_space *child, const struct lp_change *changes, size_t nr, uint64_t told,
-              bool again, const struct lp_ask *ask, const struct lp_ask *ask_parent, struct lp_counts *dropped);
-bool lp_tangled(const struct lp_change *changes, size_t nr);
+              bool again, const struct lp_ask *ask, const struct lp_ask *ask_parent, struct lp_counts *dropped,
+              bool *tangled);
 bool lp_tells_old_length(void);
 
 struct lp_window { uint64_t first, nr; };

@@ -76,11 +76,6 @@ class Nothing:
         raise AssertionError
 
 
-def tangled(changes: Sequence[Change]) -> bool:
-    """Whether a fork among them can't be placed by what its child has."""
-    return bool(lib.lp_tangled(_rows(changes), len(changes)))
-
-
 def _rows(changes: Sequence[Change]) -> Any:
     return ffi.new("struct lp_change[]", [change.row() for change in changes])
 
@@ -133,6 +128,8 @@ class Space:
         self.levels = levels
         #: Pages dropped so far, by source: levels, remote, lost.
         self.dropped = [0] * (levels + 2)
+        #: Where the engine refuses to place zeros, as of this moment.
+        self.unsure: list[tuple[int, int]] = []
 
     def _counts(self) -> Any:
         by_source = ffi.new("uint64_t[]", self.levels + 2)
@@ -260,8 +257,14 @@ class Space:
         """This space is a child's, as it was before the changes; its fork was event ``told``."""
         counts, by_source = self._counts()
         (ask, _callbacks), (ask_parent, _others) = self._ask(memory), self._ask(parents)
-        assert lib.lp_replay(self._space, _rows(made), len(made), told, False, ask, ask_parent, counts) == 0
+        tangled = ffi.new("bool *")
+        rc = lib.lp_replay(self._space, _rows(made), len(made), told, False, ask, ask_parent, counts, tangled)
+        assert rc == 0
         self._add_dropped(by_source)
+        if tangled[0]:
+            self.unsure += [(change.start, change.start + change.length) for change in made]
+            moves = [change for change in made if change.kind == "LP_REMAPPED"]
+            self.unsure += [(move.to, move.to + move.length) for move in moves]
 
     def make(
         self,
@@ -291,6 +294,7 @@ class Space:
             change = changes.pop(following)
             if change.kind == "LP_FORKED":
                 child = (before or self).clone()
+                child.unsure = [*self.unsure]
                 if before:
                     child.replay(made, change.to, children[change.uffd], memory)
                 born.append((change.uffd, child))
