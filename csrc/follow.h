@@ -1,7 +1,7 @@
 /*
  * Which CPU to serve from, and how to stay there.  The thread that faults sleeps until it is answered, so its CPU is free,
  * and an answer from there costs two context switches; an answer from another CPU costs two wake-ups of an idle one, several
- * times as much (shared/design.md, section 2).  CRIU does not ask for thread ids in fault messages, so the CPU is looked up
+ * times as much.  CRIU does not ask for thread ids in fault messages, so the CPU is looked up
  * in /proc now and then.
  *
  * Being there is not enough: the thread that is woken finds its CPU taken, by us, and while another one is idle the scheduler
