@@ -140,17 +140,19 @@ static bool overlap(uint64_t a, uint64_t b, uint64_t len)
 static int has_moved(const struct lp_change *changes, size_t nr, size_t i, const struct lp_ask *ask, bool *tangled)
 {
 	const struct lp_change *move = &changes[i];
-	bool unmaps = false;
+	bool unmaps = false, was_taken = false;
 	int rc;
 
-	for (size_t k = 0; k < nr; k++)
+	for (size_t k = 0; k < nr; k++) {
 		unmaps |= changes[k].kind == LP_UNMAPPED && changes[k].start == move->start && changes[k].len == move->len;
+		was_taken |= k < i && changes[k].kind == LP_UNMAPPED && changes[k].start == move->to;
+	}
 	rc = is_within(ask, move->to, move->to + LP_PAGE_SIZE);
 	if (rc != 1 || !unmaps)
 		return rc;
 	/* what was there before may be there still; or it was left there (MREMAP_DONTUNMAP), and another call was to unmap that */
 	rc = is_within(ask, move->start, move->start + LP_PAGE_SIZE);
-	*tangled |= rc == 1;
+	*tangled |= rc == 1 && !was_taken;
 	return rc < 0 ? rc : !rc;
 }
 

@@ -81,7 +81,9 @@ struct uffdio_poison {
 #define LEAD_MEMORY_NS (NS / 10)
 #define LOOKAHEAD_TRIES 8	 /* runs that another thread may take before we do */
 #define REST_TRIES 32		 /* for a thread that has been told of and has to run before the layout is at rest: some 50 us */
-#define CHILD_TRIES 1000	 /* the same for a child, which no one else will wait for */
+#define CHILD_TRIES 1000	 /* the same for a child, which no one else will wait for; from CHILD_YIELDS on with a pause: */
+#define CHILD_YIELDS 100
+#define CHILD_PAUSE_NS 50000
 /*
  * From so many faults at once on they are answered in the order of their addresses, and threads are woken for BATCH answers
  * together: each wake-up, that of a copy as well, goes through all threads that wait (fs/userfaultfd.c, __wake_userfault).
@@ -141,7 +143,8 @@ struct lp_task {
 	uint64_t layout; /* how often it has changed */
 	bool is_put_off;
 	int read_error;	     /* while the uffd can't be read */
-	uint64_t next_read;  /* then: not before */
+	uint64_t next_try;   /* then, and while its layout does not come to rest: not before, unless it has more to say */
+	uint64_t pause;	     /* before that, ns */
 	_Atomic bool released; /* in the engine's list */
 	struct lp_task *next_released, *next, *next_dead;
 	_Atomic uint64_t cursor; /* where the next stripe of the background is looked for */
@@ -934,14 +937,31 @@ static void lead_on(struct lp_task *t, const struct lp_fault *fault)
  */
 static void look_at_left(struct lp_task *t)
 {
+	bool was_released = t->look_at_left;
+	struct lp_range came = {0};
+
 	t->look_at_left = false;
 	t->left_look = LEFT_LOOK;
 	for (size_t nr = t->left.nr; nr; nr--) {
 		struct lp_fault fault = lp_faults_pop(&t->left);
 		struct lp_answer run = lp_space_lookup(t->space, fault.addr, 1);
 
-		if (run.kind == LP_ZERO)
+		/*
+		 * Given back by one thread and claimed by another, which may copy without a wake-up as it knows of no fault that
+		 * has been left since: as in leave_fault.
+		 */
+		if (was_released && run.kind == LP_CLAIMED) {
+			add(&t->times_left, 1);
+			atomic_thread_fence(memory_order_seq_cst);
+			run = lp_space_lookup(t->space, fault.addr, 1);
+		}
+		if (run.kind == LP_ZERO) {
+			if (came.start == came.end || fault.addr < came.start)
+				came.start = fault.addr;
+			if (fault.addr + LP_PAGE_SIZE > came.end)
+				came.end = fault.addr + LP_PAGE_SIZE;
 			continue;
+		}
 		if (run.kind != LP_CLAIMED) {
 			if (lp_faults_push(&t->faults, fault))
 				continue;
@@ -950,6 +970,8 @@ static void look_at_left(struct lp_task *t)
 		}
 		lp_faults_push(&t->left, fault); /* there is room, that of the one taken out */
 	}
+	if (came.start < came.end)
+		wake_soon(t, came.start, (came.end - came.start) >> LP_PAGE_SHIFT);
 	if (2 * t->left.nr > LEFT_LOOK)
 		t->left_look = 2 * t->left.nr;
 }
@@ -1359,6 +1381,7 @@ static bool drain(struct lp_task *t);
 static void replay(struct lp_task *t, struct lp_task *child, struct unrest *unrest, uint64_t told,
 		   struct lp_counts *dropped)
 {
+	const struct timespec pause = {.tv_nsec = CHILD_PAUSE_NS};
 	const struct lp_ask of_child = asking(child), of_parent = asking(t);
 	int rc = -EAGAIN;
 
@@ -1377,7 +1400,10 @@ static void replay(struct lp_task *t, struct lp_task *child, struct unrest *unre
 			       dropped, &unrest->tangled);
 		if (rc) { /* its layout is changing already */
 			drain(child);
-			sched_yield();
+			if (tries < CHILD_YIELDS)
+				sched_yield();
+			else
+				nanosleep(&pause, NULL);
 		}
 	}
 	if (rc) {
@@ -1396,6 +1422,19 @@ static void replay(struct lp_task *t, struct lp_task *child, struct unrest *unre
 		wake(child, lp_faults_pop(&child->faults).addr, 1);
 }
 
+static bool replaces_poison(struct lp_task *child, struct uffdio_copy *copy)
+{
+	for (int tries = 0; tries < CHILD_TRIES; tries++) {
+		if (!ioctl(child->uffd, UFFDIO_COPY, copy))
+			return true;
+		if (copy->copy != -EAGAIN && errno != EAGAIN)
+			break;
+		drain(child); /* its layout is changing already */
+		sched_yield();
+	}
+	return false;
+}
+
 /*
  * A page where the parent has a guard by now: has the child one, too?  Poison is not placed over a guard (EEXIST).  Where it is
  * placed there was none when the process forked, and the page takes its place at once: the child does not run yet, or hardly.
@@ -1411,11 +1450,25 @@ static void inherit_page(struct lp_task *child, const struct lp_answer *page)
 		return;
 	if (ioctl(child->uffd, UFFDIO_POISON, &poison) && poison.updated == -EEXIST) {
 		drop_pages(child, page, 0, 1);
-	} else if (poison.updated > 0 && !ioctl(child->uffd, UFFDIO_COPY, &copy)) {
+	} else if (poison.updated > 0 && replaces_poison(child, &copy)) {
 		add(&child->copied[page->source], 1);
 		lp_space_commit(child->space, page->dense, 1);
 	} else {
 		lp_space_release(child->space, page->dense, 1); /* a copy over poison heals it */
+	}
+}
+
+static void inherit_range(struct lp_task *child, struct lp_range guard)
+{
+	for (uint64_t addr = guard.start; addr < guard.end;) {
+		struct lp_answer run = lp_space_lookup(child->space, addr, (guard.end - addr) >> LP_PAGE_SHIFT);
+
+		addr += run.nr_pages << LP_PAGE_SHIFT;
+		for (uint64_t i = 0; run.kind == LP_DATA && i < run.nr_pages; i++) {
+			struct lp_answer page = rest_of(&run, i);
+
+			inherit_page(child, &page);
+		}
 	}
 }
 
@@ -1426,7 +1479,6 @@ static void inherit_guards(struct lp_task *t, struct lp_task *child)
 	struct lp_guarded_task task = guarded_task(t);
 	size_t nr = lp_space_nr_regions(t->space);
 	struct lp_range guard;
-	uint64_t at, end;
 	int fd;
 
 	if (!g->category || !t->pid || !nr || !lp_space_pending(child->space))
@@ -1434,20 +1486,12 @@ static void inherit_guards(struct lp_task *t, struct lp_task *child)
 	fd = lp_guarded_take(g, &task);
 	if (fd < 0)
 		return;
-	at = lp_space_regions(t->space)[0].start;
-	end = lp_space_regions(t->space)[nr - 1].end;
-	for (; !lp_guarded_scan(fd, g->category, at, end, &guard) && guard.start < guard.end; at = guard.end)
-		for (uint64_t addr = guard.start; addr < guard.end;) {
-			struct lp_answer run =
-				lp_space_lookup(child->space, addr, (guard.end - addr) >> LP_PAGE_SHIFT);
+	for (size_t r = 0; r < nr; r++) {
+		uint64_t at = lp_space_regions(t->space)[r].start, end = lp_space_regions(t->space)[r].end;
 
-			addr += run.nr_pages << LP_PAGE_SHIFT;
-			for (uint64_t i = 0; run.kind == LP_DATA && i < run.nr_pages; i++) {
-				struct lp_answer page = rest_of(&run, i);
-
-				inherit_page(child, &page);
-			}
-		}
+		for (; !lp_guarded_scan(fd, g->category, at, end, &guard) && guard.start < guard.end; at = guard.end)
+			inherit_range(child, guard);
+	}
 	lp_guarded_give(g, t, fd);
 }
 
@@ -1491,6 +1535,8 @@ static void forked(struct lp_task *t, const struct lp_change *fork, struct unres
 	else if (dropped.by_source)
 		child->space = lp_space_clone(t->space, &dropped);
 	child->untold = NULL;
+	child->read_error = 0;
+	child->next_try = 0;
 	if (atomic_load(&t->broken) || !child->space || !inherit_unsure(t, child, unrest)) {
 		break_task(t, ENOMEM);
 		child->uffd = -1; /* it stays open */
@@ -1517,8 +1563,8 @@ static void forked(struct lp_task *t, const struct lp_change *fork, struct unres
 	rc = task_start(child);
 	if (rc)
 		notify_task(child, LP_NOTICE_FAILED, -rc);
-	if (child->nr_changes && !t->closing)
-		try_again(child);
+	if (child->nr_changes || child->faults.nr) /* nothing is to be read of them any more */
+		take_back(child);
 }
 
 /* Makes one change in the space. */
@@ -1684,7 +1730,7 @@ static void make_changes(struct lp_task *t, bool at_rest)
 		return;
 	memmove(t->changes, changes, nr * sizeof(*changes));
 	t->nr_changes = nr;
-	if (at_rest) {
+	if (at_rest && !atomic_load(&t->broken)) {
 		lp_space_rest(t->space);
 		if (lp_space_nr_doubts(t->space))
 			settle(t);
@@ -1699,11 +1745,11 @@ static void read_failed(struct lp_task *t, int error)
 {
 	struct epoll_event none = {.data.ptr = t};
 
-	if (!t->read_error)
+	if (!t->read_error && !t->untold) /* of a child that nobody knows it is reported when it is read again */
 		notify_task(t, LP_NOTICE_FAILED, error);
 	epoll_ctl(t->engine->epfd, EPOLL_CTL_MOD, t->uffd, &none); /* it stays readable */
 	t->read_error = error;
-	t->next_read = now_ns() + READ_RETRY_NS;
+	t->next_try = now_ns() + READ_RETRY_NS;
 }
 
 static void read_works(struct lp_task *t)
@@ -1872,9 +1918,16 @@ static bool serve_once(struct lp_task *t)
 	}
 	if (t->read_error || t->nr_changes) {
 		put_off(t, before);
+		if (!t->read_error) {
+			t->pause = t->pause ? 2 * t->pause : RETRY_FIRST_NS;
+			if (t->pause > RETRY_MOST_NS)
+				t->pause = RETRY_MOST_NS;
+			t->next_try = now_ns() + t->pause;
+		}
 		lp_unlock_alone(&t->lock);
 		return false;
 	}
+	t->pause = 0;
 	if (t->look_at_left || t->left.nr)
 		look_at_left(t);
 	if (!t->faults.nr) {
@@ -1972,6 +2025,19 @@ struct lp_lanes *lp_engine_lanes(struct lp_engine *e)
 	return &e->lanes;
 }
 
+/* Tasks whose background has given claims back. */
+static void take_released(struct lp_engine *e)
+{
+	struct lp_task *t, *next;
+
+	for (t = atomic_exchange(&e->released, NULL); t; t = next) {
+		next = t->next_released;
+		atomic_store(&t->released, false); /* from here on it may be in the list again */
+		t->look_at_left = true;
+		try_again(t);
+	}
+}
+
 static void bury(struct lp_engine *e)
 {
 	struct lp_task *dead, **link;
@@ -1980,6 +2046,7 @@ static void bury(struct lp_engine *e)
 	dead = e->dead;
 	e->dead = NULL;
 	pthread_mutex_unlock(&e->lock);
+	take_released(e); /* no thread of the background puts a closed task there any more, but one may have done so before */
 	while (dead) {
 		struct lp_task *t = dead;
 
@@ -2045,7 +2112,7 @@ static void serve_put_off(struct lp_engine *e)
 	for (; t; t = next) {
 		next = t->next_put_off;
 		t->is_put_off = false;
-		if (t->read_error && now < t->next_read)
+		if ((t->read_error || t->pause) && now < t->next_try)
 			try_again(t);
 		else
 			serve(t);
@@ -2053,19 +2120,6 @@ static void serve_put_off(struct lp_engine *e)
 	e->soon = false;
 	for (t = e->put_off; t && !e->soon; t = t->next_put_off)
 		e->soon = !t->read_error;
-}
-
-/* Tasks whose background has given claims back. */
-static void take_released(struct lp_engine *e)
-{
-	struct lp_task *t, *next;
-
-	for (t = atomic_exchange(&e->released, NULL); t; t = next) {
-		next = t->next_released;
-		atomic_store(&t->released, false); /* from here on it may be in the list again */
-		t->look_at_left = true;
-		try_again(t);
-	}
 }
 
 /* ns until what was put off is tried again; less often while that is in vain. */
@@ -2120,6 +2174,7 @@ int lp_engine_run(struct lp_engine *e)
 	struct epoll_event events[EVENTS];
 	int rc = 0;
 
+	lp_tells_old_length(); /* found out while this thread is like any other, and nobody waits */
 	lp_follow_init(&e->follow);
 	atomic_store(&lp_spins, e->follow.able ? LP_SPINS : LP_SPINS_ONE_CPU);
 	while (!rc && !atomic_load(&e->stop)) {
@@ -2495,11 +2550,12 @@ int lp_task_bring(struct lp_task *t, uint64_t start, uint64_t end)
 				trace_took(t, begun, LP_TRACE_BROUGHT, trace_source(run.source), run.addr, run.nr_pages);
 		} else {
 			trace(t, LP_TRACE_FETCHED, LP_TRACE_REMOTE, run.addr, run.nr_pages, run.image);
-			notify(t->engine, (struct lp_notice){.kind = LP_NOTICE_NEED,
-							     .task = t,
-							     .addr = run.addr,
-							     .image = run.image,
-							     .nr_pages = run.nr_pages});
+			if (!notify(t->engine, (struct lp_notice){.kind = LP_NOTICE_NEED,
+								  .task = t,
+								  .addr = run.addr,
+								  .image = run.image,
+								  .nr_pages = run.nr_pages}))
+				lp_space_release(t->space, run.dense, run.nr_pages);
 		}
 	}
 	lp_unlock_shared(&t->lock);
@@ -2531,7 +2587,7 @@ int64_t lp_task_claim_background(struct lp_task *t, uint64_t max_pages, uint64_t
 {
 	uint64_t from = t->lane_cursor, nr = 0;
 
-	if (atomic_load(&t->gone))
+	if (atomic_load(&t->gone) || !is_served(t))
 		return 0;
 	if (t->nr_changes) /* changed by this thread only */
 		return -EAGAIN;
@@ -2650,6 +2706,8 @@ static int64_t poison_range(struct lp_task *t, const struct lp_answer *run)
 				lose(t, run, done, 1, ENOENT);
 		} else if (error == EEXIST) {
 			wake(t, addr, 1);
+		} else if (error == ENOMEM || error == EINTR) {
+			return -EAGAIN;
 		} else {
 			if (lp_means_gone(error))
 				is_gone(t);
@@ -2668,6 +2726,8 @@ int64_t lp_task_poison(struct lp_task *t, bool all)
 	lp_lock_alone(&t->lock);
 	if (t->uffd >= 0 && atomic_load(&t->broken))
 		rc = -ESRCH; /* nobody knows what there is to poison */
+	else if (t->uffd >= 0 && t->nr_changes)
+		rc = -EAGAIN; /* what is lost may be elsewhere by now */
 	for (size_t r = 0; t->uffd >= 0 && rc >= 0 && r < lp_space_nr_regions(t->space); r++) {
 		struct lp_region region = lp_space_regions(t->space)[r];
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import select
 import signal
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 #: Bytes of /proc/PID/status that hold NSpid at least: the groups before it may be 65536 (NGROUPS_MAX).
 _STATUS_SIZE = 1 << 20
+
+log = logging.getLogger("lazypages")
 
 
 class Process:
@@ -64,16 +67,25 @@ class Process:
         os.close(pidfd)
         return None
 
-    def kill(self, *, descendants: bool = False) -> None:
-        """Sends SIGKILL; to all that it has forked first, on demand. Raises OSError if they can't be looked for."""
+    def kill(self, *, descendants: bool = False) -> bool:
+        """Sends SIGKILL; to all that it has forked first, on demand. False if there is no such process any more.
+
+        Descendants that can't be looked for are left, and the log says so.
+        """
         try:
             if descendants:
                 # So that it forks no more. (A zombie takes signals, too: as long as this works, its number is its own.)
                 signal.pidfd_send_signal(self._pidfd, signal.SIGSTOP)
-                self._reserve.attempt(lambda: _kill_children(self.pid))
+                try:
+                    self._reserve.attempt(lambda: _kill_children(self.pid))
+                except OSError as error:
+                    log.error(
+                        "pid %d: what it has forked can't be killed (%s): end it", self.pid, error.strerror
+                    )
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
         except ProcessLookupError:
-            return
+            return False
+        return True
 
     def holds_anonymous_memory(self, addr: int) -> bool:
         """Whether private anonymous memory is mapped at `addr`; True too when that can't be read."""
@@ -209,8 +221,10 @@ def _kill_children(parent: int) -> None:
             # A number that has become another's since it was read: that one has another parent, or is a child, too.
             if _parent(child) == parent:
                 signal.pidfd_send_signal(pidfd, signal.SIGSTOP)
-                _kill_children(child)
-                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+                try:
+                    _kill_children(child)
+                finally:
+                    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
         except ProcessLookupError:
             continue
         finally:

@@ -588,6 +588,8 @@ class Engine:
             kind = NoticeKind(raw.kind)
             if kind is NoticeKind.FORKED:
                 self._adopt(raw.task)
+            elif raw.task not in self._tasks:
+                continue  # closed since
             result.append(
                 Notice(
                     kind,

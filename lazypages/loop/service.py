@@ -453,11 +453,10 @@ class TaskService:
     def _kill(self, why: str, *, descendants: bool = False) -> None:
         """Kills the task; its descendants, too, on demand. The process of a forked child is not known: then its
         ancestor and all its descendants."""
-        if not self.process:
-            log.error("%s: %s, and its process is not known", self.identity.name, why)
-            return
-        log.error("%s: killed (pid %d): %s", self.identity.name, self.process.pid, why)
-        self.process.kill(descendants=descendants or self.identity.forked)
+        if self.process and self.process.kill(descendants=descendants or self.identity.forked):
+            log.error("%s: killed (pid %d): %s", self.identity.name, self.process.pid, why)
+        else:
+            log.error("%s: %s, and its process is not known: end it", self.identity.name, why)
 
     async def give_up(self) -> None:
         """Ends the task if it still misses pages: never may it read zeros for them."""
@@ -486,7 +485,7 @@ class TaskService:
             self._end(State.ENDED)
         self._say_end()
         report = self._measure()
-        self.holds_uffd = report.pending > 0 and not self._gone
+        self.holds_uffd = (report.pending > 0 or self._state is State.KILLED) and not self._gone
         if self._served.close():
             self._spoilt()
         self._final = report._replace(state=self._state)

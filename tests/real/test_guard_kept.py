@@ -51,6 +51,14 @@ def test_it_has_a_name_of_its_own(restored: Path, tmp_path: Path) -> None:
             other_guard(server, guard)
 
 
+def is_stopped(pid: int) -> bool:
+    """Till then a thread of it may answer faults."""
+    states = [
+        path.read_text().rpartition(")")[2].split()[0] for path in Path(f"/proc/{pid}/task").glob("*/stat")
+    ]
+    return set(states) == {"T"}
+
+
 def test_pkill_by_command_line(restored: Path, tmp_path: Path) -> None:
     """Whoever kills all that looks like the daemon does not kill the guard."""
     for number in range(10):
@@ -65,6 +73,7 @@ def test_pkill_by_command_line(restored: Path, tmp_path: Path) -> None:
                     os.kill(before, signal.SIGKILL)
                     other_guard(server, before)
                 os.kill(server.pid, signal.SIGSTOP)
+                wait_for("the stop of all its threads", lambda: is_stopped(server.pid))
                 tasks.say("check")
                 subprocess.run(["pkill", "-9", "-f", f"lazypages serve -D {images}"], check=True, timeout=30)
                 assert server.wait() == -signal.SIGKILL
