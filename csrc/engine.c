@@ -1814,7 +1814,8 @@ static bool drain(struct lp_task *t)
 				trace_at(t, now, LP_TRACE_FAULT, LP_TRACE_NO_SOURCE, addr, 1, 0);
 			lp_faults_push(&t->faults, (struct lp_fault){.addr = addr, .since = now, .times = 1});
 		}
-	} while (n < 0 || n == sizeof(msgs));
+		/* a read that got faults does not say that the event behind them can't be read (fs/userfaultfd.c, userfaultfd_read) */
+	} while (n < 0 || n == sizeof(msgs) || t->read_error);
 	if (now)
 		atomic_store_explicit(&t->engine->last_fault, now, memory_order_relaxed);
 	if (t->nr_changes)

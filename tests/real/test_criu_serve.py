@@ -20,6 +20,8 @@ KERNEL_SCENARIOS = {
     "discards",
     "races",
     "family",
+    "refused",
+    "shrinks",
 }
 
 every = pytest.mark.parametrize(("criu", "scenario"), all_cases())

@@ -16,7 +16,7 @@ import pytest
 from tests.support.fake import compile_restored, restored_tasks, serve_command, serving, write_images
 from tests.support.processes import Server, nothing_left, wait_for
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.timeout(120), pytest.mark.every_kernel]
 
 PAGES = 600
 

@@ -15,6 +15,8 @@ import pytest
 from lazypages.uffd import NoticeKind
 from tests.support.uffd import BASE, PAGE, SIGBUS, PagesFile, Service, Task
 
+pytestmark = pytest.mark.every_kernel
+
 PAGES = 16
 FAR = BASE + (1 << 40)
 TIB = 1 << 40

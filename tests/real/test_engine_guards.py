@@ -19,6 +19,8 @@ from lazypages.uffd import BusyError, NoticeKind, ServedTask
 from tests.support.guards import MADV_GUARD_INSTALL, MADV_GUARD_REMOVE, guards_of, has_guards
 from tests.support.uffd import BASE, FORWARD, PAGE, PagesFile, Service, Task, until
 
+pytestmark = pytest.mark.every_kernel
+
 PAGES = 1024
 REMOTE = 0xFFFFFFFE  # csrc/extent.h
 #: (first page, pages), some alone, some in a row, at both ends, across the bounds of page tables and of 512 KiB.

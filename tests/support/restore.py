@@ -136,7 +136,7 @@ class Program:
         path = folder / "victim"
         sources = sorted(str(source) for source in VICTIMS.glob("*.c"))
         flags = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread"]
-        subprocess.run(["gcc", *flags, "-o", str(path), *sources], check=True, timeout=120)
+        subprocess.run(["gcc", *flags, "-o", str(path), *sources], check=True, timeout=600)
         return cls(path)
 
     def command(self, scenario: str, results: Path) -> list[str]:
