@@ -20,7 +20,7 @@ from dumptool import survey, trackers, tracking
 from dumptool.freeze import members
 from images_spec.flags import PE_PRESENT
 from tests.real.test_restore import OurRestore
-from tests.support.criu import Criu, all_criu
+from tests.support.criu import Criu, newest_on_every_kernel
 from tests.support.dumptool import check, pages, reap_all, stats, task
 from tests.support.processes import end, wait_for
 
@@ -106,17 +106,7 @@ def tracked_by(pid: int) -> str:
 
 
 @pytest.mark.parametrize("method", methods())
-@pytest.mark.parametrize(
-    "restorer",
-    [
-        *all_criu()[:1],
-        *(
-            pytest.param(*param.values, id=param.id, marks=pytest.mark.every_kernel)
-            for param in all_criu()[1:]
-        ),
-        pytest.param(OurRestore("4.1"), id="ours"),
-    ],
-)
+@pytest.mark.parametrize("restorer", [*newest_on_every_kernel(), pytest.param(OurRestore("4.1"), id="ours")])
 def test_every_byte(restorer: Criu, method: str, mover: Mover, tmp_path: Path) -> None:
     options = ["--dirty-tracking", method]
     level(mover, tmp_path, 0, "pre-dump", *options)

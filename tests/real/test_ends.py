@@ -16,7 +16,7 @@ import pytest
 from tests.support.fake import compile_restored, restored_tasks, serve_command, serving, write_images
 from tests.support.processes import Server, nothing_left, wait_for
 
-pytestmark = [pytest.mark.timeout(120), pytest.mark.every_kernel]
+pytestmark = pytest.mark.timeout(120)
 
 PAGES = 600
 
@@ -56,6 +56,7 @@ def test_killed(number: int, waited_for: bool, restored: Path, tmp_path: Path) -
     assert [(task["state"], task["signal"]) for task in tasks_of(tmp_path)] == [("died", name)] * 2
 
 
+@pytest.mark.every_kernel
 @pytest.mark.parametrize("how", ["exit", "exec"])
 @pytest.mark.parametrize("waited_for", [False, True], ids=["zombie", "reaped at once"])
 def test_by_itself(how: str, waited_for: bool, restored: Path, tmp_path: Path) -> None:
@@ -100,6 +101,7 @@ main()
 """
 
 
+@pytest.mark.every_kernel
 @pytest.mark.parametrize("how", ["kill", "exit", "exec"])
 def test_on_kernels_before_6_15(how: str, restored: Path, tmp_path: Path) -> None:
     """Its parent waits for it at once, and so nothing is left of it."""

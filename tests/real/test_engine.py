@@ -47,8 +47,6 @@ from tests.support.uffd import (
     until,
 )
 
-pytestmark = pytest.mark.every_kernel
-
 GIB = 1 << 30
 PAGES = 512
 REMOTE, LOST = 0xFFFFFFFE, 0xFFFFFFFF  # csrc/extent.h
@@ -229,6 +227,7 @@ def test_many_tasks_at_once(file: PagesFile) -> None:
 # What is there already, can't be reached, or can't be read.
 
 
+@pytest.mark.every_kernel
 @pytest.mark.parametrize("background", [False, True])
 def test_pages_that_the_task_has_placed_itself(file: PagesFile, background: bool) -> None:
     """EEXIST: theirs stay. In the middle of a run it makes the copy a partial one."""
@@ -269,6 +268,7 @@ def test_a_page_that_somebody_places_without_waking(file: PagesFile) -> None:
         assert served.stats().present == 1
 
 
+@pytest.mark.every_kernel
 @pytest.mark.parametrize("background", [False, True])
 def test_mappings_split_without_an_event(file: PagesFile, background: bool) -> None:
     """mprotect and madvise split VMAs, and a copy must stay within one (ENOENT): every page comes all the same."""
@@ -286,6 +286,7 @@ def test_mappings_split_without_an_event(file: PagesFile, background: bool) -> N
         assert served.lost == 0
 
 
+@pytest.mark.every_kernel
 def test_page_that_was_never_registered(file: PagesFile) -> None:
     """Told, not silent; the registered neighbours come."""
     with Service() as service:
@@ -334,6 +335,7 @@ def test_forgetting_touches_nothing_but_what_is_lost(file: PagesFile) -> None:
         task.check(BASE, 8, file.first_id + 1)
 
 
+@pytest.mark.every_kernel
 @pytest.mark.parametrize("more", [0, 1, 2000, PAGE - 1])
 @pytest.mark.parametrize("background", [False, True])
 def test_truncated_pages_file(background: bool, more: int) -> None:
@@ -364,6 +366,7 @@ def test_truncated_pages_file(background: bool, more: int) -> None:
         task.check(BASE, 50, file.first_id)
 
 
+@pytest.mark.every_kernel
 @pytest.mark.parametrize("closed", [False, True])
 def test_poisoned_pages(file: PagesFile, closed: bool) -> None:
     """All that is pending raises SIGBUS, through mappings split in any way; what had come stays. So after the close."""
@@ -388,6 +391,7 @@ def test_poisoned_pages(file: PagesFile, closed: bool) -> None:
         task.check(BASE + 60 * PAGE, 4, 0)
 
 
+@pytest.mark.every_kernel
 def test_a_waiting_thread_gets_the_signal(file: PagesFile) -> None:
     """A lost page that is waited for; its neighbours, pending but not lost, are not poisoned with it."""
     with Service() as service:
@@ -414,6 +418,7 @@ def test_a_waiting_thread_gets_the_signal(file: PagesFile) -> None:
         task.check(BASE + 2 * PAGE, 1, file.first_id + 2)
 
 
+@pytest.mark.every_kernel
 def test_poisoning_what_is_not_registered_is_told(file: PagesFile) -> None:
     with Service() as service:
         task = service.task()
@@ -432,6 +437,7 @@ def test_poisoning_what_is_not_registered_is_told(file: PagesFile) -> None:
 # Layout.
 
 
+@pytest.mark.every_kernel
 @pytest.mark.parametrize("seed", range(1, 5))
 def test_layout_in_turmoil(file: PagesFile, seed: int) -> None:
     """One thread discards, unmaps, moves over other lazy memory, moves and stays, shrinks, grows; three touch."""
@@ -449,6 +455,7 @@ def test_layout_in_turmoil(file: PagesFile, seed: int) -> None:
         assert copied.total + dropped.total == pages
 
 
+@pytest.mark.every_kernel
 def test_ranges_of_many_gib(file: PagesFile) -> None:
     """Lengths beyond 32 bits in REMAP, REMOVE and UNMAP; a page of data in each GiB."""
     gib = GIB // PAGE
@@ -476,6 +483,7 @@ def test_ranges_of_many_gib(file: PagesFile) -> None:
         assert served.sources()[1].levels == (16,)
 
 
+@pytest.mark.every_kernel
 def test_unmapped_and_mapped_anew(file: PagesFile) -> None:
     """What is mapped where lazy memory was is not ours, until it is registered; then it is zero."""
     with Service() as service:
@@ -491,6 +499,7 @@ def test_unmapped_and_mapped_anew(file: PagesFile) -> None:
         service.wait(NoticeKind.COMPLETE, served)
 
 
+@pytest.mark.every_kernel
 def test_what_dontunmap_leaves_is_zero_and_can_move_on(file: PagesFile) -> None:
     with Service() as service:
         task, uffd = one_mapping(service, file, 16)
@@ -505,6 +514,7 @@ def test_what_dontunmap_leaves_is_zero_and_can_move_on(file: PagesFile) -> None:
         service.wait(NoticeKind.COMPLETE, served)
 
 
+@pytest.mark.every_kernel
 def test_memory_that_moves_to_where_nothing_was_registered(file: PagesFile) -> None:
     """We take the place for taken, and nothing tells that it is not: it is at rest that we know."""
     with Service() as service:
@@ -519,6 +529,7 @@ def test_memory_that_moves_to_where_nothing_was_registered(file: PagesFile) -> N
         task.check(BASE + GIB, 16, file.first_id)
 
 
+@pytest.mark.every_kernel
 def test_zero_pages_that_have_moved(file: PagesFile) -> None:
     """Memory that has grown since the dump is registered too, and moves with the rest."""
     with Service() as service:
@@ -539,6 +550,7 @@ def adopt_fork(service: Service, task: Task) -> Task:
     return service.adopt(task.fork())
 
 
+@pytest.mark.every_kernel
 def test_generations_that_part(file: PagesFile) -> None:
     """Child and grandchild are served, and what one does to its memory does not touch the others'."""
     with Service() as service:
@@ -591,6 +603,7 @@ def test_fork_storm(file: PagesFile, background: bool) -> None:
             child.close()
 
 
+@pytest.mark.every_kernel
 def test_wiped_on_fork(file: PagesFile) -> None:
     """MADV_WIPEONFORK at dump time: pages that are pending are zero in the child, and data in the parent."""
     with Service() as service:
@@ -613,6 +626,7 @@ def test_wiped_on_fork(file: PagesFile) -> None:
         service.wait(NoticeKind.COMPLETE, served)
 
 
+@pytest.mark.every_kernel
 def test_wiped_on_fork_where_nothing_is_mapped(file: PagesFile) -> None:
     """As when a range is on its way elsewhere while the fork is told: smaps does not show it, and so does not part it
     from what the image says."""
@@ -634,6 +648,7 @@ def test_wiped_on_fork_where_nothing_is_mapped(file: PagesFile) -> None:
         assert service.wait(NoticeKind.FORKED).task.pending == 48 - 16
 
 
+@pytest.mark.every_kernel
 def test_wiped_on_fork_by_what_was_said_since(file: PagesFile) -> None:
     """MADV_WIPEONFORK and _KEEPONFORK after the restore; for children of children as well, whose pids nobody knows.
 
@@ -676,6 +691,7 @@ def test_wiped_on_fork_by_what_was_said_since(file: PagesFile) -> None:
         end([pid])
 
 
+@pytest.mark.every_kernel
 def test_child_without_some_mappings(file: PagesFile) -> None:
     """MADV_DONTFORK: what a child has not is not missed there, and nobody is told of a loss."""
     with Service() as service:
@@ -693,6 +709,7 @@ def test_child_without_some_mappings(file: PagesFile) -> None:
         assert not [notice for notice in service.look() if notice.kind is NoticeKind.LOST]
 
 
+@pytest.mark.every_kernel
 def test_no_file_descriptor_for_a_child(file: PagesFile) -> None:
     """The fork waits, the owner is told; when one is free again, all goes on."""
     with Service() as service:
@@ -746,6 +763,7 @@ def test_others_go_on_while_a_fork_cannot_be_read(file: PagesFile) -> None:
 # Ends.
 
 
+@pytest.mark.every_kernel
 def test_killed_while_it_waits(file: PagesFile) -> None:
     with Service() as service:
         task, uffd = one_mapping(service, file, 4)
@@ -825,6 +843,7 @@ def open_files(kind: str) -> set[int]:
     return {fd for fd, link in links.items() if link.is_symlink() and f"[{kind}]" in str(link.readlink())}
 
 
+@pytest.mark.every_kernel
 def test_engine_fails_while_a_task_forks(file: PagesFile) -> None:
     """Whose pages are missing, and what it is forking, of which nobody has read yet, keep waiting."""
     with Service() as later:
@@ -943,6 +962,7 @@ def test_a_remote_source_that_fails_and_comes_back(file: PagesFile) -> None:
         task.reply()
 
 
+@pytest.mark.every_kernel
 def test_layout_changes_while_pages_are_on_their_way(file: PagesFile) -> None:
     """What comes is placed where its memory is by now, in pieces, and nowhere if that is gone."""
     with Service() as service:
@@ -965,6 +985,7 @@ def test_layout_changes_while_pages_are_on_their_way(file: PagesFile) -> None:
         assert served.sources()[1].remote == 15
 
 
+@pytest.mark.every_kernel
 def test_a_child_forked_while_pages_are_on_their_way(file: PagesFile) -> None:
     """It asks for itself."""
     with Service() as service:
@@ -984,6 +1005,7 @@ def test_a_child_forked_while_pages_are_on_their_way(file: PagesFile) -> None:
         task.check(BASE, 16, file.first_id)
 
 
+@pytest.mark.every_kernel
 def test_remote_turmoil(file: PagesFile) -> None:
     """Layout in turmoil as above, with a remote source that answers late and loses a request now and then."""
     pages = 4096

@@ -133,6 +133,15 @@ def all_criu() -> list[ParameterSet]:
     return [pytest.param(Criu(release), id=f"criu-{release}") for release in RELEASES]
 
 
+def newest_on_every_kernel() -> list[ParameterSet]:
+    """As all_criu; what is done with the newest is done under other kernels, too (tests/kernels)."""
+    *older, newest = RELEASES
+    return [
+        *(pytest.param(Criu(release), id=f"criu-{release}") for release in older),
+        pytest.param(Criu(newest), id=f"criu-{newest}", marks=pytest.mark.every_kernel),
+    ]
+
+
 @contextmanager
 def raised_pipe_limit(size: int = 16 << 20) -> Iterator[None]:
     """Raise fs.pipe-max-size (bytes) and put it back.
