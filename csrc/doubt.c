@@ -136,23 +136,20 @@ static bool overlap(uint64_t a, uint64_t b, uint64_t len)
 	return a < b + len && b < a + len;
 }
 
-/* Whether move i was made before the child was forked: 1, 0, -EAGAIN, -ESRCH.  *tangled: that can't be told. */
-static int has_moved(const struct lp_change *changes, size_t nr, size_t i, const struct lp_ask *ask, bool *tangled)
+/* Whether move i was made before the child was forked: 1, 0, -EAGAIN, -ESRCH. */
+static int has_moved(const struct lp_change *changes, size_t nr, size_t i, const struct lp_ask *ask)
 {
 	const struct lp_change *move = &changes[i];
-	bool unmaps = false, was_taken = false;
+	bool unmaps = false;
 	int rc;
 
-	for (size_t k = 0; k < nr; k++) {
+	for (size_t k = 0; k < nr; k++)
 		unmaps |= changes[k].kind == LP_UNMAPPED && changes[k].start == move->start && changes[k].len == move->len;
-		was_taken |= k < i && changes[k].kind == LP_UNMAPPED && changes[k].start == move->to;
-	}
 	rc = is_within(ask, move->to, move->to + LP_PAGE_SIZE);
 	if (rc != 1 || !unmaps)
 		return rc;
-	/* what was there before may be there still; or it was left there (MREMAP_DONTUNMAP), and another call was to unmap that */
+	/* what was there before may be there still */
 	rc = is_within(ask, move->start, move->start + LP_PAGE_SIZE);
-	*tangled |= rc == 1 && !was_taken;
 	return rc < 0 ? rc : !rc;
 }
 
@@ -171,13 +168,12 @@ static bool meet(const struct lp_change *a, const struct lp_change *b)
 	return overlap(a->start, b->start, a->len > b->len ? a->len : b->len);
 }
 
-/* Whether a place that a move has taken or left is taken or left again, but by what that mremap itself unmaps; or is not left at all. */
+/* Whether a place that a move has taken or left is taken or left again, but by what that mremap itself unmaps. */
 static bool are_tangled(const struct lp_change *changes, size_t nr)
 {
 	for (size_t i = 0; i < nr; i++) {
 		const struct lp_change *move = &changes[i];
 		const struct lp_change to = {.start = move->to, .len = move->len};
-		bool leaves = move->kind != LP_REMAPPED; /* else MREMAP_DONTUNMAP */
 		size_t unmaps = 0;
 
 		for (size_t k = 0; k < nr && move->kind == LP_REMAPPED; k++) {
@@ -186,7 +182,6 @@ static bool are_tangled(const struct lp_change *changes, size_t nr)
 
 			if (k == i)
 				continue;
-			leaves |= other->kind == LP_UNMAPPED && other->start == move->start && other->len == move->len;
 			if (other->kind == LP_REMAPPED && (meet(move, other) || meet(&to, other) || meet(move, &others_to) ||
 							   meet(&to, &others_to)))
 				return true;
@@ -195,8 +190,6 @@ static bool are_tangled(const struct lp_change *changes, size_t nr)
 			if (other->kind == LP_REMOVED && (meet(&to, other) || meet(move, other)))
 				return true;
 		}
-		if (!leaves)
-			return true;
 	}
 	return false;
 }
@@ -232,7 +225,7 @@ int lp_replay(struct lp_space *s, const struct lp_change *changes, size_t nr, ui
 			rc = lp_space_question(s, change->start, end);
 			break;
 		case LP_REMAPPED:
-			rc = has_moved(changes, nr, i, ask, tangled);
+			rc = has_moved(changes, nr, i, ask);
 			unmade[i] = rc != 1;
 			if (rc < 0)
 				break;

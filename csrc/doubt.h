@@ -63,8 +63,7 @@ int lp_settle(struct lp_space *space, const struct lp_ask *ask, struct lp_counts
  * reported after changes that another thread has made since, or before some that had been made already (kernel/fork.c, dup_mmap,
  * queues it with the mmap lock dropped).  What the child has registered tells.  Only a REMOVE event comes before what it reports
  * (mm/madvise.c, madvise_dontneed_free): if it was reported after the fork, which was event number `told`, the child has the
- * pages.  Sometimes what is registered does not tell enough (*tangled: a place that a move has taken or left is taken or left again,
- * or is not left at all, MREMAP_DONTUNMAP).  Then what is pending in the places that the changes have touched is lost, and what the
+ * pages.  Sometimes what is registered does not tell enough (*tangled: a place that a move has taken or left is taken or left again).  Then what is pending in the places that the changes have touched is lost, and what the
  * space does not know there must not be taken for zero.  again: it has been tried before.  0; -EAGAIN: the child is changing already, and the space is spoilt; -ENOMEM.
  */
 int lp_replay(struct lp_space *child, const struct lp_change *changes, size_t nr, uint64_t told, bool again,
