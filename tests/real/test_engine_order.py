@@ -11,14 +11,19 @@ import pytest
 
 from tests.support.uffd import BASE, PAGE, PagesFile, Service
 
-pytestmark = pytest.mark.every_kernel
-
 PLACE, ASIDE, OTHER, ONWARD = (BASE + (i << 30) for i in range(4))
 PAGES = 16
 
 
 @pytest.mark.parametrize("aside", [ASIDE, 0], ids=["moved", "unmapped"])
-@pytest.mark.parametrize("onward", [0, ONWARD], ids=["stays", "leaves again"])
+@pytest.mark.parametrize(
+    "onward",
+    [
+        pytest.param(0, id="stays", marks=pytest.mark.every_kernel),
+        # Not where everything is slow: docs/kernel.md, "What can't be told apart".
+        pytest.param(ONWARD, id="leaves again"),
+    ],
+)
 @pytest.mark.parametrize("background", [False, True], ids=["faults", "transfer"])
 def test_memory_that_arrives_where_other_memory_is_just_leaving(
     aside: int, onward: int, background: bool
@@ -42,6 +47,7 @@ def test_memory_that_arrives_where_other_memory_is_just_leaving(
             assert served.lost == 0
 
 
+@pytest.mark.every_kernel
 @pytest.mark.parametrize("seed", range(1, 5))
 def test_threads_that_reallocate_memory_of_their_own(seed: int) -> None:
     pages = 16384
