@@ -23,8 +23,8 @@ RUN_IN = Path(__file__).with_name("run-in")
 KERNELS_DIR = Path(os.environ.get("LAZYPAGES_KERNELS_DIR", "/var/cache/lazypages/kernels"))
 KERNELS = ("6.1", "6.12", "newest")
 
-#: Seconds for all tests of one kernel. A quiet machine needs a quarter of it.
-TIME = 1500
+#: Seconds for all tests of one kernel. A quiet machine needs a third of it.
+TIME = 2100
 
 #: No machine of so many was seen to panic twice in a row: about one in thirty does.
 TRIES = 2
