@@ -575,15 +575,6 @@ static void drop_pages(struct lp_task *t, const struct lp_answer *run, uint64_t 
 	add(&t->dropped[source_index(t, run->source)], lp_space_commit(t->space, run->dense + skip, nr));
 }
 
-/*
- * A page that a forked child has not: all that its parent had was registered, so another thread unmapped it while one
- * forked, and the kernel told of the fork first; or it is not for children (MADV_DONTFORK).
- */
-static void drop_page(struct lp_task *t, const struct lp_answer *run, uint64_t skip)
-{
-	drop_pages(t, run, skip, 1);
-}
-
 /* What becomes of the claims on pages that can't be copied now. */
 enum claims {
 	KEEP_CLAIMS,	/* the caller tries again */
@@ -683,8 +674,12 @@ static int copy_claimed(struct lp_task *t, const struct lp_answer *run, const vo
 			/* The kernel looks for the VMA before it looks whether the layout is changing. */
 			if (error == ENOENT && try_page(t, run->addr + at) == EAGAIN)
 				continue;
+			/*
+			 * A page that a forked child has not: all that its parent had was registered, so another thread unmapped
+			 * it while one forked; or it is not for children (MADV_DONTFORK).
+			 */
 			if (error == ENOENT && t->is_child)
-				drop_page(t, run, done);
+				drop_pages(t, run, done, 1);
 			else
 				lose(t, run, done, 1, error);
 			done++;
