@@ -1,8 +1,8 @@
 """The compiled parts; everything else is in pyproject.toml.
 
-* cffi modules (API mode): ``images_spec._pagemap``, ``lazypages._uffd``, ``lazypages._pageserver``,
+* cffi modules (API mode): ``images_spec._pagemap``, ``lazypages.engine._uffd``, ``lazypages.net._pageserver``,
   ``dumptool._ptrace``.
-* ``lazypages/uffd_restorer``: a static executable made from ``csrc/uffd_restorer.c``.
+* ``lazypages/restore/uffd_restorer``: a static executable made from ``csrc/uffd_restorer.c``.
 
 A part whose sources are not there yet is left out, so that each can be worked on by itself.
 """
@@ -16,12 +16,12 @@ HERE = Path(__file__).parent
 
 CFFI_BUILDERS = {
     "images_spec/_pagemap_build.py": "ffibuilder",
-    "lazypages/_uffd_build.py": "ffibuilder",
-    "lazypages/_pageserver_build.py": "ffibuilder",
+    "lazypages/engine/_uffd_build.py": "ffibuilder",
+    "lazypages/net/_pageserver_build.py": "ffibuilder",
     "dumptool/_ptrace_build.py": "ffibuilder",
 }
-RESTORER_SOURCES = ["csrc/uffd_restorer.c", "csrc/restore_task.c", "csrc/inject.c"]
-RESTORER_TARGET = Path("lazypages/uffd_restorer")
+RESTORER_SOURCES = ["csrc/uffd_restorer.c", "csrc/restore/restore_task.c", "csrc/common/inject.c"]
+RESTORER_TARGET = Path("lazypages/restore/uffd_restorer")
 
 
 class BuildExt(build_ext):
@@ -36,7 +36,10 @@ class BuildExt(build_ext):
         target = root / RESTORER_TARGET
         target.parent.mkdir(parents=True, exist_ok=True)
         objects = self.compiler.compile(
-            sources, output_dir=self.build_temp, extra_postargs=["-O2", "-std=gnu11", "-Wall", "-Wextra"]
+            sources,
+            output_dir=self.build_temp,
+            include_dirs=["csrc"],
+            extra_postargs=["-O2", "-std=gnu11", "-Wall", "-Wextra"],
         )
         self.compiler.link_executable(
             objects, target.name, output_dir=str(target.parent), extra_postargs=["-static"]

@@ -14,8 +14,8 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from images_spec import flags, pagemap, placement
 from images_spec.pagemap import Pagemap
-from lazypages import wire
-from lazypages._uffd import ffi, lib
+from lazypages.engine._uffd import ffi, lib
+from lazypages.net import wire
 
 MILLION = 1_000_000
 BASE = 0x1000_0000_0000

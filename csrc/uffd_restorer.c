@@ -36,8 +36,8 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "inject.h"
-#include "restore_task.h"
+#include "common/inject.h"
+#include "restore/restore_task.h"
 
 #define FINISHED 0x52535446u /* the last message on the control socket */
 #define RSEQ_REGISTERED_SIZE 32

@@ -2,7 +2,7 @@
 
 import sys
 
-from lazypages.imports import importing
+from lazypages.cli.imports import importing
 
 
 def main() -> None:

@@ -6,8 +6,14 @@ from pathlib import Path
 from cffi import FFI
 
 CSRC = Path(__file__).parent.parent / "csrc"
-HEADERS = ("extent.h", "inject.h", "dump_session.h", "dump_pages.h", "dump_task.h")
-SOURCES = ("inject.c", "dump_session.c", "dump_pages.c", "dump_task.c")
+HEADERS = (
+    "common/extent.h",
+    "common/inject.h",
+    "dump/dump_session.h",
+    "dump/dump_pages.h",
+    "dump/dump_task.h",
+)
+SOURCES = ("common/inject.c", "dump/dump_session.c", "dump/dump_pages.c", "dump/dump_task.c")
 
 FROM_SYSTEM_HEADERS = """
 typedef int... pid_t;
@@ -36,7 +42,7 @@ ffibuilder.set_source(
     "#include <sys/user.h>\n" + "".join(f'#include "{header}"\n' for header in HEADERS),
     sources=[f"csrc/{source}" for source in SOURCES],
     include_dirs=["csrc"],
-    depends=[f"csrc/{header}" for header in (*HEADERS, "pages_file.h", "probe.h")],
+    depends=[f"csrc/{header}" for header in (*HEADERS, "common/pages_file.h", "common/probe.h")],
     extra_compile_args=["-std=gnu11", "-O2", "-Wall", "-Wextra"],
 )
 

@@ -81,12 +81,15 @@ class ParentPages:
 
     @property
     def extents_pointer(self) -> Any:
-        """``const struct lp_extent *`` (csrc/extent.h), valid while this object lives."""
+        """``const struct lp_extent *`` (csrc/common/extent.h), valid while this object lives."""
         return ffi.cast("const struct lp_extent *", self.extents.address)
 
     @contextmanager
     def opened(self) -> Iterator[Any]:
-        """``struct lp_parent *`` (csrc/dump_pages.h), valid for the block. Levels that can't be opened have nothing."""
+        """``struct lp_parent *`` (csrc/dump/dump_pages.h), valid for the block.
+
+        Levels that can't be opened have nothing.
+        """
         with ExitStack() as stack:
             levels = ffi.new("int[]", [_open(path, stack) for path in self._paths])
             yield ffi.new("struct lp_parent *", (self.extents_pointer, len(self.extents), levels))

@@ -21,13 +21,14 @@ from dumptool.tracking import Method
 from images_spec.errors import ImageError
 from images_spec.flags import PAGE_SIZE
 from lazypages import logs
+from lazypages.cli.options import verbosity_option
+from lazypages.cli.remote_options import PROTOCOL_OPTION, TLS_FILE_OPTIONS, tls_files
 from lazypages.errors import LazyPagesError
 from lazypages.logs import MESSAGE
-from lazypages.options import verbosity_option
-from lazypages.pageserver.listen import LOOPBACK, UNIX_PREFIX, listen
-from lazypages.remote_options import AUTO, PROTOCOL_OPTION, TLS_FILE_OPTIONS, tls_files
-from lazypages.sources.url import ConnectedSocket, TcpServer, UnixServer
-from lazypages.wire import Layout
+from lazypages.net.listen import LOOPBACK, UNIX_PREFIX, listen
+from lazypages.net.names import AUTO
+from lazypages.net.url import ConnectedSocket, TcpServer, UnixServer
+from lazypages.net.wire import Layout
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID

@@ -47,7 +47,7 @@ from images_spec.messages import (
     TaskKobjIdsEntry,
 )
 from images_spec.placement import Span
-from lazypages.wire import ImageType
+from lazypages.net.wire import ImageType
 
 log = logging.getLogger("lazypages")
 

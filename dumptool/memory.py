@@ -1,6 +1,6 @@
 """Which pages of a process go into an image, and how they get there.
 
-Nothing here has a Python object per page: pages are runs in C arrays (csrc/dump_pages.h).
+Nothing here has a Python object per page: pages are runs in C arrays (csrc/dump/dump_pages.h).
 """
 
 from __future__ import annotations

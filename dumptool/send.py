@@ -24,11 +24,11 @@ from dumptool.memory import BUFFER_PAGES, Runs
 from images_spec.flags import PAGE_SIZE, PE_PRESENT
 from images_spec.images import Kind
 from images_spec.pagemap import PagemapWriter
-from lazypages import wire
-from lazypages.sources.link import KEEPALIVE, USER_TIMEOUT
-from lazypages.sources.url import ConnectedSocket, PageServerAddress, TcpServer, UnixServer
-from lazypages.tls import TlsFiles
-from lazypages.wire import Command, Header, ImageType, Layout, encode_dst_id
+from lazypages.net import wire
+from lazypages.net.link import KEEPALIVE, USER_TIMEOUT
+from lazypages.net.tls import TlsFiles
+from lazypages.net.url import ConnectedSocket, PageServerAddress, TcpServer, UnixServer
+from lazypages.net.wire import Command, Header, ImageType, Layout, encode_dst_id
 
 STEP_PAGES = 1024
 """Gathered here before they are sent: 4 MiB. No entry of a pagemap at the server is larger than this, and a buffer."""

@@ -35,15 +35,15 @@ from images_spec.flags import PAGE_SIZE, PE_LAZY
 from images_spec.identity import identify
 from images_spec.images import Kind
 from images_spec.pagemap import Pagemap
-from lazypages import wire
-from lazypages.daemonize import tell_ready
+from lazypages.cli.daemonize import tell_ready
 from lazypages.errors import UnreadableError
 from lazypages.logs import MESSAGE
-from lazypages.pageserver.listen import accept_all, hang_up, prepare, until_signalled
-from lazypages.pageserver.peers import StrangerError
-from lazypages.pageserver.serve import Gate, PageConnection
-from lazypages.tls import TlsError, TlsFiles
-from lazypages.wire import CloseFlags
+from lazypages.net import wire
+from lazypages.net.listen import accept_all, hang_up, prepare, until_signalled
+from lazypages.net.page_connection import Gate, PageConnection
+from lazypages.net.peers import StrangerError
+from lazypages.net.tls import TlsError, TlsFiles
+from lazypages.net.wire import CloseFlags
 
 log = logging.getLogger("lazypages")
 
@@ -53,7 +53,7 @@ MAX_NAMED = 20
 #: Seconds for a client that is too late to hear of it.
 LAST_WORDS = 2.0
 
-_WORDS = 3  # of 8 bytes, in a struct lp_pagemap_entry (csrc/pagemap.h)
+_WORDS = 3  # of 8 bytes, in a struct lp_pagemap_entry (csrc/images/pagemap.h)
 
 
 class SourceGoneError(DumpError):

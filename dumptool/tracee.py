@@ -1,4 +1,4 @@
-"""Stopped threads: a typed face on the ptrace calls of csrc/inject.c, dump_session.c and dump_task.c.
+"""Stopped threads: a typed face on the ptrace calls of csrc/common/inject.c, dump_session.c and dump_task.c.
 
 All of it must be called from one and the same thread of ours: that is who traces. Raises ``DumpError``
 naming the thread; ``TaskGoneError`` when the thread has been killed meanwhile.
@@ -275,7 +275,7 @@ PADDING = 128
 
 
 class Gadgets:
-    """Where in a process the two pieces of code are that a ``Session`` needs, and memory (csrc/dump_session.h).
+    """Where in a process the two pieces of code are that a ``Session`` needs, and memory (csrc/dump/dump_session.h).
 
     A program that has no handler of signals may not have the way back from one (static ones with musl have not). It is
     lent both pieces, behind the end of the vdso, for the time of a session (``in_place``).

@@ -15,14 +15,14 @@ def _declarations(header: str) -> str:
 
 ffibuilder = FFI()
 ffibuilder.cdef("#define LP_SOURCE_REMOTE ...\n#define LP_SOURCE_LOST ...\n")
-for name in ("pagemap.h", "extent.h", "placement.h"):
+for name in ("images/pagemap.h", "common/extent.h", "images/placement.h"):
     ffibuilder.cdef(_declarations(name))
 ffibuilder.set_source(
     "images_spec._pagemap",
-    '#include "placement.h"\n',
-    sources=["csrc/pagemap.c", "csrc/placement.c"],
+    '#include "images/placement.h"\n',
+    sources=["csrc/images/pagemap.c", "csrc/images/placement.c"],
     include_dirs=["csrc"],
-    depends=["csrc/pagemap.h", "csrc/placement.h", "csrc/extent.h"],
+    depends=["csrc/images/pagemap.h", "csrc/images/placement.h", "csrc/common/extent.h"],
     extra_compile_args=["-std=gnu11", "-O2", "-Wall", "-Wextra"],
 )
 

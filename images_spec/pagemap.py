@@ -54,7 +54,7 @@ class Pagemap:
 
     @property
     def entries_pointer(self) -> Any:
-        """``struct lp_pagemap_entry *`` (csrc/pagemap.h), valid while this object lives."""
+        """``struct lp_pagemap_entry *`` (csrc/images/pagemap.h), valid while this object lives."""
         return self._pagemap.entries
 
     def __len__(self) -> int:

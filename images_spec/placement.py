@@ -1,6 +1,6 @@
 """Where each page of a task is: the one rule (images_spec/placement.md).
 
-It is written once, in ``csrc/placement.c``; this is its Python face. No Python object per extent until one is
+It is written once, in ``csrc/images/placement.c``; this is its Python face. No Python object per extent until one is
 looked at.
 """
 
@@ -75,7 +75,7 @@ class Span(NamedTuple):
 
 
 class ExtentTable:
-    """All pages of a task that its pagemap speaks of: a sorted array of ``struct lp_extent`` (csrc/extent.h).
+    """All pages of a task that its pagemap speaks of: a sorted array of ``struct lp_extent`` (csrc/common/extent.h).
 
     Made by ``resolve``.
     """

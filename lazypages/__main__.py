@@ -2,13 +2,13 @@
 
 import sys
 
-from lazypages.imports import importing
+from lazypages.cli.imports import importing
 
 
 def main() -> None:
     """Exit status 0 for success, 1 for failure, 2 for a wrong command line."""
     with importing():
-        from lazypages.cli import cli  # noqa: PLC0415 - see `importing`
+        from lazypages.cli.main import cli  # noqa: PLC0415 - see `importing`
 
     sys.exit(cli(prog_name="lazypages"))
 

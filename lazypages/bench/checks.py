@@ -14,7 +14,7 @@ from lazypages.bench.workloads import Order, Source, Workload, level_of
 _SPARE = 16
 #: How often a daemon may go to sleep beside waiting for faults: its start, its loop, its threads.
 _SPARE_WAITS = 1000
-#: Pages that a copy of the background brings at least where they lie together (CHUNK_LONE of csrc/engine.c).
+#: Pages that a copy of the background brings at least where they lie together (CHUNK_LONE of csrc/serve/engine.c).
 CHUNK = 2
 
 

@@ -16,7 +16,7 @@ from lazypages.bench.checkpoints import BASE, Checkpoint
 from lazypages.bench.errors import BenchError
 from lazypages.bench.programs import Programs
 from lazypages.bench.workloads import Source, Workload
-from lazypages.remote_options import AUTO, PROTOCOLS
+from lazypages.net.names import AUTO, PROTOCOLS
 
 CRIU_DIR = Path("/var/cache/lazypages/criu")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lazypages.bench.suite import Row
-from lazypages.pictures import draw_slower, new_figure, slower_axis, write_picture
+from lazypages.observe.pictures import draw_slower, new_figure, slower_axis, write_picture
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

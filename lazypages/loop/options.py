@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
+    from lazypages.engine.trace import Ring
+    from lazypages.net.url import PageServerAddress
     from lazypages.sources.remote import RemoteOptions
-    from lazypages.sources.url import PageServerAddress
-    from lazypages.tracing import Ring
 
 
 class ServeOptions(NamedTuple):

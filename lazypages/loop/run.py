@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 
-from lazypages.control_socket import ControlSocket
+from lazypages.control.listener import ControlSocket
+from lazypages.engine.uffd import Guard
 from lazypages.loop.options import ServeOptions
 from lazypages.loop.server import Server
-from lazypages.metrics import Summary
-from lazypages.progress import TerminalWatch, watch_in_log
-from lazypages.restored import Expected
-from lazypages.uffd import Guard
+from lazypages.observe.metrics import Summary
+from lazypages.observe.progress import TerminalWatch, watch_in_log
+from lazypages.sources.checkpoint import Expected
 
 if TYPE_CHECKING:
     from rich.console import Console

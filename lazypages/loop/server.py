@@ -14,9 +14,7 @@ import anyio
 from anyio import to_thread
 from anyio.abc import TaskStatus
 
-from lazypages.control import Connection, RestoreFinished, TaskArrived, ZombieArrived, accept
-from lazypages.control_socket import ControlError, ControlSocket
-from lazypages.descriptors import (
+from lazypages.control.descriptors import (
     FOR_EMERGENCIES,
     FOR_FORKS,
     NONE_LEFT,
@@ -24,16 +22,18 @@ from lazypages.descriptors import (
     Reserve,
     how_to_raise_now,
 )
+from lazypages.control.handover import Connection, RestoreFinished, TaskArrived, ZombieArrived, accept
+from lazypages.control.listener import ControlError, ControlSocket
+from lazypages.engine.uffd import PAGE_SIZE, Engine, Guard, NoticeKind, ServedTask
 from lazypages.errors import LazyPagesError
-from lazypages.exit_events import ExitEvents
+from lazypages.loop.exit_events import ExitEvents
 from lazypages.loop.options import ServeOptions
+from lazypages.loop.processes import Exits, Process
 from lazypages.loop.service import Identity, TaskService, poison_now
 from lazypages.loop.traced import TracedTasks
-from lazypages.metrics import Summary
-from lazypages.processes import Exits, Process
-from lazypages.restored import Expected, Seen
-from lazypages.summary import count, size
-from lazypages.uffd import PAGE_SIZE, Engine, Guard, NoticeKind, ServedTask
+from lazypages.observe.metrics import Summary
+from lazypages.observe.summary import count, size
+from lazypages.sources.checkpoint import Expected, Seen
 
 if TYPE_CHECKING:
     from lazypages.sources.remote import RemotePages

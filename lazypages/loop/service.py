@@ -17,10 +17,10 @@ import anyio.lowlevel
 from anyio import to_thread
 from anyio.abc import TaskGroup
 
-from lazypages.metrics import State, TaskReport, measure, signal_name
-from lazypages.processes import Process
-from lazypages.restored import Seen
-from lazypages.uffd import BusyError, Notice, NoticeKind, ServedTask, TaskGoneError
+from lazypages.engine.uffd import BusyError, Notice, NoticeKind, ServedTask, TaskGoneError
+from lazypages.loop.processes import Process
+from lazypages.observe.metrics import State, TaskReport, measure, signal_name
+from lazypages.sources.checkpoint import Seen
 
 if TYPE_CHECKING:
     from lazypages.sources.remote import RemotePages

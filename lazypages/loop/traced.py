@@ -17,9 +17,9 @@ import anyio
 from anyio import to_thread
 from anyio.abc import TaskGroup
 
-from lazypages.processes import Process, tracer_of
-from lazypages.summary import count
-from lazypages.tracers import Attach, Tracers
+from lazypages.engine.tracers import Attach, Tracers
+from lazypages.loop.processes import Process, tracer_of
+from lazypages.observe.summary import count
 
 if TYPE_CHECKING:
     from lazypages.loop.service import TaskService

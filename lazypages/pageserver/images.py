@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 from dataclasses import dataclass
@@ -14,14 +13,12 @@ from images_spec.errors import ImageError, ImageMissingError
 from images_spec.images import Kind
 from images_spec.pagemap import Pagemap
 from images_spec.placement import ExtentTable, resolve
-from lazypages._pageserver import ffi, lib
-from lazypages.errors import LazyPagesError, UnreadableError
-from lazypages.pageserver import patience
-from lazypages.wire import PAGE_SIZE, Features, Layout
+from lazypages.errors import UnreadableError
+from lazypages.net._pageserver import ffi, lib
+from lazypages.net.answerer import GetAnswerer
+from lazypages.net.wire import PAGE_SIZE
 
-MAX_ANSWER: Final = 1024  # pages of one answer; the client asks again for the rest
 MAX_PIECES: Final = 256
-POLL: Final = 50_000  # ns, to begin with, that a connection looks for the next request before it sleeps
 
 _PAGEMAP_NAME = re.compile(re.escape(Kind.PAGEMAP.file_name("PID")).replace("PID", r"([0-9]+)"))
 
@@ -117,41 +114,3 @@ class ServedImages:
         handle = self._files[path].handle
         pagemap.check_pages_size(handle.size, path)
         return handle
-
-
-class GetAnswerer:
-    """Answers GETs in C, with the GIL released; made by ServedImages.answerer. `pages`: how many, so far."""
-
-    def __init__(self, images: ServedImages, served: Any, fd: int) -> None:
-        self._images = images  # keeps `served` alive
-        self._served = served
-        self._client = ffi.new("struct lp_client *")
-        self._client.fd, self._client.max_pages, self._client.poll_ns = fd, MAX_ANSWER, POLL
-        self._client.patience_ns = int(patience.MESSAGE_TIMEOUT * 1e9)
-
-    @property
-    def pages(self) -> int:
-        count: int = self._client.pages
-        return count
-
-    def run(self, layout: Layout, features: Features, received: bytes) -> tuple[bytes, bool]:
-        """Answer what is in `received`, and what comes after it, until there is something else than a GET of pages
-        that are here and can be read. Returns that and what follows, and whether the client has closed.
-
-        Raises OSError of the connection, LazyPagesError when it can't go on, SlowPeerError.
-        """
-        client = self._client
-        client.header_size, client.features = layout.header_size, features
-        client.start, client.end = 0, len(received)
-        ffi.memmove(client.requests, received, len(received))
-        result = lib.lp_answer_gets(client, self._served)
-        if result == -errno.EFAULT:
-            raise LazyPagesError(
-                "a page can't be read that an answer had promised; the next answers are shorter"
-            )
-        if result == -errno.ETIMEDOUT and client.end:
-            raise patience.SlowPeerError(patience.MESSAGE_TIMEOUT)
-        if result < 0:
-            raise OSError(-result, os.strerror(-result))
-        rest = bytes(ffi.buffer(client.requests)[client.start : client.end])
-        return rest, result == lib.LP_CLIENT_EOF

@@ -20,10 +20,10 @@ from images_spec.flags import PE_PARENT, PE_PRESENT
 from images_spec.images import COMMON_MAGIC, Kind
 from images_spec.messages import PagemapEntry, PagemapHead
 from images_spec.pagemap import Pagemap
-from lazypages import wire
 from lazypages.errors import LazyPagesError
-from lazypages.pageserver.patience import PatientReader, SlowPeerError
-from lazypages.wire import PAGE_SIZE, Command, Header, ImageType, Layout, RemoteProtocolError, ServerCodec
+from lazypages.net import wire
+from lazypages.net.patience import PatientReader, SlowPeerError
+from lazypages.net.wire import PAGE_SIZE, Command, Header, ImageType, Layout, RemoteProtocolError, ServerCodec
 
 log = logging.getLogger("lazypages")
 

@@ -52,7 +52,7 @@ from lazypages.restore.syscalls import (
 )
 
 EXTENT_SIZE: Final = 32
-"""sizeof(struct lp_extent), csrc/extent.h."""
+"""sizeof(struct lp_extent), csrc/common/extent.h."""
 
 SCRATCH_LOW: Final = 1 << 40
 SCRATCH_HIGH: Final = 0x500000000000

@@ -1,4 +1,4 @@
-"""The plan that the restorer executes: csrc/restore_plan.h has the format, this is its writer."""
+"""The plan that the restorer executes: csrc/restore/restore_plan.h has the format, this is its writer."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from lazypages.wire import PAGE_SIZE
+from lazypages.net.wire import PAGE_SIZE
 
 
 @dataclass(slots=True, eq=False)

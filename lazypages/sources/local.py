@@ -1,7 +1,7 @@
 """Pages from the local disk: the task's own image and its parents, mapped.
 
 The engine copies straight from the mapping into the task; what can't be read (a file cut short, an I/O error) is lost,
-never zeros: csrc/pages_file.h.
+never zeros: csrc/common/pages_file.h.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from images_spec.errors import ImageError
-from lazypages.uffd import MappedFile
+from lazypages.engine.uffd import MappedFile
 
 
 class MappedPages:

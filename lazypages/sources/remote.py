@@ -7,9 +7,9 @@ A connection to a server is a *lane*. CRIU's servers take one connection in thei
 they keep frozen when it closes; so a lane that has gone silent is given up only for another one of which the
 server has answered the first question. Our own servers take any number: faults get a lane of their own.
 
-Once a lane without TLS is connected and known to be good, the engine works on it (csrc/lane.h): it asks for the pages
-of faults by itself, and for those of the background as far as it is told to, and places them. What comes here then is
-only what it can't settle: pages that were refused, silence, the end. All of a lane that has TLS is done here.
+Once a lane without TLS is connected and known to be good, the engine works on it (csrc/serve/lane.h): it asks for the
+pages of faults by itself, and for those of the background as far as it is told to, and places them. What comes here
+then is only what it can't settle: pages that were refused, silence, the end. All of a lane that has TLS is done here.
 
 What can't be had at the moment waits, and is asked for again: of the other servers at once, of the same one after
 a pause that grows. Pages are lost when every server has said, again and again, that it can't give them (a server of
@@ -36,16 +36,16 @@ import anyio
 from anyio.abc import TaskGroup
 
 from images_spec.identity import Identity
-from lazypages import wire
+from lazypages.engine.uffd import Engine, LaneEvent, LaneEventKind, LaneRequest, ServedTask
+from lazypages.engine.uffd import Lane as EngineLane
+from lazypages.net import wire
+from lazypages.net.link import Link, LinkError, connect
+from lazypages.net.tls import TlsError, TlsFiles
+from lazypages.net.url import ConnectedSocket, PageServerAddress, TcpServer
+from lazypages.net.wire import PAGE_SIZE, ClientCodec, CloseFlags, Features, Layout, RemoteProtocolError
 from lazypages.sources.backlog import Backlog, Wanted
-from lazypages.sources.link import Link, LinkError, connect
 from lazypages.sources.trial import Trial
-from lazypages.sources.url import ConnectedSocket, PageServerAddress, TcpServer
 from lazypages.sources.window import Sent, Window
-from lazypages.tls import TlsError, TlsFiles
-from lazypages.uffd import Engine, LaneEvent, LaneEventKind, LaneRequest, ServedTask
-from lazypages.uffd import Lane as EngineLane
-from lazypages.wire import PAGE_SIZE, ClientCodec, CloseFlags, Features, Layout, RemoteProtocolError
 
 log = logging.getLogger("lazypages")
 

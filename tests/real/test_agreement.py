@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from images_spec.identity import identify
-from lazypages.sources.url import TcpServer
+from lazypages.net.url import TcpServer
 from tests.real.test_dump_lazy import Victim, lazy_dump, ours, running
 from tests.real.test_one_destination import destination
 from tests.real.test_remote_criu import lazy_pages, read_memory

@@ -15,13 +15,13 @@ from click.testing import CliRunner
 from lazypages.bench import checkpoints, checks, runs
 from lazypages.bench.checkpoints import Checkpoint
 from lazypages.bench.checks import OF_OURS
-from lazypages.bench.cli import bench_command
 from lazypages.bench.daemons import Daemon
 from lazypages.bench.errors import BenchError
 from lazypages.bench.peers import BOTH, LIMIT, OURS, BareLoop, LazyPages, Peer, all_peers
 from lazypages.bench.programs import Programs
 from lazypages.bench.suite import Suite
 from lazypages.bench.workloads import Layout, Order, Source, Workload
+from lazypages.cli.bench import bench_command
 from tests.support.criu import RELEASES, Criu
 
 PAGES = 2048

@@ -18,11 +18,11 @@ from contextlib import contextmanager
 
 import anyio
 
-from lazypages._uffd import ffi, lib
+from lazypages.engine._uffd import ffi, lib
+from lazypages.engine.uffd import MAP_FAILED, MappedFile, Notice, NoticeKind, ServedTask, TaskMemory
+from lazypages.loop.processes import Process
 from lazypages.loop.service import Identity, TaskService
-from lazypages.metrics import State
-from lazypages.processes import Process
-from lazypages.uffd import MAP_FAILED, MappedFile, Notice, NoticeKind, ServedTask, TaskMemory
+from lazypages.observe.metrics import State
 from tests.support.uffd import BASE, PAGE, ExtentTable, PagesFile, Service, Task
 
 PAGES, HOLE = 8, 3

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lazypages.demo_task import PAGE_SIZE, contents
+from lazypages.cli.demo_task import PAGE_SIZE, contents
 from tests.support.criu import Criu, all_criu
 from tests.support.processes import descendants, wait_for
 from tests.support.terminal import OnTerminal
@@ -79,10 +79,10 @@ def test_a_criu_that_was_asked_for_is_not(tmp_path: Path) -> None:
 def test_another_user_is_told(tmp_path: Path) -> None:
     script = (
         "import os, sys; os.setgroups([]); os.setgid(65534); os.setuid(65534); "
-        "from lazypages.cli import cli; cli(['demo'], prog_name='lazypages')"
+        "from lazypages.cli.main import cli; cli(['demo'], prog_name='lazypages')"
     )
     # Everything is imported before the privileges go: an installation may be root's alone.
-    script = "import lazypages.demo, images_spec.errors; " + script
+    script = "import lazypages.cli.demo, images_spec.errors; " + script
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False
     )
@@ -129,7 +129,7 @@ def test_a_wrong_byte_is_seen(tmp_path: Path) -> None:
     """The task that checks itself does check: a byte changed from outside is found."""
     folder = tmp_path / "task"
     folder.mkdir()
-    script = Path(__file__).parents[2] / "lazypages" / "demo_task.py"
+    script = Path(__file__).parents[2] / "lazypages" / "cli" / "demo_task.py"
     task = subprocess.Popen([sys.executable, "-I", "-S", str(script), str(folder), str(64 * PAGE_SIZE)])
     try:
         wait_for("the task", (folder / "ready").exists)

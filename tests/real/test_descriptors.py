@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
-from lazypages.descriptors import FOR_FORKS
+from lazypages.control.descriptors import FOR_FORKS
 from tests.real.test_guard import KILLED, guards
 from tests.support.fake import (
     compile_restored,

@@ -22,7 +22,7 @@ import pytest
 from dumptool.dump import Settings, Watcher, dump
 from dumptool.freeze import FrozenTree
 from images_spec.flags import PE_LAZY
-from lazypages.sources.url import TcpServer
+from lazypages.net.url import TcpServer
 from tests.real.test_dump_lazy import LazyDump, lazy_dump
 from tests.support.dumptool import is_unharmed, pages, task
 from tests.support.pages import fetch

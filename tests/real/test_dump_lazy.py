@@ -18,9 +18,9 @@ from pathlib import Path
 import pytest
 
 from images_spec.flags import PAGE_SIZE, PE_LAZY
+from lazypages.net.url import PageServerAddress, TcpServer, UnixServer
+from lazypages.net.wire import Command, Header, Layout
 from lazypages.sources.remote import RemoteOptions
-from lazypages.sources.url import PageServerAddress, TcpServer, UnixServer
-from lazypages.wire import Command, Header, Layout
 from tests.real.test_criu_namespace import restore
 from tests.real.test_pageserver_criu import remote_daemon
 from tests.support.certificates import Authority

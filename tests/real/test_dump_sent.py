@@ -21,7 +21,7 @@ from dumptool.dump import Settings, Watcher, dump
 from dumptool.send import PageServer, SendError
 from images_spec.flags import PAGE_SIZE, PE_LAZY, PE_PARENT, PE_PRESENT
 from images_spec.pagemap import Pagemap
-from lazypages.sources.url import TcpServer
+from lazypages.net.url import TcpServer
 from tests.real.test_dump_lazy import running as victim_running
 from tests.real.test_dump_precopy import PAGES, Writer, written_in
 from tests.real.test_dump_precopy import running as _running

@@ -91,12 +91,12 @@ def test_killed_when_complete(restored: Path, tmp_path: Path) -> None:
 
 #: `serve` on a kernel that says to nobody but a parent how a process has ended.
 OLD_KERNEL = """
-import lazypages.exit_events, lazypages.processes, sys
+import lazypages.loop.exit_events, lazypages.loop.processes, sys
 from lazypages.__main__ import main
 class Lib:
     def lp_exit_status(self, pidfd): return -1
     def lp_exit_status_works(self): return False
-lazypages.exit_events.lib = lazypages.processes.lib = Lib()
+lazypages.loop.exit_events.lib = lazypages.loop.processes.lib = Lib()
 main()
 """
 
@@ -125,9 +125,9 @@ def test_on_kernels_before_6_15(how: str, restored: Path, tmp_path: Path) -> Non
 
 
 UNKNOWN = """
-import lazypages.processes, sys
+import lazypages.loop.processes, sys
 from lazypages.__main__ import main
-lazypages.processes.Process.exit_status = lambda self: None
+lazypages.loop.processes.Process.exit_status = lambda self: None
 main()
 """
 

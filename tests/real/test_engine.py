@@ -22,7 +22,7 @@ from pathlib import Path
 
 import pytest
 
-from lazypages.uffd import (
+from lazypages.engine.uffd import (
     BusyError,
     Engine,
     NoticeKind,
@@ -49,7 +49,7 @@ from tests.support.uffd import (
 
 GIB = 1 << 30
 PAGES = 512
-REMOTE, LOST = 0xFFFFFFFE, 0xFFFFFFFF  # csrc/extent.h
+REMOTE, LOST = 0xFFFFFFFE, 0xFFFFFFFF  # csrc/common/extent.h
 MADV_DONTNEED, MADV_DONTFORK, MADV_NOHUGEPAGE, MADV_WIPEONFORK, MADV_KEEPONFORK = 4, 10, 15, 18, 19
 
 

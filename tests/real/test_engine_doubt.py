@@ -1,4 +1,6 @@
-"""Calls that fail after the kernel has told of them, and memory that grows again where it went, unseen: csrc/doubt.h.
+"""Calls that fail after the kernel has told of them, and memory that grows again, unseen, where it went.
+
+See csrc/serve/doubt.h.
 
 What a kernel does is asked of it in each test: before 6.10 nothing can be sealed, before 6.12 an mmap that fails
 has unmapped what was in its place, before 6.18 an mremap that fails has.
@@ -12,7 +14,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from lazypages.uffd import NoticeKind
+from lazypages.engine.uffd import NoticeKind
 from tests.support.uffd import BASE, PAGE, SIGBUS, PagesFile, Service, Task
 
 pytestmark = pytest.mark.every_kernel

@@ -14,15 +14,15 @@ from contextlib import ExitStack, suppress
 
 import pytest
 
-from lazypages._uffd import ffi, lib
-from lazypages.uffd import BusyError, NoticeKind, ServedTask
+from lazypages.engine._uffd import ffi, lib
+from lazypages.engine.uffd import BusyError, NoticeKind, ServedTask
 from tests.support.guards import MADV_GUARD_INSTALL, MADV_GUARD_REMOVE, guards_of, has_guards
 from tests.support.uffd import BASE, FORWARD, PAGE, PagesFile, Service, Task, until
 
 pytestmark = pytest.mark.every_kernel
 
 PAGES = 1024
-REMOTE = 0xFFFFFFFE  # csrc/extent.h
+REMOTE = 0xFFFFFFFE  # csrc/common/extent.h
 #: (first page, pages), some alone, some in a row, at both ends, across the bounds of page tables and of 512 KiB.
 GUARDS = [(0, 1), (10, 10), (31, 1), (33, 1), (120, 16), (500, 24), (1020, 4)]
 GUARDED = sum(pages for _, pages in GUARDS)

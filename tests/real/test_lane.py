@@ -24,14 +24,14 @@ from typing import NamedTuple
 import anyio
 import pytest
 
+from lazypages.engine.uffd import Lane, LaneEvent, LaneEventKind, NoticeKind, ServedTask
+from lazypages.net.url import UnixServer
 from lazypages.sources.remote import RemoteOptions, RemotePages, _Lane
-from lazypages.sources.url import UnixServer
-from lazypages.uffd import Lane, LaneEvent, LaneEventKind, NoticeKind, ServedTask
 from tests.support.uffd import BASE, PAGE, RANDOM, PagesFile, Service, Task, until
 
 GIB = 1 << 30
 PAGES = 64
-REMOTE = 0xFFFFFFFE  # csrc/extent.h
+REMOTE = 0xFFFFFFFE  # csrc/common/extent.h
 TAG = 4711
 GET, ADD_F, CLOSE = 7, 6, 0x1023
 PRESENT, ZERO = 4, 0x100
@@ -581,7 +581,7 @@ def test_a_task_that_can_take_nothing_keeps_nothing_from_others(file: PagesFile)
 def test_parking(tmp_path: Path) -> None:
     """As above, with more than there is room for, and a server that hangs up meanwhile: in C, turn by turn."""
     root = Path(__file__).parents[2]
-    sources = [root / "tests/support/lane_parking.c", root / "csrc/lane.c"]
+    sources = [root / "tests/support/lane_parking.c", root / "csrc/serve/lane.c"]
     flags = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread", f"-I{root / 'csrc'}"]
     subprocess.run(["gcc", *flags, *sources, "-o", tmp_path / "lane_parking"], check=True)
     subprocess.run([tmp_path / "lane_parking"], check=True, timeout=60)

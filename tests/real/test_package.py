@@ -54,7 +54,7 @@ def installed() -> Iterator[Path]:
         folder = Path(name)
         tree = folder / "tree"
         shutil.copytree(ROOT, tree, ignore=LEFT_OUT)
-        (tree / "lazypages" / "uffd_restorer").unlink(missing_ok=True)
+        (tree / "lazypages" / "restore" / "uffd_restorer").unlink(missing_ok=True)
         run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, tree)
         (wheel,) = folder.glob("*.whl")
         venv.create(folder / "venv", with_pip=False)
@@ -69,7 +69,12 @@ def installed() -> Iterator[Path]:
 @pytest.mark.timeout(300)
 def test_the_wheel_s_own_code_runs(installed: Path) -> None:
     """And not that of the tree, which is gone."""
-    for module in ("lazypages._uffd", "lazypages._pageserver", "images_spec._pagemap", "dumptool._ptrace"):
+    for module in (
+        "lazypages.engine._uffd",
+        "lazypages.net._pageserver",
+        "images_spec._pagemap",
+        "dumptool._ptrace",
+    ):
         text = run(installed / "python", "-c", f"import {module} as module; print(module.__file__)")
         assert text.startswith(str(installed.parent))
 

@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 
 from images_spec import pagemap
-from lazypages import wire
+from lazypages.net import wire
+from lazypages.net.tls import TlsError
+from lazypages.net.url import TcpServer
+from lazypages.net.wire import PAGE_SIZE, Command, Header, Layout
 from lazypages.sources.remote import RemoteOptions
-from lazypages.sources.url import TcpServer
-from lazypages.tls import TlsError
-from lazypages.wire import PAGE_SIZE, Command, Header, Layout
 from tests.support.certificates import Authority
 from tests.support.pages import (
     BASE,

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from lazypages.pageserver import listen, patience, peers
+from lazypages.net import listen, patience, peers
+from lazypages.net.page_connection import PageConnection
+from lazypages.net.tls import TlsError
+from lazypages.net.url import TcpServer, UnixServer
+from lazypages.net.wire import PAGE_SIZE, PROBE_FIRST, Command, Header, Layout
 from lazypages.pageserver.images import ServedImages
 from lazypages.pageserver.receive import ImageReceiver, ReceiveConnection, ReceiveError
-from lazypages.pageserver.serve import PageConnection
-from lazypages.sources.url import TcpServer, UnixServer
-from lazypages.tls import TlsError
-from lazypages.wire import PAGE_SIZE, PROBE_FIRST, Command, Header, Layout
 from tests.real.test_dump_lazy import lazy_dump, running
 from tests.support.certificates import Authority
 from tests.support.criu import Criu

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from images_spec import pagemap
+from lazypages.net.url import TcpServer
+from lazypages.net.wire import PAGE_SIZE
 from lazypages.sources.remote import RemoteOptions, ServerStats
 from lazypages.sources.trial import PHASE_BYTES
-from lazypages.sources.url import TcpServer
-from lazypages.wire import PAGE_SIZE
 from tests.support.certificates import Authority
 from tests.support.fake import BASE as BASE_OF_TASKS
 from tests.support.fake import compile_restored, restored_tasks, serve_command, write_images

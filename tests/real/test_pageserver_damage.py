@@ -16,10 +16,10 @@ import pytest
 
 from images_spec import pagemap
 from images_spec.flags import PE_LAZY
-from lazypages import wire
+from lazypages.net import wire
+from lazypages.net.url import TcpServer
+from lazypages.net.wire import PAGE_SIZE, ClientCodec, Command, Features, Header, Layout
 from lazypages.sources.remote import DENIED, RemoteOptions, open_remote
-from lazypages.sources.url import TcpServer
-from lazypages.wire import PAGE_SIZE, ClientCodec, Command, Features, Header, Layout
 from tests.real.test_dump_lazy import lazy_dump
 from tests.support import fake
 from tests.support.bad_disk import bad_disk

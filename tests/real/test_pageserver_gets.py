@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from images_spec import pagemap
 from images_spec.flags import PE_LAZY, PE_PARENT, PE_PRESENT
 from lazypages.errors import UnreadableError
-from lazypages.pageserver.images import MAX_ANSWER, MAX_PIECES, ServedImages
-from lazypages.pageserver.serve import PageConnection
-from lazypages.wire import NO_FEATURES, PAGE_SIZE, Command, Features, Header, Layout, PageFlags
+from lazypages.net.answerer import MAX_ANSWER
+from lazypages.net.page_connection import PageConnection
+from lazypages.net.wire import NO_FEATURES, PAGE_SIZE, Command, Features, Header, Layout, PageFlags
+from lazypages.pageserver.images import MAX_PIECES, ServedImages
 from tests.support.pages import BASE, page_at
 
 SPAN = 80  # pages of the address space that are asked for
@@ -249,7 +250,7 @@ def test_client_hangs_up_in_the_middle(
 
 def test_to_and_fro(chain: Chain) -> None:
     """Requests that C leaves to Python, between others that it does not; MISSING was negotiated."""
-    from lazypages import wire
+    from lazypages.net import wire
 
     images, model = chain.images, chain.model
     layout = Layout.CRIU_4_2

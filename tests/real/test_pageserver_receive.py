@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from images_spec.errors import ImageError
 from lazypages.errors import LazyPagesError
+from lazypages.net.wire import PAGE_SIZE, Command, Header, Layout
 from lazypages.pageserver.receive import ImageReceiver, ReceiveConnection
-from lazypages.wire import PAGE_SIZE, Command, Header, Layout
 from tests.support.pages import BASE, write_images
 
 # mostly what makes sense, in senseless order

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from lazypages.descriptors import Reserve
-from lazypages.processes import Process
+from lazypages.control.descriptors import Reserve
+from lazypages.loop.processes import Process
 from tests.support.processes import descendants, nothing_left, wait_for
 
 pytestmark = pytest.mark.timeout(60)

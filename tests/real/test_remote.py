@@ -16,10 +16,10 @@ from typing import Any
 import anyio
 import pytest
 
+from lazypages.net.url import ConnectedSocket, TcpServer, UnixServer
+from lazypages.net.wire import PAGE_SIZE, Layout
 from lazypages.sources import remote as remote_pages
 from lazypages.sources.remote import RemoteOptions, open_remote
-from lazypages.sources.url import ConnectedSocket, TcpServer, UnixServer
-from lazypages.wire import PAGE_SIZE, Layout
 from tests.support.liar import LIES, Liar
 from tests.support.pages import (
     BASE,

@@ -183,13 +183,13 @@ def test_interrupt_before_any_task(tmp_path: Path) -> None:
 UNUSED = (
     *(
         "lazypages.bench",
-        "lazypages.demo",
+        "lazypages.cli.demo",
         "lazypages.pageserver",
         "lazypages.restore",
-        "lazypages.show",
+        "lazypages.cli.show",
         "dumptool",
     ),
-    *("lazypages.wire", "lazypages.sources.remote", "lazypages.sources.url"),
+    *("lazypages.net.wire", "lazypages.sources.remote", "lazypages.net.url"),
     *("rich", "matplotlib", "trio", "json", "ctypes"),
     *("images_spec.messages", "images_spec.files_pb2", "images_spec.environment_pb2", "images_spec.tty_pb2"),
 )
@@ -203,7 +203,7 @@ AFTER_READY = (
     "dataclasses",
     "uvloop",
     "lazypages.loop.server",
-    "lazypages.progress",
+    "lazypages.observe.progress",
 )
 
 
@@ -222,7 +222,7 @@ def test_start_imports_nothing_in_vain(program: Path, tmp_path: Path) -> None:
             assert server.wait() == 0
     before, after = map(imported, text.split("waiting for: criu restore"))
     # what import_module is called for is not told itself
-    assert {"lazypages.restored", "lazypages.control_socket"} <= before
+    assert {"lazypages.sources.checkpoint", "lazypages.control.listener"} <= before
     assert before.isdisjoint(name for name in before if name.startswith(AFTER_READY))
     assert {"lazypages.loop.server", "asyncio", "ssl", "uvloop"} <= after
     assert (before | after).isdisjoint(UNUSED)

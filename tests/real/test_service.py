@@ -11,15 +11,15 @@ import signal
 import anyio
 import pytest
 
+from lazypages.engine.uffd import Notice, NoticeKind, ServedTask
 from lazypages.loop import service as service_module
+from lazypages.loop.processes import Process
 from lazypages.loop.service import Identity, TaskService
-from lazypages.metrics import State
-from lazypages.processes import Process
-from lazypages.uffd import Notice, NoticeKind, ServedTask
+from lazypages.observe.metrics import State
 from tests.support.uffd import BASE, PAGE, PagesFile, Service, until
 
 PAGES = 64
-REMOTE = 0xFFFFFFFE  # csrc/extent.h
+REMOTE = 0xFFFFFFFE  # csrc/common/extent.h
 
 
 @pytest.mark.parametrize("room", [4 * PAGE, 4 * PAGE - 1], ids=["room", "no room"])

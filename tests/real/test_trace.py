@@ -12,9 +12,10 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
-from lazypages._uffd import lib
-from lazypages.tracing import REMOTE, ZERO, Kind, Record, Ring, Trace, read_trace
-from lazypages.uffd import NoticeKind
+from lazypages.engine._uffd import lib
+from lazypages.engine.trace import Ring
+from lazypages.engine.uffd import NoticeKind
+from lazypages.observe.tracing import REMOTE, ZERO, Kind, Record, Trace, read_trace
 from tests.support.criu import Criu
 from tests.support.fake import BASE, PAGE, compile_restored, restored_tasks, serve, serving, write_images
 from tests.support.processes import wait_for
@@ -23,7 +24,7 @@ from tests.support.uffd import BASE as OTHER_BASE
 from tests.support.uffd import RANDOM, PagesFile, Service
 
 PAGES = 600
-REMOTE_SOURCE = 0xFFFFFFFE  # csrc/extent.h
+REMOTE_SOURCE = 0xFFFFFFFE  # csrc/common/extent.h
 
 
 @pytest.fixture(scope="module")

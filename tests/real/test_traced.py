@@ -236,7 +236,7 @@ def test_who_held_a_tracer_dies(tmp_path: Path) -> None:
     """The tracer goes on."""
     holder_code = """
 import sys, threading
-from lazypages.tracers import Tracers
+from lazypages.engine.tracers import Tracers
 tracers = Tracers()
 tracers.watch(int(sys.argv[1]), watched=True)
 threading.Thread(target=tracers.run).start()

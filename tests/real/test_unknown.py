@@ -13,7 +13,7 @@ from google.protobuf.message import Message
 
 from images_spec import images
 from images_spec.images import Kind
-from lazypages.restored import expect
+from lazypages.sources.checkpoint import expect
 from tests.support.criu import Criu, all_criu
 from tests.support.processes import nothing_left, start
 from tests.support.restore import Checkpoints

@@ -6,7 +6,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from lazypages.tls import TlsFiles
+from lazypages.net.tls import TlsFiles
 
 
 @dataclass(frozen=True)

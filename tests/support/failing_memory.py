@@ -25,7 +25,7 @@ def build(folder: Path) -> None:
     """Compiles it into `folder`."""
     from cffi import FFI
 
-    from lazypages._uffd_build import ffibuilder
+    from lazypages.engine._uffd_build import ffibuilder
 
     _, source, _, options = ffibuilder._assigned_source
     ffi = FFI()
@@ -54,7 +54,7 @@ def load(folder: Path) -> Any:
     assert spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    sys.modules["lazypages._uffd"] = module
+    sys.modules["lazypages.engine._uffd"] = module
     return module.lib
 
 

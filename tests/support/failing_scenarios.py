@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 
-from lazypages.uffd import LaneEventKind, Notice, NoticeKind
+from lazypages.engine.uffd import LaneEventKind, Notice, NoticeKind
 from tests.real.test_lane import REMOTE, TAG, Source
 from tests.support.uffd import BASE, PAGE, RANDOM, PagesFile, Service, Task, until
 

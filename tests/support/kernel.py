@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from lazypages._uffd import ffi, lib
+from lazypages.engine._uffd import ffi, lib
 
 if TYPE_CHECKING:
-    from lazypages.uffd import ServedTask
+    from lazypages.engine.uffd import ServedTask
 
 UFFD_API = 0xAA
 UFFDIO_API = 0xC018AA3F

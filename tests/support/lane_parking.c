@@ -1,10 +1,10 @@
 /*
- * A lane of csrc/lane.c whose first task can't take its pages, and the second can: what comes for the second is placed
+ * A lane of csrc/serve/lane.c whose first task can't take its pages, and the second can: what comes for the second is placed
  * at once, as long as there is room for what the first can't take; nothing is placed twice, or never, or elsewhere; and
  * nobody waits for the lane by asking over and over again.  Exits 1 and says what is wrong.
  */
 #define _GNU_SOURCE
-#include "lane.h"
+#include "serve/lane.h"
 
 #include <errno.h>
 #include <stdio.h>
@@ -15,7 +15,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-#include "space.h"
+#include "serve/space.h"
 
 #define BUSY 1u
 #define READY 2u

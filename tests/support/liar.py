@@ -9,8 +9,8 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
-from lazypages import wire
-from lazypages.wire import PAGE_SIZE, Command, Features, Header, Layout, PageFlags, ServerCodec
+from lazypages.net import wire
+from lazypages.net.wire import PAGE_SIZE, Command, Features, Header, Layout, PageFlags, ServerCodec
 from tests.support.pages import Contents
 
 LIES = ["address", "task", "more", "command", "flags", "unasked", "stale", "short", "nothing"]

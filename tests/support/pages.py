@@ -14,9 +14,9 @@ import anyio
 
 from images_spec import pagemap
 from images_spec.flags import PE_LAZY, PE_PRESENT
+from lazypages.net.url import PageServerAddress, TcpServer
+from lazypages.net.wire import PAGE_SIZE
 from lazypages.sources.remote import RemoteOptions, RemotePages, ServerStats, open_remote
-from lazypages.sources.url import PageServerAddress, TcpServer
-from lazypages.wire import PAGE_SIZE
 from tests.support.processes import Server
 
 BASE = 0x7F00_0000_0000

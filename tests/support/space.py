@@ -1,4 +1,4 @@
-"""A Python face of the address space (csrc/space.h), for tests. Addresses, lengths and offsets in bytes."""
+"""A Python face of the address space (csrc/serve/space.h), for tests. Addresses, lengths and offsets in bytes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from enum import IntEnum
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
-from lazypages._uffd import ffi, lib
+from lazypages.engine._uffd import ffi, lib
 
 PAGE = 4096
 REMOTE, LOST = int(lib.LP_SOURCE_REMOTE), int(lib.LP_SOURCE_LOST)

@@ -20,9 +20,8 @@ from typing import Any, Self
 
 import pytest
 
-from lazypages._uffd import ffi
-from lazypages.tracing import Ring
-from lazypages.uffd import (
+from lazypages.engine._uffd import ffi
+from lazypages.engine.uffd import (
     BusyError,
     Engine,
     MappedFile,
@@ -32,6 +31,7 @@ from lazypages.uffd import (
     TaskGoneError,
     TaskMemory,
 )
+from lazypages.observe.tracing import Ring
 
 PAGE = 4096
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from lazypages.metrics import ServiceTimes, State, Summary, TaskReport
-from lazypages.uffd import SourcePages, Stats, histogram_bound
+from lazypages.engine.uffd import SourcePages, Stats, histogram_bound
+from lazypages.observe.metrics import ServiceTimes, State, Summary, TaskReport
 
 
 def pages(levels: tuple[int, ...], *, remote: int = 0, lost: int = 0) -> SourcePages:

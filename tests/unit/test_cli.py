@@ -12,11 +12,11 @@ import pytest
 from click.testing import CliRunner, Result
 
 from lazypages import logs
-from lazypages.cli import COMMANDS, cli
+from lazypages.cli.main import COMMANDS, cli
+from lazypages.cli.remote_options import PROTOCOLS
+from lazypages.cli.serve import LOOPS
 from lazypages.loop.run import LOOPS as RUN_LOOPS
-from lazypages.remote_options import PROTOCOLS
-from lazypages.serve_command import LOOPS
-from lazypages.wire import Layout
+from lazypages.net.wire import Layout
 
 
 def run(*arguments: str) -> Result:
@@ -135,7 +135,7 @@ def test_serve_starts_without_what_it_does_not_need() -> None:
     """A restore waits for it: no terminal library unless there is a terminal, and the event loop when it is ready."""
     unused = ["rich", "json", "ctypes", "ssl", "lazypages.sources.remote", "images_spec.messages"]
     unused += ["anyio", "asyncio", "trio", "uvloop"]
-    script = f"import lazypages.serve_command, sys; print([m for m in {unused} if m in sys.modules])"
+    script = f"import lazypages.cli.serve, sys; print([m for m in {unused} if m in sys.modules])"
     done = subprocess.run(
         [sys.executable, "-c", script],
         capture_output=True,

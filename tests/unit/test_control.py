@@ -18,9 +18,9 @@ import anyio
 import pytest
 from anyio import to_thread
 
-from lazypages import control_socket
-from lazypages._uffd import ffi, lib
-from lazypages.control import (
+from lazypages.control import listener as control_socket
+from lazypages.control.descriptors import NoDescriptorError
+from lazypages.control.handover import (
     FINISH,
     Connection,
     Event,
@@ -29,8 +29,8 @@ from lazypages.control import (
     ZombieArrived,
     accept,
 )
-from lazypages.control_socket import SOCKET_NAME, ControlError, ControlSocket
-from lazypages.descriptors import NoDescriptorError
+from lazypages.control.listener import SOCKET_NAME, ControlError, ControlSocket
+from lazypages.engine._uffd import ffi, lib
 from lazypages.loop.run import LOOPS
 
 Run = Callable[..., Any]

@@ -1,4 +1,4 @@
-"""Whether what an UNMAP event tells has happened, what old kernels tell of a move, whose a fork is: csrc/doubt.h."""
+"""Whether what an UNMAP event tells has happened, what old kernels tell of a move, whose a fork is (doubt.h)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from itertools import product
 
 import pytest
 
-from lazypages._uffd import ffi, lib
+from lazypages.engine._uffd import ffi, lib
 from tests.support.space import PAGE, Change, Extent, Kind, Space
 
 PLACE, OTHER, FAR = 0x100000, 0x200000, 0x300000

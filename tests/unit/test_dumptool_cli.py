@@ -15,9 +15,9 @@ from dumptool.memory import Counts
 from dumptool.send import PageServer
 from dumptool.survey import Options
 from dumptool.tracking import Method
-from lazypages.sources.url import ConnectedSocket, TcpServer, UnixServer
-from lazypages.tls import TlsFiles
-from lazypages.wire import Layout
+from lazypages.net.tls import TlsFiles
+from lazypages.net.url import ConnectedSocket, TcpServer, UnixServer
+from lazypages.net.wire import Layout
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""csrc/faults.c: faults that wait, against a list."""
+"""csrc/serve/faults.c: faults that wait, against a list."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lazypages._uffd import ffi, lib
+from lazypages.engine._uffd import ffi, lib
 
 PAGE = 4096
 #: Pages that collide with each other, and pages far apart.

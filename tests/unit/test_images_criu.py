@@ -21,7 +21,7 @@ from images_spec.images import Kind
 from images_spec.messages import FdType, PagemapEntry, TaskState
 from images_spec.pagemap import Pagemap
 from images_spec.placement import PageCount
-from lazypages.show import show
+from lazypages.cli.show import show
 from tests.support.criu import RELEASES, Criu
 from tests.support.processes import nothing_left, wait_for
 from tests.unit.test_images_golden import unknown_fields

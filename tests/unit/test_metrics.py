@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lazypages.metrics import ServiceTimes, State
-from lazypages.uffd import histogram_bound
+from lazypages.engine.uffd import histogram_bound
+from lazypages.observe.metrics import ServiceTimes, State
 from tests.unit.reports import pages, report, summary, times
 
 BUCKETS = 64

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from lazypages._uffd import ffi, lib
-from lazypages.cli import cli
-from lazypages.pictures import PictureError, check_picture
-from lazypages.tracing import NO_SOURCE, REMOTE, ZERO, Kind, Tracer
+from lazypages.cli.main import cli
+from lazypages.engine._uffd import ffi, lib
+from lazypages.observe.pictures import PictureError, check_picture
+from lazypages.observe.tracing import NO_SOURCE, REMOTE, ZERO, Kind, Tracer
 
 BASE = 0x7F00_0000_0000
 PAGE = 4096

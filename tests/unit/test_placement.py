@@ -278,7 +278,7 @@ def test_is_a_sequence() -> None:
 
 
 class CExtent(ctypes.Structure):
-    """``struct lp_extent`` of csrc/extent.h."""
+    """``struct lp_extent`` of csrc/common/extent.h."""
 
     _fields_ = (
         ("start", ctypes.c_uint64),

@@ -1,4 +1,4 @@
-"""How much is read ahead of a fault: csrc/plan.h."""
+"""How much is read ahead of a fault: csrc/serve/plan.h."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lazypages._uffd import ffi, lib
+from lazypages.engine._uffd import ffi, lib
 
 STREAMS = 4
 PAGES = st.one_of(st.integers(0, 40), st.integers(0, (1 << 52) - 1))

@@ -10,10 +10,10 @@ import anyio
 import pytest
 from rich.console import Console
 
-from lazypages import progress
 from lazypages.logs import MESSAGE
-from lazypages.metrics import State, Summary
-from lazypages.progress import Speedometer, TerminalWatch, describe, shown, total, watch_in_log
+from lazypages.observe import progress
+from lazypages.observe.metrics import State, Summary
+from lazypages.observe.progress import Speedometer, TerminalWatch, describe, shown, total, watch_in_log
 from tests.unit.reports import pages, report, summary
 
 MIB = 1 << 20

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from lazypages.net.wire import PAGE_SIZE
 from lazypages.sources.backlog import Backlog, Wanted
 from lazypages.sources.window import MAX_WINDOW, MIN_WINDOW, SHORTEST, Window
-from lazypages.wire import PAGE_SIZE
 
 SPACE = 24  # pages of each task, few enough for everything to collide
 pids = st.integers(1, 2)

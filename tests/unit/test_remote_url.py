@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from lazypages.sources.url import (
+from lazypages.net.tls import TlsError, TlsFiles
+from lazypages.net.url import (
     ConnectedSocket,
     LocalSource,
     Source,
@@ -16,7 +17,6 @@ from lazypages.sources.url import (
     UnixServer,
     parse_source,
 )
-from lazypages.tls import TlsError, TlsFiles
 
 
 @pytest.mark.parametrize(

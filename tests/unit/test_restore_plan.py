@@ -122,7 +122,7 @@ def test_scratch_is_free_in_all_tasks() -> None:
 
 
 def test_layout() -> None:
-    """As csrc/restore_plan.h has it."""
+    """As csrc/restore/restore_plan.h has it."""
     plan = Plan(1 << 40)
     slot = plan.open(b"/x", 5, 6, "label")
     data = plan.encode(parking=4096, link_fd=1023)

@@ -13,7 +13,7 @@ from images_spec.errors import ImageError
 from images_spec.flags import MAP_ANONYMOUS, MAP_GROWSDOWN, MAP_PRIVATE, PE_LAZY, PE_PARENT, PE_PRESENT
 from images_spec.images import Kind
 from images_spec.messages import FileEntry, FownEntry, RegFileEntry, TaskState
-from lazypages.show import show
+from lazypages.cli.show import show
 from tests.unit.test_images_checkpoint import Draft, chained
 
 ANON = MAP_PRIVATE | MAP_ANONYMOUS

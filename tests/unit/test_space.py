@@ -1,4 +1,4 @@
-"""The address space against a dictionary of pages: csrc/space.h."""
+"""The address space against a dictionary of pages: csrc/serve/space.h."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from lazypages._uffd import ffi
+from lazypages.engine._uffd import ffi
 from tests.support.space import LOST, PAGE, REMOTE, Answer, Change, Extent, Kind, Space
 
 MAX = 1 << 50  # pages: no limit
@@ -502,7 +502,7 @@ def test_claims_of_many_threads(tmp_path: Path) -> None:
     """No page has two holders at a time, and each arrives once. In C: Python's threads hardly ever meet."""
     root = Path(__file__).parents[2]
     program = tmp_path / "space_threads"
-    sources = [root / "tests/support/space_threads.c", root / "csrc/space.c"]
+    sources = [root / "tests/support/space_threads.c", root / "csrc/serve/space.c"]
     flags = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread", f"-I{root / 'csrc'}"]
     subprocess.run(["gcc", *flags, *sources, "-o", program], check=True)
     subprocess.run([program], check=True, timeout=60)

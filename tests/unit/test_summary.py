@@ -7,10 +7,10 @@ import io
 import pytest
 from rich.console import Console
 
-from lazypages.metrics import State
+from lazypages.engine.uffd import histogram_bound
+from lazypages.observe.metrics import State
+from lazypages.observe.summary import MAX_NAMED, count, duration, lines, size, table
 from lazypages.sources.remote import ServerStats
-from lazypages.summary import MAX_NAMED, count, duration, lines, size, table
-from lazypages.uffd import histogram_bound
 from tests.unit.reports import pages, report, summary, times
 
 

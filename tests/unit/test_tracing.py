@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from lazypages._uffd import ffi, lib
-from lazypages.tracing import MAGIC, RECORD, REMOTE, ZERO, Kind, Ring, Trace, TraceError, Tracer, read_trace
+from lazypages.engine._uffd import ffi, lib
+from lazypages.engine.trace import Ring
+from lazypages.observe.tracing import MAGIC, RECORD, REMOTE, ZERO, Kind, Trace, TraceError, Tracer, read_trace
 
 
 def put(ring: Ring, number: int, thread: int = 0) -> bool:

@@ -15,10 +15,10 @@ from images_spec.errors import ImageError
 from images_spec.flags import VMA_EXT_PLUGIN, VMA_GUARD
 from images_spec.images import Kind
 from images_spec.unknown import NEWER
+from lazypages.cli.show import show
+from lazypages.net.wire import PAGE_SIZE, Command, Header, Layout, PageFlags, RemoteProtocolError, ServerCodec
 from lazypages.pageserver.images import ServedImages
-from lazypages.restored import expect
-from lazypages.show import show
-from lazypages.wire import PAGE_SIZE, Command, Header, Layout, PageFlags, RemoteProtocolError, ServerCodec
+from lazypages.sources.checkpoint import expect
 from tests.unit.test_images_checkpoint import ANON, Draft, chained
 
 FIELD_99 = b"\x9a\x06\x03abc"

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lazypages import wire
-from lazypages.wire import (
+from lazypages.net import wire
+from lazypages.net.wire import (
     PAGE_SIZE,
     Answered,
     ClientCodec,

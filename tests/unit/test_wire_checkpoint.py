@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from lazypages import wire
-from lazypages.wire import (
+from lazypages.net import wire
+from lazypages.net.wire import (
     PAGE_SIZE,
     Agreement,
     ClientCodec,

@@ -11,9 +11,9 @@ import zstandard
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from lazypages import wire
-from lazypages.compression import CompressionError, Compressor, decompress
-from lazypages.wire import (
+from lazypages.net import wire
+from lazypages.net.compression import CompressionError, Compressor, decompress
+from lazypages.net.wire import (
     PAGE_SIZE,
     Answered,
     ClientCodec,

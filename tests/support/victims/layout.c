@@ -493,7 +493,7 @@ static void expect_all_or_nothing(struct tally *t, struct region r)
 		expect_region(t, r);
 }
 
-/* Calls that fail: the kernel has told by then that it unmaps something (csrc/doubt.h). */
+/* Calls that fail: the kernel has told by then that it unmaps something (csrc/serve/doubt.h). */
 static void refused(void)
 {
 	size_t n = 64, half = n / 2;

@@ -1,0 +1,380 @@
+/*
+ * See pageserver.h. The protocol: lazypages/net/wire.py.
+ */
+#include "pageserver.h"
+
+#include <errno.h>
+#include <poll.h>
+#include <sched.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/uio.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "common/pages_file.h"
+
+#define PAGE_SIZE UINT64_C(4096)
+#define OLD_HEADER 24u
+#define NEW_HEADER 32u
+
+#define CMD_GET 7u
+#define CMD_ADD_F 6u
+#define FLAG_PRESENT (4u << 16)
+#define FLAG_ZERO (0x100u << 16)
+
+#define PIECES 256 /* of one answer */
+
+/*
+ * Waking an idle CPU takes tens of microseconds, as long as a whole round trip
+ * of a fault over loopback. So after an answer the next request is looked for
+ * a while before sleeping; the while follows what the client does, as KVM's
+ * halt polling does, and ends when another thread wants the CPU.
+ */
+#define POLL_MIN_NS UINT64_C(10000)
+#define POLL_MAX_NS UINT64_C(80000)
+#define YIELD_NS UINT64_C(20000) /* a sched_yield() that took longer has let somebody else run */
+
+struct request {
+	uint64_t nr_pages, vaddr, pid;
+};
+
+static uint64_t now_ns(void)
+{
+	struct timespec ts;
+
+	clock_gettime(CLOCK_MONOTONIC, &ts);
+	return (uint64_t)ts.tv_sec * UINT64_C(1000000000) + (uint64_t)ts.tv_nsec;
+}
+
+static const struct lp_task_pages *find_task(const struct lp_served *served, uint64_t pid)
+{
+	uint64_t low = 0, high = served->nr_tasks;
+
+	while (low < high) {
+		uint64_t middle = low + (high - low) / 2;
+
+		if (served->tasks[middle].pid < pid)
+			low = middle + 1;
+		else
+			high = middle;
+	}
+	return low < served->nr_tasks && served->tasks[low].pid == pid ? &served->tasks[low] : NULL;
+}
+
+/* The first extent that ends after `vaddr`. */
+static uint64_t find_extent(const struct lp_task_pages *task, uint64_t vaddr)
+{
+	uint64_t low = 0, high = task->nr_extents;
+
+	while (low < high) {
+		uint64_t middle = low + (high - low) / 2;
+		const struct lp_extent *extent = &task->extents[middle];
+
+		if (extent->start + extent->nr_pages * PAGE_SIZE <= vaddr)
+			low = middle + 1;
+		else
+			high = middle;
+	}
+	return low;
+}
+
+size_t lp_find_pages(const struct lp_served *served, uint64_t pid, uint64_t vaddr, uint64_t nr_pages,
+		     struct lp_piece *pieces, size_t max)
+{
+	const struct lp_task_pages *task = find_task(served, pid);
+	size_t found = 0;
+
+	if (!task || vaddr % PAGE_SIZE)
+		return 0;
+	for (uint64_t i = find_extent(task, vaddr); nr_pages && i < task->nr_extents; i++) {
+		const struct lp_extent *extent = &task->extents[i];
+		struct lp_pages_file *file;
+		struct lp_piece *last = found ? &pieces[found - 1] : NULL;
+		uint64_t skip, taken, offset;
+
+		if (vaddr < extent->start || extent->source >= task->nr_levels)
+			break;
+		file = task->levels[extent->source];
+		skip = (vaddr - extent->start) / PAGE_SIZE;
+		taken = extent->nr_pages - skip < nr_pages ? extent->nr_pages - skip : nr_pages;
+		offset = extent->offset + skip * PAGE_SIZE;
+		if (!file || offset > file->size || taken * PAGE_SIZE > file->size - offset)
+			break;
+		if (last && last->file == file && last->offset + last->size == offset) {
+			last->size += taken * PAGE_SIZE;
+		} else {
+			if (found == max)
+				break;
+			pieces[found++] = (struct lp_piece){file, offset, taken * PAGE_SIZE};
+		}
+		vaddr += taken * PAGE_SIZE;
+		nr_pages -= taken;
+	}
+	return found;
+}
+
+/* Reads the message at the beginning of `at`; false unless it is a GET of a range of pages, without flags. */
+static bool parse(const struct lp_client *client, const uint8_t *at, struct request *request)
+{
+	uint32_t command, count;
+
+	memcpy(&command, at, sizeof(command));
+	if (command != CMD_GET)
+		return false;
+	if (client->header_size == OLD_HEADER) {
+		memcpy(&count, at + 4, sizeof(count));
+		request->nr_pages = count;
+	} else {
+		memcpy(&request->nr_pages, at + 8, 8);
+	}
+	memcpy(&request->vaddr, at + client->header_size - 16, 8);
+	memcpy(&request->pid, at + client->header_size - 8, 8);
+	return request->nr_pages && request->vaddr % PAGE_SIZE == 0 &&
+	       request->nr_pages - 1 <= (UINT64_MAX - request->vaddr) / PAGE_SIZE;
+}
+
+static void put_header(const struct lp_client *client, uint8_t *at, const struct request *request, uint32_t flags,
+		       uint64_t nr_pages)
+{
+	uint32_t command = CMD_ADD_F | flags, count = (uint32_t)nr_pages;
+
+	memset(at, 0, client->header_size);
+	memcpy(at, &command, sizeof(command));
+	if (client->header_size == OLD_HEADER)
+		memcpy(at + 4, &count, sizeof(count));
+	else
+		memcpy(at + 8, &nr_pages, 8);
+	memcpy(at + client->header_size - 16, &request->vaddr, 8);
+	memcpy(at + client->header_size - 8, &request->pid, 8);
+}
+
+static bool all_zero(const uint8_t *data, size_t size)
+{
+	return !data[0] && !memcmp(data, data + 1, size - 1);
+}
+
+/* Pieces of files, read one after the other. */
+struct reading {
+	const struct lp_piece *piece;
+	uint64_t done; /* bytes of it */
+	uint64_t left; /* bytes of all */
+	bool unreadable; /* the next page is */
+};
+
+/* The next bytes, as many as fit into a client's buffer and can be read. */
+static uint64_t read_on(struct reading *at, uint8_t *buffer)
+{
+	uint64_t size = 0;
+
+	while (at->left && size < LP_BUFFER_SIZE && !at->unreadable) {
+		const struct lp_piece *piece = at->piece;
+		uint64_t part = piece->size - at->done;
+		int64_t got;
+
+		if (part > LP_BUFFER_SIZE - size)
+			part = LP_BUFFER_SIZE - size;
+		got = lp_pages_read(piece->file->fd, buffer + size, piece->offset + at->done, part / PAGE_SIZE);
+		if (got < (int64_t)(part / PAGE_SIZE)) {
+			__atomic_store_n(&piece->file->damaged, 1, __ATOMIC_RELAXED);
+			at->unreadable = true;
+			part = got < 0 ? 0 : (uint64_t)got * PAGE_SIZE;
+		}
+		size += part;
+		at->done += part;
+		at->left -= part;
+		if (at->done == piece->size) {
+			at->piece++;
+			at->done = 0;
+		}
+	}
+	return size;
+}
+
+/* Sends all of it, however long the client takes; `more` is to follow. 0 or -errno. */
+static int send_all(int fd, struct iovec *iov, size_t count, bool more)
+{
+	while (count) {
+		struct msghdr message = {.msg_iov = iov, .msg_iovlen = count};
+		ssize_t sent = sendmsg(fd, &message, MSG_NOSIGNAL | (more ? MSG_MORE : 0));
+
+		if (sent < 0) {
+			if (errno == EINTR)
+				continue;
+			return -errno;
+		}
+		while (count && (size_t)sent >= iov->iov_len) {
+			sent -= (ssize_t)iov->iov_len;
+			iov++;
+			count--;
+		}
+		if (sent) {
+			iov->iov_base = (uint8_t *)iov->iov_base + sent;
+			iov->iov_len -= (size_t)sent;
+		}
+	}
+	return 0;
+}
+
+/* 1: answered; 0: the first page is not here, or can't be read; -errno. */
+static int answer(struct lp_client *client, const struct lp_served *served, const struct request *request)
+{
+	uint64_t asked = request->nr_pages < client->max_pages ? request->nr_pages : client->max_pages, bytes = 0;
+	struct lp_piece pieces[PIECES];
+	uint8_t header[NEW_HEADER], *buffer = client->buffer;
+	struct iovec iov[2] = {{header, client->header_size}, {buffer, 0}};
+	struct reading at;
+	bool zero, damaged = false;
+	size_t count;
+	uint64_t size;
+	int error;
+
+	count = lp_find_pages(served, request->pid, request->vaddr, asked, pieces, PIECES);
+	if (!count)
+		return 0;
+	for (size_t i = 0; i < count; i++) {
+		bytes += pieces[i].size;
+		damaged |= __atomic_load_n(&pieces[i].file->damaged, __ATOMIC_RELAXED);
+	}
+	at = (struct reading){.piece = pieces, .left = bytes};
+	size = read_on(&at, buffer);
+	if (!size)
+		return 0;
+	zero = client->features & LP_FEATURE_ZERO && all_zero(buffer, size);
+	while (zero && at.left && !at.unreadable) {
+		uint64_t more = read_on(&at, buffer);
+
+		if (!more || all_zero(buffer, more))
+			continue;
+		zero = false; /* so the pages go out after all, from the first on */
+		at = (struct reading){.piece = pieces, .left = bytes};
+		size = read_on(&at, buffer);
+		if (!size)
+			return 0;
+	}
+	if (zero || damaged || at.unreadable) { /* no more than what is known to be good */
+		bytes = zero ? bytes - at.left : size;
+		at.left = 0;
+	}
+	put_header(client, header, request, zero ? FLAG_ZERO : FLAG_PRESENT, bytes / PAGE_SIZE);
+	iov[1].iov_len = size;
+	error = send_all(client->fd, iov, zero ? 1 : 2, at.left);
+	while (!error && at.left) {
+		size = read_on(&at, buffer);
+		if (at.unreadable)
+			return -EFAULT;
+		iov[1] = (struct iovec){buffer, size};
+		error = send_all(client->fd, &iov[1], 1, at.left);
+	}
+	if (error)
+		return error;
+	client->pages += bytes / PAGE_SIZE;
+	return 1;
+}
+
+/* Looks for a request for a while. -1 with EAGAIN when none has come. */
+static ssize_t poll_socket(struct lp_client *client)
+{
+	uint8_t *room = client->requests + client->end;
+	uint64_t began = now_ns(), now = began;
+
+	for (;;) {
+		ssize_t got = recv(client->fd, room, LP_REQUESTS_SIZE - client->end, MSG_DONTWAIT);
+		uint64_t before;
+
+		if (got >= 0 || errno != EAGAIN || now - began >= client->poll_ns)
+			return got;
+		before = now_ns();
+		sched_yield();
+		now = now_ns();
+		if (now - before > YIELD_NS) {
+			client->poll_ns = 0; /* somebody else has a use for this CPU */
+			return recv(client->fd, room, LP_REQUESTS_SIZE - client->end, MSG_DONTWAIT);
+		}
+	}
+}
+
+/* Until there is something to receive, or `deadline`: 0 or -errno. */
+static int wait_readable(int fd, uint64_t deadline)
+{
+	for (;;) {
+		struct pollfd one = {.fd = fd, .events = POLLIN};
+		uint64_t now = now_ns();
+		int ready = poll(&one, 1, now < deadline ? (int)((deadline - now) / 1000000 + 1) : 0);
+
+		if (ready > 0)
+			return 0;
+		if (!ready)
+			return -ETIMEDOUT;
+		if (errno != EINTR)
+			return -errno;
+	}
+}
+
+/* Waits for more requests: bytes received, 0 at the end, -errno. There is room. `deadline`: 0 for none. */
+static ssize_t receive(struct lp_client *client, uint64_t deadline)
+{
+	ssize_t got = poll_socket(client);
+
+	if (got < 0 && errno == EAGAIN && deadline) {
+		do {
+			int error = wait_readable(client->fd, deadline);
+
+			if (error)
+				return error;
+			got = recv(client->fd, client->requests + client->end, LP_REQUESTS_SIZE - client->end,
+				   MSG_DONTWAIT);
+		} while (got < 0 && errno == EAGAIN);
+		return got < 0 ? -errno : got;
+	}
+	if (got < 0 && errno == EAGAIN) {
+		uint64_t began = now_ns(), slept;
+
+		do
+			got = recv(client->fd, client->requests + client->end, LP_REQUESTS_SIZE - client->end, 0);
+		while (got < 0 && errno == EINTR);
+		slept = now_ns() - began;
+		if (slept > POLL_MAX_NS)
+			client->poll_ns /= 2;
+		else if (client->poll_ns < POLL_MAX_NS)
+			client->poll_ns = client->poll_ns ? client->poll_ns * 2 : POLL_MIN_NS;
+		if (client->poll_ns > POLL_MAX_NS)
+			client->poll_ns = POLL_MAX_NS;
+	}
+	return got < 0 ? -errno : got;
+}
+
+int lp_answer_gets(struct lp_client *client, const struct lp_served *served)
+{
+	uint64_t deadline = 0; /* of the request that is there in part */
+
+	for (;;) {
+		ssize_t got;
+
+		while (client->end - client->start >= client->header_size) {
+			struct request request;
+			int done = 0;
+
+			if (parse(client, client->requests + client->start, &request))
+				done = answer(client, served, &request);
+			if (done < 0)
+				return done;
+			if (!done)
+				return LP_CLIENT_OTHER;
+			client->start += client->header_size;
+		}
+		if (client->start == client->end)
+			deadline = 0;
+		else if (client->start || !deadline)
+			deadline = now_ns() + client->patience_ns;
+		memmove(client->requests, client->requests + client->start, client->end - client->start);
+		client->end -= client->start;
+		client->start = 0;
+		got = receive(client, deadline);
+		if (got < 0)
+			return (int)got;
+		if (!got)
+			return LP_CLIENT_EOF;
+		client->end += (uint32_t)got;
+	}
+}

@@ -1,0 +1,82 @@
+"""The command ``lazypages``."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import click
+
+from images_spec.errors import ImageError
+from lazypages import __version__
+from lazypages.cli.imports import importing
+from lazypages.errors import LazyPagesError
+
+#: Subcommands: the object that is one, and its line in the help. Imported when it is called, not before:
+#: a restore waits for ``lazypages serve``.
+COMMANDS = {
+    "serve": ("lazypages.cli.serve:serve", "Give restored tasks their memory as they touch it."),
+    "restore": ("lazypages.cli.restore:restore_command", "Bring tasks back, as criu restore does."),
+    "page-server": (
+        "lazypages.cli.page_server:page_server_command",
+        "Give pages to restores elsewhere, or receive images.",
+    ),
+    "show": ("lazypages.cli.main:show", "Say what an image directory holds."),
+    "plot": ("lazypages.cli.plot:plot_command", "Draw what serve --trace has recorded."),
+    "demo": ("lazypages.cli.demo:demo", "See it work: checkpoint a live task, bring it back lazily."),
+    "bench": ("lazypages.cli.bench:bench_command", "Compare with criu lazy-pages on this machine."),
+}
+
+
+class _Commands(click.Group):
+    """Errors that we foresee are one line, never a traceback."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+        if cmd_name not in COMMANDS:
+            return None
+        module, name = COMMANDS[cmd_name][0].split(":")
+        with importing():
+            command = getattr(importlib.import_module(module), name)
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except (LazyPagesError, ImageError) as error:
+            click.echo(f"lazypages: {error}", err=True)
+            ctx.exit(1)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, "-V", "--version")
+def cli() -> None:
+    """Bring a checkpointed process back before its memory has arrived.
+
+    \b
+    Instead of                         run
+      criu lazy-pages -D DIR             lazypages serve -D DIR
+    beside
+      criu restore --lazy-pages -D DIR   (the same, or lazypages restore)
+
+    `lazypages demo` shows it with a task of its own. `lazypages COMMAND --help` explains each command.
+    Checkpoints are taken with `criu dump` or with `dumptool`.
+    """
+
+
+@click.command()
+@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+def show(directory: Path) -> None:
+    """Say what the image directory DIR holds: tasks, mappings, pages by where they are."""
+    from rich.console import Console  # noqa: PLC0415 - only needed here, and slow to import
+
+    from lazypages.cli.show import show as show_images  # noqa: PLC0415
+
+    show_images(directory, Console(highlight=False))

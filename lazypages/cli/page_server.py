@@ -1,0 +1,364 @@
+"""``lazypages page-server``: options as those of ``criu page-server``."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import select
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TextIO
+
+import click
+
+from images_spec.checkpoint import PARENT_LINK
+from images_spec.errors import ImageError
+from images_spec.identity import identify
+from images_spec.images import Kind
+from lazypages import logs
+from lazypages.cli.daemonize import daemonize, open_pidfile, tell_ready
+from lazypages.cli.options import verbosity_option
+from lazypages.errors import LazyPagesError
+from lazypages.logs import MESSAGE
+from lazypages.net.listen import (
+    LOOPBACK,
+    accept_all,
+    accept_one,
+    connected_socket,
+    hang_up,
+    listen,
+    prepare,
+    until_signalled,
+)
+from lazypages.net.page_connection import Gate, PageConnection
+from lazypages.net.tls import TlsFiles
+from lazypages.net.tls_defaults import DEFAULT_CACERT, DEFAULT_CERT, DEFAULT_KEY
+from lazypages.net.wire import PAGE_SIZE
+from lazypages.pageserver.ending import Ending, Verdict
+from lazypages.pageserver.images import ServedImages
+from lazypages.pageserver.receive import ImageReceiver, ReceiveConnection
+
+log = logging.getLogger("lazypages")
+
+#: Seconds a thread may keep Python to itself while another one has a request to answer.
+SWITCH_INTERVAL = 0.0005
+
+EPILOG = """\b
+Examples
+  Receive the images of a dump, into the directory ckpt:
+    lazypages page-server -D ckpt --port 27000
+    criu dump -t PID -D meta --page-server --address 127.0.0.1 --port 27000
+  Give the pages of a checkpoint to lazy restores elsewhere, encrypted:
+    lazypages page-server -D ckpt --lazy-pages --address 10.0.0.1 --port 27000 --tls
+  The same for many restores, one after the other or at once:
+    lazypages page-server -D ckpt --lazy-pages --keep-serving --address 10.0.0.1 --port 27000 --tls
+
+\b
+How long it runs
+  Receiving: for one dump, as criu page-server does; exit status 0 if it was complete.
+  --lazy-pages: for one client, as criu page-server does; exit status 0 once it has said that it needs no more. A
+  client of ours that has lost its connections will be back, and is waited for.
+  --lazy-pages --keep-serving: for any number of clients, until SIGTERM or SIGINT; exit status 0.
+
+\b
+Who may connect
+  From this host: processes of the same user, and of root; what is safest is --address unix:PATH. From others: nobody
+  without --tls or --insecure.
+"""
+
+_PATH = click.Path(path_type=Path)
+
+
+@click.command(epilog=EPILOG)
+@click.option(
+    "-D", "--images-dir", metavar="DIR", type=_PATH, default=Path(), help="The images.  [default: .]"
+)
+@click.option(
+    "-W",
+    "--work-dir",
+    metavar="DIR",
+    type=_PATH,
+    help="Where the log and the pidfile go.  [default: the images directory]",
+)
+@click.option(
+    "--lazy-pages", is_flag=True, help="Give pages of the images, and of their parents, to lazy restores."
+)
+@click.option(
+    "--address",
+    metavar="ADDRESS",
+    help=f"Listen there: a host, an IPv4 or IPv6 address, or unix:PATH.  [default: {LOOPBACK}]",
+)
+@click.option(
+    "--port",
+    metavar="PORT",
+    type=click.IntRange(0, 65535),
+    default=0,
+    help="0: a free one, named in the log.",
+)
+@click.option("--ps-socket", metavar="FD", type=click.IntRange(min=0), help="Use this connected socket.")
+@click.option(
+    "--prev-images-dir",
+    metavar="DIR",
+    type=_PATH,
+    help="The images of the dump before, relative to -D; becomes the link `parent` in it.",
+)
+@click.option(
+    "--auto-dedup", is_flag=True, help="Free the room of pages in parent images that have come anew."
+)
+@click.option("-o", "--log-file", metavar="FILE", type=_PATH, help="Log to FILE (- for stdout).")
+@verbosity_option()
+@click.option("-d", "--daemon", is_flag=True, help="Go into the background once it listens.")
+@click.option(
+    "--pidfile", metavar="FILE", type=_PATH, help="With -d: write the daemon's pid to FILE (a new one)."
+)
+@click.option(
+    "--status-fd", metavar="FD", type=click.IntRange(min=0), help="Write one 0 byte to FD when it listens."
+)
+@click.option("--tls", is_flag=True, help="Certificates on both sides, and encryption.")
+@click.option(
+    "--tls-cacert", metavar="FILE", type=_PATH, help=f"Who is trusted.  [default: {DEFAULT_CACERT}]"
+)
+@click.option("--tls-cacrl", metavar="FILE", type=_PATH, help="Which certificates are revoked.")
+@click.option("--tls-cert", metavar="FILE", type=_PATH, default=DEFAULT_CERT, show_default=True)
+@click.option("--tls-key", metavar="FILE", type=_PATH, default=DEFAULT_KEY, show_default=True)
+@click.option(
+    "--tls-no-cn-verify", is_flag=True, help="Let clients pass whose certificate does not name --address."
+)
+@click.option(
+    "--keep-serving", is_flag=True, help="With --lazy-pages: any number of clients, until a signal comes."
+)
+@click.option(
+    "--insecure",
+    is_flag=True,
+    help="Without --tls: allow an address that others can reach, and other users of this host.",
+)
+@click.pass_context
+def page_server_command(
+    ctx: click.Context,
+    *,
+    images_dir: Path,
+    work_dir: Path | None,
+    lazy_pages: bool,
+    address: str | None,
+    port: int,
+    ps_socket: int | None,
+    prev_images_dir: Path | None,
+    auto_dedup: bool,
+    log_file: Path | None,
+    verbosity: int,
+    daemon: bool,
+    pidfile: Path | None,
+    status_fd: int | None,
+    tls: bool,
+    tls_cacert: Path | None,
+    tls_cacrl: Path | None,
+    tls_cert: Path,
+    tls_key: Path,
+    tls_no_cn_verify: bool,
+    keep_serving: bool,
+    insecure: bool,
+) -> None:
+    """Receive the images of a dump over the network or, with --lazy-pages, give their pages to lazy restores.
+
+    Takes the place of `criu page-server`, for CRIU on the other side as well.
+    """
+    for option, path in (("-D", images_dir), ("-W", work_dir)):
+        if path is not None and not path.is_dir():
+            raise LazyPagesError(f"{option} {path} is not a directory")
+    images_dir = images_dir.absolute()
+    work = (work_dir or images_dir).absolute()
+    logs.start(
+        verbosity,
+        _log_stream(log_file and (log_file if log_file == logs.STDOUT else work / log_file), daemon),
+        None,
+    )
+    files = TlsFiles(tls_cacert, tls_cert, tls_key, tls_cacrl, not tls_no_cn_verify) if tls else None
+    if files:
+        files.server_context()  # to fail before anybody connects
+    if keep_serving and not lazy_pages:
+        raise LazyPagesError("--keep-serving goes with --lazy-pages: a dump comes once")
+    server = _Server(address, files, keep_serving=keep_serving, strangers=insecure or ps_socket is not None)
+    if ps_socket is None:
+        listener, name = listen(address, port, insecure=insecure, tls=tls)
+    else:
+        listener, name = connected_socket(ps_socket), f"the socket {ps_socket}"
+    if lazy_pages:
+        server.images = ServedImages(images_dir)
+        server.identity = _identity(images_dir)
+    else:
+        _link_parent(images_dir, prev_images_dir)
+        server.receiver = ImageReceiver(images_dir, auto_dedup=auto_dedup)
+    tell_starter = None
+    if daemon:
+        tell_starter = daemonize(open_pidfile(work / pidfile) if pidfile else None)
+    elif pidfile:
+        log.warning("--pidfile does nothing without -d")
+    sys.setswitchinterval(SWITCH_INTERVAL)
+    with until_signalled() as stop, listener:
+        if ps_socket is None:
+            alone = "" if address is not None else " (this machine only; --address for others)"
+            log.log(MESSAGE, "page server at %s%s", name, alone)
+        if tell_starter:
+            tell_starter()
+        if status_fd is not None:
+            tell_ready(status_fd)
+        try:
+            ok = server.run(listener, stop, connected=ps_socket is not None)
+        except (LazyPagesError, ImageError) as error:
+            log.error("%s", error, extra=logs.SAID)
+            raise
+    if address is not None and address.startswith("unix:"):
+        Path(address.removeprefix("unix:")).unlink(missing_ok=True)
+    ctx.exit(0 if ok else 1)
+
+
+class _Server:
+    """One run of the command, in either mode."""
+
+    def __init__(
+        self, address: str | None, tls: TlsFiles | None, *, keep_serving: bool, strangers: bool
+    ) -> None:
+        self._address = address
+        self._tls = tls
+        self._strangers = strangers
+        self._ending = None if keep_serving else Ending()
+        self._over = os.eventfd(0, os.EFD_CLOEXEC)
+        self.images: ServedImages | None = None
+        self.receiver: ImageReceiver | None = None
+        self.identity: bytes | None = None
+
+    def run(self, listener: socket.socket, stop: int, *, connected: bool) -> bool:
+        """Serve until the end. `connected`: `listener` is the one client itself. Whether all went well."""
+        if self.images is None:
+            if connected:
+                with _cut_off(listener, stop):
+                    client = self._admit(listener.dup(), "the dump"), "the dump"
+            elif (found := accept_one(listener, stop, self._admit)) is not None:
+                client = found
+            else:
+                log.error("ended before a dump came")
+                return False
+            listener.close()
+            return self._receive(*client, stop)
+        if connected:
+            with _cut_off(listener, stop):
+                return self._give(listener.dup(), "the client")
+        with select.epoll() as ends:
+            ends.register(stop, select.EPOLLIN)
+            ends.register(self._over, select.EPOLLIN)
+            accept_all(listener, ends.fileno(), self._give)
+        if self._ending is None or self._ending.verdict is Verdict.DONE:
+            return True
+        if self._ending.verdict is not Verdict.FAILED:
+            log.error("ended by a signal before a client was done")
+        return False
+
+    def _admit(self, sock: socket.socket, name: str) -> socket.socket:
+        """Raises LazyPagesError, with the socket closed, for who may not connect."""
+        log.info("%s: connected", name)
+        return prepare(sock, self._tls, self._address, strangers=self._strangers)
+
+    def _give(self, sock: socket.socket, name: str) -> bool:
+        assert self.images is not None
+        try:
+            sock = self._admit(sock, name)
+        except LazyPagesError as error:
+            log.error("%s: %s", name, error)
+            return False
+        answerer = None if self._tls else self.images.answerer(sock.fileno())
+        connection = PageConnection(sock, self.images, name, answerer, Gate(self.identity))
+        if self._ending is not None:
+            self._ending.connected(connection)
+        clean = False
+        try:
+            clean = connection.run()
+        finally:
+            hang_up(sock, clean=clean)
+            log.info("%s: gone after %.1f MiB", name, connection.pages * PAGE_SIZE / (1 << 20))
+            if self._ending is not None:
+                self._gone(self._ending.gone(connection, clean=clean), name)
+        return clean
+
+    def _gone(self, verdict: Verdict, name: str) -> None:
+        if verdict is Verdict.WAIT:
+            log.warning(
+                "%s: gone without having said that it needs no more; waiting for it to come back", name
+            )
+        elif verdict in {Verdict.DONE, Verdict.FAILED}:
+            os.eventfd_write(self._over, 1)
+
+    def _receive(self, sock: socket.socket, name: str, stop: int) -> bool:
+        """Raises LazyPagesError, ImageError."""
+        receiver = self.receiver
+        assert receiver is not None
+        clean = False
+        with socket.socket(fileno=os.dup(sock.fileno())) as plain, _cut_off(plain, stop):
+            try:
+                ReceiveConnection(sock, receiver).run()
+                clean = True
+            finally:
+                hang_up(sock, clean=clean)
+                with suppress(OSError):  # nothing is open after CLOSE; else all has failed already
+                    receiver.close()
+        log.info("%s: %.1f MiB received", name, receiver.pages / (1 << 20))
+        return True
+
+
+def _identity(directory: Path) -> bytes | None:
+    """Of the checkpoint. Raises ImageError."""
+    inventory = directory / Kind.INVENTORY.file_name()
+    if inventory.exists():
+        return identify(directory).digest
+    log.warning(
+        "%s: without it nothing tells which dump this is, and no `lazypages serve` takes a page: copy it there",
+        inventory,
+    )
+    return None
+
+
+@contextmanager
+def _cut_off(sock: socket.socket, stop: int) -> Iterator[None]:
+    """End the connection when a signal comes."""
+    over, done = os.pipe2(os.O_CLOEXEC)
+
+    def watch() -> None:
+        if over not in select.select([stop, over], [], [])[0]:
+            with suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        os.close(done)
+        watcher.join()
+        os.close(over)
+
+
+def _link_parent(directory: Path, parent: Path | None) -> None:
+    """As `criu page-server --prev-images-dir` does. Raises LazyPagesError."""
+    if parent is None:
+        return
+    link = directory / PARENT_LINK
+    if not (directory / parent).is_dir():
+        raise LazyPagesError(f"--prev-images-dir {parent}: no directory, seen from {directory}")
+    try:
+        os.symlink(parent, link)
+    except OSError as error:
+        if error.errno == errno.EEXIST and link.is_symlink() and os.readlink(link) == str(parent):
+            return
+        raise LazyPagesError(f"--prev-images-dir: {link}: {error.strerror}") from None
+
+
+def _log_stream(path: Path | None, daemon: bool) -> TextIO:
+    if path is not None:
+        return logs.open_log(path)
+    if daemon:  # standard error will be /dev/null, but errors belong where the caller's went
+        return os.fdopen(os.dup(sys.stderr.fileno()), "w", encoding="utf-8", errors="backslashreplace")
+    return sys.stderr

@@ -1,0 +1,426 @@
+"""``lazypages serve``: options as those of ``criu lazy-pages``, and what happens around the event loop."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
+
+import click
+
+from images_spec.errors import ImageError
+from lazypages import logs
+from lazypages.cli.daemonize import daemonize, open_pidfile, tell_ready
+from lazypages.cli.imports import importing
+from lazypages.cli.options import verbosity_option
+from lazypages.cli.remote_options import SOURCE_OPTIONS, add_options, sources_of
+from lazypages.control import descriptors
+from lazypages.control.listener import ControlSocket
+from lazypages.engine import kernel
+from lazypages.engine.uffd import PAGE_SIZE, Guard
+from lazypages.errors import LazyPagesError
+from lazypages.logs import MESSAGE
+from lazypages.loop.options import ServeOptions
+from lazypages.observe import summary
+from lazypages.observe.metrics import Summary
+from lazypages.sources.checkpoint import Expected, expect, written_by
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from lazypages.observe.tracing import Tracer
+
+log = logging.getLogger("lazypages")
+
+#: As those of lazypages.loop.run, which is not imported yet when they are needed; their packages have these names.
+LOOPS = ("uvloop", "asyncio", "trio")
+
+#: Messages that somebody reads: with less verbosity than this nothing is said at all.
+AUDIBLE = 1
+
+EPILOG = """\b
+Examples
+  The two commands, in any order of terminals, the first one first:
+    lazypages serve -D /var/ckpt/job1
+    criu restore -D /var/ckpt/job1 --lazy-pages -d
+  In the background; the command returns when a restore may be started:
+    lazypages serve -D /var/ckpt/job1 -d --pidfile serve.pid -o serve.log
+  The numbers of the summary for a program, and a picture of all that happened:
+    lazypages serve -D /var/ckpt/job1 --stats-json stats.json --trace trace
+    lazypages plot /var/ckpt/job1/trace -o trace.html
+
+\b
+Ctrl-C (SIGINT) and SIGTERM
+  Before a restore has connected: ends at once.
+  After that: the tasks first get all the memory that they still miss. A second
+  time ends at once, and kills those that still miss some: they would read zeros.
+
+\b
+Exit status
+  0  every task has all its memory, or has exited by itself before it had
+  1  it could not be served; a task lost memory, or was killed (by anybody) while
+     it missed some; or a task ended while it missed some and nobody can say how
+  2  wrong command line
+"""
+
+
+class Places(NamedTuple):
+    """Directories and files. What is given as relative lies in the work directory, as with ``criu``."""
+
+    images_dir: Path
+    work_dir: Path
+    log_file: Path | None
+    pidfile: Path | None
+    stats_json: Path | None
+    trace: Path | None
+
+    @classmethod
+    def of(  # noqa: PLR0917 - the options
+        cls,
+        images_dir: Path,
+        work_dir: Path | None,
+        log_file: Path | None,
+        pidfile: Path | None,
+        stats_json: Path | None,
+        trace: Path | None,
+    ) -> Places:
+        """Raises LazyPagesError if a directory is not there."""
+        _check_directory("-D", images_dir)
+        if work_dir is not None:
+            _check_directory("-W", work_dir)
+        if not (images_dir / "inventory.img").exists():
+            raise LazyPagesError(f"-D {images_dir} is no checkpoint: there is no inventory.img in it")
+        work = (work_dir or images_dir).absolute()
+        log_path = log_file and (log_file if log_file == logs.STDOUT else work / log_file)
+        return cls(
+            images_dir.absolute(),
+            work,
+            log_path,
+            pidfile and work / pidfile,
+            stats_json and work / stats_json,
+            trace and work / trace,
+        )
+
+
+def _check_directory(option: str, path: Path) -> None:
+    if not path.is_dir():
+        what = "is not a directory" if path.exists() else "does not exist"
+        raise LazyPagesError(f"{option} {path} {what}: name the directory that the restore will be given")
+
+
+@click.command(epilog=EPILOG)
+@click.option(
+    "-D",
+    "--images-dir",
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    default=Path(),
+    help="The images of the checkpoint, as for criu restore.  [default: .]",
+)
+@click.option(
+    "-W",
+    "--work-dir",
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    help="Where the socket, the log, pidfile and statistics go; the restore must be given the same.  "
+    "[default: the images directory]",
+)
+@click.option(
+    "-o", "--log-file", metavar="FILE", type=click.Path(path_type=Path), help="Log to FILE (- for stdout)."
+)
+@verbosity_option()
+@click.option(
+    "-d", "--daemon", is_flag=True, help="Go into the background as soon as a restore may be started."
+)
+@click.option(
+    "--pidfile",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="With -d: write the daemon's pid to FILE, which must not exist.",
+)
+@click.option(
+    "--status-fd",
+    metavar="FD",
+    type=click.IntRange(min=0),
+    help="Write one 0 byte to file descriptor FD and close it when a restore may be started.",
+)
+@add_options(SOURCE_OPTIONS)
+@click.option(
+    "--no-background",
+    is_flag=True,
+    help="Leave pages in the images until they are touched, however long that takes.",
+)
+@click.option(
+    "--stats-json",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="At the end write all numbers to FILE.",
+)
+@click.option(
+    "--trace",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Record every fault and transfer in FILE; `lazypages plot` draws it.",
+)
+@click.option(
+    "--loop",
+    type=click.Choice(LOOPS),
+    default="uvloop",
+    envvar="LAZYPAGES_LOOP",
+    show_default=True,
+    help="The event loop.",
+)
+@click.pass_context
+def serve(
+    ctx: click.Context,
+    /,
+    *,
+    images_dir: Path,
+    work_dir: Path | None,
+    log_file: Path | None,
+    verbosity: int,
+    daemon: bool,
+    pidfile: Path | None,
+    status_fd: int | None,
+    no_background: bool,
+    stats_json: Path | None,
+    trace: Path | None,
+    loop: str,
+    **source_options: Any,
+) -> None:
+    """Give the tasks of a restored checkpoint their memory as they touch it.
+
+    Takes the place of `criu lazy-pages` beside an unchanged `criu restore --lazy-pages`: the tasks run at
+    once, what they touch comes first, the rest in the background. Serves one restore, sums up, and ends.
+
+    It listens on the socket lazy-pages.socket in the work directory, where the restore looks for it.
+    """
+    sources = sources_of(source_options)
+    places = Places.of(images_dir, work_dir, log_file, pidfile, stats_json, trace)
+    if daemon:
+        # Standard error will be /dev/null, but what is said still belongs where the caller's went; so does
+        # criu (observed with CRIU 4.2.1).
+        sys.stderr = os.fdopen(os.dup(2), "w", encoding="utf-8", errors="backslashreplace")
+    terminal = _terminal() if verbosity >= AUDIBLE and not daemon and sys.stderr.isatty() else None
+    log_stream = _log_stream(places.log_file, terminal)
+    logs.start(verbosity, log_stream, terminal)
+    descriptors.raise_limit()
+    try:
+        result = _serve(
+            places,
+            ServeOptions(not no_background, sources.page_servers, sources.remote),
+            sources.directories,
+            loop=loop,
+            daemon=daemon,
+            status_fd=status_fd,
+            terminal=terminal,
+            log_fd=(log_stream or sys.stderr).fileno(),
+        )
+    except Exception as error:
+        foreseen = isinstance(error, LazyPagesError | ImageError)
+        log.error("%s", error, extra=logs.SAID, exc_info=not foreseen)
+        raise
+    finally:
+        _forget_unsaid()
+    ctx.exit(0 if result.ok else 1)
+
+
+def _serve(
+    places: Places,
+    options: ServeOptions,
+    directories: Sequence[Path],
+    *,
+    loop: str,
+    daemon: bool,
+    status_fd: int | None,
+    terminal: Console | None,
+    log_fd: int,
+) -> Summary:
+    """All that can go wrong for known reasons does so before a restore is told that it may start."""
+    if status_fd is not None:
+        _check_status_fd(status_fd)  # before files of ours have numbers
+    expected = _expect(places, options, directories)
+    if options.remote:
+        from dataclasses import replace  # noqa: PLC0415 - slow to import
+
+        from images_spec.identity import identify  # noqa: PLC0415 - only needed with a page server
+
+        remote = replace(options.remote, checkpoint=identify(places.images_dir))
+        if remote.layout is None:
+            remote = replace(remote, written_by=written_by(places.images_dir))
+        options = options._replace(remote=remote)
+    tracer = _tracer(places, expected)
+    _check_userfaultfd()
+    if options.page_servers:
+        _check_certificates(options)
+    _check_loop(loop)
+    ready: list[Callable[[], None]] = [
+        lambda: log.log(MESSAGE, "%s", _invitation(places, expected)),
+    ]
+    if status_fd is not None:
+        ready.append(partial(tell_ready, status_fd))
+    with ControlSocket(places.work_dir) as control:
+        if daemon:
+            ready.append(daemonize(open_pidfile(places.pidfile) if places.pidfile else None))
+        elif places.pidfile:
+            log.warning("--pidfile does nothing without -d")
+        # A terminal that goes away is no reason to leave tasks without their memory.
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        # Closed before the guard ends, which holds uffds that a restorer has sent if we end before they are served.
+        with Guard(log_fd) as guard, closing(control), ExitStack() as until_running:
+            until_running.enter_context(_signals_held())  # by all threads, so this comes before any other
+            with tracer or nullcontext():
+                options = options._replace(trace=tracer.ring if tracer else None)
+                _tell(ready)
+                until_running.enter_context(importing())
+                from lazypages.loop.run import run  # noqa: PLC0415 - while the restore starts
+
+                result = run(
+                    loop,
+                    expected,
+                    control,
+                    options,
+                    guard,
+                    terminal=terminal,
+                    running=until_running.close,
+                )
+    if result.tasks or result.finished:
+        if terminal:
+            with suppress(OSError):  # it has gone away
+                terminal.print(summary.table(result))
+        for line in summary.lines(result):
+            log.log(MESSAGE, "%s", line, extra=logs.NOT_ON_TERMINAL)
+    if places.stats_json:
+        write_stats(places.stats_json, result)
+    return result
+
+
+def _expect(places: Places, options: ServeOptions, directories: Sequence[Path]) -> dict[int, Expected]:
+    """Raises ImageError, LazyPagesError."""
+    try:
+        expected = expect(places.images_dir, remote=bool(options.page_servers), others=directories)
+    except ImageError:
+        if descriptors.exhausted():
+            raise descriptors.too_few_for_images() from None
+        raise
+    alive = sum(task.memory is not None for task in expected.values())
+    descriptors.check_enough(alive, len(options.page_servers))
+    return expected
+
+
+def _invitation(places: Places, expected: Mapping[int, Expected]) -> str:
+    """What to do next, and what for."""
+    alive = [task for task in expected.values() if task.memory is not None]
+    pages = sum(task.lazy_pages for task in alive)
+    where = f"-D {places.images_dir}"
+    if places.work_dir != places.images_dir:
+        where += f" -W {places.work_dir}"
+    return (
+        f"{summary.count(len(alive), 'task')}, {summary.size(pages * PAGE_SIZE)} to bring; "
+        f"waiting for: criu restore --lazy-pages {where}"
+    )
+
+
+def _tracer(places: Places, expected: Mapping[int, Expected]) -> Tracer | None:
+    """Its file is made now, its thread starts in the daemon. Raises TraceError."""
+    if places.trace is None:
+        return None
+    from lazypages.observe.tracing import Tracer  # noqa: PLC0415 - a restore waits for what is imported
+
+    levels = {pid: task.sources for pid, task in expected.items() if task.memory is not None}
+    return Tracer(places.trace, places.images_dir, levels)
+
+
+def _check_userfaultfd() -> None:
+    """The restore makes the uffds; but where we could not, it hardly can. Raises LazyPagesError."""
+    match kernel.try_userfaultfd():
+        case errno.ENOSYS:
+            raise LazyPagesError(kernel.NO_USERFAULTFD)
+        case 0:
+            pass
+        case error:
+            log.warning(
+                "no userfaultfd for this process (%s); the restore must be able to make one",
+                os.strerror(error),
+            )
+
+
+def _check_certificates(options: ServeOptions) -> None:
+    """Raises TlsError."""
+    from lazypages.sources.remote import check_certificates  # noqa: PLC0415 - slow to import
+
+    check_certificates(options.page_servers, options.remote)
+
+
+def _check_loop(loop: str) -> None:
+    if find_spec(loop) is None:
+        raise LazyPagesError(f"--loop {loop}: it is not installed; install the Python package {loop}")
+
+
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """SIGINT and SIGTERM wait for the server, which knows whom it would leave without memory."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _tell(ready: Sequence[Callable[[], None]]) -> None:
+    """Says that a restore may be started. That nobody listens is no reason not to serve."""
+    for tell in ready:
+        try:
+            tell()
+        except (OSError, LazyPagesError) as error:
+            log.warning("nobody hears that a restore may be started: %s", error)
+
+
+def _terminal() -> Console:
+    from rich.console import Console  # noqa: PLC0415 - slow to import, and only needed on terminals
+
+    return Console(stderr=True, highlight=False)
+
+
+def _log_stream(log_file: Path | None, terminal: Console | None) -> TextIO | None:
+    """Where log lines go beside the terminal."""
+    if log_file is not None:
+        return logs.open_log(log_file)
+    return None if terminal else sys.stderr
+
+
+def _forget_unsaid() -> None:
+    """What a terminal or reader that has gone away did not take must not turn the exit status into 120."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, stream.fileno())
+            os.close(null)
+
+
+def _check_status_fd(status_fd: int) -> None:
+    try:
+        os.fstat(status_fd)
+    except OSError as error:
+        raise LazyPagesError(f"--status-fd {status_fd}: {error.strerror}") from error
+
+
+def write_stats(path: Path, result: Summary) -> None:
+    """The numbers of a summary as JSON. Raises LazyPagesError."""
+    import json  # noqa: PLC0415 - for the end, and a restore waits for our start
+
+    try:
+        # On one line: for a thousand tasks json takes ten times as long with indentation, and somebody waits.
+        path.write_text(json.dumps(result.as_dict()) + "\n")
+    except OSError as error:
+        raise LazyPagesError(f"--stats-json {path}: {error.strerror}") from error

@@ -1,0 +1,188 @@
+"""A connected stream socket for an event loop, plain or TLS, that receives into memory of the caller's."""
+
+from __future__ import annotations
+
+import os
+import socket
+import ssl
+from contextlib import suppress
+from typing import Final
+
+import anyio
+import anyio.lowlevel
+
+from lazypages.errors import LazyPagesError
+from lazypages.net.tls import TlsFiles
+from lazypages.net.url import ConnectedSocket, PageServerAddress, TcpServer, UnixServer
+
+# A peer that is gone without a word is found out by the kernel after about half a minute (tcp(7)).
+KEEPALIVE: Final = {socket.TCP_KEEPIDLE: 10, socket.TCP_KEEPINTVL: 5, socket.TCP_KEEPCNT: 4}
+USER_TIMEOUT: Final = 30_000  # ms that sent bytes may stay unacknowledged
+
+
+class LinkError(LazyPagesError):
+    """The connection can't be made, or is lost."""
+
+
+class Link:
+    """Made by `connect`. send and recv_into never block: None says "not now"."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        self._sock = sock
+
+    def recv_into(self, room: memoryview) -> int | None:
+        """Bytes received; 0 at the end. Raises LinkError."""
+        try:
+            return self._sock.recv_into(room)
+        except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            return None
+        except ssl.SSLZeroReturnError:
+            return 0
+        except OSError as error:
+            raise LinkError(_reason(error)) from None
+
+    def send(self, data: bytes | bytearray | memoryview) -> int:
+        """Bytes that were taken; 0: none at the moment. Raises LinkError."""
+        try:
+            return self._sock.send(data)
+        except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            return 0
+        except OSError as error:
+            raise LinkError(_reason(error)) from None
+
+    @property
+    def plain_fd(self) -> int | None:
+        """The file descriptor; None with TLS, where what goes through it is not what is said."""
+        return None if isinstance(self._sock, ssl.SSLSocket) else self._sock.fileno()
+
+    @property
+    def within_host(self) -> bool:
+        """Whether both ends have the same address."""
+        try:
+            return (
+                self._sock.family == socket.AF_UNIX
+                or self._sock.getpeername()[0] == self._sock.getsockname()[0]
+            )
+        except OSError:
+            return False  # closed meanwhile, which others find
+
+    async def wait_readable(self) -> None:
+        """Until recv_into has something to say."""
+        if isinstance(self._sock, ssl.SSLSocket) and self._sock.pending():
+            await anyio.lowlevel.checkpoint()
+        else:
+            await anyio.wait_readable(self._sock)
+
+    async def wait_writable(self) -> None:
+        """Until send takes something."""
+        await anyio.wait_writable(self._sock)
+
+    def close(self) -> None:
+        """With TLS, say good-bye first. Nobody may be waiting for the link any more."""
+        if isinstance(self._sock, ssl.SSLSocket):
+            with suppress(OSError, ValueError):
+                self._sock.unwrap()
+        self._sock.close()
+
+    def round_trip(self) -> float | None:
+        """Seconds that the kernel measured, for TCP; it knows since the handshake."""
+        with suppress(OSError):
+            info = self._sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
+            return int.from_bytes(info[68:72], "little") / 1e6  # struct tcp_info, tcpi_rtt
+        return None
+
+
+async def connect(address: PageServerAddress, tls: TlsFiles | None) -> Link:
+    """A link to `address`. `tls` is needed for tls:// only. Raises LinkError, TlsError.
+
+    One address of a name after the other, never two at once: a server of CRIU's takes one connection in all.
+    """
+    sock = await _connect(address)
+    try:
+        if isinstance(address, TcpServer) and address.tls:
+            sock = await _start_tls(sock, address.host, tls or TlsFiles())
+        return Link(sock)
+    except BaseException:
+        sock.close()
+        raise
+
+
+async def _connect(address: PageServerAddress) -> socket.socket:
+    match address:
+        case UnixServer(path):
+            return await _try(socket.AF_UNIX, str(path))
+        case ConnectedSocket(fd):
+            try:
+                sock = socket.socket(fileno=fd)
+                sock.getpeername()
+            except OSError as error:
+                raise LinkError(f"no connected socket: {_reason(error)}") from None
+            return sock
+        case TcpServer(host, port):
+            try:
+                found = await anyio.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            except OSError as error:
+                raise LinkError(_reason(error)) from None
+            failure = LinkError("no address")
+            for family, _, _, _, where in found:
+                try:
+                    return await _try(family, where)
+                except LinkError as error:
+                    failure = error
+            raise failure
+
+
+async def _try(family: int, where: object) -> socket.socket:
+    sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        sock.setblocking(False)
+        if family != socket.AF_UNIX:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for option, value in KEEPALIVE.items():
+                sock.setsockopt(socket.IPPROTO_TCP, option, value)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, USER_TIMEOUT)
+        try:
+            sock.connect(where)  # type: ignore[arg-type]
+        except BlockingIOError:
+            await anyio.wait_writable(sock)
+            error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            if error:
+                raise OSError(error, os.strerror(error)) from None
+    except OSError as error:
+        sock.close()
+        raise LinkError(_reason(error)) from None
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+async def _start_tls(sock: socket.socket, host: str, files: TlsFiles) -> ssl.SSLSocket:
+    secure = files.client_context().wrap_socket(sock, server_hostname=host, do_handshake_on_connect=False)
+    try:
+        while True:
+            try:
+                secure.do_handshake()
+                break
+            except ssl.SSLWantReadError:
+                await anyio.wait_readable(secure)
+            except ssl.SSLWantWriteError:
+                await anyio.wait_writable(secure)
+        files.verify_peer(secure.getpeercert(), host)
+    except OSError as error:
+        secure.close()
+        raise LinkError(f"TLS: {_reason(error)}") from None
+    except BaseException:
+        secure.close()
+        raise
+    return secure
+
+
+def _reason(error: OSError) -> str:
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"certificate: {error.verify_message}"
+    if isinstance(error, ssl.SSLError):
+        return f"TLS: {error.reason or error}"
+    return error.strerror or str(error)

@@ -1,0 +1,332 @@
+"""Where a page server listens, and the sockets that come of it."""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import logging
+import os
+import select
+import selectors
+import signal
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any, Final, Self
+
+from lazypages.errors import LazyPagesError
+from lazypages.net.link import KEEPALIVE
+from lazypages.net.peers import StrangerError, check_peer, get_ready
+from lazypages.net.tls import TlsError, TlsFiles
+
+log = logging.getLogger("lazypages")
+
+LOOPBACK: Final = "127.0.0.1"
+UNIX_PREFIX: Final = "unix:"
+HANDSHAKE_TIMEOUT: float = 30.0  # s
+BACKLOG: Final = 64
+#: What OpenSSL calls the beginning of something else.
+NO_TLS: Final = {
+    "WRONG_VERSION_NUMBER",
+    "HTTP_REQUEST",
+    "HTTPS_PROXY_REQUEST",
+    "UNKNOWN_PROTOCOL",
+    "BAD_RECORD_TYPE",
+}
+RETRY: Final = 0.5  # s after which a client is taken that could not be taken
+
+
+class ListenError(LazyPagesError):
+    """The server can't listen there, or should not."""
+
+
+def listen(address: str | None, port: int, *, insecure: bool, tls: bool) -> tuple[socket.socket, str]:
+    """A listening socket, and how to name it: `address` is a host, an IPv4 or IPv6 address, or unix:PATH.
+
+    Loopback without an address; port 0 is one of the kernel's choice. Raises ListenError, also for an address that
+    others can reach unless it is to be `insecure`, which is warned of, or has `tls`.
+    """
+    if address is not None and address.startswith(UNIX_PREFIX):
+        return _listen_unix(Path(address.removeprefix(UNIX_PREFIX)))
+    host = LOOPBACK if address is None else address
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError as error:
+        raise ListenError(f"--address {host}: {error.strerror}") from None
+    family, _, _, _, where = found[0]
+    loopback = ipaddress.ip_address(str(where[0]).partition("%")[0]).is_loopback
+    if not (loopback or insecure or tls):
+        raise ListenError(
+            f"--address {host}: everybody who reaches it could read or write the memory of tasks: "
+            "use --tls, or say --insecure"
+        )
+    get_ready()
+    sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(where)
+        sock.listen(BACKLOG)
+    except OSError as error:
+        sock.close()
+        raise ListenError(f"can't listen at {host} port {port}: {error.strerror}") from None
+    if insecure and not (loopback or tls):
+        log.warning("--insecure: everybody who reaches %s can read or write the memory of tasks", host)
+    bound, number = sock.getsockname()[:2]
+    return sock, f"[{bound}]:{number}" if family == socket.AF_INET6 else f"{bound}:{number}"
+
+
+def _listen_unix(path: Path) -> tuple[socket.socket, str]:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        if path.is_socket() and not _is_alive(path):
+            path.unlink()
+        sock.bind(str(path))
+        path.chmod(0o600)
+        sock.listen(BACKLOG)
+    except OSError as error:
+        sock.close()
+        raise ListenError(f"can't listen at {UNIX_PREFIX}{path}: {error.strerror or error}") from None
+    return sock, f"{UNIX_PREFIX}{path}"
+
+
+def _is_alive(path: Path) -> bool:
+    """Whether somebody has bound the socket. A connection would be the only one that some servers take."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(str(path))
+        except OSError as error:
+            return error.errno == errno.EPROTOTYPE
+        return True
+
+
+def connected_socket(fd: int) -> socket.socket:
+    """The socket of --ps-socket. Raises ListenError."""
+    try:
+        sock = socket.socket(fileno=fd)
+        sock.getpeername()
+        sock.setblocking(True)
+    except OSError as error:
+        raise ListenError(f"--ps-socket {fd}: no connected socket: {error.strerror}") from None
+    return sock
+
+
+def prepare(sock: socket.socket, tls: TlsFiles | None, name: str | None, *, strangers: bool) -> socket.socket:
+    """An accepted socket, ready to be read; with TLS after the handshake. Raises TlsError, StrangerError, and has
+    closed it then.
+
+    `name`: the server's --address, which the client's certificate must name too (as with CRIU), or None. `strangers`:
+    whether other users of this host may connect; with TLS the certificate says who may.
+    """
+    if sock.family != socket.AF_UNIX:
+        with suppress(OSError):  # a client that is gone already is found out by reading
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for option, value in KEEPALIVE.items():
+                sock.setsockopt(socket.IPPROTO_TCP, option, value)
+    if tls is None:
+        if not strangers:
+            try:
+                check_peer(sock)
+            except StrangerError:
+                sock.close()
+                raise
+        return sock
+    sock.settimeout(HANDSHAKE_TIMEOUT)  # for all of it, however it is cut
+    try:
+        secure = tls.server_context().wrap_socket(sock, server_side=True)
+    except TimeoutError:
+        sock.close()
+        raise TlsError(f"TLS: no handshake within {HANDSHAKE_TIMEOUT:g} s") from None
+    except ssl.SSLError as error:
+        sock.close()
+        what = getattr(error, "verify_message", None) or error.reason or error
+        if error.reason in NO_TLS:
+            what = f"the client does not speak it ({error.reason})"
+        raise TlsError(f"TLS: {what}") from None
+    except OSError as error:
+        sock.close()
+        raise TlsError(f"TLS: no handshake: {error.strerror or error}") from None
+    try:
+        tls.verify_peer(secure.getpeercert(), name)
+    except TlsError:
+        secure.close()
+        raise
+    secure.settimeout(None)
+    return secure
+
+
+def hang_up(sock: socket.socket, *, clean: bool) -> None:
+    """Close a connection; after a clean end, TLS says good-bye to a client that does so too."""
+    if clean and isinstance(sock, ssl.SSLSocket):
+        with suppress(OSError, ValueError):
+            sock.settimeout(1.0)
+            sock.unwrap()
+    sock.close()
+
+
+@contextmanager
+def until_signalled() -> Iterator[int]:
+    """A file descriptor that is readable once SIGINT or SIGTERM has come."""
+    readable, writable = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    wakeup = signal.set_wakeup_fd(writable)
+    for number in before:
+        signal.signal(number, lambda *_: None)
+    try:
+        yield readable
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(wakeup)
+        os.close(readable)
+        os.close(writable)
+
+
+def accept_all(
+    listener: socket.socket,
+    stop: int,
+    handle: Callable[[socket.socket, str], object],
+    *,
+    last_words: float = 0.0,
+) -> None:
+    """`handle(socket, name)` in a thread for each client, until `stop` is readable; then all are cut off.
+
+    `handle` closes its socket. `last_words`: seconds for which it may still send then, but nothing more comes.
+    """
+    listener.setblocking(False)
+    clients: dict[threading.Thread, socket.socket] = {}
+    with selectors.DefaultSelector() as selector:
+        selector.register(listener, selectors.EVENT_READ)
+        selector.register(stop, selectors.EVENT_READ)
+        while not any(key.fd == stop for key, _ in selector.select()):
+            for ended in [thread for thread in clients if not thread.is_alive()]:
+                del clients[ended]
+            try:
+                with suppress(BlockingIOError, ConnectionAbortedError):  # gone before we came
+                    reserve = os.dup(stop)  # it takes two files; with one left the client would be cut off
+                    try:
+                        accepted = listener.accept()
+                    finally:
+                        os.close(reserve)
+                    _start_client(*accepted, handle, clients)
+            except (OSError, RuntimeError) as error:  # no more files, no more threads
+                log.warning("a client could not be taken: %s", getattr(error, "strerror", None) or error)
+                select.select([stop], [], [], RETRY)
+    if last_words:
+        _shut(clients, socket.SHUT_RD)
+        deadline = time.monotonic() + last_words
+        for thread in clients:
+            thread.join(max(0.0, deadline - time.monotonic()))
+    _shut(clients, socket.SHUT_RDWR)
+    for thread in clients:
+        thread.join()
+
+
+def _shut(clients: dict[threading.Thread, socket.socket], how: int) -> None:
+    for sock in clients.values():
+        with suppress(OSError):
+            sock.shutdown(how)
+
+
+def _start_client(
+    sock: socket.socket,
+    peer: Any,
+    handle: Callable[[socket.socket, str], object],
+    clients: dict[threading.Thread, socket.socket],
+) -> None:
+    """Raises OSError, RuntimeError, without a socket left open."""
+    name = f"client {peer[0]} port {peer[1]}" if peer else "a client"
+    with ExitStack() as cleanup:
+        cleanup.callback(sock.close)
+        sock.setblocking(True)
+        # The duplicate can be shut down whatever the thread has made of the original.
+        duplicate = sock.dup()
+        cleanup.callback(duplicate.close)
+        thread = threading.Thread(
+            target=_handle, args=(handle, sock, duplicate, name), name=name, daemon=True
+        )
+        thread.start()
+        cleanup.pop_all()
+    clients[thread] = duplicate
+
+
+def _handle(
+    handle: Callable[[socket.socket, str], object], sock: socket.socket, duplicate: socket.socket, name: str
+) -> None:
+    try:
+        handle(sock, name)
+    finally:
+        duplicate.close()  # or the connection would stay open
+
+
+Admit = Callable[[socket.socket, str], socket.socket]
+
+
+def accept_one(listener: socket.socket, stop: int, admit: Admit) -> tuple[socket.socket, str] | None:
+    """The first client that `admit(socket, name)` lets in; None when `stop` becomes readable before that.
+
+    All who come meanwhile are asked at once, each in a thread: who is slow at its handshake keeps nobody waiting.
+    `admit` returns the socket to be used, or closes it and raises LazyPagesError, which is logged and costs nobody else
+    anything.
+    """
+    listener.setblocking(False)
+    with selectors.DefaultSelector() as selector, _Admission(admit) as admission:
+        for fd in (listener, stop, admission.fd):
+            selector.register(fd, selectors.EVENT_READ)
+        while not any(key.fd == stop for key, _ in selector.select()):
+            if admission.admitted is not None:
+                return admission.admitted
+            try:
+                with suppress(BlockingIOError, ConnectionAbortedError):
+                    _start_client(*listener.accept(), admission.ask, admission.clients)
+            except (OSError, RuntimeError) as error:
+                log.warning("a client could not be taken: %s", getattr(error, "strerror", None) or error)
+                select.select([stop], [], [], RETRY)
+    return None
+
+
+class _Admission:
+    """Clients that are being asked who they are. `fd` is readable once one is `admitted`; the others are cut off on
+    the way out.
+    """
+
+    def __init__(self, admit: Admit) -> None:
+        self._admit = admit
+        self._lock = threading.Lock()
+        self._over = False
+        self.clients: dict[threading.Thread, socket.socket] = {}
+        self.admitted: tuple[socket.socket, str] | None = None
+        self._chosen: threading.Thread | None = None
+        self.fd = os.eventfd(0, os.EFD_CLOEXEC)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._over = True
+        for thread, sock in self.clients.items():
+            if thread is not self._chosen:
+                with suppress(OSError):
+                    sock.shutdown(socket.SHUT_RDWR)
+            thread.join()
+        os.close(self.fd)
+
+    def ask(self, sock: socket.socket, name: str) -> None:
+        """In a thread of its own."""
+        try:
+            sock = self._admit(sock, name)
+        except LazyPagesError as error:
+            log.error("%s: %s", name, error)
+            return
+        with self._lock:
+            if self._over or self.admitted is not None:
+                log.warning("%s: another client was faster", name)
+                sock.close()
+            else:
+                self.admitted, self._chosen = (sock, name), threading.current_thread()
+                os.eventfd_write(self.fd, 1)

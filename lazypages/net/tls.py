@@ -1,0 +1,122 @@
+"""TLS with certificates on both sides, as CRIU has it (`--tls*`; reference/criu-interfaces §4).
+
+Both sides show a certificate and verify the other's chain, against revocations too if there is a list. Whether
+the other side's certificate names the address that was given with `--address` is checked on *both* sides, as
+CRIU does, unless `--tls-no-cn-verify`.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import ssl
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lazypages.errors import LazyPagesError
+from lazypages.net.tls_defaults import DEFAULT_CACERT, DEFAULT_CACRL, DEFAULT_CERT, DEFAULT_KEY
+
+
+class TlsError(LazyPagesError):
+    """Certificates that can't be used, or a peer that can't be trusted."""
+
+
+class TlsFiles(NamedTuple):
+    """The options: files (PEM), and whether a certificate must name the address (``check_name``).
+
+    Without ``cacert``, DEFAULT_CACERT is used if it can be read, else what the system trusts; without
+    ``cacrl``, DEFAULT_CACRL if it can be read.
+    """
+
+    cacert: Path | None = None
+    cert: Path = DEFAULT_CERT
+    key: Path = DEFAULT_KEY
+    cacrl: Path | None = None
+    check_name: bool = True
+
+    def client_context(self) -> ssl.SSLContext:
+        """For the side that connects. Raises TlsError."""
+        return self._context(ssl.PROTOCOL_TLS_CLIENT)
+
+    def server_context(self) -> ssl.SSLContext:
+        """For the side that accepts. Raises TlsError."""
+        context = self._context(ssl.PROTOCOL_TLS_SERVER)
+        # Nobody resumes a session, and to CRIU's dump a ticket is no answer: GnuTLS has nothing to read then, says
+        # EAGAIN, and the dump fails (observed with CRIU 4.1.1 and 4.2.1).
+        context.num_tickets = 0
+        return context
+
+    def _context(self, protocol: int) -> ssl.SSLContext:
+        context = ssl.SSLContext(protocol)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.check_hostname = False  # verify_peer does, the same way on both sides
+        context.verify_mode = ssl.CERT_REQUIRED
+        cacert = self.cacert or (DEFAULT_CACERT if os.access(DEFAULT_CACERT, os.R_OK) else None)
+        cacrl = self.cacrl or (DEFAULT_CACRL if os.access(DEFAULT_CACRL, os.R_OK) else None)
+        if cacert:
+            _load("--tls-cacert", cacert, lambda: context.load_verify_locations(cacert))
+        else:
+            context.load_default_certs(
+                ssl.Purpose.SERVER_AUTH if protocol == ssl.PROTOCOL_TLS_CLIENT else ssl.Purpose.CLIENT_AUTH
+            )
+        if cacrl:
+            _load("--tls-cacrl", cacrl, lambda: context.load_verify_locations(cacrl))
+            context.verify_flags |= ssl.VERIFY_CRL_CHECK_LEAF
+        _load("--tls-cert", self.cert, self.cert.read_bytes)
+        _load("--tls-key", self.key, self.key.read_bytes)
+        _load("--tls-cert and --tls-key", self.cert, lambda: context.load_cert_chain(self.cert, self.key))
+        return context
+
+    def verify_peer(self, certificate: dict[str, Any] | None, address: str | None) -> None:
+        """Whether the peer's certificate (SSLSocket.getpeercert()) names `address`. Raises TlsError.
+
+        Nothing is checked with --tls-no-cn-verify, or when no address was given.
+        """
+        if not self.check_name or address is None:
+            return
+        names = certificate_names(certificate or {})
+        if not any(_matches(kind, name, address) for kind, name in names):
+            found = ", ".join(name for _, name in names) or "nobody"
+            raise TlsError(
+                f"the other side's certificate is for {found}, not for {address} (--tls-no-cn-verify lets it pass)"
+            )
+
+
+def certificate_names(certificate: dict[str, Any]) -> list[tuple[str, str]]:
+    """Whom a certificate is for: ("DNS" or "IP Address", name); the common name if there is nothing better."""
+    names = [
+        (kind, name) for kind, name in certificate.get("subjectAltName", ()) if kind in {"DNS", "IP Address"}
+    ]
+    if names:
+        return names
+    return [
+        ("DNS", value)
+        for part in certificate.get("subject", ())
+        for key, value in part
+        if key == "commonName"
+    ]
+
+
+def _matches(kind: str, name: str, address: str) -> bool:
+    try:
+        wanted = ipaddress.ip_address(address)
+    except ValueError:
+        if kind != "DNS":
+            return False
+        name, address = name.rstrip(".").lower(), address.rstrip(".").lower()
+        first, _, rest = address.partition(".")
+        # RFC 6125: a wildcard stands for exactly one label, the first, of a name with at least two more
+        return name == address or (bool(first) and name == f"*.{rest}" and "." in rest)
+    try:
+        return ipaddress.ip_address(name) == wanted
+    except ValueError:
+        return False
+
+
+def _load(option: str, path: Path, load: Any) -> None:
+    try:
+        load()
+    except ssl.SSLError as error:
+        raise TlsError(f"{option} {path}: not what it should be: {error.reason or error}") from None
+    except OSError as error:
+        raise TlsError(f"{option} {path}: {error.strerror}") from None

@@ -1,0 +1,194 @@
+"""How far the restored tasks are, while it goes on: bars on a terminal, else now and then a line in the log.
+
+Both watch a server from beside it (the `watch` of :meth:`lazypages.loop.server.Server.run`), by its summary.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import anyio
+
+from lazypages.engine.uffd import PAGE_SIZE
+from lazypages.logs import MESSAGE
+from lazypages.observe.metrics import State, Summary, TaskReport
+from lazypages.observe.summary import count, size
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+log = logging.getLogger("lazypages")
+
+#: Seconds between looks, on a terminal and in a log.
+FRAME = 0.2
+LINE = 5.0
+
+#: The longest pause in a log when nothing happens.
+QUIET_LINE = 60.0
+
+#: Seconds over which speed is measured.
+WINDOW = 1.5
+
+#: Lines of the terminal that are not for tasks: head, total, "and more", and air.
+OTHER_LINES = 5
+
+_BAR_WIDTH = 24
+
+
+class Watched(Protocol):
+    """What is looked at: a server."""
+
+    def summary(self) -> Summary: ...
+
+
+class Line(NamedTuple):
+    """A task, or all of them. Pages; ``speed``: bytes a second lately; ``sources``: pages given, by name."""
+
+    name: str
+    state: State
+    total: int
+    remaining: int
+    faults: int
+    speed: float
+    sources: dict[str, int]
+
+    @property
+    def done(self) -> float:
+        """Share of the lazy pages that is settled, 0 to 1."""
+        return 1.0 if not self.total else max(0.0, 1 - self.remaining / self.total)
+
+
+class Speedometer:
+    """Bytes a second over the last moments, by name."""
+
+    def __init__(self, window: float = WINDOW) -> None:
+        self._window = window
+        self._seen: dict[str, deque[tuple[float, int]]] = {}
+
+    def speed(self, name: str, now: float, pages: int) -> float:
+        """Notes that by `now` (seconds) so many pages had come."""
+        seen = self._seen.setdefault(name, deque())
+        seen.append((now, pages))
+        while len(seen) > 2 and now - seen[1][0] >= self._window:
+            seen.popleft()
+        before, base = seen[0]
+        return max(0, pages - base) * PAGE_SIZE / (now - before) if now > before else 0.0
+
+
+def total(summary: Summary, speedometer: Speedometer, now: float) -> Line:
+    """All tasks as one."""
+    tasks = summary.tasks
+    return Line(
+        count(len(tasks), "task"),
+        State.SERVING,
+        sum(task.total for task in tasks),
+        sum(task.pending for task in tasks),
+        sum(task.stats.faults for task in tasks),
+        speedometer.speed("", now, sum(task.copied.total for task in tasks)),
+        summary.copied_by_source(),
+    )
+
+
+def shown(tasks: Sequence[TaskReport], room: int) -> Sequence[TaskReport]:
+    """The tasks that have one of `room` lines for themselves: those that miss most, in their order."""
+    if len(tasks) <= room:
+        return tasks
+    missing = sorted(range(len(tasks)), key=lambda index: (-tasks[index].pending, index))
+    return [tasks[index] for index in sorted(missing[: max(0, room)])]
+
+
+def task_line(task: TaskReport, speedometer: Speedometer, now: float) -> Line:
+    return Line(
+        task.name,
+        task.state,
+        task.total,
+        task.pending,
+        task.stats.faults,
+        speedometer.speed(task.name, now, task.copied.total),
+        task.by_source(task.copied),
+    )
+
+
+async def watch_in_log(server: Watched) -> None:
+    """A line now and then, as long as something happens; never returns."""
+    speedometer = Speedometer(LINE)
+    before = None
+    pause = LINE
+    while True:
+        await anyio.sleep(pause)
+        line = total(server.summary(), speedometer, time.monotonic())
+        state = (line.name, line.remaining, line.faults)
+        if state == before:
+            # With a thousand tasks a look takes a while: the longer nothing happens, the rarer it is.
+            pause = min(2 * pause, QUIET_LINE)
+        else:
+            before, pause = state, LINE
+            log.log(MESSAGE, "%s", describe(line))
+
+
+def describe(line: Line) -> str:
+    """As a line of text."""
+    sources = "".join(f", {pages:,} from {name}" for name, pages in line.sources.items())
+    return (
+        f"{line.name}: {line.done:.0%}, {count(line.remaining, 'page')} ({size(line.remaining * PAGE_SIZE)}) "
+        f"to go, {size(line.speed)}/s, {count(line.faults, 'fault')}{sources}"
+    )
+
+
+class TerminalWatch:
+    """Bars on a terminal, one a task as far as there is room, and one for all; they go away at the end."""
+
+    def __init__(self, terminal: Console) -> None:
+        self._terminal = terminal
+        self._speedometer = Speedometer()
+
+    async def __call__(self, server: Watched) -> None:
+        """Never returns."""
+        from rich.live import Live  # noqa: PLC0415 - slow to import, and only needed on terminals
+
+        with Live(console=self._terminal, auto_refresh=False, transient=True) as live:
+            while True:
+                started = time.monotonic()
+                summary = server.summary()
+                if summary.tasks:
+                    live.update(self.render(summary, started), refresh=True)
+                # With a thousand tasks a look takes a while: never more than a tenth of the time.
+                await anyio.sleep(max(FRAME, 9 * (time.monotonic() - started)))
+
+    def render(self, summary: Summary, now: float) -> Table:
+        """The picture of this moment."""
+        from rich.progress_bar import ProgressBar  # noqa: PLC0415
+        from rich.table import Table  # noqa: PLC0415
+
+        everything = total(summary, self._speedometer, now)
+        tasks = shown(summary.tasks, self._terminal.size.height - OTHER_LINES)
+        picture = [task_line(task, self._speedometer, now) for task in tasks]
+        grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+        for name in ("", "", "%", "to go", "speed", "faults", "pages by source"):
+            grid.add_column(
+                name, justify="left" if name in {"", "pages by source"} else "right", no_wrap=True
+            )
+        hidden = len(summary.tasks) - len(tasks)
+        for line in [*picture, *([everything] if len(summary.tasks) > 1 else [])]:
+            if line is everything and hidden:
+                grid.add_row(f"and {hidden:,} more", style="dim")
+            grid.add_row(
+                line.name,
+                ProgressBar(total=1.0, completed=line.done, width=_BAR_WIDTH),
+                f"{int(line.done * 100)} %",
+                size(line.remaining * PAGE_SIZE) if line.state is State.SERVING else str(line.state),
+                f"{size(line.speed)}/s",
+                f"{line.faults:,}",
+                _sources(line.sources.items()),
+                style="bold" if line is everything else "",
+            )
+        return grid
+
+
+def _sources(sources: Iterable[tuple[str, int]]) -> str:
+    return ", ".join(f"{name} {pages:,}" for name, pages in sources)

@@ -1,0 +1,176 @@
+"""What was done, for a person: how it ended, pages and faults by source, service times."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from lazypages.engine.uffd import PAGE_SIZE
+from lazypages.observe.metrics import State, Summary, TaskReport, signal_name
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+#: Tasks whose memory is not whole that are named one by one; of more, only the number is told.
+MAX_NAMED = 20
+
+_WORDS = {
+    State.SERVING: "not complete",
+    State.COMPLETE: "complete",
+    State.GONE: "gone before that",
+    State.DIED: "killed by a signal",
+    State.ENDED: "ended before that, how is not known",
+    State.LOST: "lost pages",
+    State.KILLED: "killed",
+}
+
+
+def count(number: int, noun: str) -> str:
+    """1 page, 2,000 pages."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def size(nr_bytes: float) -> str:
+    """Bytes in binary units: 256.0 MiB."""
+    if nr_bytes < 1024:
+        return f"{nr_bytes:.0f} B"
+    for unit in ("KiB", "MiB", "GiB"):
+        nr_bytes /= 1024
+        if nr_bytes < 1023.95:
+            return f"{nr_bytes:.1f} {unit}"
+    return f"{nr_bytes / 1024:.1f} TiB"
+
+
+def duration(nanoseconds: float) -> str:
+    """A time with three digits: 9.70 us, 120 us, 1.05 ms, 2.50 s."""
+    for unit, scale in (("ns", 1), ("us", 1e3), ("ms", 1e6)):
+        value = nanoseconds / scale
+        if value < 999.5:
+            return f"{value:.3g} {unit}" if unit == "ns" else f"{_three_digits(value)} {unit}"
+    seconds = nanoseconds / 1e9
+    return f"{_three_digits(seconds)} s" if seconds < 999.5 else f"{seconds:,.0f} s"
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:.2f}" if value < 9.995 else f"{value:.1f}" if value < 99.95 else f"{value:.0f}"
+
+
+class Row(NamedTuple):
+    """What one source has given. The source ``zero`` is memory that no task had ever touched."""
+
+    source: str
+    pages: int
+    faults: int
+
+
+def rows(summary: Summary) -> list[Row]:
+    """By source, in the order in which the sources are asked; without those that gave nothing."""
+    pages, faults = summary.copied_by_source(), summary.faults_by_source()
+    pages["zero"] = sum(task.stats.zero_pages for task in summary.tasks)
+    names = [*dict.fromkeys([*pages, *faults])]
+    names.sort(key=lambda name: name == "zero")
+    made = [Row(name, pages.get(name, 0), faults.get(name, 0)) for name in names]
+    return [row for row in made if row.pages or row.faults]
+
+
+def verdict(summary: Summary) -> str:
+    """One line: how it ended, after what time."""
+    states = [task.state for task in summary.tasks]
+    ends = [f"{states.count(state):,} {word}" for state, word in _WORDS.items() if state in states]
+    if summary.zombies:
+        ends.append(count(summary.zombies, "zombie"))
+    head = count(len(states), "task")
+    forks = sum(task.forked for task in summary.tasks)
+    if forks:
+        head += f" ({forks:,} forked after the restore)"
+    tail = "" if summary.finished else "; the restore did not finish"
+    return f"{head} in {duration(summary.seconds * 1e9)}: {', '.join(ends)}{tail}"
+
+
+def speed(summary: Summary) -> str:
+    """One line: how long answers took."""
+    times = summary.times
+    p50, p99 = times.quantile(0.5), times.quantile(0.99)
+    if p50 is None or p99 is None:
+        return "no fault was waited for"
+    return f"a fault is answered in: p50 {duration(p50)}, p99 {duration(p99)}, at most {duration(times.max)}"
+
+
+def leftovers(summary: Summary) -> list[str]:
+    """A line for each task that did not get all of its memory."""
+    bad = [task for task in summary.tasks if not task.state.good]
+    lines = [_leftover(task) for task in bad[:MAX_NAMED]]
+    if len(bad) > MAX_NAMED:
+        lines.append(f"and {count(len(bad) - MAX_NAMED, 'more task')}")
+    return lines
+
+
+def _leftover(task: TaskReport) -> str:
+    missing = f"{count(task.pending, 'page')} missing" if task.pending else "no page missing"
+    poisoned = f", {count(task.stats.poisoned, 'page')} poisoned" if task.stats.poisoned else ""
+    how = f"killed by {signal_name(task.signal)}" if task.signal else _WORDS[task.state]
+    return f"{task.name}: {how}, {missing}{poisoned}"
+
+
+def dropped(summary: Summary) -> str | None:
+    """One line about pages that nobody needs any more, if there are any."""
+    pages = sum(task.dropped.total for task in summary.tasks)
+    return (
+        f"{count(pages, 'page')} not needed any more: unmapped or discarded by the tasks" if pages else None
+    )
+
+
+def compressed(summary: Summary) -> list[str]:
+    """A line for each page server that has sent pages compressed."""
+    return [
+        f"page server {server.address}: {count(server.compressed_pages, 'page')} came compressed, "
+        f"{size(server.compressed_pages * PAGE_SIZE)} as {size(server.compressed_bytes)}"
+        for server in summary.page_servers
+        if server.compressed_pages
+    ]
+
+
+def lines(summary: Summary) -> list[str]:
+    """All of it as plain text."""
+    text = [verdict(summary), *leftovers(summary)]
+    text += [
+        f"from {row.source}: {count(row.pages, 'page')} ({size(row.pages * PAGE_SIZE)}), "
+        f"{count(row.faults, 'fault')}"
+        for row in rows(summary)
+    ]
+    text += [line for line in (*compressed(summary), dropped(summary), speed(summary)) if line]
+    return text
+
+
+def table(summary: Summary) -> RenderableType:
+    """All of it for a terminal."""
+    from rich import box  # noqa: PLC0415 - slow to import, and only needed on terminals
+    from rich.console import Group  # noqa: PLC0415
+    from rich.table import Table  # noqa: PLC0415
+    from rich.text import Text  # noqa: PLC0415
+
+    head = Text(verdict(summary), style="bold green" if summary.ok else "bold red")
+    bad = [Text(line, style="red") for line in leftovers(summary)]
+    grid = Table(box=box.SIMPLE_HEAD, show_footer=True, pad_edge=False)
+    given = rows(summary)
+    columns: list[tuple[str, Sequence[str], str]] = [
+        ("source", [row.source for row in given], "all"),
+        ("pages", *_column(row.pages for row in given)),
+        ("size", [size(row.pages * PAGE_SIZE) for row in given], size(_total(given) * PAGE_SIZE)),
+        ("faults", *_column(row.faults for row in given)),
+    ]
+    for index, (name, _, footer) in enumerate(columns):
+        grid.add_column(name, footer=footer, justify="right" if index else "left")
+    for cells in zip(*(column[1] for column in columns), strict=True):
+        grid.add_row(*cells)
+    tail = [Text(line) for line in (*compressed(summary), dropped(summary), speed(summary)) if line]
+    return Group(head, *bad, grid, *tail)
+
+
+def _column(numbers: Iterable[int]) -> tuple[list[str], str]:
+    values = list(numbers)
+    return [f"{value:,}" for value in values], f"{sum(values):,}"
+
+
+def _total(given: Sequence[Row]) -> int:
+    return sum(row.pages for row in given)
