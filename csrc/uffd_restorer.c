@@ -444,7 +444,7 @@ static double seconds(void)
 
 static int run(const char *plan)
 {
-	const char *place = plan + sizeof(struct lp_plan), *end = plan + restorer.plan.size;
+	const char *place = plan + sizeof(struct lp_readahead), *end = plan + restorer.plan.size;
 	int verbose_fd = restorer.plan.log_fd >= 0 ? restorer.plan.log_fd : STDERR_FILENO;
 	double begin = seconds();
 	char who[64], why[256];

@@ -21,7 +21,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-#include "space.h"
+#include "address_space.h"
 
 struct lp_evidence {
 	bool here;	/* registered */

@@ -23,11 +23,11 @@
 #include "follow.h"
 #include "guard.h"
 #include "guarded.h"
-#include "lane.h"
+#include "channel.h"
 #include "lock.h"
 #include "old_length.h"
 #include "common/pages_file.h"
-#include "plan.h"
+#include "readahead.h"
 #include "common/probe.h"
 #include "smaps.h"
 #include "trace.h"
@@ -137,7 +137,7 @@ struct lp_task {
 	uint64_t sweep;		 /* where the next batch begins */
 	bool batching;		 /* answers don't wake */
 	bool look_at_left;	 /* the background has given claims back since they were looked at */
-	struct lp_plan plan;
+	struct lp_readahead plan;
 	struct lp_look look;
 	struct lp_task *next_put_off;
 	uint64_t layout; /* how often it has changed */
@@ -152,7 +152,7 @@ struct lp_task {
 	_Atomic uint64_t last_change; /* when a layout event was read, ns */
 	_Atomic uint64_t last_crowd;  /* when there were many faults at once, ns */
 	_Atomic bool occupied;	 /* while there are some: by the one thread of the background */
-	uint64_t lane_cursor;	 /* that of lanes, the serving thread's */
+	uint64_t channel_cursor;	 /* that of channels, the serving thread's */
 	struct lp_task *next_kin; /* under the engine's lock */
 	pthread_mutex_t waiting_lock; /* of what follows */
 	struct waiter *waiting;
@@ -185,7 +185,7 @@ struct lp_memory {
 };
 
 struct lp_engine {
-	struct lp_lanes lanes;
+	struct lp_channels channels;
 	struct lp_guarded guarded;
 	struct lp_task **kin; /* for the serving thread to collect a family in */
 	size_t cap_kin;
@@ -1031,7 +1031,7 @@ static int answer(struct lp_task *t, struct lp_fault fault)
 	int rc;
 
 	if (run.kind == LP_DATA || run.kind == LP_REMOTE)
-		window = lp_plan_fault(&t->plan, fault.addr >> LP_PAGE_SHIFT);
+		window = lp_readahead_fault(&t->plan, fault.addr >> LP_PAGE_SHIFT);
 	first = window.first << LP_PAGE_SHIFT;
 	if (window.nr == 1)
 		atomic_store_explicit(&t->engine->last_lone, fault.since, memory_order_relaxed);
@@ -1071,7 +1071,7 @@ static int answer(struct lp_task *t, struct lp_fault fault)
 		}
 		trace(t, LP_TRACE_WANTED, LP_TRACE_REMOTE, run.addr, run.nr_pages, run.image);
 		begin_wait(t, (struct waiter){notice.image, fault.since, run.addr, run.nr_pages});
-		if (lp_lanes_fault(&t->engine->lanes, t->tag, run.image, run.nr_pages, fault.since))
+		if (lp_channels_fault(&t->engine->channels, t->tag, run.image, run.nr_pages, fault.since))
 			return 0;
 		notice.kind = LP_NOTICE_NEED;
 		notice.addr = run.addr;
@@ -1085,7 +1085,7 @@ static int answer(struct lp_task *t, struct lp_fault fault)
 			return leave_fault(t, fault);
 		}
 		begin_wait(t, (struct waiter){run.image, fault.since, run.addr, 1});
-		if (lp_lanes_hurry(&t->engine->lanes, t->tag, run.image, fault.since))
+		if (lp_channels_hurry(&t->engine->channels, t->tag, run.image, fault.since))
 			return 0;
 		notice.kind = LP_NOTICE_HURRY;
 		break;
@@ -1548,7 +1548,7 @@ static void forked(struct lp_task *t, const struct lp_change *fork, struct unres
 	child->remote = t->remote;
 	child->is_child = true;
 	number_memory(child, t->number);
-	lp_plan_init(&child->plan, t->plan.max_window);
+	lp_readahead_init(&child->plan, t->plan.max_window);
 	inherit_guards(t, child);
 	task_link(child); /* whoever is told of it may close it at once */
 	/* told before it is served, so that its first notice comes after this one */
@@ -1952,7 +1952,7 @@ static void serve(struct lp_task *t)
 
 /* ---- the engine ---- */
 
-/* Pages that a lane has received: for the task and for what it has forked, as lp_task_deliver. */
+/* Pages that a channel has received: for the task and for what it has forked, as lp_task_deliver. */
 static int place(void *arg, uint64_t tag, uint64_t image, uint64_t nr_pages, const void *bytes)
 {
 	struct lp_engine *e = arg;
@@ -2012,13 +2012,13 @@ struct lp_engine *lp_engine_new(struct lp_guard *guard)
 		errno = saved;
 		return NULL;
 	}
-	lp_lanes_init(&e->lanes, e->epfd, e->wakefd, place, e);
+	lp_channels_init(&e->channels, e->epfd, e->wakefd, place, e);
 	return e;
 }
 
-struct lp_lanes *lp_engine_lanes(struct lp_engine *e)
+struct lp_channels *lp_engine_channels(struct lp_engine *e)
 {
-	return &e->lanes;
+	return &e->channels;
 }
 
 /* Tasks whose background has given claims back. */
@@ -2052,7 +2052,7 @@ static void bury(struct lp_engine *e)
 				*link = t->next_put_off;
 				break;
 			}
-		lp_lanes_forget(&e->lanes, t);
+		lp_channels_forget(&e->channels, t);
 		task_free(t);
 	}
 }
@@ -2068,7 +2068,7 @@ void lp_engine_free(struct lp_engine *e)
 		e->tasks = t->next;
 		task_free(t);
 	}
-	lp_lanes_free(&e->lanes);
+	lp_channels_free(&e->channels);
 	lp_guarded_end(&e->guarded);
 	free(e->kin);
 	if (e->epfd >= 0)
@@ -2148,7 +2148,7 @@ static int next_events(struct lp_engine *e, struct epoll_event *events, bool aga
 		 * A page server on this machine may run on this CPU now.  When it answers, we don't take the CPU from it
 		 * before it sleeps again: beside it, the thread that gets the page would be sent to another one.
 		 */
-		const struct timespec expected = {.tv_nsec = lp_lanes_expect(&e->lanes) ? EXPECTED_NS : 0};
+		const struct timespec expected = {.tv_nsec = lp_channels_expect(&e->channels) ? EXPECTED_NS : 0};
 
 		n = (int)syscall(SYS_epoll_pwait2, e->epfd, events, EVENTS, &expected, NULL, 0);
 		if (n <= 0) { /* Linux before 5.11 has no such call */
@@ -2177,10 +2177,10 @@ int lp_engine_run(struct lp_engine *e)
 		bool again;
 		int n;
 
-		/* no task or lane that epoll_wait has named is buried before the next epoll_wait */
+		/* no task or channel that epoll_wait has named is buried before the next epoll_wait */
 		take_released(e);
 		bury(e);
-		again = lp_lanes_round(&e->lanes);
+		again = lp_channels_round(&e->channels);
 		n = next_events(e, events, again);
 		if (n < 0 && errno != EINTR)
 			rc = -errno;
@@ -2189,7 +2189,7 @@ int lp_engine_run(struct lp_engine *e)
 			lp_follow_nobody(&e->follow);
 		for (int i = 0; i < n; i++) {
 			if (events[i].data.u64 & 1)
-				lp_lane_ready((struct lp_lane *)(uintptr_t)(events[i].data.u64 & ~1ull));
+				lp_channel_ready((struct lp_channel *)(uintptr_t)(events[i].data.u64 & ~1ull));
 			else if (events[i].data.ptr)
 				serve(events[i].data.ptr);
 			else
@@ -2293,8 +2293,8 @@ struct lp_task *lp_task_new(struct lp_engine *e, int uffd, struct lp_memory *mem
 	t->tag = tag;
 	lp_guard_names(e->guard, uffd, pid, pidfd);
 	number_memory(t, 0);
-	lp_plan_init(&t->plan, max_readahead);
-	task_link(t); /* before it is served: what lanes bring finds it by its tag */
+	lp_readahead_init(&t->plan, max_readahead);
+	task_link(t); /* before it is served: what channels bring finds it by its tag */
 	int rc = task_start(t);
 	if (rc) {
 		lp_task_close(t); /* the uffd stays open: it misses pages */
@@ -2581,15 +2581,15 @@ uint64_t lp_task_claim_remote(struct lp_task *t, uint64_t cursor, uint64_t max_p
 
 int64_t lp_task_claim_background(struct lp_task *t, uint64_t max_pages, uint64_t *image)
 {
-	uint64_t from = t->lane_cursor, nr = 0;
+	uint64_t from = t->channel_cursor, nr = 0;
 
 	if (atomic_load(&t->gone) || !is_served(t))
 		return 0;
 	if (t->nr_changes) /* changed by this thread only */
 		return -EAGAIN;
-	nr = lp_task_claim_remote(t, from, max_pages, image, &t->lane_cursor);
+	nr = lp_task_claim_remote(t, from, max_pages, image, &t->channel_cursor);
 	if (!nr && from) /* round again: what was released behind us */
-		nr = lp_task_claim_remote(t, 0, max_pages, image, &t->lane_cursor);
+		nr = lp_task_claim_remote(t, 0, max_pages, image, &t->channel_cursor);
 	return (int64_t)nr;
 }
 

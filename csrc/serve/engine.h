@@ -34,7 +34,7 @@
 #include <sys/types.h>
 
 #include "guard.h"
-#include "space.h"
+#include "address_space.h"
 
 struct lp_engine;
 struct lp_memory;

@@ -15,7 +15,7 @@
 #include <stdint.h>
 #include <sys/types.h>
 
-#include "space.h"
+#include "address_space.h"
 
 #define LP_GUARDED_OPEN 8 /* page tables kept open */
 

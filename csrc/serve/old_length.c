@@ -12,7 +12,7 @@
 
 #include <linux/userfaultfd.h>
 
-#include "space.h"
+#include "address_space.h"
 
 #define PATIENCE_MS 1000 /* for a thread that does nothing but one mremap */
 

@@ -75,9 +75,9 @@ int lp_replay(struct lp_space *child, const struct lp_change *changes, size_t nr
 bool lp_tells_old_length(void);
 
 struct lp_window { uint64_t first, nr; };
-struct lp_plan { uint64_t max_window; ...; };
-void lp_plan_init(struct lp_plan *plan, uint64_t max_window);
-struct lp_window lp_plan_fault(struct lp_plan *plan, uint64_t page);
+struct lp_readahead { uint64_t max_window; ...; };
+void lp_readahead_init(struct lp_readahead *plan, uint64_t max_window);
+struct lp_window lp_readahead_fault(struct lp_readahead *plan, uint64_t page);
 
 struct lp_fault { uint64_t addr, since; uint32_t times; };
 struct lp_faults { size_t nr; ...; };
@@ -189,32 +189,32 @@ int munmap(void *address, size_t size);
 #define SYS_userfaultfd ...
 long syscall(long number, ...);
 
-struct lp_lane;
-struct lp_lane_options { uint32_t header_size, max_pages; uint64_t floor; bool zeros, background; };
+struct lp_channel;
+struct lp_channel_options { uint32_t header_size, max_pages; uint64_t floor; bool zeros, background; };
 struct lp_request { uint64_t tag, image, nr_pages, since, sent, delivered; bool urgent, told; };
-enum lp_lane_event_kind {
-    LP_LANE_ARRIVED, LP_LANE_REFUSED, LP_LANE_HEARD, LP_LANE_QUIET, LP_LANE_TURN_OVER, LP_LANE_CLOSED,
-    LP_LANE_ENDED, ...
+enum lp_channel_event_kind {
+    LP_CHANNEL_ARRIVED, LP_CHANNEL_REFUSED, LP_CHANNEL_HEARD, LP_CHANNEL_QUIET, LP_CHANNEL_TURN_OVER, LP_CHANNEL_CLOSED,
+    LP_CHANNEL_ENDED, ...
 };
-struct lp_lane_event {
+struct lp_channel_event {
     uint32_t kind;
     int32_t status;
     bool at_boundary, told;
     uint64_t tag, image, nr_pages, since;
 };
-struct lp_lane_state {
+struct lp_channel_state {
     uint64_t outstanding, urgent, background, limit, heard, oldest, requests, pages, bytes, round_trip;
 };
-struct lp_lane *lp_lane_new(struct lp_engine *engine, int fd, const struct lp_lane_options *options);
-void lp_lane_close(struct lp_lane *lane);
-int lp_lane_event_fd(const struct lp_lane *lane);
-size_t lp_lane_events(struct lp_lane *lane, struct lp_lane_event *events, size_t max);
-void lp_lane_ask(struct lp_lane *lane, uint64_t tag, uint64_t image, uint64_t nr_pages, bool urgent);
-void lp_lane_hold(struct lp_lane *lane, bool held);
-void lp_lane_turn(struct lp_lane *lane, struct lp_task *task, uint64_t max_bytes);
-void lp_lane_finish(struct lp_lane *lane, bool force, uint32_t flags);
-size_t lp_lane_outstanding(struct lp_lane *lane, struct lp_request *requests, size_t max);
-void lp_lane_state(struct lp_lane *lane, struct lp_lane_state *state);
+struct lp_channel *lp_channel_new(struct lp_engine *engine, int fd, const struct lp_channel_options *options);
+void lp_channel_close(struct lp_channel *channel);
+int lp_channel_event_fd(const struct lp_channel *channel);
+size_t lp_channel_events(struct lp_channel *channel, struct lp_channel_event *events, size_t max);
+void lp_channel_ask(struct lp_channel *channel, uint64_t tag, uint64_t image, uint64_t nr_pages, bool urgent);
+void lp_channel_hold(struct lp_channel *channel, bool held);
+void lp_channel_turn(struct lp_channel *channel, struct lp_task *task, uint64_t max_bytes);
+void lp_channel_finish(struct lp_channel *channel, bool force, uint32_t flags);
+size_t lp_channel_outstanding(struct lp_channel *channel, struct lp_request *requests, size_t max);
+void lp_channel_state(struct lp_channel *channel, struct lp_channel_state *state);
 """)
 
 CSRC = Path("csrc")  # builds run at the project's root
@@ -223,15 +223,16 @@ ffibuilder.set_source(
     "lazypages.engine._uffd",
     "#include <sys/mman.h>\n#include <sys/syscall.h>\n#include <unistd.h>\n"
     '#include "serve/doubt.h"\n#include "serve/engine.h"\n#include "serve/exits.h"\n#include "serve/faults.h"\n'
-    '#include "serve/guarded.h"\n#include "serve/lane.h"\n#include "serve/old_length.h"\n#include "serve/plan.h"\n'
-    '#include "serve/space.h"\n#include "serve/trace.h"\n#include "serve/tracers.h"\n',
+    '#include "serve/guarded.h"\n#include "serve/channel.h"\n#include "serve/old_length.h"\n'
+    '#include "serve/readahead.h"\n'
+    '#include "serve/address_space.h"\n#include "serve/trace.h"\n#include "serve/tracers.h"\n',
     sources=[
         str(CSRC / name)
         for name in (
-            "serve/space.c",
+            "serve/address_space.c",
             "serve/doubt.c",
             "serve/old_length.c",
-            "serve/plan.c",
+            "serve/readahead.c",
             "serve/faults.c",
             "serve/smaps.c",
             "serve/follow.c",
@@ -239,7 +240,7 @@ ffibuilder.set_source(
             "serve/guarded.c",
             "serve/exits.c",
             "serve/trace.c",
-            "serve/lane.c",
+            "serve/channel.c",
             "serve/tracers.c",
             "serve/engine.c",
         )
@@ -248,11 +249,11 @@ ffibuilder.set_source(
         str(CSRC / name)
         for name in (
             "common/extent.h",
-            "serve/space.h",
+            "serve/address_space.h",
             "serve/doubt.h",
             "serve/old_length.h",
             "common/pages_file.h",
-            "serve/plan.h",
+            "serve/readahead.h",
             "serve/faults.h",
             "common/probe.h",
             "serve/smaps.h",
@@ -262,7 +263,7 @@ ffibuilder.set_source(
             "serve/guarded.h",
             "serve/exits.h",
             "serve/trace.h",
-            "serve/lane.h",
+            "serve/channel.h",
             "serve/tracers.h",
             "serve/engine.h",
         )

@@ -352,8 +352,8 @@ class Guard:
         lib.lp_guard_end(self.handle)
 
 
-class LaneEventKind(enum.IntEnum):
-    """What a lane has to tell (``enum lp_lane_event_kind``, csrc/serve/lane.h)."""
+class ChannelEventKind(enum.IntEnum):
+    """What a channel has to tell (``enum lp_channel_event_kind``, csrc/serve/channel.h)."""
 
     ARRIVED = 1
     REFUSED = 2
@@ -364,10 +364,10 @@ class LaneEventKind(enum.IntEnum):
     ENDED = 7
 
 
-class LaneEvent(NamedTuple):
-    """``struct lp_lane_event`` of csrc/serve/lane.h: what each kind means, and what of the rest it has."""
+class ChannelEvent(NamedTuple):
+    """``struct lp_channel_event`` of csrc/serve/channel.h: what each kind means, and what of the rest it has."""
 
-    kind: LaneEventKind
+    kind: ChannelEventKind
     status: int
     at_boundary: bool
     told: bool
@@ -377,7 +377,7 @@ class LaneEvent(NamedTuple):
     since: int
 
 
-class LaneRequest(NamedTuple):
+class ChannelRequest(NamedTuple):
     """Pages of a task, by tag and address at dump time; ``since``: ns, 0 if no thread waits."""
 
     tag: int
@@ -388,8 +388,8 @@ class LaneRequest(NamedTuple):
     told: bool
 
 
-class LaneState(NamedTuple):
-    """``struct lp_lane_state``: requests, bytes, ns."""
+class ChannelState(NamedTuple):
+    """``struct lp_channel_state``: requests, bytes, ns."""
 
     outstanding: int
     urgent: int
@@ -403,8 +403,8 @@ class LaneState(NamedTuple):
     round_trip: int
 
 
-class Lane:
-    """A connected socket to a page server on which the engine itself asks for pages; see csrc/serve/lane.h.
+class Channel:
+    """A connected socket to a page server on which the engine itself asks for pages; see csrc/serve/channel.h.
 
     For the event loop's thread, until :meth:`close`.
     """
@@ -422,24 +422,24 @@ class Lane:
         background: bool,
         floor: int,
     ) -> None:
-        options = ffi.new("struct lp_lane_options *", (header_size, max_pages, floor, zeros, background))
-        self._handle = lib.lp_lane_new(engine._handle, fd, options)
+        options = ffi.new("struct lp_channel_options *", (header_size, max_pages, floor, zeros, background))
+        self._handle = lib.lp_channel_new(engine._handle, fd, options)
         if self._handle == ffi.NULL:
             raise OSError(ffi.errno, os.strerror(ffi.errno))
-        self._events = ffi.new("struct lp_lane_event[]", self._BATCH)
-        self._state = ffi.new("struct lp_lane_state *")
+        self._events = ffi.new("struct lp_channel_event[]", self._BATCH)
+        self._state = ffi.new("struct lp_channel_state *")
 
     @property
     def event_fd(self) -> int:
-        """Readable when :meth:`events` has something to say. The lane owns it."""
-        return int(lib.lp_lane_event_fd(self._handle))
+        """Readable when :meth:`events` has something to say. The channel owns it."""
+        return int(lib.lp_channel_event_fd(self._handle))
 
-    def events(self) -> list[LaneEvent]:
+    def events(self) -> list[ChannelEvent]:
         """Takes what has happened since the last call, in order; does not block."""
-        nr = lib.lp_lane_events(self._handle, self._events, self._BATCH)
+        nr = lib.lp_channel_events(self._handle, self._events, self._BATCH)
         return [
-            LaneEvent(
-                LaneEventKind(raw.kind),
+            ChannelEvent(
+                ChannelEventKind(raw.kind),
                 raw.status,
                 raw.at_boundary,
                 raw.told,
@@ -453,40 +453,40 @@ class Lane:
 
     def ask(self, tag: int, image: int, nr_pages: int, *, urgent: bool) -> None:
         """Asks for pages; ARRIVED tells of them."""
-        lib.lp_lane_ask(self._handle, tag, image, nr_pages, urgent)
+        lib.lp_channel_ask(self._handle, tag, image, nr_pages, urgent)
 
     def hold(self, *, held: bool) -> None:
-        """While it is held, the lane sends nothing of its own accord."""
-        lib.lp_lane_hold(self._handle, held)
+        """While it is held, the channel sends nothing of its own accord."""
+        lib.lp_channel_hold(self._handle, held)
 
     def turn(self, task: ServedTask, max_bytes: int) -> None:
         """Brings pages of `task` in the background, until TURN_OVER; one task at a time."""
-        lib.lp_lane_turn(self._handle, task._handle, max_bytes)
+        lib.lp_channel_turn(self._handle, task._handle, max_bytes)
 
     def finish(self, *, force: bool, flags: int = 0) -> None:
         """Tells the server that this is the end, with wire.CloseFlags; CLOSED is its answer."""
-        lib.lp_lane_finish(self._handle, force, flags)
+        lib.lp_channel_finish(self._handle, force, flags)
 
-    def outstanding(self) -> list[LaneRequest]:
+    def outstanding(self) -> list[ChannelRequest]:
         """What has not come yet, the oldest first; from now on its arrival is told."""
         room = 64
         while True:
             requests = ffi.new("struct lp_request[]", room)
-            nr = lib.lp_lane_outstanding(self._handle, requests, room)
+            nr = lib.lp_channel_outstanding(self._handle, requests, room)
             if nr <= room:
                 return [
-                    LaneRequest(raw.tag, raw.image, raw.nr_pages, raw.since, raw.urgent, raw.told)
+                    ChannelRequest(raw.tag, raw.image, raw.nr_pages, raw.since, raw.urgent, raw.told)
                     for raw in requests[0:nr]
                 ]
             room = nr + 64
 
-    def state(self) -> LaneState:
-        lib.lp_lane_state(self._handle, self._state)
-        return LaneState(*(int(getattr(self._state, name)) for name in LaneState._fields))
+    def state(self) -> ChannelState:
+        lib.lp_channel_state(self._handle, self._state)
+        return ChannelState(*(int(getattr(self._state, name)) for name in ChannelState._fields))
 
     def close(self) -> None:
         """Hangs up. What is outstanding does not come any more."""
-        lib.lp_lane_close(self._handle)
+        lib.lp_channel_close(self._handle)
 
 
 class Engine:
@@ -552,14 +552,16 @@ class Engine:
             raise OSError(ffi.errno, os.strerror(ffi.errno))
         return self._adopt(handle)
 
-    def lane(
+    def channel(
         self, fd: int, *, header_size: int, max_pages: int, zeros: bool, background: bool, floor: int = 0
-    ) -> Lane:
-        """A lane on the connected stream socket `fd`, which it duplicates; ``struct lp_lane_options`` has the rest.
+    ) -> Channel:
+        """A channel on the connected stream socket `fd`, which it duplicates.
+
+        The options are those of ``struct lp_channel_options``.
 
         Raises OSError.
         """
-        return Lane(
+        return Channel(
             self,
             fd,
             header_size=header_size,

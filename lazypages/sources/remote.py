@@ -3,13 +3,14 @@
 No page is taken from a server of ours that has not said that it has this very checkpoint; CRIU's can't say it, and what
 protects there is in docs/protocol.md.
 
-A connection to a server is a *lane*. CRIU's servers take one connection in their whole life, and end a task that
-they keep frozen when it closes; so a lane that has gone silent is given up only for another one of which the
-server has answered the first question. Our own servers take any number: faults get a lane of their own.
+A connection to a server is a *channel*. CRIU's servers take one connection in their whole life, and end a task that
+they keep frozen when it closes; so a channel that has gone silent is given up only for another one of which the
+server has answered the first question. Our own servers take any number: faults get a channel of their own.
 
-Once a lane without TLS is connected and known to be good, the engine works on it (csrc/serve/lane.h): it asks for the
-pages of faults by itself, and for those of the background as far as it is told to, and places them. What comes here
-then is only what it can't settle: pages that were refused, silence, the end. All of a lane that has TLS is done here.
+Once a channel without TLS is connected and known to be good, the engine works on it (csrc/serve/channel.h): it asks for
+the pages of faults by itself, and for those of the background as far as it is told to, and places them. What comes here
+then is only what it can't settle: pages that were refused, silence, the end. All of a channel that has TLS is done
+here.
 
 What can't be had at the moment waits, and is asked for again: of the other servers at once, of the same one after
 a pause that grows. Pages are lost when every server has said, again and again, that it can't give them (a server of
@@ -36,8 +37,8 @@ import anyio
 from anyio.abc import TaskGroup
 
 from images_spec.identity import Identity
-from lazypages.engine.uffd import Engine, LaneEvent, LaneEventKind, LaneRequest, ServedTask
-from lazypages.engine.uffd import Lane as EngineLane
+from lazypages.engine.uffd import Channel as EngineLane
+from lazypages.engine.uffd import ChannelEvent, ChannelEventKind, ChannelRequest, Engine, ServedTask
 from lazypages.net import wire
 from lazypages.net.link import Link, LinkError, connect
 from lazypages.net.tls import TlsError, TlsFiles
@@ -56,11 +57,11 @@ OUR_MAX_PAGES: Final = 256
 URGENT_MAX_PAGES: Final = 16  # neighbouring faults that are asked for as one
 MIN_PAGES: Final = 4  # of a background request
 COMPRESSED_MIN_PAGES: Final = 16  # of a background request that is worth compressing
-ALONE_WINDOW: Final = 1 << 20  # bytes of background on a lane without faults, at least
-URGENT_WINDOW: Final = 4 << 20  # bytes of faults on their way on one lane
+ALONE_WINDOW: Final = 1 << 20  # bytes of background on a channel without faults, at least
+URGENT_WINDOW: Final = 4 << 20  # bytes of faults on their way on one channel
 
 CONNECT_TIMEOUT: Final = 10.0  # s
-SILENCE: Final = 3.0  # s without a byte, while answers are due, that make a lane suspect
+SILENCE: Final = 3.0  # s without a byte, while answers are due, that make a channel suspect
 SILENT_ROUND_TRIPS: Final = 20  # and so many round trips
 BACKOFF: Final = (0.02, 5.0)  # s: first and longest pause before a server is tried again
 REFUSED_BACKOFF: Final = (0.2, 10.0)  # the same for a page that all servers refuse
@@ -70,7 +71,7 @@ DENIED_ROUNDS: Final = 5
 SUSPECT_PAUSE: Final = (
     0.5  # s for which a new connection that has brought nothing is not risked for a refused page
 )
-REFUSED_WINDOW: Final = 256  # requests for refused pages that are on their way on one lane
+REFUSED_WINDOW: Final = 256  # requests for refused pages that are on their way on one channel
 WARN_INTERVAL: Final = 30.0  # s
 TICK: Final = 0.1  # s between looks at what waits, while something does
 NS_PER_S: Final = 1e9
@@ -145,14 +146,14 @@ class _Load(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class _Turn:
-    """Of a task's background on a lane of the engine's."""
+    """Of a task's background on a channel of the engine's."""
 
     over: anyio.Event = field(default_factory=anyio.Event)
     pages: int = 0
 
 
 @dataclass(slots=True, eq=False)
-class _Lane:
+class _Channel:
     """One connection to a server, from the attempt to connect until its end."""
 
     server: _Server
@@ -235,7 +236,7 @@ class _Lane:
         return load.round_trip * (1 + (load.urgent + load.background) / load.limit)
 
     def counted_in(self, stats: ServerStats) -> ServerStats:
-        """`stats` and what the engine has counted on this lane."""
+        """`stats` and what the engine has counted on this channel."""
         if self.engine is None:
             return stats
         state = self.engine.state()
@@ -248,7 +249,7 @@ class _Lane:
         )
 
     def hold(self) -> None:
-        """The engine sends of its own accord only on a lane that is good for all."""
+        """The engine sends of its own accord only on a channel that is good for all."""
         held = not self.usable
         if self.engine is not None and held is not self.held:
             self.held = held
@@ -259,7 +260,7 @@ class _Lane:
 class _Server:
     address: PageServerAddress
     stats: ServerStats
-    lanes: list[_Lane] = field(default_factory=list)
+    channels: list[_Channel] = field(default_factory=list)
     changed: anyio.Event = field(default_factory=anyio.Event)
     many: bool = False  # takes more than one connection
     agreed: bool = False  # has had our checkpoint
@@ -290,7 +291,7 @@ class RemotePages:
     ) -> None:
         self._options = options
         self._engine = engine
-        self._line = anyio.Lock()  # of those who wait for a lane of the engine's, first come, first served
+        self._line = anyio.Lock()  # of those who wait for a channel of the engine's, first come, first served
         self._free = anyio.Event()
         self._on_pages, self._on_lost = on_pages, on_lost
         self._group = group
@@ -326,9 +327,9 @@ class RemotePages:
     def room(self) -> int:
         """Pages that the background may ask for now without a fault waiting for them longer than it must."""
         room = 0
-        for lane in self._background_lanes():
-            if lane.engine is None:
-                room += max(0, self._background_limit(lane) - lane.background_bytes)
+        for channel in self._background_channels():
+            if channel.engine is None:
+                room += max(0, self._background_limit(channel) - channel.background_bytes)
         return max(0, room // PAGE_SIZE - self._backlog.queued_pages(urgent=False))
 
     async def wait_for_room(self) -> int:
@@ -345,25 +346,25 @@ class RemotePages:
         Returns pages that were asked for, all of them if they are `max_bytes`; 0: nothing is left at the moment.
         """
         async with self._line:
-            while (lane := self._free_lane()) is None:
+            while (channel := self._free_channel()) is None:
                 self._free = anyio.Event()
                 await self._free.wait()
-            lane.turn = turn = _Turn()
-            assert lane.engine is not None
-            lane.engine.turn(task, max_bytes)
+            channel.turn = turn = _Turn()
+            assert channel.engine is not None
+            channel.engine.turn(task, max_bytes)
         await turn.over.wait()
         return turn.pages
 
-    def _free_lane(self) -> _Lane | None:
-        for lane in self._background_lanes():
-            if lane.engine is not None and lane.turn is None:
-                return lane
+    def _free_channel(self) -> _Channel | None:
+        for channel in self._background_channels():
+            if channel.engine is not None and channel.turn is None:
+                return channel
         return None
 
     def stats(self) -> list[ServerStats]:
         """Counts per server, in the order in which they were given."""
         return [
-            reduce(lambda stats, lane: lane.counted_in(stats), server.lanes, server.stats)
+            reduce(lambda stats, channel: channel.counted_in(stats), server.channels, server.stats)
             for server in self._servers
         ]
 
@@ -375,38 +376,41 @@ class RemotePages:
 
     # -- sending -------------------------------------------------------------------------------------------
 
-    def _background_lanes(self) -> list[_Lane]:
+    def _background_channels(self) -> list[_Channel]:
         return [
-            lane for server in self._servers for lane in server.lanes if lane.usable and not lane.urgent_only
+            channel
+            for server in self._servers
+            for channel in server.channels
+            if channel.usable and not channel.urgent_only
         ]
 
-    def _background_limit(self, lane: _Lane) -> int:
-        """Bytes of background that may be on their way: little while a fault waits on the same lane, and more than
-        needed where faults have a lane of their own."""
-        if any(other.urgent_only and other.up for other in lane.server.lanes):
-            return max(lane.window.limit, ALONE_WINDOW)
-        load = lane.load
+    def _background_limit(self, channel: _Channel) -> int:
+        """Bytes of background that may be on their way: little while a fault waits on the same channel, and more than
+        needed where faults have a channel of their own."""
+        if any(other.urgent_only and other.up for other in channel.server.channels):
+            return max(channel.window.limit, ALONE_WINDOW)
+        load = channel.load
         return MIN_PAGES * PAGE_SIZE if load.urgent else load.limit
 
-    def _urgent_lane(self) -> _Lane | None:
+    def _urgent_channel(self) -> _Channel | None:
         best, best_wait = None, 0.0
         for server in self._servers:
-            lanes = [lane for lane in server.lanes if lane.usable]
-            for lane in [lane for lane in lanes if lane.urgent_only] or lanes:
-                wait = lane.expected_wait
-                if lane.load.urgent < URGENT_WINDOW and (best is None or wait < best_wait):
-                    best, best_wait = lane, wait
+            channels = [channel for channel in server.channels if channel.usable]
+            for channel in [channel for channel in channels if channel.urgent_only] or channels:
+                wait = channel.expected_wait
+                if channel.load.urgent < URGENT_WINDOW and (best is None or wait < best_wait):
+                    best, best_wait = channel, wait
         return best
 
     def _dispatch(self) -> None:
         """Send what may be sent now."""
         backlog = self._backlog
         for server in self._servers:
-            for lane in server.lanes:
-                if lane.reserved is not None and lane.reserved.gone:
-                    lane.reserved = None
-                lane.hold()
-        while backlog.queued_pages(urgent=True) and (fastest := self._urgent_lane()):
+            for channel in server.channels:
+                if channel.reserved is not None and channel.reserved.gone:
+                    channel.reserved = None
+                channel.hold()
+        while backlog.queued_pages(urgent=True) and (fastest := self._urgent_channel()):
             if (wanted := backlog.take(URGENT_MAX_PAGES, fastest, urgent=True)) is None:
                 break
             self._send(fastest, wanted)
@@ -416,28 +420,28 @@ class RemotePages:
             after = time.monotonic()
             self._refused_at = 2 * after - now
         if backlog.queued_pages(urgent=False):
-            for lane in sorted(self._background_lanes(), key=lambda lane: lane.load.background):
-                self._dispatch_background(lane)
+            for channel in sorted(self._background_channels(), key=lambda channel: channel.load.background):
+                self._dispatch_background(channel)
 
-    def _dispatch_background(self, lane: _Lane) -> None:
-        largest = OUR_MAX_PAGES if lane.ours else CRIU_MAX_PAGES
-        while self._background_limit(lane) > lane.load.background:
-            pages = max(MIN_PAGES, min(largest, self._background_limit(lane) // 4 // PAGE_SIZE))
-            wanted = self._backlog.take(pages, lane, urgent=False)
+    def _dispatch_background(self, channel: _Channel) -> None:
+        largest = OUR_MAX_PAGES if channel.ours else CRIU_MAX_PAGES
+        while self._background_limit(channel) > channel.load.background:
+            pages = max(MIN_PAGES, min(largest, self._background_limit(channel) // 4 // PAGE_SIZE))
+            wanted = self._backlog.take(pages, channel, urgent=False)
             if wanted is None:
                 return
-            self._send(lane, wanted)
+            self._send(channel, wanted)
 
     def _dispatch_refused(self, now: float) -> None:
         """Pages that a server has refused go to a server that has not; alone, if it may close for them, too."""
-        up = [server for server in self._servers if any(lane.up for lane in server.lanes)]
+        up = [server for server in self._servers if any(channel.up for channel in server.channels)]
         answering: dict[
-            _Server, _Lane
+            _Server, _Channel
         ] = {}  # that answer when a page is missing, and how much they may be sent
-        for lane in self._background_lanes():
-            if lane.answers_missing:
-                answering.setdefault(lane.server, lane)
-        room = {lane: REFUSED_WINDOW - lane.load.requests for lane in answering.values()}
+        for channel in self._background_channels():
+            if channel.answers_missing:
+                answering.setdefault(channel.server, channel)
+        room = {channel: REFUSED_WINDOW - channel.load.requests for channel in answering.values()}
         for wanted in list(self._backlog.refused):
             if wanted.not_before > now:
                 continue
@@ -450,79 +454,81 @@ class RemotePages:
                 wanted.attempts += 1
                 continue
             if told := [answering[server] for server in candidates if server in answering]:
-                lane = max(told, key=lambda lane: room[lane])
-                if room[lane] > 0:
-                    room[lane] -= 1
-                    self._backlog.retake(wanted, lane)
-                    self._send(lane, wanted)
+                channel = max(told, key=lambda channel: room[channel])
+                if room[channel] > 0:
+                    room[channel] -= 1
+                    self._backlog.retake(wanted, channel)
+                    self._send(channel, wanted)
                 continue
             # First what else a connection is good for: if each began with such a page, nothing else would ever come.
-            lanes = [
-                lane
+            channels = [
+                channel
                 for server in candidates
-                for lane in server.lanes
-                if not lane.urgent_only and (lane.has_brought or now - lane.up_since > SUSPECT_PAUSE)
+                for channel in server.channels
+                if not channel.urgent_only and (channel.has_brought or now - channel.up_since > SUSPECT_PAUSE)
             ]
-            lanes.sort(key=lambda lane: lane.reserved is None)  # the one that is kept free for it
-            for lane in [lane for lane in lanes if lane.reserved is wanted or lane.usable][:1]:
-                lane.reserved = wanted
-                lane.hold()
-                if not lane.load.requests:
-                    self._backlog.retake(wanted, lane)
-                    self._send(lane, wanted)
+            channels.sort(key=lambda channel: channel.reserved is None)  # the one that is kept free for it
+            for channel in [channel for channel in channels if channel.reserved is wanted or channel.usable][
+                :1
+            ]:
+                channel.reserved = wanted
+                channel.hold()
+                if not channel.load.requests:
+                    self._backlog.retake(wanted, channel)
+                    self._send(channel, wanted)
 
-    def _send(self, lane: _Lane, wanted: Wanted) -> None:
-        if lane.engine is not None:
-            lane.engine.ask(wanted.pid, wanted.start, wanted.nr_pages, urgent=wanted.urgent)
+    def _send(self, channel: _Channel, wanted: Wanted) -> None:
+        if channel.engine is not None:
+            channel.engine.ask(wanted.pid, wanted.start, wanted.nr_pages, urgent=wanted.urgent)
             return
-        assert lane.codec is not None
+        assert channel.codec is not None
         now = time.monotonic()
         size = wanted.end - wanted.start
-        if not lane.sent:
-            lane.heard = now
-        lane.sent.append((lane.window.send(now), size, wanted.urgent))
+        if not channel.sent:
+            channel.heard = now
+        channel.sent.append((channel.window.send(now), size, wanted.urgent))
         if wanted.urgent:
-            lane.urgent_bytes += size
+            channel.urgent_bytes += size
         else:
-            lane.background_bytes += size
-        lane.server.stats.requests += 1
+            channel.background_bytes += size
+        channel.server.stats.requests += 1
         compress = (
-            lane.trial.compress
+            channel.trial.compress
             and not wanted.urgent
             and wanted.nr_pages >= COMPRESSED_MIN_PAGES
-            and bool(lane.codec.features & Features.COMPRESSED)
+            and bool(channel.codec.features & Features.COMPRESSED)
         )
-        self._write(lane, lane.codec.get(wanted.pid, wanted.start, wanted.nr_pages, compress=compress))
+        self._write(channel, channel.codec.get(wanted.pid, wanted.start, wanted.nr_pages, compress=compress))
 
-    def _write(self, lane: _Lane, data: bytes) -> None:
-        """Send, at once if the socket takes it. An error is left for the lane's reader to find."""
-        assert lane.link is not None
-        if not lane.unsent:
+    def _write(self, channel: _Channel, data: bytes) -> None:
+        """Send, at once if the socket takes it. An error is left for the channel's reader to find."""
+        assert channel.link is not None
+        if not channel.unsent:
             try:
-                data = data[lane.link.send(data) :]
+                data = data[channel.link.send(data) :]
             except LinkError:
                 return
         if data:
-            lane.unsent += data
-            lane.writable.set()
+            channel.unsent += data
+            channel.writable.set()
 
-    async def _write_rest(self, lane: _Lane) -> None:
-        assert lane.link is not None
+    async def _write_rest(self, channel: _Channel) -> None:
+        assert channel.link is not None
         while True:
-            lane.writable = anyio.Event()
-            await lane.writable.wait()
-            while lane.unsent:
-                await lane.link.wait_writable()
+            channel.writable = anyio.Event()
+            await channel.writable.wait()
+            while channel.unsent:
+                await channel.link.wait_writable()
                 try:
-                    del lane.unsent[: lane.link.send(lane.unsent)]
+                    del channel.unsent[: channel.link.send(channel.unsent)]
                 except LinkError:
                     return
 
     # -- receiving -----------------------------------------------------------------------------------------
 
-    async def _receive(self, lane: _Lane) -> None:
+    async def _receive(self, channel: _Channel) -> None:
         """Until the connection ends. Raises LinkError, RemoteProtocolError."""
-        link, codec = lane.link, lane.codec
+        link, codec = channel.link, channel.codec
         assert link is not None
         assert codec is not None
         while True:
@@ -531,22 +537,22 @@ class RemotePages:
             if count is None:
                 continue
             codec.received(count)
-            lane.answered = lane.answered or count > 0
-            lane.heard = time.monotonic()
-            if lane.silent:
-                lane.silent = False
-                lane.server.notify()
+            channel.answered = channel.answered or count > 0
+            channel.heard = time.monotonic()
+            if channel.silent:
+                channel.silent = False
+                channel.server.notify()
             while (event := codec.next_event()) is not None:
                 match event:
                     case wire.Pages(pid, address, data):
-                        await self._deliver(lane, pid, address, data)
+                        await self._deliver(channel, pid, address, data)
                     case wire.ZeroPages(pid, address, nr_pages):
-                        await self._deliver(lane, pid, address, memoryview(bytes(nr_pages * PAGE_SIZE)))
+                        await self._deliver(channel, pid, address, memoryview(bytes(nr_pages * PAGE_SIZE)))
                     case wire.Answered():
-                        self._answered(lane, event)
+                        self._answered(channel, event)
                     case wire.Closed(status):
-                        self._hear_status(lane, status)
-                        lane.closed.set()
+                        self._hear_status(channel, status)
+                        channel.closed.set()
                         return
                     case wire.Completed():
                         raise CompletedError(ELSEWHERE)
@@ -555,41 +561,41 @@ class RemotePages:
             self._dispatch()
             self._notice_room()
 
-    async def _hear(self, lane: _Lane) -> None:
-        """As _receive, for a lane of the engine's."""
-        assert lane.engine is not None
+    async def _hear(self, channel: _Channel) -> None:
+        """As _receive, for a channel of the engine's."""
+        assert channel.engine is not None
         while True:
-            await anyio.wait_readable(lane.engine.event_fd)
-            for event in lane.engine.events():
-                if self._heard(lane, event):
+            await anyio.wait_readable(channel.engine.event_fd)
+            for event in channel.engine.events():
+                if self._heard(channel, event):
                     return
             self._dispatch()
             self._notice_room()
 
-    def _heard(self, lane: _Lane, event: LaneEvent) -> bool:
-        """What the engine tells of a lane; true at its regular end. Raises LinkError, RemoteProtocolError."""
+    def _heard(self, channel: _Channel, event: ChannelEvent) -> bool:
+        """What the engine tells of a channel; true at its regular end. Raises LinkError, RemoteProtocolError."""
         pid, start, end = event.tag, event.image, event.image + event.nr_pages * PAGE_SIZE
         match event.kind:
-            case LaneEventKind.ARRIVED:
+            case ChannelEventKind.ARRIVED:
                 self._backlog.arrived(pid, start, end)
-            case LaneEventKind.REFUSED:
+            case ChannelEventKind.REFUSED:
                 if not event.told:
-                    self._adopt(lane, pid, start, end, event.since)
-                if lane.reserved is not None and lane.reserved.owner is lane:
-                    lane.reserved = None
-                for rest in self._backlog.owned(lane, pid, start, end):
-                    self._refused(lane, rest, said=True)
-            case LaneEventKind.HEARD:
-                if lane.silent:
-                    lane.silent = False
-                    lane.server.notify()
-            case LaneEventKind.TURN_OVER:
-                self._turn_over(lane, event.nr_pages)
-            case LaneEventKind.CLOSED:
-                self._hear_status(lane, event.status)
+                    self._adopt(channel, pid, start, end, event.since)
+                if channel.reserved is not None and channel.reserved.owner is channel:
+                    channel.reserved = None
+                for rest in self._backlog.owned(channel, pid, start, end):
+                    self._refused(channel, rest, said=True)
+            case ChannelEventKind.HEARD:
+                if channel.silent:
+                    channel.silent = False
+                    channel.server.notify()
+            case ChannelEventKind.TURN_OVER:
+                self._turn_over(channel, event.nr_pages)
+            case ChannelEventKind.CLOSED:
+                self._hear_status(channel, event.status)
                 return True
-            case LaneEventKind.ENDED:
-                lane.at_boundary = event.at_boundary
+            case ChannelEventKind.ENDED:
+                channel.at_boundary = event.at_boundary
                 if event.status == errno.ESTALE:
                     raise CompletedError(ELSEWHERE)
                 if event.status == errno.EPROTO:
@@ -599,74 +605,74 @@ class RemotePages:
                 raise LinkError(CLOSED if event.at_boundary else "closed in the middle of an answer")
         return False
 
-    def _hear_status(self, lane: _Lane, status: int) -> None:
+    def _hear_status(self, channel: _Channel, status: int) -> None:
         """Of the answer to CLOSE."""
         if status == wire.ELSEWHERE:
             self._completed.set()
         elif status:
-            log.warning("%s: status %d at the end", lane.server.address, status)
+            log.warning("%s: status %d at the end", channel.server.address, status)
 
-    def _adopt(self, lane: _Lane, pid: int, start: int, end: int, since: int) -> None:
-        """The engine has asked `lane` for these; from here on it is our business that they come."""
+    def _adopt(self, channel: _Channel, pid: int, start: int, end: int, since: int) -> None:
+        """The engine has asked `channel` for these; from here on it is our business that they come."""
         when = since / NS_PER_S or time.monotonic()
-        self._backlog.add(pid, start, end, urgent=bool(since), now=when, owner=lane)
+        self._backlog.add(pid, start, end, urgent=bool(since), now=when, owner=channel)
 
-    def _adopt_all(self, lane: _Lane) -> None:
-        if lane.engine is not None:
-            for request in lane.engine.outstanding():
+    def _adopt_all(self, channel: _Channel) -> None:
+        if channel.engine is not None:
+            for request in channel.engine.outstanding():
                 end = request.image + request.nr_pages * PAGE_SIZE
                 if not request.told:
-                    self._adopt(lane, request.tag, request.image, end, request.since)
+                    self._adopt(channel, request.tag, request.image, end, request.since)
 
-    def _hear_rest(self, lane: _Lane, engine: EngineLane) -> None:
+    def _hear_rest(self, channel: _Channel, engine: EngineLane) -> None:
         """What it has said of pages and nobody has heard: of one that was refused nothing else tells."""
         while events := engine.events():
             for event in events:
-                if event.kind in {LaneEventKind.ARRIVED, LaneEventKind.REFUSED}:
-                    self._heard(lane, event)
+                if event.kind in {ChannelEventKind.ARRIVED, ChannelEventKind.REFUSED}:
+                    self._heard(channel, event)
 
-    def _turn_over(self, lane: _Lane, pages: int) -> None:
-        if lane.turn is not None:
-            lane.turn.pages = pages
-            lane.turn.over.set()
-            lane.turn = None
+    def _turn_over(self, channel: _Channel, pages: int) -> None:
+        if channel.turn is not None:
+            channel.turn.pages = pages
+            channel.turn.over.set()
+            channel.turn = None
 
-    async def _deliver(self, lane: _Lane, pid: int, address: int, data: memoryview) -> None:
-        stats = lane.server.stats
+    async def _deliver(self, channel: _Channel, pid: int, address: int, data: memoryview) -> None:
+        stats = channel.server.stats
         stats.pages += len(data) // PAGE_SIZE
         stats.bytes += len(data)
         for start, end in self._backlog.arrived(pid, address, address + len(data)):
             await self._on_pages(pid, start, data[start - address : end - address])
 
-    def _answered(self, lane: _Lane, answer: wire.Answered) -> None:
+    def _answered(self, channel: _Channel, answer: wire.Answered) -> None:
         asked, nr_pages, frame = answer
-        lane.brought = lane.brought or nr_pages > 0
+        channel.brought = channel.brought or nr_pages > 0
         now = time.monotonic()
-        sent, size, urgent = lane.sent.popleft()
+        sent, size, urgent = channel.sent.popleft()
         if urgent:
-            lane.urgent_bytes -= size
+            channel.urgent_bytes -= size
         else:
-            lane.background_bytes -= size
-        if not lane.sent and lane.reserved is not None and lane.reserved.owner is lane:
-            lane.reserved = None
-        lane.window.answered(now, sent, nr_pages * PAGE_SIZE)
-        lane.server.stats.round_trip = lane.window.smoothed
+            channel.background_bytes -= size
+        if not channel.sent and channel.reserved is not None and channel.reserved.owner is channel:
+            channel.reserved = None
+        channel.window.answered(now, sent, nr_pages * PAGE_SIZE)
+        channel.server.stats.round_trip = channel.window.smoothed
         if not urgent and asked.nr_pages >= COMPRESSED_MIN_PAGES:
-            lane.trial.answered(now, nr_pages * PAGE_SIZE, compress=asked.compress, idle=not lane.sent)
+            channel.trial.answered(now, nr_pages * PAGE_SIZE, compress=asked.compress, idle=not channel.sent)
         if frame:
-            lane.server.stats.compressed_pages += nr_pages
-            lane.server.stats.compressed_bytes += frame
+            channel.server.stats.compressed_pages += nr_pages
+            channel.server.stats.compressed_bytes += frame
         start, end = asked.vaddr + nr_pages * PAGE_SIZE, asked.vaddr + asked.nr_pages * PAGE_SIZE
-        for rest in self._backlog.owned(lane, asked.pid, start, end):
+        for rest in self._backlog.owned(channel, asked.pid, start, end):
             if nr_pages:
                 self._backlog.again(rest)  # a short answer: the server had no more in one piece
             else:
-                self._refused(lane, rest, said=True)
+                self._refused(channel, rest, said=True)
 
-    def _refused(self, lane: _Lane, wanted: Wanted, *, said: bool) -> None:
+    def _refused(self, channel: _Channel, wanted: Wanted, *, said: bool) -> None:
         what = "can't give" if said else "seems not to have"
-        log.info("%s: %s page %#x of task %d", lane.server.address, what, wanted.start, wanted.pid)
-        self._backlog.refuse(wanted, lane.server, said=said)
+        log.info("%s: %s page %#x of task %d", channel.server.address, what, wanted.start, wanted.pid)
+        self._backlog.refuse(wanted, channel.server, said=said)
 
     def _denied(self, wanted: Wanted) -> bool:
         """Whether every server has said that it can't give the page, often enough."""
@@ -675,151 +681,153 @@ class RemotePages:
     def _notice_room(self) -> None:
         if not self._room.is_set() and self.room:
             self._room.set()
-        if not self._free.is_set() and self._free_lane():
+        if not self._free.is_set() and self._free_channel():
             self._free.set()
 
-    # -- lanes ---------------------------------------------------------------------------------------------
+    # -- channels ---------------------------------------------------------------------------------------------
 
-    async def _run_lane(self, lane: _Lane) -> None:
-        """Connect, and serve as a lane until the connection ends; puts back what it leaves unanswered."""
+    async def _run_channel(self, channel: _Channel) -> None:
+        """Connect, and serve as a channel until the connection ends; puts back what it leaves unanswered."""
         reason = ""
         try:
-            with lane.scope:
-                await self._connect(lane)
+            with channel.scope:
+                await self._connect(channel)
                 async with anyio.create_task_group() as group:
-                    group.start_soon(self._write_rest, lane)
+                    group.start_soon(self._write_rest, channel)
                     self._wake.set()
                     self._dispatch()
                     self._notice_room()
                     try:
-                        await (self._receive(lane) if lane.engine is None else self._hear(lane))
+                        await (self._receive(channel) if channel.engine is None else self._hear(channel))
                     finally:
                         group.cancel_scope.cancel()
-            if lane.scope.cancelled_caught:
+            if channel.scope.cancelled_caught:
                 reason = "given up for another connection"
         except* (LinkError, RemoteProtocolError, TlsError) as errors:
             reason = str(_first(errors))
             if isinstance(_first(errors), CompletedError):
                 self._completed.set()
         finally:
-            self._lane_ended(lane, reason)
+            self._channel_ended(channel, reason)
 
-    def _lane_ended(self, lane: _Lane, reason: str) -> None:
-        lane.answered = lane.answered or bool(lane.engine and lane.engine.state().pages)
-        was_up, lane.up, lane.down = lane.up and lane.answered, False, True
-        lane.server.used_up = lane.server.used_up or lane.used_up
+    def _channel_ended(self, channel: _Channel, reason: str) -> None:
+        channel.answered = channel.answered or bool(channel.engine and channel.engine.state().pages)
+        was_up, channel.up, channel.down = channel.up and channel.answered, False, True
+        channel.server.used_up = channel.server.used_up or channel.used_up
         if reason and not self._closing:
-            self._complain(lane, reason, was_up=was_up)
-        oldest: LaneRequest | wire.Get | None = None
-        if lane.engine is not None:
-            lane.hold()
-            self._adopt_all(lane)
-            self._hear_rest(lane, lane.engine)
-            oldest = next(iter(lane.engine.outstanding()), None)
-        elif lane.codec is not None:
-            lane.at_boundary = lane.codec.at_boundary
-            oldest = lane.codec.oldest
+            self._complain(channel, reason, was_up=was_up)
+        oldest: ChannelRequest | wire.Get | None = None
+        if channel.engine is not None:
+            channel.hold()
+            self._adopt_all(channel)
+            self._hear_rest(channel, channel.engine)
+            oldest = next(iter(channel.engine.outstanding()), None)
+        elif channel.codec is not None:
+            channel.at_boundary = channel.codec.at_boundary
+            oldest = channel.codec.oldest
         if (
             oldest is not None
-            and lane.answered
-            and lane.at_boundary
+            and channel.answered
+            and channel.at_boundary
             and reason in {CLOSED, os.strerror(errno.ECONNRESET)}
         ):
             # So a server of CRIU's says that it hasn't got the page that it was asked for first.
             pid, start, nr_pages = oldest[:3]
-            for wanted in self._backlog.owned(lane, pid, start, start + nr_pages * PAGE_SIZE)[:1]:
-                self._refused(lane, wanted, said=False)
-        self._backlog.give_back(lane)
-        if lane.engine is not None:
-            self._turn_over(lane, 0)
-            lane.server.stats = lane.counted_in(lane.server.stats)
-            lane.engine.close()
-        if lane.link is not None:
-            lane.link.close()
-        lane.server.lanes.remove(lane)
-        lane.server.stats.connected = any(other.up for other in lane.server.lanes)
-        lane.closed.set()
-        lane.server.notify()
+            for wanted in self._backlog.owned(channel, pid, start, start + nr_pages * PAGE_SIZE)[:1]:
+                self._refused(channel, wanted, said=False)
+        self._backlog.give_back(channel)
+        if channel.engine is not None:
+            self._turn_over(channel, 0)
+            channel.server.stats = channel.counted_in(channel.server.stats)
+            channel.engine.close()
+        if channel.link is not None:
+            channel.link.close()
+        channel.server.channels.remove(channel)
+        channel.server.stats.connected = any(other.up for other in channel.server.channels)
+        channel.closed.set()
+        channel.server.notify()
         self._dispatch()
 
-    def _complain(self, lane: _Lane, reason: str, *, was_up: bool) -> None:
+    def _complain(self, channel: _Channel, reason: str, *, was_up: bool) -> None:
         now = time.monotonic()
         waiting = sum(1 for _ in self._backlog)
         level = logging.INFO
-        if was_up or now - lane.server.complained > WARN_INTERVAL:
-            level, lane.server.complained = logging.WARNING, now
+        if was_up or now - channel.server.complained > WARN_INTERVAL:
+            level, channel.server.complained = logging.WARNING, now
         log.log(
             level,
             "page server %s: %s%s",
-            lane.server.address,
+            channel.server.address,
             reason,
             f"; {waiting} requests wait, trying again" if waiting else "",
         )
 
-    async def _connect(self, lane: _Lane) -> None:
+    async def _connect(self, channel: _Channel) -> None:
         """Raises LinkError, TlsError, RemoteProtocolError."""
         with anyio.move_on_after(CONNECT_TIMEOUT):
-            lane.link = await connect(lane.server.address, self._options.tls)
-        if lane.link is None:
+            channel.link = await connect(channel.server.address, self._options.tls)
+        if channel.link is None:
             raise LinkError(f"no connection within {CONNECT_TIMEOUT:g} s")
-        lane.heard = time.monotonic()
-        if lane.second:
+        channel.heard = time.monotonic()
+        if channel.second:
             with anyio.move_on_after(CONNECT_TIMEOUT):
-                await self._probe(lane, lane.link)
-            if lane.codec is None:
+                await self._probe(channel, channel.link)
+            if channel.codec is None:
                 raise LinkError(f"no answer within {CONNECT_TIMEOUT:g} s")
         else:
-            await self._probe(lane, lane.link)
-        assert lane.codec is not None
-        lane.heard = time.monotonic()
-        self._hand_over(lane)
-        lane.up, lane.silent, lane.up_since = True, False, lane.heard
-        lane.server.many = bool(lane.codec.features & Features.CONNECTIONS)
-        lane.server.stats.connected = True
-        lane.server.stats.connections += 1
+            await self._probe(channel, channel.link)
+        assert channel.codec is not None
+        channel.heard = time.monotonic()
+        self._hand_over(channel)
+        channel.up, channel.silent, channel.up_since = True, False, channel.heard
+        channel.server.many = bool(channel.codec.features & Features.CONNECTIONS)
+        channel.server.stats.connected = True
+        channel.server.stats.connections += 1
         log.info(
             "page server %s: connected (%s)",
-            lane.server.address,
-            "lazypages" if lane.codec.features else lane.codec.layout.value,
+            channel.server.address,
+            "lazypages" if channel.codec.features else channel.codec.layout.value,
         )
-        lane.server.notify()
+        channel.server.notify()
 
-    def _hand_over(self, lane: _Lane) -> None:
-        """The engine asks for pages on this lane from now on, if it can. Raises LinkError.
+    def _hand_over(self, channel: _Channel) -> None:
+        """The engine asks for pages on this channel from now on, if it can. Raises LinkError.
 
-        It can't undo compression: a lane for the background to another host, where that may pay, stays ours.
+        It can't undo compression: a channel for the background to another host, where that may pay, stays ours.
         """
-        assert lane.link is not None
-        assert lane.codec is not None
-        fd, features = lane.link.plain_fd, lane.codec.features
-        compresses = features & Features.COMPRESSED and not lane.urgent_only and not lane.link.within_host
+        assert channel.link is not None
+        assert channel.codec is not None
+        fd, features = channel.link.plain_fd, channel.codec.features
+        compresses = (
+            features & Features.COMPRESSED and not channel.urgent_only and not channel.link.within_host
+        )
         if self._engine is None or fd is None or compresses:
             return
         try:
-            lane.engine = self._engine.lane(
+            channel.engine = self._engine.channel(
                 fd,
-                header_size=lane.codec.layout.header_size,
-                max_pages=OUR_MAX_PAGES if lane.ours else CRIU_MAX_PAGES,
+                header_size=channel.codec.layout.header_size,
+                max_pages=OUR_MAX_PAGES if channel.ours else CRIU_MAX_PAGES,
                 zeros=bool(features & Features.ZERO),
-                background=not lane.urgent_only,
-                floor=ALONE_WINDOW if features & Features.CONNECTIONS and not lane.urgent_only else 0,
+                background=not channel.urgent_only,
+                floor=ALONE_WINDOW if features & Features.CONNECTIONS and not channel.urgent_only else 0,
             )
         except OSError as error:
-            raise LinkError(f"no lane: {error.strerror}") from None
+            raise LinkError(f"no channel: {error.strerror}") from None
 
-    async def _probe(self, lane: _Lane, link: Link) -> None:
+    async def _probe(self, channel: _Channel, link: Link) -> None:
         """Find out who answers, and how: see wire. Also shows that somebody does.
 
         A server that the user has named is taken for it: CRIU's holds its answer back for 200 ms (it corks its socket,
         and only pages uncork it; seen with strace, 4.1.1).
         """
         told, checkpoint = self._options.layout, self._options.checkpoint
-        must_agree = lane.server.agreed or bool(checkpoint and checkpoint.by_dumptool)
+        must_agree = channel.server.agreed or bool(checkpoint and checkpoint.by_dumptool)
         # A second one must show that it is better than the first.
-        if told and not (must_agree or lane.second):
-            lane.codec = ClientCodec(told)
+        if told and not (must_agree or channel.second):
+            channel.codec = ClientCodec(told)
             return
-        address = lane.server.address
+        address = channel.server.address
         guessed = told is None and isinstance(address, TcpServer) and address.tls
         if guessed:  # see wire; the images' word has to do, and the old layout without it
             told = self._options.written_by or Layout.CRIU_4_1
@@ -841,15 +849,15 @@ class RemotePages:
             if guessed:
                 raise LinkError(f"{error}; {wire.GUESSED.format(layout=layout)}") from None
             raise
-        lane.answered = True
+        channel.answered = True
         features = wire.probe_answer(bytes(answer))
         if checkpoint and (features is not None or must_agree):
             await self._agree(link, checkpoint, features or wire.NO_FEATURES)
-            lane.server.agreed = True
+            channel.server.agreed = True
         if features is None:
-            lane.codec = ClientCodec(layout)
+            channel.codec = ClientCodec(layout)
         else:
-            lane.codec = ClientCodec(Layout.CRIU_4_2, features)
+            channel.codec = ClientCodec(Layout.CRIU_4_2, features)
 
     async def _agree(self, link: Link, checkpoint: Identity, features: Features) -> None:
         """Raises CheckpointError unless the server has this checkpoint."""
@@ -865,35 +873,35 @@ class RemotePages:
             )
 
     async def _keep_connected(self, server: _Server, *, urgent_only: bool) -> None:
-        """See to it that there is one good lane (or a second one, for faults only)."""
+        """See to it that there is one good channel (or a second one, for faults only)."""
         failures, retry_at = 0, 0.0
         while not self._closing:
-            lanes = [lane for lane in server.lanes if lane.urgent_only is urgent_only]
-            good = [lane for lane in lanes if lane.up and not lane.silent]
+            channels = [channel for channel in server.channels if channel.urgent_only is urgent_only]
+            good = [channel for channel in channels if channel.up and not channel.silent]
             if good:
-                for lane in lanes:
-                    if lane is not good[-1]:
-                        lane.scope.cancel()
+                for channel in channels:
+                    if channel is not good[-1]:
+                        channel.scope.cancel()
                 await server.changed.wait()
-                if any(lane.answered for lane in lanes):
+                if any(channel.answered for channel in channels):
                     failures = 0
-                if not any(lane.up for lane in lanes):
+                if not any(channel.up for channel in channels):
                     retry_at = time.monotonic() + _pause(BACKOFF, failures)
                 continue
             now = time.monotonic()
-            hopeless = [lane for lane in lanes if now - lane.heard > SILENCE or lane.silent]
+            hopeless = [channel for channel in channels if now - channel.heard > SILENCE or channel.silent]
             wanted = not urgent_only or server.many
-            if wanted and len(hopeless) == len(lanes) < 2 and now >= retry_at:
+            if wanted and len(hopeless) == len(channels) < 2 and now >= retry_at:
                 connected = isinstance(server.address, ConnectedSocket) and server.stats.connections
                 if connected or self._is_used_up(server):
                     await server.changed.wait()
                     continue
-                lane = _Lane(server, urgent_only, second=bool(lanes), heard=now)
-                server.lanes.append(lane)
-                self._group.start_soon(self._run_lane, lane)
+                channel = _Channel(server, urgent_only, second=bool(channels), heard=now)
+                server.channels.append(channel)
+                self._group.start_soon(self._run_channel, channel)
                 failures += 1
                 retry_at = now + _pause(BACKOFF, failures)
-                lanes.append(lane)
+                channels.append(channel)
             with anyio.move_on_after(max(0.02, min(1.0, retry_at - time.monotonic())) if wanted else 3600):
                 await server.changed.wait()
 
@@ -904,7 +912,7 @@ class RemotePages:
         """
         if self._options.checkpoint is None:
             return False
-        if not server.lanes and server.used_up and not server.given_up:
+        if not server.channels and server.used_up and not server.given_up:
             server.given_up = True
             log.error(
                 "page server %s: a page server of CRIU's takes one connection, and that has ended. Whoever listens "
@@ -912,28 +920,28 @@ class RemotePages:
                 "elsewhere (--source)",
                 server.address,
             )
-        return server.used_up or any(lane.used_up for lane in server.lanes)
+        return server.used_up or any(channel.used_up for channel in server.channels)
 
     # -- what waits ----------------------------------------------------------------------------------------
 
     async def _tend(self) -> None:
-        """Notice what waits for too long: lanes that are silent, refused pages, pages past the deadline."""
+        """Notice what waits for too long: channels that are silent, refused pages, pages past the deadline."""
         warned = time.monotonic()
         while True:
-            lanes = [lane for server in self._servers for lane in server.lanes]
-            if not self._backlog and not any(lane.engine for lane in lanes):
+            channels = [channel for server in self._servers for channel in server.channels]
+            if not self._backlog and not any(channel.engine for channel in channels):
                 self._wake = anyio.Event()
                 await self._wake.wait()
                 warned = time.monotonic()
             await anyio.sleep(TICK)
             now = time.monotonic()
             deadline = self._options.deadline
-            for lane in [lane for server in self._servers for lane in server.lanes]:
-                self._check_silence(lane, now)
-                if deadline is not None and lane.engine is not None:
-                    first = lane.engine.state().oldest
+            for channel in [channel for server in self._servers for channel in server.channels]:
+                self._check_silence(channel, now)
+                if deadline is not None and channel.engine is not None:
+                    first = channel.engine.state().oldest
                     if first and now - first / NS_PER_S > deadline:
-                        self._adopt_all(lane)
+                        self._adopt_all(channel)
             for wanted in [wanted for wanted in self._backlog.refused if self._denied(wanted)]:
                 self._backlog.drop(wanted)
                 await self._on_lost(wanted.pid, wanted.start, wanted.nr_pages, DENIED)
@@ -954,26 +962,26 @@ class RemotePages:
             self._dispatch()
             self._notice_room()
 
-    def _check_silence(self, lane: _Lane, now: float) -> None:
-        if not lane.up:
+    def _check_silence(self, channel: _Channel, now: float) -> None:
+        if not channel.up:
             return
-        load = lane.load
-        if lane.engine is not None:
-            lane.heard = lane.engine.state().heard / NS_PER_S
+        load = channel.load
+        if channel.engine is not None:
+            channel.heard = channel.engine.state().heard / NS_PER_S
         patience = max(SILENCE, SILENT_ROUND_TRIPS * load.round_trip)
-        silent = load.requests > 0 and now - lane.heard > patience
-        if lane.silent and not silent:
+        silent = load.requests > 0 and now - channel.heard > patience
+        if channel.silent and not silent:
             # All answers had come before it was found silent, and waited for a task: no byte will tell.
-            lane.silent = False
-            lane.server.notify()
-        elif silent and not lane.silent:
-            log.warning("page server %s: silent for %.1f s", lane.server.address, now - lane.heard)
-            lane.silent = True
-            lane.reserved = None  # another one may take the page
-            lane.hold()
-            self._adopt_all(lane)
-            self._backlog.give_back(lane)
-            lane.server.notify()
+            channel.silent = False
+            channel.server.notify()
+        elif silent and not channel.silent:
+            log.warning("page server %s: silent for %.1f s", channel.server.address, now - channel.heard)
+            channel.silent = True
+            channel.reserved = None  # another one may take the page
+            channel.hold()
+            self._adopt_all(channel)
+            self._backlog.give_back(channel)
+            channel.server.notify()
 
     # -- the end -------------------------------------------------------------------------------------------
 
@@ -993,7 +1001,7 @@ class RemotePages:
     def can_be_told(self) -> bool:
         """Whether a server that must hear the end can hear it now: dumptool's. Others only must have been there."""
         if self._options.checkpoint and self._options.checkpoint.by_dumptool:
-            return any(lane.up for server in self._servers for lane in server.lanes)
+            return any(channel.up for server in self._servers for channel in server.channels)
         return any(server.stats.connections for server in self._servers)
 
     @property
@@ -1007,19 +1015,19 @@ class RemotePages:
         if self._ending is _Ending.ABANDONED:
             return
         told = CloseFlags.COMPLETE if self._ending is _Ending.COMPLETE else CloseFlags.UNUSED
-        lanes = [lane for server in self._servers for lane in server.lanes if lane.up]
+        channels = [channel for server in self._servers for channel in server.channels if channel.up]
         if self._ending is _Ending.UNUSED:
-            lanes = [lane for lane in lanes if lane.agreed]
-        for lane in lanes:
-            force = isinstance(lane.server.address, ConnectedSocket)
-            flags = told if lane.agreed else wire.NO_CLOSE_FLAGS
-            if lane.engine is not None:
-                lane.engine.finish(force=force, flags=flags)
-            elif lane.codec is not None:
-                self._write(lane, lane.codec.close(force=force, flags=flags))
+            channels = [channel for channel in channels if channel.agreed]
+        for channel in channels:
+            force = isinstance(channel.server.address, ConnectedSocket)
+            flags = told if channel.agreed else wire.NO_CLOSE_FLAGS
+            if channel.engine is not None:
+                channel.engine.finish(force=force, flags=flags)
+            elif channel.codec is not None:
+                self._write(channel, channel.codec.close(force=force, flags=flags))
         with anyio.move_on_after(CLOSE_TIMEOUT, shield=True):
-            for lane in lanes:
-                await lane.closed.wait()
+            for channel in channels:
+                await channel.closed.wait()
 
 
 def check_certificates(servers: Sequence[PageServerAddress], options: RemoteOptions | None) -> None:

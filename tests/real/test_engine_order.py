@@ -2,7 +2,7 @@
 
 The kernel queues an event when the change has been made and the mmap lock been dropped, and mremap tells of the move
 first and, after that has been read, of the old place being unmapped (mm/mremap.c, ``notify_uffd``). Meanwhile the place
-is free, and the kernel itself gives it to the next mremap. See ``lp_space_next_change`` in csrc/serve/space.h.
+is free, and the kernel itself gives it to the next mremap. See ``lp_space_next_change`` in csrc/serve/address_space.h.
 """
 
 from __future__ import annotations

@@ -247,7 +247,7 @@ def test_who_waits_for_a_task_is_not_silent(
         one = anyio.Event()
 
         async def on_pages(pid: int, address: int, data: memoryview) -> None:
-            while not any(lane.silent for lane in remote._servers[0].lanes) and not came:
+            while not any(channel.silent for channel in remote._servers[0].channels) and not came:
                 await anyio.sleep(0.01)
             came.append((pid, address))
             one.set()

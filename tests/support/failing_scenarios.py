@@ -6,8 +6,8 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 
-from lazypages.engine.uffd import LaneEventKind, Notice, NoticeKind
-from tests.real.test_lane import REMOTE, TAG, Source
+from lazypages.engine.uffd import ChannelEventKind, Notice, NoticeKind
+from tests.real.test_channel import REMOTE, TAG, Source
 from tests.support.uffd import BASE, PAGE, RANDOM, PagesFile, Service, Task, until
 
 PAGES = 64
@@ -97,7 +97,7 @@ def layout(begin: Callable[[], None]) -> bool:
 
 
 class Owner:
-    """Does what Python does for a lane: asks for what the engine needs, makes another when one has ended."""
+    """Does what Python does for a channel: asks for what the engine needs, makes another when one has ended."""
 
     def __init__(self, service: Service, file: PagesFile) -> None:
         self._service, self._file = service, file
@@ -118,7 +118,7 @@ class Owner:
                 source.send(source.answer(self._file, source.asked()))
 
     def _ask(self, image: int, nr_pages: int) -> None:
-        self._source.lane.ask(TAG, image, nr_pages, urgent=True)
+        self._source.channel.ask(TAG, image, nr_pages, urgent=True)
 
     def look(self) -> None:
         for notice in self._service.look():
@@ -126,15 +126,15 @@ class Owner:
                 self._seen.append(notice)
                 self._wanted.append((notice.image, notice.nr_pages))
                 self._ask(notice.image, notice.nr_pages)
-        if any(event.kind is LaneEventKind.ENDED for event in self._source.lane.events()):
-            self._wanted += [(one.image, one.nr_pages) for one in self._source.lane.outstanding()]
+        if any(event.kind is ChannelEventKind.ENDED for event in self._source.channel.events()):
+            self._wanted += [(one.image, one.nr_pages) for one in self._source.channel.outstanding()]
             self._source.close()
             self._connect()
             for image, nr_pages in self._wanted:
                 self._ask(image, nr_pages)
 
     def bring(self, served: object) -> None:
-        self._source.lane.turn(served, 8 * PAGE)  # type: ignore[arg-type]
+        self._source.channel.turn(served, 8 * PAGE)  # type: ignore[arg-type]
 
     def close(self) -> None:
         self._source.close()

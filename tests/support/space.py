@@ -1,4 +1,4 @@
-"""A Python face of the address space (csrc/serve/space.h), for tests. Addresses, lengths and offsets in bytes."""
+"""A Python face of the address space (csrc/serve/address_space.h), for tests. All in bytes."""
 
 from __future__ import annotations
 

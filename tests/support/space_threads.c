@@ -6,7 +6,7 @@
  * Then two sources: one loses each page while the other one brings it.
  */
 #define _GNU_SOURCE
-#include "serve/space.h"
+#include "serve/address_space.h"
 
 #include <pthread.h>
 #include <sched.h>

@@ -1,4 +1,4 @@
-"""The address space against a dictionary of pages: csrc/serve/space.h."""
+"""The address space against a dictionary of pages: csrc/serve/address_space.h."""
 
 from __future__ import annotations
 
@@ -502,7 +502,7 @@ def test_claims_of_many_threads(tmp_path: Path) -> None:
     """No page has two holders at a time, and each arrives once. In C: Python's threads hardly ever meet."""
     root = Path(__file__).parents[2]
     program = tmp_path / "space_threads"
-    sources = [root / "tests/support/space_threads.c", root / "csrc/serve/space.c"]
+    sources = [root / "tests/support/space_threads.c", root / "csrc/serve/address_space.c"]
     flags = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread", f"-I{root / 'csrc'}"]
     subprocess.run(["gcc", *flags, *sources, "-o", program], check=True)
     subprocess.run([program], check=True, timeout=60)

@@ -1,9 +1,9 @@
 """Threads change the layout, a kernel tells of it late: the space has to find what happened when, and whether it did.
 
-The kernel here is a model with the habits of the real ones that matter (csrc/serve/space.h, csrc/serve/doubt.h): a
-change is made at once, but told of later, event by event, and a thread goes on only when the last event of its change
-has been told. Calls fail after their event, memory grows without one, and a fork is told of after what other threads
-have done since.
+The kernel here is a model with the habits of the real ones that matter (csrc/serve/address_space.h,
+csrc/serve/doubt.h): a change is made at once, but told of later, event by event, and a thread goes on only when the
+last event of its change has been told. Calls fail after their event, memory grows without one, and a fork is told of
+after what other threads have done since.
 
 Where the model asks, a real kernel is asked by ``UFFDIO_COPY`` and ``UFFDIO_ZEROPAGE``.
 """
@@ -125,7 +125,7 @@ class Kernel(Memory):
             return
         others = [other for other in self.threads if other is not thread]
         # What has arrived where another thread has not told of its leaving stays until it has. Else both tell of
-        # leaving the same place, and nothing says who was there first (csrc/serve/space.h).
+        # leaving the same place, and nothing says who was there first (csrc/serve/address_space.h).
         if any(source & other.tells_of for other in others):
             return
         if what == "discard":

@@ -1,10 +1,10 @@
 /*
- * A lane of csrc/serve/lane.c whose first task can't take its pages, and the second can: what comes for the second is placed
+ * A channel of csrc/serve/channel.c whose first task can't take its pages, and the second can: what comes for the second is placed
  * at once, as long as there is room for what the first can't take; nothing is placed twice, or never, or elsewhere; and
- * nobody waits for the lane by asking over and over again.  Exits 1 and says what is wrong.
+ * nobody waits for the channel by asking over and over again.  Exits 1 and says what is wrong.
  */
 #define _GNU_SOURCE
-#include "serve/lane.h"
+#include "serve/channel.h"
 
 #include <errno.h>
 #include <stdio.h>
@@ -15,7 +15,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-#include "serve/space.h"
+#include "serve/address_space.h"
 
 #define BUSY 1u
 #define READY 2u
@@ -27,7 +27,7 @@ struct header {
 	uint64_t vaddr, dst_id;
 };
 
-static struct lp_lanes lanes;
+static struct lp_channels channels;
 static unsigned char placed[3][PAGES];
 static int busy = 1, looks;
 
@@ -39,11 +39,11 @@ static int busy = 1, looks;
 		}                                                                                                      \
 	} while (0)
 
-/* What lane.c wants of engine.c. */
-struct lp_lanes *lp_engine_lanes(struct lp_engine *engine)
+/* What channel.c wants of engine.c. */
+struct lp_channels *lp_engine_channels(struct lp_engine *engine)
 {
 	(void)engine;
-	return &lanes;
+	return &channels;
 }
 
 int64_t lp_task_claim_background(struct lp_task *task, uint64_t max_pages, uint64_t *image)
@@ -90,16 +90,16 @@ static int place(void *arg, uint64_t tag, uint64_t image, uint64_t nr_pages, con
 static int look(void)
 {
 	struct epoll_event events[8];
-	bool again = lp_lanes_round(&lanes);
-	int n = epoll_wait(lanes.epfd, events, 8, again ? 1 : 20);
+	bool again = lp_channels_round(&channels);
+	int n = epoll_wait(channels.epfd, events, 8, again ? 1 : 20);
 	uint64_t count;
 
 	looks++;
 	for (int i = 0; i < n; i++) {
 		if (events[i].data.u64 & 1)
-			lp_lane_ready((struct lp_lane *)(uintptr_t)(events[i].data.u64 & ~1ull));
+			lp_channel_ready((struct lp_channel *)(uintptr_t)(events[i].data.u64 & ~1ull));
 		else
-			CHECK(read(lanes.wakefd, &count, sizeof(count)) == sizeof(count));
+			CHECK(read(channels.wakefd, &count, sizeof(count)) == sizeof(count));
 	}
 	return n;
 }
@@ -145,24 +145,24 @@ static unsigned count(uint64_t tag)
 
 int main(void)
 {
-	const struct lp_lane_options options = {.header_size = sizeof(struct header), .max_pages = 1};
+	const struct lp_channel_options options = {.header_size = sizeof(struct header), .max_pages = 1};
 	struct epoll_event event = {.events = EPOLLIN};
 	int ends[2], size = 32 << 20, epfd = epoll_create1(0), wakefd = eventfd(0, EFD_NONBLOCK);
-	struct lp_lane_event events[8];
-	struct lp_lane *lane;
+	struct lp_channel_event events[8];
+	struct lp_channel *channel;
 
-	lp_lanes_init(&lanes, epfd, wakefd, place, NULL);
+	lp_channels_init(&channels, epfd, wakefd, place, NULL);
 	CHECK(!epoll_ctl(epfd, EPOLL_CTL_ADD, wakefd, &event));
 	CHECK(!socketpair(AF_UNIX, SOCK_STREAM, 0, ends));
 	CHECK(!setsockopt(ends[1], SOL_SOCKET, SO_SNDBUFFORCE, &size, sizeof(size)));
-	CHECK((lane = lp_lane_new(NULL, ends[0], &options)));
+	CHECK((channel = lp_channel_new(NULL, ends[0], &options)));
 	close(ends[0]);
 	look();
 
 	/* within bounds: the second task does not wait for the first */
 	for (uint64_t page = 0; page < 500; page++) {
-		CHECK(lp_lanes_fault(&lanes, BUSY, BASE + (page << LP_PAGE_SHIFT), 1, 1));
-		CHECK(lp_lanes_fault(&lanes, READY, BASE + (page << LP_PAGE_SHIFT), 1, 1));
+		CHECK(lp_channels_fault(&channels, BUSY, BASE + (page << LP_PAGE_SHIFT), 1, 1));
+		CHECK(lp_channels_fault(&channels, READY, BASE + (page << LP_PAGE_SHIFT), 1, 1));
 	}
 	for (uint64_t page = 0; page < 500; page++) {
 		answer(ends[1], BUSY, page);
@@ -172,14 +172,14 @@ int main(void)
 		CHECK(look() >= 0 && looks < 100000);
 	CHECK(count(BUSY) == 0);
 	/* these are on their way still, and not asked for again */
-	CHECK(lp_lanes_hurry(&lanes, BUSY, BASE + (499 << LP_PAGE_SHIFT), 1));
-	CHECK(!lp_lanes_hurry(&lanes, BUSY, BASE + (500 << LP_PAGE_SHIFT), 1));
-	CHECK(!lp_lanes_hurry(&lanes, READY, BASE + (499 << LP_PAGE_SHIFT), 1));
+	CHECK(lp_channels_hurry(&channels, BUSY, BASE + (499 << LP_PAGE_SHIFT), 1));
+	CHECK(!lp_channels_hurry(&channels, BUSY, BASE + (500 << LP_PAGE_SHIFT), 1));
+	CHECK(!lp_channels_hurry(&channels, READY, BASE + (499 << LP_PAGE_SHIFT), 1));
 
-	/* beyond them: the lane waits, also when the other side has hung up, and not by being told so all the time */
+	/* beyond them: the channel waits, also when the other side has hung up, and not by being told so all the time */
 	for (uint64_t page = 500; page < 3000; page++)
-		CHECK(lp_lanes_fault(&lanes, BUSY, BASE + (page << LP_PAGE_SHIFT), 1, 1));
-	CHECK(lp_lanes_fault(&lanes, READY, BASE + (500 << LP_PAGE_SHIFT), 1, 1));
+		CHECK(lp_channels_fault(&channels, BUSY, BASE + (page << LP_PAGE_SHIFT), 1, 1));
+	CHECK(lp_channels_fault(&channels, READY, BASE + (500 << LP_PAGE_SHIFT), 1, 1));
 	for (uint64_t page = 500; page < 3000; page++)
 		answer(ends[1], BUSY, page);
 	answer(ends[1], READY, 500);
@@ -190,20 +190,20 @@ int main(void)
 	for (int i = 0; i < 50; i++)
 		CHECK(look() == 0);
 	CHECK(count(BUSY) == 0 && count(READY) == 500);
-	CHECK(lanes.parked_bytes <= 4 << 20);
+	CHECK(channels.parked_bytes <= 4 << 20);
 
-	/* the first can take them: all is there, and only then the lane has ended */
+	/* the first can take them: all is there, and only then the channel has ended */
 	busy = 0;
 	while (count(BUSY) < 3000 || count(READY) < 501)
 		CHECK(look() >= 0 && looks < 200000);
-	while (!lp_lane_events(lane, events, 8))
+	while (!lp_channel_events(channel, events, 8))
 		CHECK(look() >= 0 && looks < 200000);
-	CHECK(events[0].kind == LP_LANE_ENDED && events[0].status == 0 && events[0].at_boundary);
-	CHECK(!lanes.parked && !lanes.parked_bytes);
+	CHECK(events[0].kind == LP_CHANNEL_ENDED && events[0].status == 0 && events[0].at_boundary);
+	CHECK(!channels.parked && !channels.parked_bytes);
 
-	lp_lane_close(lane);
+	lp_channel_close(channel);
 	look();
-	CHECK(!lanes.lanes);
-	lp_lanes_free(&lanes);
+	CHECK(!channels.channels);
+	lp_channels_free(&channels);
 	return 0;
 }

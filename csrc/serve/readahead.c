@@ -1,16 +1,16 @@
-#include "plan.h"
+#include "readahead.h"
 
 #include <string.h>
 
 #define SURE 4 /* pages of a window: so many make a stream */
 
-void lp_plan_init(struct lp_plan *plan, uint64_t max_window)
+void lp_readahead_init(struct lp_readahead *plan, uint64_t max_window)
 {
 	memset(plan, 0, sizeof(*plan));
 	plan->max_window = max_window ? max_window : 1;
 }
 
-struct lp_window lp_plan_fault(struct lp_plan *plan, uint64_t page)
+struct lp_window lp_readahead_fault(struct lp_readahead *plan, uint64_t page)
 {
 	struct lp_stream *oldest = &plan->streams[0];
 	struct lp_window window = {page, 1};

@@ -16,7 +16,7 @@ struct lp_stream {
 	uint64_t used;	   /* when, in faults */
 };
 
-struct lp_plan {
+struct lp_readahead {
 	uint64_t max_window; /* pages; 1: no readahead */
 	uint64_t clock;
 	struct lp_stream streams[LP_STREAMS];
@@ -27,7 +27,7 @@ struct lp_window {
 	uint64_t first, nr;
 };
 
-void lp_plan_init(struct lp_plan *plan, uint64_t max_window);
-struct lp_window lp_plan_fault(struct lp_plan *plan, uint64_t page);
+void lp_readahead_init(struct lp_readahead *plan, uint64_t max_window);
+struct lp_window lp_readahead_fault(struct lp_readahead *plan, uint64_t page);
 
 #endif

@@ -1,5 +1,5 @@
 #define _GNU_SOURCE
-#include "space.h"
+#include "address_space.h"
 
 #include <errno.h>
 #include <limits.h>

@@ -1,4 +1,4 @@
-"""Lanes: the engine asks a page server by itself. A server of ours here says whatever a test wants, on a real socket.
+"""Channels: the engine asks a page server by itself. A server of ours here says what a test wants, on a real socket.
 
 What must never happen: a page that nobody gave, old bytes after the task has thrown them away, a request that is
 forgotten.
@@ -24,9 +24,9 @@ from typing import NamedTuple
 import anyio
 import pytest
 
-from lazypages.engine.uffd import Lane, LaneEvent, LaneEventKind, NoticeKind, ServedTask
+from lazypages.engine.uffd import Channel, ChannelEvent, ChannelEventKind, NoticeKind, ServedTask
 from lazypages.net.url import UnixServer
-from lazypages.sources.remote import RemoteOptions, RemotePages, _Lane
+from lazypages.sources.remote import RemoteOptions, RemotePages, _Channel
 from tests.support.uffd import BASE, PAGE, RANDOM, PagesFile, Service, Task, until
 
 GIB = 1 << 30
@@ -53,16 +53,16 @@ class Get(NamedTuple):
 
 
 class Source:
-    """The other end of a lane."""
+    """The other end of a channel."""
 
     def __init__(self, service: Service, *, size: int = 24, zeros: bool = False, max_pages: int = 16) -> None:
-        self._end, lanes = socket.socketpair()
+        self._end, channels = socket.socketpair()
         self._header = HEADERS[size]
-        with lanes:
-            self.lane: Lane = service.engine.lane(
-                lanes.fileno(), header_size=size, max_pages=max_pages, zeros=zeros, background=True
+        with channels:
+            self.channel: Channel = service.engine.channel(
+                channels.fileno(), header_size=size, max_pages=max_pages, zeros=zeros, background=True
             )
-        self._events: list[LaneEvent] = []
+        self._events: list[ChannelEvent] = []
         self._end.settimeout(60)
 
     def hang_up(self) -> None:
@@ -70,7 +70,7 @@ class Source:
 
     def close(self) -> None:
         """Both ends."""
-        self.lane.close()
+        self.channel.close()
         self._end.close()
 
     def command(self) -> tuple[int, Get]:
@@ -102,20 +102,20 @@ class Source:
     def send(self, data: bytes) -> None:
         self._end.sendall(data)
 
-    def event(self, kind: LaneEventKind) -> LaneEvent:
+    def event(self, kind: ChannelEventKind) -> ChannelEvent:
         """The next one of this kind."""
         deadline = time.monotonic() + 60
         while True:
-            self._events += self.lane.events()
+            self._events += self.channel.events()
             for place, event in enumerate(self._events):
                 if event.kind is kind:
                     return self._events.pop(place)
             if time.monotonic() > deadline:
                 pytest.fail(f"no {kind.name}, but {self._events}")
-            select.select([self.lane.event_fd], [], [], 1)
+            select.select([self.channel.event_fd], [], [], 1)
 
-    def events(self) -> list[LaneEventKind]:
-        self._events += self.lane.events()
+    def events(self) -> list[ChannelEventKind]:
+        self._events += self.channel.events()
         return [event.kind for event in self._events]
 
 
@@ -164,8 +164,8 @@ def test_a_fault_byte_by_byte(size: int, file: PagesFile) -> None:
         assert no_notice(service)
         assert source.events() == []
         counted(served, remote=3, faults=3)
-        until("the answer to be settled", lambda: not source.lane.state().outstanding)
-        state = source.lane.state()
+        until("the answer to be settled", lambda: not source.channel.state().outstanding)
+        state = source.channel.state()
         assert (state.outstanding, state.urgent, state.requests, state.pages) == (0, 0, 3, 3)
         assert state.bytes == 3 * (size + PAGE)
         source.close()
@@ -181,7 +181,7 @@ def test_many_faults_at_once(file: PagesFile) -> None:
             source.send(b"".join(source.answer(file, get) for get in gets))
         task.reply()
         counted(served, pending=0, faults=PAGES)
-        assert source.lane.state().requests == PAGES
+        assert source.channel.state().requests == PAGES
         source.close()
 
 
@@ -195,25 +195,25 @@ def test_cut(cut: int, pages: int, file: PagesFile) -> None:
     whole = max(0, cut - 24) // PAGE
     with remote_task(pages) as (service, task, served):
         source = Source(service)
-        source.lane.turn(served, pages * PAGE)
+        source.channel.turn(served, pages * PAGE)
         get = source.asked()
         assert get == (pages, BASE, TAG)
         source.send(source.answer(file, get)[:cut])
         source.hang_up()
-        ended = source.event(LaneEventKind.ENDED)
+        ended = source.event(ChannelEventKind.ENDED)
         assert (ended.status, ended.at_boundary) == (0, cut in {0, 24 + pages * PAGE})
-        left = [(one.image, one.nr_pages, one.told) for one in source.lane.outstanding()]
+        left = [(one.image, one.nr_pages, one.told) for one in source.channel.outstanding()]
         assert left == ([(BASE + whole * PAGE, pages - whole, False)] if whole < pages else [])
         assert served.pending == pages - whole
         source.close()
-        # a thread that waits is no worse off: the owner is asked, and another lane brings it
+        # a thread that waits is no worse off: the owner is asked, and another channel brings it
         if whole < pages:
             task.tell_check(BASE, pages, file.first_id)
             assert service.wait(NoticeKind.HURRY, served).image == BASE + whole * PAGE
             second = Source(service)
-            second.lane.ask(TAG, BASE + whole * PAGE, pages - whole, urgent=True)
+            second.channel.ask(TAG, BASE + whole * PAGE, pages - whole, urgent=True)
             second.send(second.answer(file, second.asked()))
-            arrived = second.event(LaneEventKind.ARRIVED)
+            arrived = second.event(ChannelEventKind.ARRIVED)
             assert (arrived.image, arrived.nr_pages) == (BASE + whole * PAGE, pages - whole)
             task.reply()
             second.close()
@@ -240,15 +240,15 @@ def test_wrong_answers(what: str, size: int, file: PagesFile) -> None:
             "noise": random.Random(5).randbytes(size),
         }
         source.send(wrong[what] + file.page_bytes(1, 2))
-        ended = source.event(LaneEventKind.ENDED)
+        ended = source.event(ChannelEventKind.ENDED)
         assert ended.status == errno.EPROTO
-        assert [(one.image, one.nr_pages) for one in source.lane.outstanding()] == [(BASE, 1)]
-        assert source.lane.outstanding()[0].since > 0
+        assert [(one.image, one.nr_pages) for one in source.channel.outstanding()] == [(BASE, 1)]
+        assert source.channel.outstanding()[0].since > 0
         assert task.busy()
         assert served.pending == PAGES
         source.close()
         second = Source(service, size=size)
-        second.lane.ask(TAG, BASE, 1, urgent=True)
+        second.channel.ask(TAG, BASE, 1, urgent=True)
         second.send(second.answer(file, second.asked()))
         task.reply()
         second.close()
@@ -258,7 +258,7 @@ def test_an_answer_that_nobody_asked_for(file: PagesFile) -> None:
     with remote_task() as (service, _task, served):
         source = Source(service)
         source.send(source.answer(file, Get(1, BASE, TAG)))
-        assert source.event(LaneEventKind.ENDED).status == errno.EPROTO
+        assert source.event(ChannelEventKind.ENDED).status == errno.EPROTO
         assert served.pending == PAGES
         source.close()
 
@@ -284,7 +284,7 @@ def test_a_short_answer(file: PagesFile) -> None:
         source.send(source.answer(file, rest))
         task.reply()
         counted(served, pending=PAGES - 7)
-        until("the answer to be settled", lambda: not source.lane.state().outstanding)
+        until("the answer to be settled", lambda: not source.channel.state().outstanding)
         source.close()
 
 
@@ -309,18 +309,18 @@ def test_a_page_that_the_server_has_not(file: PagesFile) -> None:
         task.tell_check(BASE + 3 * PAGE, 1, file.first_id + 3)
         get = source.asked()
         source.send(source.header(get._replace(nr_pages=0), flags=0))
-        refused = source.event(LaneEventKind.REFUSED)
+        refused = source.event(ChannelEventKind.REFUSED)
         assert (refused.tag, refused.image, refused.nr_pages, refused.told) == (TAG, get.image, 1, False)
         assert refused.since > 0
         assert task.busy()
-        source.lane.ask(TAG, get.image, 1, urgent=True)
+        source.channel.ask(TAG, get.image, 1, urgent=True)
         source.send(source.answer(file, source.asked()))
         task.reply()
         source.close()
 
 
 def test_a_refusal_that_nobody_has_heard(file: PagesFile) -> None:
-    """A lane is given up for another one before its events have been read: the page is wanted all the same."""
+    """A channel is given up for another one before its events have been read: the page is wanted all the same."""
 
     async def nothing(*_: object) -> None:
         pytest.fail("nothing comes, nothing is lost")
@@ -336,9 +336,9 @@ def test_a_refusal_that_nobody_has_heard(file: PagesFile) -> None:
                 engine=service.engine,
             )
             (server,) = remote._servers
-            lane = _Lane(server, urgent_only=False, second=False, engine=source.lane, up=True)
-            server.lanes.append(lane)
-            remote._lane_ended(lane, "given up for another connection")
+            channel = _Channel(server, urgent_only=False, second=False, engine=source.channel, up=True)
+            server.channels.append(channel)
+            remote._channel_ended(channel, "given up for another connection")
             assert [(wanted.pid, wanted.start, wanted.nr_pages) for wanted in remote._backlog] == [
                 (TAG, BASE, 1)
             ]
@@ -347,13 +347,13 @@ def test_a_refusal_that_nobody_has_heard(file: PagesFile) -> None:
 
     with remote_task() as (service, task, _served):
         first, second = Source(service, size=32), Source(service)
-        second.lane.hold(held=True)
+        second.channel.hold(held=True)
         task.tell_check(BASE, 1, file.first_id)
         first.send(first.header(first.asked()._replace(nr_pages=0), flags=0))
-        until("the refusal to be read", lambda: not first.lane.state().outstanding)
+        until("the refusal to be read", lambda: not first.channel.state().outstanding)
         anyio.run(give_up, service, first)
         first.hang_up()
-        second.lane.ask(TAG, BASE, 1, urgent=True)
+        second.channel.ask(TAG, BASE, 1, urgent=True)
         second.send(second.answer(file, second.asked()))
         task.reply()
         second.close()
@@ -363,8 +363,8 @@ def test_zeros(file: PagesFile) -> None:
     """Pages of zeros come without bytes, where that was agreed on."""
     with remote_task(pages=300) as (service, task, served):
         source = Source(service, size=32, zeros=True, max_pages=300)
-        source.lane.ask(TAG, BASE, 200, urgent=False)
-        source.lane.ask(TAG, BASE + 200 * PAGE, 1, urgent=False)
+        source.channel.ask(TAG, BASE, 200, urgent=False)
+        source.channel.ask(TAG, BASE + 200 * PAGE, 1, urgent=False)
         source.send(source.header(source.asked(), flags=ZERO))
         source.send(source.answer(file, source.asked()))
         task.check(BASE, 200, 0)
@@ -377,7 +377,7 @@ def test_a_thread_waits_for_what_is_on_its_way(file: PagesFile) -> None:
     """It is not asked for again, nobody is bothered, and the fault is counted."""
     with remote_task() as (service, task, served):
         source = Source(service)
-        source.lane.turn(served, 16 * PAGE)
+        source.channel.turn(served, 16 * PAGE)
         gets = []
         while sum(get.nr_pages for get in gets) < 16:
             gets.append(source.asked())
@@ -385,36 +385,36 @@ def test_a_thread_waits_for_what_is_on_its_way(file: PagesFile) -> None:
         assert task.busy()
         assert source.quiet()
         assert no_notice(service)
-        assert any(one.since for one in source.lane.outstanding())
+        assert any(one.since for one in source.channel.outstanding())
         source.send(b"".join(source.answer(file, get) for get in gets))
         task.reply()
         counted(served, faults=1)
         source.close()
 
 
-def test_a_held_lane(file: PagesFile) -> None:
+def test_a_held_channel(file: PagesFile) -> None:
     """It sends nothing of its own accord; faults are the owner's then."""
     with remote_task() as (service, task, served):
         source = Source(service)
         task.tell_check(BASE, 1, file.first_id)
         get = source.asked()
-        source.lane.hold(held=True)
-        assert [one[:3] for one in source.lane.outstanding()] == [(TAG, BASE, 1)]
-        source.lane.turn(served, PAGE)
-        assert source.event(LaneEventKind.TURN_OVER).nr_pages == 0
+        source.channel.hold(held=True)
+        assert [one[:3] for one in source.channel.outstanding()] == [(TAG, BASE, 1)]
+        source.channel.turn(served, PAGE)
+        assert source.event(ChannelEventKind.TURN_OVER).nr_pages == 0
         source.send(source.answer(file, get)[:100])
-        source.event(LaneEventKind.HEARD)
+        source.event(ChannelEventKind.HEARD)
         source.send(source.answer(file, get)[100:])
-        assert source.event(LaneEventKind.ARRIVED).image == BASE  # taken back, and come all the same
-        source.event(LaneEventKind.QUIET)
+        assert source.event(ChannelEventKind.ARRIVED).image == BASE  # taken back, and come all the same
+        source.event(ChannelEventKind.QUIET)
         task.reply()
         task.tell_check(BASE + PAGE, 1, file.first_id + 1)
         assert service.wait(NoticeKind.NEED, served).image == BASE + PAGE
         assert source.quiet()
-        source.lane.ask(TAG, BASE + PAGE, 1, urgent=True)
+        source.channel.ask(TAG, BASE + PAGE, 1, urgent=True)
         source.send(source.answer(file, source.asked()))
         task.reply()
-        source.lane.hold(held=False)
+        source.channel.hold(held=False)
         task.tell_check(BASE + 2 * PAGE, 1, file.first_id + 2)
         source.send(source.answer(file, source.asked()))
         task.reply()
@@ -428,12 +428,12 @@ def test_the_end(size: int, file: PagesFile) -> None:
         source = Source(service, size=size)
         task.tell_check(BASE, 1, file.first_id)
         get = source.asked()
-        source.lane.finish(force=False)
+        source.channel.finish(force=False)
         assert source.command()[0] == CLOSE
         source.send(source.answer(file, get) + struct.pack("=i", 7))
         task.reply()
-        assert source.event(LaneEventKind.CLOSED).status == 7
-        source.lane.close()
+        assert source.event(ChannelEventKind.CLOSED).status == 7
+        source.channel.close()
         with pytest.raises(EOFError):
             source.command()
         source.hang_up()
@@ -446,7 +446,7 @@ def test_layout_changes_while_pages_are_on_their_way(file: PagesFile) -> None:
     """What comes is placed where its memory is by now, in pieces, and nowhere if that is gone: never old bytes."""
     with remote_task() as (service, task, served):
         source = Source(service, max_pages=PAGES)
-        source.lane.turn(served, PAGES * PAGE)
+        source.channel.turn(served, PAGES * PAGE)
         gets: list[Get] = []
         while sum(get.nr_pages for get in gets) < 16:
             gets.append(source.asked())
@@ -463,7 +463,7 @@ def test_layout_changes_while_pages_are_on_their_way(file: PagesFile) -> None:
             get = source.asked()
             source.send(source.answer(file, get))
             left -= get.nr_pages
-        source.event(LaneEventKind.TURN_OVER)
+        source.event(ChannelEventKind.TURN_OVER)
         until("all to be there", lambda: served.pending == 0)
         task.check(BASE, 1, 0)
         task.check(BASE + 3 * PAGE, 3, file.first_id + 3)
@@ -479,7 +479,7 @@ def test_a_fork_while_a_page_is_on_its_way(file: PagesFile) -> None:
         task.tell_check(BASE + 2 * PAGE, 1, file.first_id + 2)
         get = source.asked()
         other = Source(service)  # the better one for whatever comes next, as it has nothing to do
-        source.lane.turn(served, 8 * PAGE)
+        source.channel.turn(served, 8 * PAGE)
         gets: list[Get] = []
         while sum(one.nr_pages for one in gets) < 7:
             gets.append(source.asked())
@@ -516,13 +516,13 @@ def another_task(service: Service) -> tuple[Task, ServedTask]:
 
 
 def test_a_task_that_ends_while_pages_are_on_their_way(file: PagesFile) -> None:
-    """Its pages come for nobody; those of the other task on the same lane are where they belong."""
+    """Its pages come for nobody; those of the other task on the same channel are where they belong."""
     with remote_task() as (service, task, served):
         source = Source(service)
         other, second = another_task(service)
         task.tell_check(BASE, 1, file.first_id)
         gone = source.asked()
-        source.lane.turn(served, 8 * PAGE)
+        source.channel.turn(served, 8 * PAGE)
         gets: list[Get] = []
         while sum(get.nr_pages for get in gets) < 8:
             gets.append(source.asked())
@@ -530,15 +530,15 @@ def test_a_task_that_ends_while_pages_are_on_their_way(file: PagesFile) -> None:
         mine = source.asked()
         task.close()
         until("it to be gone", lambda: not served.probe())
-        source.lane.turn(served, 8 * PAGE)
+        source.channel.turn(served, 8 * PAGE)
         served.close()
         for get in (gone, *gets, mine):
             source.send(source.answer(file, get))
         other.reply()
-        assert source.event(LaneEventKind.TURN_OVER).nr_pages == 8
-        source.event(LaneEventKind.TURN_OVER)
+        assert source.event(ChannelEventKind.TURN_OVER).nr_pages == 8
+        source.event(ChannelEventKind.TURN_OVER)
         counted(second, remote=1)
-        until("the answers to be settled", lambda: not source.lane.state().outstanding)
+        until("the answers to be settled", lambda: not source.channel.state().outstanding)
         source.close()
 
 
@@ -547,7 +547,7 @@ def test_a_task_that_can_take_nothing_keeps_nothing_from_others(file: PagesFile)
     with remote_task() as (service, task, served):
         source = Source(service)
         other, second = another_task(service)
-        source.lane.turn(served, 8 * PAGE)
+        source.channel.turn(served, 8 * PAGE)
         gets: list[Get] = []
         while sum(get.nr_pages for get in gets) < 8:
             gets.append(source.asked())
@@ -564,7 +564,7 @@ def test_a_task_that_can_take_nothing_keeps_nothing_from_others(file: PagesFile)
                 other.tell_check(BASE + page * PAGE, 1, file.first_id + page)
                 source.send(source.answer(file, source.asked()))
                 other.reply()
-            until("the answers to be taken", lambda: not source.lane.state().outstanding)
+            until("the answers to be taken", lambda: not source.channel.state().outstanding)
             assert served.pending == PAGES
             source.close()  # what has come is none of its business any more
         finally:
@@ -581,10 +581,10 @@ def test_a_task_that_can_take_nothing_keeps_nothing_from_others(file: PagesFile)
 def test_parking(tmp_path: Path) -> None:
     """As above, with more than there is room for, and a server that hangs up meanwhile: in C, turn by turn."""
     root = Path(__file__).parents[2]
-    sources = [root / "tests/support/lane_parking.c", root / "csrc/serve/lane.c"]
+    sources = [root / "tests/support/channel_deferred.c", root / "csrc/serve/channel.c"]
     flags = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread", f"-I{root / 'csrc'}"]
-    subprocess.run(["gcc", *flags, *sources, "-o", tmp_path / "lane_parking"], check=True)
-    subprocess.run([tmp_path / "lane_parking"], check=True, timeout=60)
+    subprocess.run(["gcc", *flags, *sources, "-o", tmp_path / "channel_deferred"], check=True)
+    subprocess.run([tmp_path / "channel_deferred"], check=True, timeout=60)
 
 
 class Server(threading.Thread):
@@ -635,20 +635,20 @@ def test_turmoil(file: PagesFile) -> None:
                     served.fail_remote(notice.image, notice.nr_pages, lost=False)
             service.notices.clear()
             if not turn_taken:
-                source.lane.turn(served, 32 * PAGE)
+                source.channel.turn(served, 32 * PAGE)
                 turn_taken = True
-            for event in source.lane.events():
-                if event.kind is LaneEventKind.TURN_OVER:
+            for event in source.channel.events():
+                if event.kind is ChannelEventKind.TURN_OVER:
                     turn_taken = False
-                if event.kind is LaneEventKind.ENDED:
-                    for left in source.lane.outstanding():
+                if event.kind is ChannelEventKind.ENDED:
+                    for left in source.channel.outstanding():
                         served.fail_remote(left.image, left.nr_pages, lost=False)
                     source.close()
                     source = Source(service)
                     servers.append(Server(source, file, len(servers)))
                     turn_taken = False
                     break
-            select.select([source.lane.event_fd, service.engine.notice_fd], [], [], 0.01)
+            select.select([source.channel.event_fd, service.engine.notice_fd], [], [], 0.01)
         task.reply()
         assert served.lost == 0
         assert len(servers) > 3

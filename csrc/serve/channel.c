@@ -1,5 +1,5 @@
 #define _GNU_SOURCE
-#include "lane.h"
+#include "channel.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -15,13 +15,13 @@
 #include <unistd.h>
 
 #include "engine.h"
-#include "space.h"
+#include "address_space.h"
 
 #define NS 1000000000ull
 #define BUFFER ((size_t)256 << 10) /* bytes that are received, and placed, at once */
 #define RECEIVE_MOST ((size_t)256 << 10) /* bytes received before faults are looked at again */
 #define ZERO_PAGES 64ull		 /* placed at once */
-#define PARKED_MOST ((size_t)4 << 20)	 /* bytes: then lanes wait for the task that can't take them */
+#define PARKED_MOST ((size_t)4 << 20)	 /* bytes: then channels wait for the task that can't take them */
 #define COMMAND_ADD 1u
 #define COMMAND_ADD_F 6u
 #define COMMAND_GET 7u
@@ -31,7 +31,7 @@
 #define FLAG_PRESENT 4u
 #define FLAG_ZERO 0x100u /* wire.PageFlags.ZERO */
 #define MAX_HEADER 32
-/* Room for these is always there: the turn is over, nothing is outstanding, the lane is closed, it has ended. */
+/* Room for these is always there: the turn is over, nothing is outstanding, the channel is closed, it has ended. */
 #define LAST_EVENTS 4
 /* What the taking in of one piece of an answer may say: pages have come, others are refused. */
 #define PIECE_EVENTS 2
@@ -40,7 +40,7 @@
 #define MIN_LIMIT ((uint64_t)64 << 10)
 #define MAX_LIMIT ((uint64_t)16 << 20)
 /*
- * While faults share the lane: two requests, so that the server always has one.  A fault waits for them; with less, it
+ * While faults share the channel: two requests, so that the server always has one.  A fault waits for them; with less, it
  * finds its page there already less often, and all of it takes longer (measured with CRIU's server on loopback).
  */
 #define BUSY_LIMIT ((uint64_t)512 << 10)
@@ -79,11 +79,11 @@ struct answer {
 	uint64_t nr_pages, vaddr, dst_id;
 };
 
-struct lp_lane {
-	struct lp_lanes *lanes;
-	struct lp_lane *next;
+struct lp_channel {
+	struct lp_channels *channels;
+	struct lp_channel *next;
 	int fd, eventfd;
-	struct lp_lane_options options;
+	struct lp_channel_options options;
 	_Atomic bool dead; /* the owner has let it go */
 
 	/* The serving thread's. */
@@ -97,7 +97,7 @@ struct lp_lane {
 
 	pthread_mutex_t lock; /* of what follows */
 	_Atomic bool held, ended, finishing; /* read without the lock, too */
-	_Atomic bool failed; /* there was no memory for a request of the owner's: the lane ends */
+	_Atomic bool failed; /* there was no memory for a request of the owner's: the channel ends */
 	bool closed;
 	struct lp_request *requests; /* a ring; the oldest is answered first */
 	size_t first, nr, cap;
@@ -108,7 +108,7 @@ struct lp_lane {
 	struct pace pace;
 	struct lp_task *turn;
 	uint64_t turn_left, turn_asked; /* pages */
-	struct lp_lane_event *events;
+	struct lp_channel_event *events;
 	size_t nr_events, cap_events;
 };
 
@@ -178,13 +178,13 @@ static void pace_answered(struct pace *p, const struct lp_request *request, uint
 
 /* ---- what is outstanding (lock held) ---- */
 
-static struct lp_request *request_at(struct lp_lane *l, size_t i)
+static struct lp_request *request_at(struct lp_channel *l, size_t i)
 {
 	return &l->requests[(l->first + i) & (l->cap - 1)];
 }
 
 /* Room for one more request, and for its bytes: false if there is no memory. */
-static bool room_to_ask(struct lp_lane *l)
+static bool room_to_ask(struct lp_channel *l)
 {
 	if (l->nr == l->cap) {
 		size_t cap = l->cap ? l->cap * 2 : 64;
@@ -203,7 +203,7 @@ static bool room_to_ask(struct lp_lane *l)
 }
 
 /* (There is room: room_to_ask.) */
-static void send_later(struct lp_lane *l, uint32_t command, uint64_t nr_pages, uint64_t vaddr, uint64_t dst_id)
+static void send_later(struct lp_channel *l, uint32_t command, uint64_t nr_pages, uint64_t vaddr, uint64_t dst_id)
 {
 	union {
 		struct header_short s;
@@ -219,7 +219,7 @@ static void send_later(struct lp_lane *l, uint32_t command, uint64_t nr_pages, u
 }
 
 /* False: there is no memory, nothing has been asked. */
-static bool ask(struct lp_lane *l, uint64_t tag, uint64_t image, uint64_t nr_pages, uint64_t since, bool urgent, bool told)
+static bool ask(struct lp_channel *l, uint64_t tag, uint64_t image, uint64_t nr_pages, uint64_t since, bool urgent, bool told)
 {
 	uint64_t now = now_ns();
 
@@ -248,43 +248,43 @@ static bool ask(struct lp_lane *l, uint64_t tag, uint64_t image, uint64_t nr_pag
 	return true;
 }
 
-static bool room_for_events(struct lp_lane *l, size_t nr)
+static bool room_for_events(struct lp_channel *l, size_t nr)
 {
 	return grow(&l->events, l->nr_events + nr + LAST_EVENTS, &l->cap_events, sizeof(*l->events));
 }
 
-static void add_event(struct lp_lane *l, struct lp_lane_event event)
+static void add_event(struct lp_channel *l, struct lp_channel_event event)
 {
-	if (event.kind == LP_LANE_HEARD && l->nr_events && l->events[l->nr_events - 1].kind == LP_LANE_HEARD)
+	if (event.kind == LP_CHANNEL_HEARD && l->nr_events && l->events[l->nr_events - 1].kind == LP_CHANNEL_HEARD)
 		return;
 	/* all others have room; that something comes is said again when more comes */
-	if (event.kind == LP_LANE_HEARD && !room_for_events(l, 1))
+	if (event.kind == LP_CHANNEL_HEARD && !room_for_events(l, 1))
 		return;
 	l->events[l->nr_events++] = event;
 	if (l->nr_events == 1)
 		signal_fd(l->eventfd);
 }
 
-static void turn_over(struct lp_lane *l)
+static void turn_over(struct lp_channel *l)
 {
 	if (!l->turn)
 		return;
 	l->turn = NULL;
-	add_event(l, (struct lp_lane_event){.kind = LP_LANE_TURN_OVER, .nr_pages = l->turn_asked});
+	add_event(l, (struct lp_channel_event){.kind = LP_CHANNEL_TURN_OVER, .nr_pages = l->turn_asked});
 }
 
-static void end_lane(struct lp_lane *l, int status)
+static void end_channel(struct lp_channel *l, int status)
 {
 	pthread_mutex_lock(&l->lock);
 	l->ended = true;
 	turn_over(l);
-	add_event(l, (struct lp_lane_event){
-			     .kind = LP_LANE_ENDED,
+	add_event(l, (struct lp_channel_event){
+			     .kind = LP_CHANNEL_ENDED,
 			     .status = status,
 			     .at_boundary = l->start == l->end && !l->missing,
 		     });
 	pthread_mutex_unlock(&l->lock);
-	epoll_ctl(l->lanes->epfd, EPOLL_CTL_DEL, l->fd, NULL);
+	epoll_ctl(l->channels->epfd, EPOLL_CTL_DEL, l->fd, NULL);
 }
 
 /* ---- parking ---- */
@@ -298,47 +298,47 @@ struct lp_parked {
 };
 
 /* 0, or -EAGAIN: there is no room. */
-static int park(struct lp_lanes *lanes, uint64_t tag, uint64_t image, uint64_t nr_pages, const char *bytes)
+static int park(struct lp_channels *channels, uint64_t tag, uint64_t image, uint64_t nr_pages, const char *bytes)
 {
 	size_t size = bytes == zero_pages ? 0 : nr_pages << LP_PAGE_SHIFT;
 	struct lp_parked *p = NULL;
 
-	if (lanes->parked_bytes + sizeof(*p) + size <= PARKED_MOST)
+	if (channels->parked_bytes + sizeof(*p) + size <= PARKED_MOST)
 		p = malloc(sizeof(*p) + size);
 	if (!p)
 		return -EAGAIN;
 	*p = (struct lp_parked){.tag = tag, .image = image, .nr_pages = nr_pages, .zeros = !size};
 	memcpy(p->bytes, bytes, size);
-	lanes->parked_bytes += sizeof(*p) + size;
-	*lanes->last_parked = p;
-	lanes->last_parked = &p->next;
+	channels->parked_bytes += sizeof(*p) + size;
+	*channels->last_parked = p;
+	channels->last_parked = &p->next;
 	return 0;
 }
 
-static void unpark(struct lp_lanes *lanes, struct lp_parked **link)
+static void unpark(struct lp_channels *channels, struct lp_parked **link)
 {
 	struct lp_parked *p = *link;
 
 	*link = p->next;
 	if (!p->next)
-		lanes->last_parked = link;
-	lanes->parked_bytes -= sizeof(*p) + (p->zeros ? 0 : p->nr_pages << LP_PAGE_SHIFT);
+		channels->last_parked = link;
+	channels->parked_bytes -= sizeof(*p) + (p->zeros ? 0 : p->nr_pages << LP_PAGE_SHIFT);
 	free(p);
 }
 
 /* Those that can be placed by now; the others of a task that can't take one are not tried. */
-static void place_parked(struct lp_lanes *lanes)
+static void place_parked(struct lp_channels *channels)
 {
 	const struct lp_parked *refused = NULL;
-	struct lp_parked **link = &lanes->parked, *p;
+	struct lp_parked **link = &channels->parked, *p;
 
 	while ((p = *link)) {
 		if ((refused && refused->tag == p->tag) ||
-		    lanes->place(lanes->arg, p->tag, p->image, p->nr_pages, p->zeros ? zero_pages : p->bytes)) {
+		    channels->place(channels->arg, p->tag, p->image, p->nr_pages, p->zeros ? zero_pages : p->bytes)) {
 			refused = p;
 			link = &p->next;
 		} else {
-			unpark(lanes, link);
+			unpark(channels, link);
 		}
 	}
 }
@@ -346,7 +346,7 @@ static void place_parked(struct lp_lanes *lanes)
 /* ---- receiving ---- */
 
 /* Pages of the oldest request are not on their way any more (lock held). */
-static void come(struct lp_lane *l, uint64_t nr_pages)
+static void come(struct lp_channel *l, uint64_t nr_pages)
 {
 	struct lp_request *head = request_at(l, 0);
 
@@ -358,7 +358,7 @@ static void come(struct lp_lane *l, uint64_t nr_pages)
 		l->background -= nr_pages << LP_PAGE_SHIFT;
 }
 
-static void answer_complete(struct lp_lane *l)
+static void answer_complete(struct lp_channel *l)
 {
 	struct lp_request rest; /* what has not come */
 
@@ -369,8 +369,8 @@ static void answer_complete(struct lp_lane *l)
 	l->first = (l->first + 1) & (l->cap - 1);
 	l->nr--;
 	if (!l->answered)
-		add_event(l, (struct lp_lane_event){
-				     .kind = LP_LANE_REFUSED,
+		add_event(l, (struct lp_channel_event){
+				     .kind = LP_CHANNEL_REFUSED,
 				     .told = rest.told,
 				     .tag = rest.tag,
 				     .image = rest.image,
@@ -380,12 +380,12 @@ static void answer_complete(struct lp_lane *l)
 	else if (rest.nr_pages) /* the server had no more in one piece; there is room, that of the one that is answered */
 		ask(l, rest.tag, rest.image, rest.nr_pages, rest.since, rest.urgent, rest.told);
 	if (!l->nr && l->held)
-		add_event(l, (struct lp_lane_event){.kind = LP_LANE_QUIET});
+		add_event(l, (struct lp_channel_event){.kind = LP_CHANNEL_QUIET});
 	pthread_mutex_unlock(&l->lock);
 }
 
 /* Places the next pages of the answer, from bytes, or has it done later; 0 or -EAGAIN. */
-static int place(struct lp_lane *l, uint64_t nr_pages, const char *bytes)
+static int place(struct lp_channel *l, uint64_t nr_pages, const char *bytes)
 {
 	struct lp_request head;
 	int rc;
@@ -393,16 +393,16 @@ static int place(struct lp_lane *l, uint64_t nr_pages, const char *bytes)
 	pthread_mutex_lock(&l->lock);
 	head = *request_at(l, 0);
 	pthread_mutex_unlock(&l->lock);
-	rc = l->lanes->place(l->lanes->arg, head.tag, head.image, nr_pages, bytes);
+	rc = l->channels->place(l->channels->arg, head.tag, head.image, nr_pages, bytes);
 	if (rc)
-		rc = park(l->lanes, head.tag, head.image, nr_pages, bytes);
+		rc = park(l->channels, head.tag, head.image, nr_pages, bytes);
 	if (rc)
 		return rc;
 	l->missing -= nr_pages;
 	pthread_mutex_lock(&l->lock);
 	l->nr_pages += nr_pages;
 	if (request_at(l, 0)->told)
-		add_event(l, (struct lp_lane_event){.kind = LP_LANE_ARRIVED,
+		add_event(l, (struct lp_channel_event){.kind = LP_CHANNEL_ARRIVED,
 						    .tag = head.tag,
 						    .image = head.image,
 						    .nr_pages = nr_pages});
@@ -411,7 +411,7 @@ static int place(struct lp_lane *l, uint64_t nr_pages, const char *bytes)
 	return 0;
 }
 
-static struct answer read_header(const struct lp_lane *l)
+static struct answer read_header(const struct lp_channel *l)
 {
 	struct header_short s;
 	struct header_long g;
@@ -425,7 +425,7 @@ static struct answer read_header(const struct lp_lane *l)
 }
 
 /* Whether it answers the oldest request. */
-static bool begin_answer(struct lp_lane *l, const struct answer *a)
+static bool begin_answer(struct lp_channel *l, const struct answer *a)
 {
 	struct lp_request asked;
 
@@ -443,8 +443,8 @@ static bool begin_answer(struct lp_lane *l, const struct answer *a)
 	return true;
 }
 
-/* Takes in what has been received.  False: not all of it can be taken in now, or the lane has ended. */
-static bool digest(struct lp_lane *l)
+/* Takes in what has been received.  False: not all of it can be taken in now, or the channel has ended. */
+static bool digest(struct lp_channel *l)
 {
 	for (;;) {
 		size_t there = l->end - l->start;
@@ -458,7 +458,7 @@ static bool digest(struct lp_lane *l)
 		room = room_for_events(l, PIECE_EVENTS) && room_to_ask(l);
 		pthread_mutex_unlock(&l->lock);
 		if (!room) {
-			end_lane(l, ENOMEM);
+			end_channel(l, ENOMEM);
 			return false;
 		}
 		if (l->missing) {
@@ -487,7 +487,7 @@ static bool digest(struct lp_lane *l)
 				return true;
 			answer = read_header(l);
 			if (!begin_answer(l, &answer)) {
-				end_lane(l, answer.command == COMMAND_COMPLETED ? ESTALE : EPROTO);
+				end_channel(l, answer.command == COMMAND_COMPLETED ? ESTALE : EPROTO);
 				return false;
 			}
 			l->start += l->options.header_size;
@@ -499,18 +499,18 @@ static bool digest(struct lp_lane *l)
 			return true;
 		memcpy(&status, l->buffer + l->start, sizeof(status));
 		if (!closing) { /* what nobody asked for */
-			end_lane(l, status == COMMAND_COMPLETED ? ESTALE : EPROTO);
+			end_channel(l, status == COMMAND_COMPLETED ? ESTALE : EPROTO);
 			return false;
 		}
 		l->start += sizeof(status);
 		pthread_mutex_lock(&l->lock);
 		l->closed = true;
-		add_event(l, (struct lp_lane_event){.kind = LP_LANE_CLOSED, .status = status});
+		add_event(l, (struct lp_channel_event){.kind = LP_CHANNEL_CLOSED, .status = status});
 		pthread_mutex_unlock(&l->lock);
 	}
 }
 
-static void heard(struct lp_lane *l, size_t bytes)
+static void heard(struct lp_channel *l, size_t bytes)
 {
 	uint64_t now = now_ns();
 
@@ -518,12 +518,12 @@ static void heard(struct lp_lane *l, size_t bytes)
 	l->heard = now;
 	l->nr_bytes += bytes;
 	if (l->held)
-		add_event(l, (struct lp_lane_event){.kind = LP_LANE_HEARD});
+		add_event(l, (struct lp_channel_event){.kind = LP_CHANNEL_HEARD});
 	pthread_mutex_unlock(&l->lock);
 }
 
 /* Receives, and takes in. */
-static void receive(struct lp_lane *l)
+static void receive(struct lp_channel *l)
 {
 	size_t got = 0;
 	ssize_t n;
@@ -543,7 +543,7 @@ static void receive(struct lp_lane *l)
 		if (n < 0 && errno == EAGAIN)
 			return;
 		if (n <= 0) {
-			end_lane(l, atomic_load(&l->failed) ? ENOMEM : n ? errno : 0);
+			end_channel(l, atomic_load(&l->failed) ? ENOMEM : n ? errno : 0);
 			return;
 		}
 		l->end += (size_t)n;
@@ -554,7 +554,7 @@ static void receive(struct lp_lane *l)
 
 /* ---- sending ---- */
 
-static void flush(struct lp_lane *l)
+static void flush(struct lp_channel *l)
 {
 	int error = 0;
 
@@ -577,7 +577,7 @@ static void flush(struct lp_lane *l)
 }
 
 /* Pages that the background may ask for now (lock held). */
-static uint64_t room(const struct lp_lane *l, uint64_t now)
+static uint64_t room(const struct lp_channel *l, uint64_t now)
 {
 	bool shared = l->urgent || now - l->last_urgent < BUSY_NS;
 	uint64_t limit = l->pace.limit, pages;
@@ -595,7 +595,7 @@ static uint64_t room(const struct lp_lane *l, uint64_t now)
 }
 
 /* Asks for what the turn of a task still may. */
-static void go_on(struct lp_lane *l)
+static void go_on(struct lp_channel *l)
 {
 	uint64_t now = now_ns(), image;
 
@@ -636,7 +636,7 @@ static void go_on(struct lp_lane *l)
 	}
 }
 
-static void listen_for(struct lp_lane *l)
+static void listen_for(struct lp_channel *l)
 {
 	uint32_t wanted = (l->stalled ? 0 : EPOLLIN) | (l->out_nr ? EPOLLOUT : 0);
 	struct epoll_event event = {.events = wanted, .data.u64 = (uintptr_t)l | 1};
@@ -644,24 +644,24 @@ static void listen_for(struct lp_lane *l)
 	if (l->ended || wanted == l->events_wanted)
 		return;
 	/* that the other side has hung up is told whether it is wanted or not (epoll_ctl(2)): then not even that */
-	if (epoll_ctl(l->lanes->epfd,
+	if (epoll_ctl(l->channels->epfd,
 		      !wanted		 ? EPOLL_CTL_DEL
 		      : l->events_wanted ? EPOLL_CTL_MOD
 					 : EPOLL_CTL_ADD,
 		      l->fd, &event))
-		end_lane(l, errno);
+		end_channel(l, errno);
 	l->events_wanted = wanted;
 }
 
 /* ---- the serving thread ---- */
 
-void lp_lanes_init(struct lp_lanes *lanes, int epfd, int wakefd, lp_place_fn place_pages, void *arg)
+void lp_channels_init(struct lp_channels *channels, int epfd, int wakefd, lp_place_fn place_pages, void *arg)
 {
-	*lanes = (struct lp_lanes){.epfd = epfd, .wakefd = wakefd, .place = place_pages, .arg = arg};
-	lanes->last_parked = &lanes->parked;
+	*channels = (struct lp_channels){.epfd = epfd, .wakefd = wakefd, .place = place_pages, .arg = arg};
+	channels->last_parked = &channels->parked;
 }
 
-static void lane_free(struct lp_lane *l)
+static void channel_free(struct lp_channel *l)
 {
 	if (l->fd >= 0)
 		close(l->fd);
@@ -675,51 +675,51 @@ static void lane_free(struct lp_lane *l)
 	free(l);
 }
 
-void lp_lanes_free(struct lp_lanes *lanes)
+void lp_channels_free(struct lp_channels *channels)
 {
-	struct lp_lane *l = lanes->lanes, *fresh = atomic_load(&lanes->fresh), *next;
+	struct lp_channel *l = channels->channels, *fresh = atomic_load(&channels->fresh), *next;
 
 	for (; l; l = next) {
 		next = l->next;
-		lane_free(l);
+		channel_free(l);
 	}
 	for (l = fresh; l; l = next) {
 		next = l->next;
-		lane_free(l);
+		channel_free(l);
 	}
-	lanes->lanes = NULL;
-	while (lanes->parked)
-		unpark(lanes, &lanes->parked);
+	channels->channels = NULL;
+	while (channels->parked)
+		unpark(channels, &channels->parked);
 }
 
-static void take_over(struct lp_lanes *lanes)
+static void take_over(struct lp_channels *channels)
 {
-	struct lp_lane *l, *next;
+	struct lp_channel *l, *next;
 
-	if (!atomic_load(&lanes->fresh))
+	if (!atomic_load(&channels->fresh))
 		return;
-	for (l = atomic_exchange(&lanes->fresh, NULL); l; l = next) {
+	for (l = atomic_exchange(&channels->fresh, NULL); l; l = next) {
 		struct epoll_event event = {.events = EPOLLIN, .data.u64 = (uintptr_t)l | 1};
 
 		next = l->next;
-		l->next = lanes->lanes;
-		lanes->lanes = l;
+		l->next = channels->channels;
+		channels->channels = l;
 		l->events_wanted = event.events;
-		if (epoll_ctl(lanes->epfd, EPOLL_CTL_ADD, l->fd, &event))
-			end_lane(l, errno);
+		if (epoll_ctl(channels->epfd, EPOLL_CTL_ADD, l->fd, &event))
+			end_channel(l, errno);
 	}
 }
 
-/* beside: another lane is for faults alone, perhaps to the same server */
-static bool takes_faults(const struct lp_lane *l, bool beside)
+/* beside: another channel is for faults alone, perhaps to the same server */
+static bool takes_faults(const struct lp_channel *l, bool beside)
 {
 	return !(beside && l->options.floor) && !l->held && !l->ended && !l->finishing && !atomic_load(&l->dead);
 }
 
-/* Whether any lane is bringing the page at image already, and how far from there; else how far none is. (no lock held) */
-static bool under_way(struct lp_lanes *lanes, uint64_t tag, uint64_t image, uint64_t *end, uint64_t since)
+/* Whether any channel is bringing the page at image already, and how far from there; else how far none is. (no lock held) */
+static bool under_way(struct lp_channels *channels, uint64_t tag, uint64_t image, uint64_t *end, uint64_t since)
 {
-	for (const struct lp_parked *p = lanes->parked; p; p = p->next) {
+	for (const struct lp_parked *p = channels->parked; p; p = p->next) {
 		uint64_t until = p->image + (p->nr_pages << LP_PAGE_SHIFT);
 
 		if (p->tag != tag || until <= image || p->image >= *end)
@@ -730,7 +730,7 @@ static bool under_way(struct lp_lanes *lanes, uint64_t tag, uint64_t image, uint
 			return true;
 		*end = p->image;
 	}
-	for (struct lp_lane *l = lanes->lanes; l; l = l->next) {
+	for (struct lp_channel *l = channels->channels; l; l = l->next) {
 		pthread_mutex_lock(&l->lock);
 		for (size_t i = 0; i < l->nr && !l->ended; i++) {
 			struct lp_request *r = request_at(l, i);
@@ -754,15 +754,15 @@ static bool under_way(struct lp_lanes *lanes, uint64_t tag, uint64_t image, uint
 	return false;
 }
 
-bool lp_lanes_hurry(struct lp_lanes *lanes, uint64_t tag, uint64_t image, uint64_t since)
+bool lp_channels_hurry(struct lp_channels *channels, uint64_t tag, uint64_t image, uint64_t since)
 {
 	uint64_t end = image + LP_PAGE_SIZE;
 
-	return under_way(lanes, tag, image, &end, since);
+	return under_way(channels, tag, image, &end, since);
 }
 
 /* How long an answer to what is asked now will take, roughly, ns. */
-static uint64_t expected_wait(struct lp_lane *l)
+static uint64_t expected_wait(struct lp_channel *l)
 {
 	uint64_t in_flight, limit, wait;
 
@@ -774,21 +774,21 @@ static uint64_t expected_wait(struct lp_lane *l)
 	return wait;
 }
 
-bool lp_lanes_fault(struct lp_lanes *lanes, uint64_t tag, uint64_t image, uint64_t nr_pages, uint64_t since)
+bool lp_channels_fault(struct lp_channels *channels, uint64_t tag, uint64_t image, uint64_t nr_pages, uint64_t since)
 {
 	uint64_t end = image + (nr_pages << LP_PAGE_SHIFT), best_wait = 0;
-	struct lp_lane *best = NULL;
+	struct lp_channel *best = NULL;
 	bool beside = false;
 
-	take_over(lanes);
-	for (struct lp_lane *l = lanes->lanes; l; l = l->next)
+	take_over(channels);
+	for (struct lp_channel *l = channels->channels; l; l = l->next)
 		beside |= !l->options.background && takes_faults(l, false);
-	for (struct lp_lane *l = lanes->lanes; l; l = l->next) {
+	for (struct lp_channel *l = channels->channels; l; l = l->next) {
 		uint64_t wait;
 
 		if (!takes_faults(l, beside))
 			continue;
-		wait = lanes->lanes->next ? expected_wait(l) : 0;
+		wait = channels->channels->next ? expected_wait(l) : 0;
 		if (!best || wait < best_wait) {
 			best = l;
 			best_wait = wait;
@@ -800,7 +800,7 @@ bool lp_lanes_fault(struct lp_lanes *lanes, uint64_t tag, uint64_t image, uint64
 		uint64_t most = image + ((uint64_t)best->options.max_pages << LP_PAGE_SHIFT);
 		uint64_t stop = end < most ? end : most;
 
-		if (!under_way(lanes, tag, image, &stop, since)) {
+		if (!under_way(channels, tag, image, &stop, since)) {
 			bool takes;
 
 			pthread_mutex_lock(&best->lock);
@@ -815,10 +815,10 @@ bool lp_lanes_fault(struct lp_lanes *lanes, uint64_t tag, uint64_t image, uint64
 	return true;
 }
 
-void lp_lanes_forget(struct lp_lanes *lanes, const struct lp_task *task)
+void lp_channels_forget(struct lp_channels *channels, const struct lp_task *task)
 {
-	take_over(lanes); /* one that is new may have a turn of it already */
-	for (struct lp_lane *l = lanes->lanes; l; l = l->next) {
+	take_over(channels); /* one that is new may have a turn of it already */
+	for (struct lp_channel *l = channels->channels; l; l = l->next) {
 		pthread_mutex_lock(&l->lock);
 		if (l->turn == task)
 			turn_over(l);
@@ -826,32 +826,32 @@ void lp_lanes_forget(struct lp_lanes *lanes, const struct lp_task *task)
 	}
 }
 
-void lp_lane_ready(struct lp_lane *l)
+void lp_channel_ready(struct lp_channel *l)
 {
 	if (!atomic_load(&l->dead))
 		receive(l);
 }
 
-bool lp_lanes_expect(const struct lp_lanes *lanes)
+bool lp_channels_expect(const struct lp_channels *channels)
 {
-	for (const struct lp_lane *l = lanes->lanes; l; l = l->next)
+	for (const struct lp_channel *l = channels->channels; l; l = l->next)
 		if (l->urgent)
 			return true;
 	return false;
 }
 
-bool lp_lanes_round(struct lp_lanes *lanes)
+bool lp_channels_round(struct lp_channels *channels)
 {
-	struct lp_lane **link, *l;
+	struct lp_channel **link, *l;
 	bool again = false;
 
-	take_over(lanes);
-	place_parked(lanes);
-	for (link = &lanes->lanes; (l = *link);) {
+	take_over(channels);
+	place_parked(channels);
+	for (link = &channels->channels; (l = *link);) {
 		if (atomic_load(&l->dead)) {
 			*link = l->next;
-			epoll_ctl(lanes->epfd, EPOLL_CTL_DEL, l->fd, NULL);
-			lane_free(l);
+			epoll_ctl(channels->epfd, EPOLL_CTL_DEL, l->fd, NULL);
+			channel_free(l);
 			continue;
 		}
 		if (l->stalled) {
@@ -865,15 +865,15 @@ bool lp_lanes_round(struct lp_lanes *lanes)
 		again |= l->stalled || l->claim_later;
 		link = &l->next;
 	}
-	return again || lanes->parked;
+	return again || channels->parked;
 }
 
 /* ---- owner ---- */
 
-struct lp_lane *lp_lane_new(struct lp_engine *engine, int fd, const struct lp_lane_options *options)
+struct lp_channel *lp_channel_new(struct lp_engine *engine, int fd, const struct lp_channel_options *options)
 {
-	struct lp_lanes *lanes = lp_engine_lanes(engine);
-	struct lp_lane *l = calloc(1, sizeof(*l));
+	struct lp_channels *channels = lp_engine_channels(engine);
+	struct lp_channel *l = calloc(1, sizeof(*l));
 
 	if (!l)
 		return NULL;
@@ -883,7 +883,7 @@ struct lp_lane *lp_lane_new(struct lp_engine *engine, int fd, const struct lp_la
 		zero_pages = zeros == MAP_FAILED ? NULL : zeros;
 	}
 	pthread_mutex_init(&l->lock, NULL);
-	l->lanes = lanes;
+	l->channels = channels;
 	l->options = *options;
 	l->pace.limit = MIN_LIMIT;
 	l->heard = now_ns();
@@ -893,33 +893,33 @@ struct lp_lane *lp_lane_new(struct lp_engine *engine, int fd, const struct lp_la
 	if (l->fd < 0 || l->eventfd < 0 || !l->buffer || !zero_pages || !room_for_events(l, 0)) {
 		int saved = errno;
 
-		lane_free(l);
+		channel_free(l);
 		errno = saved;
 		return NULL;
 	}
 	l->start = l->end = LP_PAGE_SIZE;
-	l->next = atomic_load(&lanes->fresh);
-	while (!atomic_compare_exchange_weak(&lanes->fresh, &l->next, l))
+	l->next = atomic_load(&channels->fresh);
+	while (!atomic_compare_exchange_weak(&channels->fresh, &l->next, l))
 		;
-	signal_fd(lanes->wakefd);
+	signal_fd(channels->wakefd);
 	return l;
 }
 
-void lp_lane_close(struct lp_lane *l)
+void lp_channel_close(struct lp_channel *l)
 {
-	int wakefd = l->lanes->wakefd;
+	int wakefd = l->channels->wakefd;
 
 	shutdown(l->fd, SHUT_RDWR);
 	atomic_store(&l->dead, true);
 	signal_fd(wakefd);
 }
 
-int lp_lane_event_fd(const struct lp_lane *l)
+int lp_channel_event_fd(const struct lp_channel *l)
 {
 	return l->eventfd;
 }
 
-size_t lp_lane_events(struct lp_lane *l, struct lp_lane_event *events, size_t max)
+size_t lp_channel_events(struct lp_channel *l, struct lp_channel_event *events, size_t max)
 {
 	uint64_t count;
 	size_t nr;
@@ -939,33 +939,33 @@ size_t lp_lane_events(struct lp_lane *l, struct lp_lane_event *events, size_t ma
 	return nr;
 }
 
-/* The lane comes to its end, and what is outstanding back to the owner. */
-static void fail(struct lp_lane *l)
+/* The channel comes to its end, and what is outstanding back to the owner. */
+static void fail(struct lp_channel *l)
 {
 	atomic_store(&l->failed, true);
 	shutdown(l->fd, SHUT_RDWR);
 }
 
-void lp_lane_ask(struct lp_lane *l, uint64_t tag, uint64_t image, uint64_t nr_pages, bool urgent)
+void lp_channel_ask(struct lp_channel *l, uint64_t tag, uint64_t image, uint64_t nr_pages, bool urgent)
 {
 	pthread_mutex_lock(&l->lock);
 	if (!ask(l, tag, image, nr_pages, 0, urgent, true))
 		fail(l);
 	pthread_mutex_unlock(&l->lock);
-	signal_fd(l->lanes->wakefd);
+	signal_fd(l->channels->wakefd);
 }
 
-void lp_lane_hold(struct lp_lane *l, bool held)
+void lp_channel_hold(struct lp_channel *l, bool held)
 {
 	pthread_mutex_lock(&l->lock);
 	l->held = held;
 	if (held)
 		turn_over(l);
 	pthread_mutex_unlock(&l->lock);
-	signal_fd(l->lanes->wakefd);
+	signal_fd(l->channels->wakefd);
 }
 
-void lp_lane_turn(struct lp_lane *l, struct lp_task *task, uint64_t max_bytes)
+void lp_channel_turn(struct lp_channel *l, struct lp_task *task, uint64_t max_bytes)
 {
 	pthread_mutex_lock(&l->lock);
 	l->turn = task;
@@ -974,10 +974,10 @@ void lp_lane_turn(struct lp_lane *l, struct lp_task *task, uint64_t max_bytes)
 	if (l->ended || l->held)
 		turn_over(l);
 	pthread_mutex_unlock(&l->lock);
-	signal_fd(l->lanes->wakefd);
+	signal_fd(l->channels->wakefd);
 }
 
-void lp_lane_finish(struct lp_lane *l, bool force, uint32_t flags)
+void lp_channel_finish(struct lp_channel *l, bool force, uint32_t flags)
 {
 	pthread_mutex_lock(&l->lock);
 	l->finishing = true;
@@ -987,10 +987,10 @@ void lp_lane_finish(struct lp_lane *l, bool force, uint32_t flags)
 	else
 		fail(l);
 	pthread_mutex_unlock(&l->lock);
-	signal_fd(l->lanes->wakefd);
+	signal_fd(l->channels->wakefd);
 }
 
-size_t lp_lane_outstanding(struct lp_lane *l, struct lp_request *requests, size_t max)
+size_t lp_channel_outstanding(struct lp_channel *l, struct lp_request *requests, size_t max)
 {
 	size_t nr;
 
@@ -1005,10 +1005,10 @@ size_t lp_lane_outstanding(struct lp_lane *l, struct lp_request *requests, size_
 	return nr;
 }
 
-void lp_lane_state(struct lp_lane *l, struct lp_lane_state *state)
+void lp_channel_state(struct lp_channel *l, struct lp_channel_state *state)
 {
 	pthread_mutex_lock(&l->lock);
-	*state = (struct lp_lane_state){
+	*state = (struct lp_channel_state){
 		.outstanding = l->nr,
 		.urgent = l->urgent,
 		.background = l->background,

@@ -1,4 +1,4 @@
-"""How much is read ahead of a fault: csrc/serve/plan.h."""
+"""How much is read ahead of a fault: csrc/serve/readahead.h."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ WINDOWS = st.one_of(st.integers(0, 3), st.integers(0, 1 << 40))
 
 class Plan:
     def __init__(self, max_window: int) -> None:
-        self._plan: Any = ffi.new("struct lp_plan *")
-        lib.lp_plan_init(self._plan, max_window)
+        self._plan: Any = ffi.new("struct lp_readahead *")
+        lib.lp_readahead_init(self._plan, max_window)
 
     def fault(self, page: int) -> range:
         """The pages to bring for a fault."""
-        window = lib.lp_plan_fault(self._plan, page)
+        window = lib.lp_readahead_fault(self._plan, page)
         return range(window.first, window.first + window.nr)
 
 
