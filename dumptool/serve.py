@@ -27,9 +27,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import accumulate, compress
 
-from dumptool.dump import Settings
 from dumptool.errors import DumpError
 from dumptool.freeze import FrozenTree
+from dumptool.settings import Settings
 from images_spec._pagemap import ffi
 from images_spec.flags import PAGE_SIZE, PE_LAZY
 from images_spec.identity import identify
@@ -188,7 +188,7 @@ def frozen_pages(tree: FrozenTree, settings: Settings) -> Iterator[FrozenPages]:
 
 @dataclass(frozen=True, slots=True)
 class PageService:
-    """Where clients find us; its call is a ``dumptool.dump.Serve``.
+    """The listening page server; its call is a ``dumptool.settings.Serve``.
 
     ``name``: of the listening socket, for people. ``address``: as given with --address. ``status_fd``: gets a
     0 byte once clients are served. ``strangers``: other users of this host may connect, too.

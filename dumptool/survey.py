@@ -9,13 +9,14 @@ from __future__ import annotations
 import os
 import re
 import stat
+import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
 from dumptool import proc, trackers
 from dumptool.errors import DumpError, Refusal, TaskGoneError, UnsupportedError
-from dumptool.freeze import Process
+from dumptool.freeze import Process, members
 from dumptool.identity import one_process
 from dumptool.tracee import Same, dispatches_syscalls, same
 
@@ -45,6 +46,11 @@ THREAD_CLOCKS = (3, -2)
 """CLOCK_THREAD_CPUTIME_ID, and what the kernel makes of it: /proc does not tell of which thread."""
 
 OWN_LOCKS = ("POSIX", "FLOCK", "OFDLCK")
+
+VFORK_PATIENCE = 2.0
+"""Seconds for the child of a vfork to call execve or to exit."""
+LOOK_PAUSE = 0.005
+"""Seconds between two looks at a tree that seems to have something that can't be saved."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +136,31 @@ def look_at_all(processes: Iterable[Process], before: dict[int, Task] | None = N
                 if process.ppid == 0:
                     raise
     return tasks
+
+
+def look_until_settled(root: int, options: Options) -> dict[int, Task]:
+    """The running processes of the tree, once nothing in them has to be refused.
+
+    Raises ``UnsupportedError`` when two looks in a row find the same refusals. While a process exits or
+    calls execve, /proc may show a state that is neither the old nor the new one; the child of a vfork shares its
+    parent's memory until it calls execve or exits, which may take ``VFORK_PATIENCE``.
+    """
+    deadline = time.monotonic() + VFORK_PATIENCE
+    refused = ""
+    while True:
+        processes = members(root)
+        in_vfork = any_in_vfork(processes)  # asked before the look: the vfork may be over after it
+        tasks = look_at_all(processes)
+        try:
+            check(processes, tasks, options)
+        except UnsupportedError as error:
+            settled = str(error) == refused and not (in_vfork or any_in_vfork(processes))
+            if settled or time.monotonic() > deadline:
+                raise
+            refused = str(error)
+            time.sleep(LOOK_PAUSE)
+        else:
+            return tasks
 
 
 def check(
