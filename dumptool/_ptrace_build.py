@@ -42,7 +42,10 @@ ffibuilder.set_source(
     "#include <sys/user.h>\n" + "".join(f'#include "{header}"\n' for header in HEADERS),
     sources=[f"csrc/{source}" for source in SOURCES],
     include_dirs=["csrc"],
-    depends=[f"csrc/{header}" for header in (*HEADERS, "common/pages_file.h", "common/probe.h")],
+    depends=[
+        f"csrc/{header}"
+        for header in (*HEADERS, "common/pages_file.h", "common/probe.h", "common/write_all.h")
+    ],
     extra_compile_args=["-std=gnu11", "-O2", "-Wall", "-Wextra"],
 )
 

@@ -1,7 +1,7 @@
-"""What /proc tells of a process: parsers, and thin readers around them.
+"""Parsers for /proc files of a process, and thin readers around them.
 
-Facts: proc_pid_stat(5), proc_pid_status(5), proc_pid_maps(5), proc_pid_smaps(5), proc_pid_fdinfo(5),
-proc_pid_limits(5). Every reader raises ``TaskGoneError`` when the process is not there any more.
+Formats: proc_pid_stat(5), proc_pid_status(5), proc_pid_maps(5), proc_pid_smaps(5), proc_pid_fdinfo(5),
+proc_pid_limits(5). Every reader raises ``TaskGoneError`` if the process does not exist any more.
 """
 
 from __future__ import annotations
@@ -63,17 +63,17 @@ def read(pid: int, name: str) -> bytes:
 
 
 def read_text(pid: int, name: str) -> str:
-    """As ``read``, for what is ASCII but for names."""
+    """As ``read``, decoded: ASCII except for names, whose undecodable bytes become surrogates."""
     return read(pid, name).decode("utf-8", "surrogateescape")
 
 
 def readlink(pid: int, name: str) -> str:
-    """Where the link ``/proc/<pid>/<name>`` points to."""
+    """The target of the link ``/proc/<pid>/<name>``."""
     return _attempt(pid, name, lambda: os.readlink(f"/proc/{pid}/{name}"))
 
 
 def stat_through(pid: int, name: str) -> os.stat_result:
-    """``stat`` of what the magic link ``/proc/<pid>/<name>`` leads to, whatever its name now means."""
+    """``stat`` of the file behind the magic link ``/proc/<pid>/<name>``, even if it was renamed or deleted."""
     return _attempt(pid, name, lambda: os.stat(f"/proc/{pid}/{name}"))
 
 
@@ -90,7 +90,7 @@ def children(pid: int, tid: int) -> list[int]:
 
 @dataclass(frozen=True, slots=True)
 class Stat:
-    """/proc/<pid>/stat, with addresses as a tracer sees them. ``exit_code``: as wait(2) gives it."""
+    """/proc/<pid>/stat, with the addresses that only a tracer sees. ``exit_code``: in the format of wait(2)."""
 
     comm: bytes
     state: str
@@ -118,7 +118,7 @@ class Stat:
 
 
 def parse_stat(data: bytes) -> Stat:
-    """Parses /proc/<pid>/stat; the name in it may hold anything."""
+    """Parses /proc/<pid>/stat. The name in it may contain spaces and parentheses."""
     head, _, tail = data.rpartition(b")")
     words = tail.split()
 

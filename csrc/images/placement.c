@@ -1,6 +1,6 @@
 /*
- * The one rule that tells where a page is. In words: images_spec/placement.md;
- * its facts: reference/criu-interfaces §2 and §7.
+ * The rule that finds the data of each page. In words: images_spec/placement.md;
+ * CRIU's flags: docs/criu.md ("Pagemap").
  */
 #include "placement.h"
 
@@ -8,7 +8,7 @@
 
 #define PAGE_SIZE UINT64_C(4096)
 
-/* How far a level has been read. Addresses only grow, so it never goes back. */
+/* Position in a level. Addresses are looked up in ascending order only. */
 struct cursor {
 	uint64_t index;
 	uint64_t present_pages; /* in the entries before index */
@@ -29,7 +29,7 @@ static uint64_t extent_end(const struct lp_extent *extent)
 	return extent->start + extent->nr_pages * PAGE_SIZE;
 }
 
-/* The entry of a level that holds `address`, or the first one past it, or NULL. */
+/* The entry of a level that contains `address`, else the first one behind it, else NULL. */
 static const struct lp_pagemap_entry *seek(const struct lp_level *level, struct cursor *cursor, uint64_t address)
 {
 	while (cursor->index < level->count) {
@@ -45,8 +45,8 @@ static const struct lp_pagemap_entry *seek(const struct lp_level *level, struct 
 }
 
 /*
- * The rule. Where the page at `address` is, which the top level has an entry
- * for; *end is lowered to where the answer may change.
+ * The rule: where the data of the page at `address` is, for which the top level has
+ * an entry. Lowers *end to the address up to which the answer is valid.
  */
 static struct lp_extent place(const struct lp_level *levels, uint32_t nr_levels, int remote, struct cursor *cursors,
 			      uint64_t address, uint64_t *end)
@@ -81,7 +81,7 @@ static struct lp_extent place(const struct lp_level *levels, uint32_t nr_levels,
 	return extent;
 }
 
-/* Whether `next` simply goes on where `last` ends. */
+/* Whether `next` continues `last`, so that they can be merged. */
 static int continues(const struct lp_extent *last, const struct lp_extent *next)
 {
 	if (extent_end(last) != next->start || last->source != next->source || last->lazy != next->lazy)
@@ -110,7 +110,7 @@ static int append(struct builder *builder, const struct lp_extent *extent)
 	return 0;
 }
 
-/* Hands over what was built, without the room that was not needed. */
+/* Moves the result to *table and frees unused capacity. */
 static void finish(struct builder *builder, struct lp_extents *table)
 {
 	struct lp_extent *shrunk = reallocarray(builder->table.extents, builder->table.count, sizeof(*shrunk));
@@ -230,7 +230,7 @@ void lp_extents_free(struct lp_extents *table)
 	table->extents = NULL;
 }
 
-/* The row of counts that a source belongs to. */
+/* The index of a source in an array of counts. */
 static uint32_t count_row(uint32_t source, uint32_t nr_levels)
 {
 	if (source == LP_SOURCE_REMOTE)

@@ -153,7 +153,7 @@ def test_a_task_that_is_killed(
                 code = restored.server.wait()
                 assert code == 1 or not daemon.ours
                 # CRIU's says CLOSE, as if all were well, and hangs up, which may be what arrives first.
-                said = ("gone before it was done", "perhaps they were killed")
+                said = ("disconnected before it had everything", "have exited or were killed")
                 wait_for("its leaving", lambda: any(words in source.output.read_text() for words in said))
                 assert victim.is_frozen(source.pid)
         completes(victim, source, program, tmp_path / "second")
