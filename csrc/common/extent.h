@@ -21,4 +21,10 @@ struct lp_extent {
 	uint32_t lazy;     /* 1: the restorer may leave it to the daemon; 0: the restorer reads it */
 };
 
+/* Address behind the last page. */
+static inline uint64_t lp_extent_end(const struct lp_extent *extent)
+{
+	return extent->start + extent->nr_pages * 4096;
+}
+
 #endif

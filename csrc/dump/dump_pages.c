@@ -164,11 +164,6 @@ static void append(struct lp_run *out, size_t room, size_t *count, uint64_t star
 	(*count)++;
 }
 
-static uint64_t extent_end(const struct lp_extent *extent)
-{
-	return extent->start + extent->nr_pages * LP_PAGE_SIZE;
-}
-
 static int has_data(const struct lp_extent *extent)
 {
 	return extent->source != LP_SOURCE_REMOTE && extent->source != LP_SOURCE_LOST;
@@ -231,11 +226,11 @@ size_t lp_check_parent(const struct lp_run *runs, size_t nr_runs, const struct l
 		while ((flags & LP_PARENT) && at < end) {
 			uint64_t until = end;
 
-			while (h < nr_held && (!has_data(held + h) || extent_end(held + h) <= at))
+			while (h < nr_held && (!has_data(held + h) || lp_extent_end(held + h) <= at))
 				h++;
 			if (h < nr_held && held[h].start <= at) {
-				if (extent_end(held + h) < until)
-					until = extent_end(held + h);
+				if (lp_extent_end(held + h) < until)
+					until = lp_extent_end(held + h);
 				append(out, room, &count, at, until, flags);
 			} else {
 				if (h < nr_held && held[h].start < until)
@@ -267,13 +262,13 @@ static const unsigned char *parent_page(struct parent_pages *p, uint64_t address
 
 	if (address >= p->start && address < p->end)
 		return p->bytes + (address - p->start);
-	while (p->next < p->parent->nr_held && (!has_data(held + p->next) || extent_end(held + p->next) <= address))
+	while (p->next < p->parent->nr_held && (!has_data(held + p->next) || lp_extent_end(held + p->next) <= address))
 		p->next++;
 	held += p->next;
 	if (p->next == p->parent->nr_held || held->start > address || p->parent->levels[held->source] < 0)
 		return NULL;
 	skip = address - held->start;
-	nr = (extent_end(held) - address) / LP_PAGE_SIZE;
+	nr = (lp_extent_end(held) - address) / LP_PAGE_SIZE;
 	got = lp_pages_read(p->parent->levels[held->source], p->bytes, held->offset + skip,
 			    nr < PARENT_PAGES ? nr : PARENT_PAGES);
 	if (got <= 0)

@@ -236,7 +236,7 @@ static int count_records(const uint8_t *data, uint64_t size, uint64_t place, uin
 			return fail(error, place, "truncated in the length of a message");
 		length = get_u32(data + place);
 		if (length > left - 4)
-			return fail(error, place, "message of %" PRIu64 " bytes, but only %" PRIu64 " follow", length,
+			return fail(error, place, "message of %" PRIu64 " bytes, but %" PRIu64 " are left", length,
 				    left - 4);
 		place += 4 + length;
 		++*count;

@@ -24,11 +24,6 @@ static uint64_t entry_end(const struct lp_pagemap_entry *entry)
 	return entry->vaddr + entry->nr_pages * PAGE_SIZE;
 }
 
-static uint64_t extent_end(const struct lp_extent *extent)
-{
-	return extent->start + extent->nr_pages * PAGE_SIZE;
-}
-
 /* The entry of a level that contains `address`, else the first one behind it, else NULL. */
 static const struct lp_pagemap_entry *seek(const struct lp_level *level, struct cursor *cursor, uint64_t address)
 {
@@ -84,7 +79,7 @@ static struct lp_extent place(const struct lp_level *levels, uint32_t nr_levels,
 /* Whether `next` continues `last`, so that they can be merged. */
 static int continues(const struct lp_extent *last, const struct lp_extent *next)
 {
-	if (extent_end(last) != next->start || last->source != next->source || last->lazy != next->lazy)
+	if (lp_extent_end(last) != next->start || last->source != next->source || last->lazy != next->lazy)
 		return 0;
 	return next->source >= LP_SOURCE_REMOTE || last->offset + (next->start - last->start) == next->offset;
 }
@@ -155,13 +150,13 @@ int lp_fill(const struct lp_extents *top, uint32_t nr_levels, const struct lp_ex
 
 	for (uint64_t i = 0; i < top->count; i++) {
 		struct lp_extent rest = top->extents[i];
-		uint64_t stop = extent_end(&rest);
+		uint64_t stop = lp_extent_end(&rest);
 
 		while (rest.start < stop) {
 			struct lp_extent piece = rest;
 			uint64_t end = stop;
 
-			while (k < other->count && extent_end(&other->extents[k]) <= rest.start)
+			while (k < other->count && lp_extent_end(&other->extents[k]) <= rest.start)
 				k++;
 			if (rest.lazy && rest.source >= LP_SOURCE_REMOTE && k < other->count) {
 				const struct lp_extent *from = &other->extents[k];
@@ -169,7 +164,7 @@ int lp_fill(const struct lp_extents *top, uint32_t nr_levels, const struct lp_ex
 				if (from->start > rest.start) {
 					end = from->start < stop ? from->start : stop;
 				} else {
-					end = extent_end(from) < stop ? extent_end(from) : stop;
+					end = lp_extent_end(from) < stop ? lp_extent_end(from) : stop;
 					if (from->source < LP_SOURCE_REMOTE) {
 						piece.source = nr_levels + from->source;
 						piece.offset = from->offset + (rest.start - from->start);
@@ -199,7 +194,7 @@ int lp_exclude(const struct lp_extents *all, const struct lp_span *spans, uint64
 
 	for (uint64_t i = 0; i < all->count; i++) {
 		const struct lp_extent *extent = &all->extents[i];
-		uint64_t address = extent->start, stop = extent_end(extent);
+		uint64_t address = extent->start, stop = lp_extent_end(extent);
 
 		while (first < nr_spans && spans[first].end <= address)
 			first++;
@@ -244,13 +239,13 @@ void lp_count_pages(const struct lp_extents *table, uint32_t nr_levels, const st
 	uint64_t first = 0;
 
 	for (uint64_t k = 0; k < nr_spans; k++, counts += nr_levels + 2) {
-		while (first < table->count && extent_end(&table->extents[first]) <= spans[k].start)
+		while (first < table->count && lp_extent_end(&table->extents[first]) <= spans[k].start)
 			first++;
 		for (uint64_t i = first; i < table->count && table->extents[i].start < spans[k].end; i++) {
 			const struct lp_extent *extent = &table->extents[i];
 			struct lp_page_count *count = &counts[count_row(extent->source, nr_levels)];
 			uint64_t start = extent->start > spans[k].start ? extent->start : spans[k].start;
-			uint64_t end = extent_end(extent) < spans[k].end ? extent_end(extent) : spans[k].end;
+			uint64_t end = lp_extent_end(extent) < spans[k].end ? lp_extent_end(extent) : spans[k].end;
 
 			*(extent->lazy ? &count->lazy : &count->eager) += (end - start) / PAGE_SIZE;
 		}
@@ -264,7 +259,7 @@ int lp_find_uncovered(const struct lp_extents *table, const struct lp_span *span
 
 	for (uint64_t i = 0; i < table->count; i++) {
 		const struct lp_extent *extent = &table->extents[i];
-		uint64_t address = extent->start, stop = extent_end(extent);
+		uint64_t address = extent->start, stop = lp_extent_end(extent);
 
 		if (!extent->lazy)
 			continue;

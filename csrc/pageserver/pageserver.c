@@ -71,7 +71,7 @@ static uint64_t find_extent(const struct lp_task_pages *task, uint64_t vaddr)
 		uint64_t middle = low + (high - low) / 2;
 		const struct lp_extent *extent = &task->extents[middle];
 
-		if (extent->start + extent->nr_pages * PAGE_SIZE <= vaddr)
+		if (lp_extent_end(extent) <= vaddr)
 			low = middle + 1;
 		else
 			high = middle;

@@ -304,7 +304,7 @@ static int fill_level(struct batch *b, uint32_t level, const struct lp_fill_rang
 
 	for (uint64_t k = 0; k < nr_extents; k++) {
 		const struct lp_extent *e = &extents[k];
-		uint64_t end = e->start + e->nr_pages * 4096, covered = 0;
+		uint64_t end = lp_extent_end(e), covered = 0;
 
 		if (e->source != level)
 			continue;

@@ -234,7 +234,7 @@ def test_refusals(arguments: list[str], says: str, images: tuple[Path, Contents]
 def test_no_images(tmp_path: Path) -> None:
     done = run("-D", tmp_path, "--lazy-pages")
     assert done.returncode == 1
-    assert "holds no pagemap image" in done.stderr
+    assert "has no pagemap image" in done.stderr
 
 
 def test_loopback_unless_told(images: tuple[Path, Contents], tmp_path: Path) -> None:
