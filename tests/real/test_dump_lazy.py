@@ -279,7 +279,7 @@ def test_a_client_that_never_asked(layout: Layout, program: Program, tmp_path: P
         with socket.create_connection(("127.0.0.1", source.port), timeout=30) as client:
             client.sendall(layout.pack(Header(Command.CLOSE)))
             assert client.recv(4, socket.MSG_WAITALL) == bytes(4)
-        source.wait_said("without asking for a page")
+        source.wait_said("without requesting a page")
         assert victim.is_frozen(source.pid)
         source.signal(signal.SIGTERM)
         assert source.wait() == 1

@@ -274,7 +274,7 @@ def test_no_restore_has_come(program: Program, tmp_path: Path) -> None:
             wait_for("two connections", lambda: source.output.read_text().count(": connected") == 2)
             server.signal(signal.SIGTERM)
             assert server.wait() == 1
-        wait_for("its leaving", lambda: source.output.read_text().count("without asking for a page") == 2)
+        wait_for("its leaving", lambda: source.output.read_text().count("without requesting a page") == 2)
         assert victim.is_frozen(source.pid)
         source.signal(signal.SIGTERM)
         assert source.wait() == 1
