@@ -201,7 +201,7 @@ def _common(command: F, *, address: str, port: str) -> F:
                 type=click.Choice(["lazy", "eager"]),
                 default="lazy",
                 show_default=True,
-                help="Unchanged pages at a lazy restore: fetched by the daemon (needs `lazypages serve`), or "
+                help="Unchanged pages at a lazy restore: left to the daemon (needs `lazypages serve`), or "
                 "read by the restore itself (needed for `criu lazy-pages`).",
             ),
             click.option(
@@ -296,8 +296,8 @@ def _page_server(options: dict[str, Any]) -> PageServer | None:
         return None
     if lazy or options.get("status_fd") is not None:
         raise click.UsageError(
-            "--lazy-pages and --status-fd can't be combined with --page-server: the former listens at --address, "
-            "the latter connects to it"
+            "--lazy-pages and --status-fd can't be combined with --page-server: --lazy-pages listens at --address, "
+            "--page-server connects to it"
         )
     protocol = options["page_server_protocol"]
     layout = None if protocol == AUTO else Layout(protocol)

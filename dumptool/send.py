@@ -34,9 +34,7 @@ STEP_PAGES = 1024
 """Pages gathered before they are sent: 4 MiB. Limits the size of a pagemap entry at the server."""
 CONNECT_TIMEOUT = 10.0  # s
 PATIENCE = 60.0  # s without progress, after which a frozen tree goes on
-PROBE_PATIENCE = (
-    2.0  # s, plus some round trips, for a server that speaks the layout of CRIU up to 4.1.1 to answer
-)
+PROBE_PATIENCE = 2.0  # s, plus some round trips, in which a server of CRIU up to 4.1.1 answers the probe
 MAX_IOVS = 1024  # IOV_MAX (limits.h)
 
 

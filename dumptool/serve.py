@@ -259,9 +259,8 @@ class _Clients:
         self._lock = threading.Lock()
         self._connected = 0
         self._undecided = 0  # clients that know which checkpoint this is, and have not yet sent their number
-        self._unknown = (
-            False  # a client of CRIU's, which can't report whether it has started the tasks, has pages
-        )
+        # A `criu lazy-pages`, which can't report whether it has started the tasks, has received pages.
+        self._unknown = False
         self._may_run: set[int] = set()  # numbers of other clients that may have started the tasks
         self._winner: _Client | None = None
         self._gone: SourceGoneError | None = None
@@ -448,7 +447,7 @@ def _ways_out(tree: FrozenTree) -> str:
 
 
 def _send_last(sock: socket.socket, data: bytes) -> None:
-    """Sends data and waits until it is acknowledged: closing with unread requests would discard it (tcp reset)."""
+    """Sends data and waits until it is acknowledged: closing with unread requests would discard it (RST)."""
     deadline = time.monotonic() + LAST_WORDS
     with suppress(OSError):
         sock.settimeout(LAST_WORDS)

@@ -103,9 +103,8 @@ def reap(tid: int) -> bool:
         seen = os.waitid(os.P_PID, tid, ENDED | os.WNOWAIT)
         if seen is None or seen.si_code not in ENDS:
             return False
-        if (
-            proc.stat(tid).ppid != os.getpid() or int(proc.status(tid)["Tgid"]) != tid
-        ):  # else: a child of our own
+        is_own_child = proc.stat(tid).ppid == os.getpid() and int(proc.status(tid)["Tgid"]) == tid
+        if not is_own_child:
             os.waitid(os.P_PID, tid, ENDED)
     return True
 
