@@ -170,7 +170,7 @@ def scan(
 
     ``fresh``: start addresses of mappings in which all pages count as changed, whatever their categories.
     ``protect``: also write-protects the pages, where our userfaultfd is registered, so that later writes are recorded.
-    ``stack_pointers``: their pages are never lazy, because the task needs them before it can fault.
+    ``stack_pointers``: their pages are never lazy; they must be there before the task runs.
     """
     pins = sorted({pointer // PAGE_SIZE * PAGE_SIZE for pointer in stack_pointers})
     pages = ffi.new("uint64_t[]", pins)

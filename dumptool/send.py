@@ -31,7 +31,7 @@ from lazypages.net.url import ConnectedSocket, PageServerAddress, TcpServer, Uni
 from lazypages.net.wire import Command, Header, ImageType, Layout, encode_dst_id
 
 STEP_PAGES = 1024
-"""Pages gathered before they are sent: 4 MiB. Limits the size of a pagemap entry at the server."""
+"""Pages gathered before they are sent: 4 MiB. With ``BUFFER_PAGES`` more, the largest pagemap entry at the server."""
 CONNECT_TIMEOUT = 10.0  # s
 PATIENCE = 60.0  # s without progress, after which a frozen tree goes on
 PROBE_PATIENCE = 2.0  # s, plus some round trips, in which a server of CRIU up to 4.1.1 answers the probe

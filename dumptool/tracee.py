@@ -32,7 +32,7 @@ ENDS = (os.CLD_EXITED, os.CLD_KILLED, os.CLD_DUMPED)
 PATIENCE = 1.0
 """Seconds for a killed thread to exit."""
 STACK_RESERVE = 1 << 16
-"""Bytes below a stack pointer that a thread may use after dumptool is killed, before it overwrites a session."""
+"""Bytes kept free below stack pointers: a thread that runs on after dumptool was killed does not use more at once."""
 
 
 class Same(IntEnum):

@@ -17,8 +17,8 @@ NR_CLOCK_NANOSLEEP: Final = 230
 TIMER_ABSTIME: Final = 1
 
 TIMED_WAITS: Final = frozenset({NR_POLL, NR_NANOSLEEP, NR_FUTEX, NR_CLOCK_NANOSLEEP})
-"""Calls that the kernel resumes by restart_syscall(2). If a thread in one of them has the result EINTR and no handler
-has run, CRIU has set it (kernel/time/hrtimer.c, fs/select.c, kernel/futex; observed with CRIU 4.1.1)."""
+"""Calls that the kernel resumes by restart_syscall(2). A thread that is still in one of them has run no handler, so its
+result EINTR was set by the dump tool (kernel/time/hrtimer.c, fs/select.c, kernel/futex; observed with CRIU 4.1.1)."""
 
 ALWAYS_EINTR: Final = frozenset({65, 69, 70, 128, 208, 220, 232, 281, 333, 441})
 """semop, msgsnd, msgrcv, rt_sigtimedwait, io_getevents, semtimedop, epoll_wait, epoll_pwait, io_pgetevents and
