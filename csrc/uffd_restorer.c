@@ -5,8 +5,8 @@
  *
  * Stub processes with the right pids are made, stopped under ptrace, and turned into the dumped
  * tasks by running system calls in them; their registers come last.  With a daemon, each task gets a
- * userfaultfd that the daemon is handed over its control socket, as CRIU does it
- * (reference/criu-interfaces §1 and §2).
+ * userfaultfd, which is handed to the daemon over its control socket, as CRIU does it
+ * (docs/criu.md, "Control socket" and "Userfaultfds and lazy mappings").
  *
  * Until LP_GO every task ends with the restorer (PTRACE_O_EXITKILL), and any failure ends them.
  * Exit code: 0, or that of the task that LP_WAIT names (128 + n when signal n ended it); 1 after a failure.

@@ -1,7 +1,7 @@
 """Checkpoints of any size without a dump: images that say what the bench's task has in its memory.
 
-What daemons read is there (reference/criu-interfaces §1): inventory, tree, and for each task core, mm, pagemap and
-pages. `criu restore` would want more.
+They have what daemons read (docs/criu.md, "Control socket"): inventory, tree, and for each task core, mm, pagemap and
+pages. `criu restore` needs more.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@
 /* In the current directory: a whole path may be too long for a socket. */
 #define SOCKET "lazy-pages.socket"
 
-/* "Restore finished" (reference/criu-interfaces §1). */
+/* "Restore finished" (docs/criu.md, "Control socket"). */
 #define FINISH 0x52535446u
 
 /* Word `at` of page `page` under tag `tag` (which task, which version of it): never twice the same, and never 0. */

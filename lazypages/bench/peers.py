@@ -107,11 +107,11 @@ class CriuDaemon(Peer):
     program: Path
 
     def server(self, criu: Path | None, images: Path, work: Path) -> Callable[[int], list[str]]:  # noqa: ARG002
-        # Its own: the protocol has changed with 4.2 (reference/criu-interfaces §4).
+        # Of the same release: CRIU 4.2 has changed the protocol (docs/criu.md, "Page server protocol").
         return Peer.server(self, self.program, images, work)
 
     def cannot(self, workload: Workload) -> str | None:
-        # It reads such a page from the parent, never copies it, and the task hangs (reference/criu-interfaces §7).
+        # It reads such a page from the parent, never copies it, and the task hangs (docs/criu.md, "Pagemap").
         return "no lazy pages from parents" if workload.layout.depth else None
 
     def command(self, checkpoint: Checkpoint, work: Path, port: int | None) -> list[str]:

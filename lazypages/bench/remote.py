@@ -40,10 +40,10 @@ def page_server(
 
 @contextmanager
 def raised_pipe_limit(size: int = 16 << 20) -> Iterator[None]:
-    """Raises fs.pipe-max-size (bytes) and puts it back.
+    """Raise fs.pipe-max-size to at least `size` bytes for the block, then restore it.
 
-    Without CAP_SYS_RESOURCE, CRIU's page server breaks on requests past 16 pages otherwise
-    (reference/criu-interfaces §8, 9). Raises BenchError.
+    Without CAP_SYS_RESOURCE, CRIU's page server ends at requests past the first 16 pages of a pipe
+    (docs/criu.md, "Page server protocol"). Raises BenchError.
     """
     try:
         before = PIPE_MAX_SIZE.read_text()

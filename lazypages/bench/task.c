@@ -2,7 +2,7 @@
  * The task that faults, and measures from inside how long each first touch takes.
  *
  *   task restored OPTIONS    plays a restorer and its tasks: maps memory at a fixed address, hands a userfaultfd of it to
- *                            the daemon as `criu restore --lazy-pages` does (reference/criu-interfaces §1, §2), touches
+ *                            the daemon as `criu restore --lazy-pages` does (docs/criu.md, "Control socket"), touches
  *   task victim OPTIONS      fills its memory, waits (to be checkpointed and restored), touches when there is a go
  *
  * Every touch is compared with what the page must hold; so are whole pages, outside of the measured time, at the end.

@@ -1,9 +1,9 @@
 """How a restorer hands its tasks to the daemon.
 
-On one connection to the socket of :mod:`lazypages.control.listener`, from the restorer to the daemon (reference:
-criu-interfaces, section 1): for each task of the pstree, in any order, an int32 pid as in the images, then one byte
-that carries the task's uffd; for a dead task (zombie) only the pid, negated. When all tasks have their memory under
-uffd and are about to go on: the uint32 :data:`FINISH`. The daemon never writes.
+All messages go from the restorer to the daemon, on one connection to the socket of :mod:`lazypages.control.listener`
+(docs/criu.md, "Control socket"). For each task of the pstree, in any order: an int32 pid as in the images, then one byte
+with the task's uffd (SCM_RIGHTS). For a dead task (zombie): only the pid, negated. When all tasks have registered
+their memory and are about to run: the uint32 :data:`FINISH`. The daemon never writes.
 """
 
 from __future__ import annotations

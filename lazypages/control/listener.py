@@ -1,7 +1,7 @@
-"""The socket in the work directory where a restore looks for the daemon (reference: criu-interfaces, section 1).
+"""The socket in the work directory by which a restore finds the daemon (docs/criu.md, "Control socket").
 
-What is said on it is :mod:`lazypages.control.handover`. Here nothing needs an event loop: a restore waits for this
-socket, and not for what takes long to import.
+:mod:`lazypages.control.handover` has the messages. Nothing here needs an event loop: a restore can start as soon as
+this socket listens, while the event loop is still being imported.
 """
 
 from __future__ import annotations

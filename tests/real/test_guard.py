@@ -145,9 +145,7 @@ def handed_over(
                 restorer.sendmsg([struct.pack("=i", task.pid)], [credentials])
                 socket.send_fds(restorer, [b"\0"], [uffd])
                 os.close(uffd)
-                restorer.sendall(
-                    struct.pack("=i", 0x52535446)
-                )  # reference/criu-interfaces §1: restore finished
+                restorer.sendall(struct.pack("=i", 0x52535446))  # restore finished
                 os.kill(server.pid, signal.SIGCONT)
                 if not first:
                     task.check(BASE, 10, file.first_id)
