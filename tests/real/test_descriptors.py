@@ -95,7 +95,7 @@ def test_the_images_alone_are_too_many(tmp_path: Path) -> None:
     command = ["prlimit", "--nofile=40", *serve_command(tmp_path)]
     refused = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert refused.returncode == 1
-    assert "the images alone need more than the 40 that are allowed" in refused.stderr
+    assert "the images alone need more than the limit of 40" in refused.stderr
     assert "Traceback" not in refused.stderr
 
 

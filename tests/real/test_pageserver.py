@@ -241,7 +241,7 @@ def test_loopback_unless_told(images: tuple[Path, Contents], tmp_path: Path) -> 
     with page_server(images[0], *KEEP_SERVING, output=tmp_path / "out") as server:
         server.wait_ready()
         assert "page server at 127.0.0.1:" in server.story()
-        assert "this machine only" in server.story()
+        assert "this host only" in server.story()
     with page_server(
         images[0], *KEEP_SERVING, "--address", "0.0.0.0", "--insecure", output=tmp_path / "out"
     ) as server:
@@ -380,7 +380,7 @@ def test_tls_refuses(case: str, images: tuple[Path, Contents], tmp_path: Path) -
         assert fetched.pages == {}
         assert len(fetched.lost) == 5
         story = server.story()
-        assert "gone after" not in story or case in {"name", "foreign server", "revoked server"}
+        assert "disconnected after" not in story or case in {"name", "foreign server", "revoked server"}
     # ... and with the name not checked it works
     if case in {"name", "client's name"}:
         with page_server(images[0], *options, "--tls-no-cn-verify", output=tmp_path / "out") as server:
@@ -435,7 +435,7 @@ def test_one_line_for_garbage(images: tuple[Path, Contents], tmp_path: Path) -> 
         said = get(layout, 0, 1) * 3 + b"\xfeSECRET!" * 4000
         received = converse(server.port, said)
         assert (answer(layout, 0, 1) * 3).startswith(received)  # the rest may be lost in the reset
-        wait_for("the end of the connection", lambda: "gone after" in server.story())
+        wait_for("the end of the connection", lambda: "disconnected after" in server.story())
         lines = [line for line in (tmp_path / "out").read_text().splitlines() if "closing" in line]
         assert len(lines) == 1
         assert "unknown command" in lines[0]

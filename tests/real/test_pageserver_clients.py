@@ -104,7 +104,7 @@ def test_ends_with_a_client_of_ours(images: tuple[Path, Contents], tmp_path: Pat
             prober.sendall(b"\0")
         with connect(server) as killed:
             assert len(talk(killed, PROBE_FIRST, 4)) == 4
-        wait_for("the end of a connection", lambda: "waiting for it to come back" in server.story())
+        wait_for("the end of a connection", lambda: "waiting until it connects again" in server.story())
         with Proxy(("127.0.0.1", server.port), lambda number: Fault(50_000) if number < 2 else None) as proxy:
             fetched = fetch([TcpServer("127.0.0.1", proxy.port)], list(images[1]))
         fetched.check(images[1])
@@ -131,7 +131,7 @@ def test_keep_serving(images: tuple[Path, Contents], tmp_path: Path) -> None:
 def test_keep_serving_is_no_word_for_a_receiver(tmp_path: Path) -> None:
     with page_server(tmp_path, "--keep-serving") as server:
         assert server.wait(30) == 1
-        assert "--keep-serving goes with --lazy-pages" in server.story()
+        assert "--keep-serving needs --lazy-pages" in server.story()
 
 
 # -- receive mode with TLS ----------------------------------------------------------------------------------
