@@ -82,7 +82,7 @@ PROBE_PATIENCE: Final = {Layout.CRIU_4_2: 0.5, Layout.CRIU_4_1: 5.0, None: 2.0}
 
 CLOSED: Final = "closed by the server"
 DENIED: Final = "no page server can give it; their logs say why"
-ELSEWHERE: Final = "another destination has all of this dump, and goes on with it"
+ELSEWHERE: Final = "another destination has completed this dump and runs it"
 
 OnPages = Callable[[int, int, memoryview], Awaitable[None]]
 OnLost = Callable[[int, int, int, str], Awaitable[None]]

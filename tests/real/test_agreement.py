@@ -63,7 +63,7 @@ def test_a_second_dump_at_the_same_address(protocol: str, program: Program, tmp_
         ):
             source.wait_ready()
             wait_for("the refusal there", lambda: "has the pages of another dump" in old.server.story())
-            source.wait_said("wants pages of another checkpoint")
+            source.wait_said("requests pages of another checkpoint")
             assert victim.is_frozen(source.pid)
             with destination(victim, ours(port), program, tmp_path / "new") as new:
                 assert new.server.wait() == 0

@@ -143,6 +143,6 @@ def test_nobody_knows(restored: Path, tmp_path: Path) -> None:
             tasks.say("finish")
             tasks.say("exit")
             assert server.wait() == 1
-            assert "600 pages; how is not known" in server.story()
+            assert "600 pages, cause unknown" in server.story()
             assert "1 ended before completion, cause unknown" in server.story()
     assert [task["state"] for task in tasks_of(tmp_path)] == ["ended"]

@@ -262,7 +262,7 @@ def test_the_engine_fails(who: str, file: PagesFile, tmp_path: Path) -> None:
         assert task.process
         assert task.process.wait(60) == -signal.SIGKILL
         story = server.story()
-        assert "userfaultfds can't be watched any more (Bad file descriptor)" in story
+        assert "cannot read userfaultfds any more (Bad file descriptor)" in story
         assert f"killed (pid {task.pid}): the daemon failed" in story
         assert "Traceback" not in story
         if who == "task" and CAN_POISON:

@@ -108,7 +108,7 @@ def test_missing_page_as_criu(layout: Layout, first: int, pid: int, server: Page
         except ConnectionResetError:
             pass
     assert answer(layout, 3, 1).startswith(received)
-    assert "which is not here" in server.story()
+    assert "which is not in the images" in server.story()
 
 
 def test_garbage(server: PageServer) -> None:
@@ -214,12 +214,12 @@ def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--lazy-pages", "--address", "0.0.0.0"], "use --tls, or say --insecure"),
-        (["--lazy-pages", "--address", "::"], "use --tls, or say --insecure"),
-        (["--lazy-pages", "--address", "203.0.113.1", "--insecure"], "can't listen at 203.0.113.1"),
+        (["--lazy-pages", "--address", "0.0.0.0"], "use --tls or --insecure"),
+        (["--lazy-pages", "--address", "::"], "use --tls or --insecure"),
+        (["--lazy-pages", "--address", "203.0.113.1", "--insecure"], "cannot listen at 203.0.113.1"),
         (["--lazy-pages", "--tls", "--tls-cert", "/no/such"], "--tls-cert /no/such: No such file"),
         (["--prev-images-dir", "../nowhere"], "--prev-images-dir ../nowhere: no directory"),
-        (["--lazy-pages", "--ps-socket", "0"], "--ps-socket 0: no connected socket"),
+        (["--lazy-pages", "--ps-socket", "0"], "--ps-socket 0: not a connected socket"),
         (["-W", "/no/such"], "-W /no/such is not a directory"),
     ],
 )
@@ -305,7 +305,7 @@ def test_a_socket_that_somebody_listens_at(tmp_path: Path) -> None:
         server.wait_ready()
         done = run("-D", tmp_path, "--address", f"unix:{where}")
         assert done.returncode == 1
-        assert f"can't listen at unix:{where}: Address already in use" in done.stderr
+        assert f"cannot listen at unix:{where}: Address already in use" in done.stderr
         with socket.socket(socket.AF_UNIX) as sock:
             sock.settimeout(30)
             sock.connect(str(where))

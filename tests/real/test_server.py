@@ -173,7 +173,7 @@ def test_interrupt_before_any_task(tmp_path: Path) -> None:
         restorer.connect(str(tmp_path / "lazy-pages.socket"))
         wait_for("the connection", lambda: not (tmp_path / "lazy-pages.socket").exists())
         server.signal(signal.SIGINT)
-        wait_for("the message", lambda: "waiting until it is finished" in server.story())
+        wait_for("the message", lambda: "waiting until it has finished" in server.story())
         assert "0 tasks" not in server.story()
         restorer.close()
         assert server.wait() == 1
