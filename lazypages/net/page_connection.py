@@ -241,7 +241,6 @@ class PageConnection:
             return
         sent = self._sock.sendmsg([header, data])
         for part in (header[sent:], memoryview(data)[max(0, sent - len(header)) :]):
-            if len(
-                part
-            ):  # an empty send fails with EPIPE if the client has closed (docs/kernel.md, "Page servers")
+            # An empty send fails with EPIPE if the client has closed (docs/kernel.md, "Page servers").
+            if len(part):
                 self._sock.sendall(part)
