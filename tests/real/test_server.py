@@ -277,7 +277,7 @@ def test_a_loop_that_is_not_installed(tmp_path: Path) -> None:
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])},
     )
     assert done.returncode == 1
-    assert "--loop trio: it is not installed" in done.stderr
+    assert "--loop trio: not installed" in done.stderr
     assert "waiting for" not in done.stderr
 
 
