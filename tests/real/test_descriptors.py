@@ -72,7 +72,7 @@ def test_refused_at_the_start(restored: Path, tmp_path: Path) -> None:
         assert refused.returncode == 1
         assert "waiting for" not in refused.stderr
         (line,) = (line for line in refused.stderr.splitlines() if line.startswith("lazypages: "))
-        found = re.search(r"needs (\d+) and 40 are allowed.*prlimit --nofile=(\d+)", line)
+        found = re.search(r"needs (\d+), the limit is 40 .*prlimit --nofile=(\d+)", line)
         assert found
         assert 0 <= int(found[2]) - int(found[1]) < 64
         command = [

@@ -218,7 +218,7 @@ def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
         (["--lazy-pages", "--address", "::"], "use --tls or --insecure"),
         (["--lazy-pages", "--address", "203.0.113.1", "--insecure"], "cannot listen at 203.0.113.1"),
         (["--lazy-pages", "--tls", "--tls-cert", "/no/such"], "--tls-cert /no/such: No such file"),
-        (["--prev-images-dir", "../nowhere"], "--prev-images-dir ../nowhere: no directory"),
+        (["--prev-images-dir", "../nowhere"], "--prev-images-dir ../nowhere: not a directory"),
         (["--lazy-pages", "--ps-socket", "0"], "--ps-socket 0: not a connected socket"),
         (["-W", "/no/such"], "-W /no/such is not a directory"),
     ],
@@ -453,7 +453,7 @@ def test_more_clients_than_files(images: tuple[Path, Contents], tmp_path: Path) 
                 stack.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=30))
                 for _ in range(10)
             ]
-            wait_for("the limit", lambda: "could not be taken: Too many open files" in server.story())
+            wait_for("the limit", lambda: "cannot accept a client: Too many open files" in server.story())
             for client in clients:
                 client.sendall(get(Layout.CRIU_4_2, 0, 1))
             for client in clients:

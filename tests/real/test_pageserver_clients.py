@@ -467,6 +467,7 @@ def test_a_server_that_is_not_roots(monkeypatch: pytest.MonkeyPatch) -> None:
                         peers.check_peer(accepted)
                     else:
                         with pytest.raises(
-                            peers.StrangerError, match=f"of user {user}, and this server is of"
+                            peers.StrangerError,
+                            match=f"refused: user {user}; from this host only user {STRANGER} and root",
                         ):
                             peers.check_peer(accepted)
