@@ -104,25 +104,25 @@ def bench_command(  # noqa: PLR0917 - the options
     with tempfile.TemporaryDirectory(prefix="lazypages-bench-", dir=folder) as name:
         work = Path(name).resolve()
         programs = Programs.compile(work)
-        everybody = peers.all_peers(programs, found, traced=traced, against=against)
+        compared = peers.all_peers(programs, found, traced=traced, against=against)
         machine = describe_machine(work, [name for name, _path in found])
         report.print_machine(console, machine)
         report.print_busy(console, idle_share(), "before the first round")
         console.print()
         with console.status("") as status:
-            for row in Suite(programs, everybody, work, rounds, status.update).run(workloads):
-                report.print_row(console, row, everybody)
+            for row in Suite(programs, compared, work, rounds, status.update).run(workloads):
+                report.print_row(console, row, compared)
                 rows.append(row)
     if extent == "quick":
         wrong = [f"{row.workload.name}: {line}" for row in rows for line in checks.failures(row)]
     else:
         wrong = []
-        report.print_ratios(console, rows, everybody)
+        report.print_ratios(console, rows, compared)
     if extent == "targets":
         by_name = {row.workload.name: row for row in rows}
         print_targets(console, by_name, found[0][0] if found else "")
     if json_path:
-        _write_json(json_path, report.as_json(machine, rows, rounds, everybody))
+        _write_json(json_path, report.as_json(machine, rows, rounds, compared))
     if plot_path:
         plot(plot_path, rows, f"lazypages bench, {machine['date']}, {machine['kernel']}")
     for line in wrong:

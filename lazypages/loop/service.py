@@ -158,7 +158,7 @@ class TaskService:
         if not self._urgent:
             self._urgent = True
             if self._group:
-                self._hurry(self._group)
+                self._prioritise(self._group)
         await self._closed.wait()
 
     def process_exited(self) -> None:
@@ -233,7 +233,7 @@ class TaskService:
                     if self._background:
                         self._bring_rest(group)
                     if self._urgent:
-                        self._hurry(group)
+                        self._prioritise(group)
                     if self._exited:
                         group.start_soon(self._await_gone)
                     if self._gone:
@@ -254,7 +254,7 @@ class TaskService:
             for _ in self._remote.stats():
                 group.start_soon(self._fetch_by_turns, self._remote)
 
-    def _hurry(self, group: TaskGroup) -> None:
+    def _prioritise(self, group: TaskGroup) -> None:
         """Transfer without waiting for a turn."""
         threads = int(self._turns.total_tokens)
         turns = anyio.CapacityLimiter(threads)
