@@ -6,7 +6,7 @@
  * Creates processes with the right pids, stopped under ptrace, and turns them into the dumped
  * tasks by running system calls in them; sets their registers last.  With a daemon, each task gets a
  * userfaultfd, which is sent to the daemon over its control socket, in CRIU's protocol
- * (docs/criu.md, "Control socket").
+ * (docs/criu.md, "Control socket" and "Userfaultfds and lazy mappings").
  *
  * Until LP_GO every task ends with the restorer (PTRACE_O_EXITKILL), and any failure ends all tasks.
  * Exit code: 0, or that of the task that LP_WAIT names (128 + n if signal n killed it); 1 after a failure.

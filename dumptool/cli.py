@@ -144,7 +144,7 @@ class _Commands(click.Group):
 
 
 def _report_error(text: str) -> None:
-    log.error("%s", text, extra=logs.SAID)
+    log.error("%s", text, extra=logs.PRINTED)
     click.echo(f"dumptool: {text}", err=True)
 
 

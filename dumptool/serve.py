@@ -36,7 +36,7 @@ from images_spec.flags import PAGE_SIZE, PE_LAZY
 from images_spec.identity import identify
 from images_spec.images import Kind
 from images_spec.pagemap import Pagemap
-from lazypages.cli.daemonize import tell_ready
+from lazypages.cli.daemonize import report_ready
 from lazypages.errors import UnreadableError
 from lazypages.logs import MESSAGE
 from lazypages.net import wire
@@ -232,7 +232,7 @@ class PageService:
             alone = "" if self.address is not None else " (this machine only; --address for others)"
             log.log(MESSAGE, "frozen; serving %s of memory at %s%s", _size(pages.total), self.name, alone)
             if self.status_fd is not None:
-                tell_ready(self.status_fd)
+                report_ready(self.status_fd)
             accept_all(self.listener, stop.fileno(), clients.serve, last_words=2 * LAST_WORDS)
             self.listener.close()
             clients.conclude()

@@ -201,7 +201,7 @@ def test_the_others_hear_that_one_has_completed(program: Program, tmp_path: Path
         assert victim.has_ended()
         for late in (second, third):
             assert late.server.wait(30) == 1
-            assert "another destination has all of this dump" in late.server.story()
+            assert "another destination has completed this dump" in late.server.story()
             assert [task["state"] for task in late.stats()["tasks"]] == ["killed"]
             wait_for("its end", lambda pid=late.pid: not is_there(pid))
         assert is_there(first.pid)

@@ -196,7 +196,7 @@ def test_chain_of_any_depth(draft: Draft, depth: int) -> None:
 
 
 def test_chain_ends_where_a_level_knows_nothing_of_the_task(draft: Draft) -> None:
-    """Also when a level below would have it: as for CRIU (reference/criu-interfaces §5)."""
+    """Also if a level below has a pagemap of the task: as in CRIU (docs/criu.md, "Pagemap")."""
     _, _, lowest = chained(draft, "middle", "lowest")
     lowest.memory(10, [(0x10, 1, HERE)])
     draft.memory(10, [(0x10, 1, PARENT | LAZY)])
