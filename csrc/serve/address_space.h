@@ -33,9 +33,7 @@
 #include <stdint.h>
 
 #include "common/extent.h"
-
-#define LP_PAGE_SHIFT 12
-#define LP_PAGE_SIZE ((uint64_t)1 << LP_PAGE_SHIFT)
+#include "common/page.h"
 
 struct lp_range {
 	uint64_t start, end;

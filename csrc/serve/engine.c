@@ -1952,8 +1952,8 @@ static void serve(struct lp_task *t)
 
 /* ---- the engine ---- */
 
-/* Pages that a channel has received: for the task and for what it has forked, as lp_task_deliver. */
-static int place(void *arg, uint64_t tag, uint64_t image, uint64_t nr_pages, const void *bytes)
+/* struct lp_channel_tasks: for the task and for what it has forked, as lp_task_deliver. */
+static int channel_place(void *arg, uint64_t tag, uint64_t image, uint64_t nr_pages, const void *bytes)
 {
 	struct lp_engine *e = arg;
 	size_t nr = 0;
@@ -1988,9 +1988,31 @@ static int place(void *arg, uint64_t tag, uint64_t image, uint64_t nr_pages, con
 	return rc;
 }
 
+/* Round again at the end: for what was released behind the cursor. */
+static int64_t channel_claim(void *arg, struct lp_task *t, uint64_t max_pages, uint64_t *tag, uint64_t *image)
+{
+	uint64_t from = t->channel_cursor, nr;
+
+	if (atomic_load(&t->gone) || !is_served(t))
+		return 0;
+	if (t->nr_changes) /* changed by this thread only */
+		return -EAGAIN;
+	*tag = t->tag;
+	nr = lp_task_claim_remote(t, from, max_pages, image, &t->channel_cursor);
+	if (!nr && from)
+		nr = lp_task_claim_remote(t, 0, max_pages, image, &t->channel_cursor);
+	return (int64_t)nr;
+}
+
+static void channel_give_back(void *arg, struct lp_task *t, uint64_t image, uint64_t nr_pages)
+{
+	lp_task_fail_remote(t, image, nr_pages, false);
+}
+
 struct lp_engine *lp_engine_new(struct lp_guard *guard)
 {
 	struct lp_engine *e = calloc(1, sizeof(*e));
+	const struct lp_channel_tasks tasks = {e, channel_place, channel_claim, channel_give_back};
 	struct epoll_event event = {.events = EPOLLIN};
 
 	if (!e)
@@ -2012,7 +2034,7 @@ struct lp_engine *lp_engine_new(struct lp_guard *guard)
 		errno = saved;
 		return NULL;
 	}
-	lp_channels_init(&e->channels, e->epfd, e->wakefd, place, e);
+	lp_channels_init(&e->channels, e->epfd, e->wakefd, &tasks);
 	return e;
 }
 
@@ -2577,20 +2599,6 @@ uint64_t lp_task_claim_remote(struct lp_task *t, uint64_t cursor, uint64_t max_p
 	}
 	lp_unlock_shared(&t->lock);
 	return nr;
-}
-
-int64_t lp_task_claim_background(struct lp_task *t, uint64_t max_pages, uint64_t *image)
-{
-	uint64_t from = t->channel_cursor, nr = 0;
-
-	if (atomic_load(&t->gone) || !is_served(t))
-		return 0;
-	if (t->nr_changes) /* changed by this thread only */
-		return -EAGAIN;
-	nr = lp_task_claim_remote(t, from, max_pages, image, &t->channel_cursor);
-	if (!nr && from) /* round again: what was released behind us */
-		nr = lp_task_claim_remote(t, 0, max_pages, image, &t->channel_cursor);
-	return (int64_t)nr;
 }
 
 /* The next piece of image range [image, +nr_pages) that a region holds; its answer starts where the task has it now. */

@@ -36,6 +36,7 @@
 #include "guard.h"
 #include "address_space.h"
 
+struct lp_channels;
 struct lp_engine;
 struct lp_memory;
 struct lp_task;
@@ -101,6 +102,8 @@ bool lp_engine_has_tasks(struct lp_engine *engine);
 /* Serves until lp_engine_stop. 0 or -errno. */
 int lp_engine_run(struct lp_engine *engine);
 void lp_engine_stop(struct lp_engine *engine);
+/* Its channels to page servers (csrc/serve/channel.h). */
+struct lp_channels *lp_engine_channels(struct lp_engine *engine);
 /* Before it has tasks: what happens to them is put there. The trace must outlive the engine. */
 void lp_engine_trace(struct lp_engine *engine, struct lp_trace *trace);
 

@@ -190,6 +190,7 @@ int munmap(void *address, size_t size);
 long syscall(long number, ...);
 
 struct lp_channel;
+struct lp_channels;
 struct lp_channel_options { uint32_t header_size, max_pages; uint64_t floor; bool zeros, background; };
 struct lp_request { uint64_t tag, image, nr_pages, since, sent, delivered; bool urgent, told; };
 enum lp_channel_event_kind {
@@ -205,7 +206,8 @@ struct lp_channel_event {
 struct lp_channel_state {
     uint64_t outstanding, urgent, background, limit, heard, oldest, requests, pages, bytes, round_trip;
 };
-struct lp_channel *lp_channel_new(struct lp_engine *engine, int fd, const struct lp_channel_options *options);
+struct lp_channels *lp_engine_channels(struct lp_engine *engine);
+struct lp_channel *lp_channel_new(struct lp_channels *channels, int fd, const struct lp_channel_options *options);
 void lp_channel_close(struct lp_channel *channel);
 int lp_channel_event_fd(const struct lp_channel *channel);
 size_t lp_channel_events(struct lp_channel *channel, struct lp_channel_event *events, size_t max);
@@ -249,6 +251,7 @@ ffibuilder.set_source(
         str(CSRC / name)
         for name in (
             "common/extent.h",
+            "common/page.h",
             "serve/address_space.h",
             "serve/doubt.h",
             "serve/old_length.h",

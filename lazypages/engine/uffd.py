@@ -423,7 +423,7 @@ class Channel:
         floor: int,
     ) -> None:
         options = ffi.new("struct lp_channel_options *", (header_size, max_pages, floor, zeros, background))
-        self._handle = lib.lp_channel_new(engine._handle, fd, options)
+        self._handle = lib.lp_channel_new(lib.lp_engine_channels(engine._handle), fd, options)
         if self._handle == ffi.NULL:
             raise OSError(ffi.errno, os.strerror(ffi.errno))
         self._events = ffi.new("struct lp_channel_event[]", self._BATCH)
