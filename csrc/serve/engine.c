@@ -81,9 +81,11 @@ struct uffdio_poison {
 #define LEAD_MEMORY_NS (NS / 10)
 #define LOOKAHEAD_TRIES 8	 /* runs that another thread may take before we do */
 #define REST_TRIES 32		 /* for a thread that has been told of and has to run before the layout is at rest: some 50 us */
-#define CHILD_TRIES 1000	 /* the same for a child, which no one else will wait for; from CHILD_YIELDS on with a pause: */
-#define CHILD_YIELDS 100
-#define CHILD_PAUSE_NS 50000
+#define CHILD_TRIES 8		 /* the same for a child, before others have their turn */
+#define CHILD_NS (5 * NS)	 /* until a child whose layout does not come to rest loses what can't be told */
+#define CLOSE_TRIES 60		 /* the same when its parent is not served any more; so many times: */
+#define CLOSE_PAUSE_NS (NS / 1000)
+#define POISON_TRIES 1000	 /* for a page that takes the place of poison, which must not be seen */
 /*
  * From so many faults at once on they are answered in the order of their addresses, and threads are woken for BATCH answers
  * together: each wake-up, that of a copy as well, goes through all threads that wait (fs/userfaultfd.c, __wake_userfault).
@@ -106,6 +108,24 @@ struct ranges {
 	size_t nr, cap;
 };
 
+/* A child whose layout was changing already when it was asked. */
+struct unborn {
+	struct lp_task *task; /* nobody knows it yet */
+	struct lp_counts dropped;
+	struct lp_answer lost; /* the first run */
+	uint64_t until;	       /* then it is waited for no longer, ns */
+	bool asked;
+};
+
+/* What has been reported with a fork, of which some may have happened before it and some since. */
+struct unrest {
+	struct lp_space *before; /* NULL: nothing has */
+	struct lp_change *made;
+	size_t nr_made;
+	bool tangled; /* of the child that was made last */
+	struct unborn *unborn; /* its fork is the first of the changes that are left; till it is made nothing is read */
+};
+
 struct lp_task {
 	struct lp_engine *engine;
 	struct lp_space *space;
@@ -113,7 +133,6 @@ struct lp_task {
 	int uffd; /* -1 once closed */
 	bool closed; /* under the engine's lock: nobody is to hear of it any more */
 	bool remote, is_child;
-	bool closing; /* by another thread than the serving one */
 	/*
 	 * Of a child that was forked while what had been reported was tangled (csrc/serve/doubt.h): what is there that the space does not
 	 * know, and what moves from there, need not be zero.
@@ -128,6 +147,7 @@ struct lp_task {
 	int32_t unheard_error;	/* of the last of them */
 	struct lp_change *changes; /* of the layout, not made in the space yet: nothing may be answered */
 	size_t nr_changes, cap_changes;
+	struct unrest unrest; /* empty, but for a fork that has to wait */
 	uint64_t told; /* events that were not faults */
 	struct lp_faults faults; /* to be answered; used by the serving thread only, as what follows */
 	struct lp_faults left;	 /* on pages that the background had claimed */
@@ -1149,9 +1169,31 @@ static void close_uffd(struct lp_task *t)
 }
 
 static void forget_seen(struct seen *seen);
+static void task_free(struct lp_task *t);
+
+static void forget_unborn(struct unborn *unborn)
+{
+	if (!unborn)
+		return;
+	if (unborn->task) {
+		unborn->task->uffd = -1; /* it stays open, as that of a child that nobody has read of */
+		task_free(unborn->task);
+	}
+	free(unborn->dropped.by_source);
+	free(unborn);
+}
+
+static void forget_unrest(struct unrest *unrest)
+{
+	lp_space_free(unrest->before);
+	free(unrest->made);
+	forget_unborn(unrest->unborn);
+	*unrest = (struct unrest){0};
+}
 
 static void task_free(struct lp_task *t)
 {
+	forget_unrest(&t->unrest);
 	lp_guarded_forget(&t->engine->guarded, t);
 	if (t->uffd >= 0)
 		close_uffd(t);
@@ -1359,67 +1401,117 @@ static struct lp_ask asking(struct lp_task *t)
 
 /* ---- forks ---- */
 
-/* What has been reported with a fork, of which some may have happened before it and some since. */
-struct unrest {
-	struct lp_space *before; /* NULL: nothing has */
-	struct lp_change *made;
-	size_t nr_made;
-	bool tangled; /* of the child that was made last */
-};
-
 static bool drain(struct lp_task *t);
 
-/*
- * The space of a child by what it has, with what is dropped from it.  If that can't be found out, all is lost.  Without memory the
- * child has no space.
- */
-static void replay(struct lp_task *t, struct lp_task *child, struct unrest *unrest, uint64_t told,
-		   struct lp_counts *dropped)
+static bool overlap(const struct lp_change *a, uint64_t start, uint64_t len)
 {
-	const struct timespec pause = {.tv_nsec = CHILD_PAUSE_NS};
-	const struct lp_ask of_child = asking(child), of_parent = asking(t);
-	int rc = -EAGAIN;
+	return (a->start < start + len && start < a->start + a->len) ||
+	       (a->kind == LP_REMAPPED && a->to < start + len && start < a->to + a->len);
+}
 
-	if (lp_space_wipe_as(unrest->before, t->space))
-		return;
-	for (int tries = 0; rc && tries <= CHILD_TRIES; tries++) {
-		lp_space_free(child->space);
-		child->untold->nr_pages = 0;
-		memset(dropped->by_source, 0, (t->nr_levels + 2) * sizeof(uint64_t));
-		child->space = lp_space_clone(unrest->before, dropped);
-		if (!child->space)
-			return;
-		if (tries == CHILD_TRIES)
-			break;
-		rc = lp_replay(child->space, unrest->made, unrest->nr_made, told, tries, &of_child, &of_parent,
-			       dropped, &unrest->tangled);
-		if (rc) { /* its layout is changing already */
-			drain(child);
-			if (tries < CHILD_YIELDS)
-				sched_yield();
-			else
-				nanosleep(&pause, NULL);
+/* Whether a child has unmapped or moved something itself, since it was forked, where its parent has. */
+static bool has_gone_on(const struct lp_task *child, const struct unrest *unrest)
+{
+	for (size_t i = 0; i < child->nr_changes; i++) {
+		const struct lp_change *own = &child->changes[i];
+
+		for (size_t k = 0; k < unrest->nr_made && own->kind != LP_FORKED && own->kind != LP_REMOVED; k++) {
+			const struct lp_change *made = &unrest->made[k];
+
+			if (overlap(made, own->start, own->len) ||
+			    (own->kind == LP_REMAPPED && overlap(made, own->to, own->len)))
+				return true;
 		}
 	}
-	if (rc) {
-		unrest->tangled = true;
-		while (lp_space_nr_doubts(child->space))
-			if (lp_space_answer_doubt(child->space, 0, false, dropped)) {
-				lp_space_free(child->space);
-				child->space = NULL;
-				return;
-			}
-		for (size_t r = 0; r < lp_space_nr_regions(child->space); r++)
-			lose_range(child, lp_space_regions(child->space)[r].start, lp_space_regions(child->space)[r].end);
+	return false;
+}
+
+static void lose_made(struct lp_task *child, const struct unrest *unrest)
+{
+	for (size_t i = 0; i < unrest->nr_made; i++) {
+		const struct lp_change *made = &unrest->made[i];
+
+		lose_range(child, made->start, made->start + made->len);
+		if (made->kind == LP_REMAPPED)
+			lose_range(child, made->to, made->to + made->len);
+	}
+}
+
+static bool space_before(struct lp_task *t, struct unborn *u)
+{
+	lp_space_free(u->task->space);
+	u->lost.nr_pages = 0;
+	memset(u->dropped.by_source, 0, (t->nr_levels + 2) * sizeof(uint64_t));
+	u->task->space = lp_space_clone(t->unrest.before, &u->dropped);
+	return u->task->space;
+}
+
+/* By what the child has: 0; -EAGAIN: its layout is changing; -ENOMEM. */
+static int ask_child(struct lp_task *t, struct unborn *u, uint64_t told)
+{
+	const struct lp_ask of_child = asking(u->task), of_parent = asking(t);
+	struct unrest *unrest = &t->unrest;
+	bool again = u->asked;
+
+	if (!space_before(t, u))
+		return -ENOMEM;
+	u->asked = true;
+	return lp_replay(u->task->space, unrest->made, unrest->nr_made, told, again, &of_child, &of_parent, &u->dropped,
+			 &unrest->tangled) ?
+		       -EAGAIN :
+		       0;
+}
+
+/* All that is pending is lost. */
+static int lose_all(struct lp_task *t, struct unborn *u)
+{
+	int rc = space_before(t, u) ? 0 : -ENOMEM;
+	struct lp_task *child = u->task;
+
+	if (rc)
+		return rc;
+	while (!rc && lp_space_nr_doubts(child->space))
+		rc = lp_space_answer_doubt(child->space, 0, false, &u->dropped);
+	for (size_t r = 0; r < lp_space_nr_regions(child->space); r++)
+		lose_range(child, lp_space_regions(child->space)[r].start, lp_space_regions(child->space)[r].end);
+	return rc;
+}
+
+/*
+ * The space of a child by what it has, with what is dropped from it.  If that can't be found out, all is lost.  0; -EAGAIN: to be
+ * tried again; -ENOMEM.
+ */
+static int replay(struct lp_task *t, struct unborn *u, uint64_t told)
+{
+	struct lp_task *child = u->task;
+	int rc = -EAGAIN;
+
+	for (int tries = 0; rc == -EAGAIN && tries < CHILD_TRIES; tries++) {
+		if (tries) {
+			drain(child);
+			sched_yield(); /* it may need this CPU */
+		}
+		if (at_rest(child))
+			rc = ask_child(t, u, told);
+	}
+	if (rc == -EAGAIN && now_ns() < u->until)
+		return rc;
+	if (rc == -EAGAIN) {
+		t->unrest.tangled = true;
+		rc = lose_all(t, u);
+	} else if (!rc && has_gone_on(child, &t->unrest)) {
+		t->unrest.tangled = true; /* what it has now is not what it was forked with */
+		lose_made(child, &t->unrest);
 	}
 	/* faults again when it is served */
 	while (child->faults.nr)
 		wake(child, lp_faults_pop(&child->faults).addr, 1);
+	return rc;
 }
 
 static bool replaces_poison(struct lp_task *child, struct uffdio_copy *copy)
 {
-	for (int tries = 0; tries < CHILD_TRIES; tries++) {
+	for (int tries = 0; tries < POISON_TRIES; tries++) {
 		if (!ioctl(child->uffd, UFFDIO_COPY, copy))
 			return true;
 		if (copy->copy != -EAGAIN && errno != EAGAIN)
@@ -1508,42 +1600,42 @@ static bool inherit_unsure(const struct lp_task *t, struct lp_task *child, const
 	return true;
 }
 
-static void forked(struct lp_task *t, const struct lp_change *fork, struct unrest *unrest)
+/* NULL: no memory */
+static struct unborn *conceive(struct lp_task *t, struct lp_change *fork)
 {
-	struct lp_task *child = task_alloc(t->engine, fork->uffd, t->nr_levels);
-	struct lp_counts dropped = {.nr_levels = t->nr_levels};
-	struct lp_answer lost = {0};
-	int rc = 0;
+	struct unborn *u = calloc(1, sizeof(*u));
 
 	add(&t->stats.forks, 1);
-	if (!child) {
-		forget_seen(fork->seen);
-		break_task(t, ENOMEM);
-		return;
-	}
-	child->untold = &lost;
-	child->tag = t->tag;
 	learn_wiped(t, fork->seen);
-	dropped.by_source = calloc(t->nr_levels + 2, sizeof(uint64_t));
-	if (dropped.by_source && unrest->before)
-		replay(t, child, unrest, fork->to, &dropped);
-	else if (dropped.by_source)
-		child->space = lp_space_clone(t->space, &dropped);
+	fork->seen = NULL;
+	if (!u)
+		return NULL;
+	u->until = now_ns() + CHILD_NS;
+	u->dropped = (struct lp_counts){calloc(t->nr_levels + 2, sizeof(uint64_t)), t->nr_levels};
+	u->task = task_alloc(t->engine, fork->uffd, t->nr_levels);
+	if (!u->dropped.by_source || !u->task ||
+	    (t->unrest.before && lp_space_wipe_as(t->unrest.before, t->space))) {
+		forget_unborn(u);
+		return NULL;
+	}
+	u->task->untold = &u->lost;
+	u->task->tag = t->tag;
+	return u;
+}
+
+/* It has its space. */
+static void bear(struct lp_task *t, struct unborn *u)
+{
+	struct lp_task *child = u->task;
+	int rc;
+
 	child->untold = NULL;
 	child->read_error = 0;
 	child->next_try = 0;
-	if (atomic_load(&t->broken) || !child->space || !inherit_unsure(t, child, unrest)) {
-		break_task(t, ENOMEM);
-		child->uffd = -1; /* it stays open */
-		free(dropped.by_source);
-		task_free(child);
-		return;
-	}
 	child->total = lp_space_pending(child->space);
 	for (uint32_t i = 0; i < t->nr_levels + 2; i++)
-		child->total += dropped.by_source[i];
-	drop_into(child, dropped.by_source);
-	free(dropped.by_source);
+		child->total += u->dropped.by_source[i];
+	drop_into(child, u->dropped.by_source);
 	memcpy(child->levels, t->levels, t->nr_levels * sizeof(*t->levels));
 	child->remote = t->remote;
 	child->is_child = true;
@@ -1553,8 +1645,8 @@ static void forked(struct lp_task *t, const struct lp_change *fork, struct unres
 	task_link(child); /* whoever is told of it may close it at once */
 	/* told before it is served, so that its first notice comes after this one */
 	notify(t->engine, (struct lp_notice){.kind = LP_NOTICE_FORKED, .task = child});
-	if (lost.nr_pages)
-		notify_lost(child, &lost, 0, lost.nr_pages, EADDRNOTAVAIL);
+	if (u->lost.nr_pages)
+		notify_lost(child, &u->lost, 0, u->lost.nr_pages, EADDRNOTAVAIL);
 	rc = task_start(child);
 	if (rc)
 		notify_task(child, LP_NOTICE_FAILED, -rc);
@@ -1562,21 +1654,50 @@ static void forked(struct lp_task *t, const struct lp_change *fork, struct unres
 		take_back(child);
 }
 
-/* Makes one change in the space. */
-static void make_change(struct lp_task *t, const struct lp_change *change, struct unrest *unrest)
+/* False: the child has to be asked again.  Others are served meanwhile. */
+static bool forked(struct lp_task *t, struct lp_change *fork)
+{
+	struct unrest *unrest = &t->unrest;
+	struct unborn *u = unrest->unborn ? unrest->unborn : conceive(t, fork);
+	int rc = u ? 0 : -ENOMEM;
+
+	unrest->unborn = NULL;
+	if (u && unrest->before)
+		rc = replay(t, u, fork->to);
+	else if (u && !(u->task->space = lp_space_clone(t->space, &u->dropped)))
+		rc = -ENOMEM;
+	if (rc == -EAGAIN) {
+		unrest->unborn = u;
+		return false;
+	}
+	if (rc || atomic_load(&t->broken) || !inherit_unsure(t, u->task, unrest)) {
+		break_task(t, ENOMEM);
+	} else {
+		bear(t, u);
+		u->task = NULL; /* the engine's */
+	}
+	forget_unborn(u);
+	return true;
+}
+
+/* Makes one change in the space.  False: not yet. */
+static bool make_change(struct lp_task *t, struct lp_change *change)
 {
 	uint64_t counters[16] = {0};
 	uint64_t *by_source = t->nr_levels + 2 <= 16 ? counters : calloc(t->nr_levels + 2, sizeof(uint64_t));
 	struct lp_counts dropped = {by_source, t->nr_levels};
 	uint64_t end = change->start + change->len;
 	int rc = by_source ? 0 : -ENOMEM;
+	bool made = true;
 
 	if (rc || change->kind == LP_QUESTION)
 		goto out;
 	t->layout++;
 	switch (change->kind) {
 	case LP_FORKED:
-		forked(t, change, unrest);
+		made = forked(t, change);
+		if (!made)
+			goto out;
 		break;
 	case LP_REMOVED:
 		add(&t->stats.removes, 1);
@@ -1605,6 +1726,7 @@ out:
 		free(by_source);
 	if (rc)
 		break_task(t, -rc); /* with a layout that we do not know every answer could be wrong */
+	return made;
 }
 
 static void append_change(struct lp_task *t, struct lp_change change)
@@ -1668,8 +1790,10 @@ static bool needs_unrest(const struct lp_task *t)
 	return forks && others;
 }
 
-static void begin_unrest(struct lp_task *t, struct unrest *unrest)
+static void begin_unrest(struct lp_task *t)
 {
+	struct unrest *unrest = &t->unrest;
+
 	unrest->made = calloc(t->nr_changes, sizeof(*unrest->made));
 	unrest->before = lp_space_copy(t->space);
 	if (!unrest->made || !unrest->before)
@@ -1697,9 +1821,9 @@ static void make_changes(struct lp_task *t, bool at_rest)
 {
 	struct lp_change *changes = t->changes;
 	size_t nr = t->nr_changes, next;
-	struct unrest unrest = {0};
+	struct unrest *unrest = &t->unrest;
 
-	if (at_rest) {
+	if (at_rest && !unrest->unborn) {
 		for (size_t i = 0; i < nr; i++)
 			if (changes[i].kind == LP_REMAPPED) {
 				if (lp_tells_old_length())
@@ -1707,52 +1831,60 @@ static void make_changes(struct lp_task *t, bool at_rest)
 				break;
 			}
 		if (needs_unrest(t))
-			begin_unrest(t, &unrest);
+			begin_unrest(t);
 	}
-	while (nr && !atomic_load(&t->broken) && (next = lp_space_next_change(t->space, changes, nr, at_rest)) < nr) {
+	while (nr && !atomic_load(&t->broken) &&
+	       (next = unrest->unborn ? 0 : lp_space_next_change(t->space, changes, nr, at_rest)) < nr) {
 		struct lp_change change = changes[next];
 
 		memmove(&changes[1], changes, next * sizeof(change));
+		if (!make_change(t, &change)) {
+			changes[0] = change;
+			break;
+		}
 		changes++;
 		nr--;
-		make_change(t, &change, &unrest);
-		if (unrest.before)
-			unrest.made[unrest.nr_made++] = change;
+		if (unrest->before)
+			unrest->made[unrest->nr_made++] = change;
 	}
-	lp_space_free(unrest.before);
-	free(unrest.made);
+	if (!unrest->unborn)
+		forget_unrest(unrest);
 	if (nr == t->nr_changes)
 		return;
 	memmove(t->changes, changes, nr * sizeof(*changes));
 	t->nr_changes = nr;
-	if (at_rest && !atomic_load(&t->broken)) {
+	if (at_rest && !unrest->unborn && !atomic_load(&t->broken)) {
 		lp_space_rest(t->space);
 		if (lp_space_nr_doubts(t->space))
 			settle(t);
 	}
 	if (t->remote)
 		lp_space_index(t->space);
-	check_complete(t);
+	if (!unrest->unborn)
+		check_complete(t);
+}
+
+static void listen_to(struct lp_task *t, bool listen)
+{
+	struct epoll_event event = {.events = listen ? EPOLLIN : 0, .data.ptr = t};
+
+	epoll_ctl(t->engine->epfd, EPOLL_CTL_MOD, t->uffd, &event);
 }
 
 /* As when there is no fd left for the uffd of a forked child, or no memory: the task waits, and is looked at again later. */
 static void read_failed(struct lp_task *t, int error)
 {
-	struct epoll_event none = {.data.ptr = t};
-
 	if (!t->read_error && !t->untold) /* of a child that nobody knows it is reported when it is read again */
 		notify_task(t, LP_NOTICE_FAILED, error);
-	epoll_ctl(t->engine->epfd, EPOLL_CTL_MOD, t->uffd, &none); /* it stays readable */
+	listen_to(t, false); /* it stays readable */
 	t->read_error = error;
 	t->next_try = now_ns() + READ_RETRY_NS;
 }
 
 static void read_works(struct lp_task *t)
 {
-	struct epoll_event event = {.events = EPOLLIN, .data.ptr = t};
-
 	if (t->read_error)
-		epoll_ctl(t->engine->epfd, EPOLL_CTL_MOD, t->uffd, &event);
+		listen_to(t, true);
 	t->read_error = 0;
 }
 
@@ -1831,6 +1963,12 @@ static void catch_up(struct lp_task *t)
 {
 	int error = EAGAIN;
 
+	if (t->unrest.unborn) {
+		make_changes(t, true); /* they have been read at rest */
+		if (t->unrest.unborn)
+			return;
+		listen_to(t, true);
+	}
 	for (int tries = 0; error == EAGAIN; tries++) {
 		bool all = drain(t);
 
@@ -1844,6 +1982,8 @@ static void catch_up(struct lp_task *t)
 	if (lp_means_gone(error))
 		is_gone(t);
 	make_changes(t, true);
+	if (t->unrest.unborn)
+		listen_to(t, false); /* it may have more to say, and is tried again later */
 }
 
 /* Answers that can't be given yet; all but `before` of them are new. */
@@ -2328,14 +2468,21 @@ struct lp_task *lp_task_new(struct lp_engine *e, int uffd, struct lp_memory *mem
 
 bool lp_task_close(struct lp_task *t)
 {
+	const struct timespec pause = {.tv_nsec = CLOSE_PAUSE_NS};
 	struct lp_engine *e = t->engine;
 	bool spoilt = false;
 	struct lp_task **link;
 	size_t kept = 0;
 
 	lp_lock_alone(&t->lock);
-	t->closing = true;
-	make_changes(t, true); /* a child whose uffd has come is not to be lost with its parent */
+	/* a child whose uffd has come is not to be lost with its parent */
+	for (int tries = 0; make_changes(t, true), t->unrest.unborn && !atomic_load(&t->broken); tries++) {
+		if (tries == CLOSE_TRIES)
+			t->unrest.unborn->until = 0;
+		lp_unlock_alone(&t->lock); /* the serving thread waits for no child */
+		nanosleep(&pause, NULL);
+		lp_lock_alone(&t->lock);
+	}
 	epoll_ctl(e->epfd, EPOLL_CTL_DEL, t->uffd, NULL);
 	close_uffd(t);
 	lp_unlock_alone(&t->lock);
