@@ -19,18 +19,14 @@
 #include <linux/userfaultfd.h>
 
 #include "doubt.h"
-#include "faults.h"
-#include "follow.h"
 #include "guard.h"
-#include "guarded.h"
-#include "channel.h"
-#include "lock.h"
 #include "old_length.h"
 #include "common/pages_file.h"
-#include "readahead.h"
 #include "common/probe.h"
+#include "serving.h"
 #include "smaps.h"
-#include "trace.h"
+#include "task_trace.h"
+#include "wakeup_fd.h"
 
 /* Linux 6.6; older headers don't have it. */
 #ifndef UFFDIO_POISON
@@ -46,8 +42,6 @@ struct uffdio_poison {
 #ifndef MADV_POPULATE_READ
 #define MADV_POPULATE_READ 22
 #endif
-
-#define NS 1000000000ull
 #define EVENTS 64	      /* uffds answered for one epoll_wait */
 #define MESSAGES 128	      /* uffd messages taken by one read */
 #define EXPECTED_NS 300000 /* how long an answer of a page server is waited for with our CPU left to others */
@@ -57,34 +51,34 @@ struct uffdio_poison {
  */
 #define RETRY_FIRST_NS 20000
 #define RETRY_MOST_NS 1000000
-#define READ_RETRY_NS (10 * NS / 1000) /* until a uffd that could not be read is read again */
+#define READ_RETRY_NS (10 * LP_NS / 1000) /* until a uffd that could not be read is read again */
 #define IDLE_MS 50	      /* without a fault: then no task's CPU is followed */
 #define CHUNK_QUIET (512u << 10) /* bytes a background copy takes at a time */
 #define CHUNK_BUSY (64u << 10)	 /* the same while tasks fault: one waits for this at most */
 #define CHUNK_LONE (8u << 10)	 /* and while they fault here and there, where one fault brings one page */
-#define BUSY_NS (2 * NS / 1000)	 /* how long after a fault tasks count as faulting */
+#define BUSY_NS (2 * LP_NS / 1000)	 /* how long after a fault tasks count as faulting */
 /* What one thread of the background has to itself: what one page table maps, for the lock of that is taken for each page. */
 #define STRIPE ((uint64_t)2 << 20)
 #define LP_NO_PAGE (~(uint64_t)0) /* an address that no page has */
 #define MAPPED 8 /* levels of a chain of whose files a thread of the background remembers what it has mapped */
-#define ASIDE_NS (5 * NS / 1000) /* how long after a fault the background leaves its CPU to those who fault */
+#define ASIDE_NS (5 * LP_NS / 1000) /* how long after a fault the background leaves its CPU to those who fault */
 #define ASIDE_TRIES 4		 /* for a place elsewhere, so far apart */
 /*
  * How long after a layout event the background leaves room for the next: one thread, with pauses.  Who changes the layout takes
  * a rwsem of the uffd for writing that every copy takes for reading (map_changing_lock, Linux 6.9 and later), and one reader
  * after another keeps it from that for 4 ms (kernel/locking/rwsem.c, RWSEM_WAIT_TIMEOUT).
  */
-#define CHANGING_NS (5 * NS / 1000)
+#define CHANGING_NS (5 * LP_NS / 1000)
 #define CHANGING_PAUSE_NS 50000
 #define LEAD_MIN ((uint64_t)1 << 20)
 #define LEAD_MAX ((uint64_t)32 << 20)
-#define LEAD_MEMORY_NS (NS / 10)
+#define LEAD_MEMORY_NS (LP_NS / 10)
 #define LOOKAHEAD_TRIES 8	 /* runs that another thread may take before we do */
 #define REST_TRIES 32		 /* for a thread that has been told of and has to run before the layout is at rest: some 50 us */
 #define CHILD_TRIES 8		 /* the same for a child, before others have their turn */
-#define CHILD_NS (5 * NS)	 /* until a child whose layout does not come to rest loses what can't be told */
+#define CHILD_NS (5 * LP_NS)	 /* until a child whose layout does not come to rest loses what can't be told */
 #define CLOSE_TRIES 60		 /* the same when its parent is not served any more; so many times: */
-#define CLOSE_PAUSE_NS (NS / 1000)
+#define CLOSE_PAUSE_NS (LP_NS / 1000)
 #define POISON_TRIES 1000	 /* for a page that takes the place of poison, which must not be seen */
 /*
  * From so many faults at once on they are answered in the order of their addresses, and threads are woken for BATCH answers
@@ -92,108 +86,9 @@ struct uffdio_poison {
  */
 #define CROWD 64
 #define BATCH 64
-#define CROWD_NS (2 * NS / 1000) /* how long after that the background does not wake without need */
+#define CROWD_NS (2 * LP_NS / 1000) /* how long after that the background does not wake without need */
 #define LEFT_LOOK 64		 /* faults left to the background before it is looked which of them still are */
 #define SERVE_TRIES 4		 /* for a task whose layout is changing, before others have their turn */
-
-typedef _Atomic uint64_t counter_t;
-
-/* A thread that waits for a page from a remote source, dumped at image; what its fault has asked for, and where that is. */
-struct waiter {
-	uint64_t image, since, addr, nr_pages;
-};
-
-struct ranges {
-	struct lp_range *at;
-	size_t nr, cap;
-};
-
-/* A child whose layout was changing already when it was asked. */
-struct unborn {
-	struct lp_task *task; /* nobody knows it yet */
-	struct lp_counts dropped;
-	struct lp_answer lost; /* the first run */
-	uint64_t until;	       /* then it is waited for no longer, ns */
-	bool asked;
-};
-
-/* What has been reported with a fork, of which some may have happened before it and some since. */
-struct unrest {
-	struct lp_space *before; /* NULL: nothing has */
-	struct lp_change *made;
-	size_t nr_made;
-	bool tangled; /* of the child that was made last */
-	struct unborn *unborn; /* its fork is the first of the changes that are left; till it is made nothing is read */
-};
-
-struct lp_task {
-	struct lp_engine *engine;
-	struct lp_space *space;
-	struct lp_lock lock;
-	int uffd; /* -1 once closed */
-	bool closed; /* under the engine's lock: nobody is to hear of it any more */
-	bool remote, is_child;
-	/*
-	 * Of a child that was forked while what had been reported was tangled (csrc/serve/doubt.h): what is there that the space does not
-	 * know, and what moves from there, need not be zero.
-	 */
-	struct ranges unsure;
-	struct lp_answer *untold; /* the first run that is lost, while nobody knows the task yet */
-	_Atomic bool gone, complete;
-	_Atomic bool has_guards; /* one was seen */
-	_Atomic bool unseen; /* its guards can't be looked for, and the owner has been told */
-	_Atomic bool broken;	/* we don't know any more what it misses */
-	uint32_t unheard;	/* notices that there was no memory for, by kind; under the engine's lock, as what follows */
-	int32_t unheard_error;	/* of the last of them */
-	struct lp_change *changes; /* of the layout, not made in the space yet: nothing may be answered */
-	size_t nr_changes, cap_changes;
-	struct unrest unrest; /* empty, but for a fork that has to wait */
-	uint64_t told; /* events that were not faults */
-	struct lp_faults faults; /* to be answered; used by the serving thread only, as what follows */
-	struct lp_faults left;	 /* on pages that the background had claimed */
-	size_t left_look;	 /* so many of them are too many */
-	counter_t times_left;	 /* how often a fault was put there */
-	struct lp_range to_wake; /* pages that have come without a wake-up */
-	uint64_t sweep;		 /* where the next batch begins */
-	bool batching;		 /* answers don't wake */
-	bool look_at_left;	 /* the background has given claims back since they were looked at */
-	struct lp_readahead plan;
-	struct lp_look look;
-	struct lp_task *next_put_off;
-	uint64_t layout; /* how often it has changed */
-	bool is_put_off;
-	int read_error;	     /* while the uffd can't be read */
-	uint64_t next_try;   /* then, and while its layout does not come to rest: not before, unless it has more to say */
-	uint64_t pause;	     /* before that, ns */
-	_Atomic bool released; /* in the engine's list */
-	struct lp_task *next_released, *next, *next_dead;
-	_Atomic uint64_t cursor; /* where the next stripe of the background is looked for */
-	_Atomic uint32_t sent;	 /* how often a fault has sent it elsewhere */
-	_Atomic uint64_t last_change; /* when a layout event was read, ns */
-	_Atomic uint64_t last_crowd;  /* when there were many faults at once, ns */
-	_Atomic bool occupied;	 /* while there are some: by the one thread of the background */
-	uint64_t channel_cursor;	 /* that of channels, the serving thread's */
-	struct lp_task *next_kin; /* under the engine's lock */
-	pthread_mutex_t waiting_lock; /* of what follows */
-	struct waiter *waiting;
-	size_t nr_waiting, cap_waiting;
-	uint64_t lead, led_at;	 /* how far the background was sent ahead of a thread, and when; bytes, ns */
-	uint64_t total;
-	pid_t pid; /* 0: not known */
-	int pidfd; /* the owner's; -1 */
-	uint64_t tag;
-	uint32_t number; /* of this memory, in traces */
-	uint32_t nr_levels;
-	struct lp_level *levels;
-	counter_t *copied, *dropped, *served; /* by source: levels, remote, lost */
-	struct {
-		counter_t faults, faults_zero, faults_served, retried, zero_pages, present, copies, reads, wakes;
-		counter_t poisoned, forks, remaps, removes, unmaps, service_max;
-	} stats;
-	_Atomic uint32_t histogram[LP_HISTOGRAM_BUCKETS];
-};
-
-#define FAMILIES 1024
 
 struct seen;
 
@@ -203,108 +98,6 @@ struct lp_memory {
 	uint32_t nr_levels;
 	bool remote;
 };
-
-struct lp_engine {
-	struct lp_channels channels;
-	struct lp_guarded guarded;
-	struct lp_task **kin; /* for the serving thread to collect a family in */
-	size_t cap_kin;
-	int epfd, wakefd, noticefd;
-	void *nowhere; /* a page that can't be read */
-	struct lp_guard *guard; /* may be NULL */
-	_Atomic bool stop, running;
-	_Atomic uint64_t last_fault, last_lone; /* when; of those that continue nothing */
-	int ready; /* tasks that have something to say, of those that the last look at all of them has shown */
-	struct lp_follow follow; /* the serving thread's; which CPU it is at, anyone may read */
-	struct lp_task *put_off; /* tasks with answers put off; the serving thread's */
-	bool soon;		 /* some of these wait for a layout that is changing; likewise */
-	uint64_t retry;		 /* ns until those are tried again; likewise */
-	struct lp_task *_Atomic released; /* whose background has given claims back */
-	struct lp_trace *trace;	 /* NULL: none */
-	_Atomic uint32_t nr_memories;
-	pthread_mutex_t lock;	 /* of what follows */
-	struct lp_task *tasks, *dead;
-	struct lp_task *families[FAMILIES]; /* by tag */
-	struct lp_notice *notices;
-	size_t nr_notices, cap_notices;
-	bool unheard;		 /* any task has some */
-};
-
-static uint64_t now_ns(void)
-{
-	struct timespec ts;
-
-	clock_gettime(CLOCK_MONOTONIC, &ts);
-	return (uint64_t)ts.tv_sec * NS + (uint64_t)ts.tv_nsec;
-}
-
-static void add(counter_t *counter, uint64_t n)
-{
-	atomic_fetch_add_explicit(counter, n, memory_order_relaxed);
-}
-
-static void signal_fd(int fd)
-{
-	uint64_t one = 1;
-	ssize_t rc = write(fd, &one, sizeof(one)); /* fails only when it is signalled 2^64-2 times already */
-
-	(void)rc;
-}
-
-static void clear_fd(int fd)
-{
-	uint64_t count;
-	ssize_t rc = read(fd, &count, sizeof(count));
-
-	(void)rc;
-}
-
-/* ---- tracing ---- */
-
-static uint16_t trace_source(uint32_t source)
-{
-	if (source == LP_SOURCE_REMOTE)
-		return LP_TRACE_REMOTE;
-	return source == LP_SOURCE_LOST ? LP_TRACE_NOWHERE : (uint16_t)source;
-}
-
-static void trace_at(const struct lp_task *t, uint64_t time, enum lp_trace_kind kind, uint16_t source, uint64_t addr,
-		     uint64_t pages, uint64_t detail)
-{
-	lp_trace_put(t->engine->trace, &(struct lp_trace_record){
-					       .time = time,
-					       .addr = addr,
-					       .pages = pages,
-					       .detail = detail,
-					       .task = (uint32_t)t->tag,
-					       .memory = t->number,
-					       .kind = kind,
-					       .source = source,
-				       });
-}
-
-/* Now, if anybody wants to know. */
-static void trace(const struct lp_task *t, enum lp_trace_kind kind, uint16_t source, uint64_t addr, uint64_t pages,
-		  uint64_t detail)
-{
-	if (t->engine->trace)
-		trace_at(t, now_ns(), kind, source, addr, pages, detail);
-}
-
-/* What began at `begun` and is done now; 0: nobody wants to know. */
-static void trace_took(const struct lp_task *t, uint64_t begun, enum lp_trace_kind kind, uint16_t source, uint64_t addr,
-		       uint64_t pages)
-{
-	uint64_t now = begun ? now_ns() : 0;
-
-	if (begun)
-		trace_at(t, now, kind, source, addr, pages, now - begun);
-}
-
-static uint64_t trace_begins(const struct lp_task *t)
-{
-	return t->engine->trace ? now_ns() : 0;
-}
 
 /* ---- notices ---- */
 
@@ -334,9 +127,9 @@ static bool notify_without_memory(struct lp_engine *e, const struct lp_notice *n
 		kind = LP_NOTICE_BROKEN;
 		atomic_store(&notice->task->broken, true);
 	}
-	notice->task->unheard |= 1u << kind;
-	notice->task->unheard_error = kind == notice->kind ? notice->error : ENOMEM;
-	e->unheard = true;
+	notice->task->unposted |= 1u << kind;
+	notice->task->unposted_error = kind == notice->kind ? notice->error : ENOMEM;
+	e->any_unposted = true;
 	return true;
 }
 
@@ -362,7 +155,7 @@ static bool notify(struct lp_engine *e, struct lp_notice notice)
 		e->notices[e->nr_notices++] = notice;
 out:
 	pthread_mutex_unlock(&e->lock);
-	signal_fd(e->noticefd);
+	lp_wakeup(e->noticefd);
 	return done;
 }
 
@@ -372,10 +165,10 @@ static size_t take_unheard(struct lp_engine *e, uint32_t kinds, struct lp_notice
 	size_t nr = 0;
 
 	for (struct lp_task *t = e->tasks; t; t = t->next)
-		for (uint32_t kind = LP_NOTICE_FORKED; t->unheard && kind <= LP_NOTICE_BROKEN && nr < max; kind++)
-			if (t->unheard & kinds & 1u << kind) {
-				t->unheard &= ~(1u << kind);
-				notices[nr++] = (struct lp_notice){.kind = kind, .error = t->unheard_error, .task = t};
+		for (uint32_t kind = LP_NOTICE_FORKED; t->unposted && kind <= LP_NOTICE_BROKEN && nr < max; kind++)
+			if (t->unposted & kinds & 1u << kind) {
+				t->unposted &= ~(1u << kind);
+				notices[nr++] = (struct lp_notice){.kind = kind, .error = t->unposted_error, .task = t};
 			}
 	return nr;
 }
@@ -385,9 +178,9 @@ size_t lp_engine_notices(struct lp_engine *e, struct lp_notice *notices, size_t 
 	size_t nr, first = 0;
 
 	pthread_mutex_lock(&e->lock);
-	clear_fd(e->noticefd);
+	lp_wakeup_clear(e->noticefd);
 	/* a task is heard of before anything about it is; all other bits come last in its life */
-	if (e->unheard)
+	if (e->any_unposted)
 		first = take_unheard(e, 1u << LP_NOTICE_FORKED, notices, max);
 	nr = e->nr_notices < max - first ? e->nr_notices : max - first;
 	if (nr) {
@@ -396,12 +189,12 @@ size_t lp_engine_notices(struct lp_engine *e, struct lp_notice *notices, size_t 
 		e->nr_notices -= nr;
 	}
 	nr += first;
-	if (e->unheard && !e->nr_notices) {
+	if (e->any_unposted && !e->nr_notices) {
 		nr += take_unheard(e, ~0u, notices + nr, max - nr);
-		e->unheard = nr == max; /* there may be more */
+		e->any_unposted = nr == max; /* there may be more */
 	}
-	if (e->nr_notices || e->unheard)
-		signal_fd(e->noticefd);
+	if (e->nr_notices || e->any_unposted)
+		lp_wakeup(e->noticefd);
 	pthread_mutex_unlock(&e->lock);
 	return nr;
 }
@@ -415,7 +208,7 @@ static void is_gone(struct lp_task *t)
 {
 	if (atomic_exchange(&t->gone, true))
 		return;
-	trace(t, LP_TRACE_GONE, LP_TRACE_NO_SOURCE, 0, 0, 0);
+	lp_task_trace(t, LP_TRACE_GONE, LP_TRACE_NO_SOURCE, 0, 0, 0);
 	notify_task(t, LP_NOTICE_GONE, 0);
 }
 
@@ -429,18 +222,13 @@ static void break_task(struct lp_task *t, int error)
 		notify_task(t, LP_NOTICE_BROKEN, error);
 }
 
-static bool is_served(const struct lp_task *t)
-{
-	return t->uffd >= 0 && !atomic_load(&t->broken);
-}
-
 /* (the task's lock is held: else its uffd could be closed at this moment, and its number be another's) */
 static void check_complete(struct lp_task *t)
 {
 	if (lp_space_pending(t->space) || atomic_load(&t->broken) || atomic_exchange(&t->complete, true))
 		return;
 	lp_guard_complete(t->engine->guard, t->uffd);
-	trace(t, LP_TRACE_COMPLETE, LP_TRACE_NO_SOURCE, 0, 0, 0);
+	lp_task_trace(t, LP_TRACE_COMPLETE, LP_TRACE_NO_SOURCE, 0, 0, 0);
 	notify_task(t, LP_NOTICE_COMPLETE, 0);
 }
 
@@ -469,10 +257,10 @@ uint64_t lp_histogram_bound(uint32_t bucket)
 /* Faults on one of the pages at addr, of which the first was read at `since`. */
 static void answered(struct lp_task *t, uint64_t since, uint32_t times, uint16_t source, uint64_t addr, uint64_t pages)
 {
-	uint64_t now = now_ns(), ns = now - since, max = atomic_load(&t->stats.service_max);
+	uint64_t now = lp_now_ns(), ns = now - since, max = atomic_load(&t->stats.service_max);
 
 	if (t->engine->trace)
-		trace_at(t, now, LP_TRACE_ANSWERED, source, addr, pages, ns);
+		lp_task_trace_at(t, now, LP_TRACE_ANSWERED, source, addr, pages, ns);
 	atomic_fetch_add_explicit(&t->histogram[bucket_of(ns)], times, memory_order_relaxed);
 	while (ns > max && !atomic_compare_exchange_weak(&t->stats.service_max, &max, ns))
 		;
@@ -485,12 +273,12 @@ static uint32_t source_index(const struct lp_task *t, uint32_t source)
 	return source == LP_SOURCE_LOST ? t->nr_levels + 1 : source;
 }
 
-static void begin_wait(struct lp_task *t, struct waiter waiter)
+static void begin_wait(struct lp_task *t, struct lp_waiter waiter)
 {
 	pthread_mutex_lock(&t->waiting_lock);
 	if (t->nr_waiting == t->cap_waiting) {
 		size_t cap = t->cap_waiting ? t->cap_waiting * 2 : 16;
-		struct waiter *more = realloc(t->waiting, cap * sizeof(*more));
+		struct lp_waiter *more = realloc(t->waiting, cap * sizeof(*more));
 
 		if (!more) { /* only for the statistics */
 			pthread_mutex_unlock(&t->waiting_lock);
@@ -508,7 +296,7 @@ static void end_wait(struct lp_task *t, uint64_t image, uint64_t end, bool serve
 {
 	pthread_mutex_lock(&t->waiting_lock);
 	for (size_t i = 0; i < t->nr_waiting;) {
-		struct waiter w = t->waiting[i];
+		struct lp_waiter w = t->waiting[i];
 
 		if (w.image < image || w.image >= end) {
 			i++;
@@ -516,8 +304,8 @@ static void end_wait(struct lp_task *t, uint64_t image, uint64_t end, bool serve
 		}
 		t->waiting[i] = t->waiting[--t->nr_waiting];
 		if (served) {
-			add(&t->stats.faults_served, 1);
-			add(&t->served[t->nr_levels], 1);
+			lp_count(&t->stats.faults_served, 1);
+			lp_count(&t->served[t->nr_levels], 1);
 			answered(t, w.since, 1, LP_TRACE_REMOTE, w.addr, w.nr_pages);
 		}
 	}
@@ -530,7 +318,7 @@ static void wake(struct lp_task *t, uint64_t addr, uint64_t nr_pages)
 {
 	struct uffdio_range range = {.start = addr, .len = nr_pages << LP_PAGE_SHIFT};
 
-	add(&t->stats.wakes, 1);
+	lp_count(&t->stats.wakes, 1);
 	/* no error matters: who can't be woken does not wait there */
 	ioctl(t->uffd, UFFDIO_WAKE, &range);
 }
@@ -561,12 +349,12 @@ static void wake_batch(struct lp_task *t)
 
 static int try_page(struct lp_task *t, uint64_t addr)
 {
-	return lp_probe(t->uffd, t->engine->nowhere, addr);
+	return lp_probe(t->uffd, t->engine->unreadable, addr);
 }
 
 static void notify_lost(struct lp_task *t, const struct lp_answer *run, uint64_t skip, uint64_t nr, int error)
 {
-	trace(t, LP_TRACE_LOST, trace_source(run->source), run->addr + (skip << LP_PAGE_SHIFT), nr, (uint64_t)error);
+	lp_task_trace(t, LP_TRACE_LOST, lp_trace_source(run->source), run->addr + (skip << LP_PAGE_SHIFT), nr, (uint64_t)error);
 	notify(t->engine, (struct lp_notice){
 				  .kind = LP_NOTICE_LOST,
 				  .error = error,
@@ -587,12 +375,12 @@ static void lose(struct lp_task *t, const struct lp_answer *run, uint64_t skip, 
 static void drop_into(struct lp_task *t, const uint64_t *dropped)
 {
 	for (uint32_t i = 0; i < t->nr_levels + 2; i++)
-		add(&t->dropped[i], dropped[i]);
+		lp_count(&t->dropped[i], dropped[i]);
 }
 
 static void drop_pages(struct lp_task *t, const struct lp_answer *run, uint64_t skip, uint64_t nr)
 {
-	add(&t->dropped[source_index(t, run->source)], lp_space_commit(t->space, run->dense + skip, nr));
+	lp_count(&t->dropped[source_index(t, run->source)], lp_space_commit(t->space, run->dense + skip, nr));
 }
 
 /* What becomes of the claims on pages that can't be copied now. */
@@ -613,7 +401,7 @@ static void take_back(struct lp_task *t)
 	t->next_released = atomic_load(&e->released);
 	while (!atomic_compare_exchange_weak(&e->released, &t->next_released, t))
 		;
-	signal_fd(e->wakefd);
+	lp_wakeup(e->wakefd);
 }
 
 /* Claimed pages that can't be copied now, from number `skip` of the run on. */
@@ -632,7 +420,7 @@ static void settle_claims(struct lp_task *t, const struct lp_answer *run, uint64
  */
 static int copy_claimed(struct lp_task *t, const struct lp_answer *run, const void *src, enum claims claims)
 {
-	counter_t *copied = &t->copied[source_index(t, run->source)];
+	lp_counter *copied = &t->copied[source_index(t, run->source)];
 	uint64_t done = 0, step = run->nr_pages;
 	bool quiet = claims == RELEASE ? t->batching : claims == RELEASE_LEFT_QUIETLY;
 
@@ -646,13 +434,13 @@ static int copy_claimed(struct lp_task *t, const struct lp_answer *run, const vo
 		};
 		int error = 0;
 
-		add(&t->stats.copies, 1);
+		lp_count(&t->stats.copies, 1);
 		if (ioctl(t->uffd, UFFDIO_COPY, &copy))
 			error = copy.copy < 0 ? (int)-copy.copy : errno;
 		if (copy.copy > 0) {
 			uint64_t nr = (uint64_t)copy.copy >> LP_PAGE_SHIFT;
 
-			add(copied, nr);
+			lp_count(copied, nr);
 			lp_space_commit(t->space, run->dense + done, nr);
 			if (quiet && claims == RELEASE)
 				wake_soon(t, run->addr + at, nr);
@@ -663,7 +451,7 @@ static int copy_claimed(struct lp_task *t, const struct lp_answer *run, const vo
 		}
 		switch (error) {
 		case EEXIST: /* somebody else's page is there, or a guard; a thread may wait for it all the same */
-			add(&t->stats.present, 1);
+			lp_count(&t->stats.present, 1);
 			drop_pages(t, run, done, 1);
 			if (claims == RELEASE)
 				wake_soon(t, run->addr + at, 1);
@@ -724,7 +512,7 @@ static struct lp_answer rest_of(const struct lp_answer *run, uint64_t skip)
 static struct lp_guarded_task guarded_task(const struct lp_task *t)
 {
 	return (struct lp_guarded_task){
-		.owner = t, .pid = t->pid, .pidfd = t->pidfd, .uffd = t->uffd, .nowhere = t->engine->nowhere};
+		.owner = t, .pid = t->pid, .pidfd = t->pidfd, .uffd = t->uffd, .nowhere = t->engine->unreadable};
 }
 
 /*
@@ -756,7 +544,7 @@ static int copy_unguarded(struct lp_task *t, const struct lp_answer *run, const 
 		look = NULL;
 	else if (run->nr_pages == 1 && run->addr == touched)
 		return copy_claimed(t, run, src, claims);
-	now = look ? now_ns() : 0;
+	now = look ? lp_now_ns() : 0;
 	if (look && look->layout == t->layout && run->addr >= look->from && end <= look->to && now - look->at < LP_LOOK_NS)
 		return copy_claimed(t, run, src, claims);
 	fd = lp_guarded_take(g, &task);
@@ -854,7 +642,7 @@ static int zero_page(struct lp_task *t, uint64_t addr)
 	int error;
 
 	if (!ioctl(t->uffd, UFFDIO_ZEROPAGE, &zero)) {
-		add(&t->stats.zero_pages, 1);
+		lp_count(&t->stats.zero_pages, 1);
 		if (t->batching)
 			wake_soon(t, addr, 1);
 		return 0;
@@ -867,7 +655,7 @@ static int zero_page(struct lp_task *t, uint64_t addr)
 	if (error == EAGAIN || error == ENOMEM || error == EINTR)
 		return -EAGAIN;
 	if (error == EEXIST)
-		add(&t->stats.present, 1);
+		lp_count(&t->stats.present, 1);
 	else if (error != ENOENT) /* ENOENT: unmapped since; the thread finds out when it runs */
 		notify_task(t, LP_NOTICE_FAILED, error);
 	wake_soon(t, addr, 1);
@@ -924,10 +712,10 @@ static int bring(struct lp_task *t, uint64_t addr, uint64_t end)
 
 static void try_again(struct lp_task *t)
 {
-	if (!t->is_put_off) {
-		t->is_put_off = true;
-		t->next_put_off = t->engine->put_off;
-		t->engine->put_off = t;
+	if (!t->awaits_retry) {
+		t->awaits_retry = true;
+		t->next_retry = t->engine->retries;
+		t->engine->retries = t;
 	}
 }
 
@@ -937,13 +725,13 @@ static void try_again(struct lp_task *t)
  */
 static void lead_on(struct lp_task *t, const struct lp_fault *fault)
 {
-	if (fault->since - t->led_at > LEAD_MEMORY_NS)
+	if (fault->since - t->lead_set > LEAD_MEMORY_NS)
 		t->lead = LEAD_MIN;
 	else if (t->lead < LEAD_MAX)
 		t->lead *= 2;
-	t->led_at = fault->since;
+	t->lead_set = fault->since;
 	atomic_store(&t->cursor, fault->addr + t->lead);
-	atomic_fetch_add(&t->sent, 1);
+	atomic_fetch_add(&t->nr_leads, 1);
 }
 
 /*
@@ -952,13 +740,13 @@ static void lead_on(struct lp_task *t, const struct lp_fault *fault)
  */
 static void look_at_left(struct lp_task *t)
 {
-	bool was_released = t->look_at_left;
+	bool was_released = t->claims_released;
 	struct lp_range came = {0};
 
-	t->look_at_left = false;
-	t->left_look = LEFT_LOOK;
-	for (size_t nr = t->left.nr; nr; nr--) {
-		struct lp_fault fault = lp_faults_pop(&t->left);
+	t->claims_released = false;
+	t->deferred_most = LEFT_LOOK;
+	for (size_t nr = t->deferred.nr; nr; nr--) {
+		struct lp_fault fault = lp_faults_pop(&t->deferred);
 		struct lp_answer run = lp_space_lookup(t->space, fault.addr, 1);
 
 		/*
@@ -966,7 +754,7 @@ static void look_at_left(struct lp_task *t)
 		 * has been left since: as in leave_fault.
 		 */
 		if (was_released && run.kind == LP_CLAIMED) {
-			add(&t->times_left, 1);
+			lp_count(&t->nr_deferred, 1);
 			atomic_thread_fence(memory_order_seq_cst);
 			run = lp_space_lookup(t->space, fault.addr, 1);
 		}
@@ -980,27 +768,27 @@ static void look_at_left(struct lp_task *t)
 		if (run.kind != LP_CLAIMED) {
 			if (lp_faults_push(&t->faults, fault))
 				continue;
-			t->look_at_left = true; /* once there is memory */
+			t->claims_released = true; /* once there is memory */
 			try_again(t);
 		}
-		lp_faults_push(&t->left, fault); /* there is room, that of the one taken out */
+		lp_faults_push(&t->deferred, fault); /* there is room, that of the one taken out */
 	}
 	if (came.start < came.end)
 		wake_soon(t, came.start, (came.end - came.start) >> LP_PAGE_SHIFT);
-	if (2 * t->left.nr > LEFT_LOOK)
-		t->left_look = 2 * t->left.nr;
+	if (2 * t->deferred.nr > LEFT_LOOK)
+		t->deferred_most = 2 * t->deferred.nr;
 }
 
 /* Another thread brings the page, and wakes; or it calls take_back.  0, or -EAGAIN: not now. */
 static int leave_fault(struct lp_task *t, struct lp_fault fault)
 {
-	if (!lp_faults_push(&t->left, fault))
+	if (!lp_faults_push(&t->deferred, fault))
 		return -EAGAIN;
-	add(&t->times_left, 1);
+	lp_count(&t->nr_deferred, 1);
 	atomic_thread_fence(memory_order_seq_cst); /* with that of bring_run */
 	if (lp_space_lookup(t->space, fault.addr, 1).kind == LP_ZERO)
 		wake_soon(t, fault.addr, 1); /* it has come meanwhile */
-	if (t->left.nr > t->left_look)
+	if (t->deferred.nr > t->deferred_most)
 		look_at_left(t);
 	return 0;
 }
@@ -1034,8 +822,8 @@ static int refuse_zeros(struct lp_task *t, uint64_t addr)
 	if (error) /* a page is there, or nothing is mapped any more */
 		wake(t, addr, 1);
 	else
-		add(&t->stats.poisoned, 1);
-	trace(t, LP_TRACE_POISONED, LP_TRACE_NO_SOURCE, addr, 1, 0);
+		lp_count(&t->stats.poisoned, 1);
+	lp_task_trace(t, LP_TRACE_POISONED, LP_TRACE_NO_SOURCE, addr, 1, 0);
 	notify(t->engine, (struct lp_notice){
 				  .kind = LP_NOTICE_LOST, .error = EADDRNOTAVAIL, .task = t, .addr = addr, .nr_pages = 1});
 	return 0;
@@ -1051,23 +839,23 @@ static int answer(struct lp_task *t, struct lp_fault fault)
 	int rc;
 
 	if (run.kind == LP_DATA || run.kind == LP_REMOTE)
-		window = lp_readahead_fault(&t->plan, fault.addr >> LP_PAGE_SHIFT);
+		window = lp_readahead_fault(&t->readahead, fault.addr >> LP_PAGE_SHIFT);
 	first = window.first << LP_PAGE_SHIFT;
 	if (window.nr == 1)
-		atomic_store_explicit(&t->engine->last_lone, fault.since, memory_order_relaxed);
+		atomic_store_explicit(&t->engine->last_single, fault.since, memory_order_relaxed);
 	switch (run.kind) {
 	case LP_ZERO:
 		if (is_unsure(t, fault.addr, fault.addr + LP_PAGE_SIZE))
 			return refuse_zeros(t, fault.addr);
 		rc = zero_page(t, fault.addr);
 		if (!rc) {
-			add(&t->stats.faults_zero, fault.times);
+			lp_count(&t->stats.faults_zero, fault.times);
 			answered(t, fault.since, fault.times, LP_TRACE_ZERO, fault.addr, 1);
 		}
 		return rc;
 	case LP_DATA:
 		if (!claim_window(t, &run, window)) {
-			trace(t, LP_TRACE_LEFT, trace_source(run.source), fault.addr, 1, 0);
+			lp_task_trace(t, LP_TRACE_LEFT, lp_trace_source(run.source), fault.addr, 1, 0);
 			return leave_fault(t, fault);
 		}
 		/* the rest of the window first: the thread would be back for it at once */
@@ -1079,18 +867,18 @@ static int answer(struct lp_task *t, struct lp_fault fault)
 		else
 			rc = copy_level(t, &run, RELEASE, fault.addr, &t->look);
 		if (!rc) {
-			add(&t->stats.faults_served, fault.times);
-			add(&t->served[run.source], fault.times);
-			answered(t, fault.since, fault.times, trace_source(run.source), run.addr, run.nr_pages);
+			lp_count(&t->stats.faults_served, fault.times);
+			lp_count(&t->served[run.source], fault.times);
+			answered(t, fault.since, fault.times, lp_trace_source(run.source), run.addr, run.nr_pages);
 		}
 		return rc;
 	case LP_REMOTE:
 		if (!claim_window(t, &run, window)) {
-			trace(t, LP_TRACE_LEFT, LP_TRACE_REMOTE, fault.addr, 1, 0);
+			lp_task_trace(t, LP_TRACE_LEFT, LP_TRACE_REMOTE, fault.addr, 1, 0);
 			return 0;
 		}
-		trace(t, LP_TRACE_WANTED, LP_TRACE_REMOTE, run.addr, run.nr_pages, run.image);
-		begin_wait(t, (struct waiter){notice.image, fault.since, run.addr, run.nr_pages});
+		lp_task_trace(t, LP_TRACE_WANTED, LP_TRACE_REMOTE, run.addr, run.nr_pages, run.image);
+		begin_wait(t, (struct lp_waiter){notice.image, fault.since, run.addr, run.nr_pages});
 		if (lp_channels_fault(&t->engine->channels, t->tag, run.image, run.nr_pages, fault.since))
 			return 0;
 		notice.kind = LP_NOTICE_NEED;
@@ -1099,12 +887,12 @@ static int answer(struct lp_task *t, struct lp_fault fault)
 		notice.nr_pages = run.nr_pages;
 		break;
 	case LP_CLAIMED:
-		trace(t, LP_TRACE_LEFT, trace_source(run.source), fault.addr, 1, 0);
+		lp_task_trace(t, LP_TRACE_LEFT, lp_trace_source(run.source), fault.addr, 1, 0);
 		if (run.source != LP_SOURCE_REMOTE) {
 			lead_on(t, &fault);
 			return leave_fault(t, fault);
 		}
-		begin_wait(t, (struct waiter){run.image, fault.since, run.addr, 1});
+		begin_wait(t, (struct lp_waiter){run.image, fault.since, run.addr, 1});
 		if (lp_channels_hurry(&t->engine->channels, t->tag, run.image, fault.since))
 			return 0;
 		notice.kind = LP_NOTICE_HURRY;
@@ -1135,7 +923,7 @@ static struct lp_task *task_alloc(struct lp_engine *e, int uffd, uint32_t nr_lev
 	fcntl(uffd, F_SETFL, O_NONBLOCK);
 	t->nr_levels = nr_levels;
 	t->levels = calloc(nr_levels + 1, sizeof(*t->levels));
-	t->copied = calloc(3 * ((size_t)nr_levels + 2), sizeof(counter_t));
+	t->copied = calloc(3 * ((size_t)nr_levels + 2), sizeof(lp_counter));
 	if (!t->levels || !t->copied) {
 		free(t->levels);
 		free((void *)t->copied);
@@ -1171,7 +959,7 @@ static void close_uffd(struct lp_task *t)
 static void forget_seen(struct seen *seen);
 static void task_free(struct lp_task *t);
 
-static void forget_unborn(struct unborn *unborn)
+static void forget_unborn(struct lp_new_child *unborn)
 {
 	if (!unborn)
 		return;
@@ -1183,17 +971,17 @@ static void forget_unborn(struct unborn *unborn)
 	free(unborn);
 }
 
-static void forget_unrest(struct unrest *unrest)
+static void forget_unrest(struct lp_fork *unrest)
 {
 	lp_space_free(unrest->before);
 	free(unrest->made);
-	forget_unborn(unrest->unborn);
-	*unrest = (struct unrest){0};
+	forget_unborn(unrest->child);
+	*unrest = (struct lp_fork){0};
 }
 
 static void task_free(struct lp_task *t)
 {
-	forget_unrest(&t->unrest);
+	forget_unrest(&t->fork);
 	lp_guarded_forget(&t->engine->guarded, t);
 	if (t->uffd >= 0)
 		close_uffd(t);
@@ -1206,7 +994,7 @@ static void task_free(struct lp_task *t)
 	pthread_mutex_destroy(&t->waiting_lock);
 	free(t->waiting);
 	lp_faults_free(&t->faults);
-	lp_faults_free(&t->left);
+	lp_faults_free(&t->deferred);
 	free(t->levels);
 	free((void *)t->copied);
 	free(t);
@@ -1216,7 +1004,7 @@ static void task_free(struct lp_task *t)
 static void number_memory(struct lp_task *t, uint32_t parent)
 {
 	t->number = atomic_fetch_add(&t->engine->nr_memories, 1) + 1;
-	trace(t, LP_TRACE_MEMORY, LP_TRACE_NO_SOURCE, 0, t->total, parent);
+	lp_task_trace(t, LP_TRACE_MEMORY, LP_TRACE_NO_SOURCE, 0, t->total, parent);
 }
 
 /* From here on the engine owns it, and it may be closed. */
@@ -1227,8 +1015,8 @@ static void task_link(struct lp_task *t)
 	pthread_mutex_lock(&e->lock);
 	t->next = e->tasks;
 	e->tasks = t;
-	t->next_kin = e->families[t->tag % FAMILIES];
-	e->families[t->tag % FAMILIES] = t;
+	t->next_of_family = e->families[t->tag % LP_FAMILIES];
+	e->families[t->tag % LP_FAMILIES] = t;
 	pthread_mutex_unlock(&e->lock);
 }
 
@@ -1248,11 +1036,11 @@ static int task_start(struct lp_task *t)
 }
 
 struct seen {
-	struct ranges wiped, kept;
+	struct lp_ranges wiped, kept;
 	bool failed; /* there was no memory */
 };
 
-static bool add_range(struct ranges *r, uint64_t start, uint64_t end)
+static bool add_range(struct lp_ranges *r, uint64_t start, uint64_t end)
 {
 	if (r->nr == r->cap) {
 		size_t cap = r->cap ? r->cap * 2 : 16;
@@ -1351,7 +1139,7 @@ static int ask_zero(void *arg, uint64_t addr)
 
 	if (ioctl(t->uffd, UFFDIO_ZEROPAGE, &zero))
 		return told_at_rest(t, zero.zeropage < 0 ? (int)-zero.zeropage : errno);
-	add(&t->stats.zero_pages, 1);
+	lp_count(&t->stats.zero_pages, 1);
 	return 0;
 }
 
@@ -1378,10 +1166,10 @@ static void lose_range(struct lp_task *t, uint64_t start, uint64_t end)
 		if (run.kind == LP_ZERO || run.kind == LP_LOST)
 			continue;
 		lp_space_lose(t->space, run.dense, run.nr_pages);
-		if (!t->untold)
+		if (!t->unreported_lost)
 			notify_lost(t, &run, 0, run.nr_pages, EADDRNOTAVAIL);
-		else if (!t->untold->nr_pages)
-			*t->untold = run;
+		else if (!t->unreported_lost->nr_pages)
+			*t->unreported_lost = run;
 	}
 }
 
@@ -1410,7 +1198,7 @@ static bool overlap(const struct lp_change *a, uint64_t start, uint64_t len)
 }
 
 /* Whether a child has unmapped or moved something itself, since it was forked, where its parent has. */
-static bool has_gone_on(const struct lp_task *child, const struct unrest *unrest)
+static bool has_gone_on(const struct lp_task *child, const struct lp_fork *unrest)
 {
 	for (size_t i = 0; i < child->nr_changes; i++) {
 		const struct lp_change *own = &child->changes[i];
@@ -1426,7 +1214,7 @@ static bool has_gone_on(const struct lp_task *child, const struct unrest *unrest
 	return false;
 }
 
-static void lose_made(struct lp_task *child, const struct unrest *unrest)
+static void lose_made(struct lp_task *child, const struct lp_fork *unrest)
 {
 	for (size_t i = 0; i < unrest->nr_made; i++) {
 		const struct lp_change *made = &unrest->made[i];
@@ -1437,20 +1225,20 @@ static void lose_made(struct lp_task *child, const struct unrest *unrest)
 	}
 }
 
-static bool space_before(struct lp_task *t, struct unborn *u)
+static bool space_before(struct lp_task *t, struct lp_new_child *u)
 {
 	lp_space_free(u->task->space);
 	u->lost.nr_pages = 0;
 	memset(u->dropped.by_source, 0, (t->nr_levels + 2) * sizeof(uint64_t));
-	u->task->space = lp_space_clone(t->unrest.before, &u->dropped);
+	u->task->space = lp_space_clone(t->fork.before, &u->dropped);
 	return u->task->space;
 }
 
 /* By what the child has: 0; -EAGAIN: its layout is changing; -ENOMEM. */
-static int ask_child(struct lp_task *t, struct unborn *u, uint64_t told)
+static int ask_child(struct lp_task *t, struct lp_new_child *u, uint64_t told)
 {
 	const struct lp_ask of_child = asking(u->task), of_parent = asking(t);
-	struct unrest *unrest = &t->unrest;
+	struct lp_fork *unrest = &t->fork;
 	bool again = u->asked;
 
 	if (!space_before(t, u))
@@ -1463,7 +1251,7 @@ static int ask_child(struct lp_task *t, struct unborn *u, uint64_t told)
 }
 
 /* All that is pending is lost. */
-static int lose_all(struct lp_task *t, struct unborn *u)
+static int lose_all(struct lp_task *t, struct lp_new_child *u)
 {
 	int rc = space_before(t, u) ? 0 : -ENOMEM;
 	struct lp_task *child = u->task;
@@ -1481,7 +1269,7 @@ static int lose_all(struct lp_task *t, struct unborn *u)
  * The space of a child by what it has, with what is dropped from it.  If that can't be found out, all is lost.  0; -EAGAIN: to be
  * tried again; -ENOMEM.
  */
-static int replay(struct lp_task *t, struct unborn *u, uint64_t told)
+static int replay(struct lp_task *t, struct lp_new_child *u, uint64_t told)
 {
 	struct lp_task *child = u->task;
 	int rc = -EAGAIN;
@@ -1494,14 +1282,14 @@ static int replay(struct lp_task *t, struct unborn *u, uint64_t told)
 		if (at_rest(child))
 			rc = ask_child(t, u, told);
 	}
-	if (rc == -EAGAIN && now_ns() < u->until)
+	if (rc == -EAGAIN && lp_now_ns() < u->until)
 		return rc;
 	if (rc == -EAGAIN) {
-		t->unrest.tangled = true;
+		t->fork.tangled = true;
 		rc = lose_all(t, u);
-	} else if (!rc && has_gone_on(child, &t->unrest)) {
-		t->unrest.tangled = true; /* what it has now is not what it was forked with */
-		lose_made(child, &t->unrest);
+	} else if (!rc && has_gone_on(child, &t->fork)) {
+		t->fork.tangled = true; /* what it has now is not what it was forked with */
+		lose_made(child, &t->fork);
 	}
 	/* faults again when it is served */
 	while (child->faults.nr)
@@ -1538,7 +1326,7 @@ static void inherit_page(struct lp_task *child, const struct lp_answer *page)
 	if (ioctl(child->uffd, UFFDIO_POISON, &poison) && poison.updated == -EEXIST) {
 		drop_pages(child, page, 0, 1);
 	} else if (poison.updated > 0 && replaces_poison(child, &copy)) {
-		add(&child->copied[page->source], 1);
+		lp_count(&child->copied[page->source], 1);
 		lp_space_commit(child->space, page->dense, 1);
 	} else {
 		lp_space_release(child->space, page->dense, 1); /* a copy over poison heals it */
@@ -1582,7 +1370,7 @@ static void inherit_guards(struct lp_task *t, struct lp_task *child)
 	lp_guarded_give(g, t, fd);
 }
 
-static bool inherit_unsure(const struct lp_task *t, struct lp_task *child, const struct unrest *unrest)
+static bool inherit_unsure(const struct lp_task *t, struct lp_task *child, const struct lp_fork *unrest)
 {
 	for (size_t i = 0; i < t->unsure.nr; i++)
 		if (!add_range(&child->unsure, t->unsure.at[i].start, t->unsure.at[i].end))
@@ -1601,35 +1389,35 @@ static bool inherit_unsure(const struct lp_task *t, struct lp_task *child, const
 }
 
 /* NULL: no memory */
-static struct unborn *conceive(struct lp_task *t, struct lp_change *fork)
+static struct lp_new_child *conceive(struct lp_task *t, struct lp_change *fork)
 {
-	struct unborn *u = calloc(1, sizeof(*u));
+	struct lp_new_child *u = calloc(1, sizeof(*u));
 
-	add(&t->stats.forks, 1);
+	lp_count(&t->stats.forks, 1);
 	learn_wiped(t, fork->seen);
 	fork->seen = NULL;
 	if (!u)
 		return NULL;
-	u->until = now_ns() + CHILD_NS;
+	u->until = lp_now_ns() + CHILD_NS;
 	u->dropped = (struct lp_counts){calloc(t->nr_levels + 2, sizeof(uint64_t)), t->nr_levels};
 	u->task = task_alloc(t->engine, fork->uffd, t->nr_levels);
 	if (!u->dropped.by_source || !u->task ||
-	    (t->unrest.before && lp_space_wipe_as(t->unrest.before, t->space))) {
+	    (t->fork.before && lp_space_wipe_as(t->fork.before, t->space))) {
 		forget_unborn(u);
 		return NULL;
 	}
-	u->task->untold = &u->lost;
+	u->task->unreported_lost = &u->lost;
 	u->task->tag = t->tag;
 	return u;
 }
 
 /* It has its space. */
-static void bear(struct lp_task *t, struct unborn *u)
+static void bear(struct lp_task *t, struct lp_new_child *u)
 {
 	struct lp_task *child = u->task;
 	int rc;
 
-	child->untold = NULL;
+	child->unreported_lost = NULL;
 	child->read_error = 0;
 	child->next_try = 0;
 	child->total = lp_space_pending(child->space);
@@ -1640,7 +1428,7 @@ static void bear(struct lp_task *t, struct unborn *u)
 	child->remote = t->remote;
 	child->is_child = true;
 	number_memory(child, t->number);
-	lp_readahead_init(&child->plan, t->plan.max_window);
+	lp_readahead_init(&child->readahead, t->readahead.max_window);
 	inherit_guards(t, child);
 	task_link(child); /* whoever is told of it may close it at once */
 	/* told before it is served, so that its first notice comes after this one */
@@ -1657,17 +1445,17 @@ static void bear(struct lp_task *t, struct unborn *u)
 /* False: the child has to be asked again.  Others are served meanwhile. */
 static bool forked(struct lp_task *t, struct lp_change *fork)
 {
-	struct unrest *unrest = &t->unrest;
-	struct unborn *u = unrest->unborn ? unrest->unborn : conceive(t, fork);
+	struct lp_fork *unrest = &t->fork;
+	struct lp_new_child *u = unrest->child ? unrest->child : conceive(t, fork);
 	int rc = u ? 0 : -ENOMEM;
 
-	unrest->unborn = NULL;
+	unrest->child = NULL;
 	if (u && unrest->before)
 		rc = replay(t, u, fork->to);
 	else if (u && !(u->task->space = lp_space_clone(t->space, &u->dropped)))
 		rc = -ENOMEM;
 	if (rc == -EAGAIN) {
-		unrest->unborn = u;
+		unrest->child = u;
 		return false;
 	}
 	if (rc || atomic_load(&t->broken) || !inherit_unsure(t, u->task, unrest)) {
@@ -1700,23 +1488,23 @@ static bool make_change(struct lp_task *t, struct lp_change *change)
 			goto out;
 		break;
 	case LP_REMOVED:
-		add(&t->stats.removes, 1);
+		lp_count(&t->stats.removes, 1);
 		lp_space_remove(t->space, change->start, end, &dropped);
 		break;
 	case LP_UNMAPPED:
-		add(&t->stats.unmaps, 1);
+		lp_count(&t->stats.unmaps, 1);
 		rc = lp_space_matters(t->space, change->start, end) ?
 			     lp_space_question(t->space, change->start, end) :
 			     lp_space_unmap(t->space, change->start, end, &dropped);
 		break;
 	case LP_REMAPPED:
-		add(&t->stats.remaps, 1);
+		lp_count(&t->stats.remaps, 1);
 		rc = lp_space_remap(t->space, change->start, change->to, change->len, &dropped);
 		if (!rc && is_unsure(t, change->start, end) && !add_range(&t->unsure, change->to, change->to + change->len))
 			rc = -ENOMEM;
 		break;
 	}
-	trace(t, LP_TRACE_FORKED + change->kind, LP_TRACE_NO_SOURCE, change->start, change->len >> LP_PAGE_SHIFT,
+	lp_task_trace(t, LP_TRACE_FORKED + change->kind, LP_TRACE_NO_SOURCE, change->start, change->len >> LP_PAGE_SHIFT,
 	      change->kind == LP_REMAPPED ? change->to : 0);
 	if (change->kind != LP_FORKED)
 		wake(t, change->start, change->len >> LP_PAGE_SHIFT);
@@ -1751,7 +1539,7 @@ static void keep_change(struct lp_task *t, const struct uffd_msg *msg)
 
 	switch (msg->event) {
 	case UFFD_EVENT_FORK:
-		change = (struct lp_change){.kind = LP_FORKED, .uffd = (int)msg->arg.fork.ufd, .to = t->told++,
+		change = (struct lp_change){.kind = LP_FORKED, .uffd = (int)msg->arg.fork.ufd, .to = t->reported++,
 					    .seen = look_at_mappings(t)};
 		break;
 	case UFFD_EVENT_REMOVE:
@@ -1759,7 +1547,7 @@ static void keep_change(struct lp_task *t, const struct uffd_msg *msg)
 		change.kind = msg->event == UFFD_EVENT_REMOVE ? LP_REMOVED : LP_UNMAPPED;
 		change.start = msg->arg.remove.start;
 		change.len = msg->arg.remove.end - msg->arg.remove.start;
-		change.to = t->told++;
+		change.to = t->reported++;
 		break;
 	case UFFD_EVENT_REMAP:
 		change = (struct lp_change){
@@ -1792,7 +1580,7 @@ static bool needs_unrest(const struct lp_task *t)
 
 static void begin_unrest(struct lp_task *t)
 {
-	struct unrest *unrest = &t->unrest;
+	struct lp_fork *unrest = &t->fork;
 
 	unrest->made = calloc(t->nr_changes, sizeof(*unrest->made));
 	unrest->before = lp_space_copy(t->space);
@@ -1821,9 +1609,9 @@ static void make_changes(struct lp_task *t, bool at_rest)
 {
 	struct lp_change *changes = t->changes;
 	size_t nr = t->nr_changes, next;
-	struct unrest *unrest = &t->unrest;
+	struct lp_fork *unrest = &t->fork;
 
-	if (at_rest && !unrest->unborn) {
+	if (at_rest && !unrest->child) {
 		for (size_t i = 0; i < nr; i++)
 			if (changes[i].kind == LP_REMAPPED) {
 				if (lp_tells_old_length())
@@ -1834,7 +1622,7 @@ static void make_changes(struct lp_task *t, bool at_rest)
 			begin_unrest(t);
 	}
 	while (nr && !atomic_load(&t->broken) &&
-	       (next = unrest->unborn ? 0 : lp_space_next_change(t->space, changes, nr, at_rest)) < nr) {
+	       (next = unrest->child ? 0 : lp_space_next_change(t->space, changes, nr, at_rest)) < nr) {
 		struct lp_change change = changes[next];
 
 		memmove(&changes[1], changes, next * sizeof(change));
@@ -1847,20 +1635,20 @@ static void make_changes(struct lp_task *t, bool at_rest)
 		if (unrest->before)
 			unrest->made[unrest->nr_made++] = change;
 	}
-	if (!unrest->unborn)
+	if (!unrest->child)
 		forget_unrest(unrest);
 	if (nr == t->nr_changes)
 		return;
 	memmove(t->changes, changes, nr * sizeof(*changes));
 	t->nr_changes = nr;
-	if (at_rest && !unrest->unborn && !atomic_load(&t->broken)) {
+	if (at_rest && !unrest->child && !atomic_load(&t->broken)) {
 		lp_space_rest(t->space);
 		if (lp_space_nr_doubts(t->space))
 			settle(t);
 	}
 	if (t->remote)
 		lp_space_index(t->space);
-	if (!unrest->unborn)
+	if (!unrest->child)
 		check_complete(t);
 }
 
@@ -1874,11 +1662,11 @@ static void listen_to(struct lp_task *t, bool listen)
 /* As when there is no fd left for the uffd of a forked child, or no memory: the task waits, and is looked at again later. */
 static void read_failed(struct lp_task *t, int error)
 {
-	if (!t->read_error && !t->untold) /* of a child that nobody knows it is reported when it is read again */
+	if (!t->read_error && !t->unreported_lost) /* of a child that nobody knows it is reported when it is read again */
 		notify_task(t, LP_NOTICE_FAILED, error);
 	listen_to(t, false); /* it stays readable */
 	t->read_error = error;
-	t->next_try = now_ns() + READ_RETRY_NS;
+	t->next_try = lp_now_ns() + READ_RETRY_NS;
 }
 
 static void read_works(struct lp_task *t)
@@ -1919,7 +1707,7 @@ static bool drain(struct lp_task *t)
 			error = ENOMEM;
 			break;
 		}
-		add(&t->stats.reads, 1);
+		lp_count(&t->stats.reads, 1);
 		n = read(t->uffd, msgs, sizeof(msgs));
 		if (n < 0) {
 			error = errno == EINTR || errno == EAGAIN ? 0 : errno;
@@ -1935,10 +1723,10 @@ static bool drain(struct lp_task *t)
 				continue;
 			}
 			if (!now)
-				now = now_ns();
-			add(&t->stats.faults, 1);
+				now = lp_now_ns();
+			lp_count(&t->stats.faults, 1);
 			if (t->engine->trace)
-				trace_at(t, now, LP_TRACE_FAULT, LP_TRACE_NO_SOURCE, addr, 1, 0);
+				lp_task_trace_at(t, now, LP_TRACE_FAULT, LP_TRACE_NO_SOURCE, addr, 1, 0);
 			lp_faults_push(&t->faults, (struct lp_fault){.addr = addr, .since = now, .times = 1});
 		}
 		/* a read that got faults does not say that the event behind them can't be read (fs/userfaultfd.c, userfaultfd_read) */
@@ -1946,7 +1734,7 @@ static bool drain(struct lp_task *t)
 	if (now)
 		atomic_store_explicit(&t->engine->last_fault, now, memory_order_relaxed);
 	if (t->nr_changes)
-		atomic_store_explicit(&t->last_change, now_ns(), memory_order_relaxed);
+		atomic_store_explicit(&t->last_change, lp_now_ns(), memory_order_relaxed);
 	if (error)
 		read_failed(t, error);
 	else
@@ -1963,9 +1751,9 @@ static void catch_up(struct lp_task *t)
 {
 	int error = EAGAIN;
 
-	if (t->unrest.unborn) {
+	if (t->fork.child) {
 		make_changes(t, true); /* they have been read at rest */
-		if (t->unrest.unborn)
+		if (t->fork.child)
 			return;
 		listen_to(t, true);
 	}
@@ -1982,7 +1770,7 @@ static void catch_up(struct lp_task *t)
 	if (lp_means_gone(error))
 		is_gone(t);
 	make_changes(t, true);
-	if (t->unrest.unborn)
+	if (t->fork.child)
 		listen_to(t, false); /* it may have more to say, and is tried again later */
 }
 
@@ -1993,8 +1781,8 @@ static void put_off(struct lp_task *t, size_t before)
 	size_t new = f->nr > before ? f->nr - before : 0;
 
 	for (size_t n = f->nr - new; n < f->nr; n++) {
-		add(&t->stats.retried, lp_faults_at(f, n)->times);
-		trace(t, LP_TRACE_PUT_OFF, LP_TRACE_NO_SOURCE, lp_faults_at(f, n)->addr, 1, 0);
+		lp_count(&t->stats.retried, lp_faults_at(f, n)->times);
+		lp_task_trace(t, LP_TRACE_PUT_OFF, LP_TRACE_NO_SOURCE, lp_faults_at(f, n)->addr, 1, 0);
 	}
 	try_again(t);
 }
@@ -2007,7 +1795,7 @@ static void answer_all(struct lp_task *t, size_t before)
 	int rc = 0;
 
 	if (f->nr >= CROWD)
-		atomic_store_explicit(&t->last_crowd, now_ns(), memory_order_relaxed);
+		atomic_store_explicit(&t->last_crowd, lp_now_ns(), memory_order_relaxed);
 	while (f->nr && rc != -EAGAIN) {
 		struct lp_fault fault;
 
@@ -2032,7 +1820,7 @@ static void answer_all(struct lp_task *t, size_t before)
 		wake_batch(t);
 	t->batching = false;
 	if (answered_here)
-		t->engine->retry = RETRY_FIRST_NS;
+		t->engine->retry_ns = RETRY_FIRST_NS;
 	if (f->nr)
 		put_off(t, before > answered_here ? before - answered_here : 0);
 }
@@ -2044,9 +1832,9 @@ static bool serve_once(struct lp_task *t)
 	uint64_t since;
 
 	lp_lock_alone(&t->lock);
-	if (is_served(t))
+	if (lp_is_served(t))
 		catch_up(t);
-	if (!is_served(t)) {
+	if (!lp_is_served(t)) {
 		if (t->uffd >= 0) /* it stays readable */
 			epoll_ctl(t->engine->epfd, EPOLL_CTL_DEL, t->uffd, NULL);
 		lp_unlock_alone(&t->lock);
@@ -2058,13 +1846,13 @@ static bool serve_once(struct lp_task *t)
 			t->pause = t->pause ? 2 * t->pause : RETRY_FIRST_NS;
 			if (t->pause > RETRY_MOST_NS)
 				t->pause = RETRY_MOST_NS;
-			t->next_try = now_ns() + t->pause;
+			t->next_try = lp_now_ns() + t->pause;
 		}
 		lp_unlock_alone(&t->lock);
 		return false;
 	}
 	t->pause = 0;
-	if (t->look_at_left || t->left.nr)
+	if (t->claims_released || t->deferred.nr)
 		look_at_left(t);
 	if (!t->faults.nr) {
 		lp_unlock_alone(&t->lock);
@@ -2100,30 +1888,30 @@ static int channel_place(void *arg, uint64_t tag, uint64_t image, uint64_t nr_pa
 	int rc = 0;
 
 	pthread_mutex_lock(&e->lock);
-	for (struct lp_task *t = e->families[tag % FAMILIES]; t; t = t->next_kin) {
+	for (struct lp_task *t = e->families[tag % LP_FAMILIES]; t; t = t->next_of_family) {
 		if (t->tag != tag)
 			continue;
-		if (nr == e->cap_kin) {
-			size_t cap = e->cap_kin ? e->cap_kin * 2 : 16;
-			struct lp_task **kin = realloc(e->kin, cap * sizeof(*kin));
+		if (nr == e->cap_family) {
+			size_t cap = e->cap_family ? e->cap_family * 2 : 16;
+			struct lp_task **kin = realloc(e->family, cap * sizeof(*kin));
 
 			if (!kin) {
 				pthread_mutex_unlock(&e->lock);
 				return -EAGAIN;
 			}
-			e->kin = kin;
-			e->cap_kin = cap;
+			e->family = kin;
+			e->cap_family = cap;
 		}
-		e->kin[nr++] = t;
+		e->family[nr++] = t;
 	}
 	pthread_mutex_unlock(&e->lock);
-	if (e->ready == 1 && nr == 1 && e->kin[0]->nr_waiting == 1)
-		lp_follow_yield(&e->follow, now_ns());
+	if (e->ready == 1 && nr == 1 && e->family[0]->nr_waiting == 1)
+		lp_follow_yield(&e->follow, lp_now_ns());
 	else
 		lp_follow_insist(&e->follow);
 	/* Again for all of them after EAGAIN: who has the pages does not wait for them. */
 	for (size_t i = 0; i < nr; i++)
-		if (lp_task_deliver(e->kin[i], image, nr_pages, bytes) == -EAGAIN)
+		if (lp_task_deliver(e->family[i], image, nr_pages, bytes) == -EAGAIN)
 			rc = -EAGAIN;
 	return rc;
 }
@@ -2133,7 +1921,7 @@ static int64_t channel_claim(void *arg, struct lp_task *t, uint64_t max_pages, u
 {
 	uint64_t from = t->channel_cursor, nr;
 
-	if (atomic_load(&t->gone) || !is_served(t))
+	if (atomic_load(&t->gone) || !lp_is_served(t))
 		return 0;
 	if (t->nr_changes) /* changed by this thread only */
 		return -EAGAIN;
@@ -2161,12 +1949,12 @@ struct lp_engine *lp_engine_new(struct lp_guard *guard)
 	lp_guarded_init(&e->guarded);
 	atomic_init(&e->follow.cpu, -1);
 	e->guard = guard;
-	e->retry = RETRY_FIRST_NS;
+	e->retry_ns = RETRY_FIRST_NS;
 	e->epfd = epoll_create1(EPOLL_CLOEXEC);
 	e->wakefd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	e->noticefd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-	e->nowhere = mmap(NULL, LP_PAGE_SIZE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-	if (e->nowhere == MAP_FAILED || e->epfd < 0 || e->wakefd < 0 || e->noticefd < 0 ||
+	e->unreadable = mmap(NULL, LP_PAGE_SIZE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	if (e->unreadable == MAP_FAILED || e->epfd < 0 || e->wakefd < 0 || e->noticefd < 0 ||
 	    epoll_ctl(e->epfd, EPOLL_CTL_ADD, e->wakefd, &event) || lp_mappings_reserve()) {
 		int saved = errno;
 
@@ -2191,7 +1979,7 @@ static void take_released(struct lp_engine *e)
 	for (t = atomic_exchange(&e->released, NULL); t; t = next) {
 		next = t->next_released;
 		atomic_store(&t->released, false); /* from here on it may be in the list again */
-		t->look_at_left = true;
+		t->claims_released = true;
 		try_again(t);
 	}
 }
@@ -2201,17 +1989,17 @@ static void bury(struct lp_engine *e)
 	struct lp_task *dead, **link;
 
 	pthread_mutex_lock(&e->lock);
-	dead = e->dead;
-	e->dead = NULL;
+	dead = e->closed;
+	e->closed = NULL;
 	pthread_mutex_unlock(&e->lock);
 	take_released(e); /* no thread of the background puts a closed task there any more, but one may have done so before */
 	while (dead) {
 		struct lp_task *t = dead;
 
-		dead = t->next_dead;
-		for (link = &e->put_off; t->is_put_off && *link; link = &(*link)->next_put_off)
+		dead = t->next_closed;
+		for (link = &e->retries; t->awaits_retry && *link; link = &(*link)->next_retry)
 			if (*link == t) {
-				*link = t->next_put_off;
+				*link = t->next_retry;
 				break;
 			}
 		lp_channels_forget(&e->channels, t);
@@ -2232,15 +2020,15 @@ void lp_engine_free(struct lp_engine *e)
 	}
 	lp_channels_free(&e->channels);
 	lp_guarded_end(&e->guarded);
-	free(e->kin);
+	free(e->family);
 	if (e->epfd >= 0)
 		close(e->epfd);
 	if (e->wakefd >= 0)
 		close(e->wakefd);
 	if (e->noticefd >= 0)
 		close(e->noticefd);
-	if (e->nowhere != MAP_FAILED)
-		munmap(e->nowhere, LP_PAGE_SIZE);
+	if (e->unreadable != MAP_FAILED)
+		munmap(e->unreadable, LP_PAGE_SIZE);
 	pthread_mutex_destroy(&e->lock);
 	free(e->notices);
 	free(e);
@@ -2263,29 +2051,29 @@ bool lp_engine_has_tasks(struct lp_engine *e)
 
 static void serve_put_off(struct lp_engine *e)
 {
-	struct lp_task *t = e->put_off, *next;
-	uint64_t now = now_ns();
+	struct lp_task *t = e->retries, *next;
+	uint64_t now = lp_now_ns();
 
-	e->put_off = NULL;
+	e->retries = NULL;
 	for (; t; t = next) {
-		next = t->next_put_off;
-		t->is_put_off = false;
+		next = t->next_retry;
+		t->awaits_retry = false;
 		if ((t->read_error || t->pause) && now < t->next_try)
 			try_again(t);
 		else
 			serve(t);
 	}
-	e->soon = false;
-	for (t = e->put_off; t && !e->soon; t = t->next_put_off)
-		e->soon = !t->read_error;
+	e->retry_soon = false;
+	for (t = e->retries; t && !e->retry_soon; t = t->next_retry)
+		e->retry_soon = !t->read_error;
 }
 
 /* ns until what was put off is tried again; less often while that is in vain. */
 static uint64_t retry_after(struct lp_engine *e)
 {
-	uint64_t now = e->retry;
+	uint64_t now = e->retry_ns;
 
-	e->retry = 2 * now < RETRY_MOST_NS ? 2 * now : RETRY_MOST_NS;
+	e->retry_ns = 2 * now < RETRY_MOST_NS ? 2 * now : RETRY_MOST_NS;
 	return now;
 }
 
@@ -2320,9 +2108,9 @@ static int next_events(struct lp_engine *e, struct epoll_event *events, bool aga
 	}
 	if (n)
 		return n;
-	if (again || e->soon)
+	if (again || e->retry_soon)
 		return wait_for(e, events, retry_after(e));
-	if (e->put_off)
+	if (e->retries)
 		return wait_for(e, events, READ_RETRY_NS);
 	return epoll_wait(e->epfd, events, EVENTS, following ? IDLE_MS : -1);
 }
@@ -2347,7 +2135,7 @@ int lp_engine_run(struct lp_engine *e)
 		if (n < 0 && errno != EINTR)
 			rc = -errno;
 		e->ready = n;
-		if (!n && !e->put_off)
+		if (!n && !e->retries)
 			lp_follow_nobody(&e->follow);
 		for (int i = 0; i < n; i++) {
 			if (events[i].data.u64 & 1)
@@ -2355,11 +2143,11 @@ int lp_engine_run(struct lp_engine *e)
 			else if (events[i].data.ptr)
 				serve(events[i].data.ptr);
 			else
-				clear_fd(e->wakefd);
+				lp_wakeup_clear(e->wakefd);
 		}
 		take_released(e);
-		e->soon = false;
-		if (e->put_off)
+		e->retry_soon = false;
+		if (e->retries)
 			serve_put_off(e);
 	}
 	lp_follow_end(&e->follow);
@@ -2374,7 +2162,7 @@ void lp_engine_trace(struct lp_engine *e, struct lp_trace *trace)
 void lp_engine_stop(struct lp_engine *e)
 {
 	atomic_store(&e->stop, true);
-	signal_fd(e->wakefd);
+	lp_wakeup(e->wakefd);
 }
 
 /* ---- tasks ---- */
@@ -2455,7 +2243,7 @@ struct lp_task *lp_task_new(struct lp_engine *e, int uffd, struct lp_memory *mem
 	t->tag = tag;
 	lp_guard_names(e->guard, uffd, pid, pidfd);
 	number_memory(t, 0);
-	lp_readahead_init(&t->plan, max_readahead);
+	lp_readahead_init(&t->readahead, max_readahead);
 	task_link(t); /* before it is served: what channels bring finds it by its tag */
 	int rc = task_start(t);
 	if (rc) {
@@ -2476,9 +2264,9 @@ bool lp_task_close(struct lp_task *t)
 
 	lp_lock_alone(&t->lock);
 	/* a child whose uffd has come is not to be lost with its parent */
-	for (int tries = 0; make_changes(t, true), t->unrest.unborn && !atomic_load(&t->broken); tries++) {
+	for (int tries = 0; make_changes(t, true), t->fork.child && !atomic_load(&t->broken); tries++) {
 		if (tries == CLOSE_TRIES)
-			t->unrest.unborn->until = 0;
+			t->fork.child->until = 0;
 		lp_unlock_alone(&t->lock); /* the serving thread waits for no child */
 		nanosleep(&pause, NULL);
 		lp_lock_alone(&t->lock);
@@ -2493,13 +2281,13 @@ bool lp_task_close(struct lp_task *t)
 			*link = t->next;
 			break;
 		}
-	for (link = &e->families[t->tag % FAMILIES]; *link; link = &(*link)->next_kin)
+	for (link = &e->families[t->tag % LP_FAMILIES]; *link; link = &(*link)->next_of_family)
 		if (*link == t) {
-			*link = t->next_kin;
+			*link = t->next_of_family;
 			break;
 		}
-	t->next_dead = e->dead;
-	e->dead = t;
+	t->next_closed = e->closed;
+	e->closed = t;
 	for (size_t i = 0; i < e->nr_notices; i++) {
 		if (e->notices[i].task != t)
 			e->notices[kept++] = e->notices[i];
@@ -2507,7 +2295,7 @@ bool lp_task_close(struct lp_task *t)
 			spoilt |= e->notices[i].kind == LP_NOTICE_LOST && e->notices[i].error == ESTALE;
 	}
 	e->nr_notices = kept;
-	spoilt |= t->unheard & 1u << LP_NOTICE_BROKEN;
+	spoilt |= t->unposted & 1u << LP_NOTICE_BROKEN;
 	pthread_mutex_unlock(&e->lock);
 	return spoilt;
 }
@@ -2515,9 +2303,9 @@ bool lp_task_close(struct lp_task *t)
 /* How much the background copies at a time: reading faults waits for it. */
 static uint64_t chunk(struct lp_engine *e)
 {
-	uint64_t now = now_ns();
+	uint64_t now = lp_now_ns();
 
-	if (now - atomic_load_explicit(&e->last_lone, memory_order_relaxed) < BUSY_NS)
+	if (now - atomic_load_explicit(&e->last_single, memory_order_relaxed) < BUSY_NS)
 		return CHUNK_LONE;
 	if (now - atomic_load_explicit(&e->last_fault, memory_order_relaxed) < BUSY_NS)
 		return CHUNK_BUSY;
@@ -2531,8 +2319,8 @@ static uint64_t chunk(struct lp_engine *e)
  */
 static int bring_run(struct lp_task *t, struct lp_answer *run, struct lp_look *look)
 {
-	bool quietly = now_ns() - atomic_load_explicit(&t->last_crowd, memory_order_relaxed) < CROWD_NS;
-	uint64_t begun = trace_begins(t), times_left = atomic_load(&t->times_left);
+	bool quietly = lp_now_ns() - atomic_load_explicit(&t->last_crowd, memory_order_relaxed) < CROWD_NS;
+	uint64_t begun = lp_task_trace_begin(t), times_left = atomic_load(&t->nr_deferred);
 	int rc;
 
 	run->nr_pages = lp_space_claim(t->space, run->dense, run->nr_pages);
@@ -2540,17 +2328,17 @@ static int bring_run(struct lp_task *t, struct lp_answer *run, struct lp_look *l
 		return 0;
 	rc = copy_level(t, run, quietly ? RELEASE_LEFT_QUIETLY : RELEASE_LEFT, LP_NO_PAGE, look);
 	atomic_thread_fence(memory_order_seq_cst); /* with that of leave_fault: it sees the commit, or we its fault */
-	if (quietly && atomic_load(&t->times_left) != times_left)
+	if (quietly && atomic_load(&t->nr_deferred) != times_left)
 		wake(t, run->addr, run->nr_pages);
 	if (!rc)
-		trace_took(t, begun, LP_TRACE_BROUGHT, trace_source(run->source), run->addr, run->nr_pages);
+		lp_task_trace_took(t, begun, LP_TRACE_BROUGHT, lp_trace_source(run->source), run->addr, run->nr_pages);
 	return rc;
 }
 
 /* Where one thread of the background is, and how far it goes on from there. */
 struct stripe {
 	uint64_t at, end;
-	uint32_t sent;
+	uint32_t leads;
 	struct lp_look look;
 	struct {
 		uint32_t level; /* whose bytes [from, to) are mapped */
@@ -2584,13 +2372,13 @@ static bool is_mapped(const struct stripe *s, const struct lp_answer *run)
 /* The next run of this thread's pages, in a new stripe if need be (lock held shared). False when nothing waits behind the cursor. */
 static bool next_run(struct lp_task *t, struct stripe *s, uint64_t max_pages, struct lp_answer *run)
 {
-	if (s->at < s->end && s->sent == atomic_load(&t->sent) && lp_space_next(t->space, s->at, max_pages, false, run) &&
+	if (s->at < s->end && s->leads == atomic_load(&t->nr_leads) && lp_space_next(t->space, s->at, max_pages, false, run) &&
 	    run->addr < s->end)
 		goto out;
 	for (;;) {
 		uint64_t cursor;
 
-		s->sent = atomic_load(&t->sent);
+		s->leads = atomic_load(&t->nr_leads);
 		cursor = atomic_load(&t->cursor);
 		if (!lp_space_next(t->space, cursor, max_pages, false, run)) {
 			atomic_compare_exchange_strong(&t->cursor, &cursor, 0);
@@ -2611,7 +2399,7 @@ static void leave(struct lp_task *t, const struct stripe *s)
 {
 	uint64_t end = s->end;
 
-	if (s->at < end && s->sent == atomic_load(&t->sent))
+	if (s->at < end && s->leads == atomic_load(&t->nr_leads))
 		atomic_compare_exchange_strong(&t->cursor, &end, s->at);
 }
 
@@ -2625,7 +2413,7 @@ int64_t lp_task_transfer(struct lp_task *t, uint64_t max_bytes)
 
 	lp_aside_begin(&aside, &t->engine->follow);
 	for (int turned = 0, tries = 0, waits = 0; brought < max_bytes && !rc;) {
-		uint64_t now = now_ns(), quiet = now - atomic_load_explicit(&t->engine->last_fault, memory_order_relaxed);
+		uint64_t now = lp_now_ns(), quiet = now - atomic_load_explicit(&t->engine->last_fault, memory_order_relaxed);
 		bool changing = now - atomic_load_explicit(&t->last_change, memory_order_relaxed) < CHANGING_NS;
 		uint64_t most = chunk(t->engine);
 		bool unmapped = false;
@@ -2656,7 +2444,7 @@ int64_t lp_task_transfer(struct lp_task *t, uint64_t max_bytes)
 			occupies = false;
 		}
 		lp_lock_shared(&t->lock);
-		if (!is_served(t) || atomic_load(&t->gone)) {
+		if (!lp_is_served(t) || atomic_load(&t->gone)) {
 			rc = -ESRCH;
 		} else if (t->nr_changes) {
 			rc = -EAGAIN;
@@ -2693,7 +2481,7 @@ int lp_task_bring(struct lp_task *t, uint64_t start, uint64_t end)
 	int rc = 0;
 
 	lp_lock_shared(&t->lock);
-	if (!is_served(t) || atomic_load(&t->gone))
+	if (!lp_is_served(t) || atomic_load(&t->gone))
 		rc = -ESRCH;
 	else if (t->nr_changes)
 		rc = -EAGAIN;
@@ -2708,13 +2496,13 @@ int lp_task_bring(struct lp_task *t, uint64_t start, uint64_t end)
 		if (!claimed)
 			continue; /* somebody was faster */
 		if (run.kind == LP_DATA) {
-			uint64_t begun = trace_begins(t);
+			uint64_t begun = lp_task_trace_begin(t);
 
 			rc = copy_level(t, &run, RELEASE_LEFT, LP_NO_PAGE, NULL);
 			if (!rc)
-				trace_took(t, begun, LP_TRACE_BROUGHT, trace_source(run.source), run.addr, run.nr_pages);
+				lp_task_trace_took(t, begun, LP_TRACE_BROUGHT, lp_trace_source(run.source), run.addr, run.nr_pages);
 		} else {
-			trace(t, LP_TRACE_FETCHED, LP_TRACE_REMOTE, run.addr, run.nr_pages, run.image);
+			lp_task_trace(t, LP_TRACE_FETCHED, LP_TRACE_REMOTE, run.addr, run.nr_pages, run.image);
 			if (!notify(t->engine, (struct lp_notice){.kind = LP_NOTICE_NEED,
 								  .task = t,
 								  .addr = run.addr,
@@ -2734,13 +2522,13 @@ uint64_t lp_task_claim_remote(struct lp_task *t, uint64_t cursor, uint64_t max_p
 	uint64_t nr = 0;
 
 	lp_lock_shared(&t->lock);
-	while (is_served(t) && lp_space_next(t->space, cursor, max_pages, true, &run)) {
+	while (lp_is_served(t) && lp_space_next(t->space, cursor, max_pages, true, &run)) {
 		cursor = run.addr + (run.nr_pages << LP_PAGE_SHIFT);
 		if ((nr = lp_space_claim(t->space, run.dense, run.nr_pages)))
 			break;
 	}
 	if (nr) {
-		trace(t, LP_TRACE_FETCHED, LP_TRACE_REMOTE, run.addr, nr, run.image);
+		lp_task_trace(t, LP_TRACE_FETCHED, LP_TRACE_REMOTE, run.addr, nr, run.image);
 		*image = run.image;
 		*next_cursor = run.addr + (nr << LP_PAGE_SHIFT);
 	}
@@ -2774,16 +2562,16 @@ int64_t lp_task_deliver(struct lp_task *t, uint64_t image, uint64_t nr_pages, co
 	int rc = 0;
 
 	lp_lock_shared(&t->lock);
-	if (!is_served(t))
+	if (!lp_is_served(t))
 		rc = -ESRCH;
 	else if (t->nr_changes)
 		rc = -EAGAIN;
 	while (!rc && next_piece(t, &at, end, true, &piece)) {
-		uint64_t begun = trace_begins(t);
+		uint64_t begun = lp_task_trace_begin(t);
 
 		rc = copy_run(t, &piece, (const char *)buffer + (at - image), KEEP_CLAIMS);
 		if (!rc)
-			trace_took(t, begun, LP_TRACE_ARRIVED, LP_TRACE_REMOTE, piece.addr, piece.nr_pages);
+			lp_task_trace_took(t, begun, LP_TRACE_ARRIVED, LP_TRACE_REMOTE, piece.addr, piece.nr_pages);
 		placed += piece.nr_pages;
 		at += piece.nr_pages << LP_PAGE_SHIFT;
 	}
@@ -2842,8 +2630,8 @@ static int64_t poison_range(struct lp_task *t, const struct lp_answer *run)
 			error = poison.updated < 0 ? (int)-poison.updated : errno;
 		if (poison.updated > 0) {
 			nr = (uint64_t)poison.updated >> LP_PAGE_SHIFT;
-			add(&t->stats.poisoned, nr);
-			trace(t, LP_TRACE_POISONED, trace_source(run->source), addr, nr, 0);
+			lp_count(&t->stats.poisoned, nr);
+			lp_task_trace(t, LP_TRACE_POISONED, lp_trace_source(run->source), addr, nr, 0);
 			if (!error)
 				step *= 2;
 		} else if (error == ENOENT && poison.range.len > LP_PAGE_SIZE) {

@@ -228,49 +228,8 @@ ffibuilder.set_source(
     '#include "serve/guarded.h"\n#include "serve/channel.h"\n#include "serve/old_length.h"\n'
     '#include "serve/readahead.h"\n'
     '#include "serve/address_space.h"\n#include "serve/trace.h"\n#include "serve/tracers.h"\n',
-    sources=[
-        str(CSRC / name)
-        for name in (
-            "serve/address_space.c",
-            "serve/doubt.c",
-            "serve/old_length.c",
-            "serve/readahead.c",
-            "serve/faults.c",
-            "serve/smaps.c",
-            "serve/follow.c",
-            "serve/guard.c",
-            "serve/guarded.c",
-            "serve/exits.c",
-            "serve/trace.c",
-            "serve/channel.c",
-            "serve/tracers.c",
-            "serve/engine.c",
-        )
-    ],
-    depends=[
-        str(CSRC / name)
-        for name in (
-            "common/extent.h",
-            "common/page.h",
-            "serve/address_space.h",
-            "serve/doubt.h",
-            "serve/old_length.h",
-            "common/pages_file.h",
-            "serve/readahead.h",
-            "serve/faults.h",
-            "common/probe.h",
-            "serve/smaps.h",
-            "serve/lock.h",
-            "serve/follow.h",
-            "serve/guard.h",
-            "serve/guarded.h",
-            "serve/exits.h",
-            "serve/trace.h",
-            "serve/channel.h",
-            "serve/tracers.h",
-            "serve/engine.h",
-        )
-    ],
+    sources=[str(path) for path in sorted((CSRC / "serve").glob("*.c"))],
+    depends=[str(path) for folder in ("serve", "common") for path in sorted((CSRC / folder).glob("*.h"))],
     include_dirs=[str(CSRC)],
     extra_compile_args=["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Wno-unused-parameter"],
 )
