@@ -10,7 +10,6 @@
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
-#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
 #include <time.h>
@@ -19,29 +18,19 @@
 #include <linux/userfaultfd.h>
 
 #include "doubt.h"
+#include "events.h"
 #include "guard.h"
 #include "old_length.h"
 #include "common/pages_file.h"
-#include "common/probe.h"
 #include "serving.h"
 #include "smaps.h"
+#include "stats.h"
 #include "task_trace.h"
+#include "uffd_ops.h"
+#include "wake.h"
 #include "wakeup_fd.h"
 
-/* Linux 6.6; older headers don't have it. */
-#ifndef UFFDIO_POISON
-struct uffdio_poison {
-	struct uffdio_range range;
-	__u64 mode;
-	__s64 updated;
-};
-#define UFFDIO_POISON _IOWR(UFFDIO, 0x08, struct uffdio_poison)
-#endif
 
-/* Linux 5.14; older headers don't have it, and an older kernel says EINVAL. */
-#ifndef MADV_POPULATE_READ
-#define MADV_POPULATE_READ 22
-#endif
 #define EVENTS 64	      /* uffds answered for one epoll_wait */
 #define MESSAGES 128	      /* uffd messages taken by one read */
 #define EXPECTED_NS 300000 /* how long an answer of a page server is waited for with our CPU left to others */
@@ -99,288 +88,9 @@ struct lp_memory {
 	bool remote;
 };
 
-/* ---- notices ---- */
-
-static bool more_notices(struct lp_engine *e)
+static enum lp_outcome lp_probe_page(const struct lp_task *t, uint64_t addr)
 {
-	size_t cap = e->cap_notices ? e->cap_notices * 2 : 64;
-	struct lp_notice *more = realloc(e->notices, cap * sizeof(*more));
-
-	if (!more)
-		return false;
-	e->notices = more;
-	e->cap_notices = cap;
-	return true;
-}
-
-/*
- * A notice that there is no memory for.  Those that come once for a task are kept as a bit.  Of pages that are lost nobody
- * would ever hear: then the task must not go on.  Only a want can be told again: false.
- */
-static bool notify_without_memory(struct lp_engine *e, const struct lp_notice *notice)
-{
-	uint32_t kind = notice->kind;
-
-	if (kind == LP_NOTICE_NEED || kind == LP_NOTICE_HURRY)
-		return false;
-	if (kind == LP_NOTICE_LOST) {
-		kind = LP_NOTICE_BROKEN;
-		atomic_store(&notice->task->broken, true);
-	}
-	notice->task->unposted |= 1u << kind;
-	notice->task->unposted_error = kind == notice->kind ? notice->error : ENOMEM;
-	e->any_unposted = true;
-	return true;
-}
-
-/* False: there was no memory, and it has to be tried again. */
-static bool notify(struct lp_engine *e, struct lp_notice notice)
-{
-	struct lp_notice *last;
-	bool done = true;
-
-	pthread_mutex_lock(&e->lock);
-	if (notice.task->closed)
-		goto out;
-	last = e->nr_notices ? &e->notices[e->nr_notices - 1] : NULL;
-	if (last && notice.kind == LP_NOTICE_LOST && last->kind == notice.kind && last->task == notice.task &&
-	    last->error == notice.error && last->image + (last->nr_pages << LP_PAGE_SHIFT) == notice.image &&
-	    last->addr + (last->nr_pages << LP_PAGE_SHIFT) == notice.addr) {
-		last->nr_pages += notice.nr_pages;
-		goto out;
-	}
-	if (e->nr_notices == e->cap_notices && !more_notices(e))
-		done = notify_without_memory(e, &notice);
-	else
-		e->notices[e->nr_notices++] = notice;
-out:
-	pthread_mutex_unlock(&e->lock);
-	lp_wakeup(e->noticefd);
-	return done;
-}
-
-/* The notices, of one kind or all, that are kept as bits; returns how many. (lock held) */
-static size_t take_unheard(struct lp_engine *e, uint32_t kinds, struct lp_notice *notices, size_t max)
-{
-	size_t nr = 0;
-
-	for (struct lp_task *t = e->tasks; t; t = t->next)
-		for (uint32_t kind = LP_NOTICE_FORKED; t->unposted && kind <= LP_NOTICE_BROKEN && nr < max; kind++)
-			if (t->unposted & kinds & 1u << kind) {
-				t->unposted &= ~(1u << kind);
-				notices[nr++] = (struct lp_notice){.kind = kind, .error = t->unposted_error, .task = t};
-			}
-	return nr;
-}
-
-size_t lp_engine_notices(struct lp_engine *e, struct lp_notice *notices, size_t max)
-{
-	size_t nr, first = 0;
-
-	pthread_mutex_lock(&e->lock);
-	lp_wakeup_clear(e->noticefd);
-	/* a task is heard of before anything about it is; all other bits come last in its life */
-	if (e->any_unposted)
-		first = take_unheard(e, 1u << LP_NOTICE_FORKED, notices, max);
-	nr = e->nr_notices < max - first ? e->nr_notices : max - first;
-	if (nr) {
-		memcpy(notices + first, e->notices, nr * sizeof(*notices));
-		memmove(e->notices, e->notices + nr, (e->nr_notices - nr) * sizeof(*notices));
-		e->nr_notices -= nr;
-	}
-	nr += first;
-	if (e->any_unposted && !e->nr_notices) {
-		nr += take_unheard(e, ~0u, notices + nr, max - nr);
-		e->any_unposted = nr == max; /* there may be more */
-	}
-	if (e->nr_notices || e->any_unposted)
-		lp_wakeup(e->noticefd);
-	pthread_mutex_unlock(&e->lock);
-	return nr;
-}
-
-static void notify_task(struct lp_task *t, uint32_t kind, int error)
-{
-	notify(t->engine, (struct lp_notice){.kind = kind, .error = error, .task = t});
-}
-
-static void is_gone(struct lp_task *t)
-{
-	if (atomic_exchange(&t->gone, true))
-		return;
-	lp_task_trace(t, LP_TRACE_GONE, LP_TRACE_NO_SOURCE, 0, 0, 0);
-	notify_task(t, LP_NOTICE_GONE, 0);
-}
-
-/*
- * What the task misses is not known any more: from here on nothing is answered, and the owner kills it.  Its uffd, and those of
- * children that it has forked and nobody serves, stay open: closed they would be filled with zeros.
- */
-static void break_task(struct lp_task *t, int error)
-{
-	if (!atomic_exchange(&t->broken, true))
-		notify_task(t, LP_NOTICE_BROKEN, error);
-}
-
-/* (the task's lock is held: else its uffd could be closed at this moment, and its number be another's) */
-static void check_complete(struct lp_task *t)
-{
-	if (lp_space_pending(t->space) || atomic_load(&t->broken) || atomic_exchange(&t->complete, true))
-		return;
-	lp_guard_complete(t->engine->guard, t->uffd);
-	lp_task_trace(t, LP_TRACE_COMPLETE, LP_TRACE_NO_SOURCE, 0, 0, 0);
-	notify_task(t, LP_NOTICE_COMPLETE, 0);
-}
-
-/* ---- measuring ---- */
-
-static uint32_t bucket_of(uint64_t ns)
-{
-	uint32_t exponent, bucket;
-
-	if (ns < 8)
-		return (uint32_t)ns;
-	exponent = 63 - (uint32_t)__builtin_clzll(ns);
-	bucket = (exponent - 2) * 8 + ((ns >> (exponent - 3)) & 7);
-	return bucket < LP_HISTOGRAM_BUCKETS ? bucket : LP_HISTOGRAM_BUCKETS - 1;
-}
-
-uint64_t lp_histogram_bound(uint32_t bucket)
-{
-	uint32_t exponent = bucket / 8 + 2;
-
-	if (bucket < 8)
-		return bucket;
-	return ((8 + (uint64_t)(bucket % 8) + 1) << (exponent - 3)) - 1;
-}
-
-/* Faults on one of the pages at addr, of which the first was read at `since`. */
-static void answered(struct lp_task *t, uint64_t since, uint32_t times, uint16_t source, uint64_t addr, uint64_t pages)
-{
-	uint64_t now = lp_now_ns(), ns = now - since, max = atomic_load(&t->stats.service_max);
-
-	if (t->engine->trace)
-		lp_task_trace_at(t, now, LP_TRACE_ANSWERED, source, addr, pages, ns);
-	atomic_fetch_add_explicit(&t->histogram[bucket_of(ns)], times, memory_order_relaxed);
-	while (ns > max && !atomic_compare_exchange_weak(&t->stats.service_max, &max, ns))
-		;
-}
-
-static uint32_t source_index(const struct lp_task *t, uint32_t source)
-{
-	if (source == LP_SOURCE_REMOTE)
-		return t->nr_levels;
-	return source == LP_SOURCE_LOST ? t->nr_levels + 1 : source;
-}
-
-static void begin_wait(struct lp_task *t, struct lp_waiter waiter)
-{
-	pthread_mutex_lock(&t->waiting_lock);
-	if (t->nr_waiting == t->cap_waiting) {
-		size_t cap = t->cap_waiting ? t->cap_waiting * 2 : 16;
-		struct lp_waiter *more = realloc(t->waiting, cap * sizeof(*more));
-
-		if (!more) { /* only for the statistics */
-			pthread_mutex_unlock(&t->waiting_lock);
-			return;
-		}
-		t->waiting = more;
-		t->cap_waiting = cap;
-	}
-	t->waiting[t->nr_waiting++] = waiter;
-	pthread_mutex_unlock(&t->waiting_lock);
-}
-
-/* Pages have come from a remote source (or never will): whoever waited for one does not any more. */
-static void end_wait(struct lp_task *t, uint64_t image, uint64_t end, bool served)
-{
-	pthread_mutex_lock(&t->waiting_lock);
-	for (size_t i = 0; i < t->nr_waiting;) {
-		struct lp_waiter w = t->waiting[i];
-
-		if (w.image < image || w.image >= end) {
-			i++;
-			continue;
-		}
-		t->waiting[i] = t->waiting[--t->nr_waiting];
-		if (served) {
-			lp_count(&t->stats.faults_served, 1);
-			lp_count(&t->served[t->nr_levels], 1);
-			answered(t, w.since, 1, LP_TRACE_REMOTE, w.addr, w.nr_pages);
-		}
-	}
-	pthread_mutex_unlock(&t->waiting_lock);
-}
-
-/* ---- the ioctls ---- */
-
-static void wake(struct lp_task *t, uint64_t addr, uint64_t nr_pages)
-{
-	struct uffdio_range range = {.start = addr, .len = nr_pages << LP_PAGE_SHIFT};
-
-	lp_count(&t->stats.wakes, 1);
-	/* no error matters: who can't be woken does not wait there */
-	ioctl(t->uffd, UFFDIO_WAKE, &range);
-}
-
-/* Who waits for these pages, which are there, is woken: now or with the batch. (serving thread) */
-static void wake_soon(struct lp_task *t, uint64_t addr, uint64_t nr_pages)
-{
-	uint64_t end = addr + (nr_pages << LP_PAGE_SHIFT);
-
-	if (!t->batching) {
-		wake(t, addr, nr_pages);
-		return;
-	}
-	if (t->to_wake.start == t->to_wake.end)
-		t->to_wake = (struct lp_range){addr, end};
-	if (addr < t->to_wake.start)
-		t->to_wake.start = addr;
-	if (end > t->to_wake.end)
-		t->to_wake.end = end;
-}
-
-static void wake_batch(struct lp_task *t)
-{
-	if (t->to_wake.start < t->to_wake.end)
-		wake(t, t->to_wake.start, (t->to_wake.end - t->to_wake.start) >> LP_PAGE_SHIFT);
-	t->to_wake = (struct lp_range){0};
-}
-
-static int try_page(struct lp_task *t, uint64_t addr)
-{
-	return lp_probe(t->uffd, t->engine->unreadable, addr);
-}
-
-static void notify_lost(struct lp_task *t, const struct lp_answer *run, uint64_t skip, uint64_t nr, int error)
-{
-	lp_task_trace(t, LP_TRACE_LOST, lp_trace_source(run->source), run->addr + (skip << LP_PAGE_SHIFT), nr, (uint64_t)error);
-	notify(t->engine, (struct lp_notice){
-				  .kind = LP_NOTICE_LOST,
-				  .error = error,
-				  .task = t,
-				  .image = run->image + (skip << LP_PAGE_SHIFT),
-				  .addr = run->addr + (skip << LP_PAGE_SHIFT),
-				  .nr_pages = nr,
-			  });
-}
-
-static void lose(struct lp_task *t, const struct lp_answer *run, uint64_t skip, uint64_t nr, int error)
-{
-	lp_space_lose(t->space, run->dense + skip, nr);
-	notify_lost(t, run, skip, nr, error);
-}
-
-/* Counters that a layout event drops pages into, and their way into the task's. */
-static void drop_into(struct lp_task *t, const uint64_t *dropped)
-{
-	for (uint32_t i = 0; i < t->nr_levels + 2; i++)
-		lp_count(&t->dropped[i], dropped[i]);
-}
-
-static void drop_pages(struct lp_task *t, const struct lp_answer *run, uint64_t skip, uint64_t nr)
-{
-	lp_count(&t->dropped[source_index(t, run->source)], lp_space_commit(t->space, run->dense + skip, nr));
+	return lp_uffd_probe(t->uffd, t->engine->unreadable, addr);
 }
 
 /* What becomes of the claims on pages that can't be copied now. */
@@ -420,53 +130,41 @@ static void settle_claims(struct lp_task *t, const struct lp_answer *run, uint64
  */
 static int copy_claimed(struct lp_task *t, const struct lp_answer *run, const void *src, enum claims claims)
 {
-	lp_counter *copied = &t->copied[source_index(t, run->source)];
+	lp_counter *copied = &t->copied[lp_source_index(t, run->source)];
 	uint64_t done = 0, step = run->nr_pages;
 	bool quiet = claims == RELEASE ? t->batching : claims == RELEASE_LEFT_QUIETLY;
 
 	while (done < run->nr_pages) {
-		uint64_t at = done << LP_PAGE_SHIFT, left = run->nr_pages - done;
-		struct uffdio_copy copy = {
-			.dst = run->addr + at,
-			.src = (uintptr_t)src + at,
-			.len = (step < left ? step : left) << LP_PAGE_SHIFT,
-			.mode = quiet ? UFFDIO_COPY_MODE_DONTWAKE : 0,
-		};
-		int error = 0;
+		uint64_t at = done << LP_PAGE_SHIFT, left = run->nr_pages - done, want = step < left ? step : left;
+		struct lp_result result = lp_uffd_copy(t->uffd, run->addr + at, (const char *)src + at, want, quiet);
 
 		lp_count(&t->stats.copies, 1);
-		if (ioctl(t->uffd, UFFDIO_COPY, &copy))
-			error = copy.copy < 0 ? (int)-copy.copy : errno;
-		if (copy.copy > 0) {
-			uint64_t nr = (uint64_t)copy.copy >> LP_PAGE_SHIFT;
-
-			lp_count(copied, nr);
-			lp_space_commit(t->space, run->dense + done, nr);
+		if (result.nr_pages) {
+			lp_count(copied, result.nr_pages);
+			lp_space_commit(t->space, run->dense + done, result.nr_pages);
 			if (quiet && claims == RELEASE)
-				wake_soon(t, run->addr + at, nr);
-			done += nr;
-			if (!error)
+				lp_wake_batched(t, run->addr + at, result.nr_pages);
+			done += result.nr_pages;
+			if (result.outcome == LP_DONE)
 				step *= 2; /* after a bisection: larger again */
 			continue;
 		}
-		switch (error) {
-		case EEXIST: /* somebody else's page is there, or a guard; a thread may wait for it all the same */
+		switch (result.outcome) {
+		case LP_PRESENT: /* not our page, or a guard; a thread may wait for it all the same */
 			lp_count(&t->stats.present, 1);
-			drop_pages(t, run, done, 1);
+			lp_drop_pages(t, run, done, 1);
 			if (claims == RELEASE)
-				wake_soon(t, run->addr + at, 1);
+				lp_wake_batched(t, run->addr + at, 1);
 			else
-				wake(t, run->addr + at, 1);
+				lp_wake(t, run->addr + at, 1);
 			done++;
 			continue;
-		case ESRCH:
-		case ENOSPC:
-			is_gone(t);
+		case LP_TASK_GONE:
+			lp_mark_gone(t);
 			lp_space_release(t->space, run->dense + done, left);
 			return -ESRCH;
-		case EAGAIN: /* a layout event under way */
-		case ENOMEM: /* memory may come back */
-		case EINTR:
+		case LP_CHANGING:
+		case LP_LATER:
 			settle_claims(t, run, done, claims);
 			return -EAGAIN;
 		default:
@@ -475,21 +173,21 @@ static int copy_claimed(struct lp_task *t, const struct lp_answer *run, const vo
 			 * event).  EFAULT: bytes that can't be read, as past the end of a truncated file.  Halve until
 			 * the page is found that can't be done.
 			 */
-			if (copy.len > LP_PAGE_SIZE) {
-				step = (copy.len >> LP_PAGE_SHIFT) / 2;
+			if (want > 1) {
+				step = want / 2;
 				continue;
 			}
 			/* The kernel looks for the VMA before it looks whether the layout is changing. */
-			if (error == ENOENT && try_page(t, run->addr + at) == EAGAIN)
+			if (result.outcome == LP_UNREGISTERED && lp_probe_page(t, run->addr + at) == LP_CHANGING)
 				continue;
 			/*
 			 * A page that a forked child has not: all that its parent had was registered, so another thread unmapped
 			 * it while one forked; or it is not for children (MADV_DONTFORK).
 			 */
-			if (error == ENOENT && t->is_child)
-				drop_pages(t, run, done, 1);
+			if (result.outcome == LP_UNREGISTERED && t->is_child)
+				lp_drop_pages(t, run, done, 1);
 			else
-				lose(t, run, done, 1, error);
+				lp_mark_lost(t, run, done, 1, result.error);
 			done++;
 		}
 	}
@@ -512,7 +210,7 @@ static struct lp_answer rest_of(const struct lp_answer *run, uint64_t skip)
 static struct lp_guarded_task guarded_task(const struct lp_task *t)
 {
 	return (struct lp_guarded_task){
-		.owner = t, .pid = t->pid, .pidfd = t->pidfd, .uffd = t->uffd, .nowhere = t->engine->unreadable};
+		.owner = t, .pid = t->pid, .pidfd = t->pidfd, .uffd = t->uffd, .unreadable = t->engine->unreadable};
 }
 
 /*
@@ -521,7 +219,7 @@ static struct lp_guarded_task guarded_task(const struct lp_task *t)
  */
 static bool at_rest(struct lp_task *t)
 {
-	return try_page(t, LP_ANYWHERE) != EAGAIN;
+	return lp_probe_page(t, LP_ANYWHERE) != LP_CHANGING;
 }
 
 /*
@@ -554,7 +252,7 @@ static int copy_unguarded(struct lp_task *t, const struct lp_answer *run, const 
 	}
 	if (fd < 0) {
 		if (fd != -ESRCH && !atomic_exchange(&t->unseen, true))
-			notify_task(t, LP_NOTICE_UNSEEN, -fd);
+			lp_post_about(t, LP_NOTICE_UNSEEN, -fd);
 		return copy_claimed(t, run, src, claims);
 	}
 	while (done < run->nr_pages && !rc) {
@@ -591,8 +289,8 @@ static int copy_unguarded(struct lp_task *t, const struct lp_answer *run, const 
 			rc = -EAGAIN;
 			continue;
 		}
-		drop_pages(t, run, done, nr);
-		wake(t, guard.start, nr); /* who waits there: it was no guard then */
+		lp_drop_pages(t, run, done, nr);
+		lp_wake(t, guard.start, nr); /* who waits there: it was no guard then */
 		done += nr;
 	}
 	lp_guarded_give(g, t, fd);
@@ -605,7 +303,7 @@ static int copy_run(struct lp_task *t, const struct lp_answer *run, const void *
 {
 	int rc = copy_unguarded(t, run, src, claims, LP_NO_PAGE, NULL);
 
-	check_complete(t);
+	lp_check_complete(t);
 	return rc;
 }
 
@@ -621,44 +319,39 @@ static int copy_level(struct lp_task *t, const struct lp_answer *run, enum claim
 	int rc = 0;
 
 	if (held < run->nr_pages)
-		lose(t, run, held, run->nr_pages - held, EFAULT);
+		lp_mark_lost(t, run, held, run->nr_pages - held, EFAULT);
 	part.nr_pages = held;
 	if (held)
 		rc = copy_unguarded(t, &part, (const char *)level->base + run->offset, claims, touched, look);
 	still = lp_pages_held(level->fd, run->offset, held);
 	if (still < held)
-		notify_lost(t, run, still, 1, ESTALE);
-	check_complete(t);
+		lp_post_lost(t, run, still, 1, ESTALE);
+	lp_check_complete(t);
 	return rc;
 }
 
 /* 0, -EAGAIN, -ESRCH */
 static int zero_page(struct lp_task *t, uint64_t addr)
 {
-	struct uffdio_zeropage zero = {
-		.range = {.start = addr, .len = LP_PAGE_SIZE},
-		.mode = t->batching ? UFFDIO_ZEROPAGE_MODE_DONTWAKE : 0,
-	};
-	int error;
+	struct lp_result result = lp_uffd_zero(t->uffd, addr, t->batching);
 
-	if (!ioctl(t->uffd, UFFDIO_ZEROPAGE, &zero)) {
+	if (result.outcome == LP_DONE) {
 		lp_count(&t->stats.zero_pages, 1);
 		if (t->batching)
-			wake_soon(t, addr, 1);
+			lp_wake_batched(t, addr, 1);
 		return 0;
 	}
-	error = zero.zeropage < 0 ? (int)-zero.zeropage : errno;
-	if (lp_means_gone(error)) {
-		is_gone(t);
+	if (result.outcome == LP_TASK_GONE) {
+		lp_mark_gone(t);
 		return -ESRCH;
 	}
-	if (error == EAGAIN || error == ENOMEM || error == EINTR)
+	if (lp_may_pass(result.outcome))
 		return -EAGAIN;
-	if (error == EEXIST)
+	if (result.outcome == LP_PRESENT)
 		lp_count(&t->stats.present, 1);
-	else if (error != ENOENT) /* ENOENT: unmapped since; the thread finds out when it runs */
-		notify_task(t, LP_NOTICE_FAILED, error);
-	wake_soon(t, addr, 1);
+	else if (result.outcome != LP_UNREGISTERED) /* else it is unmapped since; the thread finds out when it runs */
+		lp_post_about(t, LP_NOTICE_FAILED, result.error);
+	lp_wake_batched(t, addr, 1);
 	return 0;
 }
 
@@ -774,7 +467,7 @@ static void look_at_left(struct lp_task *t)
 		lp_faults_push(&t->deferred, fault); /* there is room, that of the one taken out */
 	}
 	if (came.start < came.end)
-		wake_soon(t, came.start, (came.end - came.start) >> LP_PAGE_SHIFT);
+		lp_wake_batched(t, came.start, (came.end - came.start) >> LP_PAGE_SHIFT);
 	if (2 * t->deferred.nr > LEFT_LOOK)
 		t->deferred_most = 2 * t->deferred.nr;
 }
@@ -787,7 +480,7 @@ static int leave_fault(struct lp_task *t, struct lp_fault fault)
 	lp_count(&t->nr_deferred, 1);
 	atomic_thread_fence(memory_order_seq_cst); /* with that of bring_run */
 	if (lp_space_lookup(t->space, fault.addr, 1).kind == LP_ZERO)
-		wake_soon(t, fault.addr, 1); /* it has come meanwhile */
+		lp_wake_batched(t, fault.addr, 1); /* it has come meanwhile */
 	if (t->deferred.nr > t->deferred_most)
 		look_at_left(t);
 	return 0;
@@ -804,27 +497,24 @@ static bool is_unsure(const struct lp_task *t, uint64_t start, uint64_t end)
 /* A page of which nobody knows what it holds. Where the kernel has no poison the thread waits, and the owner hears of it. */
 static int refuse_zeros(struct lp_task *t, uint64_t addr)
 {
-	struct uffdio_poison poison = {.range = {.start = addr, .len = LP_PAGE_SIZE}};
-	int error = 0;
+	struct lp_result result = lp_uffd_poison(t->uffd, addr, 1);
 
-	if (ioctl(t->uffd, UFFDIO_POISON, &poison))
-		error = poison.updated < 0 ? (int)-poison.updated : errno;
-	if (lp_means_gone(error)) {
-		is_gone(t);
+	if (result.outcome == LP_TASK_GONE) {
+		lp_mark_gone(t);
 		return -ESRCH;
 	}
-	if (error == EAGAIN || error == ENOMEM || error == EINTR)
+	if (lp_may_pass(result.outcome))
 		return -EAGAIN;
-	if (error == EINVAL) { /* Linux before 6.6 */
-		break_task(t, EADDRNOTAVAIL);
+	if (result.error == EINVAL) { /* Linux before 6.6 */
+		lp_mark_broken(t, EADDRNOTAVAIL);
 		return 0;
 	}
-	if (error) /* a page is there, or nothing is mapped any more */
-		wake(t, addr, 1);
+	if (result.outcome != LP_DONE) /* a page is there, or nothing is mapped any more */
+		lp_wake(t, addr, 1);
 	else
 		lp_count(&t->stats.poisoned, 1);
 	lp_task_trace(t, LP_TRACE_POISONED, LP_TRACE_NO_SOURCE, addr, 1, 0);
-	notify(t->engine, (struct lp_notice){
+	lp_post(t->engine, (struct lp_notice){
 				  .kind = LP_NOTICE_LOST, .error = EADDRNOTAVAIL, .task = t, .addr = addr, .nr_pages = 1});
 	return 0;
 }
@@ -850,7 +540,7 @@ static int answer(struct lp_task *t, struct lp_fault fault)
 		rc = zero_page(t, fault.addr);
 		if (!rc) {
 			lp_count(&t->stats.faults_zero, fault.times);
-			answered(t, fault.since, fault.times, LP_TRACE_ZERO, fault.addr, 1);
+			lp_count_answered(t, fault.since, fault.times, LP_TRACE_ZERO, fault.addr, 1);
 		}
 		return rc;
 	case LP_DATA:
@@ -869,7 +559,7 @@ static int answer(struct lp_task *t, struct lp_fault fault)
 		if (!rc) {
 			lp_count(&t->stats.faults_served, fault.times);
 			lp_count(&t->served[run.source], fault.times);
-			answered(t, fault.since, fault.times, lp_trace_source(run.source), run.addr, run.nr_pages);
+			lp_count_answered(t, fault.since, fault.times, lp_trace_source(run.source), run.addr, run.nr_pages);
 		}
 		return rc;
 	case LP_REMOTE:
@@ -878,7 +568,7 @@ static int answer(struct lp_task *t, struct lp_fault fault)
 			return 0;
 		}
 		lp_task_trace(t, LP_TRACE_WANTED, LP_TRACE_REMOTE, run.addr, run.nr_pages, run.image);
-		begin_wait(t, (struct lp_waiter){notice.image, fault.since, run.addr, run.nr_pages});
+		lp_begin_wait(t, (struct lp_waiter){notice.image, fault.since, run.addr, run.nr_pages});
 		if (lp_channels_fault(&t->engine->channels, t->tag, run.image, run.nr_pages, fault.since))
 			return 0;
 		notice.kind = LP_NOTICE_NEED;
@@ -892,7 +582,7 @@ static int answer(struct lp_task *t, struct lp_fault fault)
 			lead_on(t, &fault);
 			return leave_fault(t, fault);
 		}
-		begin_wait(t, (struct lp_waiter){run.image, fault.since, run.addr, 1});
+		lp_begin_wait(t, (struct lp_waiter){run.image, fault.since, run.addr, 1});
 		if (lp_channels_hurry(&t->engine->channels, t->tag, run.image, fault.since))
 			return 0;
 		notice.kind = LP_NOTICE_HURRY;
@@ -901,11 +591,11 @@ static int answer(struct lp_task *t, struct lp_fault fault)
 		notice.kind = LP_NOTICE_LOST;
 		break;
 	}
-	if (notify(t->engine, notice))
+	if (lp_post(t->engine, notice))
 		return 0;
 	if (notice.kind == LP_NOTICE_NEED)
 		lp_space_release(t->space, run.dense, run.nr_pages);
-	end_wait(t, notice.image, notice.image + LP_PAGE_SIZE, false);
+	lp_end_wait(t, notice.image, notice.image + LP_PAGE_SIZE, false);
 	return -EAGAIN;
 }
 
@@ -947,7 +637,7 @@ static void close_uffd(struct lp_task *t)
 {
 	bool safe = !lp_space_pending(t->space) && !atomic_load(&t->broken);
 
-	if (safe || atomic_load(&t->gone) || lp_means_gone(try_page(t, LP_ANYWHERE))) {
+	if (safe || atomic_load(&t->gone) || lp_probe_page(t, LP_ANYWHERE) == LP_TASK_GONE) {
 		/* the number stays taken until the guard has forgotten what it knew of it */
 		dup3(t->engine->wakefd, t->uffd, O_CLOEXEC);
 		lp_guard_names(t->engine->guard, t->uffd, 0, -1);
@@ -1030,7 +720,7 @@ static int task_start(struct lp_task *t)
 	if (t->uffd >= 0 && epoll_ctl(t->engine->epfd, EPOLL_CTL_ADD, t->uffd, &event))
 		rc = -errno;
 	if (t->uffd >= 0 && !rc)
-		check_complete(t);
+		lp_check_complete(t);
 	lp_unlock_alone(&t->lock);
 	return rc;
 }
@@ -1084,14 +774,14 @@ static struct seen *look_at_mappings(struct lp_task *t)
 		return NULL;
 	seen = calloc(1, sizeof(*seen));
 	if (!seen) {
-		break_task(t, ENOMEM);
+		lp_mark_broken(t, ENOMEM);
 		return NULL;
 	}
 	/* after an execve it is of another memory */
 	rc = lp_each_mapping(t->pid, t->pidfd, add_seen, seen);
 	if (rc == -EMFILE || rc == -ENFILE || rc == -ENOMEM || seen->failed)
-		break_task(t, rc ? -rc : ENOMEM); /* read later, it would be what was said since */
-	else if (rc || lp_means_gone(try_page(t, LP_ANYWHERE)))
+		lp_mark_broken(t, rc ? -rc : ENOMEM); /* read later, it would be what was said since */
+	else if (rc || lp_probe_page(t, LP_ANYWHERE) == LP_TASK_GONE)
 		seen->wiped.nr = seen->kept.nr = 0;
 	return seen;
 }
@@ -1109,36 +799,37 @@ static void forget_seen(struct seen *seen)
 static void learn_wiped(struct lp_task *t, struct seen *seen)
 {
 	if (seen && lp_space_wipe(t->space, seen->wiped.at, seen->wiped.nr, seen->kept.at, seen->kept.nr))
-		break_task(t, ENOMEM);
+		lp_mark_broken(t, ENOMEM);
 	forget_seen(seen);
 }
 
 /* ---- what the kernel says of the layout, for csrc/serve/doubt.h ---- */
 
 /* -ENOENT only when it is so at rest: the kernel looks for the mapping before it looks whether the layout is changing. */
-static int told_at_rest(struct lp_task *t, int error)
+static int told_at_rest(struct lp_task *t, struct lp_result result)
 {
-	if (error == ENOMEM || error == EINTR || (error == ENOENT && try_page(t, LP_ANYWHERE) == EAGAIN))
+	if (result.outcome == LP_LATER ||
+	    (result.outcome == LP_UNREGISTERED && lp_probe_page(t, LP_ANYWHERE) == LP_CHANGING))
 		return -EAGAIN;
-	if (lp_means_gone(error))
+	if (result.outcome == LP_TASK_GONE)
 		return -ESRCH;
-	return error == EINVAL ? -ENOENT : -error; /* EINVAL: beyond all addresses */
+	return result.error == EINVAL ? -ENOENT : -result.error; /* EINVAL: beyond all addresses */
 }
 
 static int ask_within(void *arg, uint64_t start, uint64_t end)
 {
 	struct lp_task *t = arg;
 
-	return told_at_rest(t, lp_probe_range(t->uffd, start, end));
+	return told_at_rest(t, lp_uffd_probe_range(t->uffd, start, end));
 }
 
 static int ask_zero(void *arg, uint64_t addr)
 {
-	struct uffdio_zeropage zero = {.range = {.start = addr, .len = LP_PAGE_SIZE}};
 	struct lp_task *t = arg;
+	struct lp_result result = lp_uffd_zero(t->uffd, addr, false);
 
-	if (ioctl(t->uffd, UFFDIO_ZEROPAGE, &zero))
-		return told_at_rest(t, zero.zeropage < 0 ? (int)-zero.zeropage : errno);
+	if (result.outcome != LP_DONE)
+		return told_at_rest(t, result);
 	lp_count(&t->stats.zero_pages, 1);
 	return 0;
 }
@@ -1167,7 +858,7 @@ static void lose_range(struct lp_task *t, uint64_t start, uint64_t end)
 			continue;
 		lp_space_lose(t->space, run.dense, run.nr_pages);
 		if (!t->unreported_lost)
-			notify_lost(t, &run, 0, run.nr_pages, EADDRNOTAVAIL);
+			lp_post_lost(t, &run, 0, run.nr_pages, EADDRNOTAVAIL);
 		else if (!t->unreported_lost->nr_pages)
 			*t->unreported_lost = run;
 	}
@@ -1179,7 +870,7 @@ static void range_stays(void *arg, uint64_t start, uint64_t end, bool known)
 
 	if (!known)
 		lose_range(t, start, end);
-	wake(t, start, (end - start) >> LP_PAGE_SHIFT);
+	lp_wake(t, start, (end - start) >> LP_PAGE_SHIFT);
 }
 
 static struct lp_ask asking(struct lp_task *t)
@@ -1293,17 +984,17 @@ static int replay(struct lp_task *t, struct lp_new_child *u, uint64_t told)
 	}
 	/* faults again when it is served */
 	while (child->faults.nr)
-		wake(child, lp_faults_pop(&child->faults).addr, 1);
+		lp_wake(child, lp_faults_pop(&child->faults).addr, 1);
 	return rc;
 }
 
-static bool replaces_poison(struct lp_task *child, struct uffdio_copy *copy)
+static bool replaces_poison(struct lp_task *child, uint64_t addr, const void *src)
 {
 	for (int tries = 0; tries < POISON_TRIES; tries++) {
-		if (!ioctl(child->uffd, UFFDIO_COPY, copy))
-			return true;
-		if (copy->copy != -EAGAIN && errno != EAGAIN)
-			break;
+		enum lp_outcome outcome = lp_uffd_copy(child->uffd, addr, src, 1, false).outcome;
+
+		if (outcome != LP_CHANGING)
+			return outcome == LP_DONE;
 		drain(child); /* its layout is changing already */
 		sched_yield();
 	}
@@ -1317,15 +1008,15 @@ static bool replaces_poison(struct lp_task *child, struct uffdio_copy *copy)
 static void inherit_page(struct lp_task *child, const struct lp_answer *page)
 {
 	const struct lp_level *level = &child->levels[page->source];
-	struct uffdio_poison poison = {.range = {.start = page->addr, .len = LP_PAGE_SIZE}};
-	struct uffdio_copy copy = {
-		.dst = page->addr, .src = (uintptr_t)level->base + page->offset, .len = LP_PAGE_SIZE};
+	struct lp_result poison;
 
 	if (lp_pages_held(level->fd, page->offset, 1) != 1 || !lp_space_claim(child->space, page->dense, 1))
 		return;
-	if (ioctl(child->uffd, UFFDIO_POISON, &poison) && poison.updated == -EEXIST) {
-		drop_pages(child, page, 0, 1);
-	} else if (poison.updated > 0 && replaces_poison(child, &copy)) {
+	poison = lp_uffd_poison(child->uffd, page->addr, 1);
+	if (poison.outcome == LP_PRESENT) {
+		lp_drop_pages(child, page, 0, 1);
+	} else if (poison.outcome == LP_DONE &&
+		   replaces_poison(child, page->addr, (const char *)level->base + page->offset)) {
 		lp_count(&child->copied[page->source], 1);
 		lp_space_commit(child->space, page->dense, 1);
 	} else {
@@ -1423,7 +1114,7 @@ static void bear(struct lp_task *t, struct lp_new_child *u)
 	child->total = lp_space_pending(child->space);
 	for (uint32_t i = 0; i < t->nr_levels + 2; i++)
 		child->total += u->dropped.by_source[i];
-	drop_into(child, u->dropped.by_source);
+	lp_count_dropped(child, u->dropped.by_source);
 	memcpy(child->levels, t->levels, t->nr_levels * sizeof(*t->levels));
 	child->remote = t->remote;
 	child->is_child = true;
@@ -1432,12 +1123,12 @@ static void bear(struct lp_task *t, struct lp_new_child *u)
 	inherit_guards(t, child);
 	task_link(child); /* whoever is told of it may close it at once */
 	/* told before it is served, so that its first notice comes after this one */
-	notify(t->engine, (struct lp_notice){.kind = LP_NOTICE_FORKED, .task = child});
+	lp_post(t->engine, (struct lp_notice){.kind = LP_NOTICE_FORKED, .task = child});
 	if (u->lost.nr_pages)
-		notify_lost(child, &u->lost, 0, u->lost.nr_pages, EADDRNOTAVAIL);
+		lp_post_lost(child, &u->lost, 0, u->lost.nr_pages, EADDRNOTAVAIL);
 	rc = task_start(child);
 	if (rc)
-		notify_task(child, LP_NOTICE_FAILED, -rc);
+		lp_post_about(child, LP_NOTICE_FAILED, -rc);
 	if (child->nr_changes || child->faults.nr) /* nothing is to be read of them any more */
 		take_back(child);
 }
@@ -1459,7 +1150,7 @@ static bool forked(struct lp_task *t, struct lp_change *fork)
 		return false;
 	}
 	if (rc || atomic_load(&t->broken) || !inherit_unsure(t, u->task, unrest)) {
-		break_task(t, ENOMEM);
+		lp_mark_broken(t, ENOMEM);
 	} else {
 		bear(t, u);
 		u->task = NULL; /* the engine's */
@@ -1507,13 +1198,13 @@ static bool make_change(struct lp_task *t, struct lp_change *change)
 	lp_task_trace(t, LP_TRACE_FORKED + change->kind, LP_TRACE_NO_SOURCE, change->start, change->len >> LP_PAGE_SHIFT,
 	      change->kind == LP_REMAPPED ? change->to : 0);
 	if (change->kind != LP_FORKED)
-		wake(t, change->start, change->len >> LP_PAGE_SHIFT);
-	drop_into(t, by_source);
+		lp_wake(t, change->start, change->len >> LP_PAGE_SHIFT);
+	lp_count_dropped(t, by_source);
 out:
 	if (by_source != counters)
 		free(by_source);
 	if (rc)
-		break_task(t, -rc); /* with a layout that we do not know every answer could be wrong */
+		lp_mark_broken(t, -rc); /* with a layout that we do not know every answer could be wrong */
 	return made;
 }
 
@@ -1524,7 +1215,7 @@ static void append_change(struct lp_task *t, struct lp_change change)
 		struct lp_change *changes = realloc(t->changes, cap * sizeof(*changes));
 
 		if (!changes) {
-			break_task(t, ENOMEM);
+			lp_mark_broken(t, ENOMEM);
 			return;
 		}
 		t->changes = changes;
@@ -1558,7 +1249,7 @@ static void keep_change(struct lp_task *t, const struct uffd_msg *msg)
 		};
 		break;
 	default:
-		notify_task(t, LP_NOTICE_FAILED, EPROTO);
+		lp_post_about(t, LP_NOTICE_FAILED, EPROTO);
 		return;
 	}
 	t->changes[t->nr_changes++] = change; /* there is room: room_for_messages */
@@ -1585,7 +1276,7 @@ static void begin_unrest(struct lp_task *t)
 	unrest->made = calloc(t->nr_changes, sizeof(*unrest->made));
 	unrest->before = lp_space_copy(t->space);
 	if (!unrest->made || !unrest->before)
-		break_task(t, ENOMEM);
+		lp_mark_broken(t, ENOMEM);
 }
 
 /* Asks what unmapping has done.  If the layout is not at rest any more, the question is kept, and nothing is answered. */
@@ -1597,7 +1288,7 @@ static void settle(struct lp_task *t)
 
 	if (dropped.by_source) {
 		rc = lp_settle(t->space, &ask, &dropped);
-		drop_into(t, dropped.by_source);
+		lp_count_dropped(t, dropped.by_source);
 	}
 	if (rc)
 		append_change(t, (struct lp_change){.kind = LP_QUESTION});
@@ -1649,7 +1340,7 @@ static void make_changes(struct lp_task *t, bool at_rest)
 	if (t->remote)
 		lp_space_index(t->space);
 	if (!unrest->child)
-		check_complete(t);
+		lp_check_complete(t);
 }
 
 static void listen_to(struct lp_task *t, bool listen)
@@ -1663,7 +1354,7 @@ static void listen_to(struct lp_task *t, bool listen)
 static void read_failed(struct lp_task *t, int error)
 {
 	if (!t->read_error && !t->unreported_lost) /* of a child that nobody knows it is reported when it is read again */
-		notify_task(t, LP_NOTICE_FAILED, error);
+		lp_post_about(t, LP_NOTICE_FAILED, error);
 	listen_to(t, false); /* it stays readable */
 	t->read_error = error;
 	t->next_try = lp_now_ns() + READ_RETRY_NS;
@@ -1749,7 +1440,7 @@ static bool drain(struct lp_task *t)
  */
 static void catch_up(struct lp_task *t)
 {
-	int error = EAGAIN;
+	enum lp_outcome outcome = LP_CHANGING;
 
 	if (t->fork.child) {
 		make_changes(t, true); /* they have been read at rest */
@@ -1757,18 +1448,18 @@ static void catch_up(struct lp_task *t)
 			return;
 		listen_to(t, true);
 	}
-	for (int tries = 0; error == EAGAIN; tries++) {
+	for (int tries = 0; outcome == LP_CHANGING; tries++) {
 		bool all = drain(t);
 
 		make_changes(t, false);
 		if (!all || !t->nr_changes || tries == REST_TRIES)
 			return;
-		error = try_page(t, LP_ANYWHERE);
-		if (error == EAGAIN)
+		outcome = lp_probe_page(t, LP_ANYWHERE);
+		if (outcome == LP_CHANGING)
 			sched_yield(); /* they may need this CPU */
 	}
-	if (lp_means_gone(error))
-		is_gone(t);
+	if (outcome == LP_TASK_GONE)
+		lp_mark_gone(t);
 	make_changes(t, true);
 	if (t->fork.child)
 		listen_to(t, false); /* it may have more to say, and is tried again later */
@@ -1805,7 +1496,7 @@ static void answer_all(struct lp_task *t, size_t before)
 			t->batching = true;
 		}
 		if (t->batching && answered_here % BATCH == 0)
-			wake_batch(t);
+			lp_wake_flush(t);
 		fault = lp_faults_pop(f);
 		rc = answer(t, fault);
 		if (rc == -EAGAIN)
@@ -1817,7 +1508,7 @@ static void answer_all(struct lp_task *t, size_t before)
 			t->sweep = fault.addr + LP_PAGE_SIZE;
 	}
 	if (t->batching)
-		wake_batch(t);
+		lp_wake_flush(t);
 	t->batching = false;
 	if (answered_here)
 		t->engine->retry_ns = RETRY_FIRST_NS;
@@ -1905,7 +1596,7 @@ static int channel_place(void *arg, uint64_t tag, uint64_t image, uint64_t nr_pa
 		e->family[nr++] = t;
 	}
 	pthread_mutex_unlock(&e->lock);
-	if (e->ready == 1 && nr == 1 && e->family[0]->nr_waiting == 1)
+	if (e->ready == 1 && nr == 1 && lp_nr_waiting(e->family[0]) == 1)
 		lp_follow_yield(&e->follow, lp_now_ns());
 	else
 		lp_follow_insist(&e->follow);
@@ -2032,11 +1723,6 @@ void lp_engine_free(struct lp_engine *e)
 	pthread_mutex_destroy(&e->lock);
 	free(e->notices);
 	free(e);
-}
-
-int lp_engine_notice_fd(const struct lp_engine *e)
-{
-	return e->noticefd;
 }
 
 bool lp_engine_has_tasks(struct lp_engine *e)
@@ -2329,7 +2015,7 @@ static int bring_run(struct lp_task *t, struct lp_answer *run, struct lp_look *l
 	rc = copy_level(t, run, quietly ? RELEASE_LEFT_QUIETLY : RELEASE_LEFT, LP_NO_PAGE, look);
 	atomic_thread_fence(memory_order_seq_cst); /* with that of leave_fault: it sees the commit, or we its fault */
 	if (quietly && atomic_load(&t->nr_deferred) != times_left)
-		wake(t, run->addr, run->nr_pages);
+		lp_wake(t, run->addr, run->nr_pages);
 	if (!rc)
 		lp_task_trace_took(t, begun, LP_TRACE_BROUGHT, lp_trace_source(run->source), run->addr, run->nr_pages);
 	return rc;
@@ -2503,7 +2189,7 @@ int lp_task_bring(struct lp_task *t, uint64_t start, uint64_t end)
 				lp_task_trace_took(t, begun, LP_TRACE_BROUGHT, lp_trace_source(run.source), run.addr, run.nr_pages);
 		} else {
 			lp_task_trace(t, LP_TRACE_FETCHED, LP_TRACE_REMOTE, run.addr, run.nr_pages, run.image);
-			if (!notify(t->engine, (struct lp_notice){.kind = LP_NOTICE_NEED,
+			if (!lp_post(t->engine, (struct lp_notice){.kind = LP_NOTICE_NEED,
 								  .task = t,
 								  .addr = run.addr,
 								  .image = run.image,
@@ -2577,7 +2263,7 @@ int64_t lp_task_deliver(struct lp_task *t, uint64_t image, uint64_t nr_pages, co
 	}
 	lp_unlock_shared(&t->lock);
 	if (!rc)
-		end_wait(t, image, end, true);
+		lp_end_wait(t, image, end, true);
 	return rc ? rc : (int64_t)placed;
 }
 
@@ -2589,15 +2275,15 @@ void lp_task_fail_remote(struct lp_task *t, uint64_t image, uint64_t nr_pages, b
 	lp_lock_shared(&t->lock);
 	while (t->uffd >= 0 && next_piece(t, &at, end, false, &piece)) {
 		if (lost) {
-			lose(t, &piece, 0, piece.nr_pages, ENODATA);
+			lp_mark_lost(t, &piece, 0, piece.nr_pages, ENODATA);
 		} else {
 			lp_space_release(t->space, piece.dense, piece.nr_pages);
-			wake(t, piece.addr, piece.nr_pages);
+			lp_wake(t, piece.addr, piece.nr_pages);
 		}
 		at += piece.nr_pages << LP_PAGE_SHIFT;
 	}
 	lp_unlock_shared(&t->lock);
-	end_wait(t, image, end, false);
+	lp_end_wait(t, image, end, false);
 }
 
 void lp_task_regain(struct lp_task *t)
@@ -2607,7 +2293,7 @@ void lp_task_regain(struct lp_task *t)
 		for (size_t r = 0; r < lp_space_nr_regions(t->space); r++) {
 			const struct lp_region *region = &lp_space_regions(t->space)[r];
 
-			wake(t, region->start, (region->end - region->start) >> LP_PAGE_SHIFT);
+			lp_wake(t, region->start, (region->end - region->start) >> LP_PAGE_SHIFT);
 		}
 	lp_unlock_alone(&t->lock);
 }
@@ -2622,35 +2308,32 @@ static int64_t poison_range(struct lp_task *t, const struct lp_answer *run)
 
 	while (done < run->nr_pages) {
 		uint64_t addr = run->addr + (done << LP_PAGE_SHIFT), left = run->nr_pages - done, nr = 1;
-		struct uffdio_poison poison = {
-			.range = {.start = addr, .len = (step < left ? step : left) << LP_PAGE_SHIFT}};
-		int error = 0;
+		uint64_t want = step < left ? step : left;
+		struct lp_result result = lp_uffd_poison(t->uffd, addr, want);
 
-		if (ioctl(t->uffd, UFFDIO_POISON, &poison))
-			error = poison.updated < 0 ? (int)-poison.updated : errno;
-		if (poison.updated > 0) {
-			nr = (uint64_t)poison.updated >> LP_PAGE_SHIFT;
+		if (result.nr_pages) {
+			nr = result.nr_pages;
 			lp_count(&t->stats.poisoned, nr);
 			lp_task_trace(t, LP_TRACE_POISONED, lp_trace_source(run->source), addr, nr, 0);
-			if (!error)
+			if (result.outcome == LP_DONE)
 				step *= 2;
-		} else if (error == ENOENT && poison.range.len > LP_PAGE_SIZE) {
+		} else if (result.outcome == LP_UNREGISTERED && want > 1) {
 			/* more than one VMA */
-			step = (poison.range.len >> LP_PAGE_SHIFT) / 2;
+			step = want / 2;
 			continue;
-		} else if (error == ENOENT) {
-			if (try_page(t, addr) == EAGAIN)
+		} else if (result.outcome == LP_UNREGISTERED) {
+			if (lp_probe_page(t, addr) == LP_CHANGING)
 				return -EAGAIN;
 			if (run->kind != LP_LOST)
-				lose(t, run, done, 1, ENOENT);
-		} else if (error == EEXIST) {
-			wake(t, addr, 1);
-		} else if (error == ENOMEM || error == EINTR) {
+				lp_mark_lost(t, run, done, 1, ENOENT);
+		} else if (result.outcome == LP_PRESENT) {
+			lp_wake(t, addr, 1);
+		} else if (result.outcome == LP_LATER) {
 			return -EAGAIN;
 		} else {
-			if (lp_means_gone(error))
-				is_gone(t);
-			return -error;
+			if (result.outcome == LP_TASK_GONE)
+				lp_mark_gone(t);
+			return -result.error;
 		}
 		lp_space_commit(t->space, run->dense + done, nr);
 		done += nr;
@@ -2683,7 +2366,7 @@ int64_t lp_task_poison(struct lp_task *t, bool all)
 			total += rc;
 		}
 	}
-	check_complete(t);
+	lp_check_complete(t);
 	lp_unlock_alone(&t->lock);
 	return rc < 0 ? rc : total;
 }
@@ -2698,107 +2381,27 @@ void lp_task_forget(struct lp_task *t, uint64_t image, uint64_t nr_pages)
 		return; /* they stay lost: the task waits */
 	lp_lock_alone(&t->lock);
 	lp_space_forget(t->space, image, nr_pages, &dropped);
-	drop_into(t, dropped.by_source);
+	lp_count_dropped(t, dropped.by_source);
 	lp_space_index(t->space);
 	for (uint64_t i = 0; t->uffd >= 0 && i < nr_pages; i++)
 		if (lp_space_locate(t->space, image + (i << LP_PAGE_SHIFT), &addr))
-			wake(t, addr, 1);
-	check_complete(t);
+			lp_wake(t, addr, 1);
+	lp_check_complete(t);
 	lp_unlock_alone(&t->lock);
 	free(dropped.by_source);
 }
 
 int lp_task_probe(struct lp_task *t)
 {
-	int error;
+	enum lp_outcome outcome;
 
 	/* alone: what has just arrived is accounted for before its task is found gone */
 	lp_lock_alone(&t->lock);
-	error = t->uffd < 0 ? ESRCH : try_page(t, LP_ANYWHERE);
-	if (lp_means_gone(error)) {
-		is_gone(t);
-		error = ESRCH;
-	} else if (error != EAGAIN) {
-		error = 0;
-	}
+	outcome = t->uffd < 0 ? LP_TASK_GONE : lp_probe_page(t, LP_ANYWHERE);
+	if (outcome == LP_TASK_GONE)
+		lp_mark_gone(t);
 	lp_unlock_alone(&t->lock);
-	return -error;
-}
-
-/* ---- what there is to know ---- */
-
-uint64_t lp_task_tag(const struct lp_task *t)
-{
-	return t->tag;
-}
-
-uint32_t lp_task_nr_levels(const struct lp_task *t)
-{
-	return t->nr_levels;
-}
-
-uint64_t lp_task_total(const struct lp_task *t)
-{
-	return t->total;
-}
-
-uint64_t lp_task_pending(const struct lp_task *t)
-{
-	return lp_space_pending(t->space);
-}
-
-uint64_t lp_task_lost(const struct lp_task *t)
-{
-	return lp_space_lost(t->space);
-}
-
-void lp_task_stats(const struct lp_task *t, struct lp_stats *stats)
-{
-#define GET(name) stats->name = atomic_load_explicit(&t->stats.name, memory_order_relaxed)
-	GET(faults);
-	GET(faults_zero);
-	GET(faults_served);
-	GET(retried);
-	GET(zero_pages);
-	GET(present);
-	GET(copies);
-	GET(reads);
-	GET(wakes);
-	GET(poisoned);
-	GET(forks);
-	GET(remaps);
-	GET(removes);
-	GET(unmaps);
-	GET(service_max);
-#undef GET
-}
-
-void lp_task_sources(const struct lp_task *t, uint64_t *copied, uint64_t *dropped, uint64_t *faults)
-{
-	for (uint32_t i = 0; i < t->nr_levels + 2; i++) {
-		copied[i] = atomic_load_explicit(&t->copied[i], memory_order_relaxed);
-		dropped[i] = atomic_load_explicit(&t->dropped[i], memory_order_relaxed);
-		faults[i] = atomic_load_explicit(&t->served[i], memory_order_relaxed);
-	}
-}
-
-void lp_task_remaining(struct lp_task *t, uint64_t *by_source)
-{
-	struct lp_counts counts = {by_source, t->nr_levels};
-
-	memset(by_source, 0, (t->nr_levels + 2) * sizeof(*by_source));
-	lp_lock_shared(&t->lock);
-	lp_space_count(t->space, &counts);
-	lp_unlock_shared(&t->lock);
-}
-
-void lp_task_histogram(const struct lp_task *t, uint64_t buckets[LP_HISTOGRAM_BUCKETS])
-{
-	for (uint32_t i = 0; i < LP_HISTOGRAM_BUCKETS; i++)
-		buckets[i] = atomic_load_explicit(&t->histogram[i], memory_order_relaxed);
-}
-
-const struct lp_space *lp_task_space(const struct lp_task *t)
-{
-	return t->space;
+	if (outcome == LP_TASK_GONE)
+		return -ESRCH;
+	return outcome == LP_CHANGING ? -EAGAIN : 0;
 }
