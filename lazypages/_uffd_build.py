@@ -17,7 +17,7 @@ struct lp_region { uint64_t start, end, image; };
 struct lp_answer { uint32_t kind, source; uint64_t addr, image, offset, nr_pages, dense; };
 struct lp_counts { uint64_t *by_source; uint32_t nr_levels; };
 enum lp_change_kind { LP_FORKED, LP_REMOVED, LP_UNMAPPED, LP_REMAPPED, LP_QUESTION };
-struct lp_change { uint32_t kind; int32_t uffd; uint64_t start, len, to; void *seen; };
+struct lp_change { uint32_t kind; int32_t uffd; uint64_t start, len, to; void *seen; bool awaited; };
 struct lp_space;
 #define LP_SOURCE_REMOTE ...
 #define LP_SOURCE_LOST ...
@@ -42,6 +42,8 @@ uint64_t lp_space_claim(struct lp_space *space, uint64_t dense, uint64_t nr);
 uint64_t lp_space_commit(struct lp_space *space, uint64_t dense, uint64_t nr);
 void lp_space_release(struct lp_space *space, uint64_t dense, uint64_t nr);
 void lp_space_lose(struct lp_space *space, uint64_t dense, uint64_t nr);
+void lp_space_lose_for_good(struct lp_space *space, uint64_t dense, uint64_t nr);
+void lp_space_lose_doubts(struct lp_space *space, uint64_t start, uint64_t end);
 uint64_t lp_space_regain(struct lp_space *space);
 void lp_space_forget(struct lp_space *space, uint64_t image, uint64_t nr_pages, struct lp_counts *dropped);
 size_t lp_space_next_change(const struct lp_space *space, const struct lp_change *changes, size_t nr, bool at_rest);
@@ -73,6 +75,8 @@ int lp_replay(struct lp_space *child, const struct lp_change *changes, size_t nr
               bool again, const struct lp_ask *ask, const struct lp_ask *ask_parent, struct lp_counts *dropped,
               bool *tangled);
 bool lp_tells_old_length(void);
+bool lp_late_at(const struct lp_space *space, const struct lp_change *changes, size_t nr, size_t move, uint64_t addr);
+int lp_unclear(const struct lp_space *space, const struct lp_change *changes, size_t nr, bool *unclear);
 
 struct lp_window { uint64_t first, nr; };
 struct lp_plan { uint64_t max_window; ...; };
@@ -223,13 +227,14 @@ ffibuilder.set_source(
     "lazypages._uffd",
     "#include <sys/mman.h>\n#include <sys/syscall.h>\n#include <unistd.h>\n"
     '#include "doubt.h"\n#include "engine.h"\n#include "exits.h"\n#include "faults.h"\n'
-    '#include "guarded.h"\n#include "lane.h"\n#include "old_length.h"\n#include "plan.h"\n'
+    '#include "guarded.h"\n#include "lane.h"\n#include "late.h"\n#include "old_length.h"\n#include "plan.h"\n'
     '#include "space.h"\n#include "trace.h"\n#include "tracers.h"\n',
     sources=[
         str(CSRC / name)
         for name in (
             "space.c",
             "doubt.c",
+            "late.c",
             "old_length.c",
             "plan.c",
             "faults.c",
@@ -250,6 +255,7 @@ ffibuilder.set_source(
             "extent.h",
             "space.h",
             "doubt.h",
+            "late.h",
             "old_length.h",
             "pages_file.h",
             "plan.h",
