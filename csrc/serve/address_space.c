@@ -43,6 +43,7 @@ struct lp_space {
 	struct lp_range *wiped; /* by image address, in no order */
 	size_t nr_wiped;
 	word_t *pending, *claimed, *lost;
+	word_t *unknown; /* lost for good: where they are is not known */
 	_Atomic uint64_t nr_pending, nr_lost;
 	struct lp_range *left; /* by mremap; that these are unmapped is told later, unless they stay */
 	size_t nr_left, cap_left;
@@ -288,9 +289,10 @@ struct lp_space *lp_space_new(const struct lp_extent *extents, size_t nr_extents
 	s->pending = calloc(nr_words(s->image) + 1, sizeof(word_t));
 	s->claimed = calloc(nr_words(s->image) + 1, sizeof(word_t));
 	s->lost = calloc(nr_words(s->image) + 1, sizeof(word_t));
+	s->unknown = calloc(nr_words(s->image) + 1, sizeof(word_t));
 	s->wiped = calloc(nr_wiped + 1, sizeof(*wiped));
 	errno = ENOMEM;
-	if (!s->regions || !s->pending || !s->claimed || !s->lost || !s->wiped)
+	if (!s->regions || !s->pending || !s->claimed || !s->lost || !s->unknown || !s->wiped)
 		goto fail;
 	for (size_t i = 0; i < nr_vmas; i++)
 		s->regions[i] = (struct lp_region){vmas[i].start, vmas[i].end, vmas[i].start};
@@ -327,6 +329,7 @@ void lp_space_free(struct lp_space *s)
 	free((void *)s->pending);
 	free((void *)s->claimed);
 	free((void *)s->lost);
+	free((void *)s->unknown);
 	free(s);
 	errno = saved;
 }
@@ -596,13 +599,25 @@ void lp_space_lose(struct lp_space *s, uint64_t dense, uint64_t nr)
 	clear_bits(s->claimed, dense, nr);
 }
 
+void lp_space_lose_for_good(struct lp_space *s, uint64_t dense, uint64_t nr)
+{
+	set_bits(s->unknown, dense, nr);
+	lp_space_lose(s, dense, nr);
+}
+
 uint64_t lp_space_regain(struct lp_space *s)
 {
 	uint64_t count = 0;
 
-	for (size_t i = 0; i < s->image->nr; i++)
-		if (s->image->slots[i].source != LP_SOURCE_LOST)
-			count += clear_bits(s->lost, s->image->slots[i].dense, slot_pages(s->image, i));
+	for (size_t i = 0; i < s->image->nr; i++) {
+		if (s->image->slots[i].source == LP_SOURCE_LOST)
+			continue;
+		FOR_WORDS(s->image->slots[i].dense, slot_pages(s->image, i), word, mask) {
+			uint64_t back = mask & ~atomic_load(&s->unknown[word]);
+
+			count += (uint64_t)__builtin_popcountll(atomic_fetch_and(&s->lost[word], ~back) & back);
+		}
+	}
 	atomic_fetch_sub(&s->nr_lost, count);
 	return count;
 }
@@ -813,6 +828,17 @@ bool lp_space_in_doubt(const struct lp_space *s, const struct lp_doubt *d)
 	return pending_of_image(s, d->image, d->image + (d->end - d->start));
 }
 
+void lp_space_lose_doubts(struct lp_space *s, uint64_t start, uint64_t end)
+{
+	for (size_t i = 0; i < s->nr_doubts; i++) {
+		const struct lp_doubt *d = &s->doubts[i];
+		uint64_t from = dense_from(s->image, d->image);
+
+		if (d->start < end && d->end > start)
+			lp_space_lose_for_good(s, from, dense_from(s->image, d->image + (d->end - d->start)) - from);
+	}
+}
+
 size_t lp_space_not_pending(const struct lp_space *s, const struct lp_doubt *d, uint64_t *addrs, size_t max)
 {
 	size_t nr = 0;
@@ -965,8 +991,10 @@ struct lp_space *lp_space_copy(const struct lp_space *s)
 	c->pending = copy_bits(s, s->pending);
 	c->claimed = calloc(nr_words(s->image) + 1, sizeof(word_t));
 	c->lost = copy_bits(s, s->lost);
+	c->unknown = copy_bits(s, s->unknown);
 	c->wiped = malloc((s->nr_wiped + 1) * sizeof(*c->wiped));
-	if (!c->regions || !c->pending || !c->claimed || !c->lost || !c->wiped || reserve_doubts(c, s->nr_doubts)) {
+	if (!c->regions || !c->pending || !c->claimed || !c->lost || !c->unknown || !c->wiped ||
+	    reserve_doubts(c, s->nr_doubts)) {
 		lp_space_free(c);
 		return NULL;
 	}

@@ -20,6 +20,7 @@
 #include "doubt.h"
 #include "events.h"
 #include "guard.h"
+#include "late.h"
 #include "old_length.h"
 #include "common/pages_file.h"
 #include "serving.h"
@@ -854,9 +855,11 @@ static void lose_range(struct lp_task *t, uint64_t start, uint64_t end)
 
 	for (; start < end; start += run.nr_pages << LP_PAGE_SHIFT) {
 		run = lp_space_lookup(t->space, start, (end - start) >> LP_PAGE_SHIFT);
-		if (run.kind == LP_ZERO || run.kind == LP_LOST)
+		if (run.kind == LP_ZERO)
 			continue;
-		lp_space_lose(t->space, run.dense, run.nr_pages);
+		lp_space_lose_for_good(t->space, run.dense, run.nr_pages);
+		if (run.kind == LP_LOST)
+			continue;
 		if (!t->unreported_lost)
 			lp_post_lost(t, &run, 0, run.nr_pages, EADDRNOTAVAIL);
 		else if (!t->unreported_lost->nr_pages)
@@ -1269,6 +1272,28 @@ static bool needs_unrest(const struct lp_task *t)
 	return forks && others;
 }
 
+/* Where it is unclear what has left first, nothing is brought any more, and no zeros. */
+static void lose_unclear(struct lp_task *t)
+{
+	bool *unclear = malloc(t->nr_changes + 1);
+	int found = unclear ? lp_unclear(t->space, t->changes, t->nr_changes, unclear) : -ENOMEM;
+
+	for (size_t i = 0; i < t->nr_changes && found > 0; i++) {
+		const struct lp_change *change = &t->changes[i];
+		const uint64_t places[] = {change->start, change->to};
+
+		for (int k = 0; unclear[i] && k < (change->kind == LP_REMAPPED ? 2 : 1); k++) {
+			lose_range(t, places[k], places[k] + change->len);
+			lp_space_lose_doubts(t->space, places[k], places[k] + change->len);
+			if (!add_range(&t->unsure, places[k], places[k] + change->len))
+				found = -ENOMEM;
+		}
+	}
+	if (found < 0)
+		lp_mark_broken(t, -found);
+	free(unclear);
+}
+
 static void begin_unrest(struct lp_task *t)
 {
 	struct lp_fork *unrest = &t->fork;
@@ -1307,6 +1332,7 @@ static void make_changes(struct lp_task *t, bool at_rest)
 			if (changes[i].kind == LP_REMAPPED) {
 				if (lp_tells_old_length())
 					lp_true_lengths(changes, nr);
+				lose_unclear(t);
 				break;
 			}
 		if (needs_unrest(t))

@@ -82,8 +82,8 @@ struct lp_task {
 	bool closed; /* by its owner: no notice is about it any more */
 	bool remote, is_child;
 	/*
-	 * Of a child that was forked while what had been reported was tangled (csrc/serve/doubt.h): what is there that the space
-	 * does not know, and what moves from there, need not be zero.
+	 * Where it could not be told what left first (csrc/serve/late.h), or in a child that was forked while what had been reported
+	 * was tangled (csrc/serve/doubt.h): what is there that the space does not know, and what moves from there, need not be zero.
 	 */
 	struct lp_ranges unsure;
 	struct lp_answer *unreported_lost; /* the first run that is lost, while the owner does not know the task yet; then NULL */
