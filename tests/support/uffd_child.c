@@ -761,6 +761,101 @@ static void late(uint64_t place, uint64_t aside, size_t pages, uint64_t id, size
 		say("ok %s", WEXITSTATUS(l.status) == 30 ? "before" : "after");
 }
 
+/* ---- a child whose layout is never at rest ---- */
+
+#define TURNERS 8 /* one of them is always told of, or has to run before the kernel counts it no more */
+
+/* Shared with the child. */
+struct restless {
+	_Atomic int turning;
+	_Atomic bool parent_calm, child_calm;
+};
+
+struct turner {
+	struct restless *r;
+	_Atomic bool *calm;
+	char *page;
+};
+
+static void *turn(void *arg)
+{
+	struct turner *me = arg;
+	me->r->turning++;
+	while (!*me->calm)
+		if (madvise(me->page, PAGE, MADV_DONTNEED))
+			_exit(5);
+	return NULL;
+}
+
+static void begin_turning(pthread_t *threads, struct turner *turners, struct restless *r, _Atomic bool *calm, char *at)
+{
+	for (int i = 0; i < TURNERS; i++) {
+		turners[i] = (struct turner){r, calm, at + (size_t)i * PAGE};
+		if (pthread_create(&threads[i], NULL, turn, &turners[i]))
+			_exit(4);
+	}
+}
+
+static void end_turning(pthread_t *threads)
+{
+	for (int i = 0; i < TURNERS; i++)
+		pthread_join(threads[i], NULL);
+}
+
+static struct {
+	struct restless *shared;
+	pid_t child;
+} restless;
+
+/*
+ * Pages are unmapped and a child is forked while other threads keep the layout from coming to rest; then the child's threads do
+ * the same, until "calm", and the parent's don't any more.  at: TURNERS pages for that, and the same number for the child.
+ */
+static void fork_restless(uint64_t at, uint64_t unmapped, uint64_t kept, size_t pages, uint64_t id)
+{
+	struct turner turners[TURNERS];
+	pthread_t threads[TURNERS];
+	struct restless *r = mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+
+	if (r == MAP_FAILED)
+		_exit(7);
+	begin_turning(threads, turners, r, &r->parent_calm, (char *)at);
+	while (r->turning < TURNERS)
+		usleep(100);
+	if (munmap((char *)unmapped, pages * PAGE))
+		_exit(7);
+	restless.shared = r;
+	restless.child = fork();
+	if (restless.child < 0)
+		_exit(7);
+	if (!restless.child) {
+		prctl(PR_SET_PDEATHSIG, SIGKILL);
+		begin_turning(threads, turners, r, &r->child_calm, (char *)at + TURNERS * PAGE);
+		end_turning(threads);
+		if (readable((char *)unmapped))
+			_exit(20);
+		bad.is = false;
+		for (size_t i = 0; i < pages; i++)
+			look((char *)kept + i * PAGE, id + i, "");
+		_exit(bad.is ? 21 : 0);
+	}
+	while (r->turning < 2 * TURNERS)
+		usleep(100);
+	r->parent_calm = true;
+	end_turning(threads);
+	say("ok");
+}
+
+static void calm_down(void)
+{
+	int status;
+
+	restless.shared->child_calm = true;
+	if (waitpid(restless.child, &status, 0) != restless.child)
+		_exit(7);
+	say(status ? "no a child ended with %#x" : "ok", status);
+}
+
 /* ---- commands ---- */
 
 static void result(long rc)
@@ -1029,6 +1124,10 @@ static void obey(const char *name, const uint64_t *a)
 		close(uffd);
 		uffd = -1;
 		say("ok");
+	} else if (!strcmp(name, "restless")) {
+		fork_restless(a[0], a[1], a[2], a[3], a[4]);
+	} else if (!strcmp(name, "calm")) {
+		calm_down();
 	} else if (!strcmp(name, "forks")) {
 		forks((int)a[0], a[1], a[2], a[3], (int)a[4]);
 	} else {
