@@ -610,8 +610,8 @@ def test_fork_storm(file: PagesFile, background: bool) -> None:
 @pytest.mark.every_kernel
 @pytest.mark.parametrize("closed", [False, True], ids=["served", "closed"])
 def test_a_fork_that_has_to_wait(file: PagesFile, closed: bool) -> None:
-    """What has been unmapped with it is asked of the child, whose layout does not come to rest. Another task does not feel
-    it, and the child loses nothing; unless its parent is closed, when it loses what can't be told."""
+    """What has been unmapped with it is asked of the child, whose layout does not come to rest. Another task does not
+    feel it, and the child loses nothing; unless its parent is closed, when it loses what can't be told."""
     pages = 32
     area, unmapped, kept = BASE, BASE + GIB, BASE + 2 * GIB
     with Service() as service:
@@ -636,6 +636,22 @@ def test_a_fork_that_has_to_wait(file: PagesFile, closed: bool) -> None:
         assert child.lost == 0
         task.check(kept, pages, file.first_id + pages)
         service.wait(NoticeKind.COMPLETE, served)
+
+
+def test_a_child_that_moves_on_what_its_parent_has_moved(file: PagesFile) -> None:
+    """Before it can be asked whether it has that: it has not got it there any more. Then it gets no zeros for data."""
+    pages = 32
+    area, place, moved, onward = (BASE + i * GIB for i in range(4))
+    with Service() as service:
+        task = service.task()
+        uffd = task.open_uffd()
+        task.map((area, 8), (place, pages))
+        served = service.serve(uffd, [(place, pages, 0, 0)], [(area, 8), (place, pages)], file)
+        task.do("runaway", area, place, moved, onward, pages, file.first_id)
+        child = service.wait(NoticeKind.FORKED).task
+        task.do("calm")
+        task.check(moved, pages, file.first_id)
+        assert served.lost == 0
 
 
 @pytest.mark.every_kernel

@@ -846,6 +846,47 @@ static void fork_restless(uint64_t at, uint64_t unmapped, uint64_t kept, size_t 
 	say("ok");
 }
 
+/*
+ * Memory moves and a child is forked while other threads keep the layout from coming to rest; the child moves it on at once, and
+ * looks whether it is the same, or refused.  at: TURNERS pages.
+ */
+static void fork_runaway(uint64_t at, uint64_t from, uint64_t to, uint64_t onward, size_t pages, uint64_t id)
+{
+	const int flags = MREMAP_MAYMOVE | MREMAP_FIXED;
+	struct turner turners[TURNERS];
+	pthread_t threads[TURNERS];
+	struct restless *r = mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+
+	if (r == MAP_FAILED)
+		_exit(7);
+	begin_turning(threads, turners, r, &r->parent_calm, (char *)at);
+	while (r->turning < TURNERS)
+		usleep(100);
+	if (mremap((char *)from, pages * PAGE, pages * PAGE, flags, (char *)to) == MAP_FAILED)
+		_exit(7);
+	restless.shared = r;
+	restless.child = fork();
+	if (restless.child < 0)
+		_exit(7);
+	if (!restless.child) {
+		prctl(PR_SET_PDEATHSIG, SIGKILL);
+		r->turning++;
+		if (mremap((char *)to, pages * PAGE, pages * PAGE, flags, (char *)onward) == MAP_FAILED)
+			_exit(7);
+		bad.is = false;
+		for (size_t i = 0; i < pages; i++)
+			if (readable((char *)onward + i * PAGE))
+				look((char *)onward + i * PAGE, id + i, "");
+		_exit(bad.is ? 21 : 0);
+	}
+	while (r->turning <= TURNERS)
+		usleep(100);
+	usleep(20000); /* it waits in mremap until that is read, unless this is too short */
+	r->parent_calm = true;
+	end_turning(threads);
+	say("ok");
+}
+
 static void calm_down(void)
 {
 	int status;
@@ -1126,6 +1167,8 @@ static void obey(const char *name, const uint64_t *a)
 		say("ok");
 	} else if (!strcmp(name, "restless")) {
 		fork_restless(a[0], a[1], a[2], a[3], a[4]);
+	} else if (!strcmp(name, "runaway")) {
+		fork_runaway(a[0], a[1], a[2], a[3], a[4], a[5]);
 	} else if (!strcmp(name, "calm")) {
 		calm_down();
 	} else if (!strcmp(name, "forks")) {
