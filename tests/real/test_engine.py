@@ -648,7 +648,6 @@ def test_a_child_that_moves_on_what_its_parent_has_moved(file: PagesFile) -> Non
         task.map((area, 8), (place, pages))
         served = service.serve(uffd, [(place, pages, 0, 0)], [(area, 8), (place, pages)], file)
         task.do("runaway", area, place, moved, onward, pages, file.first_id)
-        child = service.wait(NoticeKind.FORKED).task
         task.do("calm")
         task.check(moved, pages, file.first_id)
         assert served.lost == 0
