@@ -607,6 +607,13 @@ def test_fork_storm(file: PagesFile, background: bool) -> None:
             child.close()
 
 
+def threads_that_report(pid: int) -> int:
+    """How many threads of a process wait until a change of the layout has been read."""
+    return sum(
+        "userfaultfd" in (task / "wchan").read_text() for task in Path("/proc", str(pid), "task").iterdir()
+    )
+
+
 @pytest.mark.every_kernel
 @pytest.mark.parametrize("closed", [False, True], ids=["served", "closed"])
 def test_a_fork_that_has_to_wait(file: PagesFile, closed: bool) -> None:
@@ -622,7 +629,9 @@ def test_a_fork_that_has_to_wait(file: PagesFile, closed: bool) -> None:
         extents = [(unmapped, pages, 0, 0), (kept, pages, pages * PAGE, 0)]
         served = service.serve(uffd, extents, [(area, 16), (unmapped, pages), (kept, pages)], file)
         service.serve(others, [(BASE, pages, 0, 0)], [(BASE, pages)], file, max_readahead=1)
-        task.do("restless", area, unmapped, kept, pages, file.first_id + pages)
+        child_pid = int(task.do("restless", area, unmapped, kept, pages, file.first_id + pages))
+        until("changes of the child", lambda: threads_that_report(child_pid) == 8)
+        task.do("settle")
         until("the fork", lambda: served.stats().forks)
         other.check(BASE, pages, file.first_id)
         assert not [notice for notice in service.look() if notice.kind is NoticeKind.FORKED]
@@ -647,7 +656,9 @@ def test_a_child_that_moves_on_what_its_parent_has_moved(file: PagesFile) -> Non
         uffd = task.open_uffd()
         task.map((area, 8), (place, pages))
         served = service.serve(uffd, [(place, pages, 0, 0)], [(area, 8), (place, pages)], file)
-        task.do("runaway", area, place, moved, onward, pages, file.first_id)
+        child_pid = int(task.do("runaway", area, place, moved, onward, pages, file.first_id))
+        until("its mremap", lambda: threads_that_report(child_pid))
+        task.do("settle")
         task.do("calm")
         task.check(moved, pages, file.first_id)
         assert served.lost == 0
