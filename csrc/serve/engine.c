@@ -900,8 +900,9 @@ static bool has_gone_on(const struct lp_task *child, const struct lp_fork *unres
 		for (size_t k = 0; k < unrest->nr_made && own->kind != LP_FORKED && own->kind != LP_REMOVED; k++) {
 			const struct lp_change *made = &unrest->made[k];
 
-			if (overlap(made, own->start, own->len) ||
-			    (own->kind == LP_REMAPPED && overlap(made, own->to, own->len)))
+			if (made->kind != LP_REMOVED && /* the child is not asked about that */
+			    (overlap(made, own->start, own->len) ||
+			     (own->kind == LP_REMAPPED && overlap(made, own->to, own->len))))
 				return true;
 		}
 	}
