@@ -157,3 +157,19 @@ void lp_mark_lost(struct lp_task *t, const struct lp_answer *run, uint64_t skip,
 	lp_space_lose(t->space, run->dense + skip, nr);
 	lp_post_lost(t, run, skip, nr, error);
 }
+
+bool lp_forget_posted(struct lp_task *t)
+{
+	struct lp_engine *e = t->engine;
+	bool spoilt = t->unposted & 1u << LP_NOTICE_BROKEN;
+	size_t kept = 0;
+
+	for (size_t i = 0; i < e->nr_notices; i++) {
+		if (e->notices[i].task != t)
+			e->notices[kept++] = e->notices[i];
+		else
+			spoilt |= e->notices[i].kind == LP_NOTICE_LOST && e->notices[i].error == ESTALE;
+	}
+	e->nr_notices = kept;
+	return spoilt;
+}

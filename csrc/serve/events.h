@@ -22,5 +22,7 @@ void lp_mark_gone(struct lp_task *t);
 void lp_mark_broken(struct lp_task *t, int error);
 /* Reports it once nothing is pending.  (lock held: otherwise the uffd could be closed, and its number be reused) */
 void lp_check_complete(struct lp_task *t);
+/* What has been posted about the task and not been taken.  True: a page of it may have come with zeros.  (engine->lock held) */
+bool lp_forget_posted(struct lp_task *t);
 
 #endif
