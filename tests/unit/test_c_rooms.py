@@ -15,11 +15,13 @@ SERVE = CSRC / "serve"
 #: From the ground up. A new file is put on the lowest floor that it can be on.
 FLOORS = (
     {
-        *("address_space", "ranges", "readahead", "faults", "lock", "level", "uffd_ops", "smaps", "trace"),
-        *("follow", "channel", "exits", "tracers"),
+        *("space_extents", "space_regions", "space_wiped", "ranges", "readahead", "faults", "lock", "level"),
+        *("uffd_ops", "smaps", "trace", "follow", "channel", "exits", "tracers"),
     },
-    {"doubt", "late", "fault_plan", "old_length", "guard", "guarded", "memory", "stats", "wake"},
-    {"events", "deferred"},
+    {"space_pages", "old_length", "guard", "guarded", "wake"},
+    {"space_doubts", "fault_plan", "deferred"},
+    {"space_changes", "address_space"},
+    {"space_order", "doubt", "late", "memory", "stats", "events"},
     {"asking", "copy", "lost", "wiped"},
     {"deliver", "fault", "read_events", "task", "transfer"},
     {"channel_tasks", "forks"},
@@ -29,7 +31,8 @@ FLOORS = (
 )
 
 #: They decide by what they are given, and know no system call.
-PURE = {"address_space", "ranges", "readahead", "faults", "doubt", "late", "fault_plan"}
+SPACE = {"address_space", *(path.stem for path in SERVE.glob("space_*.c"))}
+PURE = SPACE | {"ranges", "readahead", "faults", "doubt", "late", "fault_plan"}
 MEMORY = {
     "malloc",
     "calloc",
