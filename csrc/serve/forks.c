@@ -265,13 +265,13 @@ static void publish_child(struct lp_task *t, struct lp_new_child *u)
 	lp_readahead_init(&child->readahead, t->readahead.max_window);
 	inherit_guards(t, child);
 	lp_task_link(child); /* whoever is told of it may close it at once */
-	/* told before it is served, so that its first notice comes after this one */
-	lp_post(t->engine, (struct lp_notice){.kind = LP_NOTICE_FORKED, .task = child});
+	/* told before it is served, so that its first event comes after this one */
+	lp_post(t->engine, (struct lp_event){.kind = LP_EVENT_FORKED, .task = child});
 	if (u->lost.nr_pages)
 		lp_post_lost(child, &u->lost, 0, u->lost.nr_pages, EADDRNOTAVAIL);
 	rc = lp_task_start(child);
 	if (rc)
-		lp_post_about(child, LP_NOTICE_FAILED, -rc);
+		lp_post_about(child, LP_EVENT_FAILED, -rc);
 	if (child->nr_changes || child->faults.nr) /* nothing is to be read of them any more */
 		lp_claims_released(child);
 }

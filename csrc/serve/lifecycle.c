@@ -109,9 +109,9 @@ struct lp_engine *lp_engine_new(struct lp_guard *guard)
 	e->retry_ns = LP_RETRY_FIRST_NS;
 	e->epfd = epoll_create1(EPOLL_CLOEXEC);
 	e->wakefd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-	e->noticefd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+	e->eventfd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	e->unreadable = mmap(NULL, LP_PAGE_SIZE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-	if (e->unreadable == MAP_FAILED || e->epfd < 0 || e->wakefd < 0 || e->noticefd < 0 ||
+	if (e->unreadable == MAP_FAILED || e->epfd < 0 || e->wakefd < 0 || e->eventfd < 0 ||
 	    epoll_ctl(e->epfd, EPOLL_CTL_ADD, e->wakefd, &event) || lp_mappings_reserve()) {
 		int saved = errno;
 
@@ -170,12 +170,12 @@ void lp_engine_free(struct lp_engine *e)
 		close(e->epfd);
 	if (e->wakefd >= 0)
 		close(e->wakefd);
-	if (e->noticefd >= 0)
-		close(e->noticefd);
+	if (e->eventfd >= 0)
+		close(e->eventfd);
 	if (e->unreadable != MAP_FAILED)
 		munmap(e->unreadable, LP_PAGE_SIZE);
 	pthread_mutex_destroy(&e->lock);
-	free(e->notices);
+	free(e->events);
 	free(e);
 }
 

@@ -244,7 +244,7 @@ int lp_task_bring(struct lp_task *t, uint64_t start, uint64_t end)
 				lp_task_trace_took(t, begun, LP_TRACE_BROUGHT, lp_trace_source(run.source), run.addr, run.nr_pages);
 		} else {
 			lp_task_trace(t, LP_TRACE_FETCHED, LP_TRACE_REMOTE, run.addr, run.nr_pages, run.image);
-			if (!lp_post(t->engine, (struct lp_notice){.kind = LP_NOTICE_NEED,
+			if (!lp_post(t->engine, (struct lp_event){.kind = LP_EVENT_NEED,
 								  .task = t,
 								  .addr = run.addr,
 								  .image = run.image,
