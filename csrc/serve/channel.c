@@ -34,7 +34,6 @@
 #define LAST_EVENTS 4
 /* What the taking in of one piece of an answer may say: pages have come, others are refused. */
 #define PIECE_EVENTS 2
-
 #define MIN_PAGES 4ull /* of a background request */
 #define MIN_LIMIT ((uint64_t)64 << 10)
 #define MAX_LIMIT ((uint64_t)16 << 20)

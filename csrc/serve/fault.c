@@ -16,7 +16,6 @@
 #define LEAD_MAX ((uint64_t)32 << 20)
 #define LEAD_MEMORY_NS (LP_NS / 10) /* after that it begins with LEAD_MIN again */
 
-
 /* Brings what waits in [addr, end), whatever lies between.  0, -EAGAIN, -ESRCH. */
 static int bring(struct lp_task *t, uint64_t addr, uint64_t end)
 {

@@ -49,7 +49,7 @@ struct lp_task *lp_task_new(struct lp_engine *e, int uffd, struct lp_memory *mem
 	lp_task_link(t); /* before it is served: what channels bring finds it by its tag */
 	int rc = lp_task_start(t);
 	if (rc) {
-		lp_task_close(t); /* the uffd stays open: it misses pages */
+		lp_task_close(t); /* the uffd stays open: pages are pending */
 		errno = -rc;
 		return NULL;
 	}
@@ -68,7 +68,7 @@ bool lp_task_close(struct lp_task *t)
 	for (int tries = 0; lp_make_changes(t, true), t->fork.child && !atomic_load(&t->broken); tries++) {
 		if (tries == CLOSE_TRIES)
 			t->fork.child->until = 0;
-		lp_unlock_alone(&t->lock); /* the serving thread waits for no child */
+		lp_unlock_alone(&t->lock); /* the serving thread does not wait for the child */
 		nanosleep(&pause, NULL);
 		lp_lock_alone(&t->lock);
 	}
