@@ -25,7 +25,8 @@ from lazypages.cli.remote_options import SOURCE_OPTIONS, add_options, sources_of
 from lazypages.control import descriptors
 from lazypages.control.listener import ControlSocket
 from lazypages.engine import kernel
-from lazypages.engine.uffd import PAGE_SIZE, Guard
+from lazypages.engine.guard import Guard
+from lazypages.engine.memory import PAGE_SIZE
 from lazypages.errors import LazyPagesError
 from lazypages.logs import MESSAGE
 from lazypages.loop.options import ServeOptions

@@ -14,7 +14,7 @@ import resource
 from collections.abc import Callable
 from typing import TypeVar
 
-from lazypages.engine.uffd import Guard
+from lazypages.engine.guard import Guard
 from lazypages.errors import LazyPagesError
 
 T = TypeVar("T")

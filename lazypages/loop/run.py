@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 
 from lazypages.control.listener import ControlSocket
-from lazypages.engine.uffd import Guard
+from lazypages.engine.guard import Guard
 from lazypages.loop.options import ServeOptions
 from lazypages.loop.server import Server
 from lazypages.observe.metrics import Summary

@@ -24,7 +24,11 @@ from lazypages.control.descriptors import (
 )
 from lazypages.control.handover import Connection, RestoreFinished, TaskArrived, ZombieArrived, accept
 from lazypages.control.listener import ControlError, ControlSocket
-from lazypages.engine.uffd import PAGE_SIZE, Engine, Guard, NoticeKind, ServedTask
+from lazypages.engine.engine import Engine
+from lazypages.engine.events import TaskEventKind
+from lazypages.engine.guard import Guard
+from lazypages.engine.memory import PAGE_SIZE
+from lazypages.engine.task import ServedTask
 from lazypages.errors import LazyPagesError
 from lazypages.loop.exit_events import ExitEvents
 from lazypages.loop.options import ServeOptions
@@ -410,17 +414,17 @@ class Server:
 
     async def _dispatch(self, engine: Engine) -> None:
         while True:
-            await anyio.wait_readable(engine.notice_fd)
+            await anyio.wait_readable(engine.event_fd)
             urgent: list[tuple[int, int, int]] = []
-            for notice in engine.notices():
-                if notice.kind is NoticeKind.FORKED:
-                    self._forked(notice.task)
-                elif notice.kind is NoticeKind.FAILED and notice.error in NONE_LEFT:
+            for event in engine.events():
+                if event.kind is TaskEventKind.FORKED:
+                    self._forked(event.task)
+                elif event.kind is TaskEventKind.FAILED and event.error in NONE_LEFT:
                     self._short_of_descriptors(
-                        f"task {notice.task.tag}: no file descriptor is free for a forked child"
+                        f"task {event.task.tag}: no file descriptor is free for a forked child"
                     )
-                elif service := self._by_task.get(notice.task):
-                    service.handle(notice, urgent)
+                elif service := self._by_task.get(event.task):
+                    service.handle(event, urgent)
             if urgent and self._remote:
                 self._remote.request(urgent, urgent=True)
 

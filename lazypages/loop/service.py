@@ -17,7 +17,9 @@ import anyio.lowlevel
 from anyio import to_thread
 from anyio.abc import TaskGroup
 
-from lazypages.engine.uffd import BusyError, Notice, NoticeKind, ServedTask, TaskGoneError
+from lazypages.engine.errors import BusyError, TaskGoneError
+from lazypages.engine.events import TaskEvent, TaskEventKind
+from lazypages.engine.task import ServedTask
 from lazypages.loop.processes import Process
 from lazypages.observe.metrics import State, TaskReport, measure, signal_name
 from lazypages.sources.checkpoint import Seen
@@ -100,7 +102,7 @@ class TaskService:
         self._gone = False
         self._state = State.SERVING
         self._signal = 0
-        self._wrong: list[Notice] = []
+        self._wrong: list[TaskEvent] = []
         self._tending = False
         self._background = False
         self._urgent = False
@@ -174,40 +176,40 @@ class TaskService:
         if not self._final:
             self._served.probe()
 
-    def handle(self, notice: Notice, urgent: list[tuple[int, int, int]]) -> None:
-        """Handle a notice of the engine about this task. Does not block. Adds pages for page servers to `urgent`."""
-        match notice.kind:
-            case NoticeKind.NEED | NoticeKind.HURRY:
-                urgent.append((self.identity.pid, notice.image, notice.nr_pages))
-            case NoticeKind.COMPLETE:
+    def handle(self, event: TaskEvent, urgent: list[tuple[int, int, int]]) -> None:
+        """Handle an event of the engine about this task. Does not block. Adds pages for page servers to `urgent`."""
+        match event.kind:
+            case TaskEventKind.NEED | TaskEventKind.ESCALATE:
+                urgent.append((self.identity.pid, event.image, event.nr_pages))
+            case TaskEventKind.COMPLETE:
                 self._check_complete()
-            case NoticeKind.GONE:
+            case TaskEventKind.GONE:
                 self._gone = True
                 if not self._served.pending:
                     self._end(State.COMPLETE)
                 elif self._group:
                     self._group.start_soon(self._learn_end)
-            case NoticeKind.LOST if notice.error == errno.ESTALE:
+            case TaskEventKind.LOST if event.error == errno.ESTALE:
                 self._spoilt()
-            case NoticeKind.LOST:
-                self._wrong.append(notice)
+            case TaskEventKind.LOST:
+                self._wrong.append(event)
                 if self._group:
                     self._tend(self._group)
-            case NoticeKind.FAILED:
-                log.error("%s: userfaultfd: %s", self.identity.name, os.strerror(notice.error))
-            case NoticeKind.BROKEN:
+            case TaskEventKind.FAILED:
+                log.error("%s: userfaultfd: %s", self.identity.name, os.strerror(event.error))
+            case TaskEventKind.BROKEN:
                 self._state = State.KILLED
                 self._kill(
-                    f"cannot keep track of its missing pages: {os.strerror(notice.error)}", descendants=True
+                    f"cannot keep track of its missing pages: {os.strerror(event.error)}", descendants=True
                 )
-            case NoticeKind.UNSEEN:
+            case TaskEventKind.UNSEEN:
                 log.warning(
                     "%s: cannot read /proc/PID/pagemap (%s): guards that it installs (MADV_GUARD_INSTALL) before "
                     "all its memory has arrived may be overwritten; give the daemon CAP_SYS_PTRACE",
                     self.identity.name,
-                    os.strerror(notice.error),
+                    os.strerror(event.error),
                 )
-            case NoticeKind.FORKED:
+            case TaskEventKind.FORKED:
                 pass  # handled by the server
 
     def _check_complete(self) -> None:
@@ -402,36 +404,36 @@ class TaskService:
     async def _tend_wrong(self) -> None:
         """Poison lost pages, so that the task does not read zeros there."""
         while self._wrong:
-            notices, self._wrong = self._wrong, []
-            for notice in notices:
-                self._explain(notice)
+            events, self._wrong = self._wrong, []
+            for event in events:
+                self._explain(event)
             if self._served.lost:
                 if self._state is State.SERVING:
                     self._state = State.LOST
                 await self._poison(everything=False)
         self._tending = False
 
-    def _explain(self, notice: Notice) -> None:
-        name, where = self.identity.name, f"{notice.nr_pages} pages at {notice.addr:#x}"
-        if notice.error == errno.ENOENT:
-            if self.process and not self.process.holds_anonymous_memory(notice.addr):
+    def _explain(self, event: TaskEvent) -> None:
+        name, where = self.identity.name, f"{event.nr_pages} pages at {event.addr:#x}"
+        if event.error == errno.ENOENT:
+            if self.process and not self.process.holds_anonymous_memory(event.addr):
                 log.info("%s: %s are not mapped any more", name, where)
-                self._served.forget(notice.image, notice.nr_pages)
+                self._served.forget(event.image, event.nr_pages)
                 return
             log.error("%s: %s have data in the image, but the restorer has not registered them", name, where)
             self._state = State.KILLED
             self._kill("it would read zeros there")
-        elif notice.error == errno.ENODATA:
+        elif event.error == errno.ENODATA:
             pass  # pages_lost() has logged it
-        elif notice.error == errno.EADDRNOTAVAIL:
+        elif event.error == errno.EADDRNOTAVAIL:
             log.error(
                 "%s: %s may have been unmapped, which the kernel does not report: neither their data nor zeros are"
                 " certain to be right",
                 name,
                 where,
             )
-        elif notice.error:
-            log.error("%s: %s can't be read from the image: %s", name, where, os.strerror(notice.error))
+        elif event.error:
+            log.error("%s: %s can't be read from the image: %s", name, where, os.strerror(event.error))
         else:
             log.error("%s: %s are lost and a thread waits for one", name, where)
 

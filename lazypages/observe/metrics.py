@@ -7,7 +7,9 @@ import signal
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lazypages.engine.uffd import PAGE_SIZE, ServedTask, SourcePages, Stats, histogram_bound
+from lazypages.engine.memory import PAGE_SIZE
+from lazypages.engine.stats import SourcePages, Stats, histogram_bound
+from lazypages.engine.task import ServedTask
 
 if TYPE_CHECKING:
     from lazypages.sources.remote import ServerStats  # imported only if page servers are used

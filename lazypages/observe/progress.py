@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import anyio
 
-from lazypages.engine.uffd import PAGE_SIZE
+from lazypages.engine.memory import PAGE_SIZE
 from lazypages.logs import MESSAGE
 from lazypages.observe.metrics import State, Summary, TaskReport
 from lazypages.observe.summary import count, size

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from lazypages.engine.uffd import PAGE_SIZE
+from lazypages.engine.memory import PAGE_SIZE
 from lazypages.observe.metrics import State, Summary, TaskReport, signal_name
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
-from lazypages.engine.uffd import PAGE_SIZE
+from lazypages.engine.memory import PAGE_SIZE
 from lazypages.observe.pictures import draw_slower, new_figure, slower_axis, write_picture
 from lazypages.observe.summary import count, size
 from lazypages.observe.tracing import NO_SOURCE, NOWHERE, RECORD, REMOTE, ZERO, Kind, Trace, TraceError

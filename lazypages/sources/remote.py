@@ -37,8 +37,10 @@ import anyio
 from anyio.abc import TaskGroup
 
 from images_spec.identity import Identity
-from lazypages.engine.uffd import Channel as EngineLane
-from lazypages.engine.uffd import ChannelEvent, ChannelEventKind, ChannelRequest, Engine, ServedTask
+from lazypages.engine.channel import Channel as EngineLane
+from lazypages.engine.channel import ChannelEvent, ChannelEventKind, ChannelRequest
+from lazypages.engine.engine import Engine
+from lazypages.engine.task import ServedTask
 from lazypages.net import wire
 from lazypages.net.link import Link, LinkError, connect
 from lazypages.net.tls import TlsError, TlsFiles

@@ -228,7 +228,7 @@ def test_interrupted_when_a_restore_has_just_connected(file: PagesFile, tmp_path
 FAILING = """
 import os, signal, sys, time
 from lazypages.__main__ import main
-from lazypages.engine.uffd import Engine
+from lazypages.engine.engine import Engine
 run, engines, folder = Engine.run, [], sys.argv.pop(1)
 def failing(self):
     engines.append(self)

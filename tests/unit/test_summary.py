@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from lazypages.engine.uffd import histogram_bound
+from lazypages.engine.stats import histogram_bound
 from lazypages.observe.metrics import State
 from lazypages.observe.summary import MAX_NAMED, count, duration, lines, size, table
 from lazypages.sources.remote import ServerStats
