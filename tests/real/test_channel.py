@@ -38,7 +38,7 @@ TAG = 4711
 GET, ADD_F, CLOSE = 7, 6, 0x1023
 PRESENT, ZERO = 4, 0x100
 MADV_DONTNEED = 4
-HEADERS = {24: struct.Struct("=IIQQ"), 32: struct.Struct("=I4xQQQ")}  # reference/criu-interfaces §4
+HEADERS = {24: struct.Struct("=IIQQ"), 32: struct.Struct("=I4xQQQ")}  # docs/criu.md, "Page server protocol"
 
 both = pytest.mark.parametrize("size", HEADERS)
 

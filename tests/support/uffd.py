@@ -30,7 +30,7 @@ from lazypages.observe.tracing import Ring
 
 PAGE = 4096
 
-#: What CRIU's restore asks for (reference/criu-interfaces §2): EVENT_FORK, _REMAP, _REMOVE, _UNMAP.
+#: What CRIU's restore asks for (docs/criu.md, "Userfaultfds and lazy mappings"): EVENT_FORK, _REMAP, _REMOVE, _UNMAP.
 FEATURES = 1 << 1 | 1 << 2 | 1 << 3 | 1 << 6
 
 #: Far from where the kernel maps things by itself.
