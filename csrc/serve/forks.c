@@ -146,12 +146,12 @@ static bool replaces_poison(struct lp_task *child, uint64_t addr, const void *sr
  * A page where the parent has a guard by now: has the child one, too?  Poison is not placed over a guard (EEXIST).  Where it is
  * placed there was none when the process forked, and the page takes its place at once: the child does not run yet, or hardly.
  */
-static void inherit_page(struct lp_task *child, const struct lp_answer *page)
+static void inherit_page(struct lp_task *child, const struct lp_run *page)
 {
 	const struct lp_level *level = &child->levels[page->source];
 	struct lp_result poison;
 
-	if (level->held(level, page->offset, 1) != 1 || !lp_space_claim(child->space, page->dense, 1))
+	if (level->held(level, page->offset, 1) != 1 || !lp_space_claim(child->space, page->index, 1))
 		return;
 	poison = lp_uffd_poison(child->uffd, page->addr, 1);
 	if (poison.outcome == LP_PRESENT) {
@@ -159,20 +159,20 @@ static void inherit_page(struct lp_task *child, const struct lp_answer *page)
 	} else if (poison.outcome == LP_DONE &&
 		   replaces_poison(child, page->addr, (const char *)level->base + page->offset)) {
 		lp_count(&child->copied[page->source], 1);
-		lp_space_commit(child->space, page->dense, 1);
+		lp_space_commit(child->space, page->index, 1);
 	} else {
-		lp_space_release(child->space, page->dense, 1); /* a copy over poison heals it */
+		lp_space_release(child->space, page->index, 1); /* a copy over poison heals it */
 	}
 }
 
 static void inherit_range(struct lp_task *child, struct lp_range guard)
 {
 	for (uint64_t addr = guard.start; addr < guard.end;) {
-		struct lp_answer run = lp_space_lookup(child->space, addr, (guard.end - addr) >> LP_PAGE_SHIFT);
+		struct lp_run run = lp_space_lookup(child->space, addr, (guard.end - addr) >> LP_PAGE_SHIFT);
 
 		addr += run.nr_pages << LP_PAGE_SHIFT;
 		for (uint64_t i = 0; run.kind == LP_DATA && i < run.nr_pages; i++) {
-			struct lp_answer page = lp_run_after(&run, i);
+			struct lp_run page = lp_run_after(&run, i);
 
 			inherit_page(child, &page);
 		}

@@ -104,7 +104,7 @@ static void mark_unclear_lost(struct lp_task *t)
 
 		for (int k = 0; unclear[i] && k < (change->kind == LP_REMAPPED ? 2 : 1); k++) {
 			lp_mark_range_lost(t, places[k], places[k] + change->len);
-			lp_space_lose_doubts(t->space, places[k], places[k] + change->len);
+			lp_space_mark_doubts_lost(t->space, places[k], places[k] + change->len);
 			if (!lp_ranges_add(&t->unsure, places[k], places[k] + change->len))
 				found = -ENOMEM;
 		}
@@ -222,7 +222,7 @@ void lp_make_changes(struct lp_task *t, bool quiescent)
 	memmove(t->changes, changes, nr * sizeof(*changes));
 	t->nr_changes = nr;
 	if (quiescent && !fork_events->child && !atomic_load(&t->broken)) {
-		lp_space_rest(t->space);
+		lp_space_quiescent(t->space);
 		if (lp_space_nr_doubts(t->space))
 			settle(t);
 		if (!t->nr_changes)

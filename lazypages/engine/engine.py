@@ -130,7 +130,7 @@ class Engine:
                     kind,
                     self._tasks[raw.task],
                     raw.error,
-                    raw.image,
+                    raw.dump_addr,
                     raw.addr,
                     raw.nr_pages,
                     raw.since,

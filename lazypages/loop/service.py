@@ -180,7 +180,7 @@ class TaskService:
         """Handle an event of the engine about this task. Does not block. Adds pages for page servers to `urgent`."""
         match event.kind:
             case TaskEventKind.NEED | TaskEventKind.ESCALATE:
-                urgent.append((self.identity.pid, event.image, event.nr_pages))
+                urgent.append((self.identity.pid, event.dump_addr, event.nr_pages))
             case TaskEventKind.COMPLETE:
                 self._check_complete()
             case TaskEventKind.GONE:
@@ -418,7 +418,7 @@ class TaskService:
         if event.error == errno.ENOENT:
             if self.process and not self.process.holds_anonymous_memory(event.addr):
                 log.info("%s: %s are not mapped any more", name, where)
-                self._served.forget(event.image, event.nr_pages)
+                self._served.forget(event.dump_addr, event.nr_pages)
                 return
             log.error("%s: %s have data in the image, but the restorer has not registered them", name, where)
             self._state = State.KILLED

@@ -211,7 +211,7 @@ def test_cut(cut: int, pages: int, file: PagesFile) -> None:
         # a thread that waits is no worse off: the owner is asked, and another channel brings it
         if whole < pages:
             task.tell_check(BASE, pages, file.first_id)
-            assert service.wait(TaskEventKind.ESCALATE, served).image == BASE + whole * PAGE
+            assert service.wait(TaskEventKind.ESCALATE, served).dump_addr == BASE + whole * PAGE
             second = Source(service)
             second.channel.ask(TAG, BASE + whole * PAGE, pages - whole, urgent=True)
             second.send(second.answer(file, second.asked()))
@@ -411,7 +411,7 @@ def test_a_held_channel(file: PagesFile) -> None:
         source.event(ChannelEventKind.QUIET)
         task.reply()
         task.tell_check(BASE + PAGE, 1, file.first_id + 1)
-        assert service.wait(TaskEventKind.NEED, served).image == BASE + PAGE
+        assert service.wait(TaskEventKind.NEED, served).dump_addr == BASE + PAGE
         assert source.quiet()
         source.channel.ask(TAG, BASE + PAGE, 1, urgent=True)
         source.send(source.answer(file, source.asked()))
@@ -634,7 +634,7 @@ def test_turmoil(file: PagesFile) -> None:
             for event in service.look():
                 assert event.kind in {TaskEventKind.NEED, TaskEventKind.ESCALATE, TaskEventKind.COMPLETE}
                 if event.kind is TaskEventKind.NEED:
-                    served.fail_remote(event.image, event.nr_pages, lost=False)
+                    served.fail_remote(event.dump_addr, event.nr_pages, lost=False)
             service.events.clear()
             if not turn_taken:
                 source.channel.turn(served, 32 * PAGE)
