@@ -82,6 +82,7 @@ engine = module(
                     "address_space",
                     "doubt",
                     "late",
+                    "calls",
                     "old_length",
                     "readahead",
                     "ranges",

@@ -16,7 +16,7 @@ SERVE = CSRC / "serve"
 FLOORS = (
     {
         *("space_extents", "space_regions", "space_wiped", "ranges", "readahead", "faults", "lock", "level"),
-        *("uffd_ops", "smaps", "trace", "follow", "channel", "exits", "tracers"),
+        *("uffd_ops", "smaps", "trace", "follow", "channel", "exits", "tracers", "calls"),
     },
     {"space_pages", "old_length", "guard", "guarded", "wake"},
     {"space_doubts", "fault_plan", "deferred"},
