@@ -156,7 +156,8 @@ struct lp_task {
 	struct lp_task *next_kin; /* under the engine's lock */
 	pthread_mutex_t waiting_lock; /* of what follows */
 	struct waiter *waiting;
-	size_t nr_waiting, cap_waiting;
+	_Atomic size_t nr_waiting; /* read without the lock, too */
+	size_t cap_waiting;
 	uint64_t lead, led_at;	 /* how far the background was sent ahead of a thread, and when; bytes, ns */
 	uint64_t total;
 	pid_t pid; /* 0: not known */
@@ -1513,7 +1514,8 @@ static void forked(struct lp_task *t, const struct lp_change *fork, struct unres
 	struct lp_task *child = task_alloc(t->engine, fork->uffd, t->nr_levels);
 	struct lp_counts dropped = {.nr_levels = t->nr_levels};
 	struct lp_answer lost = {0};
-	int rc = 0;
+	bool behind;
+	int rc;
 
 	add(&t->stats.forks, 1);
 	if (!child) {
@@ -1550,6 +1552,7 @@ static void forked(struct lp_task *t, const struct lp_change *fork, struct unres
 	number_memory(child, t->number);
 	lp_readahead_init(&child->plan, t->plan.max_window);
 	inherit_guards(t, child);
+	behind = child->nr_changes || child->faults.nr; /* nothing is to be read of these any more; another thread may serve it soon */
 	task_link(child); /* whoever is told of it may close it at once */
 	/* told before it is served, so that its first notice comes after this one */
 	notify(t->engine, (struct lp_notice){.kind = LP_NOTICE_FORKED, .task = child});
@@ -1558,7 +1561,7 @@ static void forked(struct lp_task *t, const struct lp_change *fork, struct unres
 	rc = task_start(child);
 	if (rc)
 		notify_task(child, LP_NOTICE_FAILED, -rc);
-	if (child->nr_changes || child->faults.nr) /* nothing is to be read of them any more */
+	if (behind)
 		take_back(child);
 }
 
@@ -2582,11 +2585,16 @@ uint64_t lp_task_claim_remote(struct lp_task *t, uint64_t cursor, uint64_t max_p
 int64_t lp_task_claim_background(struct lp_task *t, uint64_t max_pages, uint64_t *image)
 {
 	uint64_t from = t->channel_cursor, nr = 0;
+	int64_t rc = 0;
 
+	lp_lock_shared(&t->lock);
 	if (atomic_load(&t->gone) || !is_served(t))
-		return 0;
-	if (t->nr_changes) /* changed by this thread only */
-		return -EAGAIN;
+		rc = -ESRCH;
+	else if (t->nr_changes) /* none is added but by this thread; who closes the task makes them */
+		rc = -EAGAIN;
+	lp_unlock_shared(&t->lock);
+	if (rc)
+		return rc == -EAGAIN ? rc : 0;
 	nr = lp_task_claim_remote(t, from, max_pages, image, &t->channel_cursor);
 	if (!nr && from) /* round again: what was released behind us */
 		nr = lp_task_claim_remote(t, 0, max_pages, image, &t->channel_cursor);
