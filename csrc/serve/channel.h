@@ -86,6 +86,7 @@ void lp_channel_finish(struct lp_channel *channel, bool force, uint32_t flags);
 size_t lp_channel_outstanding(struct lp_channel *channel, struct lp_request *requests, size_t max);
 void lp_channel_state(struct lp_channel *channel, struct lp_channel_state *state);
 
+#ifndef LP_CFFI
 /* ---- the serving thread ---- */
 
 /* Places pages that have come: 0, or -EAGAIN when that has to be tried again with the same. */
@@ -126,5 +127,6 @@ bool lp_channels_round(struct lp_channels *channels);
 int64_t lp_task_claim_background(struct lp_task *task, uint64_t max_pages, uint64_t *image);
 /* engine.c */
 struct lp_channels *lp_engine_channels(struct lp_engine *engine);
+#endif
 
 #endif
