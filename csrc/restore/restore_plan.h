@@ -26,7 +26,7 @@
 #define LP_SCRATCH_CODE 4096
 #define LP_SCRATCH_DATA 65536
 
-struct lp_readahead {
+struct lp_plan {
 	uint64_t magic;
 	uint32_t version;
 	uint32_t nr_ops;

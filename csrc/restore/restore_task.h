@@ -26,7 +26,7 @@ struct lp_thread {
 };
 
 struct lp_restorer {
-	struct lp_readahead plan;
+	struct lp_plan plan;
 	struct lp_thread *threads;
 	int *slots;	   /* descriptors, -1: none */
 	void **shared;	   /* where LP_SHARED slots are mapped */

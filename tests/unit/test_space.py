@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import random
 import subprocess
 from dataclasses import dataclass, field
@@ -504,6 +505,7 @@ def test_claims_of_many_threads(tmp_path: Path) -> None:
     program = tmp_path / "space_threads"
     sources = [root / "tests/support/space_threads.c", root / "csrc/serve/address_space.c"]
     flags = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread", f"-I{root / 'csrc'}"]
+    flags += os.environ.get("LAZYPAGES_SANITIZER", "").split()  # .ci/sanitize
     subprocess.run(["gcc", *flags, *sources, "-o", program], check=True)
     subprocess.run([program], check=True, timeout=60)
 
