@@ -1,6 +1,8 @@
+#define _GNU_SOURCE
 #include "check_plan.h"
 
 #include <errno.h>
+#include <sched.h>
 #include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
@@ -51,7 +53,7 @@ static bool check_spawn(const struct check *c, const struct lp_spawn *spawn)
 	uint32_t thread = c->op->thread;
 
 	if (thread >= c->plan->nr_threads || c->alive[thread] || spawn->tid <= 0 ||
-	    (spawn->parent != LP_NONE && !is_alive(c, spawn->parent)))
+	    (spawn->parent == LP_NONE ? !!(spawn->flags & CLONE_THREAD) : !is_alive(c, spawn->parent)))
 		return false;
 	c->alive[thread] = true;
 	return true;
@@ -232,6 +234,8 @@ static bool check_ops(struct check *c)
 		label = padded(c->op->label_size);
 		body = padded(c->op->body_size);
 		if (left < label || left - label < body || !is_text(c->op + 1, c->op->label_size))
+			return false;
+		if (c->op->thread != LP_NONE && c->op->thread >= c->plan->nr_threads) /* messages name it */
 			return false;
 		left -= label + body;
 		c->body = (const char *)(c->op + 1) + label;
