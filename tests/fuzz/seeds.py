@@ -74,9 +74,7 @@ def plans() -> dict[str, bytes]:
     plan.reopen(file, os.O_RDONLY, "open it again")
     shared = plan.shared(8192, "map shared memory")
     extents = struct.pack("<QQQII", 0, 2, 0, 0, 0)
-    plan.fill(
-        NONE, [file], [FillRange(0, 8192, TAKE_EAGER)], extents=extents, shared=shared, label="fill it"
-    )
+    plan.fill(NONE, [file], [FillRange(0, 8192, TAKE_EAGER)], extents=extents, shared=shared, label="fill it")
     plan.write("/proc/sys/x", os.O_WRONLY, "text", "write")
     plan.call(root, "a call", 39, 1, 2, data=b"12345678", exact=None)
     plan.give(root, file, 3, cloexec=True, label="give")
@@ -87,7 +85,13 @@ def plans() -> dict[str, bytes]:
     plan.drain(root)
     for each in (root, thread):
         plan.regs(
-            each, bytes(216), blocked=0, stop=False, xstate_bv=7, fxsave=bytes(512), components=[(2, bytes(256))]
+            each,
+            bytes(216),
+            blocked=0,
+            stop=False,
+            xstate_bv=7,
+            fxsave=bytes(512),
+            components=[(2, bytes(256))],
         )
     plan.uffd(root, 100, [Span(0x400000, 0x402000)])
     plan.announce(7)
