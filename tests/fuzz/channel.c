@@ -13,8 +13,6 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-#include "serve/address_space.h"
-
 #include "fuzz.h"
 
 #define TAGS 2
@@ -47,23 +45,12 @@ static int server;
 static uint8_t asked[1 << 16]; /* what the server has received and not answered */
 static size_t nr_asked;
 
-struct lp_channels *lp_engine_channels(struct lp_engine *engine)
-{
-	(void)engine;
-	return &channels;
-}
-
-uint64_t lp_task_tag(const struct lp_task *task)
-{
-	(void)task;
-	return 1;
-}
-
-int64_t lp_task_claim_background(struct lp_task *task, uint64_t max_pages, uint64_t *image)
+static int64_t claim(void *arg, struct lp_task *task, uint64_t max_pages, uint64_t *tag, uint64_t *image)
 {
 	uint64_t nr = 0;
 
-	(void)task;
+	(void)arg, (void)task;
+	*tag = 1;
 	while (background < PAGES && wanted[1][background])
 		background++;
 	*image = BASE + background * PAGE;
@@ -72,9 +59,9 @@ int64_t lp_task_claim_background(struct lp_task *task, uint64_t max_pages, uint6
 	return (int64_t)nr;
 }
 
-void lp_task_fail_remote(struct lp_task *task, uint64_t image, uint64_t nr_pages, bool lost)
+static void give_back(void *arg, struct lp_task *task, uint64_t image, uint64_t nr_pages)
 {
-	(void)task, (void)lost;
+	(void)arg, (void)task;
 	for (uint64_t i = 0; i < nr_pages; i++)
 		wanted[1][(image - BASE) / PAGE + i]--;
 }
@@ -214,6 +201,7 @@ static void want(struct input *in, bool fault)
 
 static void begin(uint8_t how)
 {
+	const struct lp_channel_tasks tasks = {.place = place, .claim = claim, .give_back = give_back};
 	struct epoll_event event = {.events = EPOLLIN};
 	int ends[2];
 
@@ -222,10 +210,10 @@ static void begin(uint8_t how)
 	memset(wanted, 0, sizeof(wanted));
 	busy = raw = false;
 	background = nr_asked = 0;
-	lp_channels_init(&channels, epoll_create1(0), eventfd(0, EFD_NONBLOCK), place, NULL);
+	lp_channels_init(&channels, epoll_create1(0), eventfd(0, EFD_NONBLOCK), &tasks);
 	CHECK(!epoll_ctl(channels.epfd, EPOLL_CTL_ADD, channels.wakefd, &event));
 	CHECK(!socketpair(AF_UNIX, SOCK_STREAM, 0, ends));
-	CHECK((channel = lp_channel_new(NULL, ends[0], &options)));
+	CHECK((channel = lp_channel_new(&channels, ends[0], &options)));
 	close(ends[0]);
 	server = ends[1];
 }
