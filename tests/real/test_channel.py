@@ -585,6 +585,7 @@ def test_parking(tmp_path: Path) -> None:
     root = Path(__file__).parents[2]
     sources = [root / "tests/support/channel_deferred.c", root / "csrc/serve/channel.c"]
     flags = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread", f"-I{root / 'csrc'}"]
+    flags += os.environ.get("LAZYPAGES_SANITIZER", "").split()  # .ci/sanitize
     subprocess.run(["gcc", *flags, *sources, "-o", tmp_path / "channel_deferred"], check=True)
     subprocess.run([tmp_path / "channel_deferred"], check=True, timeout=60)
 
