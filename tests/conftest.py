@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.support.fake import compile_restored
 from tests.support.processes import become_subreaper, descendants, describe, end
 from tests.support.restore import Checkpoints, Program
 
@@ -50,6 +51,13 @@ def _no_process_survives() -> Iterator[None]:
     end(tuple(left))
     if story:
         pytest.fail("processes survived the tests: " + "; ".join(story), pytrace=False)
+
+
+@pytest.fixture(scope="session")
+def restored_program() -> Iterator[Path]:
+    """Tasks that register memory of their own, compiled (support/restored.c)."""
+    with TemporaryDirectory(prefix="lazypages-restored-") as folder:
+        yield compile_restored(Path(folder))
 
 
 @pytest.fixture(scope="session")

@@ -158,7 +158,7 @@ def test_a_fault_byte_by_byte(size: int, file: PagesFile) -> None:
             get = source.asked()
             assert get == (1, BASE + page * PAGE, TAG)
             for byte in source.answer(file, get):
-                assert task.busy(0)
+                assert not task.replied()
                 source.send(bytes([byte]))
             task.reply()
         assert no_notice(service)
@@ -627,7 +627,7 @@ def test_turmoil(file: PagesFile) -> None:
         servers = [Server(source, file, 0)]
         turn_taken = False
         deadline = time.monotonic() + 60
-        while task.busy(0):
+        while not task.replied():
             assert time.monotonic() < deadline
             for notice in service.look():
                 assert notice.kind in {NoticeKind.NEED, NoticeKind.HURRY, NoticeKind.COMPLETE}

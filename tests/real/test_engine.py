@@ -722,7 +722,7 @@ def test_no_file_descriptor_for_a_child(file: PagesFile) -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
             task.tell("forks", 1, BASE, 64, file.first_id, 1)
             assert service.wait(NoticeKind.FAILED, served).error == errno.EMFILE
-            assert task.busy()
+            assert not task.replied()
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         task.reply()
@@ -752,7 +752,7 @@ def test_others_go_on_while_a_fork_cannot_be_read(file: PagesFile) -> None:
                 served.stats().reads - before <= pages // 4
             )  # by the clock, not once for each fault of others
             assert not [notice for notice in service.look() if notice.kind is NoticeKind.FAILED]
-            assert stuck.busy()
+            assert not stuck.replied()
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         stuck.reply()
@@ -1016,7 +1016,7 @@ def test_remote_turmoil(file: PagesFile) -> None:
         wanted: list[tuple[int, int]] = []
         cursor = turn = 0
         deadline = time.monotonic() + 60
-        while task.busy(0):
+        while not task.replied():
             assert time.monotonic() < deadline
             for notice in service.look():
                 assert notice.kind in {NoticeKind.NEED, NoticeKind.HURRY, NoticeKind.COMPLETE}

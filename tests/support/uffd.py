@@ -32,10 +32,11 @@ from lazypages.engine.uffd import (
     TaskMemory,
 )
 from lazypages.observe.tracing import Ring
+from tests.support.blocked import POLLS, misses_a_page, sleeps_in
 
 PAGE = 4096
 
-#: What CRIU's restore asks for (reference/criu-interfaces §2): EVENT_FORK, _REMAP, _REMOVE, _UNMAP.
+#: What CRIU's restore asks for (restorer side of CRIU's lazy pages): EVENT_FORK, _REMAP, _REMOVE, _UNMAP.
 FEATURES = 1 << 1 | 1 << 2 | 1 << 3 | 1 << 6
 
 #: Far from where the kernel maps things by itself.
@@ -107,6 +108,8 @@ class Task:
         self.process = process
         self.uffd = -1
         """The one that it has handed over last; not its owner."""
+        self.engine: Path | None = None
+        """/proc/PID/task/TID of the thread that serves it, if that is one of ours."""
 
     @classmethod
     def start(cls) -> Task:
@@ -138,9 +141,24 @@ class Task:
         self.tell(command, *args)
         return self.reply(timeout)
 
-    def busy(self, seconds: float = 0.2) -> bool:
-        """Whether it says nothing for so long."""
-        return not select.select([self._control], [], [], seconds)[0]
+    def replied(self) -> bool:
+        """Whether there is something to be read for :meth:`reply`."""
+        return bool(select.select([self._control], [], [], 0)[0])
+
+    def busy(self) -> bool:
+        """Whether the command can't go on: a thread sleeps in its userfaultfd, and the engine has nothing to do.
+
+        False: it has replied. Fails when neither becomes true.
+        """
+
+        def both_sleep() -> bool:
+            return misses_a_page(self.pid) and (self.engine is None or sleeps_in(self.engine, POLLS))
+
+        # Twice: between the looks at task and engine, the engine may have answered, and the task faulted again.
+        until(
+            "a reply, or a fault without an answer", lambda: self.replied() or (both_sleep() and both_sleep())
+        )
+        return not self.replied()
 
     def _receive_fd(self) -> int:
         self._control.settimeout(60)
@@ -278,11 +296,11 @@ class Service:
 
     def task(self) -> Task:
         """A task that is ended with the service."""
-        task = Task.start()
-        self._tasks.append(task)
-        return task
+        return self.adopt(Task.start())
 
     def adopt(self, task: Task) -> Task:
+        """Ends a task that was forked, or is served elsewhere first, with the service."""
+        task.engine = Path(f"/proc/self/task/{self.thread_id}")
         self._tasks.append(task)
         return task
 
