@@ -114,7 +114,9 @@ def test_ctrl_c_leaves_nothing(during: str, tmp_path: Path) -> None:
     with OnTerminal(["env", f"TMPDIR={tmp_path}", *COMMAND[:-1], size]) as terminal:
         terminal.wait_for("2. ")
         wait_for(during, lambda: runs(during))
-        if during == "lazypages serve":  # and has to get ready undisturbed before the demo looks what it was given
+        if (
+            during == "lazypages serve"
+        ):  # and has to get ready undisturbed before the demo looks what it was given
             os.kill(terminal.process.pid, signal.SIGSTOP)
             terminal.press(b"\x03")
             terminal.wait_for("waiting for: criu restore", 30)

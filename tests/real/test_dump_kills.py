@@ -21,6 +21,7 @@ from dumptool.proc import Vma, layout
 from dumptool.tracee import Gadgets, find_room, session
 from images_spec.images import Kind
 from images_spec.pagemap import Pagemap
+from tests.support.blocked import wait_for_rest
 from tests.support.dumptool import check, is_unharmed, run, task
 from tests.support.processes import reap, wait_for
 
@@ -61,25 +62,35 @@ def in_child(work: object) -> int:
 
 
 def kill_in_sessions(pid: int, gadgets: Gadgets, chance: random.Random, *, room: bool) -> None:
-    """Kills one who holds `pid`, and has its threads make calls all the time, at a random moment.
+    """Kills one who has frozen `pid`, and has its threads make calls all the time, at a random moment of that.
 
     ``room``: in memory that is found for that; else below their stack pointers.
     """
+    begun, begins = os.pipe()
 
     def work() -> None:
         with freeze(pid) as tree:
             if room:
                 gadgets.room = find_room(pid, layout(pid).vmas, tree.root.threads)
+            os.write(begins, b"!")
             while True:
                 for tid in tree.root.threads:
                     with session(tid, gadgets) as inside:
                         inside.filled("<QQQQ", NR_GETITIMER, lambda at: (0, at))
 
     child = in_child(work)
-    time.sleep(0.002 + chance.random() * 0.01)
+    os.close(begins)
+    assert os.read(begun, 1), "it ended before it called anything"
+    os.close(begun)
+    time.sleep(chance.random() * 0.01)
     os.kill(child, signal.SIGKILL)
-    reap(child)
+    assert os.waitstatus_to_exitcode(reap(child)) == -signal.SIGKILL
     is_unharmed(pid)
+
+
+def state(pid: int) -> str:
+    """The letter in proc_pid_stat(5)."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0]
 
 
 def expected_output(workers: Path) -> bytes:
@@ -202,9 +213,9 @@ def test_signals_wait_until_a_session_is_over(workers: Path, tmp_path: Path) -> 
             for _ in range(5):
                 assert inside.call(39) == pid
             assert tree.root.threads
-        wait_for("the stop", lambda: Path(f"/proc/{pid}/stat").read_text().split(") ")[1][0] == "T")
+        wait_for("the stop", lambda: state(pid) == "T")
         os.kill(pid, signal.SIGCONT)
-        wait_for("its going on", lambda: Path(f"/proc/{pid}/stat").read_text().split(") ")[1][0] in "SR")
+        wait_for("its going on", lambda: state(pid) in "SR")
         is_unharmed(pid)
 
 
@@ -212,11 +223,13 @@ def test_a_stopped_task_stays_stopped(workers: Path, tmp_path: Path) -> None:
     with task(workers, ROUNDS, REST, tmp_path / "go") as pid:
         wait_for("the threads", lambda: len(os.listdir(f"/proc/{pid}/task")) == 5)
         os.kill(pid, signal.SIGSTOP)
+        wait_for("the stop", lambda: state(pid) == "T")
         assert run("dump", "-t", pid, "-D", tmp_path / "images", "-R").returncode == 0
-        time.sleep(0.05)
-        assert Path(f"/proc/{pid}/stat").read_text().split(") ")[1][0] == "T"
+        # A tracer that detaches sets it going only to be stopped again: dumptool has gone, so that is over.
+        wait_for_rest(pid)
+        assert state(pid) == "T"
         os.kill(pid, signal.SIGCONT)
-        wait_for("its going on", lambda: Path(f"/proc/{pid}/stat").read_text().split(") ")[1][0] in "SR")
+        wait_for("its going on", lambda: state(pid) in "SR")
 
 
 @pytest.mark.parametrize("image", ["pages-1.img", "core-{pid}.img", "inventory.img", "pagemap-{pid}.img"])

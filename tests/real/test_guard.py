@@ -299,16 +299,22 @@ def test_with_real_criu(criu: Criu, scenario: str, checkpoints: Checkpoints, tmp
     """Children whose pids the daemon does not know are among the tasks: they wait, and find nothing wrong."""
     chance = random.Random(20_261_123)
     checkpoint = checkpoints.get(criu, scenario)
+    cut_short, longest = 0, 0.1
     for number in range(5):
         work = tmp_path / str(number)
         work.mkdir()
         with lazy_restore(checkpoint, our_daemon("--no-background"), work) as lazily:
             lazily.go()
-            time.sleep(chance.random() * 0.1)
+            time.sleep(chance.random() * longest)
             os.kill(lazily.server.pid, signal.SIGKILL)
             lazily.server.wait()
             wait_for_rest_of_all()
             # one of a tree may hear that a child was killed before it is itself
-            found = [report for report in lazily.reports() if report.bad]
-            assert [report for report in found if report.what != CHILD_ENDED] == []
+            reports = lazily.reports()
+            assert [one for one in reports if one.bad and one.what != CHILD_ENDED] == []
+            if len(reports) < checkpoint.scenario.reports or any(one.bad for one in reports):
+                cut_short += 1
+            else:
+                longest *= 0.5
         checkpoint.forget_results()
+    assert cut_short >= 3
