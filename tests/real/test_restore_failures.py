@@ -7,7 +7,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,8 +17,9 @@ from images_spec.images import Kind
 from images_spec.messages import CoreEntry, FdType, FileEntry
 from tests.real.test_restore import RESTORE
 from tests.real.test_restore_programs import Job, compile_program, lines
+from tests.support.blocked import wait_for_faults
 from tests.support.criu import Criu, all_criu
-from tests.support.processes import descendants, nothing_left, reap, wait_for
+from tests.support.processes import descendants, nothing_left, reap
 from tests.support.restore import SOCKET, criu_daemon
 
 
@@ -168,9 +168,7 @@ def test_credentials_name_the_task(job: Job) -> None:
             ((_, kind, credentials),) = [part for part in ancillary if part[1] == socket.SCM_CREDENTIALS]
             assert kind == socket.SCM_CREDENTIALS
             assert int.from_bytes(credentials[:4], "little") == job.pid
-            # The restorer waits for a fault now, or soon, that nobody answers.
-            wait_for("the task to be made", Path(f"/proc/{job.pid}").exists)
-            time.sleep(0.2)
+            wait_for_faults(job.pid)  # nobody answers them
             restore.send_signal(signal.SIGTERM)
             _, said = restore.communicate(timeout=60)
         assert restore.returncode == 1

@@ -6,7 +6,6 @@ import random
 import signal
 import socket
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -16,9 +15,10 @@ from pathlib import Path
 import pytest
 
 from images_spec.flags import PAGE_SIZE
+from tests.support.blocked import wait_for_faults
 from tests.support.criu import Criu, all_criu
 from tests.support.hosts import Host, Link, two_hosts
-from tests.support.processes import Server, nothing_left
+from tests.support.processes import Server, nothing_left, wait_for
 from tests.support.proxy import Fault, Proxy
 from tests.support.remote import criu_page_server, free_port, leave_at_source, our_page_server
 from tests.support.restore import Checkpoints, Daemon, lazy_restore, our_daemon
@@ -218,7 +218,7 @@ def test_a_server_that_goes_away(checkpoints: Checkpoints, tmp_path: Path) -> No
         first.signal(signal.SIGKILL)
         first.process.wait()
         restored.go()
-        time.sleep(1)
+        wait_for_faults(checkpoint.pid)
         assert restored.reports() == []
         sock.unlink(missing_ok=True)
         stack.enter_context(
@@ -281,7 +281,8 @@ def test_a_network_that_goes_away(server_dies: bool, checkpoints: Checkpoints, t
         restored = stack.enter_context(lazy_restore(checkpoint, daemon, tmp_path, images))
         source.run("ip", "route", "add", "blackhole", f"{destination.address}/32")
         restored.go()
-        time.sleep(4)  # longer than silence is taken for slowness
+        wait_for("word of the silence", lambda: "silent for" in restored.server.story(), 60)
+        wait_for_faults(checkpoint.pid)
         assert restored.reports() == []
         if server_dies:
             first.signal(signal.SIGKILL)

@@ -8,7 +8,6 @@ import re
 import signal
 import socket
 import subprocess
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -81,13 +80,14 @@ def test_no_finish_message(loop: str, restored_program: Path, tmp_path: Path) ->
     with served_tasks(restored_program, tmp_path, 1, PAGES, "--loop", loop, finish=False) as (tasks, server):
         tasks.say("close")
         tasks.say("touch 7")
-        time.sleep(0.3)
+        wait_for("the message", lambda: "before it was finished" in server.story())
+        tasks.say("touch 8")
         assert server.process.poll() is None
         os.kill(tasks.pids[0], signal.SIGKILL)
         assert tasks.statuses() == [137]
         assert server.wait() == 1
     stats = stats_of(tmp_path)
-    assert 7 <= stats["pages_copied"] < 20  # with readahead
+    assert 8 <= stats["pages_copied"] < 20  # with readahead
     assert not stats["restore_finished"]
 
 
