@@ -153,7 +153,8 @@ def test_forks_wait_for_descriptors(tmp_path: Path) -> None:
                 wait_for("the restore to be finished", lambda: "restore finished" in server.story())
                 none_free(server.pid)
                 children = [task.fork(orphan=True)]
-                assert "no file descriptor is free for what it forks" in server.story()
+                message = "no file descriptor is free for what it forks"
+                wait_for("the message", lambda: message in server.story())  # said after the fork went on
                 assert f"`prlimit --pid {server.pid} --nofile=" in server.story()
                 children += [task.fork(orphan=True) for _ in range(FOR_FORKS - 2)]
                 # What the last one finds zeroed is only to be seen in a file.
