@@ -32,8 +32,20 @@ settings.register_profile(
 settings.load_profile(os.environ.get("LAZYPAGES_HYPOTHESIS", "lazypages"))
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The slow ones last."""
+@pytest.hookimpl(tryfirst=True)  # before -m is looked at
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Cases that a marker "loop" leaves out are slow, and so are the kernels, which come last."""
+    missing: dict[str, set[str]] = {}
+    for item in items:
+        loop = item.get_closest_marker("loop")
+        if loop is not None:
+            assert isinstance(item, pytest.Function)
+            missing.setdefault(item.nodeid.partition("[")[0], set(loop.args)).discard(item.callspec.id)
+        if item.path.parent.name == "kernels" or (loop is not None and item.callspec.id not in loop.args):
+            item.add_marker(pytest.mark.slow)
+    wrong = {test: ids for test, ids in missing.items() if ids}
+    if wrong and not any("::" in argument for argument in config.args):
+        raise pytest.UsageError(f"marked as cases of the loop, but there are none: {wrong}")
     items.sort(key=lambda item: item.path.parent.name == "kernels")
 
 

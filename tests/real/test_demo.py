@@ -40,6 +40,7 @@ def run(*options: str, folder: Path, env: dict[str, str] | None = None) -> subpr
     return done
 
 
+@pytest.mark.loop("criu-4.2")
 @pytest.mark.parametrize("criu", all_criu())
 def test_with_criu(criu: Criu, tmp_path: Path) -> None:
     done = run("--criu", str(criu.path), folder=tmp_path)
@@ -59,6 +60,7 @@ def test_without_criu(tmp_path: Path) -> None:
     assert GOOD in done.stdout
 
 
+@pytest.mark.slow
 def test_a_criu_that_does_not_work_is_passed_over(tmp_path: Path) -> None:
     """Debian bookworm's 3.17.1 is one, on kernels of today: it says why, and the demo goes on."""
     criu = tmp_path / "criu"
@@ -106,6 +108,7 @@ def runs(words: str) -> bool:
     return False
 
 
+@pytest.mark.loop("lazypages serve")
 @pytest.mark.parametrize("during", ["dump -t", "lazypages serve", "restore -D"])
 def test_ctrl_c_leaves_nothing(during: str, tmp_path: Path) -> None:
     """Whatever runs at that moment. The server may have only just been started: an interrupt is not for it."""

@@ -131,6 +131,7 @@ def fetch_some(source: LazyDump, images: Path, tree: Tree) -> None:
         fetch([TcpServer("127.0.0.1", source.port)], [*places, (1, 0)], timeout=0.3)
 
 
+@pytest.mark.slow
 def test_killed_while_it_serves(tree: Tree, tmp_path: Path) -> None:
     """At random moments: from then on not one instruction of any thread is executed, until somebody says SIGCONT."""
     chance = random.Random(20_261_123)
@@ -158,6 +159,7 @@ def test_killed_while_it_serves(tree: Tree, tmp_path: Path) -> None:
             assert counters.continued == number + 1  # ours
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment(tree: Tree, tmp_path: Path) -> None:
     """From its start on: before anybody could be served all goes on, afterwards nothing does."""
     chance = random.Random(7)
@@ -183,6 +185,7 @@ def test_killed_at_any_moment(tree: Tree, tmp_path: Path) -> None:
     assert outcomes.count(False) >= 2
 
 
+@pytest.mark.loop("signal")
 @pytest.mark.parametrize("way", ["signal", "leave-running"])
 def test_nobody_notices(way: str, tree: Tree, tmp_path: Path) -> None:
     """When it goes on here by the ordinary ways: no stop, no SIGCONT, no SIGCHLD for anybody."""

@@ -98,6 +98,7 @@ def expected_output(workers: Path) -> bytes:
     return subprocess.run(command, check=True, capture_output=True, timeout=60).stdout
 
 
+@pytest.mark.slow
 def test_killed_200_times_at_random(workers: Path, tmp_path: Path) -> None:
     """Half of the kills come in dumps, half in pre-dumps, which leave tracking behind at most.
 
@@ -155,6 +156,7 @@ def test_killed_200_times_at_random(workers: Path, tmp_path: Path) -> None:
     assert output.read_bytes() == expected_output(workers)
 
 
+@pytest.mark.slow
 def test_killed_between_any_two_system_calls(workers: Path, tmp_path: Path) -> None:
     """All the time of these runs goes into injected system calls."""
     output, go = tmp_path / "output", tmp_path / "go"
@@ -174,6 +176,7 @@ def main_stack(pid: int) -> Vma:
     return next(vma for vma in layout(pid).vmas if vma.name == "[stack]")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("used", [False, True])
 def test_small_stacks(used: bool, tmp_path: Path) -> None:
     """Killed at any moment, dumptool leaves no byte changed below the stack pointer of a thread: it may be somebody's.
@@ -232,6 +235,7 @@ def test_a_stopped_task_stays_stopped(workers: Path, tmp_path: Path) -> None:
         wait_for("its going on", lambda: state(pid) in "SR")
 
 
+@pytest.mark.loop("pages-1.img")
 @pytest.mark.parametrize("image", ["pages-1.img", "core-{pid}.img", "inventory.img", "pagemap-{pid}.img"])
 def test_no_room_for_an_image(image: str, workers: Path, tmp_path: Path) -> None:
     with task(workers, ROUNDS, REST, tmp_path / "go") as pid:

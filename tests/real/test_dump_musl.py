@@ -60,6 +60,7 @@ def test_every_byte(restorer: Criu, mover: Mover, tmp_path: Path) -> None:
     end(mover.pids)
 
 
+@pytest.mark.slow
 def test_dumped_by_criu(mover: Mover, tmp_path: Path) -> None:
     """And restored by us, which runs system calls in it as well."""
     images = tmp_path / "images"
@@ -72,6 +73,7 @@ def test_dumped_by_criu(mover: Mover, tmp_path: Path) -> None:
     end(mover.pids)
 
 
+@pytest.mark.slow
 def test_killed_between_any_two_system_calls(mover: Mover) -> None:
     """The way back is there as long as a thread may need it; what stays of it is used again."""
     chance = random.Random(5)

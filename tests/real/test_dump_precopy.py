@@ -90,6 +90,7 @@ def chain(running: Writer, folder: Path, *options: str) -> Path:
     return folder / "3"
 
 
+@pytest.mark.loop("criu-4.2-lazy-uffd-wp")
 @pytest.mark.parametrize("method", EXACT)
 @pytest.mark.parametrize("parents", ["lazy", "eager"])
 @pytest.mark.parametrize("criu", newest_on_every_kernel())
@@ -110,6 +111,7 @@ def test_exactly_what_was_written(
     running.ends_right()
 
 
+@pytest.mark.loop("4.2")
 @pytest.mark.parametrize("release", RELEASES)
 def test_unchanged_pages_come_lazily_from_the_parents(release: str, running: Writer, tmp_path: Path) -> None:
     top = chain(running, tmp_path)

@@ -40,6 +40,7 @@ def verdict(pid: int, output: Path) -> str:
     return output.read_text()
 
 
+@pytest.mark.loop("criu-4.2")
 @pytest.mark.parametrize("criu", all_criu())
 def test_restored_as_it_was(criu: Criu, program: Path, tmp_path: Path) -> None:
     output = tmp_path / "output"
@@ -62,6 +63,7 @@ def test_left_running_as_it_was(program: Path, tmp_path: Path) -> None:
         assert verdict(pid, output) == "ready\nall as before\n"
 
 
+@pytest.mark.loop("criu-4.2")
 @pytest.mark.parametrize("criu", all_criu())
 def test_a_terminal(criu: Criu, tmp_path: Path) -> None:
     """A job of a shell on a pseudo-terminal, restored on another one by --shell-job."""

@@ -105,6 +105,7 @@ def tracked_by(pid: int) -> str:
     return tracker.record.method
 
 
+@pytest.mark.loop("ours-auto")
 @pytest.mark.parametrize("method", methods())
 @pytest.mark.parametrize("restorer", [*newest_on_every_kernel(), pytest.param(OurRestore("4.1"), id="ours")])
 def test_every_byte(restorer: Criu, method: str, mover: Mover, tmp_path: Path) -> None:
@@ -120,6 +121,7 @@ def test_every_byte(restorer: Criu, method: str, mover: Mover, tmp_path: Path) -
     end(mover.pids)
 
 
+@pytest.mark.loop("auto")
 @pytest.mark.parametrize("method", methods())
 def test_somebody_else_clears_the_soft_dirty_bits(method: str, mover: Mover, tmp_path: Path) -> None:
     """As CRIU's pre-dump does: what was written before that is not taken for unchanged."""

@@ -61,6 +61,7 @@ def sleeping(pid: int) -> list[float]:
 
 # After a pre-dump, or any other stop, the kernel has waits for a time go on as restart_syscall. What of CRIU's dumps
 # CRIU restores fails with EINTR.
+@pytest.mark.loop("dumptool-lazypages")
 @pytest.mark.parametrize(
     ("by", "restorer"),
     [
@@ -103,6 +104,7 @@ def test_left_running(program: Path, tmp_path: Path) -> None:
     assert [line for line in output.read_text().splitlines()[1:] if not line.endswith(": good")] == []
 
 
+@pytest.mark.loop("lazypages")
 @pytest.mark.parametrize("restorer", ["criu", "lazypages"])
 def test_waits_for_a_time_end_when_it_is_up(restorer: str, program: Path, tmp_path: Path) -> None:
     output, images = tmp_path / "output", tmp_path / "images"
@@ -153,6 +155,7 @@ SIGNALLED = """
 NUMBERS = {"pause": "34", "read": "0", "sigwaitinfo": "128", "sigsuspend": "130"}
 
 
+@pytest.mark.loop("read-lazypages")
 @pytest.mark.parametrize("restorer", ["criu", "lazypages"])
 @pytest.mark.parametrize("call", NUMBERS)
 def test_a_signal_on_its_way_interrupts(call: str, restorer: str, tmp_path: Path) -> None:
@@ -174,6 +177,7 @@ def test_a_signal_on_its_way_interrupts(call: str, restorer: str, tmp_path: Path
     assert output.read_text() == "ready\ninterrupted\n"
 
 
+@pytest.mark.loop("read")
 @pytest.mark.parametrize("call", NUMBERS)
 def test_a_signal_while_it_stands_still(call: str, tmp_path: Path) -> None:
     """The handler runs when the task goes on, and the call has been interrupted by that, not called again."""

@@ -584,6 +584,7 @@ def test_generations_that_part(file: PagesFile) -> None:
             service.wait(NoticeKind.COMPLETE, kind)
 
 
+@pytest.mark.loop("False")
 @pytest.mark.parametrize("background", [False, True])
 def test_fork_storm(file: PagesFile, background: bool) -> None:
     """200 children, forked while threads of the parent fault. During a fork the kernel refuses all copies."""

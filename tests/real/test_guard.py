@@ -52,6 +52,7 @@ def test_tasks_that_miss_pages_are_killed(restored_program: Path, tmp_path: Path
             assert f"the daemon was killed; task {pid} misses pages and is killed, too" in server.story()
 
 
+@pytest.mark.slow
 def test_at_any_moment(restored_program: Path, tmp_path: Path) -> None:
     """Tasks that compare all their pages all the time: each ends well or is killed, none finds anything wrong.
 
@@ -156,6 +157,7 @@ def switches(pid: int) -> int:
     return sum(int(line.split()[1]) for line in lines if line.startswith("voluntary_ctxt_switches"))
 
 
+@pytest.mark.slow
 def test_who_got_the_pid_is_not_killed(file: PagesFile, tmp_path: Path) -> None:
     """The process has ended, but another one has its memory (CLONE_VM), and a third one its pid."""
     command = [*serve_command(tmp_path, "--no-background"), "-v4"]
@@ -229,6 +231,7 @@ main()
 """
 
 
+@pytest.mark.loop("task")
 @pytest.mark.every_kernel
 @pytest.mark.parametrize("who", ["task", "child"])
 def test_the_engine_fails(who: str, file: PagesFile, tmp_path: Path) -> None:
@@ -293,6 +296,7 @@ def test_what_was_sent_to_a_daemon_that_fails_to_start_is_held(
         check_that_tasks_wait(tasks)
 
 
+@pytest.mark.loop("races-criu-4.2")
 @pytest.mark.parametrize("criu", all_criu()[1:])
 @pytest.mark.parametrize("scenario", ["tree", "forks_under_load", "races"])
 def test_with_real_criu(criu: Criu, scenario: str, checkpoints: Checkpoints, tmp_path: Path) -> None:

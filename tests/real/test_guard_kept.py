@@ -51,6 +51,7 @@ def is_stopped(pid: int) -> bool:
     return set(states) == {"T"}
 
 
+@pytest.mark.slow
 def test_pkill_by_command_line(restored_program: Path, tmp_path: Path) -> None:
     """Whoever kills all that looks like the daemon does not kill the guard."""
     for number in range(10):
@@ -72,6 +73,7 @@ def test_pkill_by_command_line(restored_program: Path, tmp_path: Path) -> None:
             wait_for_their_end()
 
 
+@pytest.mark.slow
 def test_another_guard_knows_what_the_first_one_knew(restored_program: Path, tmp_path: Path) -> None:
     """It is killed again and again while tasks fault; then the daemon is. Each task ends well or is killed."""
     chance = random.Random(20_261_129)

@@ -108,6 +108,7 @@ def check_counts(task: dict[str, Any]) -> None:
     assert calls["copy"] <= 2 * pages + 4 * changes + BALLAST, task
 
 
+@pytest.mark.slow
 def test_threads_that_fault_at_once(heap: Dumped, tmp_path: Path) -> None:
     check_counts(restore(heap, tmp_path))
 
@@ -116,6 +117,7 @@ def test_threads_that_fault_at_once_without_background(heap: Dumped, tmp_path: P
     check_counts(restore(heap, tmp_path, "--no-background"))
 
 
+@pytest.mark.slow
 def test_threads_that_need_their_stacks_and_end(stacks: Dumped, tmp_path: Path) -> None:
     task = restore(stacks, tmp_path, "--no-background")
     assert task["events"]["unmap"] + task["events"]["remove"] >= THREADS

@@ -197,6 +197,7 @@ def dumps(
     return get
 
 
+@pytest.mark.loop("counter-serve-dumptool-lazypages", "sqlite-serve-criu-criu")
 @pytest.mark.parametrize("restored_by", ["criu", "lazypages"])
 @pytest.mark.parametrize("dumped_by", ["criu", "dumptool"])
 @pytest.mark.parametrize("mode", list(MODES))
@@ -309,6 +310,7 @@ def stopped(
     return get
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("restored_by", ["criu", "lazypages"])
 @pytest.mark.parametrize("dumped_by", ["criu", "dumptool"])
 @pytest.mark.parametrize("mode", list(MODES))

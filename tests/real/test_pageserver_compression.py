@@ -67,6 +67,7 @@ def fetch_slowly(
     return crossed, stats
 
 
+@pytest.mark.loop("plain")
 @pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
 def test_compressible(tls: bool, tmp_path: Path) -> None:
     """Fewer bytes cross; the numbers say how many pages came so, in how many bytes.
@@ -83,6 +84,7 @@ def test_compressible(tls: bool, tmp_path: Path) -> None:
     assert plain + stats.compressed_bytes <= crossed < 1.02 * (plain + stats.compressed_bytes) + (64 << 10)
 
 
+@pytest.mark.slow
 def test_noise(tmp_path: Path) -> None:
     """What does not get shorter crosses as it is, although the client would take it compressed."""
     contents = write(tmp_path / "images", "noise")
@@ -91,6 +93,7 @@ def test_noise(tmp_path: Path) -> None:
     assert PAGES * PAGE_SIZE <= crossed < 1.02 * PAGES * PAGE_SIZE
 
 
+@pytest.mark.slow
 def test_a_restored_task_from_another_host(restored_program: Path, tmp_path: Path) -> None:
     """All of it together: its background comes compressed, its faults do not, and it finds every byte right."""
     here, there = tmp_path / "here", tmp_path / "there"

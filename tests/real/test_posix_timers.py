@@ -52,6 +52,7 @@ def timers(pid: int) -> list[str]:
     return sorted(parts, key=lambda timer: int(timer.split()[1]))
 
 
+@pytest.mark.loop("dumper0-restorer0")
 @pytest.mark.parametrize(
     ("dumper", "restorer"),
     [

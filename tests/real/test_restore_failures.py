@@ -272,6 +272,7 @@ def test_pidfile_that_is_there(job: Job) -> None:
     assert "--pidfile" in refuse(job, "--pidfile", "pid")
 
 
+@pytest.mark.slow
 def test_restored_many_times(job: Job, dumped: Job) -> None:
     out = dumped.folder / "out"
     at_dump = out.read_bytes()

@@ -109,6 +109,7 @@ def lines(path: Path) -> int:
     return path.read_text().count("\n") if path.exists() else 0
 
 
+@pytest.mark.loop("dumptool")
 def test_attached_ends_as_the_task_does(criu: Criu, tmp_path: Path) -> None:
     out = tmp_path / "out"
     job = Job([str(compile_program("counter", tmp_path, "-static")), str(out)], tmp_path, criu)
@@ -219,6 +220,7 @@ def rseq_areas(directory: Path) -> list[range]:
     return [range(e.rseq_abi_pointer, e.rseq_abi_pointer + e.rseq_abi_size) for e in entries]
 
 
+@pytest.mark.loop("dumptool-lazy under lazypages")
 @pytest.mark.parametrize("mode", MODES)
 def test_everything_that_a_task_has(mode: str, criu: Criu, tmp_path: Path) -> None:
     """A tree with as much state as there is, compared from outside before and after, memory too."""
@@ -270,6 +272,7 @@ def settled(path: Path) -> CoreEntry:
     return core
 
 
+@pytest.mark.loop("dumptool")
 def test_dumped_again(criu: Criu, tmp_path: Path) -> None:
     """What /proc does not show: handlers, masks, alternate stacks, timers, all registers, rseq, robust lists …"""
     folder = tmp_path / "work"
@@ -300,6 +303,7 @@ def test_dumped_again(criu: Criu, tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.loop("dumptool")
 def test_another_user(criu: Criu, tmp_path: Path) -> None:
     """CRIU can't dump it without CAP_SYS_RESOURCE, so the image is changed to say so."""
     out = tmp_path / "out"
@@ -340,6 +344,7 @@ TERMINAL = """
 """
 
 
+@pytest.mark.loop("dumptool")
 def test_shell_job(criu: Criu, tmp_path: Path) -> None:
     """A program on a terminal goes on on another one."""
     directory = tmp_path / "images"

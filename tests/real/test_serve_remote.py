@@ -53,6 +53,7 @@ def remote_options(port: int) -> list[str]:
     return ["--page-server", "--address", "127.0.0.1", "--port", str(port)]
 
 
+@pytest.mark.loop("tree-ours-criu-4.2")
 @both
 @pytest.mark.parametrize("server", ["criu", "ours"])
 @pytest.mark.parametrize("scenario", ["single", "tree", "interpreter", "fragments"])
@@ -79,6 +80,7 @@ def test_all_from_a_server(
         assert process.wait() == 0
 
 
+@pytest.mark.loop("threads-ours-criu-4.2", "moves-criu-criu-4.2")
 @both
 @pytest.mark.parametrize("server", ["criu", "ours"])
 @pytest.mark.parametrize("scenario", ["single", "threads", "family", "moves", "unmaps", "forks_under_load"])
@@ -99,6 +101,7 @@ def test_faults_over_the_network(
         restored.check_all()
 
 
+@pytest.mark.loop("trio")
 @pytest.mark.parametrize("loop", ["asyncio", "trio", "uvloop"])
 def test_loops(loop: str, checkpoints: Checkpoints, tmp_path: Path) -> None:
     checkpoint = checkpoints.get(OURS, "tree")
@@ -129,6 +132,7 @@ def test_a_directory_stands_in(checkpoints: Checkpoints, tmp_path: Path) -> None
         restored.check_verdict()
 
 
+@pytest.mark.loop("unix")
 @pytest.mark.parametrize("how", ["::1", "localhost", "tcp://[::1]", "unix"])
 def test_addresses(how: str, checkpoints: Checkpoints, tmp_path: Path) -> None:
     """IPv6, names and unix sockets, as options and as URLs."""
@@ -227,6 +231,7 @@ def test_a_server_that_goes_away(checkpoints: Checkpoints, tmp_path: Path) -> No
         restored.check_end()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("mode", [[], ["--no-background"]], ids=["background", "no-background"])
 def test_500_random_cuts_while_a_task_runs(mode: list[str], checkpoints: Checkpoints, tmp_path: Path) -> None:
@@ -263,6 +268,7 @@ def test_500_random_cuts_while_a_task_runs(mode: list[str], checkpoints: Checkpo
                 restored.check_all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("server_dies", [False, True], ids=["server stays", "server dies"])
 def test_a_network_that_goes_away(server_dies: bool, checkpoints: Checkpoints, tmp_path: Path) -> None:
     """Nothing arrives any more, and nobody is told: the task waits, and goes on when the network is back.

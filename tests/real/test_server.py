@@ -55,6 +55,7 @@ def test_a_tree(loop: str, background: bool, restored_program: Path, tmp_path: P
         assert task["faults"]["total"] >= 3  # readahead brings some of the five
 
 
+@pytest.mark.loop("uvloop")
 @pytest.mark.parametrize("loop", LOOPS)
 def test_many_tasks(loop: str, restored_program: Path, tmp_path: Path) -> None:
     with served_tasks(restored_program, tmp_path, 200, 64, "--loop", loop) as (tasks, server):
@@ -64,6 +65,7 @@ def test_many_tasks(loop: str, restored_program: Path, tmp_path: Path) -> None:
     assert stats_of(tmp_path)["pages_copied"] == 200 * 64
 
 
+@pytest.mark.slow
 def test_background_is_fair(restored_program: Path, tmp_path: Path) -> None:
     """No task waits until another one is complete."""
     pages = 16384

@@ -357,6 +357,7 @@ def test_is_written_in_bounded_memory(tmp_path: Path) -> None:
         assert peak() < 1 << 19 < (tmp_path / "pagemap-1.img").stat().st_size
 
 
+@pytest.mark.slow
 def test_a_million_entries_stay_small(tmp_path: Path) -> None:
     """Under 64 bytes an entry, while it is loaded and after."""
     path, count = tmp_path / "pagemap-1.img", 1_000_000

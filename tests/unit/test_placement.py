@@ -297,6 +297,7 @@ def test_address_is_of_the_array_that_csrc_declares() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_a_million_fragments_five_levels_deep(tmp_path: Path) -> None:
     """Every second page, alternately in the top level and in the lowest one."""
     count = 1_000_000
