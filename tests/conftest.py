@@ -75,10 +75,9 @@ def _nothing_survives(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
 
 
 @pytest.fixture(scope="session")
-def restored_program() -> Iterator[Path]:
+def restored_program() -> Path:
     """Tasks that register memory of their own, compiled (support/restored.c)."""
-    with TemporaryDirectory(prefix="lazypages-restored-") as folder:
-        yield compile_restored(Path(folder))
+    return compile_restored()
 
 
 @pytest.fixture(scope="session")

@@ -8,14 +8,12 @@ from __future__ import annotations
 import os
 import random
 import signal
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -24,6 +22,7 @@ from dumptool.freeze import FrozenTree
 from images_spec.flags import PE_LAZY
 from lazypages.net.url import TcpServer
 from tests.real.test_dump_lazy import LazyDump, lazy_dump
+from tests.support.compiling import compiled
 from tests.support.dumptool import is_unharmed, pages, task
 from tests.support.pages import fetch
 from tests.support.processes import wait_for
@@ -35,12 +34,8 @@ KILLS = 8
 
 
 @pytest.fixture(scope="module")
-def spinners() -> Iterator[Path]:
-    with TemporaryDirectory(prefix="lazypages-spinners-") as folder:
-        path = Path(folder) / "spinners"
-        command = ["gcc", "-std=gnu11", "-O1", "-Wall", "-Wextra", "-Werror", "-pthread", "-o", path]
-        subprocess.run([*command, PROGRAMS / "spinners.c"], check=True, timeout=120)
-        yield path
+def spinners() -> Path:
+    return compiled(PROGRAMS / "spinners.c", "-O1")
 
 
 @dataclass(frozen=True)
@@ -185,7 +180,7 @@ def test_killed_at_any_moment(tree: Tree, tmp_path: Path) -> None:
     assert outcomes.count(False) >= 2
 
 
-@pytest.mark.loop("signal")
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["signal", "leave-running"])
 def test_nobody_notices(way: str, tree: Tree, tmp_path: Path) -> None:
     """When it goes on here by the ordinary ways: no stop, no SIGCONT, no SIGCHLD for anybody."""

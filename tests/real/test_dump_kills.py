@@ -7,10 +7,7 @@ import random
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -22,10 +19,10 @@ from dumptool.tracee import Gadgets, find_room, session
 from images_spec.images import Kind
 from images_spec.pagemap import Pagemap
 from tests.support.blocked import wait_for_rest
+from tests.support.compiling import PROGRAMS, compiled
 from tests.support.dumptool import check, is_unharmed, run, task
 from tests.support.processes import reap, wait_for
 
-PROGRAMS = Path(__file__).parent.parent / "support" / "programs"
 KILLS = 200
 SYNCED = 40
 """The last ones come while dumptool waits for the disk as well, which takes most of the time then."""
@@ -34,19 +31,9 @@ NR_GETITIMER = 36
 ROOM = lib.LP_SESSION_ROOM
 
 
-@contextmanager
-def built(name: str) -> Iterator[Path]:
-    with TemporaryDirectory(prefix=f"lazypages-{name}-") as folder:
-        path = Path(folder) / name
-        command = ["gcc", "-std=gnu11", "-O2", "-pthread", "-o", path, PROGRAMS / f"{name}.c"]
-        subprocess.run(command, check=True, timeout=120)
-        yield path
-
-
 @pytest.fixture(scope="module")
-def workers() -> Iterator[Path]:
-    with built("workers") as path:
-        yield path
+def workers() -> Path:
+    return compiled(PROGRAMS / "workers.c")
 
 
 def in_child(work: object) -> int:
@@ -185,7 +172,7 @@ def test_small_stacks(used: bool, tmp_path: Path) -> None:
     """
     output, go = tmp_path / "output", tmp_path / "go"
     chance = random.Random(11)
-    with built("small_stacks") as program, task(program, go, output=output) as pid:
+    with task(compiled(PROGRAMS / "small_stacks.c"), go, output=output) as pid:
         wait_for("the threads", lambda: output.read_text() == "ready\n")
         stack = main_stack(pid)
         if used:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import os
 import random
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -16,19 +14,17 @@ from dumptool.tracee import OWN_CODE, SIGRETURN, Gadgets, read_memory
 from tests.real.test_dump_kills import kill_in_sessions
 from tests.real.test_dump_tracking import SOURCE, Mover, level
 from tests.real.test_restore import OurRestore
+from tests.support.compiling import compiled
 from tests.support.criu import Criu, all_criu
 from tests.support.dumptool import is_unharmed, reap_all, task
 from tests.support.processes import end, wait_for
 
 
 @pytest.fixture(scope="module")
-def musl() -> Iterator[Path]:
-    with TemporaryDirectory(prefix="lazypages-musl-") as folder:
-        path = Path(folder) / "moves"
-        command = ["musl-gcc", "-static", "-std=gnu11", "-O1", "-o", path, SOURCE]
-        subprocess.run(command, check=True, timeout=120)
-        assert SIGRETURN not in path.read_bytes()
-        yield path
+def musl() -> Path:
+    path = compiled(SOURCE, "-static", "-O1", compiler="musl-gcc")
+    assert SIGRETURN not in path.read_bytes()
+    return path
 
 
 @pytest.fixture
@@ -45,6 +41,7 @@ def vdso(pid: int) -> bytes:
     return read_memory(pid, found.start, found.end - found.start)
 
 
+@pytest.mark.loop("ours")
 @pytest.mark.parametrize("restorer", [*all_criu(), pytest.param(OurRestore("4.1"), id="ours")])
 def test_every_byte(restorer: Criu, mover: Mover, tmp_path: Path) -> None:
     before = vdso(mover.pid)

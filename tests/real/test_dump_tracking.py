@@ -8,11 +8,9 @@ from __future__ import annotations
 import os
 import re
 import signal
-import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -20,6 +18,7 @@ from dumptool import survey, trackers, tracking
 from dumptool.freeze import members
 from images_spec.flags import PE_PRESENT
 from tests.real.test_restore import OurRestore
+from tests.support.compiling import compiled
 from tests.support.criu import Criu, newest_on_every_kernel
 from tests.support.dumptool import check, pages, reap_all, stats, task
 from tests.support.processes import end, wait_for
@@ -39,12 +38,8 @@ def methods() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def moves() -> Iterator[Path]:
-    with TemporaryDirectory(prefix="lazypages-moves-") as folder:
-        path = Path(folder) / "moves"
-        command = ["gcc", "-std=gnu11", "-O1", "-Wall", "-Wextra", "-Werror", "-o", path, SOURCE]
-        subprocess.run(command, check=True, timeout=120)
-        yield path
+def moves() -> Path:
+    return compiled(SOURCE, "-O1")
 
 
 @dataclass

@@ -5,17 +5,15 @@ from __future__ import annotations
 import os
 import signal
 import struct
-import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pytest
 
 from dumptool.dump import Settings, Watcher, dump
 from tests.real.test_restore import OurRestore
+from tests.support.compiling import compiled
 from tests.support.criu import Criu
 from tests.support.dumptool import DumpedByUs, check, task
 from tests.support.processes import reap, wait_for
@@ -30,12 +28,8 @@ DUMPERS = {
 
 
 @pytest.fixture(scope="module")
-def program() -> Iterator[Path]:
-    with TemporaryDirectory(prefix="lazypages-waits-") as folder:
-        path = Path(folder) / "waits"
-        command = ["gcc", "-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread", "-o", path, SOURCE]
-        subprocess.run(command, check=True, timeout=120)
-        yield path
+def program() -> Path:
+    return compiled(SOURCE)
 
 
 def calls(pid: int) -> dict[int, str]:
@@ -104,7 +98,7 @@ def test_left_running(program: Path, tmp_path: Path) -> None:
     assert [line for line in output.read_text().splitlines()[1:] if not line.endswith(": good")] == []
 
 
-@pytest.mark.loop("lazypages")
+@pytest.mark.slow
 @pytest.mark.parametrize("restorer", ["criu", "lazypages"])
 def test_waits_for_a_time_end_when_it_is_up(restorer: str, program: Path, tmp_path: Path) -> None:
     output, images = tmp_path / "output", tmp_path / "images"

@@ -16,8 +16,9 @@ from images_spec import images
 from images_spec.images import Kind
 from images_spec.messages import CoreEntry, FdType, FileEntry
 from tests.real.test_restore import RESTORE
-from tests.real.test_restore_programs import Job, compile_program, lines
+from tests.real.test_restore_programs import SOURCES, Job, lines
 from tests.support.blocked import wait_for_faults
+from tests.support.compiling import compiled
 from tests.support.criu import Criu, all_criu
 from tests.support.processes import descendants, nothing_left, reap
 from tests.support.restore import SOCKET, criu_daemon
@@ -28,7 +29,7 @@ def dumped(tmp_path_factory: pytest.TempPathFactory) -> Job:
     """The counter, in the middle of its work. Its images and its file are copied before they are damaged."""
     criu: Criu = all_criu()[0].values[0]  # type: ignore[assignment]
     folder = tmp_path_factory.mktemp("dumped")
-    job = Job([str(compile_program("counter", folder, "-static")), str(folder / "out")], folder, criu)
+    job = Job([str(compiled(SOURCES / "counter.c", "-static")), str(folder / "out")], folder, criu)
     with nothing_left():
         job.start(lambda: lines(folder / "out") > 20)
         job.dump()

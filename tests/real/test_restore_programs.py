@@ -19,6 +19,7 @@ from images_spec import images
 from images_spec.images import Kind
 from images_spec.messages import CoreEntry
 from tests.real.test_restore import RESTORE, OurRestore
+from tests.support.compiling import compiled
 from tests.support.criu import Criu
 from tests.support.dumptool import DumpedByUs, is_unharmed
 from tests.support.processes import descendants, nothing_left, reap, start, wait_for
@@ -27,14 +28,6 @@ from tests.support.terminal import OnTerminal
 
 SOURCES = Path(__file__).parent / "restore_programs"
 MODES = ["eager", "lazy under lazypages", "lazy under criu"]
-
-
-def compile_program(name: str, folder: Path, *flags: str) -> Path:
-    program = folder / name
-    source = str(SOURCES / f"{name}.c")
-    command = ["gcc", "-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread", *flags]
-    subprocess.run([*command, "-o", str(program), source], check=True, timeout=60)
-    return program
 
 
 @dataclass
@@ -112,7 +105,7 @@ def lines(path: Path) -> int:
 @pytest.mark.loop("dumptool")
 def test_attached_ends_as_the_task_does(criu: Criu, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    job = Job([str(compile_program("counter", tmp_path, "-static")), str(out)], tmp_path, criu)
+    job = Job([str(compiled(SOURCES / "counter.c", "-static")), str(out)], tmp_path, criu)
     job.start(lambda: lines(out) > 20)
     job.dump()
     at_dump = out.read_bytes()
@@ -226,7 +219,7 @@ def test_everything_that_a_task_has(mode: str, criu: Criu, tmp_path: Path) -> No
     """A tree with as much state as there is, compared from outside before and after, memory too."""
     folder = tmp_path / "work"
     folder.mkdir()
-    job = Job([str(compile_program("state", tmp_path)), str(folder), *leaderless(criu)], tmp_path, criu)
+    job = Job([str(compiled(SOURCES / "state.c")), str(folder), *leaderless(criu)], tmp_path, criu)
     job.start((folder / "ready").exists)
     pids = [job.pid, *descendants(job.pid)]
     wait_quiet(pids)
@@ -277,7 +270,7 @@ def test_dumped_again(criu: Criu, tmp_path: Path) -> None:
     """What /proc does not show: handlers, masks, alternate stacks, timers, all registers, rseq, robust lists …"""
     folder = tmp_path / "work"
     folder.mkdir()
-    job = Job([str(compile_program("state", tmp_path)), str(folder), *leaderless(criu)], tmp_path, criu)
+    job = Job([str(compiled(SOURCES / "state.c")), str(folder), *leaderless(criu)], tmp_path, criu)
     job.start((folder / "ready").exists)
     wait_quiet([job.pid, *descendants(job.pid)])
     job.dump("--file-locks")
@@ -307,7 +300,7 @@ def test_dumped_again(criu: Criu, tmp_path: Path) -> None:
 def test_another_user(criu: Criu, tmp_path: Path) -> None:
     """CRIU can't dump it without CAP_SYS_RESOURCE, so the image is changed to say so."""
     out = tmp_path / "out"
-    job = Job([str(compile_program("counter", tmp_path, "-static")), str(out)], tmp_path, criu)
+    job = Job([str(compiled(SOURCES / "counter.c", "-static")), str(out)], tmp_path, criu)
     job.start(lambda: lines(out) > 20)
     job.dump()
     path = job.images / f"core-{job.pid}.img"

@@ -16,6 +16,7 @@ import pytest
 from images_spec import images, pagemap
 from images_spec.images import Kind
 from images_spec.messages import CoreEntry, InventoryEntry, Machine, MmEntry, PstreeEntry, TaskState
+from tests.support.compiling import compiled
 from tests.support.processes import Server, end, nothing_left
 
 BASE = 0x100000000000
@@ -23,13 +24,8 @@ PAGE = 4096
 WORDS = PAGE // 8
 
 
-def compile_restored(folder: Path) -> Path:
-    program = folder / "restored"
-    source = Path(__file__).with_name("restored.c")
-    subprocess.run(
-        ["gcc", "-O2", "-Wall", "-Wextra", "-Werror", "-o", program, source], check=True, timeout=60
-    )
-    return program
+def compile_restored() -> Path:
+    return compiled(Path(__file__).with_name("restored.c"))
 
 
 def page_bytes(task: int, page: int) -> bytes:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import atexit
 import os
 import select
-import shutil
 import socket
 import struct
 import subprocess
@@ -13,7 +11,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -33,8 +30,10 @@ from lazypages.engine.uffd import (
 )
 from lazypages.observe.tracing import Ring
 from tests.support.blocked import POLLS, misses_a_page, sleeps_in
+from tests.support.compiling import compiled
 
 PAGE = 4096
+SOURCE = Path(__file__).with_name("uffd_child.c")
 
 #: What CRIU's restore asks for (restorer side of CRIU's lazy pages): EVENT_FORK, _REMAP, _REMOVE, _UNMAP.
 FEATURES = 1 << 1 | 1 << 2 | 1 << 3 | 1 << 6
@@ -45,18 +44,6 @@ BASE = 0x1000_0000_0000
 MREMAP_MAYMOVE, MREMAP_FIXED, MREMAP_DONTUNMAP = 1, 2, 4
 FORWARD, BACKWARD, RANDOM = range(3)
 ENOENT, EEXIST, EFAULT, SIGBUS = 2, 17, 14, 7
-
-
-@cache
-def _program() -> Path:
-    folder = tempfile.mkdtemp(prefix="lazypages-uffd-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    program, source = Path(folder) / "uffd_child", Path(__file__).with_name("uffd_child.c")
-    subprocess.run(
-        ["gcc", "-std=gnu11", "-O1", "-Wall", "-Wextra", "-Werror", "-pthread", source, "-o", program],
-        check=True,
-    )
-    return program
 
 
 class ExtentTable:
@@ -115,7 +102,9 @@ class Task:
     def start(cls) -> Task:
         ours, theirs = socket.socketpair()
         with theirs:
-            process = subprocess.Popen([_program(), str(theirs.fileno())], pass_fds=[theirs.fileno()])
+            process = subprocess.Popen(
+                [compiled(SOURCE, "-O1"), str(theirs.fileno())], pass_fds=[theirs.fileno()]
+            )
         return cls(ours, process.pid, process)
 
     def tell(self, command: str, *args: int) -> None:
