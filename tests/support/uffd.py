@@ -320,6 +320,23 @@ class Service:
             tag=tag,
         )
 
+    def mapped(
+        self, file: PagesFile, *places: tuple[int, int], known: bool = False, **options: Any
+    ) -> tuple[Task, ServedTask]:
+        """A task that has registered these places, (address, pages), and is served: one after the other from the file.
+
+        ``known``: by its pid as well. ``options``: of :meth:`serve`.
+        """
+        task = self.task()
+        uffd = task.open_uffd()
+        task.map(*places)
+        extents, offset = [], 0
+        for start, pages in places:
+            extents.append((start, pages, offset, 0))
+            offset += pages * PAGE
+        pid = task.pid if known else 0
+        return task, self.serve(uffd, extents, places, file, pid=pid, **options)
+
     def transfer(self, task: ServedTask, chunk: int = 64 << 10, pause: float = 0.0) -> Transfer:
         transfer = Transfer(task, chunk, pause)
         self._transfers.append(transfer)
