@@ -10,7 +10,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -357,6 +357,25 @@ class Service:
             if time.monotonic() > deadline:
                 pytest.fail(f"no {kind.name} in {timeout:g} s, but {self.notices}")
             select.select([self.engine.notice_fd], [], [], 1)
+
+
+def needs_while_it_churns(
+    service: Service, task: Task, served: ServedTask, file: PagesFile, pages: int
+) -> Iterator[list[Notice]]:
+    """The layout of a task in turmoil, all of whose pages are remote; until it has found every byte right.
+
+    Each turn yields what is needed since the last one. Nothing may be lost.
+    """
+    task.tell("churn", BASE, pages, file.first_id, 5, 400, 100, 3)
+    deadline = time.monotonic() + 60
+    while not task.replied():
+        assert time.monotonic() < deadline
+        notices = list(service.look())
+        service.notices.clear()
+        assert {notice.kind for notice in notices} <= {NoticeKind.NEED, NoticeKind.HURRY, NoticeKind.COMPLETE}
+        yield [notice for notice in notices if notice.kind is NoticeKind.NEED]
+    task.reply()
+    assert served.lost == 0
 
 
 def until(what: str, ready: Callable[[], object], timeout: float = 60) -> None:
