@@ -78,8 +78,18 @@ engine = module(
         *(
             f"serve/{name}.h"
             for name in (
-                *("address_space", "doubt", "old_length", "readahead", "faults", "guarded", "guard", "exits"),
-                *("trace", "channel", "tracers", "engine"),
+                *(
+                    "address_space",
+                    "doubt",
+                    "late",
+                    "old_length",
+                    "readahead",
+                    "faults",
+                    "guarded",
+                    "guard",
+                    "exits",
+                ),
+                *("trace", "channel", "tracers", "level", "engine"),
             )
         ),
     ],

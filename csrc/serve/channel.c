@@ -14,8 +14,7 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "engine.h"
-#include "address_space.h"
+#include "common/page.h"
 
 #define NS 1000000000ull
 #define BUFFER ((size_t)256 << 10) /* bytes that are received, and placed, at once */
@@ -35,7 +34,6 @@
 #define LAST_EVENTS 4
 /* What the taking in of one piece of an answer may say: pages have come, others are refused. */
 #define PIECE_EVENTS 2
-
 #define MIN_PAGES 4ull /* of a background request */
 #define MIN_LIMIT ((uint64_t)64 << 10)
 #define MAX_LIMIT ((uint64_t)16 << 20)
@@ -334,7 +332,7 @@ static void place_parked(struct lp_channels *channels)
 
 	while ((p = *link)) {
 		if ((refused && refused->tag == p->tag) ||
-		    channels->place(channels->arg, p->tag, p->image, p->nr_pages, p->zeros ? zero_pages : p->bytes)) {
+		    channels->tasks.place(channels->tasks.arg, p->tag, p->image, p->nr_pages, p->zeros ? zero_pages : p->bytes)) {
 			refused = p;
 			link = &p->next;
 		} else {
@@ -393,7 +391,7 @@ static int place(struct lp_channel *l, uint64_t nr_pages, const char *bytes)
 	pthread_mutex_lock(&l->lock);
 	head = *request_at(l, 0);
 	pthread_mutex_unlock(&l->lock);
-	rc = l->channels->place(l->channels->arg, head.tag, head.image, nr_pages, bytes);
+	rc = l->channels->tasks.place(l->channels->tasks.arg, head.tag, head.image, nr_pages, bytes);
 	if (rc)
 		rc = park(l->channels, head.tag, head.image, nr_pages, bytes);
 	if (rc)
@@ -597,7 +595,8 @@ static uint64_t room(const struct lp_channel *l, uint64_t now)
 /* Asks for what the turn of a task still may. */
 static void go_on(struct lp_channel *l)
 {
-	uint64_t now = now_ns(), image;
+	const struct lp_channel_tasks *tasks = &l->channels->tasks;
+	uint64_t now = now_ns(), tag, image;
 
 	for (;;) {
 		struct lp_task *turn;
@@ -612,17 +611,16 @@ static void go_on(struct lp_channel *l)
 		pthread_mutex_unlock(&l->lock);
 		if (!pages)
 			return;
-		nr = lp_task_claim_background(turn, pages, &image);
+		nr = tasks->claim(tasks->arg, turn, pages, &tag, &image);
 		if (nr == -EAGAIN) {
 			l->claim_later = true;
 			return;
 		}
 		pthread_mutex_lock(&l->lock);
-		if (nr > 0 && (l->held || l->finishing ||
-			       !ask(l, lp_task_tag(turn), image, (uint64_t)nr, 0, false, false))) {
+		if (nr > 0 && (l->held || l->finishing || !ask(l, tag, image, (uint64_t)nr, 0, false, false))) {
 			l->claim_later = !l->held && !l->finishing; /* there was no memory */
 			pthread_mutex_unlock(&l->lock);
-			lp_task_fail_remote(turn, image, (uint64_t)nr, false);
+			tasks->give_back(tasks->arg, turn, image, (uint64_t)nr);
 			return;
 		}
 		/* another turn may have begun meanwhile */
@@ -655,9 +653,9 @@ static void listen_for(struct lp_channel *l)
 
 /* ---- the serving thread ---- */
 
-void lp_channels_init(struct lp_channels *channels, int epfd, int wakefd, lp_place_fn place_pages, void *arg)
+void lp_channels_init(struct lp_channels *channels, int epfd, int wakefd, const struct lp_channel_tasks *tasks)
 {
-	*channels = (struct lp_channels){.epfd = epfd, .wakefd = wakefd, .place = place_pages, .arg = arg};
+	*channels = (struct lp_channels){.epfd = epfd, .wakefd = wakefd, .tasks = *tasks};
 	channels->last_parked = &channels->parked;
 }
 
@@ -870,9 +868,8 @@ bool lp_channels_round(struct lp_channels *channels)
 
 /* ---- owner ---- */
 
-struct lp_channel *lp_channel_new(struct lp_engine *engine, int fd, const struct lp_channel_options *options)
+struct lp_channel *lp_channel_new(struct lp_channels *channels, int fd, const struct lp_channel_options *options)
 {
-	struct lp_channels *channels = lp_engine_channels(engine);
 	struct lp_channel *l = calloc(1, sizeof(*l));
 
 	if (!l)

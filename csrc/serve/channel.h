@@ -8,19 +8,19 @@
  *
  * Two threads at most: the owner calls what is declared under "owner", the thread of lp_engine_run all else.
  */
-#ifndef LAZYPAGES_LANE_H
-#define LAZYPAGES_LANE_H
+#ifndef LAZYPAGES_CHANNEL_H
+#define LAZYPAGES_CHANNEL_H
 
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
-struct lp_engine;
 struct lp_task;
 struct lp_channel;
+struct lp_channels;
 
 struct lp_channel_options {
-	uint32_t header_size; /* 24 or 32: the two layouts of the protocol, reference/criu-interfaces §4 */
+	uint32_t header_size; /* 24 or 32: the two layouts in docs/criu.md, "Page server protocol" */
 	uint32_t max_pages;   /* of one request that is not the owner's */
 	uint64_t floor;	      /* bytes of background that may be on their way at least: where faults have other channels; or 0 */
 	bool zeros;	      /* pages of zeros may be answered without bytes (wire.Features.ZERO) */
@@ -67,8 +67,11 @@ struct lp_channel_state {
 
 /* ---- owner ---- */
 
-/* The connected stream socket fd is duplicated; it is good for nothing else any more.  NULL with errno. */
-struct lp_channel *lp_channel_new(struct lp_engine *engine, int fd, const struct lp_channel_options *options);
+/*
+ * One of `channels` (lp_engine_channels).  The connected stream socket fd is duplicated, and must not be used for anything else
+ * from here on.  NULL with errno.
+ */
+struct lp_channel *lp_channel_new(struct lp_channels *channels, int fd, const struct lp_channel_options *options);
 /* The pointer is no longer valid; what is outstanding is forgotten. */
 void lp_channel_close(struct lp_channel *channel);
 /* Readable when there are events. */
@@ -89,16 +92,24 @@ void lp_channel_state(struct lp_channel *channel, struct lp_channel_state *state
 #ifndef LP_CFFI
 /* ---- the serving thread ---- */
 
-/* Places pages that have come: 0, or -EAGAIN when that has to be tried again with the same. */
-typedef int (*lp_place_fn)(void *arg, uint64_t tag, uint64_t image, uint64_t nr_pages, const void *bytes);
+/* What channels need of the tasks: the engine fills this in.  The serving thread calls it, with no lock of a channel held. */
+struct lp_channel_tasks {
+	void *arg;
+	/* Places pages that have come: 0, or -EAGAIN when that has to be tried again with the same. */
+	int (*place)(void *arg, uint64_t tag, uint64_t image, uint64_t nr_pages, const void *bytes);
+	/* Claims up to max_pages of a task for the background: 0 when nothing is left, -EAGAIN when it can't be told now. */
+	int64_t (*claim)(void *arg, struct lp_task *task, uint64_t max_pages, uint64_t *tag, uint64_t *image);
+	/* What was claimed is not asked for after all. */
+	void (*give_back)(void *arg, struct lp_task *task, uint64_t image, uint64_t nr_pages);
+};
+
 /* Pages that have come and can't be placed at the moment. */
 struct lp_parked;
 
 /* All channels of an engine. */
 struct lp_channels {
 	int epfd, wakefd;
-	lp_place_fn place;
-	void *arg;
+	struct lp_channel_tasks tasks;
 	struct lp_channel *_Atomic fresh; /* made by the owner, not taken over yet */
 	struct lp_channel *channels;
 	struct lp_parked *parked; /* oldest first; no channel's, since they outlive it */
@@ -106,7 +117,7 @@ struct lp_channels {
 	size_t parked_bytes;
 };
 
-void lp_channels_init(struct lp_channels *channels, int epfd, int wakefd, lp_place_fn place, void *arg);
+void lp_channels_init(struct lp_channels *channels, int epfd, int wakefd, const struct lp_channel_tasks *tasks);
 void lp_channels_free(struct lp_channels *channels);
 /* Asks for the pages of a fault, those that are not on their way already.  False: no channel can. */
 bool lp_channels_fault(struct lp_channels *channels, uint64_t tag, uint64_t image, uint64_t nr_pages, uint64_t since);
@@ -123,10 +134,5 @@ bool lp_channels_expect(const struct lp_channels *channels);
  */
 bool lp_channels_round(struct lp_channels *channels);
 
-/* Claims up to max_pages for the background: 0 when nothing is left, -EAGAIN when it can't be told now. (engine.c) */
-int64_t lp_task_claim_background(struct lp_task *task, uint64_t max_pages, uint64_t *image);
-/* engine.c */
-struct lp_channels *lp_engine_channels(struct lp_engine *engine);
 #endif
-
 #endif

@@ -53,7 +53,7 @@ struct lp_guarded_task {
 	const void *owner;
 	pid_t pid;
 	int pidfd, uffd;
-	const void *nowhere; /* for lp_probe */
+	const void *unreadable; /* for lp_uffd_probe */
 };
 
 /* Finds out whether this kernel's copies overwrite guards, and how guards are told. */

@@ -1,26 +1,23 @@
 /*
- * A lock for one who rarely waits long and many who may share it: held for microseconds, so waiting is spinning at
- * first, and the one who wants it alone goes first.  Sleeping locks cost more here than what they guard: waking an idle
- * CPU takes tens of microseconds, a copy of some pages takes less.
+ * Writer-preferring reader/writer lock.  Critical sections last microseconds, so waiters spin before they sleep: waking an idle
+ * CPU takes tens of microseconds, copying some pages takes less.
  */
 #ifndef LAZYPAGES_LOCK_H
 #define LAZYPAGES_LOCK_H
 
 #include <pthread.h>
 #include <stdatomic.h>
-#include <stdbool.h>
-#include <time.h>
 
-#define LP_ALONE 0x80000000u /* somebody holds it, or waits for it, alone; the rest counts who share it */
+#define LP_ALONE 0x80000000u /* a writer holds the lock or waits for it; the other bits count the readers */
 #define LP_SPINS 8000	     /* about 100 to 400 us */
-#define LP_SPINS_ONE_CPU 100 /* whom we wait for needs this CPU */
+#define LP_SPINS_ONE_CPU 100 /* with one CPU, the thread that holds the lock can't run while we spin */
 
 /* How long to spin before sleeping; for all locks. */
-static _Atomic unsigned lp_spins = LP_SPINS;
+extern _Atomic unsigned lp_spins;
 
 struct lp_lock {
 	_Atomic unsigned state;
-	pthread_mutex_t alone; /* one at a time */
+	pthread_mutex_t alone; /* writers take it first */
 };
 
 static inline void lp_lock_init(struct lp_lock *lock)
@@ -34,18 +31,8 @@ static inline void lp_lock_destroy(struct lp_lock *lock)
 	pthread_mutex_destroy(&lock->alone);
 }
 
-static inline void lp_lock_wait(unsigned *spins)
-{
-	/* whom we wait for may need this CPU */
-	const struct timespec pause = {.tv_nsec = 20000};
-
-	if (++*spins > atomic_load_explicit(&lp_spins, memory_order_relaxed))
-		nanosleep(&pause, NULL);
-#if defined(__x86_64__) || defined(__i386__)
-	else
-		__builtin_ia32_pause();
-#endif
-}
+/* Spins, or sleeps once it has spun for long. */
+void lp_lock_wait(unsigned *spins);
 
 static inline void lp_lock_alone(struct lp_lock *lock)
 {
@@ -63,7 +50,7 @@ static inline void lp_unlock_alone(struct lp_lock *lock)
 	pthread_mutex_unlock(&lock->alone);
 }
 
-/* From alone to shared, with nobody in between. */
+/* From alone to shared; no other writer gets in between. */
 static inline void lp_lock_downgrade(struct lp_lock *lock)
 {
 	atomic_store(&lock->state, 1);

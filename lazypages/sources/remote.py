@@ -37,8 +37,10 @@ import anyio
 from anyio.abc import TaskGroup
 
 from images_spec.identity import Identity
-from lazypages.engine.uffd import Channel as EngineLane
-from lazypages.engine.uffd import ChannelEvent, ChannelEventKind, ChannelRequest, Engine, ServedTask
+from lazypages.engine.channel import Channel as EngineLane
+from lazypages.engine.channel import ChannelEvent, ChannelEventKind, ChannelRequest
+from lazypages.engine.engine import Engine
+from lazypages.engine.task import ServedTask
 from lazypages.net import wire
 from lazypages.net.link import Link, LinkError, connect
 from lazypages.net.tls import TlsError, TlsFiles
@@ -50,8 +52,8 @@ from lazypages.sources.window import Sent, Window
 
 log = logging.getLogger("lazypages")
 
-# A server of CRIU's copies what lies before a page in its pipe (up to 1 MiB) for each request, and without
-# CAP_SYS_RESOURCE it fails past the 16th page of a pipe, however small the request (reference §8, 9).
+# For each request CRIU's server copies all pages before the requested one in its pipe (up to 1 MiB); without
+# CAP_SYS_RESOURCE it fails past the 16th page of a pipe (docs/criu.md, "Page server protocol").
 CRIU_MAX_PAGES: Final = 64
 OUR_MAX_PAGES: Final = 256
 URGENT_MAX_PAGES: Final = 16  # neighbouring faults that are asked for as one
@@ -82,7 +84,7 @@ PROBE_PATIENCE: Final = {Layout.CRIU_4_2: 0.5, Layout.CRIU_4_1: 5.0, None: 2.0}
 
 CLOSED: Final = "closed by the server"
 DENIED: Final = "no page server can give it; their logs say why"
-ELSEWHERE: Final = "another destination has all of this dump, and goes on with it"
+ELSEWHERE: Final = "another destination has completed this dump and runs it"
 
 OnPages = Callable[[int, int, memoryview], Awaitable[None]]
 OnLost = Callable[[int, int, int, str], Awaitable[None]]

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from tests.support.fake import serve_command, served_tasks
-from tests.support.processes import Server, wait_for
+from tests.support.fake import restored_tasks, serve_command, served_tasks, serving
+from tests.support.memory_cgroup import memory_cgroup
+from tests.support.processes import Server, nothing_left, wait_for
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -44,6 +45,25 @@ def test_killed(number: int, waited_for: bool, restored_program: Path, tmp_path:
     assert [(task["state"], task["signal"]) for task in tasks_of(tmp_path)] == [("died", name)] * 2
 
 
+def test_killed_by_the_oom_killer(restored_program: Path, tmp_path: Path) -> None:
+    """Copies are charged to the task's memory cgroup, in which there is not enough room for either."""
+    pages = 16 << 8
+    with (
+        memory_cgroup(12 << 20) as group,
+        nothing_left(),
+        restored_tasks(restored_program, 2, pages) as tasks,
+    ):
+        for pid in tasks.pids:
+            group.write_text(str(pid))
+        with serving(tmp_path, tasks, pages) as server:
+            tasks.say("finish")
+            assert server.wait() == 1
+            assert tasks.statuses() == [128 + signal.SIGKILL] * 2
+            assert f"task {tasks.pids[0]}: killed by SIGKILL while it missed" in server.story()
+            assert "2 killed by a signal" in server.story()
+    assert [(task["state"], task["signal"]) for task in tasks_of(tmp_path)] == [("died", "SIGKILL")] * 2
+
+
 @pytest.mark.every_kernel
 @pytest.mark.parametrize("how", ["exit", "exec"])
 @pytest.mark.parametrize("waited_for", [False, True], ids=["zombie", "reaped at once"])
@@ -54,7 +74,7 @@ def test_by_itself(how: str, waited_for: bool, restored_program: Path, tmp_path:
         if waited_for:
             tasks.tell("wait")
         assert server.wait() == 0
-        assert "2 gone before that" in server.story()
+        assert "2 exited before completion" in server.story()
     assert [(task["state"], task["signal"]) for task in tasks_of(tmp_path)] == [("gone", None)] * 2
 
 
@@ -123,6 +143,6 @@ def test_nobody_knows(restored_program: Path, tmp_path: Path) -> None:
     ):
         tasks.say("exit")
         assert server.wait() == 1
-        assert "600 pages; how is not known" in server.story()
-        assert "1 ended before that, how is not known" in server.story()
+        assert "600 pages, cause unknown" in server.story()
+        assert "1 ended before completion, cause unknown" in server.story()
     assert [task["state"] for task in tasks_of(tmp_path)] == ["ended"]

@@ -82,7 +82,7 @@ def test_no_finish_message(loop: str, restored_program: Path, tmp_path: Path) ->
     with served_tasks(restored_program, tmp_path, 1, PAGES, "--loop", loop, finish=False) as (tasks, server):
         tasks.say("close")
         tasks.say("touch 7")
-        wait_for("the message", lambda: "before it was finished" in server.story())
+        wait_for("the message", lambda: "the restore failed" in server.story())
         tasks.say("touch 8")
         assert server.process.poll() is None
         os.kill(tasks.pids[0], signal.SIGKILL)
@@ -151,7 +151,7 @@ def test_interrupt_before_any_task(tmp_path: Path) -> None:
         restorer.connect(str(tmp_path / "lazy-pages.socket"))
         wait_for("the connection", lambda: not (tmp_path / "lazy-pages.socket").exists())
         server.signal(signal.SIGINT)
-        wait_for("the message", lambda: "waiting until it is finished" in server.story())
+        wait_for("the message", lambda: "waiting until it has finished" in server.story())
         assert "0 tasks" not in server.story()
         restorer.close()
         assert server.wait() == 1
@@ -253,7 +253,7 @@ def test_a_loop_that_is_not_installed(tmp_path: Path) -> None:
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])},
     )
     assert done.returncode == 1
-    assert "--loop trio: it is not installed" in done.stderr
+    assert "--loop trio: not installed" in done.stderr
     assert "waiting for" not in done.stderr
 
 

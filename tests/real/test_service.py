@@ -11,7 +11,8 @@ import signal
 import anyio
 import pytest
 
-from lazypages.engine.uffd import Notice, NoticeKind, ServedTask
+from lazypages.engine.events import TaskEvent, TaskEventKind
+from lazypages.engine.task import ServedTask
 from lazypages.loop import service as service_module
 from lazypages.loop.processes import Process
 from lazypages.loop.service import Identity, TaskService
@@ -39,7 +40,7 @@ def test_pages_that_a_task_can_not_take_now(room: int, monkeypatch: pytest.Monke
             os.close(free)
             resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
             task.tell("fork")
-            assert engine.wait(NoticeKind.FAILED, served).error == errno.EMFILE
+            assert engine.wait(TaskEventKind.FAILED, served).error == errno.EMFILE
 
         async def run(served: ServedTask) -> None:
             serving = TaskService(
@@ -95,7 +96,7 @@ def test_a_task_of_which_nobody_knows_what_it_misses() -> None:
                 transfer_turns=anyio.CapacityLimiter(1),
                 remote=None,
             )
-            serving.handle(Notice(NoticeKind.BROKEN, served, errno.ENOMEM, 0, 0, 0, 0), [])
+            serving.handle(TaskEvent(TaskEventKind.BROKEN, served, errno.ENOMEM, 0, 0, 0, 0), [])
             assert serving.report().state is State.KILLED
             until("the end of its memory", lambda: not served.probe())
             assert task.process

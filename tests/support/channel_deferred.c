@@ -15,7 +15,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-#include "serve/address_space.h"
+#include "common/page.h"
 
 #define BUSY 1u
 #define READY 2u
@@ -38,30 +38,6 @@ static int busy = 1, looks;
 			exit(1);                                                                                       \
 		}                                                                                                      \
 	} while (0)
-
-/* What channel.c wants of engine.c. */
-struct lp_channels *lp_engine_channels(struct lp_engine *engine)
-{
-	(void)engine;
-	return &channels;
-}
-
-int64_t lp_task_claim_background(struct lp_task *task, uint64_t max_pages, uint64_t *image)
-{
-	(void)task, (void)max_pages, (void)image;
-	return 0;
-}
-
-void lp_task_fail_remote(struct lp_task *task, uint64_t image, uint64_t nr_pages, bool lost)
-{
-	(void)task, (void)image, (void)nr_pages, (void)lost;
-}
-
-uint64_t lp_task_tag(const struct lp_task *task)
-{
-	(void)task;
-	return 0;
-}
 
 static uint64_t id_of(uint64_t tag, uint64_t page)
 {
@@ -145,17 +121,18 @@ static unsigned count(uint64_t tag)
 
 int main(void)
 {
+	const struct lp_channel_tasks tasks = {.place = place}; /* nothing is claimed: there is no background */
 	const struct lp_channel_options options = {.header_size = sizeof(struct header), .max_pages = 1};
 	struct epoll_event event = {.events = EPOLLIN};
 	int ends[2], size = 32 << 20, epfd = epoll_create1(0), wakefd = eventfd(0, EFD_NONBLOCK);
 	struct lp_channel_event events[8];
 	struct lp_channel *channel;
 
-	lp_channels_init(&channels, epfd, wakefd, place, NULL);
+	lp_channels_init(&channels, epfd, wakefd, &tasks);
 	CHECK(!epoll_ctl(epfd, EPOLL_CTL_ADD, wakefd, &event));
 	CHECK(!socketpair(AF_UNIX, SOCK_STREAM, 0, ends));
 	CHECK(!setsockopt(ends[1], SOL_SOCKET, SO_SNDBUFFORCE, &size, sizeof(size)));
-	CHECK((channel = lp_channel_new(NULL, ends[0], &options)));
+	CHECK((channel = lp_channel_new(&channels, ends[0], &options)));
 	close(ends[0]);
 	look();
 

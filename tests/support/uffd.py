@@ -18,16 +18,11 @@ from typing import Any, Self
 import pytest
 
 from lazypages.engine._uffd import ffi
-from lazypages.engine.uffd import (
-    BusyError,
-    Engine,
-    MappedFile,
-    Notice,
-    NoticeKind,
-    ServedTask,
-    TaskGoneError,
-    TaskMemory,
-)
+from lazypages.engine.engine import Engine
+from lazypages.engine.errors import BusyError, TaskGoneError
+from lazypages.engine.events import TaskEvent, TaskEventKind
+from lazypages.engine.memory import MappedFile, TaskMemory
+from lazypages.engine.task import ServedTask
 from lazypages.observe.tracing import Ring
 from tests.support.blocked import POLLS, misses_a_page, sleeps_in
 from tests.support.compiling import compiled
@@ -35,7 +30,7 @@ from tests.support.compiling import compiled
 PAGE = 4096
 SOURCE = Path(__file__).with_name("uffd_child.c")
 
-#: What CRIU's restore asks for (restorer side of CRIU's lazy pages): EVENT_FORK, _REMAP, _REMOVE, _UNMAP.
+#: What CRIU's restore asks for (docs/criu.md, "Userfaultfds and lazy mappings"): EVENT_FORK, _REMAP, _REMOVE, _UNMAP.
 FEATURES = 1 << 1 | 1 << 2 | 1 << 3 | 1 << 6
 
 #: Far from where the kernel maps things by itself.
@@ -95,8 +90,8 @@ class Task:
         self.process = process
         self.uffd = -1
         """The one that it has handed over last; not its owner."""
-        self.engine: Path | None = None
-        """/proc/PID/task/TID of the thread that serves it, if that is one of ours."""
+        self.engine: threading.Thread | None = None
+        """The thread that serves it, or will, if that is one of ours."""
 
     @classmethod
     def start(cls) -> Task:
@@ -141,7 +136,10 @@ class Task:
         """
 
         def both_sleep() -> bool:
-            return misses_a_page(self.pid) and (self.engine is None or sleeps_in(self.engine, POLLS))
+            engine = self.engine and self.engine.native_id
+            return misses_a_page(self.pid) and (
+                not engine or sleeps_in(Path(f"/proc/self/task/{engine}"), POLLS)
+            )
 
         # Twice: between the looks at task and engine, the engine may have answered, and the task faulted again.
         until(
@@ -255,7 +253,7 @@ class Service:
 
     def __init__(self, trace: Ring | None = None) -> None:
         self.engine = Engine(trace)
-        self.notices: list[Notice] = []
+        self.events: list[TaskEvent] = []
         self._taken = 0
         self._tasks: list[Task] = []
         self._transfers: list[Transfer] = []
@@ -289,7 +287,7 @@ class Service:
 
     def adopt(self, task: Task) -> Task:
         """Ends a task that was forked, or is served elsewhere first, with the service."""
-        task.engine = Path(f"/proc/self/task/{self.thread_id}")
+        task.engine = self._thread
         self._tasks.append(task)
         return task
 
@@ -342,26 +340,26 @@ class Service:
         self._transfers.append(transfer)
         return transfer
 
-    def look(self) -> list[Notice]:
-        """All notices so far."""
-        self.notices += self.engine.notices()
-        return self.notices
+    def look(self) -> list[TaskEvent]:
+        """All events so far."""
+        self.events += self.engine.events()
+        return self.events
 
-    def wait(self, kind: NoticeKind, task: ServedTask | None = None, *, timeout: float = 60) -> Notice:
-        """The next notice of this kind (about this task) that was not waited for yet."""
+    def wait(self, kind: TaskEventKind, task: ServedTask | None = None, *, timeout: float = 60) -> TaskEvent:
+        """The next event of this kind (about this task) that was not waited for yet."""
         deadline = time.monotonic() + timeout
         while True:
-            for place, notice in enumerate(self.look()):
-                if notice.kind is kind and task in (None, notice.task):
-                    return self.notices.pop(place)
+            for place, event in enumerate(self.look()):
+                if event.kind is kind and task in (None, event.task):
+                    return self.events.pop(place)
             if time.monotonic() > deadline:
-                pytest.fail(f"no {kind.name} in {timeout:g} s, but {self.notices}")
-            select.select([self.engine.notice_fd], [], [], 1)
+                pytest.fail(f"no {kind.name} in {timeout:g} s, but {self.events}")
+            select.select([self.engine.event_fd], [], [], 1)
 
 
 def needs_while_it_churns(
     service: Service, task: Task, served: ServedTask, file: PagesFile, pages: int
-) -> Iterator[list[Notice]]:
+) -> Iterator[list[TaskEvent]]:
     """The layout of a task in turmoil, all of whose pages are remote; until it has found every byte right.
 
     Each turn yields what is needed since the last one. Nothing may be lost.
@@ -370,10 +368,14 @@ def needs_while_it_churns(
     deadline = time.monotonic() + 60
     while not task.replied():
         assert time.monotonic() < deadline
-        notices = list(service.look())
-        service.notices.clear()
-        assert {notice.kind for notice in notices} <= {NoticeKind.NEED, NoticeKind.HURRY, NoticeKind.COMPLETE}
-        yield [notice for notice in notices if notice.kind is NoticeKind.NEED]
+        events = list(service.look())
+        service.events.clear()
+        assert {event.kind for event in events} <= {
+            TaskEventKind.NEED,
+            TaskEventKind.ESCALATE,
+            TaskEventKind.COMPLETE,
+        }
+        yield [event for event in events if event.kind is TaskEventKind.NEED]
     task.reply()
     assert served.lost == 0
 
