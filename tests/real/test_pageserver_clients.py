@@ -345,8 +345,11 @@ def test_whose_a_connection_is(address: str, to: str, device: bytes) -> None:
         ) as client:
             accepted, _ = listener.accept()
             with accepted:
-                ends = peers._end(accepted.getpeername()), peers._end(accepted.getsockname())
-                for find in (peers.find_owner, peers._from_kernel, peers._from_proc):
+                ends = (
+                    peers.connection_end(accepted.getpeername()),
+                    peers.connection_end(accepted.getsockname()),
+                )
+                for find in (peers.find_owner, peers.owner_from_kernel, peers.owner_from_proc):
                     owner = find(*ends)
                     assert owner is not None
                     assert owner.uid == STRANGER

@@ -209,10 +209,11 @@ def test_reset_by_a_killed_restorer(run: Run, control: ControlSocket) -> None:
     """A peer that goes away with unread data on its side resets the connection; that is an end as well."""
 
     async def receive_then_reset() -> list[Event]:
-        connection = await accept(control)
-        with connection:
-            connection._peer.send(b"never read")
-            peer.close()
+        caller = control.take()
+        assert caller is not None
+        caller[0].send(b"never read")
+        peer.close()
+        with Connection(*caller) as connection:
             return [event async for event in connection.events()]
 
     peer = connect(control.path)
