@@ -144,7 +144,7 @@ def test_migration(criu: Criu, client: str, scenario: str, program: Program, tmp
         work.mkdir()
         with restore(victim.checkpoint, daemon, work) as (restored, restorer):
             assert victim.is_frozen(source.pid)
-            if client == "criu":  # all that it says is what it has asked for: see test_dump_completion.py
+            if client == "criu":  # all that it says is what it has asked for: see test_one_destination.py
                 assert restored.server.wait() == 0
             restored.go()
             assert restorer.wait(60) == 0

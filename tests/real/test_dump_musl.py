@@ -12,12 +12,12 @@ import pytest
 from dumptool.proc import layout
 from dumptool.tracee import OWN_CODE, SIGRETURN, Gadgets, read_memory
 from tests.real.test_dump_kills import kill_in_sessions
-from tests.real.test_dump_tracking import SOURCE, Mover, level
+from tests.real.test_dump_tracking import SOURCE, Mover, level, moving
 from tests.real.test_restore import OurRestore
 from tests.support.compiling import compiled
 from tests.support.criu import Criu, all_criu
-from tests.support.dumptool import is_unharmed, reap_all, task
-from tests.support.processes import end, wait_for
+from tests.support.dumptool import is_unharmed, reap_all
+from tests.support.processes import end
 
 
 @pytest.fixture(scope="module")
@@ -29,11 +29,8 @@ def musl() -> Path:
 
 @pytest.fixture
 def mover(musl: Path, tmp_path: Path) -> Iterator[Mover]:
-    output, file = tmp_path / "output", tmp_path / "file"
-    file.write_bytes(bytes(16 * 4096))
-    with task(musl, output, file) as pid:
-        wait_for("the areas", lambda: output.exists() and output.read_text() == f"ready {pid}\n")
-        yield Mover(pid, output)
+    with moving(musl, tmp_path) as mover:
+        yield mover
 
 
 def vdso(pid: int) -> bytes:

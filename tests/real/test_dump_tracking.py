@@ -9,6 +9,7 @@ import os
 import re
 import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,13 +78,20 @@ class Mover:
             assert self.lines()[begin:] == [f"checked {pid} 0 wrong"]
 
 
-@pytest.fixture
-def mover(moves: Path, tmp_path: Path) -> Iterator[Mover]:
-    output, file = tmp_path / "output", tmp_path / "file"
+@contextmanager
+def moving(program: Path, folder: Path) -> Iterator[Mover]:
+    """The program with its areas, before its first step."""
+    output, file = folder / "output", folder / "file"
     file.write_bytes(bytes(16 * 4096))
-    with task(moves, output, file) as pid:
+    with task(program, output, file) as pid:
         wait_for("the areas", lambda: output.exists() and output.read_text() == f"ready {pid}\n")
         yield Mover(pid, output)
+
+
+@pytest.fixture
+def mover(moves: Path, tmp_path: Path) -> Iterator[Mover]:
+    with moving(moves, tmp_path) as mover:
+        yield mover
 
 
 def level(mover: Mover, folder: Path, number: int, action: str, *options: str) -> Path:
