@@ -499,6 +499,7 @@ def test_what_has_no_source_stays_lost() -> None:
     assert space.claim(0, 2) == 0
 
 
+@pytest.mark.slow
 def test_claims_of_many_threads(tmp_path: Path) -> None:
     """No page has two holders at a time, and each arrives once. In C: Python's threads hardly ever meet."""
     root = Path(__file__).parents[2]
@@ -530,6 +531,7 @@ def million() -> Space:
     return Space(extents, [(3 * i * PAGE, (3 * i + 2) * PAGE) for i in range(N)])
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(60)
 def test_questions_about_a_million(million: Space) -> None:
     million.index()
