@@ -39,7 +39,7 @@ class Layout:
     ``pages``: with data, of each task. ``stride``: 2 leaves a page that was never touched between any two.
     ``depth``: parents in the chain. ``sparse``: only the pages that will be touched have their data, the rest
     of the pages file is a hole; for checkpoints that are never transferred as a whole. ``round_trip``: of the link
-    to a remote source, in ms, beside what loopback takes.
+    to a remote source, in ms, beside what loopback takes. ``tls``: that link is encrypted.
     """
 
     pages: int
@@ -49,6 +49,7 @@ class Layout:
     source: Source = Source.LOCAL
     sparse: bool = False
     round_trip: int = 0
+    tls: bool = False
 
     @property
     def span(self) -> int:

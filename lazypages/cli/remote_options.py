@@ -15,7 +15,7 @@ from lazypages.net.tls_defaults import DEFAULT_CACERT, DEFAULT_CERT, DEFAULT_KEY
 if TYPE_CHECKING:
     from lazypages.net.tls import TlsFiles
     from lazypages.net.url import PageServerAddress
-    from lazypages.sources.remote import RemoteOptions
+    from lazypages.sources.page_server import RemoteOptions
 
 DEFAULT_ADDRESS = "127.0.0.1"
 
@@ -143,7 +143,7 @@ def sources_of(options: dict[str, Any]) -> Sources:
     # All that follows is slow to import, and not needed beside a checkpoint that is whole.
     from lazypages.net.url import LocalSource, parse_source  # noqa: PLC0415
     from lazypages.net.wire import Layout  # noqa: PLC0415
-    from lazypages.sources.remote import RemoteOptions  # noqa: PLC0415
+    from lazypages.sources.page_server import RemoteOptions  # noqa: PLC0415
 
     directories: list[Path] = []
     servers: list[PageServerAddress] = []

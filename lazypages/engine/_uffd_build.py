@@ -189,9 +189,16 @@ int munmap(void *address, size_t size);
 #define SYS_userfaultfd ...
 long syscall(long number, ...);
 
+struct lp_pace { uint64_t limit, delivered, smoothed; ...; };
+#define LP_PACE_MIN ...
+#define LP_PACE_MAX ...
+#define LP_PACE_SHORTEST ...
+void lp_pace_init(struct lp_pace *pace);
+void lp_pace_answered(struct lp_pace *pace, uint64_t sent, uint64_t delivered, uint64_t now, uint64_t bytes);
+
 struct lp_channel;
 struct lp_channels;
-struct lp_channel_options { uint32_t header_size, max_pages; uint64_t floor; bool zeros, background; };
+struct lp_channel_options { uint32_t header_size, max_pages; uint64_t floor; bool zeros, background, compress; };
 struct lp_request { uint64_t tag, image, nr_pages, since, sent, delivered; bool urgent, told; };
 enum lp_channel_event_kind {
     LP_CHANNEL_ARRIVED, LP_CHANNEL_REFUSED, LP_CHANNEL_HEARD, LP_CHANNEL_QUIET, LP_CHANNEL_TURN_OVER, LP_CHANNEL_CLOSED,
@@ -225,7 +232,7 @@ ffibuilder.set_source(
     "lazypages.engine._uffd",
     "#include <sys/mman.h>\n#include <sys/syscall.h>\n#include <unistd.h>\n"
     '#include "serve/doubt.h"\n#include "serve/engine.h"\n#include "serve/exits.h"\n#include "serve/faults.h"\n'
-    '#include "serve/guarded.h"\n#include "serve/channel.h"\n#include "serve/old_length.h"\n'
+    '#include "serve/guarded.h"\n#include "serve/channel.h"\n#include "serve/old_length.h"\n#include "serve/pace.h"\n'
     '#include "serve/readahead.h"\n'
     '#include "serve/address_space.h"\n#include "serve/trace.h"\n#include "serve/tracers.h"\n',
     sources=[str(path) for path in sorted((CSRC / "serve").glob("*.c"))],

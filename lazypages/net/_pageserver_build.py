@@ -46,7 +46,13 @@ ffibuilder.set_source(
     '#include "common/pages_file.h"\n#include "pageserver/pageserver.h"\n',
     sources=[str(CSRC / "pageserver/pageserver.c")],
     depends=[
-        str(CSRC / name) for name in ("common/extent.h", "common/pages_file.h", "pageserver/pageserver.h")
+        str(CSRC / name)
+        for name in (
+            "common/extent.h",
+            "common/page_protocol.h",
+            "common/pages_file.h",
+            "pageserver/pageserver.h",
+        )
     ],
     include_dirs=[str(CSRC)],
     extra_compile_args=["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Wno-unused-parameter"],

@@ -396,6 +396,11 @@ class ClientCodec(_ReceiveBuffer):
         return self._asked[0] if self._asked else None
 
     @property
+    def answering(self) -> Answered | None:
+        """The answer whose pages are coming."""
+        return self._answer
+
+    @property
     def at_boundary(self) -> bool:
         """Whether what was received ends with a whole answer."""
         return not len(self) and not self._missing and not self._compressed

@@ -28,11 +28,16 @@ class TokenBucket:
 
 
 class SlowLink:
-    """Listens on loopback (`port`) for clients of `target`. `crossed`: bytes that have come from the server."""
+    """Listens on loopback for clients of `target`. `crossed`: bytes that have come from the server.
+
+    Not at 127.0.0.1, from where clients connect: so both ends have different addresses, as those of different hosts.
+    """
+
+    host = "127.0.0.2"
 
     def __init__(self, target: tuple[str, int], rate: float) -> None:
         self._target, self._bucket = target, TokenBucket(rate)
-        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._listener = socket.create_server((self.host, 0))
         self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER)  # inherited
         self.port: int = self._listener.getsockname()[1]
         self.crossed = 0
