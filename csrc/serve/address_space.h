@@ -60,6 +60,7 @@ struct lp_change {
 	uint64_t start, len;  /* bytes */
 	uint64_t to;	      /* LP_FORKED and LP_REMOVED: how many events were reported before */
 	void *seen;	      /* LP_FORKED: the caller's */
+	bool awaited;	      /* LP_REMAPPED: see csrc/serve/late.h */
 };
 
 /*
@@ -156,7 +157,9 @@ uint64_t lp_space_commit(struct lp_space *space, uint64_t dense, uint64_t nr);
 void lp_space_release(struct lp_space *space, uint64_t dense, uint64_t nr);
 /* Claimed pages that no source can give; what has arrived all the same, from another one, is not lost. */
 void lp_space_lose(struct lp_space *space, uint64_t dense, uint64_t nr);
-/* Makes lost pages pending as before, but for those that never had a source: one has come back. Returns how many. */
+/* Claimed or not, where they are in the task is not known, and will not be. */
+void lp_space_lose_for_good(struct lp_space *space, uint64_t dense, uint64_t nr);
+/* Makes lost pages pending as before, but for those that never had a source or are lost for good: one has come back. Returns how many. */
 uint64_t lp_space_regain(struct lp_space *space);
 /* Those of the pages dumped at [image, +nr_pages) that are lost are not waited for any more. (exclusive) */
 void lp_space_forget(struct lp_space *space, uint64_t image, uint64_t nr_pages, struct lp_counts *dropped);
@@ -210,6 +213,8 @@ size_t lp_space_nr_doubts(const struct lp_space *space);
 struct lp_doubt lp_space_doubt(const struct lp_space *space, size_t i);
 /* Whether something of it is pending. */
 bool lp_space_in_doubt(const struct lp_space *space, const struct lp_doubt *doubt);
+/* All that is in doubt in [start, end) is lost for good; of a doubt that lies there in part, all of it. */
+void lp_space_lose_doubts(struct lp_space *space, uint64_t start, uint64_t end);
 /* Some of its pages that are not pending, by address: returns how many, at most max. */
 size_t lp_space_not_pending(const struct lp_space *space, const struct lp_doubt *doubt, uint64_t *addrs, size_t max);
 void lp_space_asked(struct lp_space *space, size_t i);

@@ -90,6 +90,7 @@ void lp_channel_finish(struct lp_channel *channel, bool force, uint32_t flags);
 size_t lp_channel_outstanding(struct lp_channel *channel, struct lp_request *requests, size_t max);
 void lp_channel_state(struct lp_channel *channel, struct lp_channel_state *state);
 
+#ifndef LP_CFFI
 /* ---- the serving thread ---- */
 
 /* What channels need of the tasks: the engine fills this in.  The serving thread calls it, with no lock of a channel held. */
@@ -134,4 +135,5 @@ bool lp_channels_expect(const struct lp_channels *channels);
  */
 bool lp_channels_round(struct lp_channels *channels);
 
+#endif
 #endif

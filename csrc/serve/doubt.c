@@ -136,8 +136,9 @@ static bool overlap(uint64_t a, uint64_t b, uint64_t len)
 	return a < b + len && b < a + len;
 }
 
-/* Whether move i was made before the child was forked: 1, 0, -EAGAIN, -ESRCH. */
-static int has_moved(const struct lp_change *changes, size_t nr, size_t i, const struct lp_ask *ask)
+/* Whether move i was made before the child was forked: 1, 0, -EAGAIN, -ESRCH.  *tangled: that can't be told. */
+static int has_moved(const struct lp_change *changes, size_t nr, size_t i, const struct lp_ask *ask,
+		     const struct lp_ask *ask_parent, bool *tangled)
 {
 	const struct lp_change *move = &changes[i];
 	bool unmaps = false;
@@ -148,9 +149,15 @@ static int has_moved(const struct lp_change *changes, size_t nr, size_t i, const
 	rc = is_within(ask, move->to, move->to + LP_PAGE_SIZE);
 	if (rc != 1 || !unmaps)
 		return rc;
-	/* what was there before may be there still */
 	rc = is_within(ask, move->start, move->start + LP_PAGE_SIZE);
-	return rc < 0 ? rc : !rc;
+	if (rc != 1)
+		return rc < 0 ? rc : 1;
+	/*
+	 * Both: what was at `to` before may be there still, or the child has moved something there.  Or other memory has grown to
+	 * where this was: then its parent has that as well, for nobody has told of its leaving.
+	 */
+	*tangled |= is_within(ask_parent, move->start, move->start + LP_PAGE_SIZE) == 1;
+	return 0;
 }
 
 /* Whether a change is about what one of the moves before it has brought, of those that the child has not seen. */
@@ -168,13 +175,17 @@ static bool meet(const struct lp_change *a, const struct lp_change *b)
 	return overlap(a->start, b->start, a->len > b->len ? a->len : b->len);
 }
 
-/* Whether a place that a move has taken or left is taken or left again, but by what that mremap itself unmaps. */
+/*
+ * Whether a place that a move has taken or left is taken or left again, but by what that mremap itself unmaps; or a move has left
+ * something (MREMAP_DONTUNMAP) and taken a place that was cleared for it: both are there before it as after it.
+ */
 static bool are_tangled(const struct lp_change *changes, size_t nr)
 {
 	for (size_t i = 0; i < nr; i++) {
 		const struct lp_change *move = &changes[i];
 		const struct lp_change to = {.start = move->to, .len = move->len};
 		size_t unmaps = 0;
+		bool clears = false;
 
 		for (size_t k = 0; k < nr && move->kind == LP_REMAPPED; k++) {
 			const struct lp_change *other = &changes[k];
@@ -189,7 +200,10 @@ static bool are_tangled(const struct lp_change *changes, size_t nr)
 				return true;
 			if (other->kind == LP_REMOVED && (meet(&to, other) || meet(move, other)))
 				return true;
+			clears |= other->kind == LP_UNMAPPED && meet(&to, other);
 		}
+		if (clears && !unmaps)
+			return true;
 	}
 	return false;
 }
@@ -225,7 +239,7 @@ int lp_replay(struct lp_space *s, const struct lp_change *changes, size_t nr, ui
 			rc = lp_space_question(s, change->start, end);
 			break;
 		case LP_REMAPPED:
-			rc = has_moved(changes, nr, i, ask);
+			rc = has_moved(changes, nr, i, ask, ask_parent, tangled);
 			unmade[i] = rc != 1;
 			if (rc < 0)
 				break;

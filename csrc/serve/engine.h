@@ -33,8 +33,9 @@
 #include <stdint.h>
 #include <sys/types.h>
 
-#include "guard.h"
 #include "address_space.h"
+#include "guard.h"
+#include "level.h"
 
 struct lp_channels;
 struct lp_engine;
@@ -64,13 +65,6 @@ struct lp_notice {
 	struct lp_task *task;
 	uint64_t image, addr, nr_pages;
 	uint64_t since; /* CLOCK_MONOTONIC ns when the fault was read, 0 if no thread waits */
-};
-
-/* The pages file of one level of the chain, mapped and open; NULL, 0 and -1 if it has none. */
-struct lp_level {
-	const void *base;
-	uint64_t size;
-	int fd;
 };
 
 #define LP_HISTOGRAM_BUCKETS 280 /* 8 a power of two, from 1 ns */

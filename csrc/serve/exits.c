@@ -8,20 +8,15 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-/* Linux 6.13, the exit code 6.15; older headers don't have it.  Its first version: newer kernels take that, too. */
-struct info {
-	uint64_t mask, cgroupid;
-	uint32_t pid, tgid, ppid, ruid, rgid, euid, egid, suid, sgid, fsuid, fsgid;
-	int32_t exit_code;
-};
-#define GET_INFO _IOWR(0xff, 11, struct info)
-#define INFO_EXIT (UINT64_C(1) << 3)
+#include <linux/pidfd.h>
+
+#include "common/linux_compat.h"
 
 int lp_exit_status(int pidfd)
 {
-	struct info info = {.mask = INFO_EXIT};
+	struct pidfd_info info = {.mask = PIDFD_INFO_EXIT};
 
-	if (ioctl(pidfd, GET_INFO, &info) || !(info.mask & INFO_EXIT))
+	if (ioctl(pidfd, PIDFD_GET_INFO, &info) || !(info.mask & PIDFD_INFO_EXIT))
 		return -1;
 	return info.exit_code;
 }

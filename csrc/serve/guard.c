@@ -26,7 +26,7 @@
 
 #include <linux/futex.h>
 
-#include "common/probe.h"
+#include "uffd_ops.h"
 
 #define PAGE 4096
 #define COMPLETE (-1)
@@ -43,7 +43,7 @@ struct lp_guard {
 	int pidfd;  /* of the guard; the daemon's, and -1 if there is no guard at the moment */
 	int daemon; /* pidfd */
 	int log_fd;
-	void *nowhere; /* a page that can't be read */
+	void *unreadable; /* a page that can't be read */
 	char *command; /* the bytes that /proc/PID/cmdline shows: command_size of them */
 	size_t command_size;
 	int top; /* the guard's, when it takes over: all descriptors in use are below this */
@@ -58,7 +58,7 @@ struct lp_guard {
 /* Whether the memory behind a uffd exists no more. */
 static bool is_gone(const struct lp_guard *g, int uffd)
 {
-	return lp_means_gone(lp_probe(uffd, g->nowhere, LP_ANYWHERE));
+	return lp_uffd_probe(uffd, g->unreadable, LP_ANYWHERE) == LP_TASK_GONE;
 }
 
 /*
@@ -458,8 +458,8 @@ static void free_guard(struct lp_guard *g)
 {
 	if (g->daemon >= 0)
 		close(g->daemon);
-	if (g->nowhere != MAP_FAILED)
-		munmap(g->nowhere, PAGE);
+	if (g->unreadable != MAP_FAILED)
+		munmap(g->unreadable, PAGE);
 	munmap(g, sizeof(*g));
 }
 
@@ -472,9 +472,9 @@ struct lp_guard *lp_guard_start(int log_fd)
 		return NULL;
 	g->pidfd = -1;
 	g->log_fd = log_fd;
-	g->nowhere = mmap(NULL, PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	g->unreadable = mmap(NULL, PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	g->daemon = (int)syscall(SYS_pidfd_open, getpid(), 0);
-	if (g->nowhere == MAP_FAILED || g->daemon < 0) {
+	if (g->unreadable == MAP_FAILED || g->daemon < 0) {
 		rc = -errno;
 	} else {
 		find_command(g);

@@ -9,32 +9,16 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include <linux/userfaultfd.h>
+#include <linux/fs.h>
 
-#include "common/probe.h"
-
-/* Linux 6.13; older headers don't have it, and an older kernel says EINVAL. */
-#ifndef MADV_GUARD_INSTALL
-#define MADV_GUARD_INSTALL 102
-#endif
-
-/* struct pm_scan_arg of linux/fs.h, Linux 6.7; older headers lack it. */
-struct scan_arg {
-	uint64_t size, flags, start, end, walk_end, vec, vec_len, max_pages;
-	uint64_t category_inverted, category_mask, category_anyof_mask, return_mask;
-};
-struct scan_region {
-	uint64_t start, end, categories;
-};
-#define SCAN_PAGEMAP _IOWR('f', 16, struct scan_arg)
-#define SCAN_SWAPPED 0x10 /* PAGE_IS_SWAPPED: not there, but not nothing either; a guard is that, too */
-#define SCAN_GUARD 0x100  /* PAGE_IS_GUARD, Linux 6.15 */
+#include "common/linux_compat.h"
+#include "uffd_ops.h"
 
 int lp_guarded_scan(int fd, uint64_t category, uint64_t start, uint64_t end, struct lp_range *found)
 {
 	for (;;) {
-		struct scan_region region;
-		struct scan_arg arg = {
+		struct page_region region;
+		struct pm_scan_arg arg = {
 			.size = sizeof(arg),
 			.start = start,
 			.end = end,
@@ -43,7 +27,7 @@ int lp_guarded_scan(int fd, uint64_t category, uint64_t start, uint64_t end, str
 			.category_mask = category,
 			.return_mask = category,
 		};
-		int nr = ioctl(fd, SCAN_PAGEMAP, &arg);
+		int nr = ioctl(fd, PAGEMAP_SCAN, &arg);
 
 		if (nr < 0 && errno == EINTR)
 			continue;
@@ -63,11 +47,11 @@ static uint64_t category_of(const void *guard)
 
 	if (fd < 0)
 		return 0;
-	if (!lp_guarded_scan(fd, SCAN_GUARD, at, at + LP_PAGE_SIZE, &found) && found.start == at)
-		category = SCAN_GUARD;
+	if (!lp_guarded_scan(fd, PAGE_IS_GUARD, at, at + LP_PAGE_SIZE, &found) && found.start == at)
+		category = PAGE_IS_GUARD;
 	/* Linux 6.13 and 6.14. A page that is swapped out would not be copied to either: the kernel says EEXIST. */
-	else if (!lp_guarded_scan(fd, SCAN_SWAPPED, at, at + LP_PAGE_SIZE, &found) && found.start == at)
-		category = SCAN_SWAPPED;
+	else if (!lp_guarded_scan(fd, PAGE_IS_SWAPPED, at, at + LP_PAGE_SIZE, &found) && found.start == at)
+		category = PAGE_IS_SWAPPED;
 	close(fd);
 	return category;
 }
@@ -75,17 +59,11 @@ static uint64_t category_of(const void *guard)
 /* Whether a copy puts a page over this guard. Where that can't be tried it is expected. */
 static bool overwrites(void *guard, const void *page)
 {
-	struct uffdio_api api = {.api = UFFD_API};
-	struct uffdio_register reg = {
-		.range = {.start = (uintptr_t)guard, .len = LP_PAGE_SIZE},
-		.mode = UFFDIO_REGISTER_MODE_MISSING,
-	};
-	struct uffdio_copy copy = {.dst = (uintptr_t)guard, .src = (uintptr_t)page, .len = LP_PAGE_SIZE};
-	int fd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
+	int fd = lp_uffd_open(0);
 	bool yes = true;
 
-	if (fd >= 0 && !ioctl(fd, UFFDIO_API, &api) && !ioctl(fd, UFFDIO_REGISTER, &reg))
-		yes = !ioctl(fd, UFFDIO_COPY, &copy) || copy.copy != -EEXIST;
+	if (fd >= 0 && lp_uffd_register(fd, guard, 1))
+		yes = lp_uffd_copy(fd, (uintptr_t)guard, page, 1, false).outcome != LP_PRESENT;
 	if (fd >= 0)
 		close(fd);
 	return yes;
@@ -151,18 +129,19 @@ static void vacate(struct lp_guarded *g, size_t place)
 static int open_tables(const struct lp_guarded_task *task, bool *sure)
 {
 	char path[32];
-	int fd, error;
+	enum lp_outcome outcome;
+	int fd;
 
 	snprintf(path, sizeof(path), "/proc/%d/pagemap", (int)task->pid);
 	fd = open(path, O_RDONLY | O_CLOEXEC);
 	if (fd < 0)
 		return -errno;
-	error = lp_probe(task->uffd, task->nowhere, LP_ANYWHERE);
-	if (lp_means_gone(error) || (task->pidfd >= 0 && syscall(SYS_pidfd_send_signal, task->pidfd, 0, NULL, 0))) {
+	outcome = lp_uffd_probe(task->uffd, task->unreadable, LP_ANYWHERE);
+	if (outcome == LP_TASK_GONE || (task->pidfd >= 0 && syscall(SYS_pidfd_send_signal, task->pidfd, 0, NULL, 0))) {
 		close(fd);
 		return -ESRCH;
 	}
-	*sure = error != EAGAIN;
+	*sure = outcome != LP_CHANGING;
 	return fd;
 }
 

@@ -17,6 +17,10 @@
 
 #include "address_space.h"
 
+/* The first pages in [start, end) of that category; when none are, *found is empty, at end.  fd: a pagemap.  0 or -errno. */
+int lp_guarded_scan(int fd, uint64_t category, uint64_t start, uint64_t end, struct lp_range *found);
+
+#ifndef LP_CFFI
 #define LP_GUARDED_OPEN 8 /* page tables kept open */
 
 struct lp_guarded {
@@ -49,15 +53,12 @@ struct lp_guarded_task {
 	const void *owner;
 	pid_t pid;
 	int pidfd, uffd;
-	const void *nowhere; /* for lp_probe */
+	const void *unreadable; /* for lp_uffd_probe */
 };
 
 /* Finds out whether this kernel's copies overwrite guards, and how guards are told. */
 void lp_guarded_init(struct lp_guarded *g);
 void lp_guarded_end(struct lp_guarded *g);
-
-/* The first pages in [start, end) of that category; when none are, *found is empty, at end.  fd: a pagemap.  0 or -errno. */
-int lp_guarded_scan(int fd, uint64_t category, uint64_t start, uint64_t end, struct lp_range *found);
 
 /*
  * The page tables of a task, to be given back: a descriptor; or -ESRCH when it has ended, and -errno when they can't be read:
@@ -67,5 +68,6 @@ int lp_guarded_take(struct lp_guarded *g, const struct lp_guarded_task *task);
 void lp_guarded_give(struct lp_guarded *g, const void *owner, int fd);
 /* The task is done: nothing of it is kept. Nobody has its page tables. */
 void lp_guarded_forget(struct lp_guarded *g, const void *owner);
+#endif
 
 #endif

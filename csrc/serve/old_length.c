@@ -1,18 +1,16 @@
 #define _GNU_SOURCE
 #include "old_length.h"
 
-#include <fcntl.h>
 #include <poll.h>
 #include <pthread.h>
 #include <stdint.h>
-#include <sys/ioctl.h>
 #include <sys/mman.h>
-#include <sys/syscall.h>
 #include <unistd.h>
 
 #include <linux/userfaultfd.h>
 
-#include "address_space.h"
+#include "common/page.h"
+#include "uffd_ops.h"
 
 #define PATIENCE_MS 1000 /* for a thread that does nothing but one mremap */
 
@@ -39,16 +37,11 @@ static uint64_t reported_length(int uffd)
 
 static void find_out(void)
 {
-	struct uffdio_api api = {.api = UFFD_API, .features = UFFD_FEATURE_EVENT_REMAP};
-	struct uffdio_register registered = {.mode = UFFDIO_REGISTER_MODE_MISSING};
-	int uffd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
+	int uffd = lp_uffd_open(UFFD_FEATURE_EVENT_REMAP);
 	char *at = mmap(NULL, 3 * LP_PAGE_SIZE, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	pthread_t thread;
 
-	if (uffd < 0 || at == MAP_FAILED || ioctl(uffd, UFFDIO_API, &api))
-		goto out;
-	registered.range = (struct uffdio_range){(uintptr_t)at, 2 * LP_PAGE_SIZE};
-	if (ioctl(uffd, UFFDIO_REGISTER, &registered) || pthread_create(&thread, NULL, shrink_and_move, at))
+	if (uffd < 0 || at == MAP_FAILED || !lp_uffd_register(uffd, at, 2) || pthread_create(&thread, NULL, shrink_and_move, at))
 		goto out;
 	tells_old_length = reported_length(uffd) != LP_PAGE_SIZE;
 	/* ends the wait of a thread whose event has not been read */

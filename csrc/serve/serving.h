@@ -42,18 +42,15 @@
 #include "follow.h"
 #include "guarded.h"
 #include "lock.h"
+#include "ranges.h"
 #include "readahead.h"
+#include "uffd_ops.h"
 
 typedef _Atomic uint64_t lp_counter;
 
 /* A thread that waits for a page from a remote source, dumped at image; what its fault has asked for, and where that is. */
 struct lp_waiter {
 	uint64_t image, since, addr, nr_pages;
-};
-
-struct lp_ranges {
-	struct lp_range *at;
-	size_t nr, cap;
 };
 
 /* A child whose layout was changing already when it was asked. */
@@ -82,8 +79,8 @@ struct lp_task {
 	bool closed; /* by its owner: no notice is about it any more */
 	bool remote, is_child;
 	/*
-	 * Of a child that was forked while what had been reported was tangled (csrc/serve/doubt.h): what is there that the space
-	 * does not know, and what moves from there, need not be zero.
+	 * Where it could not be told what left first (csrc/serve/late.h), or in a child that was forked while what had been reported
+	 * was tangled (csrc/serve/doubt.h): what is there that the space does not know, and what moves from there, need not be zero.
 	 */
 	struct lp_ranges unsure;
 	struct lp_answer *unreported_lost; /* the first run that is lost, while the owner does not know the task yet; then NULL */
@@ -177,6 +174,21 @@ static inline void lp_count(lp_counter *counter, uint64_t n)
 static inline bool lp_is_served(const struct lp_task *t)
 {
 	return t->uffd >= 0 && !atomic_load(&t->broken);
+}
+
+/* As lp_uffd_probe.  (lock held) */
+static inline enum lp_outcome lp_probe_page(const struct lp_task *t, uint64_t addr)
+{
+	return lp_uffd_probe(t->uffd, t->engine->unreadable, addr);
+}
+
+/*
+ * Whether what has just been seen of the task's page tables is of the layout that the space knows (lock held).  The kernel counts
+ * a change from before it is made until its event has been read, and a little longer (fs/userfaultfd.c, mmap_changing).
+ */
+static inline bool lp_is_quiescent(const struct lp_task *t)
+{
+	return lp_probe_page(t, LP_ANYWHERE) != LP_CHANGING;
 }
 
 #endif

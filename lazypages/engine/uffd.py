@@ -169,10 +169,9 @@ class PreparedMemory:
         #: The levels; they must outlive the engine.
         self.files = [file for file in memory.levels if file]
         levels = ffi.new("struct lp_level[]", max(1, len(memory.levels)))
-        for level, file in zip(levels, memory.levels, strict=False):
-            level.base, level.size, level.fd = (
-                (file.address, file.size, file.fd) if file else (ffi.NULL, 0, -1)
-            )
+        for index, file in enumerate(memory.levels):
+            if file:
+                lib.lp_level_of_file(ffi.addressof(levels, index), file.address, file.size, file.fd)
         handle = lib.lp_memory_new(
             ffi.cast("struct lp_extent *", memory.extents.address),
             len(memory.extents),

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from tests.support.fake import compile_restored, restored_tasks, serve_command, serving, write_images
+from tests.support.memory_cgroup import memory_cgroup
 from tests.support.processes import Server, nothing_left, wait_for
 
 pytestmark = pytest.mark.timeout(120)
@@ -54,6 +55,21 @@ def test_killed(number: int, waited_for: bool, restored: Path, tmp_path: Path) -
         assert "2 killed by a signal" in server.story()
         assert f"task {tasks.pids[1]}: killed by {name}, 5" in server.story()
     assert [(task["state"], task["signal"]) for task in tasks_of(tmp_path)] == [("died", name)] * 2
+
+
+def test_killed_by_the_oom_killer(restored: Path, tmp_path: Path) -> None:
+    """Copies are charged to the task's memory cgroup, in which there is not enough room for either."""
+    pages = 16 << 8
+    with memory_cgroup(12 << 20) as group, nothing_left(), restored_tasks(restored, 2, pages) as tasks:
+        for pid in tasks.pids:
+            group.write_text(str(pid))
+        with serving(tmp_path, tasks, pages) as server:
+            tasks.say("finish")
+            assert server.wait() == 1
+            assert tasks.statuses() == [128 + signal.SIGKILL] * 2
+            assert f"task {tasks.pids[0]}: killed by SIGKILL while it missed" in server.story()
+            assert "2 killed by a signal" in server.story()
+    assert [(task["state"], task["signal"]) for task in tasks_of(tmp_path)] == [("died", "SIGKILL")] * 2
 
 
 @pytest.mark.every_kernel

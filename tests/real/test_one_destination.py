@@ -16,6 +16,7 @@ from tests.real.test_criu_namespace import NAMESPACE
 from tests.real.test_dump_lazy import LazyDump, Victim, lazy_dump, ours, running
 from tests.real.test_pageserver_criu import remote_daemon
 from tests.support.criu import Criu
+from tests.support.memory_cgroup import memory_cgroup
 from tests.support.processes import descendants, nothing_left, wait_for
 from tests.support.proxy import Proxy
 from tests.support.restore import Daemon, LazyRestore, Program
@@ -156,6 +157,21 @@ def test_a_task_that_is_killed(
                 said = ("gone before it was done", "perhaps they were killed")
                 wait_for("its leaving", lambda: any(words in source.output.read_text() for words in said))
                 assert victim.is_frozen(source.pid)
+        completes(victim, source, program, tmp_path / "second")
+
+
+def test_a_task_that_the_oom_killer_ends(program: Program, tmp_path: Path) -> None:
+    """As above, by its memory cgroup, in which what comes has no room."""
+    with running(OLD, "small_stacks", program, tmp_path) as victim, source_of(victim) as source:
+        with (
+            memory_cgroup(1 << 20) as group,
+            slow_way(source) as proxy,
+            destination(victim, ours(proxy.port), program, tmp_path / "first") as restored,
+        ):
+            group.write_text(str(restored.pid))
+            assert restored.server.wait() == 1
+            assert "killed by SIGKILL" in restored.server.story()
+            assert victim.is_frozen(source.pid)
         completes(victim, source, program, tmp_path / "second")
 
 

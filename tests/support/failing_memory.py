@@ -7,7 +7,9 @@ byte is right, or the engine says that the task can't go on (BROKEN), which cost
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import runpy
 import sys
 import threading
 from collections.abc import Callable
@@ -25,11 +27,11 @@ def build(folder: Path) -> None:
     """Compiles it into `folder`."""
     from cffi import FFI
 
-    from lazypages.engine._uffd_build import ffibuilder
-
-    _, source, _, options = ffibuilder._assigned_source
+    with contextlib.chdir(ROOT):
+        engine = runpy.run_path("csrc/modules.py")["engine"]
+    _, source, _, options = engine._assigned_source
     ffi = FFI()
-    for cdef in ffibuilder._cdefsources:
+    for cdef in engine._cdefsources:
         ffi.cdef(cdef)
     ffi.cdef("void failing_memory(long after, long times); long failed_memory(void);")
     ffi.set_source(

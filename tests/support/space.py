@@ -43,14 +43,23 @@ class Change(NamedTuple):
     length: int = 0
     to: int = 0
     uffd: int = 0
+    awaited: bool = False
 
-    def row(self) -> tuple[int, int, int, int, int]:
-        return getattr(lib, self.kind), self.uffd, self.start, self.length, self.to
+    def row(self) -> tuple[int, int, int, int, int, Any, bool]:
+        return (
+            getattr(lib, self.kind),
+            self.uffd,
+            self.start,
+            self.length,
+            self.to,
+            ffi.NULL,
+            self.awaited,
+        )
 
     @classmethod
     def of(cls, raw: Any) -> Change:
         kinds = {getattr(lib, kind): kind for kind in KINDS}
-        return cls(kinds[raw.kind], raw.start, raw.len, raw.to, raw.uffd)
+        return cls(kinds[raw.kind], raw.start, raw.len, raw.to, raw.uffd, raw.awaited)
 
 
 KINDS = ("LP_FORKED", "LP_REMOVED", "LP_UNMAPPED", "LP_REMAPPED")
@@ -130,6 +139,8 @@ class Space:
         self.dropped = [0] * (levels + 2)
         #: Where the engine refuses to place zeros, as of this moment.
         self.unsure: list[tuple[int, int]] = []
+        #: How often it was unclear what left first.
+        self.times_unclear = 0
 
     def _counts(self) -> Any:
         by_source = ffi.new("uint64_t[]", self.levels + 2)
@@ -229,11 +240,8 @@ class Space:
         """``struct lp_ask``, and what must stay as long as it. Mappings are alike and no stacks."""
 
         def stays(_: Any, start: int, end: int, known: bool) -> None:
-            while start < end and not known:
-                answer = self.lookup(start, (end - start) // PAGE)
-                if answer.kind is not Kind.ZERO:
-                    self.lose(answer.dense, answer.nr_pages)
-                start += answer.nr_pages * PAGE
+            if not known:
+                self._lose(start, end)
 
         callbacks = [
             ffi.callback(
@@ -266,6 +274,24 @@ class Space:
             moves = [change for change in made if change.kind == "LP_REMAPPED"]
             self.unsure += [(move.to, move.to + move.length) for move in moves]
 
+    def _lose(self, start: int, end: int) -> None:
+        while start < end:
+            answer = self.lookup(start, (end - start) // PAGE)
+            if answer.kind is not Kind.ZERO:
+                lib.lp_space_lose_for_good(self._space, answer.dense, answer.nr_pages)
+            start += answer.nr_pages * PAGE
+
+    def _lose_unclear(self, changes: Sequence[Change]) -> None:
+        unclear = ffi.new("bool[]", len(changes) + 1)
+        if lib.lp_unclear(self._space, _rows(changes), len(changes), unclear):
+            self.times_unclear += 1
+        for change, is_unclear in zip(changes, unclear, strict=False):
+            if is_unclear:
+                for place in {change.start, change.to if change.kind == "LP_REMAPPED" else change.start}:
+                    self._lose(place, place + change.length)
+                    lib.lp_space_lose_doubts(self._space, place, place + change.length)
+                    self.unsure.append((place, place + change.length))
+
     def make(
         self,
         changes: list[Change],
@@ -280,13 +306,15 @@ class Space:
         ``children``: their memory, by the ``uffd`` of LP_FORKED. ``old_length``: as kernels before 6.15 tell.
         """
         memory = memory or Nothing()
-        before = self.clone() if at_rest and any(change.kind == "LP_FORKED" for change in changes) else None
         made: list[Change] = []
         born = []
         if at_rest and old_length:
             rows = _rows(changes)
             lib.lp_true_lengths(rows, len(changes))
             changes[:] = map(Change.of, rows)
+        if at_rest:
+            self._lose_unclear(changes)
+        before = self.clone() if at_rest and any(change.kind == "LP_FORKED" for change in changes) else None
         while changes:
             following = lib.lp_space_next_change(self._space, _rows(changes), len(changes), at_rest)
             if following == len(changes):
@@ -302,6 +330,8 @@ class Space:
                 self.remove(change.start, change.start + change.length)
             elif change.kind == "LP_REMAPPED":
                 self.remap(change.start, change.to, change.length)
+                if any(a < change.start + change.length and change.start < b for a, b in self.unsure):
+                    self.unsure.append((change.to, change.to + change.length))
             elif lib.lp_space_matters(self._space, change.start, change.start + change.length):
                 self.question(change.start, change.start + change.length)
             else:

@@ -761,6 +761,134 @@ static void late(uint64_t place, uint64_t aside, size_t pages, uint64_t id, size
 		say("ok %s", WEXITSTATUS(l.status) == 30 ? "before" : "after");
 }
 
+/* ---- a child that changes its layout before it can be asked what it has ---- */
+
+#define TURNERS 8 /* one of them is always told of, or has to run before the kernel counts it no more */
+
+struct turner {
+	_Atomic bool *calm;
+	char *page;
+};
+
+static struct {
+	struct turner turners[TURNERS];
+	pthread_t threads[TURNERS];
+	_Atomic int turning;
+	struct {
+		_Atomic bool parent, child;
+	} *calm; /* shared with the child */
+	pid_t child;
+} restless;
+
+static void *turn(void *arg)
+{
+	struct turner *me = arg;
+
+	for (bool first = true; !*me->calm; first = false) {
+		if (madvise(me->page, PAGE, MADV_DONTNEED))
+			_exit(5);
+		restless.turning += first;
+	}
+	return NULL;
+}
+
+static void begin_turning(_Atomic bool *calm, char *at)
+{
+	for (int i = 0; i < TURNERS; i++) {
+		restless.turners[i] = (struct turner){calm, at + (size_t)i * PAGE};
+		if (pthread_create(&restless.threads[i], NULL, turn, &restless.turners[i]))
+			_exit(4);
+	}
+}
+
+static void end_turning(void)
+{
+	for (int i = 0; i < TURNERS; i++)
+		pthread_join(restless.threads[i], NULL);
+}
+
+static void begin_unrest(char *at)
+{
+	restless.calm = mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+	if (restless.calm == MAP_FAILED)
+		_exit(7);
+	begin_turning(&restless.calm->parent, at);
+	while (restless.turning < TURNERS)
+		usleep(100);
+}
+
+/* 0 in the child */
+static pid_t fork_in_unrest(void)
+{
+	restless.child = fork();
+	if (restless.child < 0)
+		_exit(7);
+	if (!restless.child)
+		prctl(PR_SET_PDEATHSIG, SIGKILL);
+	else
+		say("ok %d", (int)restless.child);
+	return restless.child;
+}
+
+static void check_and_exit(const char *at, size_t pages, uint64_t id)
+{
+	bad.is = false;
+	for (size_t i = 0; i < pages; i++)
+		if (readable(at + i * PAGE))
+			look(at + i * PAGE, id + i, "");
+	_exit(bad.is ? 21 : 0);
+}
+
+/*
+ * Pages are unmapped and a child is forked while other threads keep the layout from coming to rest, until "settle".  The child's
+ * threads do the same, until "calm".  at: TURNERS pages for that, and the same number for the child.
+ */
+static void fork_restless(uint64_t at, uint64_t unmapped, uint64_t kept, size_t pages, uint64_t id)
+{
+	begin_unrest((char *)at);
+	if (munmap((char *)unmapped, pages * PAGE))
+		_exit(7);
+	if (fork_in_unrest())
+		return;
+	begin_turning(&restless.calm->child, (char *)at + TURNERS * PAGE);
+	end_turning();
+	if (readable((char *)unmapped))
+		_exit(20);
+	check_and_exit((char *)kept, pages, id);
+}
+
+/* Likewise, but memory moves; the child moves it on, and looks whether it is the same, or refused. */
+static void fork_runaway(uint64_t at, uint64_t from, uint64_t to, uint64_t onward, size_t pages, uint64_t id)
+{
+	const int flags = MREMAP_MAYMOVE | MREMAP_FIXED;
+
+	begin_unrest((char *)at);
+	if (mremap((char *)from, pages * PAGE, pages * PAGE, flags, (char *)to) == MAP_FAILED)
+		_exit(7);
+	if (fork_in_unrest())
+		return;
+	if (mremap((char *)to, pages * PAGE, pages * PAGE, flags, (char *)onward) == MAP_FAILED)
+		_exit(7);
+	check_and_exit((char *)onward, pages, id);
+}
+
+static void settle(void)
+{
+	restless.calm->parent = true;
+	end_turning();
+	say("ok");
+}
+
+static void calm_down(void)
+{
+	int status;
+
+	restless.calm->child = true;
+	if (waitpid(restless.child, &status, 0) != restless.child)
+		_exit(7);
+	say(status ? "no a child ended with %#x" : "ok", status);
+}
+
 /* ---- commands ---- */
 
 static void result(long rc)
@@ -1029,6 +1157,14 @@ static void obey(const char *name, const uint64_t *a)
 		close(uffd);
 		uffd = -1;
 		say("ok");
+	} else if (!strcmp(name, "restless")) {
+		fork_restless(a[0], a[1], a[2], a[3], a[4]);
+	} else if (!strcmp(name, "runaway")) {
+		fork_runaway(a[0], a[1], a[2], a[3], a[4], a[5]);
+	} else if (!strcmp(name, "settle")) {
+		settle();
+	} else if (!strcmp(name, "calm")) {
+		calm_down();
 	} else if (!strcmp(name, "forks")) {
 		forks((int)a[0], a[1], a[2], a[3], (int)a[4]);
 	} else {

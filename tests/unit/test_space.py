@@ -502,7 +502,8 @@ def test_claims_of_many_threads(tmp_path: Path) -> None:
     """No page has two holders at a time, and each arrives once. In C: Python's threads hardly ever meet."""
     root = Path(__file__).parents[2]
     program = tmp_path / "space_threads"
-    sources = [root / "tests/support/space_threads.c", root / "csrc/serve/address_space.c"]
+    serve = root / "csrc/serve"
+    sources = [root / "tests/support/space_threads.c", serve / "address_space.c", *serve.glob("space_*.c")]
     flags = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread", f"-I{root / 'csrc'}"]
     subprocess.run(["gcc", *flags, *sources, "-o", program], check=True)
     subprocess.run([program], check=True, timeout=60)

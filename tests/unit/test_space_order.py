@@ -33,6 +33,7 @@ class Page:
     owner: int
     there: bool = False
     grown: bool = False  # which no event told
+    left: bool = False  # by MREMAP_DONTUNMAP, since the layout was at rest
     at_once: bool = False  # forked while it was being discarded: the child may find either
 
 
@@ -124,9 +125,9 @@ class Kernel(Memory):
         if not source <= set(own):
             return
         others = [other for other in self.threads if other is not thread]
-        # What has arrived where another thread has not told of its leaving stays until it has. Else both tell of
-        # leaving the same place, and nothing says who was there first (csrc/serve/address_space.h).
-        if any(source & other.tells_of for other in others):
+        # What has grown where another thread has not told of its leaving stays until it has: docs/kernel.md, "What
+        # can't be told apart".
+        if any(i in other.tells_of and self.pages[i].grown for other in others for i in source):
             return
         if what == "discard":
             thread.untold.append(Change("LP_REMOVED", BASE + unit * PAGE, length * PAGE))
@@ -143,6 +144,9 @@ class Kernel(Memory):
         elif what == "unmap":
             self.leave(me, unit, length)
         elif what == "fail":
+            # docs/kernel.md, "What can't be told apart": a child would have what was moved and what was left
+            if any(self.pages[i].left for i in source):
+                return
             self.surprises += 1
             self.unclear |= source
             self.split(unit)
@@ -207,7 +211,7 @@ class Kernel(Memory):
             page = self.pages.pop(unit + i) if i < shorter else Page(None, mapping, me)
             self.pages[to + i] = replace(page, mapping=mapping, grown=i >= shorter)
             if what == "leave empty" and i < shorter:
-                self.pages[unit + i] = Page(None, left, me)
+                self.pages[unit + i] = Page(None, left, me, left=True)
         told = length if self.old else shorter
         events = self.threads[me].untold
         events.append(Change("LP_REMAPPED", BASE + unit * PAGE, told * PAGE, BASE + to * PAGE))
@@ -280,6 +284,8 @@ def run(steps: list[tuple[int, str, int, int, int, int, bool]], *, old: bool) ->
         )
         if at_rest:
             kernel.unclear.clear()
+            for page in kernel.pages.values():
+                page.left = False
         for which, child in born:
             check(child, kernel.children[which], f"child {which}", sure=False)
 
@@ -299,7 +305,7 @@ def run(steps: list[tuple[int, str, int, int, int, int, bool]], *, old: bool) ->
         while thread.untold:
             kernel.tell(me)
     look(True)
-    check(space, kernel, "the task", sure=not kernel.surprises)
+    check(space, kernel, "the task", sure=not kernel.surprises and not space.times_unclear)
 
 
 @settings(max_examples=max(300, settings().max_examples))

@@ -1,0 +1,56 @@
+/*
+ * What Debian 12's kernel headers (Linux 6.1) lack.  To be included after the kernel's own header of each: where that has the
+ * definition it is used.
+ */
+#ifndef LAZYPAGES_LINUX_COMPAT_H
+#define LAZYPAGES_LINUX_COMPAT_H
+
+#include <stdint.h>
+
+/* linux/userfaultfd.h, Linux 6.6 */
+#if defined(UFFDIO) && !defined(UFFDIO_POISON)
+struct uffdio_poison {
+	struct uffdio_range range;
+	__u64 mode;
+	__s64 updated;
+};
+#define UFFDIO_POISON _IOWR(UFFDIO, 0x08, struct uffdio_poison)
+#endif
+
+/* linux/fs.h, Linux 6.7 */
+#ifndef PAGEMAP_SCAN
+#define PAGE_IS_SWAPPED (1 << 4)
+struct page_region {
+	uint64_t start, end, categories;
+};
+struct pm_scan_arg {
+	uint64_t size, flags, start, end, walk_end, vec, vec_len, max_pages;
+	uint64_t category_inverted, category_mask, category_anyof_mask, return_mask;
+};
+#define PAGEMAP_SCAN _IOWR('f', 16, struct pm_scan_arg)
+#endif
+
+/* linux/fs.h, Linux 6.15 */
+#ifndef PAGE_IS_GUARD
+#define PAGE_IS_GUARD (1 << 8)
+#endif
+
+/* asm-generic/mman-common.h, Linux 6.13 */
+#ifndef MADV_GUARD_INSTALL
+#define MADV_GUARD_INSTALL 102
+#endif
+
+/* linux/pidfd.h, Linux 6.13; the exit code 6.15.  The structure's first version: newer kernels take that, too. */
+#ifndef PIDFD_GET_INFO
+struct pidfd_info {
+	uint64_t mask, cgroupid;
+	uint32_t pid, tgid, ppid, ruid, rgid, euid, egid, suid, sgid, fsuid, fsgid;
+	int32_t exit_code;
+};
+#define PIDFD_GET_INFO _IOWR(0xff, 11, struct pidfd_info)
+#endif
+#ifndef PIDFD_INFO_EXIT
+#define PIDFD_INFO_EXIT (1u << 3)
+#endif
+
+#endif

@@ -1,0 +1,302 @@
+#define _GNU_SOURCE
+#include "forks.h"
+
+#include <errno.h>
+#include <sched.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "asking.h"
+#include "common/clock.h"
+#include "copy.h"
+#include "deferred.h"
+#include "doubt.h"
+#include "events.h"
+#include "read_events.h"
+#include "stats.h"
+#include "task.h"
+#include "wake.h"
+#include "wiped.h"
+
+#define CHILD_TRIES 8		 /* the same for a child, before others have their turn */
+
+#define CHILD_NS (5 * LP_NS)	 /* until a child whose layout does not come to rest loses what can't be told */
+
+#define POISON_TRIES 1000	 /* for a page that takes the place of poison, which must not be seen */
+
+static bool overlap(const struct lp_change *a, uint64_t start, uint64_t len)
+{
+	return (a->start < start + len && start < a->start + a->len) ||
+	       (a->kind == LP_REMAPPED && a->to < start + len && start < a->to + a->len);
+}
+
+/* Whether a child has unmapped or moved something itself, since it was forked, where its parent has. */
+static bool has_gone_on(const struct lp_task *child, const struct lp_fork *fork_events)
+{
+	for (size_t i = 0; i < child->nr_changes; i++) {
+		const struct lp_change *own = &child->changes[i];
+
+		for (size_t k = 0; k < fork_events->nr_made && own->kind != LP_FORKED && own->kind != LP_REMOVED; k++) {
+			const struct lp_change *made = &fork_events->made[k];
+
+			if (made->kind != LP_REMOVED && /* the child is not asked about that */
+			    (overlap(made, own->start, own->len) ||
+			     (own->kind == LP_REMAPPED && overlap(made, own->to, own->len))))
+				return true;
+		}
+	}
+	return false;
+}
+
+static void mark_made_lost(struct lp_task *child, const struct lp_fork *fork_events)
+{
+	for (size_t i = 0; i < fork_events->nr_made; i++) {
+		const struct lp_change *made = &fork_events->made[i];
+
+		lp_mark_range_lost(child, made->start, made->start + made->len);
+		if (made->kind == LP_REMAPPED)
+			lp_mark_range_lost(child, made->to, made->to + made->len);
+	}
+}
+
+static bool space_before(struct lp_task *t, struct lp_new_child *u)
+{
+	lp_space_free(u->task->space);
+	u->lost.nr_pages = 0;
+	memset(u->dropped.by_source, 0, (t->nr_levels + 2) * sizeof(uint64_t));
+	u->task->space = lp_space_clone(t->fork.before, &u->dropped);
+	return u->task->space;
+}
+
+/* By what the child has: 0; -EAGAIN: its layout is changing; -ENOMEM. */
+static int ask_child(struct lp_task *t, struct lp_new_child *u, uint64_t told)
+{
+	const struct lp_ask of_child = lp_asking(u->task), of_parent = lp_asking(t);
+	struct lp_fork *fork_events = &t->fork;
+	bool again = u->asked;
+
+	if (!space_before(t, u))
+		return -ENOMEM;
+	u->asked = true;
+	return lp_replay(u->task->space, fork_events->made, fork_events->nr_made, told, again, &of_child, &of_parent, &u->dropped,
+			 &fork_events->tangled) ?
+		       -EAGAIN :
+		       0;
+}
+
+/* All that is pending is lost. */
+static int mark_all_lost(struct lp_task *t, struct lp_new_child *u)
+{
+	int rc = space_before(t, u) ? 0 : -ENOMEM;
+	struct lp_task *child = u->task;
+
+	if (rc)
+		return rc;
+	while (!rc && lp_space_nr_doubts(child->space))
+		rc = lp_space_answer_doubt(child->space, 0, false, &u->dropped);
+	for (size_t r = 0; r < lp_space_nr_regions(child->space); r++)
+		lp_mark_range_lost(child, lp_space_regions(child->space)[r].start, lp_space_regions(child->space)[r].end);
+	return rc;
+}
+
+/*
+ * The space of a child by what it has, with what is dropped from it.  If that can't be found out, all is lost.  0; -EAGAIN: to be
+ * tried again; -ENOMEM.
+ */
+static int replay(struct lp_task *t, struct lp_new_child *u, uint64_t told)
+{
+	struct lp_task *child = u->task;
+	int rc = -EAGAIN;
+
+	for (int tries = 0; rc == -EAGAIN && tries < CHILD_TRIES; tries++) {
+		if (tries) {
+			lp_read_events(child);
+			sched_yield(); /* it may need this CPU */
+		}
+		if (lp_is_quiescent(child))
+			rc = ask_child(t, u, told);
+	}
+	if (rc == -EAGAIN && lp_now_ns() < u->until)
+		return rc;
+	if (rc == -EAGAIN) {
+		t->fork.tangled = true;
+		rc = mark_all_lost(t, u);
+	} else if (!rc && has_gone_on(child, &t->fork)) {
+		t->fork.tangled = true; /* what it has now is not what it was forked with */
+		mark_made_lost(child, &t->fork);
+	}
+	/* faults again when it is served */
+	while (child->faults.nr)
+		lp_wake(child, lp_faults_pop(&child->faults).addr, 1);
+	return rc;
+}
+
+static bool replaces_poison(struct lp_task *child, uint64_t addr, const void *src)
+{
+	for (int tries = 0; tries < POISON_TRIES; tries++) {
+		enum lp_outcome outcome = lp_uffd_copy(child->uffd, addr, src, 1, false).outcome;
+
+		if (outcome != LP_CHANGING)
+			return outcome == LP_DONE;
+		lp_read_events(child); /* its layout is changing already */
+		sched_yield();
+	}
+	return false;
+}
+
+/*
+ * A page where the parent has a guard by now: has the child one, too?  Poison is not placed over a guard (EEXIST).  Where it is
+ * placed there was none when the process forked, and the page takes its place at once: the child does not run yet, or hardly.
+ */
+static void inherit_page(struct lp_task *child, const struct lp_answer *page)
+{
+	const struct lp_level *level = &child->levels[page->source];
+	struct lp_result poison;
+
+	if (level->held(level, page->offset, 1) != 1 || !lp_space_claim(child->space, page->dense, 1))
+		return;
+	poison = lp_uffd_poison(child->uffd, page->addr, 1);
+	if (poison.outcome == LP_PRESENT) {
+		lp_drop_pages(child, page, 0, 1);
+	} else if (poison.outcome == LP_DONE &&
+		   replaces_poison(child, page->addr, (const char *)level->base + page->offset)) {
+		lp_count(&child->copied[page->source], 1);
+		lp_space_commit(child->space, page->dense, 1);
+	} else {
+		lp_space_release(child->space, page->dense, 1); /* a copy over poison heals it */
+	}
+}
+
+static void inherit_range(struct lp_task *child, struct lp_range guard)
+{
+	for (uint64_t addr = guard.start; addr < guard.end;) {
+		struct lp_answer run = lp_space_lookup(child->space, addr, (guard.end - addr) >> LP_PAGE_SHIFT);
+
+		addr += run.nr_pages << LP_PAGE_SHIFT;
+		for (uint64_t i = 0; run.kind == LP_DATA && i < run.nr_pages; i++) {
+			struct lp_answer page = lp_run_after(&run, i);
+
+			inherit_page(child, &page);
+		}
+	}
+}
+
+/* A child has the guards that its parent had when it forked, and its process is not known: they are looked for in the parent. */
+static void inherit_guards(struct lp_task *t, struct lp_task *child)
+{
+	struct lp_guarded *g = &t->engine->guarded;
+	struct lp_guarded_task task = lp_guarded_task_of(t);
+	size_t nr = lp_space_nr_regions(t->space);
+	struct lp_range guard;
+	int fd;
+
+	if (!g->category || !t->pid || !nr || !lp_space_pending(child->space))
+		return;
+	fd = lp_guarded_take(g, &task);
+	if (fd < 0)
+		return;
+	for (size_t r = 0; r < nr; r++) {
+		uint64_t at = lp_space_regions(t->space)[r].start, end = lp_space_regions(t->space)[r].end;
+
+		for (; !lp_guarded_scan(fd, g->category, at, end, &guard) && guard.start < guard.end; at = guard.end)
+			inherit_range(child, guard);
+	}
+	lp_guarded_give(g, t, fd);
+}
+
+static bool inherit_unsure(const struct lp_task *t, struct lp_task *child, const struct lp_fork *fork_events)
+{
+	for (size_t i = 0; i < t->unsure.nr; i++)
+		if (!lp_ranges_add(&child->unsure, t->unsure.at[i].start, t->unsure.at[i].end))
+			return false;
+	if (!fork_events->before || !fork_events->tangled)
+		return true;
+	for (size_t i = 0; i < fork_events->nr_made; i++) {
+		const struct lp_change *change = &fork_events->made[i];
+
+		if (!lp_ranges_add(&child->unsure, change->start, change->start + change->len) ||
+		    (change->kind == LP_REMAPPED &&
+		     !lp_ranges_add(&child->unsure, change->to, change->to + change->len)))
+			return false;
+	}
+	return true;
+}
+
+/* NULL: no memory */
+static struct lp_new_child *prepare_child(struct lp_task *t, struct lp_change *fork)
+{
+	struct lp_new_child *u = calloc(1, sizeof(*u));
+
+	lp_count(&t->stats.forks, 1);
+	lp_learn_wiped(t, fork->seen);
+	fork->seen = NULL;
+	if (!u)
+		return NULL;
+	u->until = lp_now_ns() + CHILD_NS;
+	u->dropped = (struct lp_counts){calloc(t->nr_levels + 2, sizeof(uint64_t)), t->nr_levels};
+	u->task = lp_task_alloc(t->engine, fork->uffd, t->nr_levels);
+	if (!u->dropped.by_source || !u->task ||
+	    (t->fork.before && lp_space_wipe_as(t->fork.before, t->space))) {
+		lp_free_new_child(u);
+		return NULL;
+	}
+	u->task->unreported_lost = &u->lost;
+	u->task->tag = t->tag;
+	return u;
+}
+
+/* It has its space. */
+static void publish_child(struct lp_task *t, struct lp_new_child *u)
+{
+	struct lp_task *child = u->task;
+	int rc;
+
+	child->unreported_lost = NULL;
+	child->read_error = 0;
+	child->next_try = 0;
+	child->total = lp_space_pending(child->space);
+	for (uint32_t i = 0; i < t->nr_levels + 2; i++)
+		child->total += u->dropped.by_source[i];
+	lp_count_dropped(child, u->dropped.by_source);
+	memcpy(child->levels, t->levels, t->nr_levels * sizeof(*t->levels));
+	child->remote = t->remote;
+	child->is_child = true;
+	lp_number_memory(child, t->number);
+	lp_readahead_init(&child->readahead, t->readahead.max_window);
+	inherit_guards(t, child);
+	lp_task_link(child); /* whoever is told of it may close it at once */
+	/* told before it is served, so that its first notice comes after this one */
+	lp_post(t->engine, (struct lp_notice){.kind = LP_NOTICE_FORKED, .task = child});
+	if (u->lost.nr_pages)
+		lp_post_lost(child, &u->lost, 0, u->lost.nr_pages, EADDRNOTAVAIL);
+	rc = lp_task_start(child);
+	if (rc)
+		lp_post_about(child, LP_NOTICE_FAILED, -rc);
+	if (child->nr_changes || child->faults.nr) /* nothing is to be read of them any more */
+		lp_claims_released(child);
+}
+
+bool lp_make_fork(struct lp_task *t, struct lp_change *fork)
+{
+	struct lp_fork *fork_events = &t->fork;
+	struct lp_new_child *u = fork_events->child ? fork_events->child : prepare_child(t, fork);
+	int rc = u ? 0 : -ENOMEM;
+
+	fork_events->child = NULL;
+	if (u && fork_events->before)
+		rc = replay(t, u, fork->to);
+	else if (u && !(u->task->space = lp_space_clone(t->space, &u->dropped)))
+		rc = -ENOMEM;
+	if (rc == -EAGAIN) {
+		fork_events->child = u;
+		return false;
+	}
+	if (rc || atomic_load(&t->broken) || !inherit_unsure(t, u->task, fork_events)) {
+		lp_mark_broken(t, ENOMEM);
+	} else {
+		publish_child(t, u);
+		u->task = NULL; /* the engine's */
+	}
+	lp_free_new_child(u);
+	return true;
+}

@@ -1,0 +1,187 @@
+#include "late.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* The region that holds addr, or the next one above; nr_regions when there is none. */
+static size_t region_from(const struct lp_space *s, uint64_t addr)
+{
+	const struct lp_region *regions = lp_space_regions(s);
+	size_t lo = 0, hi = lp_space_nr_regions(s);
+
+	while (lo < hi) {
+		size_t mid = lo + (hi - lo) / 2;
+
+		if (regions[mid].end <= addr)
+			lo = mid + 1;
+		else
+			hi = mid;
+	}
+	return lo;
+}
+
+static bool is_taken(const struct lp_space *s, uint64_t addr)
+{
+	size_t r = region_from(s, addr);
+
+	return r < lp_space_nr_regions(s) && lp_space_regions(s)[r].start <= addr;
+}
+
+static bool holds(uint64_t start, uint64_t len, uint64_t addr)
+{
+	return start <= addr && addr - start < len;
+}
+
+static bool departs(const struct lp_change *change, uint64_t addr)
+{
+	return (change->kind == LP_UNMAPPED || change->kind == LP_REMAPPED) && holds(change->start, change->len, addr);
+}
+
+static bool arrives(const struct lp_change *change, uint64_t addr)
+{
+	return change->kind == LP_REMAPPED && holds(change->to, change->len, addr);
+}
+
+/* mates[i]: which UNMAP an mremap has sent for what it has left, and the other way round; nr: none. */
+static void find_mates(const struct lp_change *changes, size_t nr, size_t *mates)
+{
+	for (size_t i = 0; i < nr; i++)
+		mates[i] = nr;
+	for (size_t k = 0; k < nr; k++)
+		for (size_t i = 0; i < k && changes[k].kind == LP_UNMAPPED && mates[k] == nr; i++)
+			if (changes[i].kind == LP_REMAPPED && mates[i] == nr && changes[i].start == changes[k].start &&
+			    changes[i].len == changes[k].len) {
+				mates[i] = k;
+				mates[k] = i;
+			}
+}
+
+struct place {
+	int here;	/* how much is there: more than 1: someone is late */
+	bool unknown;	/* more has left than was known to be there, after something had arrived */
+	bool arrived;
+};
+
+static void follow(struct place *p, const struct lp_change *changes, const size_t *mates, size_t nr, size_t i, uint64_t addr)
+{
+	if (arrives(&changes[i], addr)) {
+		p->here++;
+		p->arrived = true;
+	} else if (departs(&changes[i], addr) && (changes[i].kind == LP_REMAPPED) == (mates[i] < nr)) {
+		/* an mremap without its own UNMAP has left something there (MREMAP_DONTUNMAP) */
+		p->unknown |= !p->here && p->arrived;
+		p->here -= p->here > 0;
+	}
+}
+
+bool lp_late_at(const struct lp_space *s, const struct lp_change *changes, size_t nr, size_t move, uint64_t addr)
+{
+	int here = is_taken(s, addr);
+
+	(void)nr;
+	for (size_t i = 0; i < move; i++)
+		if (arrives(&changes[i], addr))
+			here++;
+		else if (here && departs(&changes[i], addr))
+			here--; /* that mremap tells of one departure twice does no harm: nobody is waited for then */
+	return here > 0;
+}
+
+/* Whether it is unclear what of what has been at addr left first, when change `move` has arrived there. */
+static bool is_unclear(const struct lp_space *s, const struct lp_change *changes, const size_t *mates, size_t nr,
+		       size_t move, uint64_t addr)
+{
+	struct place p = {.here = is_taken(s, addr)};
+	size_t returns = mates[move] < nr ? mates[move] : move;
+	size_t departures = 0, early = 0, last = nr;
+	bool differ = false; /* the departures, in more than when */
+	int before = 0;
+
+	for (size_t i = 0; i < nr; i++) {
+		if (i == move)
+			before = p.here;
+		follow(&p, changes, mates, nr, i, addr);
+		if (i <= move || !departs(&changes[i], addr) || (changes[i].kind == LP_UNMAPPED && mates[i] < nr))
+			continue;
+		differ |= changes[i].kind == LP_REMAPPED ||
+			  (last < nr && (changes[i].start != changes[last].start || changes[i].len != changes[last].len));
+		last = i;
+		departures++;
+		early += i < returns;
+	}
+	if (!differ)
+		return false;
+	if (p.unknown)
+		return true;
+	return before && !changes[move].awaited && (before > 1 || (departures > 1 && early != 1));
+}
+
+static bool is_unclear_somewhere(const struct lp_space *s, const struct lp_change *changes, const size_t *mates, size_t nr,
+				 size_t move)
+{
+	uint64_t start = changes[move].to, end = start + changes[move].len;
+
+	if (start >= end)
+		return false;
+	if (is_unclear(s, changes, mates, nr, move, start))
+		return true;
+	for (size_t r = region_from(s, start); r < lp_space_nr_regions(s) && lp_space_regions(s)[r].start < end; r++) {
+		const struct lp_region *region = &lp_space_regions(s)[r];
+
+		if (region->start > start && is_unclear(s, changes, mates, nr, move, region->start))
+			return true;
+		if (region->end < end && is_unclear(s, changes, mates, nr, move, region->end))
+			return true;
+	}
+	for (size_t i = 0; i < nr; i++) {
+		const struct lp_change *c = &changes[i];
+		const uint64_t edges[] = {c->start, c->start + c->len, c->to, c->to + c->len};
+
+		if (c->kind != LP_UNMAPPED && c->kind != LP_REMAPPED)
+			continue;
+		for (size_t k = 0; k < (c->kind == LP_REMAPPED ? 4 : 2); k++)
+			if (start < edges[k] && edges[k] < end && is_unclear(s, changes, mates, nr, move, edges[k]))
+				return true;
+	}
+	return false;
+}
+
+static bool overlap(uint64_t a, uint64_t a_len, uint64_t b, uint64_t b_len)
+{
+	return a < b + b_len && b < a + a_len;
+}
+
+/* Whether the places of two changes meet. */
+static bool meet(const struct lp_change *a, const struct lp_change *b)
+{
+	uint64_t a_to = a->kind == LP_REMAPPED ? a->to : a->start, b_to = b->kind == LP_REMAPPED ? b->to : b->start;
+
+	return overlap(a->start, a->len, b->start, b->len) || overlap(a->start, a->len, b_to, b->len) ||
+	       overlap(a_to, a->len, b->start, b->len) || overlap(a_to, a->len, b_to, b->len);
+}
+
+int lp_unclear(const struct lp_space *s, const struct lp_change *changes, size_t nr, bool *unclear)
+{
+	size_t *mates = malloc((2 * nr + 1) * sizeof(*mates)), *next = mates + nr, found = 0;
+
+	if (!mates)
+		return -ENOMEM;
+	memset(unclear, 0, nr * sizeof(*unclear));
+	find_mates(changes, nr, mates);
+	for (size_t i = 0; i < nr; i++)
+		if (changes[i].kind == LP_REMAPPED && is_unclear_somewhere(s, changes, mates, nr, i)) {
+			unclear[i] = true;
+			next[found++] = i;
+		}
+	/* what follows from a wrong answer there is wrong as well */
+	for (size_t k = 0; k < found; k++)
+		for (size_t i = 0; i < nr; i++)
+			if (!unclear[i] && changes[i].kind != LP_FORKED && changes[i].kind != LP_QUESTION &&
+			    meet(&changes[next[k]], &changes[i])) {
+				unclear[i] = true;
+				next[found++] = i;
+			}
+	free(mates);
+	return (int)found;
+}

@@ -1,0 +1,206 @@
+#include "layout.h"
+
+#include <errno.h>
+#include <sched.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "asking.h"
+#include "doubt.h"
+#include "events.h"
+#include "forks.h"
+#include "late.h"
+#include "old_length.h"
+#include "read_events.h"
+#include "stats.h"
+#include "task.h"
+#include "task_trace.h"
+#include "wake.h"
+
+#define QUIESCENT_TRIES 32 /* for a thread whose event has been read, and that has to run before the layout is quiescent: some 50 us */
+
+/* Makes one change in the space.  False: not yet. */
+static bool make_change(struct lp_task *t, struct lp_change *change)
+{
+	uint64_t counters[16] = {0};
+	uint64_t *by_source = t->nr_levels + 2 <= 16 ? counters : calloc(t->nr_levels + 2, sizeof(uint64_t));
+	struct lp_counts dropped = {by_source, t->nr_levels};
+	uint64_t end = change->start + change->len;
+	int rc = by_source ? 0 : -ENOMEM;
+	bool made = true;
+
+	if (rc || change->kind == LP_QUESTION)
+		goto out;
+	t->layout++;
+	switch (change->kind) {
+	case LP_FORKED:
+		made = lp_make_fork(t, change);
+		if (!made)
+			goto out;
+		break;
+	case LP_REMOVED:
+		lp_count(&t->stats.removes, 1);
+		lp_space_remove(t->space, change->start, end, &dropped);
+		break;
+	case LP_UNMAPPED:
+		lp_count(&t->stats.unmaps, 1);
+		rc = lp_space_matters(t->space, change->start, end) ?
+			     lp_space_question(t->space, change->start, end) :
+			     lp_space_unmap(t->space, change->start, end, &dropped);
+		break;
+	case LP_REMAPPED:
+		lp_count(&t->stats.remaps, 1);
+		rc = lp_space_remap(t->space, change->start, change->to, change->len, &dropped);
+		if (!rc && lp_ranges_meet(&t->unsure, change->start, end) && !lp_ranges_add(&t->unsure, change->to, change->to + change->len))
+			rc = -ENOMEM;
+		break;
+	}
+	lp_task_trace(t, LP_TRACE_FORKED + change->kind, LP_TRACE_NO_SOURCE, change->start, change->len >> LP_PAGE_SHIFT,
+	      change->kind == LP_REMAPPED ? change->to : 0);
+	if (change->kind != LP_FORKED)
+		lp_wake(t, change->start, change->len >> LP_PAGE_SHIFT);
+	lp_count_dropped(t, by_source);
+out:
+	if (by_source != counters)
+		free(by_source);
+	if (rc)
+		lp_mark_broken(t, -rc); /* with a layout that we do not know every answer could be wrong */
+	return made;
+}
+
+/* Whether a fork is among the changes, and something that it may have come before or after. */
+static bool needs_history(const struct lp_task *t)
+{
+	bool forks = false, others = lp_space_nr_doubts(t->space);
+
+	for (size_t i = 0; i < t->nr_changes; i++) {
+		forks |= t->changes[i].kind == LP_FORKED;
+		others |= t->changes[i].kind == LP_REMAPPED || t->changes[i].kind == LP_REMOVED ||
+			  (t->changes[i].kind == LP_UNMAPPED &&
+			   lp_space_matters(t->space, t->changes[i].start, t->changes[i].start + t->changes[i].len));
+	}
+	return forks && others;
+}
+
+/* Where it is unclear what has left first, nothing is brought any more, and no zeros. */
+static void mark_unclear_lost(struct lp_task *t)
+{
+	bool *unclear = malloc(t->nr_changes + 1);
+	int found = unclear ? lp_unclear(t->space, t->changes, t->nr_changes, unclear) : -ENOMEM;
+
+	for (size_t i = 0; i < t->nr_changes && found > 0; i++) {
+		const struct lp_change *change = &t->changes[i];
+		const uint64_t places[] = {change->start, change->to};
+
+		for (int k = 0; unclear[i] && k < (change->kind == LP_REMAPPED ? 2 : 1); k++) {
+			lp_mark_range_lost(t, places[k], places[k] + change->len);
+			lp_space_lose_doubts(t->space, places[k], places[k] + change->len);
+			if (!lp_ranges_add(&t->unsure, places[k], places[k] + change->len))
+				found = -ENOMEM;
+		}
+	}
+	if (found < 0)
+		lp_mark_broken(t, -found);
+	free(unclear);
+}
+
+static void begin_history(struct lp_task *t)
+{
+	struct lp_fork *fork_events = &t->fork;
+
+	fork_events->made = calloc(t->nr_changes, sizeof(*fork_events->made));
+	fork_events->before = lp_space_copy(t->space);
+	if (!fork_events->made || !fork_events->before)
+		lp_mark_broken(t, ENOMEM);
+}
+
+/* Asks what unmapping has done.  If the layout is not at rest any more, the question is kept, and nothing is answered. */
+static void settle(struct lp_task *t)
+{
+	struct lp_counts dropped = {calloc(t->nr_levels + 2, sizeof(uint64_t)), t->nr_levels};
+	const struct lp_ask ask = lp_asking(t);
+	int rc = -ENOMEM;
+
+	if (dropped.by_source) {
+		rc = lp_settle(t->space, &ask, &dropped);
+		lp_count_dropped(t, dropped.by_source);
+	}
+	if (rc)
+		lp_append_change(t, (struct lp_change){.kind = LP_QUESTION});
+	free(dropped.by_source);
+}
+
+void lp_make_changes(struct lp_task *t, bool at_rest)
+{
+	struct lp_change *changes = t->changes;
+	size_t nr = t->nr_changes, next;
+	struct lp_fork *fork_events = &t->fork;
+
+	if (at_rest && !fork_events->child) {
+		for (size_t i = 0; i < nr; i++)
+			if (changes[i].kind == LP_REMAPPED) {
+				if (lp_tells_old_length())
+					lp_true_lengths(changes, nr);
+				mark_unclear_lost(t);
+				break;
+			}
+		if (needs_history(t))
+			begin_history(t);
+	}
+	while (nr && !atomic_load(&t->broken) &&
+	       (next = fork_events->child ? 0 : lp_space_next_change(t->space, changes, nr, at_rest)) < nr) {
+		struct lp_change change = changes[next];
+
+		memmove(&changes[1], changes, next * sizeof(change));
+		if (!make_change(t, &change)) {
+			changes[0] = change;
+			break;
+		}
+		changes++;
+		nr--;
+		if (fork_events->before)
+			fork_events->made[fork_events->nr_made++] = change;
+	}
+	if (!fork_events->child)
+		lp_free_fork(fork_events);
+	if (nr == t->nr_changes)
+		return;
+	memmove(t->changes, changes, nr * sizeof(*changes));
+	t->nr_changes = nr;
+	if (at_rest && !fork_events->child && !atomic_load(&t->broken)) {
+		lp_space_rest(t->space);
+		if (lp_space_nr_doubts(t->space))
+			settle(t);
+	}
+	if (t->remote)
+		lp_space_index(t->space);
+	if (!fork_events->child)
+		lp_check_complete(t);
+}
+
+void lp_catch_up(struct lp_task *t)
+{
+	enum lp_outcome outcome = LP_CHANGING;
+
+	if (t->fork.child) {
+		lp_make_changes(t, true); /* they have been read at rest */
+		if (t->fork.child)
+			return;
+		lp_watch(t, true);
+	}
+	for (int tries = 0; outcome == LP_CHANGING; tries++) {
+		bool all = lp_read_events(t);
+
+		lp_make_changes(t, false);
+		if (!all || !t->nr_changes || tries == QUIESCENT_TRIES)
+			return;
+		outcome = lp_probe_page(t, LP_ANYWHERE);
+		if (outcome == LP_CHANGING)
+			sched_yield(); /* they may need this CPU */
+	}
+	if (outcome == LP_TASK_GONE)
+		lp_mark_gone(t);
+	lp_make_changes(t, true);
+	if (t->fork.child)
+		lp_watch(t, false); /* it may have more to say, and is tried again later */
+}

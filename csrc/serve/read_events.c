@@ -1,0 +1,149 @@
+#include "read_events.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <sys/epoll.h>
+#include <unistd.h>
+
+#include <linux/userfaultfd.h>
+
+#include "common/clock.h"
+#include "deferred.h"
+#include "events.h"
+#include "task_trace.h"
+#include "wiped.h"
+
+#define MESSAGES 128 /* taken by one read */
+
+void lp_append_change(struct lp_task *t, struct lp_change change)
+{
+	if (t->nr_changes == t->cap_changes) {
+		size_t cap = t->cap_changes ? t->cap_changes * 2 : 16;
+		struct lp_change *changes = realloc(t->changes, cap * sizeof(*changes));
+
+		if (!changes) {
+			lp_mark_broken(t, ENOMEM);
+			return;
+		}
+		t->changes = changes;
+		t->cap_changes = cap;
+	}
+	t->changes[t->nr_changes++] = change;
+}
+
+static void keep_change(struct lp_task *t, const struct uffd_msg *msg)
+{
+	struct lp_change change = {0};
+
+	switch (msg->event) {
+	case UFFD_EVENT_FORK:
+		change = (struct lp_change){.kind = LP_FORKED, .uffd = (int)msg->arg.fork.ufd, .to = t->reported++,
+					    .seen = lp_look_at_wiped(t)};
+		break;
+	case UFFD_EVENT_REMOVE:
+	case UFFD_EVENT_UNMAP:
+		change.kind = msg->event == UFFD_EVENT_REMOVE ? LP_REMOVED : LP_UNMAPPED;
+		change.start = msg->arg.remove.start;
+		change.len = msg->arg.remove.end - msg->arg.remove.start;
+		change.to = t->reported++;
+		break;
+	case UFFD_EVENT_REMAP:
+		change = (struct lp_change){
+			.kind = LP_REMAPPED,
+			.start = msg->arg.remap.from,
+			.len = msg->arg.remap.len,
+			.to = msg->arg.remap.to,
+		};
+		break;
+	default:
+		lp_post_about(t, LP_NOTICE_FAILED, EPROTO);
+		return;
+	}
+	t->changes[t->nr_changes++] = change; /* there is room: reserve_messages */
+}
+
+void lp_watch(struct lp_task *t, bool listen)
+{
+	struct epoll_event event = {.events = listen ? EPOLLIN : 0, .data.ptr = t};
+
+	epoll_ctl(t->engine->epfd, EPOLL_CTL_MOD, t->uffd, &event);
+}
+
+/* As when there is no fd left for the uffd of a forked child, or no memory: the task waits, and is tried again later. */
+static void read_failed(struct lp_task *t, int error)
+{
+	if (!t->read_error && !t->unreported_lost) /* a child that is not linked reports it when it is read again */
+		lp_post_about(t, LP_NOTICE_FAILED, error);
+	lp_watch(t, false); /* it stays readable */
+	t->read_error = error;
+	t->next_try = lp_now_ns() + LP_READ_RETRY_NS;
+}
+
+static void read_works(struct lp_task *t)
+{
+	if (t->read_error)
+		lp_watch(t, true);
+	t->read_error = 0;
+}
+
+/* What has been read is never to be lost. */
+static bool reserve_messages(struct lp_task *t)
+{
+	if (t->cap_changes - t->nr_changes < MESSAGES) {
+		size_t cap = t->nr_changes + 2 * MESSAGES;
+		struct lp_change *changes = realloc(t->changes, cap * sizeof(*changes));
+
+		if (!changes)
+			return false;
+		t->changes = changes;
+		t->cap_changes = cap;
+	}
+	return lp_faults_reserve(&t->faults, MESSAGES);
+}
+
+bool lp_read_events(struct lp_task *t)
+{
+	struct uffd_msg msgs[MESSAGES];
+	uint64_t now = 0;
+	int error = 0;
+	ssize_t n;
+
+	do {
+		if (!reserve_messages(t)) {
+			error = ENOMEM;
+			break;
+		}
+		lp_count(&t->stats.reads, 1);
+		n = read(t->uffd, msgs, sizeof(msgs));
+		if (n < 0) {
+			error = errno == EINTR || errno == EAGAIN ? 0 : errno;
+			if (errno == EINTR)
+				continue;
+			break;
+		}
+		for (size_t i = 0; i < (size_t)n / sizeof(*msgs); i++) {
+			uint64_t addr = msgs[i].arg.pagefault.address & ~(LP_PAGE_SIZE - 1);
+
+			if (msgs[i].event != UFFD_EVENT_PAGEFAULT) {
+				keep_change(t, &msgs[i]);
+				continue;
+			}
+			if (!now)
+				now = lp_now_ns();
+			lp_count(&t->stats.faults, 1);
+			if (t->engine->trace)
+				lp_task_trace_at(t, now, LP_TRACE_FAULT, LP_TRACE_NO_SOURCE, addr, 1, 0);
+			lp_faults_push(&t->faults, (struct lp_fault){.addr = addr, .since = now, .times = 1});
+		}
+		/* a read that got faults does not say that the event behind them can't be read (fs/userfaultfd.c, userfaultfd_read) */
+	} while (n < 0 || n == sizeof(msgs) || t->read_error);
+	if (now)
+		atomic_store_explicit(&t->engine->last_fault, now, memory_order_relaxed);
+	if (t->nr_changes)
+		atomic_store_explicit(&t->last_change, lp_now_ns(), memory_order_relaxed);
+	if (error)
+		read_failed(t, error);
+	else
+		read_works(t);
+	return !error;
+}
