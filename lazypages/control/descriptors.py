@@ -21,9 +21,9 @@ T = TypeVar("T")
 #: Of one task: its userfaultfd and its pidfd.
 PER_TASK = 2
 
-#: Of one page server: two connections, each of which the engine duplicates and has an eventfd for, and two more while
-#: one connection takes the place of another.
-PER_SERVER = 8
+#: Of one page server: two connections, each of which the engine duplicates and has an eventfd for, with a socket pair
+#: where a relay stands between; and two more while one connection takes the place of another.
+PER_SERVER = 12
 
 #: Of the daemon itself beside what is open when the images have been read: control socket, guard, engine, event loop.
 DAEMON = 32

@@ -112,7 +112,7 @@ class Relay:
         poll.register(inner, select.POLLIN)
         poll.register(outer, select.POLLIN)
         sending = False
-        # CRIU's servers do not put together what comes in two records (observed with 4.1.1 and 4.2.1: they end).
+        # CRIU's servers do not put together what comes in two records (docs/criu.md).
         together = RECORD // self.codec.layout.header_size * self.codec.layout.header_size
         while True:
             waits = bool(self._unsent)

@@ -1,6 +1,6 @@
 """The page server's protocol as CRIU speaks it, without I/O: bytes in, events out, and bytes to send.
 
-Both layouts of the header (reference/criu-interfaces §4), native-endian:
+Both layouts of the header, native-endian:
 
 =========  =====  ===  =========  ========  =====  ======  =================
 layout     bytes  cmd  (padding)  nr_pages  vaddr  dst_id  spoken by
@@ -26,8 +26,8 @@ for the other 8 and then answers (observed with `dump --lazy-pages` and `page-se
 command, and answers at once with what it can do beyond CRIU (`Features`); from then on both sides use the
 criu-4.2 layout with those extras, on this connection only. What the extras are is in docs/protocol.md.
 
-In TLS a message in two pieces is two records, which a server of CRIU 4.2 does not put together (observed with 4.2.1: it
-ends). There the layout is a guess, unless somebody says it (`GUESSED`).
+In TLS a message in two pieces is two records, which a server of CRIU's does not put together (docs/criu.md). There the
+layout is a guess, unless somebody says it (`GUESSED`).
 """
 
 from __future__ import annotations
