@@ -46,6 +46,7 @@ REFUSED_BACKOFF: Final = (0.2, 10.0)  # the same for a page that all servers ref
 DENIED_ROUNDS: Final = 5
 # s for which a new connection that has brought nothing is not risked for a refused page
 SUSPECT_PAUSE: Final = 0.5
+LOOK: Final = 2e-6  # s that it takes to look at a refused page
 REFUSED_WINDOW: Final = 256  # requests for refused pages that are on their way on one channel
 WARN_INTERVAL: Final = 30.0  # s
 TICK: Final = 0.1  # s between looks at channels and at what waits, while there is any
@@ -463,6 +464,8 @@ class Pool:
                 break
             self._ask(fastest, wanted)
         if backlog.refused and now >= self._refused_at:
+            # A file that was cut short may cost thousands: looking at them is not to take all our time.
+            self._refused_at = now + LOOK * max(0, len(backlog.refused) - 100)
             self._plan_refused(now)
         if backlog.queued_pages(urgent=False):
             for channel in sorted(self.background_channels(), key=lambda channel: channel.load.background):

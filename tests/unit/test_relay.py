@@ -8,7 +8,7 @@ import ssl
 import struct
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import anyio
@@ -262,5 +262,6 @@ def test_an_engine_that_hangs_up() -> None:
         asked = ends.ask(0, 256)
         ends.server.sendall(ends.codec.answer_get(asked, 256) + TEXT[:PAGE_SIZE] * 16)
         ends.engine.shutdown(socket.SHUT_RDWR)
-        while ends.server.recv(1 << 16):
-            pass
+        with suppress(ConnectionResetError):  # what it had not read of ours is lost
+            while ends.server.recv(1 << 16):
+                pass
