@@ -1,9 +1,8 @@
-"""How long a task stands still: `bench/frozen_time.py [--size MIB…] [--dirty MIB] [--criu CRIU] [--repeat N]`.
+"""Frozen time of a dump: `bench/frozen_time.py [--size MIB…] [--dirty MIB] [--criu CRIU] [--repeat N]`.
 
-A task fills SIZE of memory and then keeps writing to DIRTY of it. Beside each other: a dump of all of it by
-dumptool and by CRIU, and dumptool's dump after two pre-dumps, each of dumptool's also with the task ended, for which
-everything must be on the disk first, and so ended with --no-sync. Times are the tools' own (stats-dump), medians,
-milliseconds.
+A task fills SIZE of memory and then keeps writing to DIRTY of it. Compared: a full dump by dumptool and by CRIU, and
+dumptool's dump after two pre-dumps. Those of dumptool are also measured with the task ended, for which all files must
+be on the disk first, and the same with --no-sync. Times are the tools' own (stats-dump): medians in milliseconds.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ PEERS = (
 
 
 def victim(size: int, dirty: int) -> None:
-    """Fills memory, says so, writes on and on."""
+    """Fill memory, report that, and keep writing."""
     memory = mmap.mmap(-1, size * MIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     block = os.urandom(MIB)
     for at in range(size):
@@ -54,7 +53,7 @@ def victim(size: int, dirty: int) -> None:
 
 @contextmanager
 def running(size: int, dirty: int, folder: Path) -> Iterator[int]:
-    """The victim, ready."""
+    """Start the victim; return it when it is ready."""
     (folder / "ready").unlink(missing_ok=True)
     process = subprocess.Popen(
         [sys.executable, __file__, "--victim", str(size), str(dirty)],

@@ -1,11 +1,11 @@
 /*
- * Asks a page server on this machine for pages and times the answers:
+ * Requests pages from a page server on this machine and measures the time of each answer:
  *
  *   get_latency PORT HEADER PID BASE PAGES TAG COUNT BATCH THINK
  *
- * COUNT times BATCH pages from a random place of BASE... (PAGES in all, as
- * written by lazypages/bench/fill.c with TAG), one at a time, in the layout
- * with headers of HEADER bytes. THINK nanoseconds of work before each. Prints
+ * COUNT requests of BATCH pages at a random place in the PAGES pages from BASE
+ * on (written by lazypages/bench/fill.c with TAG), one at a time, with headers
+ * of HEADER bytes, and THINK nanoseconds of work before each. Prints
  * the times in nanoseconds, one a line. Every page is checked.
  */
 #include "../lazypages/bench/common.h"
@@ -22,7 +22,7 @@ static void receive(int fd, void *at, size_t size)
 		ssize_t got = recv(fd, to, size, MSG_WAITALL);
 
 		if (got <= 0)
-			die("the server has hung up");
+			die("the server has closed the connection");
 		to += got;
 		size -= (size_t)got;
 	}

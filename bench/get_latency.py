@@ -1,8 +1,8 @@
-"""How long a page server takes to answer a GET on loopback: `bench/get_latency.py --criu CRIU [--rounds N]`.
+"""Latency of a page server's answers to GETs on loopback: `bench/get_latency.py --criu CRIU [--rounds N]`.
 
-One client, one request at a time, of one page (a fault) and of 16, against `lazypages page-server --lazy-pages` and
-`criu page-server --lazy-pages` in turns; with a pause of 20 us in which the client works, as a task does between
-faults, and without. Every page is checked. Medians over rounds, microseconds, and the ratio by round.
+One client sends one request at a time, for one page (as for a fault) and for 16, alternately to `lazypages page-server
+--lazy-pages` and `criu page-server --lazy-pages`; with a pause of 20 us in which the client works, as a task does
+between faults, and without. Every page is checked. Prints medians over rounds in microseconds, and ratios by round.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def compile_client(folder: Path) -> Path:
 
 @contextmanager
 def serving(peer: str, criu: str, images: Path, work: Path) -> Iterator[tuple[int, int]]:
-    """(port, bytes of a header)."""
+    """Run a page server; yields (port, size of its headers in bytes)."""
     if peer == "criu":
         release = subprocess.run([criu, "--version"], capture_output=True, text=True, check=True).stdout
         header = 24 if tuple(map(int, release.split()[1].split(".")[:2])) < (4, 2) else 32
@@ -51,7 +51,7 @@ def serving(peer: str, criu: str, images: Path, work: Path) -> Iterator[tuple[in
 
 
 def measure(client: Path, *arguments: int) -> list[float]:
-    """Microseconds, sorted. The arguments are those of get_latency.c."""
+    """Latencies in microseconds, sorted. The arguments are those of get_latency.c."""
     command = [str(client), *map(str, arguments)]
     said = subprocess.run(command, capture_output=True, text=True, check=False)
     if said.returncode:

@@ -1,13 +1,13 @@
-"""Tasks of very many threads that fault at once: `PYTHONPATH=. python bench/many_threads.py [--criu CRIU]`.
+"""Tasks with very many threads that fault at once: `PYTHONPATH=. python bench/many_threads.py [--criu CRIU]`.
 
-In turns: `lazypages serve` and `criu lazy-pages` serve a task that a real `criu restore` brings back, all of whose
-threads need missing memory the moment they run, while the background brings the rest
+`lazypages serve` and `criu lazy-pages` alternately serve a task that a real `criu restore` restores. All its
+threads touch missing memory as soon as they run, while the background brings the rest
 (tests/support/programs/threads.c):
 
 * 1,000 and 5,000 threads that read 16 pages each,
-* 1,000 threads that read what they have used of their stacks, and end, each with a change of the layout.
+* 1,000 threads that read the used part of their stacks and end, each with a change of the layout.
 
-Every byte is checked from inside. Medians and ranges over rounds; ratios are taken round by round.
+The task checks every byte. Prints medians and ranges over rounds; ratios are computed round by round.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from lazypages.bench.daemons import Daemon
 from lazypages.bench.errors import BenchError
 
 SOURCE = Path(__file__).parents[1] / "tests/support/programs/threads.c"
-#: Seconds for one restore and what follows; for the daemon to end then.
+#: Most seconds of one restore and the run of its task; and of the daemon's exit after that.
 TIMEOUT = 180.0
 END_TIMEOUT = 30.0
 POLL = 0.005
@@ -40,7 +40,7 @@ class Case(NamedTuple):
     kind: str
     threads: int
     pages: int
-    #: Pages of other memory, which the background brings first: else it is done before all threads run.
+    #: Pages of other memory, which the background brings first; without them it is done before all threads run.
     ballast: int
 
 
@@ -52,7 +52,7 @@ CASES = (
 
 
 class Seen(NamedTuple):
-    """Seconds: from go until the last thread is done; waits of the threads for a page, median and longest."""
+    """Seconds: from the start until the last thread is done; median and longest wait of a thread for a page."""
 
     took: float
     median: float
@@ -69,7 +69,7 @@ def wait_for(what: str, done: Callable[[], bool], timeout: float = TIMEOUT) -> N
 
 
 def dump(case: Case, program: Path, criu: Path, folder: Path) -> Path:
-    """A checkpoint of the case in folder/images, whose threads go on as soon as they are restored."""
+    """Make a checkpoint of the case in folder/images. Its threads continue as soon as they are restored."""
     images = folder / "images"
     images.mkdir(parents=True)
     ready, go = folder / "ready", folder / "go"
@@ -102,7 +102,7 @@ def dump(case: Case, program: Path, criu: Path, folder: Path) -> Path:
 
 
 def restore(command: list[str], criu: Path, images: Path, work: Path) -> Seen:
-    """Raises BenchError unless the task comes to its end with all bytes right."""
+    """Restore and run the task once. Raises BenchError unless it ends in order with all bytes right."""
     results = images.parent / "results"
     results.unlink(missing_ok=True)
     command = [*command, "-D", str(images), "-W", str(work)]
@@ -143,9 +143,9 @@ def main() -> None:
         help="path of criu",
     )
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", default="", help="cases whose title has this in it")
+    parser.add_argument("--only", default="", help="only cases whose title contains this")
     parser.add_argument("--alone", action="store_true", help="without CRIU's daemon")
-    parser.add_argument("--counts", action="store_true", help="what our daemon has counted, too")
+    parser.add_argument("--counts", action="store_true", help="also print the counters of our daemon")
     arguments = parser.parse_args()
     if not arguments.criu:
         sys.exit("name a CRIU: --criu PATH")

@@ -1,8 +1,8 @@
-"""How long starting takes: `PYTHONPATH=. python bench/start_time.py [--criu CRIU] [--rounds N]`.
+"""Start times: `PYTHONPATH=. python bench/start_time.py [--criu CRIU] [--rounds N]`.
 
-In turns: `lazypages serve` and `criu lazy-pages` from their start to ready, to the first page that they could deliver,
-and to the first one that a task touches which a real `criu restore` brings back; the resident memory at
-ready, files included; and what people wait for, from start to exit. Medians and ranges.
+Measures `lazypages serve` and `criu lazy-pages` alternately, from their start to readiness, to the first page that they
+can deliver, and to the first page of a task that a real `criu restore` restores; the resident memory when
+ready, including files; and other commands from start to exit. Prints medians and ranges.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ RUN_TO_EXIT = {
     "lazypages restore --help": [*PYTHON, "-m", "lazypages", "restore", "--help"],
     "dumptool --help": [*PYTHON, "-m", "dumptool", "--help"],
 }
-#: Seconds between two looks whether the restored task has its first page.
+#: Seconds between two checks whether the restored task has its first page.
 POLL = 0.0005
 WORKLOAD = Workload("one touch", Layout(64 * MIB // PAGE_SIZE), Order.RANDOM, touches=1)
 
@@ -48,7 +48,7 @@ def exit_time(command: list[str]) -> float:
 
 
 def resident(pid: int) -> float:
-    """MiB."""
+    """Resident memory in MiB."""
     status = Path(f"/proc/{pid}/status").read_text()
     return int(status.partition("VmRSS:")[2].split()[0]) / 1024
 
@@ -63,7 +63,7 @@ def real_restore(peer: Peer, dumped: real.Dumped, work: Path) -> tuple[float, fl
         command = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", str(dumped.criu), "restore"]
         command += ["--lazy-pages", "-D", str(dumped.checkpoint.images), "-W", str(work), "-o", "restore.log"]
         with subprocess.Popen(command, stdin=subprocess.DEVNULL) as restore:
-            # Its own times are those of a time namespace.
+            # Polled from outside: the task's own clocks are those of a time namespace.
             while not has_touched(dumped.results) and restore.poll() is None:
                 time.sleep(POLL)
             first = time.monotonic() - started
@@ -120,7 +120,7 @@ def main() -> None:
             for turn in turns[number % len(turns) :] + turns[: number % len(turns)]:
                 turn()
             if not number:
-                seen.clear()  # everything is read and compiled now
+                seen.clear()  # discard the first round, which reads and compiles the modules
     for title, values in sorted(seen.items()):
         print(f"{title:62}{statistics.median(values):8.1f} ({min(values):.1f}-{max(values):.1f})")
     for column in ("ready", "first page", "first page, after criu restore"):

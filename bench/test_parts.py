@@ -1,6 +1,6 @@
-"""The parts of the way from images to answers, by themselves: `pytest bench`.
+"""Benchmarks of single parts between images and answers: `pytest bench`.
 
-Each works on what is normal here: a million pagemap entries, all of a chain, one call per fault.
+Each uses a realistic amount: a million pagemap entries, a chain of parents, one call per fault.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def test_placement_chain_of_two_million(benchmark: BenchmarkFixture, folder: Pat
 
 
 class Space:
-    """An address space over the pagemap of that name."""
+    """An address space with the pagemap of that name."""
 
     def __init__(self, path: Path) -> None:
         self.extents = placement.resolve([Pagemap.load(path)], remote=False)
@@ -77,7 +77,7 @@ def test_space_build(benchmark: BenchmarkFixture, space: Space) -> None:
 
 
 def test_space_lookup(benchmark: BenchmarkFixture, space: Space) -> None:
-    """A thousand random pages, as faults look them up."""
+    """Look up a thousand random pages, as faults do."""
     rng = random.Random(1)
     addresses = [BASE + 2 * PAGE_SIZE * rng.randrange(MILLION) for _ in range(LOOKUPS)]
     handle, lookup = space.handle, lib.lp_space_lookup
@@ -89,7 +89,7 @@ def test_space_lookup(benchmark: BenchmarkFixture, space: Space) -> None:
 
 
 def test_space_next_and_claim(benchmark: BenchmarkFixture, space: Space) -> None:
-    """A thousand steps of the background: the next run, its claim, and giving it back."""
+    """A thousand steps of the background: find the next run, claim it, give it back."""
     handle, answer = space.handle, ffi.new("struct lp_answer *")
 
     def go_on() -> int:
@@ -107,7 +107,7 @@ def test_space_next_and_claim(benchmark: BenchmarkFixture, space: Space) -> None
 
 @pytest.mark.parametrize("nr_pages", [1, 256])
 def test_wire_get_and_answer(benchmark: BenchmarkFixture, nr_pages: int) -> None:
-    """Python's share of a remote page: ask, and take the answer apart."""
+    """Python's part of a remote page: build the request and parse the answer."""
     layout = wire.Layout.CRIU_4_1
     header = wire.Header(wire.Command.ADD_F, nr_pages, BASE, 2, wire.PageFlags.PRESENT)
     answer = layout.pack(header) + bytes(nr_pages * PAGE_SIZE)

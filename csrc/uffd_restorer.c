@@ -1,15 +1,15 @@
 /*
- * Brings dumped tasks back, without CRIU: executes a plan (restore_plan.h) that lazypages/restore/ made.
+ * Restores dumped tasks without CRIU: executes a plan (restore_plan.h) made by lazypages/restore/.
  *
  *	uffd_restorer PLAN_FD
  *
- * Stub processes with the right pids are made, stopped under ptrace, and turned into the dumped
- * tasks by running system calls in them; their registers come last.  With a daemon, each task gets a
- * userfaultfd that the daemon is handed over its control socket, as CRIU does it
- * (reference/criu-interfaces §1 and §2).
+ * Creates processes with the right pids, stopped under ptrace, and turns them into the dumped
+ * tasks by running system calls in them; sets their registers last.  With a daemon, each task gets a
+ * userfaultfd, which is sent to the daemon over its control socket, in CRIU's protocol
+ * (docs/criu.md, "Control socket" and "Userfaultfds and lazy mappings").
  *
- * Until LP_GO every task ends with the restorer (PTRACE_O_EXITKILL), and any failure ends them.
- * Exit code: 0, or that of the task that LP_WAIT names (128 + n when signal n ended it); 1 after a failure.
+ * Until LP_GO every task ends with the restorer (PTRACE_O_EXITKILL), and any failure ends all tasks.
+ * Exit code: 0, or that of the task that LP_WAIT names (128 + n if signal n killed it); 1 after a failure.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -37,6 +37,7 @@
 #include <unistd.h>
 
 #include "common/inject.h"
+#include "common/write_all.h"
 #include "restore/restore_task.h"
 
 #define FINISHED 0x52535446u /* the last message on the control socket */
@@ -45,9 +46,9 @@
 	(UFFD_FEATURE_EVENT_FORK | UFFD_FEATURE_EVENT_REMAP | UFFD_FEATURE_EVENT_REMOVE | UFFD_FEATURE_EVENT_UNMAP)
 
 static struct lp_restorer restorer = { .plan = { .log_fd = -1 } };
-static volatile sig_atomic_t interrupted; /* by this signal */
+static volatile sig_atomic_t interrupted; /* number of the signal, or 0 */
 
-static void say(int fd, const char *format, ...)
+static void log_line(int fd, const char *format, ...)
 {
 	char line[8192];
 	va_list args;
@@ -65,14 +66,14 @@ static void say(int fd, const char *format, ...)
 		;
 }
 
-static void complain(const char *who, const char *step, const char *why)
+static void report_error(const char *subject, const char *step, const char *reason)
 {
-	say(STDERR_FILENO, "lazypages restore: %s: %s: %s", who, step, why);
+	log_line(STDERR_FILENO, "lazypages restore: %s: %s: %s", subject, step, reason);
 	if (restorer.plan.log_fd >= 0)
-		say(restorer.plan.log_fd, "Error: %s: %s: %s", who, step, why);
+		log_line(restorer.plan.log_fd, "Error: %s: %s: %s", subject, step, reason);
 }
 
-/* A wait for a task that waits for a daemon ends like this: the task dies. */
+/* Kills all tasks: this also ends a wait for a task that waits for the daemon. */
 static void on_signal(int signo)
 {
 	int saved = errno;
@@ -94,7 +95,7 @@ static void handle_signals(void (*handler)(int))
 		sigaction(END_SIGNALS[i], &action, NULL);
 }
 
-/* End what was made, and see it gone: orphans become our children, see main. */
+/* Kills and reaps all tasks. Orphans become our children, see get_ready(). */
 static void kill_all(void)
 {
 	for (uint32_t i = 0; i < restorer.plan.nr_threads; i++)
@@ -123,26 +124,11 @@ static int do_open(const struct lp_open *open_, const char *path)
 	return rc;
 }
 
-static int write_all(int fd, const char *data, size_t size)
-{
-	while (size) {
-		ssize_t put = write(fd, data, size);
-
-		if (put < 0 && errno != EINTR)
-			return -errno;
-		if (put > 0) {
-			data += put;
-			size -= put;
-		}
-	}
-	return 0;
-}
-
 static int do_pipe(const struct lp_pipe *pipe_, const char *contents, size_t size)
 {
 	int ends[2], rc;
 
-	/* Without O_NONBLOCK, contents that don't fit would be waited for. */
+	/* With O_NONBLOCK, contents that don't fit are an error instead of a hang. */
 	if (pipe2(ends, O_CLOEXEC | O_NONBLOCK))
 		return -errno;
 	rc = keep(pipe_->reader, ends[0]);
@@ -150,7 +136,7 @@ static int do_pipe(const struct lp_pipe *pipe_, const char *contents, size_t siz
 		rc = keep(pipe_->writer, ends[1]);
 	if (!rc && pipe_->capacity && fcntl(ends[1], F_SETPIPE_SZ, (int)pipe_->capacity) < 0)
 		rc = -errno;
-	return rc ? rc : write_all(ends[1], contents, size);
+	return rc ? rc : lp_write_all(ends[1], contents, size);
 }
 
 static int do_reopen(const struct lp_reopen *reopen)
@@ -191,7 +177,7 @@ static int do_write(const struct lp_write *write_, const char *path, const char 
 
 	if (fd < 0)
 		return -errno;
-	rc = write_all(fd, text, size);
+	rc = lp_write_all(fd, text, size);
 	close(fd);
 	return rc;
 }
@@ -199,8 +185,8 @@ static int do_write(const struct lp_write *write_, const char *path, const char 
 /* --- the daemon --- */
 
 /*
- * With credentials that name the task, for daemons that ask for them (SO_PASSCRED, unix(7)); the restorer's
- * own when pid is 0.  fd: sent along unless negative.
+ * Sends a message with credentials of the task `pid`, for daemons with SO_PASSCRED (unix(7)); with the restorer's
+ * own if pid is 0.  fd: sent along unless negative.
  */
 static int send_message(const void *data, size_t size, pid_t pid, int fd)
 {
@@ -237,7 +223,7 @@ static int send_message(const void *data, size_t size, pid_t pid, int fd)
 	return (size_t)sent == size ? 0 : -EPROTO;
 }
 
-/* Which of the events this kernel has. */
+/* Finds which of the EVENTS this kernel supports. */
 static int learn_features(void)
 {
 	struct uffdio_api api = { .api = UFFD_API };
@@ -315,7 +301,7 @@ static int do_go(void)
 {
 	prctl(PR_SET_CHILD_SUBREAPER, 0);
 	for (uint32_t i = 0; i < restorer.plan.nr_slots; i++)
-		close_slot(i); /* the ends of pipes, above all */
+		close_slot(i); /* an open pipe end would keep the tasks from seeing its end of file */
 	close(restorer.plan.link_fd);
 	for (uint32_t i = 0; i < restorer.plan.nr_threads; i++) {
 		struct lp_thread *thread = &restorer.threads[i];
@@ -326,7 +312,7 @@ static int do_go(void)
 		if (thread->stop && thread->leader == i && kill(thread->tid, SIGSTOP))
 			return -errno;
 		rc = lp_detach(thread->tid);
-		/* ESRCH: it has been ended from outside in the meantime, as may happen to any task. */
+		/* ESRCH: it was killed from outside in the meantime. */
 		if (rc && rc != -ESRCH)
 			return rc;
 	}
@@ -406,7 +392,7 @@ static const char *explain(int rc, char *buf, size_t size)
 	if (interrupted)
 		snprintf(buf, size, "ended by signal %d (%s)", interrupted, strsignal(interrupted));
 	else if (rc == -EPROTO)
-		snprintf(buf, size, "the result is not the expected one");
+		snprintf(buf, size, "the result differs from the expected one");
 	else
 		snprintf(buf, size, "%s", strerror(-rc));
 	return buf;
@@ -444,10 +430,10 @@ static double seconds(void)
 
 static int run(const char *plan)
 {
-	const char *place = plan + sizeof(struct lp_readahead), *end = plan + restorer.plan.size;
+	const char *place = plan + sizeof(struct lp_plan), *end = plan + restorer.plan.size;
 	int verbose_fd = restorer.plan.log_fd >= 0 ? restorer.plan.log_fd : STDERR_FILENO;
 	double begin = seconds();
-	char who[64], why[256];
+	char subject[64], reason[256];
 
 	for (uint32_t i = 0; i < restorer.plan.nr_ops; i++) {
 		const struct lp_op *op = (const void *)place;
@@ -455,7 +441,7 @@ static int run(const char *plan)
 		int rc;
 
 		if (place + sizeof(*op) > end || label + padded(op->label_size) + padded(op->body_size) > end) {
-			complain("restorer", "plan", "ends too early");
+			report_error("restorer", "plan", "is truncated");
 			kill_all();
 			return 1;
 		}
@@ -463,13 +449,13 @@ static int run(const char *plan)
 		place = body + padded(op->body_size);
 		if (op->kind == LP_WAIT)
 			return wait_root(op->thread);
-		name_thread(op, who, sizeof(who));
+		name_thread(op, subject, sizeof(subject));
 		if (restorer.plan.verbose)
-			say(verbose_fd, "(%.6f) %s: %s", seconds() - begin, who, label);
+			log_line(verbose_fd, "(%.6f) %s: %s", seconds() - begin, subject, label);
 		rc = interrupted ? -EINTR : execute(op, body);
 		if (rc) {
-			/* The name was taken before the op: a task that it has just lost still has one. */
-			complain(who, label, explain(rc, why, sizeof(why)));
+			/* The name was made before the op, which may have ended the task. */
+			report_error(subject, label, explain(rc, reason, sizeof(reason)));
 			kill_all();
 			return 1;
 		}
@@ -477,7 +463,7 @@ static int run(const char *plan)
 	return 0;
 }
 
-/* glibc registers an area of its own, which tasks would inherit and lose (rseq: linux/rseq.h). */
+/* Unregisters glibc's rseq area: tasks would inherit the registration without the memory (linux/rseq.h). */
 static int drop_rseq(void)
 {
 #ifdef RSEQ_SIG
@@ -522,7 +508,7 @@ static int get_ready(const char *argument, const char **plan)
 	if (prctl(PR_SET_CHILD_SUBREAPER, 1)) /* see kill_all */
 		return -errno;
 	umask(0);
-	/* Tasks inherit what is ignored, whatever CLONE_CLEAR_SIGHAND says, and Python ignores some signals. */
+	/* Ignored signals are inherited even with CLONE_CLEAR_SIGHAND, and Python ignores some. */
 	for (int signo = 1; signo < NSIG; signo++)
 		signal(signo, SIG_DFL);
 	return drop_rseq();
@@ -531,16 +517,16 @@ static int get_ready(const char *argument, const char **plan)
 int main(int argc, char **argv)
 {
 	const char *plan = NULL;
-	char why[256];
+	char reason[256];
 	int rc;
 
 	if (argc != 2) {
-		complain("restorer", "arguments", "expects the descriptor of a plan; run `lazypages restore`");
+		report_error("restorer", "arguments", "expects the descriptor of a plan; run `lazypages restore`");
 		return 1;
 	}
 	rc = get_ready(argv[1], &plan);
 	if (rc) {
-		complain("restorer", "reading the plan", explain(rc, why, sizeof(why)));
+		report_error("restorer", "reading the plan", explain(rc, reason, sizeof(reason)));
 		return 1;
 	}
 	handle_signals(on_signal);
@@ -548,7 +534,7 @@ int main(int argc, char **argv)
 	if (!rc && restorer.plan.control_fd >= 0)
 		rc = learn_features();
 	if (rc) {
-		complain("restorer", "getting ready", explain(rc, why, sizeof(why)));
+		report_error("restorer", "getting ready", explain(rc, reason, sizeof(reason)));
 		return 1;
 	}
 	return run(plan);

@@ -6,7 +6,7 @@ from lazypages.cli.imports import importing
 
 
 def main() -> None:
-    """Exit status 0 for success, 1 for failure, 2 for a wrong command line."""
+    """Exit status 0: success; 1: failure; 2: wrong command line."""
     with importing():
         from dumptool.cli import cli  # noqa: PLC0415 - see `importing`
 

@@ -1,4 +1,4 @@
-"""The parent levels of a dump: which pages they hold, and their bytes to compare with."""
+"""The parent levels of a dump: which pages they have, and those pages' bytes."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from images_spec.placement import ExtentTable, resolve
 
 PARENT_LINK = "parent"
 SENT_PREFIX = "sent-"
-"""Of the name of a pagemap whose pages (and which itself) a page server has been sent."""
+"""Name prefix of a pagemap whose pages a page server has received; a copy of that pagemap stays here."""
 MAX_LEVELS = 256
 
 
 class Chain:
-    """The levels below the one that is being made: its parent, the parent's parent, and so on."""
+    """The levels below the one that is being made: the parent, the parent's parent, and so on."""
 
     def __init__(self, directory: Path) -> None:
-        """``directory``: of the parent. Raises ``ImageError`` or ``DumpError`` when it is none."""
+        """``directory``: of the parent. Raises ``ImageError``, ``DumpError`` if it is not a level."""
         self.run_id = read_one(directory / Kind.INVENTORY.file_name(), Kind.INVENTORY).dump_criu_run_id
         self.levels: list[Path] = []
         here: Path | None = directory
@@ -39,9 +39,9 @@ class Chain:
             here = link if os.path.lexists(link) else None
 
     def pages_of(self, pid: int) -> ParentPages | None:
-        """What the levels hold of a process; None when the parent knows nothing of it.
+        """The pages that all levels together have of a process; None if the parent has no pagemap of it.
 
-        Raises ``ImageError`` when a level can't be what its pagemap promises.
+        Raises ``ImageError`` if a pages file has not the size that its pagemap implies.
         """
         pagemaps: list[Pagemap | None] = []
         paths: list[Path | None] = []
@@ -60,7 +60,7 @@ class Chain:
 
 
 def _load(level: Path, name: str) -> tuple[Pagemap | None, Path | None]:
-    """A pagemap of a level and its pages file; None where there is none: those of --page-server are elsewhere."""
+    """The pagemap of a level and its pages file. The file is None if it is at a page server; both: no pagemap."""
     try:
         pagemap = Pagemap.load(level / name)
         return pagemap, level / f"pages-{pagemap.pages_id}.img"
@@ -73,7 +73,7 @@ def _load(level: Path, name: str) -> tuple[Pagemap | None, Path | None]:
 
 
 class ParentPages:
-    """Where the pages of one process are in a chain, and their bytes to compare with."""
+    """The location of each page of one process in a chain, and access to the bytes."""
 
     def __init__(self, extents: ExtentTable, paths: Sequence[Path | None]) -> None:
         self.extents = extents
@@ -88,7 +88,7 @@ class ParentPages:
     def opened(self) -> Iterator[Any]:
         """``struct lp_parent *`` (csrc/dump/dump_pages.h), valid for the block.
 
-        Levels that can't be opened have nothing.
+        A level whose pages file can't be opened has no bytes to compare with.
         """
         with ExitStack() as stack:
             levels = ffi.new("int[]", [_open(path, stack) for path in self._paths])
@@ -96,7 +96,7 @@ class ParentPages:
 
 
 def _open(path: Path | None, stack: ExitStack) -> int:
-    """-1 where there is nothing to be opened."""
+    """A descriptor that ``stack`` closes; -1 if there is no file or it can't be opened."""
     if path is None:
         return -1
     try:

@@ -1,4 +1,4 @@
-"""The command ``dumptool``: options spelt and meant as those of ``criu dump`` and ``criu pre-dump``."""
+"""The command ``dumptool``. Options have the names and meanings of those of ``criu dump`` and ``criu pre-dump``."""
 
 from __future__ import annotations
 
@@ -37,30 +37,30 @@ log = logging.getLogger("lazypages")
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-AUDIBLE = 1
-PATIENCE_PAGES = 16384
-"""From 64 MiB on a dump gets a progress bar."""
+VERBOSITY_OF_PROGRESS = 1
+PROGRESS_PAGES = 16384
+"""A dump of at least 64 MiB shows a progress bar."""
 
 DUMP_EPILOG = """\b
 Examples
   Checkpoint a service that was started with setsid, and end it:
     dumptool dump -t 4711 -D /var/ckpt/job1
-  A program of this shell and terminal; it goes on afterwards:
+  Checkpoint a program of this shell and terminal, which goes on afterwards:
     dumptool dump -t 4711 -D /var/ckpt/job1 --shell-job --leave-running
-  With little standstill: most memory is copied while the program runs.
+  Stop the program only briefly; most memory is copied while it runs:
     dumptool pre-dump -t 4711 -D /var/ckpt/1
     dumptool pre-dump -t 4711 -D /var/ckpt/2 --prev-images-dir ../1
     dumptool dump     -t 4711 -D /var/ckpt/3 --prev-images-dir ../2
-  And back, lazily, what has not changed since the last pre-dump too:
+  Restore it lazily, including pages unchanged since the pre-dumps:
     lazypages serve -D /var/ckpt/3 &
     criu restore --lazy-pages -D /var/ckpt/3 -d
-  Pages straight to the disk of another host (and then, with what is left in
-  /var/ckpt/1, a whole checkpoint there):
+  Write the pages to the disk of another host. Together with the small images in
+  /var/ckpt/1 here they are a complete checkpoint:
     lazypages page-server -D /var/ckpt/1 --address 10.0.0.2 --port 27001 --tls
     dumptool dump -t 4711 -D /var/ckpt/1 \\
       --page-server --address 10.0.0.2 --port 27001 --tls
-  To another host, which has all image directories but not yet what has changed
-  since the last pre-dump; the program ends here when all of it is there:
+  Migrate to another host, which has all image directories, but not yet the pages
+  changed since the last pre-dump. The program ends here when all have arrived:
     dumptool dump -t 4711 -D /var/ckpt/3 --prev-images-dir ../2 \\
       --lazy-pages --address 10.0.0.1 --port 27000 --tls
     lazypages serve -D /var/ckpt/3 --page-server \\
@@ -69,38 +69,38 @@ Examples
 
 \b
 --lazy-pages
-  A client that is lost ends nothing: the tasks stay stopped, and the next
-  client gets every page. They are ended when one says that all of its tasks are
-  complete (or have exited by themselves); of `criu lazy-pages`, when it has
-  asked for every page.
+  The loss of a client changes nothing: the tasks stay stopped, and the next
+  client gets every page. The tasks are ended when a client reports that all of
+  its tasks are complete or have exited; `criu lazy-pages` can't report that,
+  so for it when it has requested every page.
   Ctrl-C or SIGTERM ends dumptool (exit status 1). If no client can have started
-  the tasks, they go on here. Else they stay stopped, as by SIGSTOP, also if
-  dumptool itself is killed, so that they can't run twice. Then it is you who
-  decides: `kill -CONT` for each of the processes lets them go on here, and what
-  was restored elsewhere must not run then; `kill -KILL` ends them.
+  the tasks, they go on here. Otherwise they stay stopped, as by SIGSTOP, even
+  if dumptool is killed, so that they can't run twice. Then you decide:
+  `kill -CONT` of each process lets them go on here, and what was restored
+  elsewhere must not run; `kill -KILL` ends them.
 
 \b
 --page-server
-  Takes `lazypages page-server` or `criu page-server` at the other end, which
-  get each level into a directory of their own (--prev-images-dir there as
-  here). No page is written here. If the server is lost before it has all, the
-  tasks go on and there is no dump. CRIU's server from 4.2 on with --tls needs
+  Connects to `lazypages page-server` or `criu page-server`, which writes each
+  level to a directory of its own (give it --prev-images-dir as here). No page
+  is written here. If the server is lost before it has all pages, the tasks go
+  on and there is no dump. For CRIU's server from 4.2 on with --tls, add
   --page-server-protocol criu-4.2.
 
 \b
 What can't be saved
-  Sockets, epoll, eventfd, timerfd and their kin, io_uring, memfd, huge pages,
-  System V shared memory, deleted files, devices, pipes that lead out of the
-  tree, seccomp, shadow stacks, deadlines, timers on the CPU time of one of many
-  threads, namespaces of its own, tasks that a debugger traces. All this is
-  found before anything is stopped, and named; the tasks go on. System calls
-  that are dispatched to the task itself (Syscall User Dispatch) only show when
-  it is stopped; it goes on, too.
+  Sockets, epoll, eventfd, timerfd and similar descriptors, io_uring, memfd, huge
+  pages, System V shared memory, deleted files, devices, pipes shared with
+  processes outside of the tree, seccomp, shadow stacks, SCHED_DEADLINE, timers on
+  the CPU time of one of many threads, namespaces other than dumptool's, tasks
+  traced by a debugger. All of these are found and reported before the tree is
+  stopped. Syscall User Dispatch is found only after it is stopped. The tasks go
+  on in both cases.
 
 \b
 Exit status
   0  all images are written
-  1  they are not, and the tasks go on as before (but see --lazy-pages)
+  1  an error; the tasks go on as before (but see --lazy-pages)
   2  wrong command line
 """
 
@@ -108,62 +108,62 @@ PRE_DUMP_EPILOG = """\b
 Examples
     dumptool pre-dump -t 4711 -D /var/ckpt/1
     dumptool pre-dump -t 4711 -D /var/ckpt/2 --prev-images-dir ../1
-  The last level is a `dumptool dump --prev-images-dir ../2`.
-  The same, with the pages going to `lazypages page-server -D …/2 --port 27001
-  --prev-images-dir ../1` on another host:
+  The last level is written by `dumptool dump --prev-images-dir ../2`.
+  The same, but with the pages sent to another host, where this runs:
+  `lazypages page-server -D …/2 --port 27001 --prev-images-dir ../1`
     dumptool pre-dump -t 4711 -D /var/ckpt/2 --prev-images-dir ../1 \\
       --page-server --address 10.0.0.2 --port 27001
 
 \b
 Dirty tracking
   uffd-wp     a userfaultfd in the task, kept as one of two descriptors with a
-              high number until the final dump (Linux 6.7 or newer)
-  soft-dirty  the kernel's own bits (where it has CONFIG_MEM_SOFT_DIRTY): clearing
-              them spoils CRIU's --track-mem of the same task, and the other way
-              round is noticed; older kernels than 6.7 have only this one
-  compare     none: the next level reads all pages and compares them with the
-              parent's bytes
+              high number until the final dump (needs Linux 6.7)
+  soft-dirty  the kernel's soft-dirty bits (needs CONFIG_MEM_SOFT_DIRTY). Clearing
+              them breaks CRIU's --track-mem of the same task; clearing by CRIU
+              is detected. The only kind of tracking before Linux 6.7
+  compare     no tracking: the next level reads all pages and compares them with
+              the parent's bytes
   auto        the first of these that works
-  Shared anonymous memory is not tracked, and files have their own pages: pre-dumps
-  have neither, the final dump has all of the former.
+  Pre-dumps contain neither shared anonymous memory, which can't be tracked, nor
+  the pages of files. The final dump contains all shared anonymous memory.
 """
 
 
 class _Commands(click.Group):
-    """Errors that we foresee are lines, never a traceback."""
+    """Reports expected errors as one line each, without a traceback."""
 
     def invoke(self, ctx: click.Context) -> object:
         try:
             return super().invoke(ctx)
         except UnsupportedError as error:
             for refusal in error.refusals:
-                _say_error(f"can't be dumped: {refusal}")
+                _report_error(f"can't be dumped: {refusal}")
         except (LazyPagesError, ImageError) as error:
-            _say_error(str(error))
+            _report_error(str(error))
         return ctx.exit(1)
 
 
-def _say_error(text: str) -> None:
-    log.error("%s", text, extra=logs.SAID)
+def _report_error(text: str) -> None:
+    log.error("%s", text, extra=logs.PRINTED)
     click.echo(f"dumptool: {text}", err=True)
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(None, "-V", "--version", package_name="lazypages")
 def cli() -> None:
-    """Checkpoint a tree of processes into images that `criu restore` and `lazypages restore` bring back.
+    """Checkpoint a tree of processes into images for `criu restore` and `lazypages restore`.
 
     \b
     Instead of                         run
       criu dump -t PID -D DIR            dumptool dump -t PID -D DIR
       criu pre-dump -t PID -D DIR        dumptool pre-dump -t PID -D DIR
 
-    Pre-dumps work on kernels without soft-dirty bits too. `dumptool COMMAND --help` explains each command.
+    Pre-dumps work without soft-dirty bits, too (Linux 6.7). `dumptool COMMAND --help` explains each command.
     """
 
 
 def _common(command: F, *, address: str, port: str) -> F:
-    """The options that both commands have; what those two mean differs."""
+    """Adds the options of both commands. ``address``, ``port``: help texts that differ."""
     for option in reversed(
         (
             click.option(
@@ -173,7 +173,7 @@ def _common(command: F, *, address: str, port: str) -> F:
                 metavar="PID",
                 type=click.IntRange(min=1),
                 required=True,
-                help="The process; all its descendants and all their threads belong to it.",
+                help="Root of the tree: this process, all its descendants and all their threads are dumped.",
             ),
             click.option(
                 "-D",
@@ -181,33 +181,33 @@ def _common(command: F, *, address: str, port: str) -> F:
                 metavar="DIR",
                 type=click.Path(path_type=Path),
                 default=Path(),
-                help="Where the images go; made if it is not there.  [default: .]",
+                help="Directory of the images; created if missing.  [default: .]",
             ),
             click.option(
                 "--prev-images-dir",
                 metavar="DIR",
-                help="The level before this one, relative to the images directory: what is there and has "
-                "not changed since is not written again.",
+                help="Directory of the level before this one, relative to the images directory. Pages unchanged "
+                "since then are not written again.",
             ),
             click.option(
                 "--dirty-tracking",
                 type=click.Choice([method.value for method in Method]),
                 default=Method.AUTO.value,
                 show_default=True,
-                help="How to tell what has changed since the level before.",
+                help="How to find the pages that have changed since the level before.",
             ),
             click.option(
                 "--parent-pages",
                 type=click.Choice(["lazy", "eager"]),
                 default="lazy",
                 show_default=True,
-                help="Unchanged pages: left to the daemon at a lazy restore (needs `lazypages serve`), or "
-                "read by the restore itself (choose this for `criu lazy-pages`).",
+                help="Unchanged pages at a lazy restore: left to the daemon (needs `lazypages serve`), or "
+                "read by the restore itself (needed for `criu lazy-pages`).",
             ),
             click.option(
                 "--page-server",
                 is_flag=True,
-                help="Send all pages to a page server, and write none to the disk here.",
+                help="Send all pages to a page server and write none here.",
             ),
             click.option(
                 "--address",
@@ -219,18 +219,21 @@ def _common(command: F, *, address: str, port: str) -> F:
                 "--ps-socket",
                 metavar="FD",
                 type=click.IntRange(min=0),
-                help="With --page-server: a socket that is connected to it.",
+                help="With --page-server: a connected socket.",
             ),
             PROTOCOL_OPTION,
-            click.option("--tls", is_flag=True, help="Certificates on both sides, and encryption."),
+            click.option("--tls", is_flag=True, help="Encrypt, and verify the certificates of both sides."),
             *TLS_FILE_OPTIONS,
             click.option(
                 "--tls-no-cn-verify",
                 is_flag=True,
-                help="The other side's certificate need not name --address.",
+                help="Do not require that the other side's certificate names --address.",
             ),
             click.option(
-                "-j", "--shell-job", is_flag=True, help="Allow somebody else's session and terminal."
+                "-j",
+                "--shell-job",
+                is_flag=True,
+                help="Allow a session and terminal that belong to processes outside of the tree.",
             ),
             click.option(
                 "--timeout",
@@ -238,12 +241,12 @@ def _common(command: F, *, address: str, port: str) -> F:
                 type=click.FloatRange(min=0, min_open=True),
                 default=10,
                 show_default=True,
-                help="How long to wait until all threads have stopped.",
+                help="Time for all threads to stop.",
             ),
             click.option(
                 "--no-sync",
                 is_flag=True,
-                help="Do not wait until all is on the disk: faster, but if the machine fails, so may the dump.",
+                help="Do not wait for the disk: faster, but a power failure can destroy the dump.",
             ),
             click.option("--track-mem", is_flag=True, help="With --leave-running: track writes from now on."),
             click.option(
@@ -278,7 +281,7 @@ def _settings(options: dict[str, Any]) -> Settings:
 
 
 def _page_server(options: dict[str, Any]) -> PageServer | None:
-    """Of --page-server and what goes with it. Raises ``click.UsageError`` for what does not go together."""
+    """The page server of --page-server. Raises ``click.UsageError`` for options that can't be combined."""
     address, port, ps_socket, tls = (options[name] for name in ("address", "port", "ps_socket", "tls"))
     lazy = options.get("lazy_pages", False)
     if not options["page_server"]:
@@ -293,7 +296,8 @@ def _page_server(options: dict[str, Any]) -> PageServer | None:
         return None
     if lazy or options.get("status_fd") is not None:
         raise click.UsageError(
-            "--lazy-pages and --status-fd don't go with --page-server: it listens at --address, this one connects there"
+            "--lazy-pages and --status-fd can't be combined with --page-server: --lazy-pages listens at --address, "
+            "--page-server connects to it"
         )
     protocol = options["page_server_protocol"]
     layout = None if protocol == AUTO else Layout(protocol)
@@ -314,52 +318,53 @@ def _page_server(options: dict[str, Any]) -> PageServer | None:
 @cli.command("dump", epilog=DUMP_EPILOG)
 @partial(
     _common,
-    address="Where the page server is, or, with --lazy-pages, where to listen.",
-    port="Its port; with --lazy-pages 0, the default, is a free one, named in the log.",
+    address="Address of the page server; with --lazy-pages, the address to listen at.",
+    port="Port of the page server; with --lazy-pages, the port to listen at: 0, the default, picks a free one and "
+    "logs it.",
 )
 @click.option(
     "-R", "--leave-running", is_flag=True, help="Let the tasks go on afterwards.  [default: end them]"
 )
-@click.option("-l", "--file-locks", is_flag=True, help="Allow file locks, and save them.")
+@click.option("-l", "--file-locks", is_flag=True, help="Allow file locks and save them.")
 @click.option(
     "--lazy-pages",
     is_flag=True,
-    help="Leave out what a lazy restore can do without; keep the tree stopped and give these pages to "
-    "`lazypages serve --page-server` (or `criu lazy-pages --page-server`) until it needs no more.",
+    help="Leave out pages that a lazy restore fetches later; keep the tree stopped and serve these pages to "
+    "`lazypages serve --page-server` (or `criu lazy-pages --page-server`) until it has all.",
 )
 @click.option(
     "--status-fd",
     metavar="FD",
     type=click.IntRange(min=0),
-    help="With --lazy-pages: write one 0 byte to FD when the images are complete and the pages can be had.",
+    help="With --lazy-pages: write a 0 byte to FD when the images are complete and the pages are served.",
 )
 @click.option(
     "--insecure",
     is_flag=True,
-    help="With --lazy-pages, without --tls: allow an address that others can reach, and other users of this host.",
+    help="With --lazy-pages without --tls: allow an address that other hosts can reach, and other users of this host.",
 )
 def dump_command(**options: Any) -> None:
-    """Write all images of a tree of processes and end it (or let it go on).
+    """Write all images of a tree of processes, then end it (or let it go on).
 
-    The tree is stopped meanwhile, and runs on unharmed if anything fails, even if dumptool is killed (but see
+    The tree is stopped meanwhile. If anything fails it goes on unharmed, even if dumptool is killed (but see
     --lazy-pages below).
     """
     settings = _settings(options)
     with _watcher(options) as watcher, _service(options) as serve:
         report = dump(settings, watcher, serve)
-    _tell(report, "dumped", settings.page_server)
+    _log_report(report, "dumped", settings.page_server)
 
 
 @contextmanager
 def _service(options: dict[str, Any]) -> Iterator[PageService | None]:
-    """The page server of --lazy-pages, listening already: what is wrong with it stops no task."""
+    """The page server of --lazy-pages, already listening: an error in its options must not stop a task."""
     address, port, tls = options["address"], options["port"], None
     if not options["lazy_pages"]:
         yield None
         return
     if options["tls"]:
         tls = tls_files(options)
-        tls.server_context()  # to fail before anything is stopped
+        tls.server_context()  # raises for bad files while the tree still runs
     listener, name = listen(address, port or 0, insecure=options["insecure"], tls=options["tls"])
     try:
         with listener:
@@ -372,20 +377,20 @@ def _service(options: dict[str, Any]) -> Iterator[PageService | None]:
 
 
 @cli.command("pre-dump", epilog=PRE_DUMP_EPILOG)
-@partial(_common, address="Where the page server is.", port="Its port.")
+@partial(_common, address="Address of the page server.", port="Port of the page server.")
 def pre_dump_command(**options: Any) -> None:
-    """Copy the memory of a tree while it runs, and track what it writes from then on.
+    """Copy the memory of a tree while it runs, and track its writes from then on.
 
-    The tree is stopped only for a moment. The next level (another pre-dump, or the dump) then has only what
-    has changed.
+    The tree is stopped only for a moment. The next level (another pre-dump, or the dump) then contains only the
+    changed pages.
     """
     settings = _settings(options)
     with _watcher(options) as watcher:
         report = pre_dump(settings, watcher)
-    _tell(report, "pre-dumped", settings.page_server)
+    _log_report(report, "pre-dumped", settings.page_server)
 
 
-def _tell(report: Report, what: str, page_server: PageServer | None) -> None:
+def _log_report(report: Report, what: str, page_server: PageServer | None) -> None:
     counts = report.counts
 
     def megabytes(pages: int) -> str:
@@ -394,14 +399,14 @@ def _tell(report: Report, what: str, page_server: PageServer | None) -> None:
     done = "written" if page_server is None else f"sent to {page_server.address}"
     parts = [f"{megabytes(counts.written + report.shared.written)} {done}"]
     if counts.in_parent:
-        parts.append(f"{megabytes(counts.in_parent)} left to the parent")
+        parts.append(f"{megabytes(counts.in_parent)} unchanged since the parent")
     if counts.lazy:
         parts.append(f"{megabytes(counts.lazy)} left out")
     if report.tracked:
         parts.append(f"writes tracked by {report.tracked}")
     log.log(
         MESSAGE,
-        "%s: %d processes, %d threads; %s; stopping took %.1f ms, stopped for %.1f ms",
+        "%s: %d processes, %d threads; %s; stopped in %.1f ms, for %.1f ms",
         what,
         report.processes,
         report.threads,
@@ -412,21 +417,21 @@ def _tell(report: Report, what: str, page_server: PageServer | None) -> None:
 
 
 class _Log(Watcher):
-    """Stages as log lines."""
+    """Logs the stages."""
 
     def stage(self, name: str) -> None:
         log.info("%s", name)
 
 
 class _Bar(_Log):
-    """A progress bar, once it is worth while."""
+    """Shows a progress bar for a large copy."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
         self._bar: TaskID | None = None
 
     def total(self, pages: int) -> None:
-        if pages >= PATIENCE_PAGES:
+        if pages >= PROGRESS_PAGES:
             self._bar = self._progress.add_task("copying memory", total=pages * PAGE_SIZE)
 
     def copied(self, pages: int) -> None:
@@ -436,9 +441,9 @@ class _Bar(_Log):
 
 @contextmanager
 def _watcher(options: dict[str, Any]) -> Iterator[Watcher]:
-    """Sets up what is said and where."""
+    """Sets up logging and progress."""
     level = options["verbosity"]
-    on_terminal = level >= AUDIBLE and sys.stderr.isatty()
+    on_terminal = level >= VERBOSITY_OF_PROGRESS and sys.stderr.isatty()
     stream = sys.stderr
     if options["log_file"] is not None:
         options["images_dir"].mkdir(exist_ok=True)

@@ -1,6 +1,6 @@
-"""Core images: the state of each thread, and of the process beside memory and files (images_spec/core.md).
+"""Core images: the state of each thread, and of each process except memory and files (images_spec/core.md).
 
-What /proc does not show is asked by system calls that a thread runs for us (``dumptool.tracee.session``).
+State that /proc does not show is read by system calls that a stopped thread runs (``dumptool.tracee.session``).
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ PR_GET_THP_DISABLE = 42
 MEMBARRIER_CMD_GET_REGISTRATIONS = 1 << 9
 
 CODE_BEFORE = 7
-"""Bytes of code that ``hidden_call`` looks at."""
+"""Bytes of code that ``hidden_call`` examines."""
 
 SIGNALS = [signal for signal in range(1, 65) if signal not in (9, 19)]
 SIGSET_SIZE = 8
@@ -69,7 +69,7 @@ SCHED_RT = (1, 2)
 
 @dataclass(frozen=True, slots=True)
 class Inside:
-    """What only system calls of the process tell of its memory: for the mm image."""
+    """Memory settings that only system calls of the process return; part of the mm image."""
 
     brk: int
     dumpable: int
@@ -78,7 +78,7 @@ class Inside:
 
 @dataclass(frozen=True, slots=True)
 class Captured:
-    """The core images of a process by thread id, and what else was learnt on the way.
+    """The core images of a process by thread id, and what the mm image needs.
 
     ``stack_pointers``: of all threads.
     """
@@ -91,7 +91,7 @@ class Captured:
 def capture(
     task: Task, gadgets: tracee.Gadgets, components: dict[int, tuple[int, int]], ids: TaskKobjIdsEntry
 ) -> Captured:
-    """All threads of a frozen process, which is unchanged afterwards."""
+    """Captures all threads of a frozen process, which is unchanged afterwards. Raises ``DumpError``."""
     cores, pointers = {}, []
     inside: Inside | None = None
     handlers = _Handlers(task.pid)
@@ -122,19 +122,19 @@ def capture(
                 )
         cores[tid] = core
     if inside is None:
-        raise DumpError(f"pid {task.pid}: its first thread has ended")
+        raise DumpError(f"pid {task.pid}: its first thread has exited")
     return Captured(cores, inside, tuple(pointers))
 
 
 def _waits_in(task: Task, tid: int, regs: Registers) -> int | None:
-    """The call that a thread in restart_syscall(2) made."""
+    """The number of the call that a thread in restart_syscall(2) originally made; None if unknown."""
     if regs.orig_rax != NR_RESTART_SYSCALL or (1 << 64) - regs.rax != ERESTART_RESTARTBLOCK:
         return None
     code = b""
-    with suppress(DumpError):  # it can be executed only
+    with suppress(DumpError):  # the code may be executable only
         code = tracee.read_memory(task.pid, regs.rip - CODE_BEFORE, CODE_BEFORE)
     asleep = task.asleep.get(tid)
-    # Asleep in the same call when it was looked at, before it was stopped.
+    # What was read before the freeze applies only if the thread still sleeps in the same call.
     known = asleep is not None and asleep.registers == (
         regs.rdi,
         regs.rsi,
@@ -147,16 +147,16 @@ def _waits_in(task: Task, tid: int, regs: Registers) -> int | None:
 
 
 class _Handlers:
-    """Which threads of a process are about to run a signal handler: the stop has come between signal and handler."""
+    """Finds threads that were stopped after a signal was sent and before its handler runs."""
 
     def __init__(self, pid: int) -> None:
         self._pid, self._shared_taken = pid, 0
 
     def about_to_run(self, tid: int, mask: int) -> int:
-        """The signal whose handler a thread is about to run; 0 for none.
+        """The number of the signal whose handler the thread runs next; 0 for none.
 
-        ``mask``: its own. What it blocks and a call such as sigsuspend(2) does not, that call lets through again when
-        it is made again.
+        ``mask``: the thread's own signal mask. A call such as sigsuspend(2) replaces it temporarily; a signal that only
+        the temporary mask lets through is delivered when that call is made again.
         """
         fields = proc.status(self._pid, tid)
         own, shared, blocked, caught = (
@@ -164,13 +164,13 @@ class _Handlers:
         )
         blocked |= mask
         shared &= ~self._shared_taken & ~blocked & caught
-        self._shared_taken |= shared  # one thread takes a signal that is everybody's
+        self._shared_taken |= shared  # only one thread takes a signal that was sent to the process
         taken = own & ~blocked & caught or shared
         return (taken & -taken).bit_length()
 
 
 def settle(process: Process) -> None:
-    """Has threads of a process that has just been frozen not notice the stop, where signal(7) says that they would."""
+    """Hides the stop from threads of a just frozen process that are in a call which fails after a stop (signal(7))."""
     for tid in process.threads:
         again = called_again_after_a_stop(tracee.registers(tid))
         if again is not None:
@@ -178,7 +178,7 @@ def settle(process: Process) -> None:
 
 
 def zombie(pid: int) -> CoreEntry:
-    """The core image of a process that has ended and waits for its parent."""
+    """The core image of a zombie."""
     stat = proc.stat(pid)
     task_core = TaskCoreEntry(
         task_state=TaskState.TASK_DEAD,
@@ -257,7 +257,7 @@ def _task_core(task: Task, mask: int, session: tracee.Session) -> TaskCoreEntry:
     if stopped:
         core.stop_signo = stopped
     registrations = session.call(NR_MEMBARRIER, MEMBARRIER_CMD_GET_REGISTRATIONS, 0, 0)
-    if registrations > 0:  # an older kernel says EINVAL
+    if registrations > 0:  # EINVAL before Linux 6.3
         core.membarrier_registration_mask = registrations
     return core
 
@@ -304,7 +304,7 @@ def _sigaction(session: tracee.Session, signal: int) -> SaEntry:
 
 
 def credentials(status: dict[str, str], securebits: int) -> CredsEntry:
-    """Of a thread's /proc status (proc_pid_status(5))."""
+    """Credentials of a thread, from its /proc status (proc_pid_status(5))."""
     uid, euid, suid, fsuid = map(int, status["Uid"].split())
     gid, egid, sgid, fsgid = map(int, status["Gid"].split())
 

@@ -1,4 +1,4 @@
-"""What can go wrong with a dump."""
+"""Errors of a dump."""
 
 from __future__ import annotations
 
@@ -10,16 +10,19 @@ from lazypages.errors import LazyPagesError
 
 
 class DumpError(LazyPagesError):
-    """A dump that can't be made; the tasks go on as before."""
+    """The dump failed; the tasks go on as before."""
 
 
 class TaskGoneError(DumpError):
-    """A process or thread has ended meanwhile."""
+    """A process or thread has exited in the meantime."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Refusal:
-    """One thing that images can't hold. ``where``: "fd 3", "mapping 7f00-7f10", "" for the process itself."""
+    """A property of a process that images can't hold.
+
+    ``where``: for instance "fd 3" or "mapping 7f00-7f10"; "" for the process itself.
+    """
 
     pid: int
     where: str
@@ -31,7 +34,7 @@ class Refusal:
 
 
 class UnsupportedError(DumpError):
-    """The tasks have what can't be saved. ``refusals`` has at least one."""
+    """The tasks have properties that can't be saved. ``refusals`` is not empty."""
 
     def __init__(self, refusals: Sequence[Refusal]) -> None:
         self.refusals = tuple(refusals)
@@ -39,6 +42,6 @@ class UnsupportedError(DumpError):
 
 
 def system_error(number: int, what: str) -> DumpError:
-    """The exception for a positive errno, with what was being done."""
+    """The exception for a positive errno. ``what``: the operation that failed."""
     kind = TaskGoneError if number == 3 else DumpError  # ESRCH
     return kind(f"{what}: {os.strerror(number)}")

@@ -1,6 +1,6 @@
 """Open files: files.img, fdinfo, pipes with their contents, terminals, locks (images_spec/files.md).
 
-One entry of files.img is one open file description, however many descriptors of however many processes
+An entry of files.img is an open file description; any number of descriptors of any number of processes
 refer to it.
 """
 
@@ -38,17 +38,17 @@ FD_CLOEXEC = 1
 F_GETSIG = 11
 F_GETOWN_EX = 16
 TERMIOS = struct.Struct("<IIIIB19s")
-"""struct termios of asm-generic/termbits.h."""
+"""struct termios, asm-generic/termbits.h."""
 WINSIZE = struct.Struct("<HHHH")
 LOCK_KINDS = {"POSIX": LockKind.LOCK_POSIX, "FLOCK": LockKind.LOCK_FLOCK, "OFDLCK": LockKind.LOCK_OFD}
 LOCK_ACCESS = {"READ": 0, "WRITE": 1}
-"""F_RDLCK, F_WRLCK; as the kernel and as images have them."""
+"""F_RDLCK and F_WRLCK: the same numbers in the kernel and in images."""
 NO_ONE = FownEntry(uid=0, euid=0, signum=0, pid_type=0, pid=0)
 
 
 @dataclass
 class FileTable:
-    """Gathers the files of all processes while they are frozen."""
+    """Collects the open files of all processes while they are frozen."""
 
     entries: list[FileEntry] = field(default_factory=list)
     pipes: list[tuple[PipeDataEntry, bytes]] = field(default_factory=list)
@@ -61,27 +61,27 @@ class FileTable:
 
     @property
     def terminals(self) -> list[TtyInfoEntry]:
-        """For tty-info.img."""
+        """Entries of tty-info.img."""
         return list(self._terminals.values())
 
     def add_named(self, name: str, status: os.stat_result, flags: int = os.O_RDONLY) -> int:
-        """The id of a file that is known by name only: mapped, a program, a directory."""
+        """The id of a file that is known by name only: a mapped file, an executable, a directory."""
         key = (name, flags)
         if key not in self._named:
             self._named[key] = self._add_regular(name, status, flags, 0, NO_ONE).id
         return self._named[key]
 
     def add_mapped(self, pid: int, vma: proc.Vma, vm_flags: frozenset[str]) -> tuple[int, int]:
-        """The id of a mapped file, and the O_* flags that it is to be opened with."""
+        """The id of a mapped file, and the O_* flags that the restore opens it with."""
         flags = os.O_RDWR if vma.shared and "mw" in vm_flags else os.O_RDONLY
         return self.add_named(mapped_name(pid, vma), proc.stat_through(pid, vma.link), flags), flags
 
     def add_link(self, pid: int, name: str) -> int:
-        """The id of what ``/proc/<pid>/<name>`` leads to: exe, cwd, root."""
+        """The id of the target of ``/proc/<pid>/<name>``: exe, cwd or root."""
         return self.add_named(proc.readlink(pid, name), proc.stat_through(pid, name))
 
     def add_descriptors(self, task: Task) -> list[FdinfoEntry]:
-        """All descriptors of a process."""
+        """The fdinfo entries of a process; adds its descriptions, locks and terminals to the tables."""
         found = []
         for file in task.files:
             entry = self._description(task.pid, file)
@@ -154,7 +154,7 @@ class FileTable:
         return self._append(FileEntry(type=FdType.FD_TTY, id=number, tty=entry))
 
     def _add_locks(self, pid: int, file: proc.OpenFile, file_id: int) -> None:
-        """A process holds a POSIX lock; an open file description, through whomever, the others."""
+        """Adds each lock once. POSIX locks belong to a process, all others to an open file description."""
         for lock in file.info.locks:
             if lock.kind == "POSIX" and lock.pid != pid:
                 continue
@@ -175,7 +175,7 @@ class FileTable:
 
 
 def _owner(here: int) -> FownEntry:
-    """Who gets SIGIO (fcntl(2), F_GETOWN_EX). The ids of who set it are not to be had: ours, root's."""
+    """The receiver of SIGIO (fcntl(2), F_GETOWN_EX). The uids of the process that set it can't be read: root's."""
     kind, pid = struct.unpack("ii", fcntl.fcntl(here, F_GETOWN_EX, struct.pack("ii", 0, 0)))
     pid_types = {0: 0, 1: 1, 2: 2}  # F_OWNER_TID, _PID, _PGRP: PIDTYPE_PID, _TGID, _PGID
     if not pid:
@@ -190,7 +190,7 @@ def _pipe_contents(pipe_id: int, here: int) -> tuple[PipeDataEntry, bytes]:
 
 
 def _terminal(number: int, here: int, status: os.stat_result) -> TtyInfoEntry:
-    """A pseudo-terminal's settings; its session and process group are added when they are known."""
+    """The settings of a pseudo-terminal; ``add_descriptors`` fills in its session and process group."""
     iflag, oflag, cflag, lflag, line, chars = TERMIOS.unpack(
         fcntl.ioctl(here, termios.TCGETS, bytes(TERMIOS.size))
     )
@@ -226,5 +226,5 @@ def _terminal(number: int, here: int, status: os.stat_result) -> TtyInfoEntry:
 
 
 def _words(chars: bytes) -> tuple[int, ...]:
-    """Control characters as CRIU has them (observed): 19 words, whose first bytes are the characters."""
+    """Control characters in CRIU's layout (observed): 19 words, each with one character in its lowest byte."""
     return struct.unpack("<19I", chars.ljust(19 * 4, b"\0"))

@@ -1,9 +1,9 @@
 """Stop a whole tree of processes, and let it go on again.
 
-Threads are seized (PTRACE_SEIZE): when we die, however we die, the kernel lets them all go on (ptrace(2)). Where
-that must not be, because what they are goes on elsewhere (``FrozenTree.hold``), SIGSTOP is sent to each process:
-nobody takes it while all threads are in ptrace stops, but a thread that comes out of one does before it is back
-in user mode, and stops its whole process.
+Threads are seized (PTRACE_SEIZE): if dumptool dies, the kernel detaches them and they go on (ptrace(2)). A tree that
+may be running elsewhere must not go on then, so each process is also sent SIGSTOP (``FrozenTree.hold``). No thread
+takes that signal while all threads are in ptrace stops; a thread that leaves its ptrace stop takes it before it
+returns to user mode, and the signal stops the whole process.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from dumptool.errors import DumpError, TaskGoneError
 
 @dataclass(slots=True)
 class Process:
-    """A process of the tree. ``threads``: the leader's id first. ``ppid``: 0 for the root of the tree.
+    """A process of the tree. ``threads``: thread ids, the leader's first. ``ppid``: 0 for the root of the tree.
 
-    ``stop_signal``: of the job-control stop that it is in, else 0. A zombie has no threads to trace.
+    ``stop_signal``: the signal of the job-control stop that the process is in, else 0. A zombie has no threads to
+    trace.
     """
 
     pid: int
@@ -35,13 +36,13 @@ class Process:
 
 
 def members(root: int) -> list[Process]:
-    """The tree as it is now, parents before children; it may change under our eyes unless it is frozen."""
+    """The tree at this moment, parents before children. Unless it is frozen it may change while it is read."""
     found: list[Process] = []
     todo = [(root, 0)]
     while todo:
         pid, ppid = todo.pop(0)
         try:
-            # In this order: one that alone is left, and dead, won't be replaced by another in execve.
+            # Threads before state: if the only thread is a zombie, no other thread can replace it by execve.
             threads = proc.threads(pid)
             zombie = proc.stat(pid).state in "ZX"
             below = [] if zombie else [child for tid in threads for child in proc.children(pid, tid)]
@@ -58,9 +59,9 @@ def members(root: int) -> list[Process]:
 class FrozenTree:
     """All threads of a tree, stopped and traced by the calling thread; see ``freeze``.
 
-    ``freezing_time``: seconds that stopping took. ``frozen_since``: time.monotonic() when all were stopped. ``pidfds``:
-    of the processes that are alive, opened when they stood still and traced by us: no other process is meant.
-    ``stays``: what it is may be running elsewhere, so that it does not go on at the end, but stays stopped.
+    ``freezing_time``: seconds until all were stopped. ``frozen_since``: time.monotonic() at that moment. ``pidfds``:
+    of the live processes, opened while they were stopped and traced, so that each refers to the frozen process.
+    ``stays``: the tree may be running elsewhere; ``thaw`` leaves it stopped.
     """
 
     processes: list[Process]
@@ -68,7 +69,7 @@ class FrozenTree:
     frozen_since: float
     pidfds: dict[int, int]
     _stopped: set[int] = field(repr=False, default_factory=set)
-    _held: dict[int, bool] = field(repr=False, default_factory=dict)  # pid: did SIGCONT wait for it?
+    _held: dict[int, bool] = field(repr=False, default_factory=dict)  # pid: was a SIGCONT pending?
     stays: bool = False
 
     @property
@@ -77,35 +78,38 @@ class FrozenTree:
 
     @property
     def alive(self) -> list[Process]:
-        """Without the zombies."""
+        """All processes but the zombies."""
         return [process for process in self.processes if not process.zombie]
 
     def hold(self) -> None:
-        """From now on the tree stays stopped, as by SIGSTOP, should we be killed."""
+        """From now on the tree stays stopped, as by SIGSTOP, if dumptool is killed."""
         for process in self.alive:
-            if not process.stop_signal:  # else it stays stopped anyway
+            if not process.stop_signal:  # a process in a job-control stop stays stopped anyway
                 with suppress(TaskGoneError, ProcessLookupError):
                     self._held[process.pid] = proc.is_pending(process.pid, signal.SIGCONT)
                     self._send(process.pid, signal.SIGSTOP)
 
     def release(self) -> None:
-        """Undo ``hold``: neither the tree nor its parent sees anything of it.
+        """Undoes ``hold``, invisibly for the tree and its parent.
 
-        A SIGSTOP that somebody else has sent meanwhile is no other than ours: it is lost.
+        A SIGSTOP from another process in the meantime can't be told apart from ours, and is lost.
         """
         threads = {process.pid: process.threads for process in self.processes}
         while self._held:
             pid = next(iter(self._held))
             tid = next(tid for tid in threads[pid] if tid in self._stopped)
             with suppress(TaskGoneError, ProcessLookupError):
-                while proc.is_pending(pid, signal.SIGSTOP):  # else somebody's SIGCONT has taken it away
+                while proc.is_pending(pid, signal.SIGSTOP):  # not pending if a SIGCONT has removed it
                     tracee.drop_sigstop(tid)
-                if self._held[pid]:  # SIGSTOP has thrown it out (signal(7))
+                if self._held[pid]:  # SIGSTOP removed the pending SIGCONT (signal(7))
                     self._send(pid, signal.SIGCONT)
             del self._held[pid]
 
     def thaw(self) -> float:
-        """Let all go on, or stop for good (``stays``); seconds that they were frozen. Calling it again does nothing."""
+        """Lets all threads go on, or leaves them stopped if ``stays``. Idempotent.
+
+        Returns the seconds that they were frozen.
+        """
         try:
             if self.stays:
                 self._stop_again()
@@ -118,19 +122,19 @@ class FrozenTree:
         return time.monotonic() - self.frozen_since
 
     def _stop_again(self) -> None:
-        """Somebody's SIGCONT may have taken our SIGSTOP away, or will end a stop that was there before."""
+        """Sends SIGSTOP again: a SIGCONT may have removed the first one, or may end a job-control stop."""
         for process in self.alive if self._stopped else ():
             with suppress(ProcessLookupError):
                 os.kill(process.pid, signal.SIGSTOP)
 
     def kill(self) -> None:
-        """End all processes; when this returns none of them exists, but perhaps as a zombie of its parent."""
+        """Kills all processes. On return none of them exists, except as a zombie of its parent."""
         for process in self.alive:
             with suppress(ProcessLookupError):
                 self._send(process.pid, signal.SIGKILL)
         for tid in self._leaders_last():
             if tid in self.pidfds and not identity.is_there(self.pidfds[tid]):
-                continue  # waited for already: whoever has its pid now is no business of ours
+                continue  # reaped already; its pid may belong to another process
             with suppress(ChildProcessError):
                 while not _has_ended(os.waitpid(tid, 0x40000000)[1]):  # __WALL
                     pass
@@ -138,13 +142,13 @@ class FrozenTree:
         self._held.clear()
 
     def _send(self, pid: int, number: int) -> None:
-        """To the process that was frozen, not to one that has got its pid since."""
+        """Signals the frozen process, never a process that reuses its pid."""
         if pid not in self.pidfds:
             raise ProcessLookupError
         signal.pidfd_send_signal(self.pidfds[pid], number)
 
     def _leaders_last(self) -> list[int]:
-        """The threads: the end of a leader can be waited for only after that of its other threads (ptrace(2))."""
+        """The threads in an order to wait for them: a leader can be reaped only after its other threads (ptrace(2))."""
         leaders = {process.pid for process in self.processes}
         return sorted(self._stopped, key=lambda tid: (tid in leaders, tid))
 
@@ -153,21 +157,21 @@ def _has_ended(status: int) -> bool:
     return os.WIFEXITED(status) or os.WIFSIGNALED(status)
 
 
-#: Seconds that a thread may take to stop before the others are let go on for it.
+#: Seconds for a thread to stop before the stopped threads are released, because it may be waiting for one of them.
 PATIENCE = 0.1
-#: Seconds for an execve to replace a dead first thread: on a busy machine it may have to wait for a CPU.
+#: Seconds for an execve to replace a dead leader: on a busy machine it may have to wait for a CPU.
 EXEC_PATIENCE = 2.0
-#: Seconds for those that have been told to stop to do so, when they are to be let go on after all.
+#: Seconds for an interrupted thread to stop, so that it can be detached, when the freeze has failed.
 LAST_PATIENCE = 1.0
-#: Seconds between two looks for threads that have ended.
+#: Seconds between two attempts to reap traced threads.
 ROUND = 0.02
 
 
-class _Undertaker:
-    """Waits for threads that end while we trace them, in a thread of its own.
+class _Reaper:
+    """Reaps threads that exit while they are traced, in a Python thread of its own.
 
-    A thread in execve is held up until that has been done for all others of its process, and meanwhile it holds up who
-    calls PTRACE_SEIZE for it (ptrace(2), "Bugs"): that can be us.
+    execve waits until all other threads of its process are reaped. Until then PTRACE_SEIZE of that process blocks
+    (ptrace(2), "Bugs"), which would deadlock if the caller of PTRACE_SEIZE had to reap.
     """
 
     def __init__(self) -> None:
@@ -177,33 +181,33 @@ class _Undertaker:
         self._thread.start()
 
     def add(self, tid: int) -> None:
-        """A thread that is not its process's first one, which others wait for."""
+        """Reap this thread from now on. Not for leaders: other code waits for those."""
         self._traced.add(tid)
 
     def stop(self) -> None:
-        """Nothing is being frozen any more."""
+        """Call when the freeze has ended."""
         self._over.set()
 
     def join(self) -> None:
-        """Stop, and see to its end."""
+        """Stop and wait for the Python thread."""
         self.stop()
         self._thread.join()
 
     def _run(self) -> None:
         while not self._over.wait(ROUND):
             for tid in tuple(self._traced):
-                tracee.bury(tid)
+                tracee.reap(tid)
 
 
 class _Freezer:
-    def __init__(self, root: int, timeout: float, undertaker: _Undertaker) -> None:
-        self._root, self._timeout, self._undertaker = root, timeout, undertaker
+    def __init__(self, root: int, timeout: float, reaper: _Reaper) -> None:
+        self._root, self._timeout, self._reaper = root, timeout, reaper
         self._deadline = time.monotonic() + timeout
         self._seized: set[int] = set()
         self.stopped: dict[int, int] = {}
 
     def run(self) -> list[Process]:
-        """Seize and stop what is there, until a look round finds nothing new."""
+        """Seizes and stops threads until a look at the tree finds no new one."""
         while True:
             tree = self._look()
             new = [
@@ -222,7 +226,7 @@ class _Freezer:
             self._stop(new)
 
     def _look(self) -> list[Process]:
-        """The tree, not in the middle of an execve that replaces a dead first thread, if it can be helped."""
+        """The tree; for up to ``EXEC_PATIENCE`` not one in which an execve is about to replace a dead leader."""
         deadline = min(time.monotonic() + EXEC_PATIENCE, self._deadline)
         while True:
             late = time.monotonic() > deadline
@@ -236,7 +240,7 @@ class _Freezer:
             time.sleep(0.0005)
 
     def _stands(self, tid: int) -> bool:
-        """Whether it has been stopped, and is what has been stopped."""
+        """Whether the thread is stopped, and is still the thread that was stopped (execve reuses the leader's id)."""
         if tid in self.stopped and not tracee.is_stopped(tid):
             del self.stopped[tid]
         return tid in self.stopped
@@ -245,12 +249,12 @@ class _Freezer:
         begin = time.monotonic()
         waiting = []
         for tid, pid in new:
-            # A thread that ends just now is not there in the next look round.
+            # The next look does not find a thread that exits now.
             with suppress(TaskGoneError):
                 tracee.seize(tid)
                 self._seized.add(tid)
                 if tid != pid:
-                    self._undertaker.add(tid)
+                    self._reaper.add(tid)
                 if _interrupted(tid):
                     waiting.append(tid)
         pause = 0.00002
@@ -269,7 +273,7 @@ class _Freezer:
                 if now > self._deadline:
                     raise DumpError(f"thread {waiting[0]} does not stop ({_why(waiting[0])})")
                 if now > begin + PATIENCE:
-                    # Again: one may have replaced another that was told to (execve).
+                    # Interrupt again: execve may have replaced an interrupted thread by another one.
                     waiting = [tid for tid in waiting if _interrupted(tid)]
                     if any(map(_is_uninterruptible, waiting)):
                         self._release()
@@ -277,29 +281,29 @@ class _Freezer:
                 pause = min(pause * 1.5, 0.005)
 
     def _release(self) -> None:
-        """Let those go on that have stopped; the next look round finds them again.
+        """Lets the stopped threads go on; the next look finds them again.
 
-        A parent in vfork stops only when its child has called execve or exited (vfork(2)), which one that we have
-        stopped never does. (One that merely waits for a CPU would only wait longer.)
+        A parent in vfork stops only after its child has called execve or exited (vfork(2)), which a stopped child
+        never does. (A thread that only waits for a CPU would wait longer.)
         """
         for tid in list(self.stopped):
             tracee.detach(tid)
             del self.stopped[tid]
 
     def give_up(self) -> None:
-        """Let all go on that was seized."""
+        """Lets all seized threads go on."""
         for tid in self._seized:
             deadline = time.monotonic() + LAST_PATIENCE
             with suppress(TaskGoneError):
                 while not tracee.is_stopped(tid) and tracee.poll_stop(tid) is None:
                     if time.monotonic() > deadline:
-                        break  # it goes on when we end
+                        break  # the kernel detaches it when dumptool ends
                     time.sleep(0.001)
                 tracee.detach(tid)
 
 
 def _interrupted(tid: int) -> bool:
-    """Whether it could be told to stop: it is there, and ours."""
+    """Interrupts a thread. False if it has exited or is not traced by us."""
     try:
         tracee.interrupt(tid)
     except TaskGoneError:
@@ -323,25 +327,25 @@ def _why(tid: int) -> str:
 
 @contextmanager
 def freeze(root: int, timeout: float = 10) -> Iterator[FrozenTree]:
-    """Stop the tree under ``root``; it goes on at the end of the block, whatever happened, unless killed.
+    """Stops the tree under ``root``. At the end of the block it goes on, also after an exception, unless killed.
 
-    Raises ``DumpError`` when something is traced already or does not stop within ``timeout`` seconds.
+    Raises ``DumpError`` if a thread is already traced or does not stop within ``timeout`` seconds.
     """
     identity.allow_many_descriptors()
-    undertaker = _Undertaker()
+    reaper = _Reaper()
     try:
         begin = time.monotonic()
-        freezer = _Freezer(root, timeout, undertaker)
+        freezer = _Freezer(root, timeout, reaper)
         try:
             processes = freezer.run()
         except BaseException:
             freezer.give_up()
             raise
         now = time.monotonic()
-        undertaker.stop()
+        reaper.stop()
         for process in processes:
             if not process.zombie:
-                # One thread takes the signal that stops them all; the others may have been stopped by us before.
+                # Only one thread reports the stop signal: others may have been stopped by us before it arrived.
                 process.stop_signal = max(freezer.stopped[tid] for tid in process.threads)
         pidfds: dict[int, int] = {}
         tree = FrozenTree(processes, now - begin, now, pidfds, set(freezer.stopped))
@@ -351,7 +355,7 @@ def freeze(root: int, timeout: float = 10) -> Iterator[FrozenTree]:
                     pidfd = identity.open_pidfd(process.pid)
                     if tracee.is_stopped(process.pid):
                         pidfds[process.pid] = pidfd
-                    else:  # killed since
+                    else:  # killed in the meantime
                         os.close(pidfd)
             yield tree
         finally:
@@ -359,4 +363,4 @@ def freeze(root: int, timeout: float = 10) -> Iterator[FrozenTree]:
             for pidfd in pidfds.values():
                 os.close(pidfd)
     finally:
-        undertaker.join()
+        reaper.join()

@@ -1,4 +1,4 @@
-"""Mappings as mm images have them, and which of their pages belong to the task alone (images_spec/mm.md)."""
+"""Mappings in the form of mm images, and which of them have private pages (images_spec/mm.md)."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ from images_spec.placement import Span
 MAP_NORESERVE = 0x4000
 PROT_READ = 1
 AUXV_WORDS = 44
-"""More, and CRIU's restore calls the image corrupted (observed with 4.1.1)."""
+"""CRIU's restore rejects a longer vector as a corrupted image (observed with 4.1.1)."""
 SPECIAL = {
     "[vdso]": VMA_REGULAR | VMA_ANON_PRIVATE | VMA_VDSO,
     "[vvar]": VMA_REGULAR | VMA_ANON_PRIVATE | VMA_VVAR,
     "[vvar_vclock]": VMA_REGULAR | VMA_ANON_PRIVATE | VMA_VVAR,
     "[vsyscall]": VMA_ANON_PRIVATE | VMA_VSYSCALL,
 }
-"""What the kernel maps by itself, as CRIU 4.1.1 has it (observed). vsyscall is not restored: not REGULAR."""
+"""Mappings of the kernel, as CRIU 4.1.1 writes them (observed). Not REGULAR: vsyscall is never restored."""
 
 ADVICE = {"rr": 1, "sr": 2, "dc": 10, "mg": 12, "hg": 14, "nh": 15, "dd": 16, "wf": 18}
 """VmFlags -> the MADV_* number that sets it (proc_pid_smaps(5), madvise(2))."""
@@ -48,11 +48,11 @@ ADVICE = {"rr": 1, "sr": 2, "dc": 10, "mg": 12, "hg": 14, "nh": 15, "dd": 16, "w
 
 @dataclass(frozen=True, slots=True)
 class Mapping:
-    """A mapping to be written: its image entry, and how its pages are to be had.
+    """A mapping that will be written: its image entry, and how its pages are read.
 
-    ``private``: pages may belong to the task alone. ``file_backed``: unchanged ones are in a file.
-    ``lazy``: the restorer can leave pages to the daemon. ``readable``: with process_vm_readv.
-    ``whole``: the kernel fills the pages, touched or not.
+    ``private``: may have pages of its own. ``file_backed``: unmodified pages are in a file.
+    ``lazy``: the restorer may leave pages to the daemon. ``readable``: by process_vm_readv.
+    ``whole``: all pages are written, because the kernel fills them and the pagemap may not show it.
     """
 
     entry: VmaEntry
@@ -64,18 +64,18 @@ class Mapping:
 
 
 FileIds = Callable[[proc.Vma, frozenset[str]], tuple[int, int]]
-"""For a mapping and its VmFlags: the file's id in files.img, the O_* flags that it is opened with."""
+"""For a mapping and its VmFlags: the file's id in files.img and the O_* flags to open it with."""
 
 
 def describe(layout: proc.Layout, file_id: FileIds) -> list[Mapping]:
-    """All mappings of a process, in order."""
+    """All mappings of a process, in the order of addresses."""
     mappings: list[Mapping] = []
     for vma in layout.vmas:
         flags = layout.flags[vma.start]
         entry = _entry(vma, flags, file_id)
         before = mappings[-1].entry if mappings else None
         if before is not None and before.status & entry.status & VMA_VVAR and before.end == entry.start:
-            before.end = entry.end  # newer kernels have it in two parts; CRIU knows one
+            before.end = entry.end  # [vvar] and [vvar_vclock] are one entry in CRIU's images
             continue
         special = entry.status & (VMA_VVAR | VMA_VSYSCALL)
         mappings.append(
@@ -151,12 +151,12 @@ def mm_entry(
 
 
 def _guard(span: Span) -> VmaEntry:
-    """As CRIU 4.2 writes a guard region (images_spec/mm.md)."""
+    """A guard region as CRIU 4.2 writes it (images_spec/mm.md)."""
     places = {"start": span.start, "end": span.end, "pgoff": 0, "shmid": 0}
     return VmaEntry(**places, prot=0, flags=0, status=VMA_GUARD, fd=-1)
 
 
 def auxiliary_vector(data: bytes) -> tuple[int, ...]:
-    """The words of /proc/<pid>/auxv, no more than CRIU takes: what the end of a long one tells is lost."""
+    """The words of /proc/<pid>/auxv, cut to ``AUXV_WORDS`` and terminated; entries beyond that are lost."""
     words = struct.unpack(f"<{len(data) // 8}Q", data)
     return words if len(words) <= AUXV_WORDS else (*words[: AUXV_WORDS - 2], 0, 0)

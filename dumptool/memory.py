@@ -1,6 +1,6 @@
-"""Which pages of a process go into an image, and how they get there.
+"""Which pages of a process go into an image, and the copy of their bytes.
 
-Nothing here has a Python object per page: pages are runs in C arrays (csrc/dump/dump_pages.h).
+There is no Python object per page: pages are runs in C arrays (csrc/dump/dump_pages.h).
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ from images_spec.pagemap import PagemapWriter
 from images_spec.placement import Span
 
 BUFFER_PAGES = 256
-"""Read and written at a time: 1 MiB, which stays in the CPU's cache."""
+"""Pages read and written at a time: 1 MiB, which fits in the CPU's cache."""
 STEP_PAGES = 16384
-"""Copied per call into C: how often progress is told."""
+"""Pages copied per call into C, after which progress is reported."""
 CHUNK = 4096
-"""Runs that an array has room for at first."""
+"""Initial capacity of an array of runs."""
 OF_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-"""Errors of a copy that come from writing, not from reading: lp_copy_pages says EFAULT for EIO there."""
+"""Errors of a copy that come from writing: lp_copy_pages() reports an EIO of reading as EFAULT."""
 HUGE_SIZE = 2 << 20
 ENTRY_FILE = 1 << 61
-"""Of an entry of /proc/<pid>/pagemap: no anonymous page (Documentation/admin-guide/mm/pagemap.rst)."""
+"""Bit of an entry of /proc/<pid>/pagemap: not an anonymous page (Documentation/admin-guide/mm/pagemap.rst)."""
 
 WANTED = (
     lib.LP_PAGE_WPALLOWED
@@ -53,19 +53,19 @@ WANTED = (
     | lib.LP_PAGE_HUGE
 )
 NEVER = (1 << 63, 0)
-"""A category that no page has."""
+"""Categories that no page has."""
 
 Progress = Callable[[int], None]
-"""Called with how many pages were copied since the last call."""
+"""Receives the number of pages copied since the last call."""
 
 
 @dataclass(frozen=True, slots=True)
 class Marks:
     """How pages are labelled.
 
-    ``with_``, ``without``: categories (LP_PAGE_*) that mean a page has not changed since the parent level;
-    both 0: nothing is known, all have. ``lazy_dump``: pages that can be lazy are not written
-    (``--lazy-pages``). ``lazy_parents``: unchanged pages that can be lazy are PARENT|LAZY, not PARENT alone.
+    ``with_``, ``without``: categories (LP_PAGE_*) that a page unchanged since the parent level has, and has not;
+    both 0: unknown, all pages count as changed. ``lazy_dump``: pages that can be lazy are not written
+    (``--lazy-pages``). ``lazy_parents``: unchanged pages that can be lazy are PARENT | LAZY, not only PARENT.
     """
 
     with_: int = 0
@@ -87,7 +87,7 @@ class Marks:
 
 
 class Runs:
-    """A growing array of ``struct lp_run``."""
+    """A growing array of ``struct lp_run``. Iteration yields (start, end, flags)."""
 
     def __init__(self, room: int = CHUNK) -> None:
         self.array = ffi.new("struct lp_run[]", max(room, 1))
@@ -99,7 +99,7 @@ class Runs:
             yield int(run.start), int(run.end), int(run.flags)
 
     def reserve(self, more: int) -> None:
-        """Make room for this many beyond those that are there."""
+        """Makes room for ``more`` further runs."""
         if self.count + more > self.room:
             room = max(2 * self.room, self.count + more)
             array = ffi.new("struct lp_run[]", room)
@@ -107,7 +107,7 @@ class Runs:
             self.array, self.room = array, room
 
     def append(self, start: int, end: int, flags: int) -> None:
-        """Add one at the end."""
+        """Adds a run at the end."""
         self.reserve(1)
         run = self.array[self.count]
         run.start, run.end, run.flags = start, end, flags
@@ -115,15 +115,15 @@ class Runs:
 
     @property
     def end(self) -> Any:
-        """Pointer behind the last one."""
+        """Pointer behind the last run."""
         return self.array + self.count
 
     def pages(self, flags: int = 0) -> int:
-        """How many have all of the flags."""
-        return int(lib.lp_count_pages(self.array, self.count, flags))
+        """The number of pages in runs that have all of ``flags``."""
+        return int(lib.lp_count_run_pages(self.array, self.count, flags))
 
     def rewritten(self, function: Callable[..., int], *arguments: object) -> Runs:
-        """What one of the functions of dump_pages.h makes of these runs."""
+        """The runs that a function of dump_pages.h makes of these."""
         room = self.count + CHUNK
         while True:
             made = Runs(room)
@@ -150,7 +150,7 @@ def guard_category() -> int:
 
 @dataclass(slots=True)
 class Part:
-    """Runs that are copied in the same way. ``readable``: see Mapping; ``drop_zero``: zero needs no entry."""
+    """Runs that are copied in the same way. ``readable``: see Mapping; ``drop_zero``: a zero page gets no entry."""
 
     runs: Runs
     readable: bool
@@ -166,11 +166,11 @@ def scan(
     stack_pointers: Sequence[int] = (),
     fresh: Collection[int] = frozenset(),
 ) -> list[Part]:
-    """The pages that a process has for itself, labelled; in order.
+    """The pages that a process does not share, labelled, in the order of addresses.
 
-    ``fresh``: starts of mappings whose pages have all changed, whatever categories they have.
-    ``protect``: write-protect them at the same time, where a userfaultfd of ours allows it: what is written
-    later can then be told. Pages with a stack pointer must be there before the task runs: never lazy.
+    ``fresh``: start addresses of mappings in which all pages count as changed, whatever their categories.
+    ``protect``: also write-protects the pages, where our userfaultfd is registered, so that later writes are recorded.
+    ``stack_pointers``: their pages are never lazy; they must be there before the task runs.
     """
     pins = sorted({pointer // PAGE_SIZE * PAGE_SIZE for pointer in stack_pointers})
     pages = ffi.new("uint64_t[]", pins)
@@ -207,7 +207,7 @@ def _scan_mapping(pagemap_fd: int, mapping: Mapping, protect: bool, runs: Runs) 
     what = ffi.new(
         "struct lp_scan *",
         {
-            # guards look like swapped pages; and what is found may be marked (protect), which they must not be
+            # Guard regions look like swapped pages. They must be excluded here: ``protect`` would mark them.
             "excluded": guard_category() | (lib.LP_PAGE_FILE if mapping.file_backed else lib.LP_PAGE_PFNZERO),
             "any": lib.LP_PAGE_PRESENT | lib.LP_PAGE_SWAPPED,
             "wanted": WANTED,
@@ -221,16 +221,16 @@ def _scan_mapping(pagemap_fd: int, mapping: Mapping, protect: bool, runs: Runs) 
             pagemap_fd, what, at, mapping.entry.end, runs.end, runs.room - runs.count, count
         )
         runs.count += count[0]
-        if outcome == -1 and protect:  # EPERM: this mapping is not ours to protect
+        if outcome == -1 and protect:  # EPERM: not registered with our userfaultfd
             what.protect = False
         elif outcome:
             raise system_error(-outcome, f"pages of {mapping.entry.start:#x}-{mapping.entry.end:#x}")
 
 
 def guard_regions(pid: int, mappings: Iterable[Mapping]) -> list[Span]:
-    """Pages of a frozen process that raise SIGSEGV (MADV_GUARD_INSTALL), as mm images have them (images_spec/mm.md).
+    """Guard regions (MADV_GUARD_INSTALL) of a frozen process, in the order of addresses (images_spec/mm.md).
 
-    None where ``guard_category`` can't tell them: the dump fails there, as guards can't be read. Raises ``DumpError``.
+    Empty if the kernel can't report them; then the dump fails when it reads one. Raises ``DumpError``.
     """
     if not guard_category():
         return []
@@ -251,7 +251,7 @@ def guard_regions(pid: int, mappings: Iterable[Mapping]) -> list[Span]:
                 if runs.count and mapping.entry.flags & MAP_LOCKED:
                     raise DumpError(
                         f"pid {pid}: locked memory at {mapping.entry.start:#x} has guard regions (madvise), "
-                        "which can't be installed there"
+                        "which can't be installed there: call munlock or remove them"
                     )
                 for first, last, _ in runs:
                     before = found.pop() if found and found[-1].end == first else Span(first, first)
@@ -262,9 +262,9 @@ def guard_regions(pid: int, mappings: Iterable[Mapping]) -> list[Span]:
 
 
 def _doubt_huge_zeros(pagemap_fd: int, runs: Runs, first: int) -> None:
-    """Have runs with the huge zero page count as written: a read that brings it in sets no soft-dirty bit.
+    """Labels runs that contain the huge zero page as written: a read that maps it sets no soft-dirty bit.
 
-    PAGEMAP_SCAN does not call it PFNZERO on all kernels from 6.7 on, but pagemap has never called it anonymous.
+    Not all kernels from 6.7 on report it as PFNZERO in PAGEMAP_SCAN; in /proc/<pid>/pagemap it is never anonymous.
     """
     for index in range(first, runs.count):
         run = runs.array[index]
@@ -277,7 +277,7 @@ def _doubt_huge_zeros(pagemap_fd: int, runs: Runs, first: int) -> None:
 
 
 def only_in_parent(parts: Iterable[Part], parent: ParentPages | None, marks: Marks) -> list[Part]:
-    """The parts with PARENT only where the chain has the page; the others become data (or lazy)."""
+    """Keeps PARENT only for pages that the parent levels have; all others become data (or lazy)."""
     held, count = (ffi.NULL, 0) if parent is None else (parent.extents_pointer, len(parent.extents))
     return [
         Part(
@@ -291,7 +291,7 @@ def only_in_parent(parts: Iterable[Part], parent: ParentPages | None, marks: Mar
 
 @dataclass(slots=True)
 class Counts:
-    """Numbers of pages: looked at, left to the parent, written, left to the page server."""
+    """Numbers of pages: scanned, unchanged since the parent, written, not written but lazy."""
 
     scanned: int = 0
     in_parent: int = 0
@@ -307,10 +307,10 @@ class Counts:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where bytes come from: the memory of ``pid``, or a file (``fd``, then addresses are offsets).
+    """Where bytes are read from: the memory of ``pid``, or a file (``fd``; then addresses are offsets).
 
-    ``running``: the process runs, pages may vanish under our hands; they are left out then.
-    ``compare``: pages that have the same bytes there are left to the parent.
+    ``running``: the process runs; pages that have vanished are left out.
+    ``compare``: pages with the same bytes there become PARENT.
     """
 
     pid: int
@@ -320,10 +320,10 @@ class Source:
 
 
 class Image(Protocol):
-    """Where the pages of one process go, step by step.
+    """An open image of the pages of one process.
 
-    ``pages_fd``: pages are written there, at its position. ``step_pages``: how many at once, about. ``durable``: there
-    will be an fsync.
+    ``pages_fd``: pages are written to it, at its file position. ``step_pages``: about how many before ``add`` is
+    called. ``durable``: an fsync will follow.
     """
 
     @property
@@ -336,17 +336,17 @@ class Image(Protocol):
     def durable(self) -> bool: ...
 
     def add(self, runs: Runs) -> None:
-        """The entries that a step has made; the pages of those that are PRESENT have been written."""
+        """Adds the entries of one step; the pages of the PRESENT ones have been written to ``pages_fd``."""
 
 
 class Sink(Protocol):
-    """What can be opened once, to be such an image."""
+    """A place for one image."""
 
     def open(self) -> AbstractContextManager[Image]:
-        """Raises ``DumpError``, ``ImageError``."""
+        """Opens the image; call it once. Raises ``DumpError``, ``ImageError``."""
 
     def remove(self) -> None:
-        """Unmake it."""
+        """Removes the image."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -363,9 +363,9 @@ class _LocalImage:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A ``Sink`` on the disk: a pagemap by the given name, and pages-<pages_id>.img beside it.
+    """A ``Sink`` on the disk: a pagemap of the given name, and pages-<pages_id>.img in the same directory.
 
-    ``keep``: as ``dumptool.output.Output`` has it.
+    ``keep``: see ``dumptool.output.Output``.
     """
 
     directory: Path
@@ -379,7 +379,7 @@ class Target:
 
     @contextmanager
     def open(self) -> Iterator[Image]:
-        """Raises ``DumpError``, ``ImageError``."""
+        """Creates both files. Raises ``DumpError``, ``ImageError``."""
         path = self.pages
         try:
             pages_fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
@@ -394,7 +394,7 @@ class Target:
             _close(pages_fd, path)
 
     def remove(self) -> None:
-        """Unmake both."""
+        """Removes both files."""
         self.pages.unlink(missing_ok=True)
         (self.directory / self.pagemap_name).unlink(missing_ok=True)
 
@@ -402,12 +402,12 @@ class Target:
 def _close(fd: int, path: Path) -> None:
     try:
         os.close(fd)
-    except OSError as error:  # of a file system on a network
+    except OSError as error:  # some network file systems report failed writes here
         raise DumpError(f"{path}: can't be written: {error.strerror}") from None
 
 
 def write(target: Sink, source: Source, parts: Sequence[Part], marks: Marks, progress: Progress) -> Counts:
-    """Writes a pagemap and its pages. Raises ``DumpError`` (memory, network), ``ImageError`` (files)."""
+    """Writes a pagemap and its pages. Raises ``DumpError`` (memory, network) or ``ImageError`` (files)."""
     counts = Counts()
     with target.open() as image:
         for part in parts:
@@ -423,7 +423,7 @@ def write(target: Sink, source: Source, parts: Sequence[Part], marks: Marks, pro
 
 
 def _copied(image: Image, source: Source, part: Part, marks: Marks) -> Iterator[Runs]:
-    """Copies a part step by step; what the pagemap has to say of each step."""
+    """Copies a part step by step; yields the pagemap entries of each step."""
     with ExitStack() as stack:
         mem_fd = source.fd
         if mem_fd is None and not part.readable:
@@ -474,7 +474,7 @@ def _copied(image: Image, source: Source, part: Part, marks: Marks) -> Iterator[
 
 
 def shared_part(fd: int, size: int) -> Part:
-    """The pages that shared memory has, which is open as ``fd``; addresses are offsets. Raises ``DumpError``."""
+    """The allocated pages of shared memory. ``fd``: opened on it; addresses are offsets. Raises ``DumpError``."""
     runs = Runs()
     at = 0
     try:
@@ -482,12 +482,12 @@ def shared_part(fd: int, size: int) -> Part:
             at = os.lseek(fd, start, os.SEEK_HOLE)
             runs.append(start // PAGE_SIZE * PAGE_SIZE, -(-at // PAGE_SIZE) * PAGE_SIZE, PE_PRESENT)
     except OSError as error:
-        raise DumpError(f"looking for the pages of shared memory: {error.strerror}") from None
+        raise DumpError(f"can't find the pages of shared memory: {error.strerror}") from None
     return Part(runs, readable=True, drop_zero=True)
 
 
 def _next_data(fd: int, at: int) -> int | None:
-    """None: only a hole is left (lseek(2)). Raises OSError."""
+    """The next offset with data; None if only a hole follows (lseek(2)). Raises OSError."""
     try:
         return os.lseek(fd, at, os.SEEK_DATA)
     except OSError as error:

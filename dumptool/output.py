@@ -1,4 +1,4 @@
-"""The images directory of one run, and when what is in it counts: on the disk first, the inventory last."""
+"""The images directory of one run. Images are on the disk before the inventory, which makes them a dump."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from images_spec.messages import InventoryEntry
 M = TypeVar("M", bound=Message)
 
 MOST_OPEN = 256
-"""Files kept open for their fsync: far from any limit of descriptors."""
+"""Files kept open until their fsync: far below any limit of descriptors."""
 AT_ONCE = 8
-"""fsyncs under way: journals write many in one go."""
+"""fsync calls in parallel: a journal commits many files at once."""
 DRAFT = ".inventory.img.new"
 
 Keep = Callable[[Path, int], None]
-"""Told of a file that has been written, and a descriptor of it that is about to be closed."""
+"""Receives the path of a file that has been written, and its descriptor, which is about to be closed."""
 
 
 class Output:
-    """Writes images. A directory without an inventory is no dump: ``publish`` writes it when all else is on the disk.
+    """Writes images. A directory without an inventory is not a dump: ``publish`` writes it last.
 
-    ``durable``: with fsync. The files are kept open until then: an error of the disk is told to those who have a file
-    open when it comes, and may be forgotten after that (fsync(2)).
+    ``durable``: with fsync. Files stay open until then, because the kernel reports a write error only through
+    descriptors that were open when it happened, and may forget it later (fsync(2)).
     """
 
     def __init__(self, directory: Path, *, durable: bool = True) -> None:
@@ -42,21 +42,21 @@ class Output:
 
     @property
     def keep(self) -> Keep | None:
-        """For who writes a file without us."""
+        """For files written by other code; None if not ``durable``."""
         return self._keep if self._durable else None
 
     def write(self, name: str, kind: Kind[M], messages: Iterable[M]) -> None:
-        """An image of messages. Raises ``ImageError``, ``DumpError``."""
+        """Writes an image of messages. Raises ``ImageError``, ``DumpError``."""
         images.write(self.directory / name, kind, messages, self.keep)
 
     def write_with_data(self, name: str, kind: Kind[M], items: Iterable[tuple[M, bytes]]) -> None:
-        """An image of messages that bytes follow. Raises as ``write``."""
+        """Writes an image of messages, each followed by bytes. Raises as ``write``."""
         images.write_with_data(self.directory / name, kind, items, self.keep)
 
     def publish(self, inventory: InventoryEntry) -> None:
-        """The inventory: afterwards the directory is a dump, also if the machine fails.
+        """Writes the inventory. Afterwards the directory is a dump, even after a power failure (if ``durable``).
 
-        Raises ``ImageError``, ``DumpError``; it is none then.
+        Raises ``ImageError``, ``DumpError``; then there is no inventory.
         """
         self.sync()
         draft, path = self.directory / DRAFT, self.directory / Kind.INVENTORY.file_name()
@@ -75,18 +75,18 @@ class Output:
             raise
 
     def withdraw(self) -> None:
-        """Without the inventory, as well as that can be done: the directory is no dump."""
+        """Removes the inventory if possible: the directory is not a dump any more. Raises nothing."""
         with suppress(OSError, DumpError):
             (self.directory / Kind.INVENTORY.file_name()).unlink(missing_ok=True)
             self.sync_directory()
 
     def sync(self) -> None:
-        """Everything written so far, and its names, is on the disk. Raises ``DumpError``."""
+        """On return all files, and their names, are on the disk. Raises ``DumpError``."""
         self._sync_files()
         self.sync_directory()
 
     def sync_directory(self) -> None:
-        """Names that have come and gone are so on the disk. Raises ``DumpError``."""
+        """On return created and removed names are on the disk. Raises ``DumpError``."""
         if not self._durable:
             return
         try:
@@ -99,7 +99,7 @@ class Output:
             os.close(fd)
 
     def close(self) -> None:
-        """Of what has not been synced nothing is known."""
+        """Closes files without fsync."""
         while self._open:
             os.close(self._open.pop()[1])
 
@@ -128,7 +128,7 @@ def _sync(file: tuple[Path, int]) -> None:
     try:
         os.fsync(fd)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # a device or a pipe, which has nothing to be synced (fsync(2))
+        if error.errno != errno.EINVAL:  # not a regular file: there is nothing to sync (fsync(2))
             raise _unwritten(path, error) from None
 
 

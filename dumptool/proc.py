@@ -1,7 +1,7 @@
-"""What /proc tells of a process: parsers, and thin readers around them.
+"""Parsers for /proc files of a process, and thin readers around them.
 
-Facts: proc_pid_stat(5), proc_pid_status(5), proc_pid_maps(5), proc_pid_smaps(5), proc_pid_fdinfo(5),
-proc_pid_limits(5). Every reader raises ``TaskGoneError`` when the process is not there any more.
+Formats: proc_pid_stat(5), proc_pid_status(5), proc_pid_maps(5), proc_pid_smaps(5), proc_pid_fdinfo(5),
+proc_pid_limits(5). Every reader raises ``TaskGoneError`` if the process does not exist any more.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ RLIMITS = (
     "Max realtime priority",
     "Max realtime timeout",
 )
-"""The lines of /proc/<pid>/limits in the order of the RLIMIT_* numbers (getrlimit(2))."""
+"""The names in /proc/<pid>/limits, in the order of the RLIMIT_* numbers (getrlimit(2))."""
 RLIM_INFINITY = (1 << 64) - 1
 
 
@@ -63,17 +63,17 @@ def read(pid: int, name: str) -> bytes:
 
 
 def read_text(pid: int, name: str) -> str:
-    """As ``read``, for what is ASCII but for names."""
+    """As ``read``, decoded: ASCII except for names, whose undecodable bytes become surrogates."""
     return read(pid, name).decode("utf-8", "surrogateescape")
 
 
 def readlink(pid: int, name: str) -> str:
-    """Where the link ``/proc/<pid>/<name>`` points to."""
+    """The target of the link ``/proc/<pid>/<name>``."""
     return _attempt(pid, name, lambda: os.readlink(f"/proc/{pid}/{name}"))
 
 
 def stat_through(pid: int, name: str) -> os.stat_result:
-    """``stat`` of what the magic link ``/proc/<pid>/<name>`` leads to, whatever its name now means."""
+    """``stat`` of the file behind the magic link ``/proc/<pid>/<name>``, even if it was renamed or deleted."""
     return _attempt(pid, name, lambda: os.stat(f"/proc/{pid}/{name}"))
 
 
@@ -90,7 +90,7 @@ def children(pid: int, tid: int) -> list[int]:
 
 @dataclass(frozen=True, slots=True)
 class Stat:
-    """/proc/<pid>/stat, with addresses as a tracer sees them. ``exit_code``: as wait(2) gives it."""
+    """/proc/<pid>/stat, with the addresses that only a tracer sees. ``exit_code``: in the format of wait(2)."""
 
     comm: bytes
     state: str
@@ -118,7 +118,7 @@ class Stat:
 
 
 def parse_stat(data: bytes) -> Stat:
-    """Parses /proc/<pid>/stat; the name in it may hold anything."""
+    """Parses /proc/<pid>/stat. The name in it may contain spaces and parentheses."""
     head, _, tail = data.rpartition(b")")
     words = tail.split()
 
@@ -158,7 +158,7 @@ def stat(pid: int, tid: int | None = None) -> Stat:
 
 
 def parse_fields(text: str) -> dict[str, str]:
-    """``Name:\tvalue`` lines, as in status and fdinfo; of a repeated name the first."""
+    """``Name:\tvalue`` lines, as in status and fdinfo. Of a repeated name the first value counts."""
     fields: dict[str, str] = {}
     for line in text.splitlines():
         name, colon, value = line.partition(":")
@@ -173,12 +173,12 @@ def status(pid: int, tid: int | None = None) -> dict[str, str]:
 
 
 def is_pending(pid: int, signal: int) -> bool:
-    """Whether the signal waits for the process as a whole, not for one thread (proc_pid_status(5), ShdPnd)."""
+    """Whether the signal is pending for the process, not for one thread (proc_pid_status(5), ShdPnd)."""
     return bool(int(status(pid)["ShdPnd"], 16) & 1 << signal - 1)
 
 
 def parse_limits(text: str) -> list[tuple[int, int]]:
-    """(soft, hard) in the order of the RLIMIT_* numbers."""
+    """(soft, hard) limits, in the order of the RLIMIT_* numbers."""
 
     def value(word: str) -> int:
         return RLIM_INFINITY if word == "unlimited" else int(word)
@@ -194,7 +194,7 @@ def parse_limits(text: str) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True, slots=True)
 class Vma:
-    """A line of maps. ``name``: as the kernel writes it, escapes undone. ``device``: as ``st_dev``."""
+    """A line of maps. ``name``: unescaped. ``device``: comparable with ``st_dev``. ``pgoff``: in bytes."""
 
     start: int
     end: int
@@ -220,7 +220,7 @@ class Vma:
 
 
 def parse_maps_line(line: str) -> Vma:
-    """Parses a line of maps, or the first of an entry of smaps."""
+    """Parses a line of maps, or the first line of an entry of smaps."""
     span, perms, pgoff, device, inode, *name = line.split(None, 5)
     start, end = span.split("-")
     major, minor = device.split(":")
@@ -236,12 +236,12 @@ def parse_maps_line(line: str) -> Vma:
 
 
 def parse_maps(text: str) -> list[Vma]:
-    """All of /proc/<pid>/maps, in the order of addresses."""
+    """Parses /proc/<pid>/maps."""
     return [parse_maps_line(line) for line in text.split("\n") if line]
 
 
 def parse_smaps_flags(text: str) -> dict[int, frozenset[str]]:
-    """The VmFlags of /proc/<pid>/smaps by start address."""
+    """The VmFlags in /proc/<pid>/smaps, by start address."""
     flags: dict[int, frozenset[str]] = {}
     start = 0
     for line in text.split("\n"):
@@ -266,9 +266,9 @@ class Layout:
 
 
 def layout(pid: int, before: Layout | None = None) -> Layout:
-    """Reads the mappings. ``before``, if it is still true, saves reading smaps, which walks all pages.
+    """Reads the mappings. An unchanged ``before`` is returned: that saves smaps, for which the kernel walks all pages.
 
-    Locking changes only VmFlags, but it shows in status too.
+    mlock changes VmFlags without changing maps, but it changes VmLck in status.
     """
     maps, locked = read_text(pid, "maps"), status(pid).get("VmLck", "")
     if before is not None and (before.maps, before.locked) == (maps, locked):
@@ -278,7 +278,7 @@ def layout(pid: int, before: Layout | None = None) -> Layout:
         vmas = tuple(parse_maps(maps))
         if all(vma.start in flags for vma in vmas):
             return Layout(maps, vmas, flags, locked)
-        maps = read_text(pid, "maps")  # it runs, and has changed in between
+        maps = read_text(pid, "maps")  # changed between the two reads
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,7 +296,7 @@ class Lock:
 
 @dataclass(frozen=True, slots=True)
 class FdInfo:
-    """/proc/<pid>/fdinfo/<fd>. ``flags``: O_* with O_CLOEXEC. ``other``: what the file's kind adds."""
+    """/proc/<pid>/fdinfo/<fd>. ``flags``: O_* with O_CLOEXEC. ``other``: fields of its kind of file."""
 
     pos: int
     flags: int
@@ -329,7 +329,7 @@ def parse_fdinfo(text: str) -> FdInfo:
 
 @dataclass(frozen=True, slots=True)
 class OpenFile:
-    """A descriptor: where its link points, what is behind it, how it is open."""
+    """A descriptor: the target of its link, the file's status, and its fdinfo."""
 
     fd: int
     link: str
@@ -338,7 +338,7 @@ class OpenFile:
 
 
 def open_files(pid: int) -> Iterator[OpenFile]:
-    """All descriptors in order. Those that a running process closes meanwhile are left out."""
+    """All descriptors in ascending order, except those that the process closes meanwhile."""
     names = _attempt(pid, "fd", lambda: os.listdir(f"/proc/{pid}/fd"))
     for fd in sorted(map(int, names)):
         try:
@@ -351,7 +351,7 @@ def open_files(pid: int) -> Iterator[OpenFile]:
 
 @dataclass(frozen=True, slots=True)
 class PosixTimer:
-    """A timer of timer_create, as /proc/<pid>/timers has it. ``notify``: SIGEV_*."""
+    """A timer of timer_create, from /proc/<pid>/timers. ``notify``: SIGEV_*. ``value``: sival_ptr."""
 
     ident: int
     signal: int
@@ -362,22 +362,22 @@ class PosixTimer:
 
 
 def parse_timers(text: str) -> list[PosixTimer]:
-    """Parses /proc/<pid>/timers. ``thread``: of SIGEV_THREAD_ID."""
+    """Parses /proc/<pid>/timers. ``PosixTimer.thread``: the target of SIGEV_THREAD_ID."""
     kinds = {"signal": 0, "none": 1, "thread": 2}
     timers = []
     for part in re.split(r"^(?=ID:)", text, flags=re.MULTILINE)[1:]:
         fields = parse_fields(part)
         signal, _, value = fields["signal"].partition("/")
         kind, _, target = fields["notify"].partition("/")
-        who, _, number = target.partition(".")
-        notify = kinds[kind] | (4 if who == "tid" else 0)
+        target_kind, _, number = target.partition(".")
+        notify = kinds[kind] | (4 if target_kind == "tid" else 0)
         timers.append(
             PosixTimer(
                 ident=int(fields["ID"]),
                 signal=int(signal),
                 value=int(value, 16),
                 notify=notify,
-                thread=int(number) if who == "tid" else None,
+                thread=int(number) if target_kind == "tid" else None,
                 clock=int(fields["ClockID"]),
             )
         )
@@ -385,7 +385,7 @@ def parse_timers(text: str) -> list[PosixTimer]:
 
 
 def exists(pid: int) -> bool:
-    """Whether there is such a process (a zombie counts)."""
+    """Whether the process exists (a zombie does)."""
     try:
         os.kill(pid, 0)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Registers as core images have them (images_spec/core.md)."""
+"""Registers in the form of core images (images_spec/core.md)."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from images_spec.messages import (
 
 EINTR = 4
 ERESTARTSYS, ERESTARTNOINTR, ERESTARTNOHAND, ERESTART_RESTARTBLOCK = 512, 513, 514, 516
-"""linux/errno.h, for the kernel's own use: what an interrupted system call has in rax while it waits."""
+"""Internal to the kernel (include/linux/errno.h): in rax of a thread that is stopped in an interrupted system call."""
 NR_RESTART_SYSCALL = 219
 SA_RESTART = 0x10000000
 
 FIRST_TLS_ENTRY = 12
-"""GDT_ENTRY_TLS_MIN of x86_64; three entries, which 64-bit code does not use."""
+"""GDT_ENTRY_TLS_MIN of x86_64. 64-bit code does not use these three entries."""
 
 XCR0 = 464
 XSTATE_BV = 512
@@ -47,16 +47,15 @@ COMPONENTS: Mapping[int, tuple[str, str]] = {
     7: ("hi16_zmm", "Q"),
     9: ("pkru", "I"),
 }
-"""Component number (Intel SDM 1, 13.1) -> field of UserX86XsaveEntry and the type of its values."""
+"""Component number (Intel SDM volume 1, 13.1): field of UserX86XsaveEntry, struct type of its values."""
 
 
 def resumable(regs: Registers, *, waits_in: int | None = None, handler_flags: int | None = None) -> Registers:
-    """The registers with which a thread can go on from user mode, in another process too.
+    """The registers with which the thread can go on in user mode, in another process, too.
 
-    A system call that the stop has interrupted is called again. ``waits_in``: the call that the thread is in when
-    it has been made to go on once before (restart_syscall(2) hides it); where it is not known, it fails with EINTR.
-    ``handler_flags``: SA_* of the handler that runs first, if a signal is about to be taken; what the call does then
-    is as signal(7) says.
+    An interrupted system call is made again. ``waits_in``: the original call of a thread in restart_syscall(2), which
+    hides it; if None, that call fails with EINTR. ``handler_flags``: SA_* flags of the handler that runs
+    next, if a signal is about to be delivered; then signal(7) defines whether the call is made again or fails.
     """
     number = regs.orig_rax
     if number >> 63:
@@ -73,9 +72,9 @@ def resumable(regs: Registers, *, waits_in: int | None = None, handler_flags: in
 
 
 def called_again_after_a_stop(regs: Registers) -> Registers | None:
-    """For a call that every stop makes fail with EINTR: the registers with which the kernel calls it again.
+    """For a call that fails with EINTR after every stop: the registers with which the kernel makes it again.
 
-    But not if it finds a handler to run when the thread goes on, whenever that signal has come: then it is EINTR.
+    The kernel makes it fail anyway if a signal handler runs first when the thread goes on.
     """
     if (1 << 64) - regs.rax == EINTR and regs.orig_rax in ALWAYS_EINTR:
         return replace(regs, rax=(1 << 64) - ERESTARTNOHAND)
@@ -91,10 +90,11 @@ def _again(regs: Registers, number: int) -> Registers:
 
 
 def hidden_call(code: bytes, kernel_function: str, rdi: int) -> int | None:
-    """Which call a thread in restart_syscall(2) made; None if that can't be told.
+    """The number of the call that a thread in restart_syscall(2) originally made; None if unknown.
 
-    ``code``: up to where it goes on. Compilers and libraries load the number right before the `syscall` instruction,
-    mostly; else ``kernel_function``, in which it sleeps (proc_pid_wchan(5)), and its first argument have to tell.
+    ``code``: the bytes before the thread's instruction pointer. Compilers and C libraries usually load the number
+    right before `syscall`. Else it is derived from ``kernel_function``, in which the thread sleeps
+    (proc_pid_wchan(5)), and from its first argument.
     """
     load = code[-7:]
     if len(load) == 7 and load[0] == 0xB8 and load[5:] == b"\x0f\x05":  # mov eax, number; syscall
@@ -111,12 +111,12 @@ def hidden_call(code: bytes, kernel_function: str, rdi: int) -> int | None:
 
 
 def _is_clock(value: int) -> bool:
-    """Whether a register can hold a clockid_t: a small number, or an int below 0 made of a pid (clock_getres(2))."""
+    """Whether a value may be a clockid_t: a small number, or a negative int made of a pid (clock_getres(2))."""
     return value < 16 or (value >> 32 in (0, 0xFFFFFFFF) and value & 0xFFFFFFFF >= 0xFC000000)
 
 
 def gpregs(regs: Registers) -> UserX86RegsEntry:
-    """General registers."""
+    """General-purpose registers."""
     return UserX86RegsEntry(
         **{
             name.removeprefix("r") if name in _LEGACY else name: getattr(regs, name)
@@ -135,8 +135,8 @@ _LEGACY = frozenset({"rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp", "rsp", "ri
 def fpregs(xstate: bytes, components: Mapping[int, tuple[int, int]]) -> UserX86FpregsEntry:
     """Floating-point and vector registers of an XSAVE area in the standard layout.
 
-    ``components``: the CPU's number -> (offset, size) in bytes. Raises ``DumpError`` for state that images
-    have no place for (AMX tiles).
+    ``components``: component number of this CPU: (offset, size) in bytes. Raises ``DumpError`` for components in use
+    that images have no field for (AMX tiles).
     """
     cwd, swd, twd, fop, rip, rdp, mxcsr, mxcsr_mask = struct.unpack_from("<HHHHQQII", xstate)
     enabled, used = (struct.unpack_from("<Q", xstate, at)[0] for at in (XCR0, XSTATE_BV))
@@ -167,7 +167,7 @@ def fpregs(xstate: bytes, components: Mapping[int, tuple[int, int]]) -> UserX86F
 def thread_info(
     regs: Registers, xstate: bytes, components: Mapping[int, tuple[int, int]], clear_tid_address: int
 ) -> ThreadInfoX86:
-    """All registers of a thread, ``regs`` as they are to be; ``xstate`` and ``components`` as for ``fpregs``."""
+    """All registers of a thread. ``regs``: as from ``resumable``; ``xstate``, ``components``: as for ``fpregs``."""
     return ThreadInfoX86(
         clear_tid_addr=clear_tid_address,
         gpregs=gpregs(regs),

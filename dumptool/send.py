@@ -1,8 +1,8 @@
-"""Pages that go to a page server while they are dumped, and not to the disk (``--page-server``).
+"""Send pages to a page server instead of writing them to the disk (``--page-server``).
 
-The server may be CRIU's or ours, in receive mode (reference/criu-interfaces §4): it writes the pagemaps and pages
-images of all tasks into a directory of its own. What stays here is what CRIU leaves here too, the small images, and
-beside them each pagemap once more as ``sent-pagemap-<pid>.img``: the next level must know which pages this one has.
+The server is CRIU's or ours, in receive mode (docs/criu.md, "Page server protocol"): it writes the pagemaps and pages
+files of all tasks to its own directory. As with CRIU, the small images stay here. In addition each pagemap is kept as
+``sent-pagemap-<pid>.img``: the next level must know which pages this one has.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ from lazypages.net.url import ConnectedSocket, PageServerAddress, TcpServer, Uni
 from lazypages.net.wire import Command, Header, ImageType, Layout, encode_dst_id
 
 STEP_PAGES = 1024
-"""Gathered here before they are sent: 4 MiB. No entry of a pagemap at the server is larger than this, and a buffer."""
+"""Pages gathered before they are sent: 4 MiB. With ``BUFFER_PAGES`` more, the largest pagemap entry at the server."""
 CONNECT_TIMEOUT = 10.0  # s
-PATIENCE = 60.0  # s without progress: a tree must not stand still for ever
-PROBE_PATIENCE = 2.0  # s for a server of CRIU's old layout to answer, plus some round trips
+PATIENCE = 60.0  # s without progress, after which a frozen tree goes on
+PROBE_PATIENCE = 2.0  # s, plus some round trips, in which a server of CRIU up to 4.1.1 answers the probe
 MAX_IOVS = 1024  # IOV_MAX (limits.h)
 
 
 class SendError(DumpError):
-    """The page server can't be reached, or has not taken everything."""
+    """The page server can't be reached or has not received everything."""
 
 
 @dataclass(frozen=True, slots=True)
 class PageServer:
-    """What the command line says of it. ``layout``: of the protocol's headers; None: to be found out."""
+    """The page server of the command line. ``layout``: of the protocol's headers; None: detect it."""
 
     address: PageServerAddress
     tls: TlsFiles | None = None
@@ -52,11 +52,14 @@ class PageServer:
 
 
 class Sender:
-    """A connection to a page server in receive mode; a context manager. All raise ``SendError``, also ``TlsError``."""
+    """A connection to a page server in receive mode; a context manager. All methods raise ``SendError``.
+
+    The constructor also raises ``TlsError``.
+    """
 
     def __init__(self, server: PageServer) -> None:
         self._address = server.address
-        self._guessed = False  # the layout, and nothing has been answered yet
+        self._guessed = False  # the layout is a guess, and the server has not answered yet
         with self._errors():
             self._sock = _connect(server)
         try:
@@ -72,15 +75,15 @@ class Sender:
         self._sock.close()
 
     def has_parent(self, pid: int) -> bool:
-        """Whether the server's parent directory has a pagemap of this task."""
+        """Whether the server's parent directory has a pagemap of this process."""
         return bool(self._ask(Header(Command.PARENT, dst_id=encode_dst_id(ImageType.TASK, pid)), "=i"))
 
     def open(self, dst_id: int) -> bool:
-        """Begin an image. Whether the server has its parent."""
+        """Begins an image. Returns whether the server has its parent."""
         return bool(self._ask(Header(Command.OPEN2, dst_id=dst_id), "=B"))
 
     def send(self, dst_id: int, runs: Runs, pages: memoryview) -> None:
-        """Entries of the pagemap of the open image; ``pages``: of those that are PRESENT, one after the other."""
+        """Sends entries of the open image. ``pages``: the bytes of the PRESENT ones, without gaps."""
         pieces: list[bytes | memoryview] = []
         at = 0
         for start, end, flags in runs:
@@ -92,13 +95,13 @@ class Sender:
         self._send(pieces)
 
     def close(self) -> None:
-        """Everything is there when this returns."""
-        # As CRIU does: after CLOSE its server waits for the end of the connection, which does not come for a socket
-        # that somebody else has open as well (reference/criu-interfaces §4).
+        """Returns when the server has written everything."""
+        # As CRIU does: after CLOSE its server waits for the end of the connection, which never comes for a socket that
+        # another process has open as well (docs/criu.md, "Page server protocol").
         force = isinstance(self._address, ConnectedSocket)
         status = self._ask(Header(Command.FORCE_CLOSE if force else Command.CLOSE), "=i")
         if status:
-            raise SendError(f"page server {self._address}: says that it has failed (status {status})")
+            raise SendError(f"page server {self._address}: reports that it has failed (status {status})")
         if isinstance(self._sock, ssl.SSLSocket):
             with self._errors():
                 self._sock = self._sock.unwrap()
@@ -145,7 +148,7 @@ class Sender:
     def _send(self, pieces: list[bytes | memoryview]) -> None:
         with self._errors():
             if isinstance(self._sock, ssl.SSLSocket):
-                for piece in pieces:  # CRIU wants a header in a record of its own
+                for piece in pieces:  # CRIU's server expects each header in a TLS record of its own
                     self._sock.sendall(piece)
                 return
             first = 0
@@ -162,7 +165,7 @@ class Sender:
             hint = wire.GUESSED.format(layout=self._layout)
             return SendError(f"page server {self._address}: has closed the connection; {hint}")
         return SendError(
-            f"page server {self._address}: has closed the connection; its log says why, and what it has got is no image"
+            f"page server {self._address}: has closed the connection; see its log. What it has received is not an image"
         )
 
     @contextmanager
@@ -170,7 +173,7 @@ class Sender:
         try:
             yield
         except TimeoutError:
-            raise SendError(f"page server {self._address}: nothing has moved for {PATIENCE:g} s") from None
+            raise SendError(f"page server {self._address}: no progress for {PATIENCE:g} s") from None
         except ssl.SSLError as error:
             what = getattr(error, "verify_message", None) or error.reason or error
             raise SendError(f"page server {self._address}: TLS: {what}") from None
@@ -192,10 +195,10 @@ class SentImage:
         stack.callback(os.close, self.pages_fd)
         size = (STEP_PAGES + BUFFER_PAGES) * PAGE_SIZE
         os.ftruncate(self.pages_fd, size)
-        self._pages = memoryview(mmap.mmap(self.pages_fd, size))  # unmapped when nobody refers to it any more
+        self._pages = memoryview(mmap.mmap(self.pages_fd, size))  # unmapped with the last reference
 
     def add(self, runs: Runs) -> None:
-        """Sends what one step has made."""
+        """Sends one step: the entries, and the pages at the start of ``pages_fd``."""
         self._sender.send(self._dst_id, runs, self._pages)
         os.lseek(self.pages_fd, 0, os.SEEK_SET)
         for start, end, flags in runs:
@@ -204,10 +207,10 @@ class SentImage:
 
 @dataclass(frozen=True, slots=True)
 class SentTarget:
-    """Where an image goes: to the server; and its pagemap, for the next level, to ``directory``.
+    """The destination of an image: the server for the pages, ``directory`` for a copy of the pagemap.
 
-    ``number``: the pid of a task or the id of shared memory. ``parents``: whether it has pages of its parent.
-    ``keep``: as ``dumptool.output.Output`` has it.
+    ``number``: the pid of a process or the id of shared memory. ``parents``: the image refers to pages of its parent.
+    ``keep``: see ``dumptool.output.Output``.
     """
 
     sender: Sender
@@ -219,7 +222,7 @@ class SentTarget:
 
     @property
     def record(self) -> Path:
-        """The pagemap that stays here."""
+        """The copy of the pagemap."""
         name = self.number if self.kind is ImageType.TASK else f"shmem-{self.number}"
         return self.directory / (SENT_PREFIX + Kind.PAGEMAP.file_name(name))
 
@@ -228,12 +231,12 @@ class SentTarget:
         """Raises ``SendError``, ``ImageError``."""
         dst_id = encode_dst_id(self.kind, self.number)
         if not self.sender.open(dst_id) and self.parents:
-            raise SendError(f"the page server has no parent of the pages of task {self.number} any more")
+            raise SendError(f"the page server no longer has the parent of the pages of task {self.number}")
         with PagemapWriter(self.record, 1, self.keep) as record, ExitStack() as stack:
             yield SentImage(self.sender, dst_id, record, stack)
 
     def remove(self) -> None:
-        """The next level must send all pages: those at the server are of a task that was just ending."""
+        """Makes the next level send all pages: those at the server are of a process that was exiting."""
         self.record.unlink(missing_ok=True)
 
 
@@ -281,7 +284,7 @@ def _start_tls(sock: socket.socket, files: TlsFiles, address: PageServerAddress)
 
 
 def _round_trip(sock: socket.socket) -> float:
-    """Seconds, as the kernel has measured for TCP (struct tcp_info, tcpi_rtt)."""
+    """Seconds, as measured by the kernel for TCP (struct tcp_info, tcpi_rtt)."""
     if sock.family == socket.AF_UNIX:
         return 0.0
     info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)

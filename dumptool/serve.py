@@ -1,12 +1,13 @@
-"""`dump --lazy-pages`: gives the pages that the images lack, straight from the memory of the frozen tree.
+"""`dump --lazy-pages`: serves the pages that the images lack from the memory of the frozen tree.
 
-The tree stays frozen until a client has all of it. One of ours says so (wire.CloseFlags.COMPLETE). CRIU's says CLOSE at
-every end, also when its task was killed half-way (observed with 4.1.1 and 4.2.1); it has all if it has asked for every
-page. A client that is merely gone changes nothing, and the next one gets every page anew.
+The tree stays frozen until a client has all of it. `lazypages serve` reports that (wire.CloseFlags.COMPLETE).
+`criu lazy-pages` sends CLOSE at every end, also if its task was killed half-way (observed with 4.1.1 and 4.2.1); it has
+all if it has requested every page. The loss of a client changes nothing: the next one gets every page again.
 
-The tasks run here or there, never on both sides. As soon as a client may have started them, they do not go on here by
-themselves, whatever ends us: they stay stopped (``FrozenTree.stays``, ``FrozenTree.hold``). One of ours may have from
-when it hears which checkpoint is here until it says that no restore has come; another, when it gets a page.
+The tasks run here or at a destination, never at both. From the moment a client may have started them, they do not go on
+here by themselves, even if dumptool is killed: they stay stopped (``FrozenTree.stays``, ``FrozenTree.hold``). A
+`lazypages serve` may have started them from when it learns which checkpoint this is until it reports that no restore
+has come (CloseFlags.UNUSED); `criu lazy-pages`, from its first page.
 """
 
 from __future__ import annotations
@@ -27,15 +28,15 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import accumulate, compress
 
-from dumptool.dump import Settings
 from dumptool.errors import DumpError
 from dumptool.freeze import FrozenTree
+from dumptool.settings import Settings
 from images_spec._pagemap import ffi
 from images_spec.flags import PAGE_SIZE, PE_LAZY
 from images_spec.identity import identify
 from images_spec.images import Kind
 from images_spec.pagemap import Pagemap
-from lazypages.cli.daemonize import tell_ready
+from lazypages.cli.daemonize import report_ready
 from lazypages.errors import UnreadableError
 from lazypages.logs import MESSAGE
 from lazypages.net import wire
@@ -47,22 +48,22 @@ from lazypages.net.wire import CloseFlags
 
 log = logging.getLogger("lazypages")
 
-#: Pids that a message names.
+#: Pids listed in a message.
 MAX_NAMED = 20
 
-#: Seconds for a client that is too late to hear of it.
+#: Seconds to deliver the last message to a client that is too late.
 LAST_WORDS = 2.0
 
-_WORDS = 3  # of 8 bytes, in a struct lp_pagemap_entry (csrc/images/pagemap.h)
+_WORDS = 3  # 8-byte words in a struct lp_pagemap_entry (csrc/images/pagemap.h)
 
 
 class SourceGoneError(DumpError):
-    """A frozen process has been killed: what nobody has fetched of its memory is lost."""
+    """A frozen process was killed: those of its pages that no client has fetched are lost."""
 
 
 @dataclass(frozen=True, slots=True)
 class Copied:
-    """Bytes of a task's memory; a ``pageserver.serve.Piece``."""
+    """Bytes of a task's memory; a ``lazypages.net.page_connection.Piece``."""
 
     data: bytes
 
@@ -75,10 +76,10 @@ class Copied:
 
 
 class LazyMemory:
-    """The pages of one frozen process that its pagemap has as LAZY and nothing else.
+    """The pages of one frozen process that are LAZY and not PRESENT in its pagemap.
 
-    ``total``: how many. They are read through /proc/<pid>/mem, kept open: unlike a pid, it can never mean
-    another process, and it reads PROT_NONE mappings as well (proc_pid_mem(5)).
+    ``total``: their number. They are read through /proc/<pid>/mem, which is kept open: unlike a pid, it can't come to
+    refer to another process, and it reads PROT_NONE mappings, too (proc_pid_mem(5)).
     """
 
     def __init__(self, pid: int, pagemap: Pagemap) -> None:
@@ -88,7 +89,7 @@ class LazyMemory:
         lazy = [flags & 0xFFFFFFFF == PE_LAZY for flags in words[2::_WORDS]]
         self._starts = array("Q", compress(words[0::_WORDS], lazy))
         self._counts = array("Q", compress(words[1::_WORDS], lazy))
-        self._numbers = array("Q", accumulate(self._counts, initial=0))  # of the first page of each run
+        self._numbers = array("Q", accumulate(self._counts, initial=0))  # index of each run's first page
         self.total = self._numbers[-1]
         self._asked = self.nothing_asked()
         self._pid = pid
@@ -98,39 +99,39 @@ class LazyMemory:
             raise DumpError(f"pid {pid}: its memory can't be read: {error.strerror}") from None
 
     def close(self) -> None:
-        """No page can be read any more."""
+        """Ends all reading."""
         os.close(self._fd)
 
     def nothing_asked(self) -> bytearray:
-        """A byte for each page; ``read`` sets it."""
+        """Flags, one byte per page, that ``read`` sets."""
         return bytearray(self.total)
 
     @property
     def never_asked(self) -> int:
-        """Pages that no client has asked for yet."""
+        """Number of pages that no client has requested yet."""
         return self._asked.count(0)
 
     def read(self, address: int, nr_pages: int, asked: bytearray) -> bytes:
-        """The first pages of the range, as many as there are without a gap; nothing if the first one is not lazy.
+        """The first pages of the range, up to the first gap; empty if the first page is not lazy.
 
-        They end before a page that can't be read. Raises ``UnreadableError`` if that is the first, ``SourceGoneError``
-        if the process is no more. ``asked``: of this client.
+        Stops before a page that can't be read. Raises ``UnreadableError`` if that is the first one,
+        ``SourceGoneError`` if the process was killed. ``asked``: flags of this client.
         """
         found = self._find(address, nr_pages, asked)
         if not found:
             return b""
-        try:  # what was read before an error is returned (mem_rw() in the kernel's fs/proc/base.c)
+        try:  # bytes read before an error are returned (mem_rw() in fs/proc/base.c of Linux)
             data = os.pread(self._fd, found * PAGE_SIZE, address)
         except OSError as error:
             raise UnreadableError(f"pid {self._pid}: {error.strerror}") from None
         if not data:
             raise SourceGoneError(f"pid {self._pid} was killed while its pages were being served")
         if len(data) < PAGE_SIZE:
-            raise UnreadableError(f"pid {self._pid}: only a part of it")
+            raise UnreadableError(f"pid {self._pid}: a page can be read only in part")
         return data[: len(data) // PAGE_SIZE * PAGE_SIZE]
 
     def _find(self, address: int, nr_pages: int, asked: bytearray) -> int:
-        """How many of the pages are here; they count as asked for."""
+        """The number of pages here, starting at ``address``. Sets their flags."""
         index = bisect_right(self._starts, address) - 1
         if index < 0 or address % PAGE_SIZE:
             return 0
@@ -149,7 +150,7 @@ class LazyMemory:
 
 
 class FrozenPages:
-    """The lazy pages of a whole frozen tree, for any number of connections."""
+    """The lazy pages of a frozen tree, for any number of connections."""
 
     def __init__(self, memories: dict[int, LazyMemory]) -> None:
         self._memories = memories
@@ -157,12 +158,14 @@ class FrozenPages:
 
     @property
     def never_asked(self) -> int:
-        """Pages that no client has asked for yet."""
+        """Number of pages that no client has requested yet."""
         return sum(memory.never_asked for memory in self._memories.values())
 
     def find(self, pid: int, address: int, nr_pages: int, asked: dict[int, bytearray]) -> Sequence[Copied]:
-        """Copies of the first pages of the range. ``asked``: what this client has asked for, by pid. Raises as
-        ``LazyMemory.read``."""
+        """Copies of the first pages of the range. ``asked``: flags of this client, by pid.
+
+        Raises as ``LazyMemory.read``.
+        """
         memory = self._memories.get(pid)
         if memory is None:
             return []
@@ -174,7 +177,7 @@ class FrozenPages:
 
 @contextmanager
 def frozen_pages(tree: FrozenTree, settings: Settings) -> Iterator[FrozenPages]:
-    """What the images just written leave to us. Raises ``DumpError``, ``ImageError``."""
+    """Opens the pages that the images just written lack. Raises ``DumpError``, ``ImageError``."""
     memories: dict[int, LazyMemory] = {}
     try:
         for process in tree.alive:
@@ -188,9 +191,9 @@ def frozen_pages(tree: FrozenTree, settings: Settings) -> Iterator[FrozenPages]:
 
 @dataclass(frozen=True, slots=True)
 class PageService:
-    """Where clients find us; its call is a ``dumptool.dump.Serve``.
+    """The listening page server; its call is a ``dumptool.settings.Serve``.
 
-    ``name``: of the listening socket, for people. ``address``: as given with --address. ``status_fd``: gets a
+    ``name``: of the listening socket, for messages. ``address``: of the option --address. ``status_fd``: receives a
     0 byte once clients are served. ``strangers``: other users of this host may connect, too.
     """
 
@@ -204,8 +207,8 @@ class PageService:
     def __call__(self, tree: FrozenTree, settings: Settings) -> None:
         """Serves until a client has everything.
 
-        Raises ``DumpError`` when a signal (SIGINT, SIGTERM) comes first, or a frozen process is killed. The tree
-        stays stopped then if a client may have started it.
+        Raises ``DumpError`` on SIGINT or SIGTERM, and if a frozen process is killed. If a client may have started the
+        tasks, the tree then stays stopped.
         """
         identity = identify(settings.images).digest
         with (
@@ -227,16 +230,16 @@ class PageService:
                 both=settings.leave_running,
             )
             alone = "" if self.address is not None else " (this machine only; --address for others)"
-            log.log(MESSAGE, "frozen; %s of memory to be had at %s%s", _size(pages.total), self.name, alone)
+            log.log(MESSAGE, "frozen; serving %s of memory at %s%s", _size(pages.total), self.name, alone)
             if self.status_fd is not None:
-                tell_ready(self.status_fd)
+                report_ready(self.status_fd)
             accept_all(self.listener, stop.fileno(), clients.serve, last_words=2 * LAST_WORDS)
             self.listener.close()
             clients.conclude()
 
 
 class _Clients:
-    """All connections, each in a thread of its own, and what they amount to."""
+    """All connections, each in a thread of its own, and the conclusion from them: which tasks may run elsewhere."""
 
     def __init__(
         self,
@@ -249,20 +252,21 @@ class _Clients:
         over: Callable[[], bool],
         both: bool,
     ) -> None:
-        """``ended``: eventfd to be written when it is over. ``over``: whether it is, for whatever reason. ``both``: the
-        tree is to go on here in any case, because the user has said so."""
+        """``ended``: an eventfd, written when a client has everything or a process was killed. ``over``: returns
+        whether serving has ended for any reason. ``both``: the user wants the tree to go on here in any case."""
         self.service, self.pages, self.identity, self.over, self.both = service, pages, identity, over, both
         self._tree, self._ended = tree, ended
         self._lock = threading.Lock()
         self._connected = 0
-        self._told = 0  # connections that know what is here, and have not said who they are
-        self._unknown = False  # a client that can't say that it has not started the tasks may have done so
-        self._may_run: set[int] = set()  # the others that may have
+        self._undecided = 0  # clients that know which checkpoint this is, and have not yet sent their number
+        # A `criu lazy-pages`, which can't report whether it has started the tasks, has received pages.
+        self._unknown = False
+        self._may_run: set[int] = set()  # numbers of other clients that may have started the tasks
         self._winner: _Client | None = None
         self._gone: SourceGoneError | None = None
 
     def serve(self, sock: socket.socket, name: str) -> None:
-        """One connection."""
+        """Serves one connection."""
         with self._lock:
             self._connected += 1
         log.info("%s: connected", name)
@@ -279,7 +283,7 @@ class _Clients:
                 client.explain(self.pages.never_asked, last=last)
 
     def find(self, pid: int, address: int, nr_pages: int, asked: dict[int, bytearray]) -> Sequence[Copied]:
-        """As ``FrozenPages.find``; without a process that was killed there is nothing to wait for."""
+        """As ``FrozenPages.find``. Ends the service if a process was killed: its pages can't be served any more."""
         try:
             found = self.pages.find(pid, address, nr_pages, asked)
         except SourceGoneError as error:
@@ -291,25 +295,25 @@ class _Clients:
                 self._unknown = True
         return found
 
-    # Who may have started the tasks. All of this comes before the client hears a word.
+    # What follows records which clients may have started the tasks; always before the client receives the answer.
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
         with self._lock:
             yield
-            self._tree.stays = not self.both and bool(self._unknown or self._told or self._may_run)
+            self._tree.stays = not self.both and bool(self._unknown or self._undecided or self._may_run)
 
     def opened(self) -> None:
         with self._changing():
-            self._told += 1
+            self._undecided += 1
 
     def refused(self) -> None:
         with self._changing():
-            self._told -= 1
+            self._undecided -= 1
 
     def agreed(self, number: int) -> None:
         with self._changing():
-            self._told -= 1
+            self._undecided -= 1
             self._may_run.add(number)
 
     def unused(self, number: int) -> None:
@@ -317,7 +321,7 @@ class _Clients:
             self._may_run.discard(number)
 
     def completed(self, client: _Client) -> bool:
-        """Whether it is the first that has everything; all others then are too late."""
+        """Whether this client is the first that has everything. All others are too late from then on."""
         with self._lock:
             if self._winner is None:
                 self._winner = client
@@ -328,30 +332,28 @@ class _Clients:
         return self._winner is not None and not self._winner.is_same(client)
 
     def conclude(self) -> None:
-        """When all connections have ended. Raises ``DumpError`` unless a client was done."""
+        """Call when all connections have ended. Raises ``DumpError`` unless a client has everything."""
         missing = self.pages.never_asked
         if self._winner is not None:
             fetched = self.pages.total - missing
             log.log(
                 MESSAGE,
-                "the client needs no more: %s fetched, %s never asked for",
+                "the client has finished: %s fetched, %s never requested",
                 _size(fetched),
                 _size(missing),
             )
             return
-        why = str(self._gone or f"ended by a signal, {_size(missing)} were never asked for")
+        why = str(self._gone or f"ended by a signal, {_size(missing)} were never requested")
         error = SourceGoneError if self._gone else DumpError
         if self._tree.stays:
             raise error(f"{why}; {_ways_out(self._tree)}")
         if self._gone:
             raise self._gone
-        raise error(
-            f"{why}: the tasks go on here, and whatever was restored from these images elsewhere must not"
-        )
+        raise error(f"{why}: the tasks go on here; do not run what was restored from these images elsewhere")
 
 
 class _Client(Gate):
-    """One connection; a ``pageserver.serve.Pages`` too."""
+    """One connection; also a ``lazypages.net.page_connection.Pages``."""
 
     def __init__(self, clients: _Clients, name: str) -> None:
         super().__init__(clients.identity)
@@ -361,11 +363,11 @@ class _Client(Gate):
         self._closed = False
 
     def is_same(self, other: _Client) -> bool:
-        """Whether both are of one destination."""
+        """Whether both connections belong to the same destination."""
         return other is self or (self._number is not None and other._number == self._number)
 
     def run(self, sock: socket.socket) -> None:
-        """Until it has ended."""
+        """Serves the connection until it ends."""
         service = self._clients.service
         try:
             sock = prepare(sock, service.tls, service.address, strangers=service.strangers)
@@ -377,11 +379,11 @@ class _Client(Gate):
         try:
             clean = connection.run()
             if self._number is not None and not self._closed and self._clients.is_too_late(self):
-                log.warning("%s: too late, another destination has everything", self._name)
-                _say_last(sock, wire.completed_message())
+                log.warning("%s: too late: another destination has all pages", self._name)
+                _send_last(sock, wire.completed_message())
         finally:
             hang_up(sock, clean=clean)
-            log.info("%s: gone after %s", self._name, _size(connection.pages))
+            log.info("%s: disconnected after %s", self._name, _size(connection.pages))
 
     def find(self, pid: int, address: int, nr_pages: int) -> Sequence[Copied]:
         return self._clients.find(pid, address, nr_pages, self._asked)
@@ -400,7 +402,7 @@ class _Client(Gate):
         self._closed = True
         if client is None:
             if self._has_all():
-                self._clients.completed(self)  # it would not know what else to do with another status
+                self._clients.completed(self)  # no other status: CRIU's client can't handle one
         elif flags & CloseFlags.COMPLETE:
             return 0 if self._clients.completed(self) else wire.ELSEWHERE
         elif flags & CloseFlags.UNUSED:
@@ -408,54 +410,54 @@ class _Client(Gate):
         return 0
 
     def _has_all(self) -> bool:
-        """Whether it has asked for every page. Enough for a tree that goes on here anyway: for any."""
+        """Whether it has requested every page; with ``both``, any page."""
         pages = self._clients.pages
         got = sum(asked.count(1) for asked in self._asked.values())
         return got == pages.total or (self._clients.both and got > 0)
 
     def explain(self, never_asked: int, *, last: bool) -> None:
-        """It has gone, and changed nothing. ``last``: no other is connected."""
+        """Logs that a client has left without everything. ``last``: no other client is connected."""
         if self._closed and not self._asked:
-            log.warning("%s: has closed without asking for a page; waiting for another client", self._name)
+            log.warning("%s: closed without requesting a page; waiting for another client", self._name)
         elif self._closed and self._number is None:
             log.warning(
-                "%s: has closed, but not asked for all pages: perhaps its tasks have ended by themselves, perhaps they "
-                "were killed, and nothing tells; the tasks stay frozen, waiting for a client (Ctrl-C or SIGTERM ends "
-                "the waiting, and says how to end them)",
+                "%s: closed without requesting all pages: its tasks have exited or were killed, which can't be told "
+                "apart; the tasks here stay frozen, waiting for a client (Ctrl-C or SIGTERM ends the waiting, and "
+                "prints how to end them)",
                 self._name,
             )
         elif last:
             log.warning(
-                "%s: gone before it was done, %s were never asked for; the tasks stay frozen, waiting for a client "
-                "(Ctrl-C or SIGTERM ends the waiting)",
+                "%s: disconnected before it had everything, %s were never requested; the tasks stay frozen, waiting "
+                "for a client (Ctrl-C or SIGTERM ends the waiting)",
                 self._name,
                 _size(never_asked),
             )
 
 
 def _ways_out(tree: FrozenTree) -> str:
-    """For a tree that may run elsewhere."""
+    """What the user can do with a tree that may be running elsewhere."""
     pids = [process.pid for process in tree.alive]
     named = " ".join(map(str, pids[:MAX_NAMED])) + (" ..." if len(pids) > MAX_NAMED else "")
     tree_of = f" (all {len(pids)} of the tree under {tree.root.pid})" if len(pids) > MAX_NAMED else ""
     return (
         f"a destination may have started the tasks, so they stay stopped here: `kill -CONT {named}`{tree_of} lets them "
-        f"go on here after all, and nothing restored from these images may run then; `kill -KILL {named}` ends them"
+        f"go on here, and then nothing restored from these images may run; `kill -KILL {named}` ends them"
     )
 
 
-def _say_last(sock: socket.socket, data: bytes) -> None:
-    """Send that, and wait until it has arrived: to close with unread requests would cut off what is on its way."""
+def _send_last(sock: socket.socket, data: bytes) -> None:
+    """Sends data and waits until it is acknowledged: closing with unread requests would discard it (RST)."""
     deadline = time.monotonic() + LAST_WORDS
     with suppress(OSError):
         sock.settimeout(LAST_WORDS)
         sock.sendall(data)
-        while _on_its_way(sock) and time.monotonic() < deadline:
+        while _unacknowledged(sock) and time.monotonic() < deadline:
             time.sleep(0.01)
 
 
-def _on_its_way(sock: socket.socket) -> int:
-    """Bytes that the other end has not acknowledged (tcp(7), SIOCOUTQ)."""
+def _unacknowledged(sock: socket.socket) -> int:
+    """Bytes that the peer has not acknowledged (tcp(7), SIOCOUTQ)."""
     return int.from_bytes(fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(4)), "little")
 
 
@@ -465,7 +467,7 @@ def _size(pages: int) -> str:
 
 @contextmanager
 def _no_hangup() -> Iterator[None]:
-    """A terminal that goes away decides nothing."""
+    """Ignores SIGHUP: the loss of the terminal must not decide where the tasks run."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         yield

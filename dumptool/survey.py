@@ -1,7 +1,7 @@
-"""What a tree of processes has, and what of that images can't hold.
+"""The state of a tree of processes, and what of it images can't hold.
 
-Made twice: before anything is stopped, so that a refusal costs the tasks nothing, and once more when all
-is frozen, because they may have changed.
+It is examined twice: before the tree is stopped, so that a refusal does not disturb the tasks, and again when it
+is frozen, because it may have changed.
 """
 
 from __future__ import annotations
@@ -9,13 +9,14 @@ from __future__ import annotations
 import os
 import re
 import stat
+import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
 from dumptool import proc, trackers
 from dumptool.errors import DumpError, Refusal, TaskGoneError, UnsupportedError
-from dumptool.freeze import Process
+from dumptool.freeze import Process, members
 from dumptool.identity import one_process
 from dumptool.tracee import Same, dispatches_syscalls, same
 
@@ -33,7 +34,7 @@ NAMESPACES = (
 )
 
 MEMORY_DEVICES = frozenset(os.makedev(1, minor) for minor in (3, 5, 7, 8, 9))
-"""/dev/null, zero, full, random, urandom: nothing but their name to remember."""
+"""/dev/null, zero, full, random, urandom: devices without state, restored by name."""
 TTY_MAJORS = frozenset({4, 5, *range(136, 144)})
 """Consoles, /dev/tty and /dev/console, pseudo-terminals (Documentation/admin-guide/devices.txt)."""
 PTS_MAJORS = range(136, 144)
@@ -42,14 +43,19 @@ NR_RESTART_SYSCALL = "219"
 
 SCHED_DEADLINE = 6
 THREAD_CLOCKS = (3, -2)
-"""CLOCK_THREAD_CPUTIME_ID, and what the kernel makes of it: /proc does not tell of which thread."""
+"""CLOCK_THREAD_CPUTIME_ID, and its number in /proc/<pid>/timers, which does not show the thread."""
 
 OWN_LOCKS = ("POSIX", "FLOCK", "OFDLCK")
+
+VFORK_PATIENCE = 2.0
+"""Seconds for the child of a vfork to call execve or to exit."""
+LOOK_PAUSE = 0.005
+"""Seconds between two looks at a tree that seems to have something that can't be saved."""
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What the user allows: a session and terminal of somebody else (``shell_job``), ``file_locks``."""
+    """What the user allows: ``shell_job``, session and terminal of processes outside of the tree; ``file_locks``."""
 
     shell_job: bool = False
     file_locks: bool = False
@@ -57,7 +63,7 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class Asleep:
-    """Where a thread sleeps. ``registers``: rdi, rsi, rdx, r10, rsp, rip. ``kernel_function``: proc_pid_wchan(5)."""
+    """A sleeping thread. ``registers``: rdi, rsi, rdx, r10, rsp, rip. ``kernel_function``: proc_pid_wchan(5)."""
 
     registers: tuple[int, ...]
     kernel_function: str
@@ -65,9 +71,9 @@ class Asleep:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What /proc has on one live process. ``files``: without the descriptors of our own ``trackers``.
+    """The /proc files of one live process. ``files``: without the descriptors of our ``trackers``.
 
-    ``asleep``: by thread id, those in restart_syscall(2) when the process was first looked at, running.
+    ``asleep``: by thread id, the threads that were in restart_syscall(2) at the first look, before the freeze.
     """
 
     process: Process
@@ -84,11 +90,11 @@ class Task:
 
 
 def look_at(process: Process, before: Task | None = None) -> Task:
-    """Reads what there is to know. ``before``: an earlier look, which can save work."""
+    """Reads the state of a process. ``before``: an earlier look, which can save work. Raises ``DumpError``."""
     with one_process(process.pid):
         now = proc.stat(process.pid)
         if before is not None and before.stat.start_time != now.start_time:
-            before = None  # of another process with this pid
+            before = None  # of another process with the same pid
         return _look_at(process, before)
 
 
@@ -111,7 +117,7 @@ def _look_at(process: Process, before: Task | None) -> Task:
 def _asleep(process: Process) -> dict[int, Asleep]:
     found = {}
     for tid in process.threads:
-        with suppress(DumpError):  # it has ended, or the kernel does not show this (to us)
+        with suppress(DumpError):  # the thread has exited, or the kernel does not let us read this
             words = proc.read_text(process.pid, f"task/{tid}/syscall").split()
             if words[0] == NR_RESTART_SYSCALL:
                 registers = tuple(int(words[place], 16) for place in (1, 2, 3, 4, 7, 8))
@@ -120,7 +126,10 @@ def _asleep(process: Process) -> dict[int, Asleep]:
 
 
 def look_at_all(processes: Iterable[Process], before: dict[int, Task] | None = None) -> dict[int, Task]:
-    """All but the zombies; by pid. A process that ends meanwhile is left out."""
+    """The state of all processes but zombies, by pid. Leaves out those that exit meanwhile, except the root.
+
+    Raises ``TaskGoneError`` if the root exits.
+    """
     tasks = {}
     for process in processes:
         if not process.zombie:
@@ -132,13 +141,38 @@ def look_at_all(processes: Iterable[Process], before: dict[int, Task] | None = N
     return tasks
 
 
+def look_until_settled(root: int, options: Options) -> dict[int, Task]:
+    """The running processes of the tree, when nothing in them has to be refused.
+
+    Raises ``UnsupportedError`` when two looks in a row find the same refusals. While a process exits or
+    calls execve, /proc may show a state that is neither the old nor the new one; the child of a vfork shares its
+    parent's memory until it calls execve or exits, which may take ``VFORK_PATIENCE``.
+    """
+    deadline = time.monotonic() + VFORK_PATIENCE
+    refused = ""
+    while True:
+        processes = members(root)
+        in_vfork = any_in_vfork(processes)  # before the look: the vfork may be over after it
+        tasks = look_at_all(processes)
+        try:
+            check(processes, tasks, options)
+        except UnsupportedError as error:
+            settled = str(error) == refused and not (in_vfork or any_in_vfork(processes))
+            if settled or time.monotonic() > deadline:
+                raise
+            refused = str(error)
+            time.sleep(LOOK_PAUSE)
+        else:
+            return tasks
+
+
 def check(
     processes: Sequence[Process], tasks: dict[int, Task], options: Options, *, frozen: bool = False
 ) -> None:
-    """Raises ``UnsupportedError`` with everything that stands in the way.
+    """Raises ``UnsupportedError`` with everything that can't be saved.
 
-    ``frozen``: looks also for what only a thread in a ptrace stop shows. Processes that end meanwhile stand in
-    nobody's way; ``TaskGoneError`` if the root of the tree does.
+    ``frozen``: also checks what can be seen only of a thread in a ptrace stop. Processes that exit meanwhile are
+    ignored, except the root: ``TaskGoneError``.
     """
     refusals: list[Refusal] = []
     pids = {one.pid for one in processes}
@@ -164,7 +198,7 @@ def _own(task: Task, options: Options) -> list[Refusal]:
 
 def _family(process: Process, pids: Collection[int], options: Options) -> Iterator[Refusal]:
     if process.zombie and len(process.threads) > 1:
-        yield Refusal(process.pid, "", "its first thread has ended, others have not")
+        yield Refusal(process.pid, "", "its first thread has exited, others have not")
     if options.shell_job:
         return
     own = proc.stat(process.pid)
@@ -211,13 +245,13 @@ def _process(task: Task) -> Iterator[Refusal]:
                 yield Refusal(
                     pid,
                     "",
-                    f"timer {timer.ident} is on the CPU time of one of the threads, which is not saved",
+                    f"timer {timer.ident} uses the CPU time of one of the threads, which is not saved",
                 )
     for name in NAMESPACES:
         try:
             theirs, ours = proc.readlink(pid, f"ns/{name}"), os.readlink(f"/proc/self/ns/{name}")
         except FileNotFoundError:
-            continue  # not in this kernel
+            continue  # not a namespace of this kernel
         if theirs != ours:
             yield Refusal(pid, "", f"is in a namespace of its own ({theirs}): run dumptool inside of it")
     root = proc.stat_through(pid, "root")
@@ -232,7 +266,7 @@ def _process(task: Task) -> Iterator[Refusal]:
 
 
 def _has_name(link: str, status: os.stat_result) -> bool:
-    """Whether a file can be opened again by its name."""
+    """Whether the name leads to this file."""
     try:
         return os.path.samestat(os.stat(link), status)
     except OSError:
@@ -253,7 +287,7 @@ def _files(task: Task, options: Options) -> Iterator[Refusal]:
 
 
 def _unsupported(file: proc.OpenFile, options: Options) -> str | None:
-    """Why a descriptor can't be saved; None when it can."""
+    """The reason why a descriptor can't be saved; None if it can."""
     mode, link = file.status.st_mode, file.link
     if stat.S_ISSOCK(mode):
         return f"{link} is a socket; sockets are not saved"
@@ -277,16 +311,16 @@ def _unsupported(file: proc.OpenFile, options: Options) -> str | None:
 
 def _mappings(task: Task) -> Iterator[Refusal]:
     tracked = any(tracker.owned_by(task.pid, task.stat.start_time) for tracker in task.trackers)
-    told = set()
+    reported = set()
     for vma in task.layout.vmas:
         what = _unsupported_mapping(task.pid, vma, task.layout.flags[vma.start], tracked=tracked)
-        if what and what not in told:  # one mapping of a kind is enough to read
-            told.add(what)
+        if what and what not in reported:  # one mapping of each kind
+            reported.add(what)
             yield Refusal(task.pid, f"mapping {vma.start:x}-{vma.end:x}", what)
 
 
 def _unsupported_mapping(pid: int, vma: proc.Vma, flags: frozenset[str], *, tracked: bool) -> str | None:
-    """Why a mapping can't be saved; None when it can. ``flags``: VmFlags (proc_pid_smaps(5))."""
+    """The reason why a mapping can't be saved; None if it can. ``flags``: VmFlags (proc_pid_smaps(5))."""
     if vma.name in ("[vdso]", "[vvar]", "[vvar_vclock]", "[vsyscall]"):
         return None
     for flag, what in (
@@ -314,24 +348,24 @@ def _unsupported_mapping(pid: int, vma: proc.Vma, flags: frozenset[str], *, trac
     if vma.inode and not is_shared_anonymous(vma):
         status = proc.stat_through(pid, vma.link)
         if not (stat.S_ISREG(status.st_mode) or status.st_rdev in MEMORY_DEVICES):
-            return f"is of {vma.name}, which is no regular file"
+            return f"maps {vma.name}, which is not a regular file"
         if not _has_name(mapped_name(pid, vma), status):
             return f"{vma.name} can't be found under this name (deleted, renamed, or below a mount)"
     return None
 
 
 def mapped_name(pid: int, vma: proc.Vma) -> str:
-    """The name of a mapped file, without the escapes of maps."""
+    """The name of a mapped file. In maps it has escapes that can't be undone."""
     return proc.readlink(pid, vma.link)
 
 
 def is_shared_anonymous(vma: proc.Vma) -> bool:
-    """MAP_SHARED|MAP_ANONYMOUS, which the kernel shows as a deleted /dev/zero."""
+    """Whether it is MAP_SHARED | MAP_ANONYMOUS, which the kernel shows as a deleted /dev/zero."""
     return vma.shared and vma.name == "/dev/zero (deleted)"
 
 
 def _pipes(tasks: dict[int, Task]) -> Iterator[Refusal]:
-    """Pipes with an end that somebody outside of the tree holds."""
+    """Pipes that processes outside of the tree have open, too."""
     held: dict[str, tuple[int, int]] = {}
     for task in tasks.values():
         for file in task.files:
@@ -348,26 +382,26 @@ def _pipes(tasks: dict[int, Task]) -> Iterator[Refusal]:
             continue
         shared = links & held.keys()
         if shared and _descends(int(entry), tasks):
-            continue  # a child that has been born since we looked
+            continue  # a child that was forked after the look
         for link in shared:
-            pid, fd = held.pop(link)  # one holder is enough to read
+            pid, fd = held.pop(link)  # one descriptor of each pipe
             yield Refusal(
                 pid, f"fd {fd}", f"{link} leads out of the tree, to pid {entry}; that end is not saved"
             )
 
 
 def _descends(pid: int, tasks: Collection[int]) -> bool:
-    """Whether a process is in the tree of these."""
+    """Whether a process descends from one of these."""
     try:
         while pid > 1 and pid not in tasks:
             pid = proc.stat(pid).ppid
     except TaskGoneError:
-        return True  # ended: it holds nothing any more
+        return True  # exited: its descriptors are closed
     return pid in tasks
 
 
 def _shared(tasks: Sequence[Task]) -> Iterator[Refusal]:
-    """What processes share that only threads should, and threads do not that they should."""
+    """Resources that only threads should share but processes do, or that threads should share but do not."""
     for place, task in enumerate(tasks):
         for kind, what in ((Same.FILES, "descriptors"), (Same.FS, "working directory")):
             for tid in task.process.threads[1:]:
@@ -393,7 +427,7 @@ def _shared(tasks: Sequence[Task]) -> Iterator[Refusal]:
 
 
 def any_in_vfork(processes: Iterable[Process]) -> bool:
-    """Whether a thread sleeps uninterruptibly, as one does in vfork until its child is done (vfork(2))."""
+    """Whether a thread sleeps uninterruptibly, as a parent in vfork does (vfork(2))."""
     for process in processes:
         for tid in process.threads:
             with suppress(TaskGoneError):
@@ -403,10 +437,10 @@ def any_in_vfork(processes: Iterable[Process]) -> bool:
 
 
 def check_permission(pid: int) -> None:
-    """Raises ``DumpError`` unless the process is there and we may look into it."""
+    """Raises ``DumpError`` unless the process exists and can be examined."""
     if not proc.exists(pid):
         raise DumpError(f"pid {pid}: no such process")
     if pid == os.getpid():
-        raise DumpError("can't dump myself")
+        raise DumpError("can't dump dumptool itself")
     if re.fullmatch(r"0*", proc.status(pid).get("VmSize", "").removesuffix(" kB")):
-        raise DumpError(f"pid {pid}: a kernel thread or zombie has nothing to save")
+        raise DumpError(f"pid {pid}: is a kernel thread or zombie, which has no memory to save")

@@ -1,7 +1,7 @@
-"""Stopped threads: a typed face on the ptrace calls of csrc/common/inject.c, dump_session.c and dump_task.c.
+"""Stopped threads: a typed interface to the ptrace calls of csrc/common/inject.c, dump_session.c and dump_task.c.
 
-All of it must be called from one and the same thread of ours: that is who traces. Raises ``DumpError``
-naming the thread; ``TaskGoneError`` when the thread has been killed meanwhile.
+Call all functions from the same thread of dumptool: for the kernel the tracer is a thread. All raise ``DumpError``
+with the thread's id, or ``TaskGoneError`` if the thread has been killed in the meantime.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ XSTATE_ROOM = 32768
 ENDED = os.WEXITED | os.WNOHANG | 0x40000000  # __WALL
 ENDS = (os.CLD_EXITED, os.CLD_KILLED, os.CLD_DUMPED)
 PATIENCE = 1.0
-"""Seconds for a killed thread to end."""
+"""Seconds for a killed thread to exit."""
 STACK_RESERVE = 1 << 16
-"""Bytes of the main stack that a thread won't use up at once when we are killed."""
+"""Bytes kept free below stack pointers: a thread that runs on after dumptool was killed does not use more at once."""
 
 
 class Same(IntEnum):
-    """What two processes may share, kcmp(2)."""
+    """Resources that two processes may share, kcmp(2)."""
 
     FILE = lib.LP_SAME_FILE
     VM = lib.LP_SAME_VM
@@ -51,9 +51,9 @@ def _check(outcome: int, tid: int, what: str) -> None:
 
 
 def seize(tid: int) -> None:
-    """Attach without stopping, unless it is ours already.
+    """Attaches without stopping, unless the thread is already traced by us.
 
-    Raises ``DumpError`` when it is traced by somebody else or may not be traced, ``TaskGoneError`` when it has ended.
+    Raises ``DumpError`` if another process traces it or tracing is not permitted, ``TaskGoneError`` if it has exited.
     """
     outcome = lib.lp_seize(tid)
     if outcome == -errno.EPERM:
@@ -62,18 +62,18 @@ def seize(tid: int) -> None:
             raise TaskGoneError(f"thread {tid}: has ended")
         if int(status["TracerPid"]) == threading.get_native_id():
             return
-        # Unless another thread has replaced a dead one in between (execve), it is as it was.
+        # EPERM without a tracer: execve may have replaced a dead thread in between. Try once more.
         outcome = lib.lp_seize(tid)
     _check(outcome, tid, "can't be traced")
 
 
 def interrupt(tid: int) -> None:
-    """Ask a seized thread to stop."""
+    """Asks a seized thread to stop."""
     _check(lib.lp_interrupt(tid), tid, "can't be stopped")
 
 
 def poll_stop(tid: int) -> int | None:
-    """None: has not stopped yet. Else the signal of the job-control stop that it was in, 0 for none."""
+    """The signal of the job-control stop that the thread was in, 0 for none; None: it has not stopped yet."""
     group_stop = ffi.new("int *")
     outcome = lib.lp_poll_stop(tid, group_stop)
     if outcome == -errno.EAGAIN:
@@ -83,47 +83,46 @@ def poll_stop(tid: int) -> int | None:
 
 
 def drop_sigstop(tid: int) -> None:
-    """Take away the SIGSTOP that is pending for its process: nothing stops because of it. It stays traced."""
+    """Removes a pending SIGSTOP of the process without stopping it. The thread stays traced."""
     _check(lib.lp_drop_sigstop(tid), tid, "does not take its signals")
 
 
 def is_stopped(tid: int) -> bool:
-    """Whether it is ours and stands still: it may have been killed since it stopped, or replaced (execve)."""
+    """Whether the thread is in a ptrace stop of ours: it may have been killed, or replaced by execve, meanwhile."""
     return bool(lib.lp_get_sigmask(tid, ffi.new("uint64_t *")) == 0)
 
 
-def bury(tid: int) -> bool:
-    """Wait for a traced thread that has ended; False while it has not.
+def reap(tid: int) -> bool:
+    """Reaps a traced thread that has exited; False if it has not exited yet.
 
-    Until then its process can neither end nor call execve (ptrace(2)). Any thread of ours may do this.
+    Until it is reaped, its process can neither end nor call execve (ptrace(2)). Any thread of dumptool may call this.
     """
     with suppress(ChildProcessError, TaskGoneError):
-        # Of traced threads waitid tells stops too, whatever it is asked for (wait_task_stopped in the kernel's
-        # kernel/exit.c): they are left alone.
+        # For traced threads waitid also reports stops, whatever its options (wait_task_stopped() in kernel/exit.c):
+        # ignore those.
         seen = os.waitid(os.P_PID, tid, ENDED | os.WNOWAIT)
         if seen is None or seen.si_code not in ENDS:
             return False
-        if (
-            proc.stat(tid).ppid != os.getpid() or int(proc.status(tid)["Tgid"]) != tid
-        ):  # else: a child of our own
+        is_own_child = proc.stat(tid).ppid == os.getpid() and int(proc.status(tid)["Tgid"]) == tid
+        if not is_own_child:
             os.waitid(os.P_PID, tid, ENDED)
     return True
 
 
 def detach(tid: int) -> None:
-    """Let it go on, or if it has been killed meanwhile, see to its end."""
+    """Lets the thread go on. If it has been killed, reaps it."""
     outcome = lib.lp_detach(tid)
     if outcome != -errno.ESRCH:
         _check(outcome, tid, "can't be let go")
         return
     deadline = time.monotonic() + PATIENCE
-    while not bury(tid) and time.monotonic() < deadline:
+    while not reap(tid) and time.monotonic() < deadline:
         time.sleep(0.0005)
 
 
 @dataclass(frozen=True, slots=True)
 class Registers:
-    """General registers in the order and with the names of struct user_regs_struct (sys/user.h)."""
+    """General registers, in the order and with the names of struct user_regs_struct (sys/user.h)."""
 
     r15: int
     r14: int
@@ -155,14 +154,14 @@ class Registers:
 
 
 def registers(tid: int) -> Registers:
-    """Out of a restartable sequence, if it was in one; else as they are, an interrupted system call too."""
+    """The registers, after leaving a restartable sequence; those of an interrupted system call are not changed."""
     regs = ffi.new("struct user_regs_struct *")
     _check(lib.lp_settled_regs(tid, regs), tid, "no registers")
     return Registers(*(getattr(regs, name) for name in Registers.__slots__))
 
 
 def set_registers(tid: int, regs: Registers) -> None:
-    """Change them all."""
+    """Sets all registers."""
     raw = ffi.new("struct user_regs_struct *", asdict(regs))
     _check(lib.lp_set_regs(tid, raw), tid, "can't set its registers")
 
@@ -175,7 +174,7 @@ def xstate(tid: int) -> bytes:
 
 
 def xstate_components() -> dict[int, tuple[int, int]]:
-    """Number -> (offset, size in bytes) of what this CPU has in an XSAVE area."""
+    """Component number: (offset, size) in bytes, of the XSAVE components that this CPU has."""
     found = {}
     for number in range(2, 20):
         offset, size = ffi.new("uint32_t *"), ffi.new("uint32_t *")
@@ -193,7 +192,7 @@ def signal_mask(tid: int) -> int:
 
 
 def pending_signals(tid: int, *, shared: bool) -> list[bytes]:
-    """siginfo_t of each pending signal, oldest first: the process's (shared) or the thread's own."""
+    """siginfo_t of each pending signal, oldest first. ``shared``: of the process, else of the thread."""
     buffer, count = ffi.new("unsigned char[]", MAX_PENDING * SIGINFO_SIZE), ffi.new("size_t *")
     _check(lib.lp_pending_signals(tid, shared, buffer, MAX_PENDING, count), tid, "no list of pending signals")
     raw = bytes(ffi.buffer(buffer, count[0] * SIGINFO_SIZE))
@@ -209,7 +208,7 @@ def robust_list(tid: int) -> tuple[int, int]:
 
 @dataclass(frozen=True, slots=True)
 class Rseq:
-    """The registration for restartable sequences; address 0: none."""
+    """The registration of restartable sequences; address 0: none."""
 
     address: int
     size: int
@@ -217,7 +216,7 @@ class Rseq:
 
 
 def rseq(tid: int) -> Rseq:
-    """Of a stopped thread."""
+    """The registration of a stopped thread."""
     found = ffi.new("struct lp_rseq *")
     _check(lib.lp_rseq(tid, found), tid, "no rseq configuration")
     return Rseq(found.address, found.size, found.signature)
@@ -231,21 +230,21 @@ def dispatches_syscalls(tid: int) -> bool:
 
 
 def same(pid: int, other: int, kind: Same, fd: int = 0, other_fd: int = 0) -> bool:
-    """Whether two processes share something (kcmp(2))."""
+    """Whether two processes share a resource (kcmp(2)). ``fd``, ``other_fd``: for ``Same.FILE``."""
     answer = ffi.new("int *")
     _check(lib.lp_same(pid, other, int(kind), fd, other_fd, answer), pid, f"kcmp with {other}")
     return bool(answer[0])
 
 
 def take_fd(pid: int, fd: int) -> int:
-    """A descriptor of ours, close-on-exec, for the process's open file description."""
+    """Duplicates a descriptor of the process into dumptool, close-on-exec (pidfd_getfd(2))."""
     here = ffi.new("int *")
     _check(lib.lp_take_fd(pid, fd, here), pid, f"fd {fd} can't be taken")
     return int(here[0])
 
 
 def peek_pipe(fd: int, size: int) -> bytes:
-    """What is in a pipe of ours that has room for ``size`` bytes; it stays there."""
+    """Copies the contents of a pipe without consuming them. ``fd``: ours; ``size``: the pipe's capacity in bytes."""
     buffer, count = ffi.new("unsigned char[]", size), ffi.new("size_t *")
     outcome = lib.lp_peek_pipe(fd, buffer, size, count)
     if outcome:
@@ -254,14 +253,14 @@ def peek_pipe(fd: int, size: int) -> bytes:
 
 
 def read_memory(pid: int, address: int, size: int) -> bytes:
-    """Bytes of the process's memory."""
+    """Bytes of the process's memory. Raises ``DumpError`` unless all can be read."""
     buffer = ffi.new("unsigned char[]", size)
     _check(lib.lp_read_memory(pid, address, buffer, size), pid, f"can't read {size} bytes at {address:#x}")
     return bytes(ffi.buffer(buffer))
 
 
 def write_memory(pid: int, address: int, data: bytes) -> None:
-    """Change bytes of the process's memory."""
+    """Writes to the process's memory."""
     outcome = lib.lp_write_memory(pid, address, ffi.from_buffer(data), len(data))
     _check(outcome, pid, f"can't write {len(data)} bytes at {address:#x}")
 
@@ -271,20 +270,20 @@ SIGRETURN = b"\xb8\x0f\0\0\0\x0f\x05"
 OWN_CODE = SYSCALL_RETURN + SIGRETURN
 """``syscall; ret`` and ``mov $15, %eax; syscall`` (rt_sigreturn)."""
 PADDING = 128
-"""Zeros at the end of the vdso that are no part of it: more than an ELF section header, 64 bytes, may end in."""
+"""Zeros at the end of the vdso that mark it as unused: more than an ELF section header (64 bytes) may end in."""
 
 
 class Gadgets:
-    """Where in a process the two pieces of code are that a ``Session`` needs, and memory (csrc/dump/dump_session.h).
+    """The location of the two pieces of code, and of memory, that a ``Session`` needs (csrc/dump/dump_session.h).
 
-    A program that has no handler of signals may not have the way back from one (static ones with musl have not). It is
-    lent both pieces, behind the end of the vdso, for the time of a session (``in_place``).
+    A program without signal handlers may lack rt_sigreturn (static ones with musl do). Then both pieces are written
+    to the unused end of the vdso for the time of a session (``in_place``).
 
-    ``room``: as ``find_room`` has it.
+    ``room``: see ``find_room``.
     """
 
     def __init__(self, pid: int, vmas: Sequence[Vma]) -> None:
-        """Searches executable mappings; can be done while the process runs. Raises ``DumpError``."""
+        """Searches executable mappings. The process may run meanwhile. Raises ``DumpError``."""
         self._lent = 0
         self.pointer = ffi.new("struct lp_gadgets *")
         self.room = 0
@@ -306,13 +305,13 @@ class Gadgets:
                 self._code = [(self._lent, bytes(len(OWN_CODE)))]
                 return
         raise DumpError(
-            f"pid {pid}: its code has no `syscall; ret` or no return from signal handlers, nor a vdso with room for "
-            "them, so that no system call can be run in it safely"
+            f"pid {pid}: no system call can be run in it safely: its code has no `syscall; ret` or no return from "
+            "signal handlers, and its vdso has no room for them"
         )
 
     @contextmanager
     def in_place(self, pid: int) -> Iterator[None]:
-        """Both are there for the block. If we are killed, what was lent stays: code that nobody runs."""
+        """The code is in place for the block. If dumptool is killed meanwhile it stays there, unused."""
         if not self._lent:
             yield
             return
@@ -323,7 +322,7 @@ class Gadgets:
             _overwrite(pid, self._lent, bytes(len(OWN_CODE)))
 
     def are_there(self, pid: int, vmas: Sequence[Vma]) -> bool:
-        """Whether the same code is where it was: the process may have called execve meanwhile, or unmapped it."""
+        """Whether the same code is still in place: the process may have called execve or munmap."""
         return all(
             any(vma.prot & 5 == 5 and vma.start <= place and place + len(code) <= vma.end for vma in vmas)
             and read_memory(pid, place, len(code)) == code
@@ -332,7 +331,7 @@ class Gadgets:
 
 
 def _overwrite(pid: int, address: int, data: bytes) -> None:
-    """Change what the process itself can't, as a debugger does for a breakpoint."""
+    """Writes to memory that the process itself can't write, as a debugger does for a breakpoint."""
     try:
         with open(f"/proc/{pid}/mem", "r+b", buffering=0) as file:
             os.pwrite(file.fileno(), data, address)
@@ -342,10 +341,10 @@ def _overwrite(pid: int, address: int, data: bytes) -> None:
 
 
 def find_room(pid: int, vmas: Sequence[Vma], tids: Sequence[int]) -> int:
-    """The end of memory of a frozen process that nobody has ever used, for a ``Session``; 0: there is none.
+    """The end address of unused memory in a frozen process, for a ``Session``; 0 if there is none.
 
-    It is at the end of the main stack, which is nobody's but a thread's that has come down to it: where that was never
-    written, or below, where the stack has yet to grow to.
+    It is at the end of the main stack, which only a thread that has reached it uses: either pages that were never
+    written, or the range below the stack into which it has not grown yet.
     """
     for before, stack in pairwise(vmas):
         if stack.name != "[stack]" or stack.prot & 3 != 3:
@@ -361,46 +360,49 @@ def find_room(pid: int, vmas: Sequence[Vma], tids: Sequence[int]) -> int:
             return end
         below: int = stack.start
         if any(pointer in range(below, below + STACK_RESERVE) for pointer in pointers):
-            below -= STACK_RESERVE  # a thread may go on there if we are killed
+            below -= STACK_RESERVE  # the thread may use this range after dumptool is killed
         if before.end <= below - lib.LP_SESSION_ROOM:
             return below
     return 0
 
 
 class Session:
-    """System calls run by a stopped thread, which comes to no harm if we are killed (``session``)."""
+    """System calls run by a stopped thread, which is not harmed if dumptool is killed (``session``)."""
 
     def __init__(self, tid: int, raw: Any) -> None:
         self._tid, self._raw = tid, raw
 
     @property
     def scratch(self) -> int:
-        """Address of ``LP_SCRATCH_SIZE`` bytes for what the calls read and write."""
+        """Address of ``LP_SCRATCH_SIZE`` bytes for the arguments and results of calls."""
         return int(self._raw.scratch)
 
     def call(self, number: int, *args: int) -> int:
-        """The result of a system call, -errno for a failed one."""
+        """Runs a system call. Returns its result, -errno for a failure."""
         values = ffi.new("uint64_t[6]", [arg & (1 << 64) - 1 for arg in args])
         result = ffi.new("long *")
         _check(lib.lp_session_call(self._raw, number, values, result), self._tid, f"system call {number}")
         return int(result[0])
 
     def checked(self, number: int, *args: int) -> int:
-        """The result of a system call that must succeed."""
+        """Runs a system call. Raises ``DumpError`` if it fails."""
         result = self.call(number, *args)
         if -4096 < result < 0:
             raise DumpError(f"thread {self._tid}: system call {number} in it: {os.strerror(-result)}")
         return result
 
     def put(self, data: bytes) -> int:
-        """Write ``data`` to the scratch memory; its address."""
+        """Writes ``data`` to the scratch memory and returns its address."""
         if len(data) > lib.LP_SCRATCH_SIZE:
             raise ValueError("too much for the scratch memory")
         write_memory(self._tid, self.scratch, data)
         return self.scratch
 
     def filled(self, layout: str, number: int, arguments: Callable[[int], Sequence[int]]) -> tuple[int, ...]:
-        """What a system call fills in (``layout``: struct), given its arguments for an address."""
+        """Runs a system call that fills a struct, and returns its fields.
+
+        ``layout``: for ``struct``. ``arguments``: of the call, given the struct's address.
+        """
         shape = struct.Struct(layout)
         address = self.put(bytes(shape.size))
         self.checked(number, *arguments(address))
@@ -409,7 +411,7 @@ class Session:
 
 @contextmanager
 def session(tid: int, gadgets: Gadgets) -> Iterator[Session]:
-    """Run system calls in a stopped thread; on the way out all of it is as it was."""
+    """Runs system calls in a stopped thread. At the end of the block the thread is unchanged."""
     with gadgets.in_place(tid):
         yield from _session(tid, gadgets)
 
@@ -417,14 +419,14 @@ def session(tid: int, gadgets: Gadgets) -> Iterator[Session]:
 def _session(tid: int, gadgets: Gadgets) -> Iterator[Session]:
     raw = ffi.new("struct lp_session *")
     outcome = lib.lp_session_begin(raw, tid, gadgets.pointer, gadgets.room)
-    if outcome == -errno.EFAULT and gadgets.room:  # the stack may not grow (RLIMIT_STACK)
+    if outcome == -errno.EFAULT and gadgets.room:  # the stack can't grow (RLIMIT_STACK)
         outcome = lib.lp_session_begin(raw, tid, gadgets.pointer, 0)
     if outcome == -errno.EFAULT:
         raise DumpError(f"thread {tid}: no room for a signal frame below its stack pointer")
     if outcome == -errno.ENOTSUP:
-        raise DumpError(f"thread {tid}: runs 32-bit code or has registers that this program does not know")
+        raise DumpError(f"thread {tid}: runs 32-bit code or has registers that dumptool does not support")
     _check(outcome, tid, "can't run system calls in it")
     try:
         yield Session(tid, raw)
     finally:
-        _check(lib.lp_session_end(raw), tid, "can't be put back as it was")
+        _check(lib.lp_session_end(raw), tid, "can't be restored to its state")

@@ -1,10 +1,9 @@
-"""Where dirty tracking lives between runs: two descriptors in the tracked process.
+"""The state of dirty tracking between runs: two descriptors in the tracked process.
 
-The *tracker* is a userfaultfd with which the process's private memory is write-protected
-asynchronously (the kernel notes a write and lets it pass), and beside it a memfd with what must be known
-about it. Both have high numbers and are close-on-exec, so that the process hardly meets them; if it closes
-them, tracking ends and the next dump takes all pages. A forked child inherits both, but its memory is
-not tracked: the record names its owner.
+The *tracker* is a userfaultfd that write-protects the process's private memory asynchronously (the kernel
+records a write and lets it through), and a memfd with the record about it. Both have high numbers and are
+close-on-exec, so that they hardly disturb the process. If the process closes them, tracking ends and the next dump
+writes all pages. A forked child inherits both, but its memory is not tracked: the record names its owner.
 """
 
 from __future__ import annotations
@@ -26,26 +25,26 @@ NO_UFFD = -1
 UFFD_FEATURE_WP_UNPOPULATED = 1 << 13
 UFFD_FEATURE_WP_ASYNC = 1 << 15
 FEATURES = UFFD_FEATURE_WP_ASYNC | UFFD_FEATURE_WP_UNPOPULATED
-"""linux/userfaultfd.h. PAGEMAP_SCAN protects memory of a userfaultfd with these two (fs/proc/task_mmu.c)."""
+"""linux/userfaultfd.h. PAGEMAP_SCAN write-protects only memory of a userfaultfd with these (fs/proc/task_mmu.c)."""
 UFFD_FEATURE_THREAD_ID = 1 << 8
 UFFD_FEATURE_EXACT_ADDRESS = 1 << 11
 OLD_FEATURES = UFFD_FEATURE_EXACT_ADDRESS | UFFD_FEATURE_THREAD_ID
-"""Before Linux 6.7: of a userfaultfd that protects nothing and gets no event. They only tell it from others."""
+"""Before Linux 6.7: our userfaultfd protects nothing and receives no events. These features only mark it as ours."""
 UFFD_FEATURE_INITIALIZED = 1 << 31
-"""In fdinfo, of one that UFFDIO_API was called on."""
+"""In fdinfo: UFFDIO_API has been called."""
 UFFD_WP, SOFT_DIRTY = "uffd-wp", "soft-dirty"
-"""Methods of tracking."""
+"""Tracking methods."""
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
     """The contents of the memfd.
 
-    ``pid``, ``start_time``: the owner. ``uffd``: descriptor number, ``NO_UFFD`` where none could be had.
-    ``arming``: changes whenever writes are to be noted anew. ``level``: the run id (inventory image) of the dump that
-    has all that was written before that; empty while there is none, because that dump has not been completed.
+    ``pid``, ``start_time``: the owner. ``uffd``: descriptor number in it, ``NO_UFFD`` if none could be created.
+    ``arming``: a new value each time the tracker is armed. ``level``: run id (inventory image) of the dump that
+    has everything written before the last arming; empty until that dump is complete.
     ``method``: UFFD_WP or SOFT_DIRTY. ``witness``: address of a page that was made soft-dirty right after all bits were
-    cleared, 0 for none: it tells if somebody else has cleared them since.
+    cleared, 0 for none: if it is clean, another program has cleared the bits since.
     """
 
     pid: int
@@ -57,12 +56,12 @@ class Record:
     witness: int = 0
 
     def encode(self) -> bytes:
-        """Always as many bytes, so that one write replaces a record as a whole."""
+        """Always ``RECORD_SIZE`` bytes, so that one write replaces the whole record."""
         return json.dumps(asdict(self)).encode().ljust(RECORD_SIZE)
 
     @classmethod
     def decode(cls, data: bytes) -> Record | None:
-        """None for what this version of dumptool has not written."""
+        """None for data that this version of dumptool has not written."""
         try:
             fields: Any = json.loads(data)
             record = cls(**fields)
@@ -75,9 +74,9 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Tracker:
-    """A tracker found in a process: the descriptor numbers there, and the record.
+    """A tracker found in a process: its descriptor numbers, and the record.
 
-    ``strays``: further userfaultfds that a run has left there that was killed while it made the tracker.
+    ``strays``: further userfaultfds of a run that was killed while it created the tracker.
     """
 
     memfd: int
@@ -91,11 +90,11 @@ class Tracker:
 
     @property
     def fds(self) -> tuple[int, ...]:
-        """In the order in which they are to be closed: the memfd tells whose the others are."""
+        """In the order of closing: the memfd last, because it identifies the others."""
         return (*self.uffds, self.memfd)
 
     def owned_by(self, pid: int, start_time: int) -> bool:
-        """Whether it is this very process that it tracks, and not one that the process was forked from."""
+        """Whether it tracks this very process, not an ancestor from which it was inherited."""
         record = self.record
         if record is None or (record.pid, record.start_time) != (pid, start_time):
             return False
@@ -103,7 +102,7 @@ class Tracker:
 
 
 def find(pid: int, files: Sequence[OpenFile]) -> list[Tracker]:
-    """The trackers among the descriptors of a process, half-made ones of a run that was killed too."""
+    """The trackers among the descriptors of a process, including incomplete ones of a run that was killed."""
     uffds = {file.fd for file in files if file.link == UFFD_LINK and _is_ours(file)}
     found = []
     for file in files:
@@ -132,5 +131,5 @@ def _is_ours(file: OpenFile) -> bool:
 
 
 def store(memfd: int, record: Record) -> None:
-    """Write a record to (our descriptor of) the memfd."""
+    """Writes a record. ``memfd``: our own descriptor of the memfd."""
     os.pwrite(memfd, record.encode(), 0)

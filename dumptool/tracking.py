@@ -1,9 +1,8 @@
 """Dirty tracking: which pages a process has written since a level was made.
 
-A level and a tracker know each other by the run id in the level's inventory: only if the tracker was
-armed when exactly that level was taken does "not written" mean "as in that level". Everything doubtful (a
-run that was killed, a level that was skipped, descriptors that the process has closed) ends in "all pages
-may have changed".
+A level and a tracker match by the run id in the level's inventory. Only if the tracker was armed for exactly that level
+does "not written" mean "as in that level". In all doubtful cases (a run that was killed, a level that was skipped,
+descriptors that the process has closed) all pages count as changed.
 """
 
 from __future__ import annotations
@@ -43,23 +42,23 @@ UFFDIO_REGISTER_MODE_WP = 2
 """linux/userfaultfd.h, ioctl_userfaultfd(2)."""
 
 HIGHEST_FD = 1000
-"""Trackers lie just below this, or the process's limit. Higher numbers make the kernel's table large."""
+"""Trackers get the highest numbers below this and the soft limit: higher ones make the kernel's table large."""
 FDS_OF_OURS = 8
 
 CATEGORIES = {
     UFFD_WP: (lib.LP_PAGE_WPALLOWED, lib.LP_PAGE_WRITTEN),
     SOFT_DIRTY: (0, lib.LP_PAGE_SOFT_DIRTY | lib.LP_PAGE_PFNZERO),
 }
-"""What a page that has not been written must and must not have (Documentation/admin-guide/mm/pagemap.rst).
+"""Categories that an unwritten page must have, and must not have (Documentation/admin-guide/mm/pagemap.rst).
 
-A read that brings in the zero page, after madvise for instance, does not make it soft-dirty.
+A read that maps the zero page, for instance after madvise(MADV_DONTNEED), sets no soft-dirty bit.
 """
 
 TABLE_SHIFT = 21
-"""A page table maps 2 MiB. mremap of a whole one sets no soft-dirty bit (move_normal_pmd in mm/mremap.c)."""
+"""A page table maps 2 MiB. mremap of a whole one sets no soft-dirty bits (move_normal_pmd() in mm/mremap.c)."""
 ENTRY_SOFT_DIRTY = 1 << 55
 ENTRY_THERE = 3 << 62
-"""Of an entry of pagemap: soft-dirty; present or swapped."""
+"""Bits of an entry of /proc/<pid>/pagemap: soft-dirty; present or swapped."""
 
 
 class Method(Enum):
@@ -72,7 +71,7 @@ class Method(Enum):
 
 
 def soft_dirty_works() -> bool:
-    """Whether the kernel (CONFIG_MEM_SOFT_DIRTY) notes written pages: bit 55 of a pagemap entry."""
+    """Whether the kernel sets the soft-dirty bit of written pages (CONFIG_MEM_SOFT_DIRTY)."""
     with mmap.mmap(-1, mmap.PAGESIZE) as page:
         page[0] = 1
         address = int(_address_of(page))
@@ -89,7 +88,7 @@ def _address_of(page: mmap.mmap) -> int:
 
 
 def own_tracker(task: Task) -> Tracker | None:
-    """The tracker that notes this process's writes."""
+    """The tracker of this process's writes; not one inherited by fork."""
     for tracker in task.trackers:
         if tracker.owned_by(task.pid, task.stat.start_time):
             return tracker
@@ -98,9 +97,9 @@ def own_tracker(task: Task) -> Tracker | None:
 
 @dataclass(slots=True)
 class Vouched:
-    """What a tracker says of the pages of a process that were in a level; ``close`` it.
+    """A tracker's answer: which pages of a process have not changed since a level. Call ``close``.
 
-    ``with_``, ``without``: categories of those that are as they were there, but in the mappings that are ``fresh``.
+    ``with_``, ``without``: PAGEMAP_SCAN categories of unchanged pages, except in the mappings of ``fresh``.
     """
 
     method: str
@@ -108,21 +107,21 @@ class Vouched:
 
     @property
     def with_(self) -> int:
-        """Of the pagemap (LP_PAGE_*)."""
+        """Categories (LP_PAGE_*) that an unchanged page has."""
         return int(CATEGORIES[self.method][0])
 
     @property
     def without(self) -> int:
-        """Of the pagemap (LP_PAGE_*)."""
+        """Categories (LP_PAGE_*) that an unchanged page does not have."""
         return int(CATEGORIES[self.method][1])
 
     def fresh(self, mappings: Iterable[Mapping]) -> frozenset[int]:
-        """Starts of private mappings that may not be those of the level. To be asked before ``Armed.watch``.
+        """Start addresses of private mappings that may not be those of the level. Call it before ``Armed.watch``.
 
-        A mapping is the one that it was if it is still registered with the userfaultfd. Of the others the bits of the
-        pages may be another place's: write protection goes with a page that is moved (until Linux 6.13), and a page
-        table that is moved as a whole keeps its soft-dirty bits. (VmFlags `sd` does not tell: all mappings have it
-        until clear_refs is written.)
+        A mapping that is still registered with the userfaultfd is the same. In others the bits of the pages may
+        come from another address: up to Linux 6.13 write protection moves with a page, and a page table that is moved
+        as a whole keeps its soft-dirty bits. (VmFlags `sd` does not help: all mappings have it until clear_refs is
+        written.)
         """
         return frozenset(
             mapping.entry.start
@@ -136,13 +135,13 @@ class Vouched:
         return self.method == SOFT_DIRTY and start >> TABLE_SHIFT == end >> TABLE_SHIFT
 
     def close(self) -> None:
-        """Give back our descriptor."""
+        """Closes our descriptor."""
         if self.uffd is not None:
             os.close(self.uffd)
 
 
 def vouched(task: Task, run_id: str) -> Vouched | None:
-    """What is known of the pages that the level ``run_id`` has; None when nothing is."""
+    """What the tracker knows of the pages of the level ``run_id``; None if it knows nothing."""
     tracker = own_tracker(task)
     if tracker is None or tracker.record is None or not run_id or tracker.record.level != run_id:
         return None
@@ -155,17 +154,17 @@ def vouched(task: Task, run_id: str) -> Vouched | None:
 
 
 def is_soft_dirty(pid: int, address: int) -> bool:
-    """Whether a page that a process has is soft-dirty."""
+    """Whether a page is there (present or swapped) and soft-dirty."""
     with open(f"/proc/{pid}/pagemap", "rb", buffering=0) as file:
         (entry,) = struct.unpack("<Q", os.pread(file.fileno(), 8, address // mmap.PAGESIZE * 8))
     return bool(entry & ENTRY_SOFT_DIRTY and entry & ENTRY_THERE)
 
 
 def _register(uffd: int, start: int, end: int) -> bool:
-    """Whether this mapping is registered now with this userfaultfd.
+    """Registers a mapping with a userfaultfd for write protection. False if the kernel does not support that.
 
-    Special mappings such as the vdso can't be, and before Linux 6.7 only anonymous memory can.
-    Raises ``DumpError`` where another one has it.
+    It never does for special mappings such as the vdso, and before Linux 6.7 only for anonymous memory.
+    Raises ``DumpError`` if the mapping is registered with another userfaultfd.
     """
     request = struct.pack("<QQQQ", start, end - start, UFFDIO_REGISTER_MODE_WP, 0)
     try:
@@ -181,10 +180,10 @@ def _register(uffd: int, start: int, end: int) -> bool:
 
 @dataclass(slots=True)
 class Armed:
-    """A tracker under our hands, from before a level is taken until it is complete; ``close`` it.
+    """A tracker in use, from before a level is taken until the level is complete. Call ``close``.
 
     ``can_protect``: PAGEMAP_SCAN can write-protect pages; else soft-dirty bits have to be cleared.
-    ``new``: nothing is known of what was written before it was made.
+    ``new``: just created, so it knows of no earlier writes.
     """
 
     task: Task
@@ -198,7 +197,7 @@ class Armed:
         return self.record.method == UFFD_WP
 
     def watch(self, mappings: Iterable[Mapping]) -> None:
-        """Have writes to all private mappings noted, those that are new too."""
+        """Tracks writes to all private mappings, including those mapped since the last level."""
         if self.uffd is None:
             return
         for mapping in mappings:
@@ -206,7 +205,7 @@ class Armed:
                 _register(self.uffd, mapping.entry.start, mapping.entry.end)
 
     def clear(self) -> None:
-        """With soft-dirty bits: forget what was written so far."""
+        """With soft-dirty bits: clears them."""
         if self.can_protect:
             return
         pid = self.task.pid
@@ -218,22 +217,22 @@ class Armed:
         self.record = replace(self.record, witness=witness)
 
     def complete(self, run_id: str) -> None:
-        """The level ``run_id`` has all that was written before we armed; unless another has come since."""
+        """Records that the level ``run_id`` has all that was written before arming, unless it was armed again since."""
         now = Record.decode(os.pread(self.memfd, trackers.RECORD_SIZE, 0))
         if now is not None and now.arming == self.record.arming:
             trackers.store(self.memfd, replace(self.record, level=run_id))
 
     def close(self) -> None:
-        """Give our descriptors back; the process keeps its own."""
+        """Closes our descriptors; the process keeps its own."""
         for fd in (self.memfd, self.uffd):
             if fd is not None:
                 os.close(fd)
 
 
 def arm(task: Task, gadgets: Gadgets, method: Method) -> Armed | None:
-    """A tracker for a frozen process, its own or a new one; None where there is no means of tracking.
+    """Arms the tracker of a frozen process, a new one if needed. None if the kernel has no means of tracking.
 
-    From now on no level is vouched for, until ``Armed.complete``.
+    From now until ``Armed.complete`` all pages count as changed. Raises ``DumpError``.
     """
     if method is Method.COMPARE:
         return None
@@ -256,9 +255,9 @@ def arm(task: Task, gadgets: Gadgets, method: Method) -> Armed | None:
 
 
 def _mark(pid: int, address: int) -> bool:
-    """Write to a page what it holds, so that it is soft-dirty; whether it is.
+    """Writes a page's own byte back to it, and returns whether that has made it soft-dirty.
 
-    The process itself can't write this page: it becomes a copy of its own, as by a debugger's breakpoint.
+    For a page that the process can't write itself: it becomes a private copy, as with a debugger's breakpoint.
     """
     try:
         with open(f"/proc/{pid}/mem", "r+b", buffering=0) as file:
@@ -273,7 +272,7 @@ def _fits(record: Record, method: Method) -> bool:
 
 
 def _make(task: Task, inside: Session, method: Method) -> tuple[int, int | None, Record] | None:
-    """Our descriptors of a new memfd and userfaultfd in the process, and the record."""
+    """Creates memfd and userfaultfd in the process. Returns our descriptors of them, and the record."""
     if method is Method.SOFT_DIRTY and not soft_dirty_works():
         raise DumpError("this kernel has no soft-dirty bits (CONFIG_MEM_SOFT_DIRTY)")
     soft_limit = proc.parse_limits(proc.read_text(task.pid, "limits"))[7][0]
@@ -282,7 +281,7 @@ def _make(task: Task, inside: Session, method: Method) -> tuple[int, int | None,
     memfd = _move_up(inside, memfd, low)
     flags = os.O_CLOEXEC | os.O_NONBLOCK
     uffd, our_uffd, can_protect = inside.call(NR_USERFAULTFD, flags), None, False
-    if uffd == -EPERM:  # vm.unprivileged_userfaultfd is 0: it need not see faults in the kernel
+    if uffd == -EPERM:  # vm.unprivileged_userfaultfd is 0: allowed if it does not handle faults of the kernel
         uffd = inside.call(NR_USERFAULTFD, flags | UFFD_USER_MODE_ONLY)
     if uffd >= 0:
         uffd = _move_up(inside, uffd, low)
@@ -302,7 +301,7 @@ def _make(task: Task, inside: Session, method: Method) -> tuple[int, int | None,
         inside.call(NR_CLOSE, uffd)
     inside.call(NR_CLOSE, memfd)
     if method is Method.UFFD_WP:
-        raise DumpError(f"pid {task.pid}: no userfaultfd with WP_ASYNC (Linux 6.7) can be had in it")
+        raise DumpError(f"pid {task.pid}: can't create a userfaultfd with WP_ASYNC (needs Linux 6.7) in it")
     return None
 
 
@@ -323,17 +322,17 @@ def _handshake(uffd: int, features: int) -> bool:
 
 
 def remove_from(inside: Session, found: Iterable[Tracker]) -> None:
-    """Close the descriptors of trackers in the process."""
+    """Closes the descriptors of trackers in the process."""
     for tracker in found:
         for fd in tracker.fds:
             inside.call(NR_CLOSE, fd)
 
 
 def remove(task: Task, gadgets: Gadgets) -> list[int]:
-    """End tracking of a frozen process, as if it had never been.
+    """Ends the tracking of a frozen process and removes all traces of it.
 
-    Returns descriptors of ours that keep the userfaultfds alive: with the last one the kernel walks all
-    tracked memory, so close them when the process runs again.
+    Returns descriptors of ours that keep the userfaultfds alive. Closing the last one makes the kernel walk all
+    tracked memory: close them when the process runs again.
     """
     if not task.trackers:
         return []
@@ -344,9 +343,9 @@ def remove(task: Task, gadgets: Gadgets) -> list[int]:
 
 
 def lock(task: Task) -> int | None:
-    """Keep other runs of dumptool away from a tracked process until the returned descriptor is closed.
+    """Locks a tracked process against other runs of dumptool until the returned descriptor is closed.
 
-    Raises ``DumpError`` when another one is at it.
+    None if there is no tracker. Raises ``DumpError`` if another run has the lock.
     """
     tracker = own_tracker(task)
     if tracker is None:
@@ -354,13 +353,13 @@ def lock(task: Task) -> int | None:
     try:
         fd = os.open(f"/proc/{task.pid}/fd/{tracker.memfd}", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
-        return None  # closed meanwhile, or the process has ended
+        return None  # closed in the meantime, or the process has exited
     if os.readlink(f"/proc/self/fd/{fd}") != trackers.MEMFD_LINK:
         os.close(fd)
-        return None  # another file by now, or of another process
+        return None  # the number now refers to another file, or the pid to another process
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         os.close(fd)
-        raise DumpError(f"pid {task.pid}: another dumptool is at work on it") from None
+        raise DumpError(f"pid {task.pid}: another dumptool is working on it; wait for it to end") from None
     return fd

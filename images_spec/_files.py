@@ -1,4 +1,4 @@
-"""Image files as bytes; what goes wrong with them is an ``ImageError``."""
+"""Image files as bytes. Errors are raised as ``ImageError``."""
 
 import os
 import stat
@@ -10,13 +10,13 @@ from typing import Self
 from images_spec.errors import ImageError, ImageMissingError
 
 MAX_SIZE = 1 << 30
-"""No image but pages-*.img comes near this many bytes (a pagemap of 1,000,000 entries has some 25 MB)."""
+"""Limit of every image but pages-*.img: 1 GiB. A pagemap of 1,000,000 entries has about 25 MB."""
 
 
 def read_file(path: Path) -> bytes:
-    """The contents of an image, ``MAX_SIZE`` bytes at most. Raises ``ImageError``."""
+    """The contents of an image of at most ``MAX_SIZE`` bytes. Raises ``ImageError``."""
     try:
-        # O_NONBLOCK: a FIFO under this name must not block us.
+        # O_NONBLOCK: opening a FIFO must not block.
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError:
         raise ImageMissingError(path, "no such image") from None
@@ -27,7 +27,7 @@ def read_file(path: Path) -> bytes:
         if not stat.S_ISREG(status.st_mode):
             raise ImageError(path, "not a regular file")
         if status.st_size > MAX_SIZE:
-            raise ImageError(path, f"{status.st_size} bytes are absurd for such an image")
+            raise ImageError(path, f"is too large for such an image: {status.st_size} bytes")
         with open(fd, "rb", closefd=False) as file:
             return file.read(status.st_size)
     except OSError as error:
@@ -37,10 +37,10 @@ def read_file(path: Path) -> bytes:
 
 
 class OutputFile:
-    """An image being written, mode 0600: it may hold secrets of the task. Raises ``ImageError``.
+    """An image being written, with mode 0600, because it may contain secrets of the task. Raises ``ImageError``.
 
-    A context manager: when the block fails, the file is discarded. ``keep`` is called with a descriptor of the
-    whole file before that is closed.
+    A context manager: if the block fails, the file is discarded. ``keep`` is called with the path and a descriptor of
+    the complete file before it is closed.
     """
 
     def __init__(self, path: Path, keep: Callable[[Path, int], None] | None = None) -> None:
@@ -75,13 +75,13 @@ class OutputFile:
         finally:
             try:
                 os.close(self._fd)
-            except OSError as error:  # of a file system on a network
+            except OSError as error:  # some network file systems report failed writes here
                 raise self._failure(error) from None
 
     def discard(self) -> None:
-        """Leaves an empty file, which no reader takes for an image.
+        """Empties the file, so that every reader rejects it.
 
-        A pagemap that is cut short would look whole, and the pages that it lacks would be zeros.
+        A pagemap cut at an entry would look complete, and the pages that it lacks would be restored as zeros.
         """
         with suppress(OSError):
             os.ftruncate(self._fd, 0)

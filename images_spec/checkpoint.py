@@ -1,6 +1,6 @@
-"""An image directory as a whole: its tasks, its chain of parents, and where each task's pages are.
+"""An image directory as a whole: its tasks, its chain of parents, and the place of each task's pages.
 
-Everything is validated before it is handed out, so that nobody serves half of a checkpoint.
+Everything is validated before it is returned, so that no part of an invalid checkpoint is served.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ PARENT_LINK = "parent"
 
 
 class Task(NamedTuple):
-    """A task of the tree. ``ppid`` is 0 for the root.
+    """A task of the tree. ``ppid``: 0 for the root.
 
-    ``threads``: ids, the leader's included. Of a zombie they mean nothing: CRIU 4.1.1 and 4.2.1 write
-    whatever was in memory (observed).
+    ``threads``: thread ids, including the leader's. For a zombie they are meaningless: CRIU 4.1.1 and 4.2.1
+    write uninitialised memory (observed).
     """
 
     pid: int
@@ -41,7 +41,7 @@ class Task(NamedTuple):
 
 
 class TaskLevel(NamedTuple):
-    """What one level of the chain has of a task: its pages file (absent when it has no data) and its size."""
+    """A task's pages file in one level of the chain, and its size in bytes. None and 0 if the level has no data."""
 
     directory: Path
     pages: Path | None
@@ -49,14 +49,14 @@ class TaskLevel(NamedTuple):
 
 
 class TaskImages(NamedTuple):
-    """A task's memory. ``Extent.source`` counts ``levels``.
+    """A task's memory. ``Extent.source`` is an index into ``levels``.
 
-    ``vmas``: the mappings that the restorer registers with userfaultfd; ``wiped``: those of them that a
-    forked child finds zeroed; ``guards``: pages that raise SIGSEGV, in these or other mappings, of which
-    ``extents`` says nothing. A dead task (a zombie) has no memory: all is empty.
+    ``vmas``: the mappings that the restorer registers with userfaultfd. ``wiped``: those of them that are
+    zero in a forked child (MADV_WIPEONFORK). ``guards``: pages that raise SIGSEGV, in these or other mappings;
+    ``extents`` does not contain them. A zombie has no memory: everything is empty.
 
-    ``seen``: what others look at without the task's help: arguments, environment, auxiliary vector
-    (/proc/<pid>/cmdline and so on), and the top of its leader's stack.
+    ``seen``: memory that other processes read without the task's help: arguments, environment and auxiliary vector
+    (/proc/<pid>/cmdline and so on), and the top of the leader's stack.
     """
 
     pid: int
@@ -70,7 +70,7 @@ class TaskImages(NamedTuple):
 
 
 class Checkpoint:
-    """An image directory. Made by ``open_checkpoint``."""
+    """An image directory, opened by ``open_checkpoint``."""
 
     def __init__(self, directory: Path, inventory: InventoryEntry, tasks: tuple[Task, ...]) -> None:
         self.directory = directory
@@ -79,7 +79,7 @@ class Checkpoint:
 
     @cached_property
     def chain(self) -> tuple[Path, ...]:
-        """The directories of the chain, this one first. Raises ``ImageError`` if broken or circular."""
+        """The directories of the chain, this one first. Raises ``ImageError`` if it is broken or circular."""
         chain = parent_chain(self.directory)
         for directory in chain[1:]:
             check_inventory(directory)
@@ -90,9 +90,9 @@ class Checkpoint:
         return frozenset(task.pid for task in self.tasks)
 
     def load_task(self, pid: int, remote: bool) -> TaskImages:
-        """All about the memory of a task of the tree, validated; ``remote`` as for ``placement.resolve``.
+        """The memory of a task, validated. ``remote``: as for ``placement.resolve``.
 
-        Raises ``ImageError``. Pages that no level holds are not an error here: ask ``extents.counts().lost``.
+        Raises ``ImageError``. Lost pages are not an error here: see ``extents.counts().lost``.
         """
         if pid not in self._pids:
             raise ImageError(self.directory / Kind.PSTREE.file_name(), f"has no task {pid}")
@@ -112,7 +112,7 @@ class Checkpoint:
         return TaskImages(pid, False, extents, vmas, wiped, guards, levels, seen.of_task(mm, core))
 
     def thread_stacks(self, pid: int) -> Iterator[Span]:
-        """The tops of the stacks of a task's threads, but for the leader's. Raises ``ImageError``."""
+        """The tops of the stacks of a task's threads, except the leader's. Raises ``ImageError``."""
         (task,) = (task for task in self.tasks if task.pid == pid)
         for tid in task.threads:
             if tid != pid:
@@ -121,7 +121,7 @@ class Checkpoint:
                 )
 
     def _load_levels(self, pid: int) -> tuple[list[TaskLevel], list[Pagemap]]:
-        """The pagemaps of a task, down to the first level without one: there its chain ends, as for CRIU."""
+        """The pagemaps of a task. The first level without one ends its chain, as for CRIU."""
         levels: list[TaskLevel] = []
         pagemaps: list[Pagemap] = []
         for directory in self.chain:
@@ -137,9 +137,9 @@ class Checkpoint:
 
 
 def open_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint:
-    """Reads what an image directory says of itself: inventory and tree. Raises ``ImageError``.
+    """Reads inventory and tree of an image directory. Raises ``ImageError``.
 
-    All paths that come of it are absolute, and hold when the working directory changes.
+    All resulting paths are absolute, so they remain valid if the working directory changes.
     """
     directory = Path(os.path.abspath(directory))
     inventory = _inventory(directory)
@@ -148,7 +148,7 @@ def open_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint:
 
 
 def check_inventory(directory: Path) -> None:
-    """Raises ``ImageError`` for what ``open_checkpoint`` would refuse; there may be none: a page server writes none."""
+    """Raises ``ImageError`` for an inventory that ``open_checkpoint`` rejects. It may be missing (page servers)."""
     with suppress(ImageMissingError):
         _inventory(directory)
 
@@ -157,13 +157,13 @@ def _inventory(directory: Path) -> InventoryEntry:
     path = directory / Kind.INVENTORY.file_name()
     inventory = images.read_one(path, Kind.INVENTORY)
     if inventory.img_version not in (1, 2):
-        raise ImageError(path, f"image version {inventory.img_version}, but 1 and 2 are known")
+        raise ImageError(path, f"image version {inventory.img_version} is not supported, only 1 and 2")
     refuse_unknown_fields([inventory], path)
     return inventory
 
 
 def parent_chain(directory: Path) -> tuple[Path, ...]:
-    """``directory`` and what its ``parent`` links lead to, to any depth. Raises ``ImageError``."""
+    """``directory`` and, through the ``parent`` links, all directories below it. Raises ``ImageError``."""
     chain = [directory]
     seen = {_identity(directory)}
     while os.path.lexists(link := chain[-1] / PARENT_LINK):
@@ -187,11 +187,11 @@ def _identity(directory: Path) -> tuple[int, int]:
 
 
 def _tasks(entries: list[PstreeEntry], path: Path) -> tuple[Task, ...]:
-    """The tree: its root first, parents before their children, as CRIU's restore wants it too."""
+    """Checks the tree: root first, parents before their children. CRIU's restore requires the same."""
     tasks: dict[int, Task] = {}
     for entry in entries:
         if not 0 < entry.pid < 1 << 31:
-            raise ImageError(path, f"{entry.pid} is no pid")
+            raise ImageError(path, f"{entry.pid} is not a pid")
         if entry.pid in tasks:
             raise ImageError(path, f"holds task {entry.pid} twice")
         if tasks and not entry.ppid:
@@ -205,7 +205,7 @@ def _tasks(entries: list[PstreeEntry], path: Path) -> tuple[Task, ...]:
 
 
 def _check_mappings(mm: MmEntry, path: Path) -> None:
-    """What a mapping is decides whether its pages are lazy, and whether what no pagemap speaks of is zero."""
+    """Rejects unknown kinds of mappings: the kind decides about lazy pages, and whether absent pages are zero."""
     for vma in mm.vmas:
         if unknown := vma.status & ~VMA_KNOWN:
             raise ImageError(path, f"mapping {vma.start:#x}-{vma.end:#x} has status {unknown:#x}, {NEWER}")

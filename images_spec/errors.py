@@ -1,13 +1,12 @@
-"""The one error of this package."""
+"""The exceptions of this package."""
 
 from os import PathLike, fspath
 
 
 class ImageError(Exception):
-    """An image is missing, malformed, or contradicts itself or its neighbours.
+    """An image is missing or malformed, or contradicts itself or other images.
 
-    ``path``: the file or directory; ``what``: what is wrong with it; ``offset``: the byte at which, where
-    there is such a place.
+    ``path``: the file or directory. ``what``: the error. ``offset``: of the error in the file, in bytes, or None.
     """
 
     def __init__(self, path: str | PathLike[str], what: str, *, offset: int | None = None) -> None:
@@ -22,4 +21,4 @@ class ImageError(Exception):
 
 
 class ImageMissingError(ImageError):
-    """The file is not there."""
+    """The file does not exist."""

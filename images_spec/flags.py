@@ -1,6 +1,6 @@
-"""Bits that images carry, and the rule that tells which mappings can be lazy.
+"""Bits of images, and the rule for which mappings can be lazy.
 
-Numbers: reference/criu-interfaces §2 and §5 (observed with CRIU 4.1.1 and 4.2.1); ``MAP_*`` from mmap(2),
+Numbers: docs/criu.md, "Pagemap" and "Image files" (observed with CRIU 4.1.1 and 4.2.1); ``MAP_*``: mmap(2),
 x86_64 and aarch64.
 """
 
@@ -12,7 +12,7 @@ PAGE_SIZE: Final = 4096
 PE_PARENT: Final = 1
 """The data is in the next level of the chain."""
 PE_LAZY: Final = 2
-"""``criu restore --lazy-pages`` leaves the page to the daemon."""
+"""``criu restore --lazy-pages`` may leave the page to the daemon."""
 PE_PRESENT: Final = 4
 """The data is in this level's pages file."""
 
@@ -35,9 +35,9 @@ VMA_SHSTK: Final = 0x8000
 VMA_GUARD: Final = 0x10000
 VMA_UPROBES: Final = 0x20000
 VMA_EXT_PLUGIN: Final = 1 << 27
-"""A file that a plugin of CRIU's knows."""
+"""A file that a CRIU plugin handles."""
 VMA_KNOWN: Final = 0x3FFFF & ~0x10 | VMA_EXT_PLUGIN
-"""All of these. Bits above the last one are never in an image (reference/criu-interfaces §5)."""
+"""All of these. Higher bits are never in an image (docs/criu.md, "Image files")."""
 
 # VmaEntry.flags
 MAP_SHARED: Final = 0x1
@@ -47,20 +47,20 @@ MAP_GROWSDOWN: Final = 0x100
 MAP_LOCKED: Final = 0x2000
 MAP_HUGETLB: Final = 0x40000
 
-# bits of VmaEntry.madv: bit n is MADV_n of madvise(2)
+# VmaEntry.madv: bit n is MADV_n of madvise(2)
 MADV_WIPEONFORK: Final = 18
 
 
 def is_guard(status: int) -> bool:
-    """Whether a ``VmaEntry`` with this status is no mapping, but a guard region of others (images_spec/mm.md)."""
+    """Whether a ``VmaEntry`` is not a mapping, but a guard region in other mappings (images_spec/mm.md)."""
     return bool(status & VMA_GUARD)
 
 
 def lazy_capable(vma_flags: int, status: int) -> bool:
     """Whether the restorer registers a mapping with userfaultfd.
 
-    ``vma_flags`` and ``status`` are those of a ``VmaEntry``. Dump and restore of CRIU both compute it: it
-    is written nowhere (reference/criu-interfaces §2).
+    ``vma_flags``, ``status``: of its ``VmaEntry``. CRIU's dump and restore both compute this; it
+    is not stored (docs/criu.md, "Userfaultfds and lazy mappings").
     """
     wanted = MAP_ANONYMOUS | MAP_PRIVATE
     return (

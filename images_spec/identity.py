@@ -1,8 +1,8 @@
-"""Which checkpoint this is: what tells one dump from another dump of the same processes.
+"""The identity of a checkpoint: distinguishes it from other dumps of the same processes.
 
-CRIU writes a random id into the inventory of each dump (``dump_criu_run_id``, from 4.1 on), and so does dumptool: a
-UUID, of version 8, where CRIU's are those of libuuid (4, or 1). Without one, what the processes were doing and when it
-was (``dump_uptime`` in the inventory, registers in the cores) has to tell them apart.
+CRIU from 4.1 on writes a random id into the inventory of each dump (``dump_criu_run_id``), and so does dumptool: a
+UUID of version 8, whereas CRIU's are made by libuuid (version 4 or 1). Without an id, the state of the processes
+and the time of the dump identify it (``dump_uptime`` in the inventory, registers in the cores).
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from images_spec.errors import ImageError
 from images_spec.images import Kind
 
 SIZE: Final = 16
-_OUR_VERSION: Final = 8  # RFC 9562: for whoever has a use for it
+_OUR_VERSION: Final = 8  # RFC 9562: for custom use
 
 
 class Identity(NamedTuple):
-    """``digest``: SIZE bytes, the same for each copy of the images. ``by_dumptool``: who has written them."""
+    """``digest``: SIZE bytes, equal for all copies of the images. ``by_dumptool``: dumptool wrote the images."""
 
     digest: bytes
     by_dumptool: bool
 
 
 def new_run_id() -> str:
-    """For the inventory of a dump that begins."""
+    """A new id for the inventory of a dump."""
     number = int.from_bytes(os.urandom(16), "big")
     number &= ~(0xF << 76 | 0x3 << 62)
     return str(uuid.UUID(int=number | _OUR_VERSION << 76 | 0x2 << 62))
 
 
 def identify(directory: Path) -> Identity:
-    """Of the checkpoint in ``directory``. Raises ``ImageError``."""
+    """The identity of the checkpoint in ``directory``. Raises ``ImageError``."""
     path = directory / Kind.INVENTORY.file_name()
     run_id = images.read_one(path, Kind.INVENTORY).dump_criu_run_id
     if run_id:

@@ -1,6 +1,6 @@
-"""Images as messages: magics and framing, both ways (images_spec/framing.md).
+"""Images as messages: magics and framing, reading and writing (images_spec/framing.md).
 
-All integers are little-endian (reference/criu-interfaces §5; observed with CRIU 4.1.1 and 4.2.1).
+All integers are little-endian (docs/criu.md, "Image files"; observed with CRIU 4.1.1 and 4.2.1).
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ M = TypeVar("M", bound=Message)
 
 
 class Opening(Enum):
-    """What an image begins with."""
+    """The magic numbers at the start of an image."""
 
     BARE = "the type's magic alone"
     COMMON = "the common magic, then the type's; version 1 lacks the common one"
@@ -64,13 +64,13 @@ class Opening(Enum):
 
 
 class Kind(Generic[M]):
-    """A type of image: its magic, its file's name, and what messages it holds.
+    """A type of image: its magic number, file name and messages.
 
-    ``name``: the file's name with ``{}`` for the id that it carries. ``single``: it holds exactly one message.
-    ``payload``: how many raw bytes follow a message, given how many are left in the file.
+    ``name``: the file name, with ``{}`` for an id. ``single``: it contains exactly one message.
+    ``payload``: the number of raw bytes that follow a message, given the number of bytes left in the file.
 
-    ``message_name``, ``head_name``: of what it holds, and of the first if that differs, by module and class. They
-    are imported when they are first asked for: a restore waits for ``lazypages serve``, which reads few kinds.
+    ``message_name``, ``head_name``: module and class of the messages, and of the first one if it differs. They
+    are imported on first use: a restore waits until ``lazypages serve`` is ready, which reads few kinds.
     """
 
     INVENTORY: ClassVar[Kind[InventoryEntry]]
@@ -121,12 +121,12 @@ class Kind(Generic[M]):
 
     @cached_property
     def message(self) -> type[M]:
-        """The class of its messages."""
+        """The class of the messages."""
         return _message_class(self.message_name)
 
     @cached_property
     def head(self) -> type[M]:
-        """The class of the first one."""
+        """The class of the first message."""
         return _message_class(self.head_name) if self.head_name else self.message
 
 
@@ -189,7 +189,7 @@ def _missing(message: Message) -> str:
 
 
 def _skip_magics(data: bytes, kind: Kind[M], path: Path) -> int:
-    """Checks what the image begins with and returns where its messages begin."""
+    """Checks the magic numbers and returns the offset of the first message."""
     place = 0
     if kind.opening is not Opening.BARE:
         family = COMMON_MAGIC if kind.opening is Opening.COMMON else SERVICE_MAGIC
@@ -205,9 +205,9 @@ def _skip_magics(data: bytes, kind: Kind[M], path: Path) -> int:
 
 
 def decode(data: bytes, kind: Kind[M], path: Path) -> Iterator[tuple[M, bytes]]:
-    """The messages of an image's bytes, each with the raw bytes that follow it (mostly none).
+    """The messages of an image, each with the raw bytes that follow it (usually none).
 
-    ``path`` is for messages only. Raises ``ImageError``, with the offset, at the first thing that is wrong.
+    ``data``: the whole image. ``path``: for error messages. Raises ``ImageError``, with the offset, at the first error.
     """
     place = _skip_magics(data, kind, path)
     count = 0
@@ -243,9 +243,9 @@ def decode(data: bytes, kind: Kind[M], path: Path) -> Iterator[tuple[M, bytes]]:
 
 
 def encode(kind: Kind[M], items: Iterable[tuple[M, bytes]], path: Path) -> Iterator[bytes]:
-    """The bytes of an image, piece by piece: the counterpart of ``decode``.
+    """The bytes of an image, piece by piece: the inverse of ``decode``.
 
-    Raises ``ImageError`` for messages that ``decode`` would not take.
+    Raises ``ImageError`` for messages that ``decode`` would reject.
     """
     if kind.opening is not Opening.BARE:
         yield _U32.pack(COMMON_MAGIC if kind.opening is Opening.COMMON else SERVICE_MAGIC)
@@ -281,7 +281,7 @@ def read(path: str | os.PathLike[str], kind: Kind[M]) -> list[M]:
 
 
 def read_one(path: str | os.PathLike[str], kind: Kind[M]) -> M:
-    """The message of an image that holds exactly one (``kind.single``). Raises ``ImageError``."""
+    """The only message of an image (``kind.single``). Raises ``ImageError``."""
     (message,) = iter(path, kind)
     return message
 
@@ -298,9 +298,9 @@ def write(
     messages: Iterable[M],
     keep: Callable[[Path, int], None] | None = None,
 ) -> None:
-    """Writes an image of messages that no raw bytes follow, mode 0600. Raises ``ImageError``.
+    """Writes an image of messages without raw bytes, with mode 0600. Raises ``ImageError``.
 
-    ``keep``: as ``OutputFile`` has it.
+    ``keep``: see ``OutputFile``.
     """
     write_with_data(path, kind, ((message, b"") for message in messages), keep)
 
@@ -311,9 +311,9 @@ def write_with_data(
     items: Iterable[tuple[M, bytes]],
     keep: Callable[[Path, int], None] | None = None,
 ) -> None:
-    """Writes an image of messages and the raw bytes that follow each, mode 0600. Raises ``ImageError``.
+    """Writes an image of messages, each followed by raw bytes, with mode 0600. Raises ``ImageError``.
 
-    ``keep``: as ``OutputFile`` has it.
+    ``keep``: see ``OutputFile``.
     """
     path = Path(path)
     with OutputFile(path, keep) as file:

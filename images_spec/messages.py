@@ -1,9 +1,9 @@
-"""Every message and enumeration of the ``.proto`` files, under one name.
+"""All messages and enumerations of the ``.proto`` files.
 
-``comm`` of tasks and names of files are ``bytes``: neither has an encoding (use ``os.fsdecode``). Fields that
-an enumeration describes are plain integers, so that a value newer than this project still decodes.
+Names of tasks and files are ``bytes``, because they have no encoding (use ``os.fsdecode``). Fields with
+values of an enumeration are plain integers, so that newer values still decode.
 
-To import this is to import all of them, which takes its time; see ``images.Kind``.
+Importing this module imports all generated modules, which is slow; ``images.Kind`` avoids it.
 """
 
 from images_spec.core_aarch64_pb2 import (

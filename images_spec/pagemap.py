@@ -1,6 +1,6 @@
-"""One pagemap image as a C array, and writing one (images_spec/pagemap.md).
+"""Reading a pagemap image into a C array, and writing one (images_spec/pagemap.md).
 
-24 bytes an entry, and no Python object until one is looked at: a million entries are a normal size.
+An entry takes 24 bytes; Python objects are made only on access. A million entries are a normal size.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from images_spec.pagemap_pb2 import PagemapHead
 
 
 class Entry(NamedTuple):
-    """A run of pages: address of the first, how many, ``PE_*`` bits."""
+    """A run of pages: address of the first page, number of pages, ``PE_*`` bits."""
 
     vaddr: int
     nr_pages: int
@@ -28,14 +28,14 @@ class Entry(NamedTuple):
 
 
 class Pagemap:
-    """The entries of one pagemap image: sorted, disjoint, page aligned, no unknown flags.
+    """The entries of one pagemap image: sorted, disjoint, page aligned, with known flags only.
 
-    ``path``: of the image. ``pages_id``: the data is in ``pages-<pages_id>.img`` beside it.
-    ``present_pages``: how many pages that file must hold.
+    ``path``: of the image. ``pages_id``: the data is in ``pages-<pages_id>.img`` in the same directory.
+    ``present_pages``: number of pages in that file.
     """
 
     def __init__(self, data: bytes, path: Path) -> None:
-        """Parses the bytes of an image; ``path`` is for messages. Raises ``ImageError`` with the offset."""
+        """Parses an image. ``path``: for error messages. Raises ``ImageError`` with the offset."""
         self.path = path
         pagemap, error = ffi.new("struct lp_pagemap *"), ffi.new("struct lp_image_error *")
         if lib.lp_pagemap_parse(ffi.from_buffer(data), len(data), pagemap, error):
@@ -48,7 +48,7 @@ class Pagemap:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
-        """Reads an image. Raises ``ImageError``, ``ImageMissingError`` when it is not there."""
+        """Reads an image. Raises ``ImageError``; ``ImageMissingError`` if it does not exist."""
         path = Path(path)
         return cls(read_file(path), path)
 
@@ -70,7 +70,7 @@ class Pagemap:
         return map(self.__getitem__, range(len(self)))
 
     def check_pages_size(self, size: int, path: Path) -> None:
-        """Raises ``ImageError`` when the pages file at ``path`` (``size`` bytes) lacks promised pages."""
+        """Raises ``ImageError`` if the pages file ``path`` of ``size`` bytes is shorter than the pagemap says."""
         wanted = self.present_pages * PAGE_SIZE
         if size < wanted:
             promise = f"{self.path.name} promises {self.present_pages} pages ({wanted} bytes)"
@@ -80,9 +80,9 @@ class Pagemap:
 class PagemapWriter:
     """Writes a pagemap image entry by entry, in bounded memory; a context manager.
 
-    The image is complete when the block ends; if the block fails, the file is left empty. Counts are written
-    both ways (``nr_pages``, and ``compat_nr_pages`` where they fit 32 bits), so that CRIU before and from 4.2
-    can read them. Raises ``ImageError``, also for what a reader would refuse. ``keep``: as ``OutputFile`` has it.
+    The image is complete at the end of the block; if the block fails, the file is emptied. Numbers of pages are written
+    to both fields (``nr_pages``, and ``compat_nr_pages`` if they fit 32 bits), so that CRIU before and from 4.2
+    can read them. Raises ``ImageError``, also for entries that a reader rejects. ``keep``: see ``OutputFile``.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class PagemapWriter:
             self._file.discard()
 
     def add(self, vaddr: int, nr_pages: int, flags: int) -> None:
-        """Adds an entry, which must lie past the one before it."""
+        """Appends an entry, which must start at or behind the end of the last one."""
         outcome = lib.lp_pagemap_add(self._writer, vaddr, nr_pages, flags, self._error)
         if outcome < 0:
             raise _image_error(self._path, self._error, None)
@@ -116,7 +116,7 @@ class PagemapWriter:
             self._flush()
 
     def close(self) -> None:
-        """Writes out what is left: the image is complete after this, and not before."""
+        """Writes the remaining entries. The image is complete only after this."""
         try:
             self._flush()
         except ImageError:

@@ -1,7 +1,6 @@
-"""Where each page of a task is: the one rule (images_spec/placement.md).
+"""Where each page of a task is: the Python interface of csrc/images/placement.c (images_spec/placement.md).
 
-It is written once, in ``csrc/images/placement.c``; this is its Python face. No Python object per extent until one is
-looked at.
+Python objects of extents are made only on access.
 """
 
 from __future__ import annotations
@@ -20,18 +19,18 @@ if TYPE_CHECKING:
     from images_spec.mm_pb2 import MmEntry, VmaEntry
 
 LAST_PAGE: Final = (1 << 64) - PAGE_SIZE
-"""Past all that a pagemap can speak of."""
+"""Behind the last address of any pagemap."""
 
 SOURCE_REMOTE: Final[int] = lib.LP_SOURCE_REMOTE
-"""``Extent.source``: lazy, its data is at a page server."""
+"""``Extent.source``: lazy, and a page server has the data."""
 SOURCE_LOST: Final[int] = lib.LP_SOURCE_LOST
-"""``Extent.source``: promised by a pagemap, held by no level."""
+"""``Extent.source``: in a pagemap, but no level has the data."""
 
 
 class Extent(NamedTuple):
     """A run of pages whose data is in one place.
 
-    ``start``: address at dump time. ``source``: the level that holds the data (0: the task's own image, 1:
+    ``start``: address at dump time. ``source``: the level with the data (0: the task's own image, 1:
     its parent, ...) or ``SOURCE_*``. ``offset``: of the first page in that level's pages file, bytes.
     ``lazy``: the restorer leaves the pages to the daemon.
     """
@@ -44,7 +43,7 @@ class Extent(NamedTuple):
 
     @property
     def end(self) -> int:
-        """The address after the last page."""
+        """The address behind the last page."""
         return self.start + self.nr_pages * PAGE_SIZE
 
 
@@ -60,7 +59,7 @@ class PageCount(NamedTuple):
 
 
 class PageCounts(NamedTuple):
-    """Numbers of pages by where they are: in which level of the chain, or in none."""
+    """Numbers of pages, in each level of the chain and in none."""
 
     levels: tuple[PageCount, ...]
     remote: PageCount
@@ -75,9 +74,9 @@ class Span(NamedTuple):
 
 
 class ExtentTable:
-    """All pages of a task that its pagemap speaks of: a sorted array of ``struct lp_extent`` (csrc/common/extent.h).
+    """All pages in a task's pagemap: a sorted array of ``struct lp_extent`` (csrc/common/extent.h).
 
-    Made by ``resolve``.
+    Created by ``resolve``.
     """
 
     def __init__(self, table: Any, nr_levels: int) -> None:
@@ -86,7 +85,7 @@ class ExtentTable:
 
     @property
     def address(self) -> int:
-        """Of the first ``struct lp_extent``, for other extensions; valid while this object lives."""
+        """Address of the first ``struct lp_extent``, for other C modules; valid while this object lives."""
         return int(ffi.cast("uintptr_t", self._table.extents))
 
     def __len__(self) -> int:
@@ -102,11 +101,11 @@ class ExtentTable:
         return map(self.__getitem__, range(len(self)))
 
     def counts(self) -> PageCounts:
-        """All pages, by where they are."""
+        """Counts all pages, by place."""
         return self.counts_within([Span(0, LAST_PAGE)])[0]
 
     def counts_within(self, spans: Sequence[Span]) -> list[PageCounts]:
-        """The pages in each of the spans (page aligned, sorted, not overlapping), by where they are."""
+        """Counts the pages in each of the spans (page aligned, sorted, disjoint), by place."""
         width = self.nr_levels + 2
         rows = ffi.new("struct lp_page_count[]", len(spans) * width)
         lib.lp_count_pages(
@@ -119,9 +118,9 @@ class ExtentTable:
         ]
 
     def filled_from(self, other: ExtentTable) -> ExtentTable:
-        """The same pages; those that are lazy and in no level here from ``other``, where a level there has them.
+        """The same pages, but those that are lazy and in no level here are taken from ``other`` if it has them.
 
-        Levels of ``other`` count on from ``nr_levels``.
+        The levels of ``other`` are numbered from ``nr_levels`` on.
         """
         table = ffi.new("struct lp_extents *")
         if lib.lp_fill(self._table, self.nr_levels, other._table, table):
@@ -129,7 +128,7 @@ class ExtentTable:
         return ExtentTable(table, self.nr_levels + other.nr_levels)
 
     def without(self, spans: Sequence[Span]) -> ExtentTable:
-        """The same pages but for those in the spans (page aligned, sorted, not overlapping): guard regions."""
+        """The same pages without those in the spans (page aligned, sorted, disjoint): guard regions."""
         if not spans:
             return self
         table = ffi.new("struct lp_extents *")
@@ -138,10 +137,10 @@ class ExtentTable:
         return ExtentTable(table, self.nr_levels)
 
     def check_covered(self, spans: Sequence[Span], path: Path) -> None:
-        """Raises ``ImageError`` (for the pagemap at ``path``) when a lazy page lies in none of the spans.
+        """Raises ``ImageError`` (for the pagemap at ``path``) if a lazy page lies in none of the spans.
 
-        Nobody would register such a page with userfaultfd, and the restorer would leave it out: it would read
-        as zeros. ``spans``: as from ``lazy_vmas``.
+        Such a page would not be registered with userfaultfd, and the restorer would leave it out: the task would read
+        zeros. ``spans``: from ``lazy_vmas``.
         """
         array, found = ffi.new("struct lp_span[]", list(spans)), ffi.new("struct lp_span *")
         if lib.lp_find_uncovered(self._table, array, len(spans), found):
@@ -152,10 +151,10 @@ class ExtentTable:
 
 
 def resolve(levels: Sequence[Pagemap | None], *, remote: bool) -> ExtentTable:
-    """Places every page of ``levels[0]``, the top of a chain; ``None``: a level that has nothing of the task.
+    """Places every page of ``levels[0]``, the top of a chain. ``None``: a level without pages of the task.
 
-    ``remote``: there is a page server for the pages that are lazy and nowhere in the chain; without one they
-    are lost. Linear in the entries of all levels. Lost pages are an answer, not an error: see
+    ``remote``: a page server has the pages that are lazy and nowhere in the chain; without one they
+    are lost. Time is linear in the entries of all levels. Lost pages are not an error here: see
     ``ExtentTable.counts``.
     """
     if not levels:
@@ -171,14 +170,14 @@ def resolve(levels: Sequence[Pagemap | None], *, remote: bool) -> ExtentTable:
 
 
 def mappings(mm: MmEntry) -> list[VmaEntry]:
-    """The entries of an mm image that are mappings: all but guard regions."""
+    """The entries of an mm image that are mappings, not guard regions."""
     return [vma for vma in mm.vmas if not is_guard(vma.status)]
 
 
 def lazy_vmas(mm: MmEntry, path: Path) -> list[Span]:
-    """The mappings that the restorer registers with userfaultfd, whole, in order; neighbours stay apart.
+    """The mappings that the restorer registers with userfaultfd, sorted; adjacent ones are not merged.
 
-    Raises ``ImageError`` (for the mm image at ``path``) when mappings, of whatever kind, are unsorted,
+    Raises ``ImageError`` (for the mm image at ``path``) if mappings of any kind are unsorted,
     overlapping, unaligned or empty.
     """
     vmas = mappings(mm)
@@ -190,11 +189,11 @@ def lazy_vmas(mm: MmEntry, path: Path) -> list[Span]:
 
 
 def guard_regions(mm: MmEntry, path: Path) -> list[Span]:
-    """Pages that raise SIGSEGV when they are touched (MADV_GUARD_INSTALL), in order.
+    """Pages that raise SIGSEGV on access (MADV_GUARD_INSTALL), sorted.
 
-    They are neither data nor zero, whatever a pagemap says of them. They lie within the mappings, and one may
-    span several. Raises ``ImageError`` (for the mm image at ``path``) when they are unsorted, overlapping,
-    unaligned or empty, or where nothing is mapped.
+    They are neither data nor zero, whatever the pagemap says. They lie within mappings, and one region may
+    span several. Raises ``ImageError`` (for the mm image at ``path``) if they are unsorted, overlapping,
+    unaligned, empty, or where nothing is mapped.
     """
     spans = _checked([vma for vma in mm.vmas if is_guard(vma.status)], "guard region", path)
     mapped = iter(mappings(mm))
@@ -213,7 +212,7 @@ def guard_regions(mm: MmEntry, path: Path) -> list[Span]:
 
 
 def _checked(vmas: Sequence[VmaEntry], kind: str, path: Path) -> list[Span]:
-    """Where they are, if they are what ``lazy_vmas`` and ``guard_regions`` ask for."""
+    """The spans of the entries, after the checks that ``lazy_vmas`` and ``guard_regions`` have in common."""
     before = 0
     for vma in vmas:
         name = f"{kind} {vma.start:#x}-{vma.end:#x}"

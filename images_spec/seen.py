@@ -1,4 +1,4 @@
-"""What others look at in a task's memory without its help: arguments, environment, auxiliary vector, tops of stacks."""
+"""Memory of a task that other processes read: arguments, environment, auxiliary vector, and tops of stacks."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from images_spec.placement import Span
 if TYPE_CHECKING:
     from images_spec.messages import CoreEntry, MmEntry
 
-#: Bytes of each range at most: the arguments and the environment of a program may have 6 MiB (execve(2)).
+#: Limit of each range, bytes: arguments and environment of a program may have 6 MiB (execve(2)).
 MOST = 1 << 20
 
-#: Bytes of a stack from its pointer on: the frames that are at work.
+#: Bytes of a stack from its pointer on: the frames in use.
 TOP = 4 * PAGE_SIZE
 
 
 def of_task(mm: MmEntry, leader: CoreEntry) -> tuple[Span, ...]:
-    """Page aligned; they need not be mapped. From start_stack on the kernel has put argc, pointers, and the
-    auxiliary vector (proc_pid_stat(5))."""
+    """Page-aligned ranges, not necessarily mapped. The kernel has put argc, pointers and the auxiliary vector
+    at start_stack (proc_pid_stat(5))."""
     ranges = (
         (mm.arg_start, mm.arg_end),
         (mm.env_start, mm.env_end),
@@ -32,7 +32,7 @@ def of_task(mm: MmEntry, leader: CoreEntry) -> tuple[Span, ...]:
 
 
 def of_thread(core: CoreEntry) -> tuple[Span, ...]:
-    """The top of a thread's stack; none of a zombie's."""
+    """The top of a thread's stack; empty for a zombie."""
     info = core.ti_aarch64 if core.HasField("ti_aarch64") else core.thread_info
     pointer = info.gpregs.sp
     return (_pages(pointer, pointer + TOP),) if pointer else ()

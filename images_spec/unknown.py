@@ -1,4 +1,4 @@
-"""What images say that we do not know, refused where it may change what other parts mean (images_spec/unknown.md)."""
+"""Rejects unknown fields of images that may change the meaning of known ones (images_spec/unknown.md)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NEWER = "which this lazypages does not know: written by a newer CRIU?"
 
 
 def refuse_unknown_fields(messages: Iterable[Message], path: Path) -> None:
-    """Raises ``ImageError`` when one of the messages, of the image at ``path``, has a field that its .proto lacks."""
+    """Raises ``ImageError`` if one of the messages, of the image at ``path``, has a field that its .proto lacks."""
     for message in messages:
         if has_unknown_fields(message):
             name, number = next(_unknown_fields(message, message.DESCRIPTOR.name))
@@ -21,7 +21,7 @@ def refuse_unknown_fields(messages: Iterable[Message], path: Path) -> None:
 
 
 def has_unknown_fields(message: Message) -> bool:
-    """Without looking at each part: an mm image may have 65,530 mappings (vm.max_map_count)."""
+    """A fast check of the whole message: an mm image may have 65,530 mappings (vm.max_map_count)."""
     known = type(message)()
     known.CopyFrom(message)
     known.DiscardUnknownFields()

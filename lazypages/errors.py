@@ -1,9 +1,9 @@
-"""What can go wrong, said so that its reader knows what to do."""
+"""Base classes of the errors. A message is one line: what happened, and what to do."""
 
 
 class LazyPagesError(Exception):
-    """Base of all errors that lazypages raises on purpose; its text is one line for the user."""
+    """Base of all expected errors. The text is one line for the user; the commands print it without a traceback."""
 
 
 class UnreadableError(LazyPagesError):
-    """A page that is here and can't be read: it is lost, and never answered with anything else."""
+    """A page is stored here but can't be read. It is lost, and must never be answered with other contents."""

@@ -1,8 +1,8 @@
-"""What is said while serving, to whom, and how much of it.
+"""Log levels and log handlers of the commands.
 
-Verbosity counts as with ``criu`` (observed with CRIU 4.2.1): 0 nothing, 1 errors, 2 warnings as well (the
-default), 3 information, 4 all. ``-vN`` sets it, each bare ``-v`` adds one. *Messages* come from 1 on: the few
-lines that a person wants to see in any case (ready, progress, summary).
+Verbosity levels are those of ``criu`` (observed with CRIU 4.2.1): 0 nothing, 1 errors, 2 warnings (the default),
+3 information, 4 debug. ``-vN`` sets the level, each bare ``-v`` adds one. *Messages* (ready, progress, summary)
+are printed at every level from 1 on.
 """
 
 from __future__ import annotations
@@ -19,17 +19,18 @@ from lazypages.errors import LazyPagesError
 if TYPE_CHECKING:
     from rich.console import Console
 
-#: Level of messages: above errors, so that only silence hides them.
+#: Logging level of messages: above ERROR, so that only verbosity 0 suppresses them.
 MESSAGE = 45
 
 DEFAULT_VERBOSITY = 2
 
-#: As a log file: standard output.
+#: This name of a log file means standard output.
 STDOUT = Path("-")
 
-#: `extra` of a record that the terminal shows in a better way, and of one that standard error gets anyhow.
+#: `extra` of a record that the terminal shows in another form (a progress bar, a table).
 NOT_ON_TERMINAL = {"terminal": False}
-SAID = {"terminal": False, "stderr": False}
+#: `extra` of a record that the command prints on standard error itself.
+PRINTED = {"terminal": False, "stderr": False}
 
 _THRESHOLDS = (logging.CRITICAL + 1, logging.ERROR, logging.WARNING, logging.INFO, logging.DEBUG)
 _NAMES = {MESSAGE: "", logging.ERROR: "error: ", logging.WARNING: "warning: "}
@@ -39,9 +40,9 @@ log = logging.getLogger("lazypages")
 
 
 def verbosity(given: Sequence[str]) -> int:
-    """The level that the values of all ``-v`` add up to: digits set it, ``v`` and its repetitions add.
+    """The level (0 to 4) from the values of all ``-v`` options: digits set it, each ``v`` adds one.
 
-    Raises ValueError for anything else.
+    Raises ValueError for any other value.
     """
     level = DEFAULT_VERBOSITY
     for value in given:
@@ -55,7 +56,7 @@ def verbosity(given: Sequence[str]) -> int:
 
 
 def open_log(path: Path) -> TextIO:
-    """A fresh log, for its owner only, as ``criu -o`` makes it; ``-`` is standard output.
+    """Create or truncate a log file with mode 0600, as ``criu -o`` does; ``-`` is standard output.
 
     Raises LazyPagesError.
     """
@@ -64,14 +65,14 @@ def open_log(path: Path) -> TextIO:
     try:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600)
     except OSError as error:
-        raise LazyPagesError(f"can't log to {path}: {error.strerror}") from error
+        raise LazyPagesError(f"cannot open log file {path}: {error.strerror}") from error
     return os.fdopen(fd, "w", encoding="utf-8", errors="backslashreplace")
 
 
 def start(level: int, stream: TextIO | None, terminal: Console | None) -> None:
-    """Logs to `stream` by verbosity `level`, and on a terminal; with both, that gets only what matters."""
+    """Log to `stream` and to `terminal` at verbosity `level`. With both, the terminal gets errors and messages only."""
     logging.addLevelName(MESSAGE, "MESSAGE")
-    logging.raiseExceptions = False  # a log that can't be written is no reason for a traceback
+    logging.raiseExceptions = False  # no traceback if the log can't be written
     log.handlers.clear()
     log.propagate = False
     log.setLevel(_THRESHOLDS[level])
@@ -88,7 +89,7 @@ def start(level: int, stream: TextIO | None, terminal: Console | None) -> None:
 
 
 class _TerminalHandler(logging.Handler):
-    """Lines above whatever is live on the terminal."""
+    """Prints lines above the progress bars of the terminal."""
 
     def __init__(self, terminal: Console) -> None:
         super().__init__()

@@ -12,7 +12,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-/* What WSTOPSIG is in a system-call stop with PTRACE_O_TRACESYSGOOD, ptrace(2). */
+/* WSTOPSIG of a system-call stop with PTRACE_O_TRACESYSGOOD, ptrace(2). */
 #define SYSCALL_STOP (SIGTRAP | 0x80)
 
 static int request(int what, pid_t tid, uint64_t address, uint64_t data)
@@ -20,7 +20,7 @@ static int request(int what, pid_t tid, uint64_t address, uint64_t data)
 	return ptrace(what, tid, (void *)address, (void *)data) < 0 ? -errno : 0;
 }
 
-/* The next stop of the task; its end is -ESRCH. With WNOHANG in options -EAGAIN when there is none yet. */
+/* Waits for the next stop of the task. -ESRCH if it exits. With WNOHANG: -EAGAIN if it has not stopped yet. */
 static int next_stop(pid_t tid, int options, int *signo, int *event)
 {
 	int status;
@@ -72,7 +72,7 @@ static int wait_stop(pid_t tid, int options, int *group_stop)
 		}
 		if (event == 0 && signo != SYSCALL_STOP)
 			deliver = signo;
-		lp_interrupt(tid); /* once more: any stop takes an interrupt away (ptrace_stop in kernel/signal.c) */
+		lp_interrupt(tid); /* again: any stop consumes a pending interrupt (ptrace_stop() in kernel/signal.c) */
 		rc = request(PTRACE_CONT, tid, 0, deliver);
 		if (rc)
 			return rc;
@@ -111,7 +111,7 @@ int lp_drop_sigstop(pid_t tid)
 		else if (event == 0 && signo != SYSCALL_STOP)
 			deliver = signo;
 		if (interrupted)
-			rc = lp_interrupt(tid); /* also if it was before: any stop takes an interrupt away */
+			rc = lp_interrupt(tid); /* again: any stop consumes a pending interrupt */
 		if (!rc)
 			rc = request(PTRACE_CONT, tid, 0, deliver);
 	}
@@ -195,7 +195,7 @@ int lp_write_memory(pid_t pid, uint64_t address, const void *local, size_t size)
 int lp_find_bytes(pid_t pid, uint64_t start, uint64_t end, const void *bytes, size_t size, uint64_t *address)
 {
 	char window[16 + 4096];
-	size_t kept = 0; /* the tail of the window before: the bytes may lie across two */
+	size_t kept = 0; /* end of the previous window: the bytes may span two */
 
 	if (size == 0 || size > 16)
 		return -EINVAL;
@@ -228,9 +228,9 @@ int lp_find_syscall_insn(pid_t pid, uint64_t start, uint64_t end, uint64_t *ip)
 }
 
 /*
- * Let the task run to its next system-call stop.  SIGSTOP, which can't be blocked, is held back if it comes up on the way,
- * and noted, for the caller to send again.  Another signal is the task's own fault, literally (-EIO): there is no code at
- * that place.
+ * Lets the task run to its next system-call stop.  A SIGSTOP on the way, which can't be blocked, is suppressed and
+ * reported in *held; the caller sends it again.  Any other signal must be a fault of the task itself (-EIO): there is
+ * no code at that address.
  */
 static int run_to_syscall_stop(pid_t tid, bool *held)
 {
@@ -261,7 +261,7 @@ int lp_call(pid_t tid, const struct user_regs_struct *base, uint64_t syscall_ip,
 
 	regs.rip = syscall_ip;
 	regs.rax = nr;
-	regs.orig_rax = -1; /* "not in a system call": else the kernel would rewind rip to restart one */
+	regs.orig_rax = -1; /* not in a system call: else the kernel would change rip to restart it */
 	regs.rdi = args[0];
 	regs.rsi = args[1];
 	regs.rdx = args[2];
@@ -270,9 +270,9 @@ int lp_call(pid_t tid, const struct user_regs_struct *base, uint64_t syscall_ip,
 	regs.r9 = args[5];
 	rc = lp_set_regs(tid, &regs);
 	if (!rc)
-		rc = run_to_syscall_stop(tid, &held); /* at its begin */
+		rc = run_to_syscall_stop(tid, &held); /* entry */
 	if (!rc)
-		rc = run_to_syscall_stop(tid, &held); /* at its end */
+		rc = run_to_syscall_stop(tid, &held); /* exit */
 	if (held)
 		syscall(SYS_tkill, tid, SIGSTOP);
 	if (!rc)

@@ -1,10 +1,10 @@
 /*
- * Whether a page is in a pages file: if the file holds all of it, and else it is not.
+ * Reading pages files. A page counts as present only if the file contains all 4096 bytes of it.
  *
- * A file may be cut short after its size has been checked.  Of a mapping, what lies behind the end then can't be read, but
- * the page that the end is in can: the kernel fills it up with zeros (mmap(2)).  So whoever takes a page asks how long the
- * file is, of a mapping before it is taken, and of any file afterwards: a file becomes shorter before its bytes are cleared
- * (truncate_setsize() in the kernel's mm/truncate.c), so a page is good that was taken before the file was found long enough.
+ * A file may be truncated after its size has been checked.  In a mapping, pages behind the end then can't be read, but
+ * the page with the end in it can: the kernel fills it up with zeros (mmap(2)).  So a reader checks the file's size: for a
+ * mapping before it takes a page, and for every file afterwards.  Truncation changes the size before it clears bytes
+ * (truncate_setsize() in mm/truncate.c), so a page is good if the file was found long enough after the page was taken.
  */
 #ifndef LAZYPAGES_PAGES_FILE_H
 #define LAZYPAGES_PAGES_FILE_H
@@ -16,8 +16,8 @@
 #define LP_FILE_PAGE UINT64_C(4096)
 
 /*
- * How many of the pages at offset, from the first one on, the file holds.  (It is asked twice for every fault, so by lseek: that
- * takes 120 ns where fstat takes 200.  The file's position is nobody's business here.)
+ * The number of pages at offset, up to nr_pages, that the file contains.  (Called twice for every fault, hence lseek: 120 ns,
+ * where fstat takes 200.  Nothing here uses the file position.)
  */
 static inline uint64_t lp_pages_held(int fd, uint64_t offset, uint64_t nr_pages)
 {
@@ -31,10 +31,11 @@ static inline uint64_t lp_pages_held(int fd, uint64_t offset, uint64_t nr_pages)
 }
 
 /*
- * Reads pages at offset.  Returns how many, from the first one on, the file holds and can be read, or -errno if the first can't.
+ * Reads pages at offset.  Returns the number of pages, from the first one on, that the file contains and that can be read;
+ * -errno if the first can't.
  *
- * A read of many pages may fail for one among them (FUSE and network file systems answer for the whole of a request), so what
- * lies before it is then read page by page.
+ * A read of many pages may fail because of one of them (FUSE and network file systems fail the whole request).  Then
+ * the pages are read one by one.
  */
 static inline int64_t lp_pages_read(int fd, void *buffer, uint64_t offset, uint64_t nr_pages)
 {

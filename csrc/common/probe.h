@@ -1,5 +1,5 @@
 /*
- * What a uffd says of a page without anything being done to it: a copy that has nothing to copy.
+ * Probe a userfaultfd without side effects: UFFDIO_COPY from an unreadable source page.
  */
 #ifndef LAZYPAGES_PROBE_H
 #define LAZYPAGES_PROBE_H
@@ -11,11 +11,11 @@
 
 #include <linux/userfaultfd.h>
 
-#define LP_ANYWHERE ((uint64_t)1 << 38) /* an address that every task can have */
+#define LP_ANYWHERE ((uint64_t)1 << 38) /* an address within every task's address space */
 
 /*
- * What a copy to this page would meet: EAGAIN when the layout is changing or an event of it has not been read, else ENOENT
- * when the page is not registered (any more), ESRCH when the task is gone.  nowhere: a page that can't be read, so nothing is
+ * The error of a copy to this page: EAGAIN if the layout is changing or an event has not been read, else ENOENT
+ * if the page is not registered (any more), ESRCH if the task has exited.  nowhere: an unreadable page, so nothing is
  * copied.
  */
 static inline int lp_probe(int uffd, const void *nowhere, uint64_t addr)
@@ -23,13 +23,13 @@ static inline int lp_probe(int uffd, const void *nowhere, uint64_t addr)
 	struct uffdio_copy copy = {.dst = addr, .src = (uintptr_t)nowhere, .len = 4096};
 
 	if (!ioctl(uffd, UFFDIO_COPY, &copy))
-		return 0; /* can't be */
+		return 0; /* impossible */
 	return copy.copy < 0 ? (int)-copy.copy : errno;
 }
 
 /*
- * The same of all pages of [start, end) at once: 0 when they are within one mapping that is registered.  From address 0 nothing
- * can be read, however long it is; EEXIST is said of what a huge page maps.
+ * The same for all pages of [start, end) at once: 0 if they are within one registered mapping.  Source address 0 is
+ * unreadable for any length; EEXIST is returned for what a huge page maps.
  */
 static inline int lp_probe_range(int uffd, uint64_t start, uint64_t end)
 {
@@ -37,7 +37,7 @@ static inline int lp_probe_range(int uffd, uint64_t start, uint64_t end)
 	int error;
 
 	if (!ioctl(uffd, UFFDIO_COPY, &copy))
-		return 0; /* can't be */
+		return 0; /* impossible */
 	error = copy.copy < 0 ? (int)-copy.copy : errno;
 	return error == EFAULT || error == EEXIST ? 0 : error;
 }

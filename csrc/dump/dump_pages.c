@@ -12,34 +12,35 @@
 #include <unistd.h>
 
 #include "common/pages_file.h"
+#include "common/write_all.h"
 
 #define MAX_IOVS 512
-#define PARENT_PAGES 16 /* of a parent, read at once */
+#define PARENT_PAGES 16 /* read from a parent at once */
 
-/* struct pm_scan_arg of linux/fs.h; older headers lack it. */
+/* struct pm_scan_arg of linux/fs.h, which is missing in headers before Linux 6.7. */
 struct scan_arg {
 	uint64_t size, flags, start, end, walk_end, vec, vec_len, max_pages;
 	uint64_t category_inverted, category_mask, category_anyof_mask, return_mask;
 };
 #define SCAN_PAGEMAP _IOWR('f', 16, struct scan_arg)
 /*
- * With more room than this the kernel fills it in several steps, and when the last one comes to the end it leaves in
- * walk_end what a step before has put there: the next call would find the same pages again (observed with 6.18).
+ * With more room the kernel works in several steps. When the last step reaches the end, walk_end is left as the step
+ * before set it, so that the next call would find the same pages again (observed with Linux 6.18).
  */
 #define SCAN_MAX 512
 #define SCAN_PROTECT 1	     /* PM_SCAN_WP_MATCHING */
 #define SCAN_CHECK_ASYNC 2   /* PM_SCAN_CHECK_WPASYNC */
 
 /* An entry of /proc/<pid>/pagemap (Documentation/admin-guide/mm/pagemap.rst). */
-#define ENTRY_PFN ((1ULL << 55) - 1) /* 0 for who lacks CAP_SYS_ADMIN */
+#define ENTRY_PFN ((1ULL << 55) - 1) /* 0 without CAP_SYS_ADMIN */
 #define ENTRY_SOFT_DIRTY (1ULL << 55)
 #define ENTRY_EXCLUSIVE (1ULL << 56)
-#define ENTRY_FILE (1ULL << 61) /* also the huge zero page (observed with 6.1, 6.12, 6.18) */
+#define ENTRY_FILE (1ULL << 61) /* also set for the huge zero page (observed with Linux 6.1, 6.12, 6.18) */
 #define ENTRY_SWAPPED (1ULL << 62)
 #define ENTRY_PRESENT (1ULL << 63)
 #define ENTRIES 4096 /* read at once: 32 KiB */
 
-/* The PFN of the zero page; 0: we may not know. */
+/* The PFN of the zero page; 0: not visible to us. */
 static uint64_t zero_pfn(void)
 {
 	volatile char *page = mmap(NULL, LP_PAGE_SIZE, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -72,11 +73,11 @@ static uint64_t entry_categories(uint64_t entry, uint64_t zero)
 	if (zero && (entry & ENTRY_PFN) == zero)
 		return has | LP_PAGE_PFNZERO;
 	if (!zero && !(entry & ENTRY_EXCLUSIVE))
-		return has | LP_PAGE_SOFT_DIRTY; /* perhaps the zero page, which does not get this bit */
+		return has | LP_PAGE_SOFT_DIRTY; /* possibly the zero page, whose reads set no soft-dirty bit */
 	return has;
 }
 
-/* lp_scan_pages for kernels without PAGEMAP_SCAN (before 6.7), as far as the entries of the file tell. */
+/* lp_scan_pages() for kernels without PAGEMAP_SCAN (before Linux 6.7); finds only the categories in `known`. */
 static int scan_entries(int pagemap_fd, const struct lp_scan *scan, uint64_t *next, uint64_t end, struct lp_run *out,
 			size_t room, size_t *count)
 {
@@ -163,11 +164,6 @@ static void append(struct lp_run *out, size_t room, size_t *count, uint64_t star
 	(*count)++;
 }
 
-static uint64_t extent_end(const struct lp_extent *extent)
-{
-	return extent->start + extent->nr_pages * LP_PAGE_SIZE;
-}
-
 static int has_data(const struct lp_extent *extent)
 {
 	return extent->source != LP_SOURCE_REMOTE && extent->source != LP_SOURCE_LOST;
@@ -183,7 +179,7 @@ void lp_label_runs(struct lp_run *runs, size_t nr_runs, uint64_t with, uint64_t 
 	}
 }
 
-uint64_t lp_count_pages(const struct lp_run *runs, size_t nr_runs, uint64_t flags)
+uint64_t lp_count_run_pages(const struct lp_run *runs, size_t nr_runs, uint64_t flags)
 {
 	uint64_t size = 0;
 
@@ -230,11 +226,11 @@ size_t lp_check_parent(const struct lp_run *runs, size_t nr_runs, const struct l
 		while ((flags & LP_PARENT) && at < end) {
 			uint64_t until = end;
 
-			while (h < nr_held && (!has_data(held + h) || extent_end(held + h) <= at))
+			while (h < nr_held && (!has_data(held + h) || lp_extent_end(held + h) <= at))
 				h++;
 			if (h < nr_held && held[h].start <= at) {
-				if (extent_end(held + h) < until)
-					until = extent_end(held + h);
+				if (lp_extent_end(held + h) < until)
+					until = lp_extent_end(held + h);
 				append(out, room, &count, at, until, flags);
 			} else {
 				if (h < nr_held && held[h].start < until)
@@ -249,7 +245,7 @@ size_t lp_check_parent(const struct lp_run *runs, size_t nr_runs, const struct l
 	return count;
 }
 
-/* What was last read of a parent: the pages [start, end). `next`: where the search for them has come to. */
+/* The pages [start, end) last read from a parent. `next`: index of the extent to continue the search from. */
 struct parent_pages {
 	const struct lp_parent *parent;
 	size_t next;
@@ -257,7 +253,7 @@ struct parent_pages {
 	unsigned char bytes[PARENT_PAGES * LP_PAGE_SIZE];
 };
 
-/* The bytes of the page at `address` in a parent; NULL: they can't be had there. Addresses come in order. */
+/* The bytes of a page in a parent; NULL if they are not there. Addresses must come in ascending order. */
 static const unsigned char *parent_page(struct parent_pages *p, uint64_t address)
 {
 	const struct lp_extent *held = p->parent->held;
@@ -266,13 +262,13 @@ static const unsigned char *parent_page(struct parent_pages *p, uint64_t address
 
 	if (address >= p->start && address < p->end)
 		return p->bytes + (address - p->start);
-	while (p->next < p->parent->nr_held && (!has_data(held + p->next) || extent_end(held + p->next) <= address))
+	while (p->next < p->parent->nr_held && (!has_data(held + p->next) || lp_extent_end(held + p->next) <= address))
 		p->next++;
 	held += p->next;
 	if (p->next == p->parent->nr_held || held->start > address || p->parent->levels[held->source] < 0)
 		return NULL;
 	skip = address - held->start;
-	nr = (extent_end(held) - address) / LP_PAGE_SIZE;
+	nr = (lp_extent_end(held) - address) / LP_PAGE_SIZE;
 	got = lp_pages_read(p->parent->levels[held->source], p->bytes, held->offset + skip,
 			    nr < PARENT_PAGES ? nr : PARENT_PAGES);
 	if (got <= 0)
@@ -290,32 +286,17 @@ static int is_zero(const unsigned char *page)
 	return first == 0 && memcmp(page, page + 8, LP_PAGE_SIZE - 8) == 0;
 }
 
-static int write_all(int fd, const unsigned char *bytes, size_t size)
-{
-	while (size) {
-		ssize_t put = write(fd, bytes, size);
-
-		if (put < 0 && errno == EINTR)
-			continue;
-		if (put <= 0)
-			return put < 0 ? -errno : -ENOSPC;
-		bytes += put;
-		size -= put;
-	}
-	return 0;
-}
-
-/* Writes what it is handed while more is being read: the task stands still for the longer of the two, not for both. */
+/* Writes one buffer while the other is being read: a frozen task waits for the slower of the two, not for the sum. */
 struct writer {
 	pthread_t thread;
 	pthread_mutex_t lock;
 	pthread_cond_t changed;
 	const unsigned char *bytes;
-	size_t size; /* 0: it has nothing to do */
+	size_t size; /* 0: idle */
 	int fd, durable, started, ended, rc;
 };
 
-/* The page cache need not wait for the fsync with all of a file. That this is refused, of a memfd for instance, is no error. */
+/* Starts writeback, so that the fsync has less to wait for. Files that can't (a memfd for instance) are no error. */
 static void begin_writeback(int fd, size_t size)
 {
 	off_t end = lseek(fd, 0, SEEK_CUR);
@@ -337,7 +318,7 @@ static void *write_on(void *argument)
 		if (!w->size)
 			break;
 		pthread_mutex_unlock(&w->lock);
-		rc = write_all(w->fd, w->bytes, w->size);
+		rc = lp_write_all(w->fd, w->bytes, w->size);
 		if (!rc && w->durable)
 			begin_writeback(w->fd, w->size);
 		pthread_mutex_lock(&w->lock);
@@ -351,7 +332,7 @@ static void *write_on(void *argument)
 	return NULL;
 }
 
-/* When this returns, what was handed over before is written. */
+/* On return everything handed over before is written. */
 static int hand_over(struct writer *w, const unsigned char *bytes, size_t size)
 {
 	int rc;
@@ -387,7 +368,7 @@ static int end_writer(struct writer *w)
 	return w->rc;
 }
 
-/* Bytes read from the begin of iov[0..nr): whole ones of the pieces, up to the first that can't be. */
+/* Reads iov[0..nr) into buffer. Returns the bytes read, up to the first page that can't be read, or -errno. */
 static ssize_t read_pieces(const struct lp_copy *copy, unsigned char *buffer, const struct iovec *iov, size_t nr)
 {
 	struct iovec here = { .iov_base = buffer };
@@ -433,7 +414,7 @@ static int copy_pages(const struct lp_copy *copy, const struct lp_run *runs, siz
 		ssize_t got;
 		int rc;
 
-		/* Gather the next pieces to be read; one that is not copied ends the gathering. */
+		/* Gather the pieces to read next; a run that is not copied ends them. */
 		while (ahead.run < nr_runs && nr < MAX_IOVS && size < copy->buffer_size) {
 			const struct lp_run *run = runs + ahead.run;
 			uint64_t part = run->end - run->start - ahead.offset;
@@ -464,7 +445,7 @@ static int copy_pages(const struct lp_copy *copy, const struct lp_run *runs, siz
 			got = 0;
 		got -= got % LP_PAGE_SIZE;
 		if (got == 0) {
-			/* The first page of them is what can't be read. */
+			/* The first page can't be read. */
 			if (!copy->drop_missing)
 				return -EFAULT;
 			cursor->offset += LP_PAGE_SIZE;
@@ -474,7 +455,7 @@ static int copy_pages(const struct lp_copy *copy, const struct lp_run *runs, siz
 			continue;
 		}
 
-		/* What was read, page by page, moving up in the buffer those that are kept. */
+		/* Label each page and move the ones to be written together at the start of the buffer. */
 		while (place < (size_t)got) {
 			const struct lp_run *run = runs + cursor->run;
 			uint64_t address = run->start + cursor->offset;
@@ -482,7 +463,7 @@ static int copy_pages(const struct lp_copy *copy, const struct lp_run *runs, siz
 			const unsigned char *old = copy->parent ? parent_page(&parent, address) : NULL;
 
 			if (copy->drop_zero && is_zero(page)) {
-				/* No entry: known to be zero. */
+				/* No entry: the restore leaves such pages zero. */
 			} else if (old && memcmp(old, page, LP_PAGE_SIZE) == 0) {
 				append(out, room, nr_out, address, address + LP_PAGE_SIZE,
 				       run->flags & LP_LAZY ? copy->same_lazy : LP_PARENT);

@@ -9,18 +9,19 @@
 #include <sys/syscall.h>
 
 #include "common/inject.h"
+#include "dump_task.h"
 
 #define RED_ZONE 128		/* x86_64 psABI 3.2.2 */
-#define USER_CS 0x33		/* of 64-bit user code */
+#define USER_CS 0x33		/* code segment of 64-bit user mode */
 #define SYSCALL_INSN_SIZE 2
 
-/* How an interrupted system call tells that it wants to be called again; linux/errno.h, kernel only. */
+/* Internal to the kernel (include/linux/errno.h): values of rax that make it restart a system call. */
 #define ERESTARTSYS 512
 #define ERESTARTNOINTR 513
 #define ERESTARTNOHAND 514
 #define ERESTART_RESTARTBLOCK 516
 
-/* The kernel's struct rt_sigframe and what is in it (asm/sigframe.h, asm/sigcontext.h, asm/ucontext.h). */
+/* The kernel's struct rt_sigframe and its parts (asm/sigframe.h, asm/sigcontext.h, asm/ucontext.h). */
 struct sigcontext_frame {
 	uint64_t r8, r9, r10, r11, r12, r13, r14, r15, di, si, bp, bx, dx, ax, cx, sp, ip, flags;
 	uint16_t cs, gs, fs, ss;
@@ -43,7 +44,7 @@ struct signal_frame {
 #define UC_FP_XSTATE 1
 #define UC_SIGCONTEXT_SS 2
 #define UC_STRICT_RESTORE_SS 4
-#define BAD_SS_FLAGS 0x55 /* sigreturn ignores a sigaltstack that it refuses, and so leaves the real one alone */
+#define BAD_SS_FLAGS 0x55 /* rt_sigreturn ignores an invalid sigaltstack: so the real one stays as it is */
 
 /* Software bytes in the legacy part of an xsave area of a signal frame (struct _fpx_sw_bytes). */
 struct xsave_note {
@@ -57,14 +58,9 @@ struct xsave_note {
 #define XSAVE_MIN (512 + 64)
 #define XSAVE_MAGIC1 0x46505853u
 #define XSAVE_MAGIC2 0x46505845u
-#define XFEATURES_AMX (3ULL << 17) /* not in a frame before the task has asked for them, arch_prctl(2) */
+#define XFEATURES_AMX (3ULL << 17) /* not in a frame until the task has requested them, arch_prctl(2) */
 
-/* What PTRACE_GET_RSEQ_CONFIGURATION gives (ptrace(2)) and struct rseq_cs of linux/rseq.h. */
-#define GET_RSEQ_CONFIGURATION 0x420f
-struct rseq_place {
-	uint64_t address;
-	uint32_t size, signature, flags, pad;
-};
+/* struct rseq_cs of linux/rseq.h. */
 struct rseq_section {
 	uint32_t version, flags;
 	uint64_t start, post_commit_offset, abort_ip;
@@ -90,16 +86,17 @@ int lp_find_gadgets(pid_t pid, uint64_t start, uint64_t end, struct lp_gadgets *
 
 int lp_settled_regs(pid_t tid, struct user_regs_struct *regs)
 {
-	struct rseq_place place = { 0 };
+	struct lp_rseq rseq;
 	struct rseq_section section;
 	uint64_t pointer;
 	int rc = lp_get_regs(tid, regs);
 
 	if (rc)
 		return rc;
-	if (ptrace(GET_RSEQ_CONFIGURATION, tid, (void *)sizeof(place), &place) < 0 || !place.address)
-		return 0;
-	rc = lp_read_memory(tid, place.address + RSEQ_CS_FIELD, &pointer, sizeof(pointer));
+	rc = lp_rseq(tid, &rseq);
+	if (rc || !rseq.address)
+		return rc;
+	rc = lp_read_memory(tid, rseq.address + RSEQ_CS_FIELD, &pointer, sizeof(pointer));
 	if (rc || !pointer)
 		return rc;
 	rc = lp_read_memory(tid, pointer, &section, sizeof(section));
@@ -131,7 +128,7 @@ void lp_xstate_component(int nr, uint32_t *offset, uint32_t *size)
 	__cpuid_count(13, nr, *size, *offset, ecx, edx);
 }
 
-/* Bytes of an xsave area with these features in the standard layout. */
+/* Size in bytes of an xsave area with these features in the standard layout. */
 static uint32_t xsave_size(uint64_t features)
 {
 	uint32_t end = XSAVE_MIN;
@@ -182,8 +179,8 @@ static void fill_frame(struct signal_frame *frame, const struct user_regs_struct
 }
 
 /*
- * Lay out, from `end` downwards: xsave area, frame, scratch. The image of the upper two is made in
- * `image`, whose end is the end of the area.
+ * Lays out, from `end` downwards: xsave area, frame, scratch. Builds the contents of the first two in `image`, which
+ * ends where the xsave area ends.
  */
 static int prepare(struct lp_session *s, const struct lp_gadgets *gadgets, uint64_t end,
 		   unsigned char image[LP_SESSION_ROOM], uint64_t *frame_address, uint64_t *image_size)
@@ -230,8 +227,8 @@ static int prepare(struct lp_session *s, const struct lp_gadgets *gadgets, uint6
 }
 
 /*
- * Have the kernel extend the stack down to `address`, as a touch by the thread itself would: unlike process_vm_readv, ptrace
- * does that too (__access_remote_vm in the kernel's mm/memory.c).
+ * Makes the kernel extend the stack down to `address`, as an access by the thread itself would: unlike
+ * process_vm_readv, ptrace does that (__access_remote_vm() in mm/memory.c).
  */
 static int grow_stack(pid_t tid, uint64_t address)
 {
@@ -267,7 +264,7 @@ int lp_session_begin(struct lp_session *s, pid_t tid, const struct lp_gadgets *g
 	if (rc)
 		return rc;
 
-	/* From here on a thread left alone calls getpid and goes back. */
+	/* From here on a thread whose tracer dies calls getpid and returns to its own state. */
 	s->base = s->saved;
 	s->base.rsp = frame_address;
 	s->base.rip = s->syscall_ip;
@@ -290,7 +287,7 @@ int lp_session_end(struct lp_session *s)
 {
 	int rc = lp_set_sigmask(s->tid, s->mask);
 
-	/* Only after this is the frame not needed any more. */
+	/* The frame is needed until this has succeeded. */
 	if (!rc)
 		rc = lp_set_regs(s->tid, &s->saved);
 	if (!rc)

@@ -1,16 +1,16 @@
 /*
- * System calls run in a task that must come to no harm, whenever the tracer dies.
+ * System calls run by a stopped task, which is not harmed if the tracer dies at any moment.
  *
- * A tracer that is killed leaves the task running with the registers of that moment.  So before a
- * register is touched, a signal frame that holds all of the thread's state is put into the task, and every injected
- * system call returns into rt_sigreturn through it: left alone at any instant, the thread finishes the harmless call
- * that it is in and is back where it was.  Cost of that way back: an interrupted timed wait starts its time-out anew.
+ * When a tracer is killed, the task runs on with its current registers.  So before registers are changed, a signal
+ * frame with the whole state of the thread is written to the task's memory, and every injected system call returns
+ * into rt_sigreturn through it: a thread whose tracer has died completes its current, harmless call and continues
+ * where it was.  The price of that path: an interrupted call with a time-out starts its time-out anew.
  *
- * The frame goes where the caller says: into memory that nobody has ever used (dumptool/tracee.py, find_room), for what a
- * killed tracer has put there stays.  Where there is none, below the red zone of the thread's own stack, where the kernel
- * may write a frame at any time; unless the program has made itself a small stack, where that is somebody's memory.
- * On the ordinary way out everything, these bytes too, is put back by ptrace; but a stack that had no room
- * for the frame has grown.
+ * The frame is placed where the caller says: in memory that was never used (dumptool/tracee.py, find_room), because
+ * it stays there if the tracer is killed.  If there is none, below the red zone of the thread's own stack, where the
+ * kernel may write a signal frame at any time; this overwrites foreign data if the program uses a very small stack.
+ * On the ordinary path ptrace restores everything, including these bytes; only a stack that had to grow for the frame
+ * stays larger.
  */
 #ifndef LAZYPAGES_DUMP_SESSION_H
 #define LAZYPAGES_DUMP_SESSION_H
@@ -20,13 +20,13 @@
 #include <sys/user.h>
 
 #define LP_SCRATCH_SIZE 4096 /* bytes for arguments and results of the calls */
-#define LP_SESSION_ROOM 24576 /* scratch, frame and the largest xsave area (AMX: 11 KiB) */
+#define LP_SESSION_ROOM 24576 /* scratch, frame and the largest xsave area (11 KiB with AMX) */
 
 struct lp_session {
 	pid_t tid;
-	uint64_t syscall_ip; /* of the bytes `syscall; ret` */
+	uint64_t syscall_ip; /* address of `syscall; ret` */
 	uint64_t scratch;    /* address in the task of LP_SCRATCH_SIZE bytes */
-	uint64_t kept_start; /* address of the bytes in kept */
+	uint64_t kept_start; /* address of the bytes saved in kept */
 	uint64_t kept_size;
 	uint64_t mask;
 	struct user_regs_struct saved;
@@ -34,43 +34,44 @@ struct lp_session {
 	unsigned char kept[LP_SESSION_ROOM];
 };
 
-/* The two pieces of code that a session needs, each an address in executable memory of the task. */
+/* The code that a session needs: addresses in executable memory of the task. */
 struct lp_gadgets {
 	uint64_t syscall_ip;   /* syscall; ret */
 	uint64_t sigreturn_ip; /* mov $15, %eax or %rax; syscall */
 };
 
 /*
- * Look for what is missing (0) of *gadgets in [start, end): 0 when both are known then, -ENOENT when not, or
- * the error of reading.
+ * Searches [start, end) for the members of *gadgets that are 0. Returns 0 if both are known then, -ENOENT if not, or
+ * the -errno of reading the memory.
  */
 int lp_find_gadgets(pid_t pid, uint64_t start, uint64_t end, struct lp_gadgets *gadgets);
 
 /*
- * The registers of a stopped thread, with what the kernel itself would do before user mode: out of a
- * restartable sequence (rseq) to its abort handler.
+ * The registers of a stopped thread, after what the kernel would do before it returns to user mode: leave a
+ * restartable sequence (rseq) for its abort handler.
  */
 int lp_settled_regs(pid_t tid, struct user_regs_struct *regs);
 
 /*
- * What a thread that is taken back to user mode from `regs` by sigreturn must have instead, so that a
- * system call that a signal or a stop has interrupted is called again.
+ * Changes registers with which rt_sigreturn will resume a thread, so that a system call interrupted by a signal or
+ * stop is made again.
  */
 void lp_rewind_syscall(struct user_regs_struct *regs);
 
-/* Where the CPU has component nr (2 to 62) in an xsave area of the standard layout, bytes; size 0: it has none. */
+/* Offset and size in bytes of component nr (2 to 62) in an xsave area of the standard layout; size 0: not in this CPU. */
 void lp_xstate_component(int nr, uint32_t *offset, uint32_t *size);
 
 /*
- * room: the end of LP_SESSION_ROOM bytes to be used, to which the main stack may have to grow; 0: below the stack pointer.
- * -EFAULT: they are not there. -ENOTSUP: not a 64-bit thread. The thread is unchanged then.
+ * Begins a session. room: the end address of LP_SESSION_ROOM usable bytes, to which the main stack may have to grow; 0:
+ * use the memory below the stack pointer. -EFAULT: that memory is not there. -ENOTSUP: not a 64-bit thread, or its
+ * xsave area is too large. The thread is unchanged after an error.
  */
 int lp_session_begin(struct lp_session *session, pid_t tid, const struct lp_gadgets *gadgets, uint64_t room);
 
-/* Like lp_call. */
+/* See lp_call() in inject.h. */
 int lp_session_call(struct lp_session *session, long nr, const uint64_t args[6], long *ret);
 
-/* Put everything back. The thread stays stopped. */
+/* Ends a session: restores everything. The thread stays stopped. */
 int lp_session_end(struct lp_session *session);
 
 #endif

@@ -20,7 +20,7 @@
 
 _Static_assert(LP_SAME_FILE == KCMP_FILE && LP_SAME_VM == KCMP_VM && LP_SAME_FILES == KCMP_FILES &&
 		       LP_SAME_FS == KCMP_FS && LP_SAME_SIGHAND == KCMP_SIGHAND,
-	       "as kcmp(2) has them");
+	       "numbers of kcmp(2)");
 
 int lp_same(pid_t pid1, pid_t pid2, int type, uint64_t idx1, uint64_t idx2, int *same)
 {
@@ -74,7 +74,7 @@ int lp_peek_pipe(int fd, unsigned char *buffer, size_t size, size_t *count)
 	char name[32];
 	int held, copy[2] = { -1, -1 };
 	int rc = 0;
-	int end; /* a read end of our own: fd may be the write end */
+	int end; /* our own read end: fd may be the write end */
 
 	*count = 0;
 	snprintf(name, sizeof(name), "/proc/self/fd/%d", fd);
@@ -86,7 +86,7 @@ int lp_peek_pipe(int fd, unsigned char *buffer, size_t size, size_t *count)
 	} else if (held) {
 		ssize_t got;
 
-		fcntl(copy[1], F_SETPIPE_SZ, fcntl(end, F_GETPIPE_SZ)); /* if refused: fewer bytes, seen below */
+		fcntl(copy[1], F_SETPIPE_SZ, fcntl(end, F_GETPIPE_SZ)); /* if refused, tee copies less: below */
 		got = tee(end, copy[1], held, SPLICE_F_NONBLOCK);
 		if (got < 0)
 			rc = -errno;
@@ -122,7 +122,7 @@ int lp_rseq(pid_t tid, struct lp_rseq *rseq)
 
 	memset(rseq, 0, sizeof(*rseq));
 	if (ptrace(GET_RSEQ_CONFIGURATION, tid, (void *)sizeof(got), &got) < 0)
-		return errno == EIO || errno == EINVAL ? 0 : -errno; /* a kernel without rseq */
+		return errno == EIO || errno == EINVAL ? 0 : -errno; /* before Linux 5.13, or without CONFIG_RSEQ */
 	rseq->address = got.address;
 	rseq->size = got.size;
 	rseq->signature = got.signature;
@@ -137,7 +137,7 @@ int lp_dispatches_syscalls(pid_t tid, int *on)
 
 	*on = 0;
 	if (ptrace(GET_SYSCALL_USER_DISPATCH_CONFIG, tid, (void *)sizeof(got), &got) < 0)
-		return errno == EIO ? 0 : -errno; /* before Linux 6.4: not to be known; then a call in it ends as -EIO */
+		return errno == EIO ? 0 : -errno; /* before Linux 6.4: unknown; if it is on, an injected call fails, -EIO */
 	*on = got.mode != 0; /* PR_SYS_DISPATCH_OFF */
 	return 0;
 }
@@ -154,7 +154,7 @@ int lp_is_registered(int uffd, uint64_t address)
 			return 0;
 		nowhere = made;
 	}
-	/* EINVAL: it is of a file, no page can be put there; EEXIST: a huge page is there (mfill_atomic in mm/userfaultfd.c) */
+	/* EINVAL: the mapping is of a file; EEXIST: a huge page is there (mfill_atomic() in mm/userfaultfd.c). */
 	rc = lp_probe(uffd, nowhere, address);
 	return rc == EFAULT || rc == EINVAL || rc == EEXIST;
 }

@@ -1,13 +1,12 @@
 /*
- * Pagemap images to and from arrays. The format: images_spec/pagemap.md; its
- * facts: reference/criu-interfaces §5, observed with CRIU 4.1.1 and 4.2.1.
+ * Conversion between pagemap images and arrays. Format: images_spec/pagemap.md and
+ * docs/criu.md ("Pagemap"), observed with CRIU 4.1.1 and 4.2.1.
  *
- * The protobuf encoding is taken apart by hand: a million entries in a
- * fraction of a second, 24 bytes each. What protobuf's own decoder refuses is
- * refused. So are groups and known fields of the wrong wire type, which CRIU's
- * decoder (protobuf-c) refuses too, and numbers that do not fit 64 bits. And,
- * unlike protobuf, so are fields and flags that we do not know: they may say
- * that the pages are not stored plainly (images_spec/unknown.md).
+ * Protobuf is decoded by hand: a million entries in a fraction of a second, 24 bytes
+ * each. Whatever protobuf's own decoder rejects is rejected here. Rejected as well are
+ * groups and known fields of a wrong wire type, as by CRIU's decoder (protobuf-c), and
+ * numbers of more than 64 bits. Unlike with protobuf, unknown fields and flags are
+ * errors: they may mean that the pages are not stored plainly (images_spec/unknown.md).
  */
 #include "pagemap.h"
 
@@ -19,7 +18,7 @@
 
 #define PAGE_SIZE UINT64_C(4096)
 
-/* User space ends here at the latest: x86_64 with five-level page tables. */
+/* No user address is higher: x86_64 with five-level page tables. */
 #define ADDRESS_END (UINT64_C(1) << 56)
 
 #define COMMON_MAGIC 0x54564319u
@@ -31,7 +30,7 @@
 
 enum wire_type { WIRE_VARINT = 0, WIRE_FIXED64 = 1, WIRE_BYTES = 2, WIRE_FIXED32 = 5 };
 
-/* The longest record: its length, four fields, their tags. */
+/* The longest record: its length, and four fields with their tags. */
 #define RECORD_MAX (4 + 11 + 6 + 2 + 11)
 
 /* One field of a message. */
@@ -64,7 +63,7 @@ static void put_u32(uint8_t *at, uint32_t value)
 		at[i] = (uint8_t)(value >> 8 * i);
 }
 
-/* Both return the place after what they took, or NULL. */
+/* Both functions return the position behind what they have read, or NULL. */
 static const uint8_t *take_varint(const uint8_t *at, const uint8_t *end, uint64_t *value)
 {
 	uint64_t result = 0;
@@ -133,7 +132,7 @@ static int parse_head(const uint8_t *at, const uint8_t *end, uint64_t offset, ui
 	return found ? 0 : fail(error, offset, "PagemapHead lacks pages_id");
 }
 
-/* Takes the fields of one entry, as they are. number: of the entry, from 1, for messages. */
+/* Decodes one entry. number: its index, from 1, for messages. */
 static int decode_entry(const uint8_t *at, const uint8_t *end, uint64_t number, uint64_t offset,
 			struct lp_pagemap_entry *entry, struct lp_image_error *error)
 {
@@ -178,7 +177,7 @@ static int decode_entry(const uint8_t *at, const uint8_t *end, uint64_t number, 
 		return fail(error, offset, "PagemapEntry lacks compat_nr_pages");
 	entry->vaddr = vaddr;
 	entry->nr_pages = found & 1u << 5 ? nr_pages : compat_nr_pages;
-	/* Without flags the entry is from before there were any: only in_parent tells where the data is. */
+	/* An entry without flags is from a CRIU that had none: in_parent alone tells where the data is. */
 	entry->flags = found & 1u << 4 ? flags : in_parent ? 0 : LP_PE_PRESENT;
 	if (in_parent)
 		entry->flags |= LP_PE_PARENT;
@@ -186,7 +185,7 @@ static int decode_entry(const uint8_t *at, const uint8_t *end, uint64_t number, 
 	return 0;
 }
 
-/* What reader and writer alike ask of an entry that comes after one that ends at `before`. */
+/* Checks that reader and writer have in common. before: the end of the preceding entry. */
 static int check_entry(const struct lp_pagemap_entry *entry, uint64_t before, uint64_t offset,
 		       struct lp_image_error *error)
 {
@@ -211,7 +210,7 @@ static uint64_t entry_end(const struct lp_pagemap_entry *entry)
 	return entry->vaddr + entry->nr_pages * PAGE_SIZE;
 }
 
-/* Where the records begin, or 0. */
+/* Offset of the first record, or 0 on an error. */
 static uint64_t skip_magics(const uint8_t *data, uint64_t size, struct lp_image_error *error)
 {
 	uint64_t place = size >= 4 && get_u32(data) == COMMON_MAGIC ? 4 : 0;
@@ -225,7 +224,7 @@ static uint64_t skip_magics(const uint8_t *data, uint64_t size, struct lp_image_
 	return 0;
 }
 
-/* Goes over the lengths: how many records there are. */
+/* Counts the records by their lengths. */
 static int count_records(const uint8_t *data, uint64_t size, uint64_t place, uint64_t *count,
 			 struct lp_image_error *error)
 {
@@ -260,7 +259,7 @@ int lp_pagemap_parse(const uint8_t *data, uint64_t size, struct lp_pagemap *map,
 		return -1;
 	place += length;
 
-	/* The head is one of the records: one entry too many, so that calloc never gets 0. */
+	/* One of the records is the head, so this is one entry more than needed, and never 0. */
 	map->entries = calloc(records, sizeof(*map->entries));
 	if (!map->entries)
 		return fail(error, place, "no memory for %" PRIu64 " entries", records - 1);

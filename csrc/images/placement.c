@@ -1,6 +1,6 @@
 /*
- * The one rule that tells where a page is. In words: images_spec/placement.md;
- * its facts: reference/criu-interfaces §2 and §7.
+ * The rule that finds the data of each page. In words: images_spec/placement.md;
+ * CRIU's flags: docs/criu.md ("Pagemap").
  */
 #include "placement.h"
 
@@ -8,7 +8,7 @@
 
 #define PAGE_SIZE UINT64_C(4096)
 
-/* How far a level has been read. Addresses only grow, so it never goes back. */
+/* Position in a level. Addresses are looked up in ascending order only. */
 struct cursor {
 	uint64_t index;
 	uint64_t present_pages; /* in the entries before index */
@@ -24,12 +24,7 @@ static uint64_t entry_end(const struct lp_pagemap_entry *entry)
 	return entry->vaddr + entry->nr_pages * PAGE_SIZE;
 }
 
-static uint64_t extent_end(const struct lp_extent *extent)
-{
-	return extent->start + extent->nr_pages * PAGE_SIZE;
-}
-
-/* The entry of a level that holds `address`, or the first one past it, or NULL. */
+/* The entry of a level that contains `address`, else the first one behind it, else NULL. */
 static const struct lp_pagemap_entry *seek(const struct lp_level *level, struct cursor *cursor, uint64_t address)
 {
 	while (cursor->index < level->count) {
@@ -45,8 +40,8 @@ static const struct lp_pagemap_entry *seek(const struct lp_level *level, struct 
 }
 
 /*
- * The rule. Where the page at `address` is, which the top level has an entry
- * for; *end is lowered to where the answer may change.
+ * The rule: where the data of the page at `address` is, for which the top level has
+ * an entry. Lowers *end to the address up to which the answer is valid.
  */
 static struct lp_extent place(const struct lp_level *levels, uint32_t nr_levels, int remote, struct cursor *cursors,
 			      uint64_t address, uint64_t *end)
@@ -81,10 +76,10 @@ static struct lp_extent place(const struct lp_level *levels, uint32_t nr_levels,
 	return extent;
 }
 
-/* Whether `next` simply goes on where `last` ends. */
+/* Whether `next` continues `last`, so that they can be merged. */
 static int continues(const struct lp_extent *last, const struct lp_extent *next)
 {
-	if (extent_end(last) != next->start || last->source != next->source || last->lazy != next->lazy)
+	if (lp_extent_end(last) != next->start || last->source != next->source || last->lazy != next->lazy)
 		return 0;
 	return next->source >= LP_SOURCE_REMOTE || last->offset + (next->start - last->start) == next->offset;
 }
@@ -110,7 +105,7 @@ static int append(struct builder *builder, const struct lp_extent *extent)
 	return 0;
 }
 
-/* Hands over what was built, without the room that was not needed. */
+/* Moves the result to *table and frees unused capacity. */
 static void finish(struct builder *builder, struct lp_extents *table)
 {
 	struct lp_extent *shrunk = reallocarray(builder->table.extents, builder->table.count, sizeof(*shrunk));
@@ -155,13 +150,13 @@ int lp_fill(const struct lp_extents *top, uint32_t nr_levels, const struct lp_ex
 
 	for (uint64_t i = 0; i < top->count; i++) {
 		struct lp_extent rest = top->extents[i];
-		uint64_t stop = extent_end(&rest);
+		uint64_t stop = lp_extent_end(&rest);
 
 		while (rest.start < stop) {
 			struct lp_extent piece = rest;
 			uint64_t end = stop;
 
-			while (k < other->count && extent_end(&other->extents[k]) <= rest.start)
+			while (k < other->count && lp_extent_end(&other->extents[k]) <= rest.start)
 				k++;
 			if (rest.lazy && rest.source >= LP_SOURCE_REMOTE && k < other->count) {
 				const struct lp_extent *from = &other->extents[k];
@@ -169,7 +164,7 @@ int lp_fill(const struct lp_extents *top, uint32_t nr_levels, const struct lp_ex
 				if (from->start > rest.start) {
 					end = from->start < stop ? from->start : stop;
 				} else {
-					end = extent_end(from) < stop ? extent_end(from) : stop;
+					end = lp_extent_end(from) < stop ? lp_extent_end(from) : stop;
 					if (from->source < LP_SOURCE_REMOTE) {
 						piece.source = nr_levels + from->source;
 						piece.offset = from->offset + (rest.start - from->start);
@@ -199,7 +194,7 @@ int lp_exclude(const struct lp_extents *all, const struct lp_span *spans, uint64
 
 	for (uint64_t i = 0; i < all->count; i++) {
 		const struct lp_extent *extent = &all->extents[i];
-		uint64_t address = extent->start, stop = extent_end(extent);
+		uint64_t address = extent->start, stop = lp_extent_end(extent);
 
 		while (first < nr_spans && spans[first].end <= address)
 			first++;
@@ -230,7 +225,7 @@ void lp_extents_free(struct lp_extents *table)
 	table->extents = NULL;
 }
 
-/* The row of counts that a source belongs to. */
+/* The index of a source in an array of counts. */
 static uint32_t count_row(uint32_t source, uint32_t nr_levels)
 {
 	if (source == LP_SOURCE_REMOTE)
@@ -244,13 +239,13 @@ void lp_count_pages(const struct lp_extents *table, uint32_t nr_levels, const st
 	uint64_t first = 0;
 
 	for (uint64_t k = 0; k < nr_spans; k++, counts += nr_levels + 2) {
-		while (first < table->count && extent_end(&table->extents[first]) <= spans[k].start)
+		while (first < table->count && lp_extent_end(&table->extents[first]) <= spans[k].start)
 			first++;
 		for (uint64_t i = first; i < table->count && table->extents[i].start < spans[k].end; i++) {
 			const struct lp_extent *extent = &table->extents[i];
 			struct lp_page_count *count = &counts[count_row(extent->source, nr_levels)];
 			uint64_t start = extent->start > spans[k].start ? extent->start : spans[k].start;
-			uint64_t end = extent_end(extent) < spans[k].end ? extent_end(extent) : spans[k].end;
+			uint64_t end = lp_extent_end(extent) < spans[k].end ? lp_extent_end(extent) : spans[k].end;
 
 			*(extent->lazy ? &count->lazy : &count->eager) += (end - start) / PAGE_SIZE;
 		}
@@ -264,7 +259,7 @@ int lp_find_uncovered(const struct lp_extents *table, const struct lp_span *span
 
 	for (uint64_t i = 0; i < table->count; i++) {
 		const struct lp_extent *extent = &table->extents[i];
-		uint64_t address = extent->start, stop = extent_end(extent);
+		uint64_t address = extent->start, stop = lp_extent_end(extent);
 
 		if (!extent->lazy)
 			continue;

@@ -1,5 +1,5 @@
 /*
- * See pageserver.h. The protocol: lazypages/net/wire.py.
+ * See pageserver.h. Protocol: lazypages/net/wire.py and docs/criu.md ("Page server protocol").
  */
 #include "pageserver.h"
 
@@ -17,17 +17,17 @@
 
 #define PAGE_SIZE UINT64_C(4096)
 
-#define PIECES 256 /* of one answer */
+#define PIECES 256 /* limit of one answer */
 
 /*
  * Waking an idle CPU takes tens of microseconds, as long as a whole round trip
- * of a fault over loopback. So after an answer the next request is looked for
- * a while before sleeping; the while follows what the client does, as KVM's
- * halt polling does, and ends when another thread wants the CPU.
+ * of a fault over loopback. So after an answer the thread polls for the next request
+ * before it sleeps. The time adapts to the client, as in KVM's
+ * halt polling, and polling ends when another thread wants the CPU.
  */
 #define POLL_MIN_NS UINT64_C(10000)
 #define POLL_MAX_NS UINT64_C(80000)
-#define YIELD_NS UINT64_C(20000) /* a sched_yield() that took longer has let somebody else run */
+#define YIELD_NS UINT64_C(20000) /* a longer sched_yield() has let another thread run */
 
 static uint64_t now_ns(void)
 {
@@ -52,7 +52,7 @@ static const struct lp_task_pages *find_task(const struct lp_served *served, uin
 	return low < served->nr_tasks && served->tasks[low].pid == pid ? &served->tasks[low] : NULL;
 }
 
-/* The first extent that ends after `vaddr`. */
+/* Index of the first extent that ends after `vaddr`. */
 static uint64_t find_extent(const struct lp_task_pages *task, uint64_t vaddr)
 {
 	uint64_t low = 0, high = task->nr_extents;
@@ -61,7 +61,7 @@ static uint64_t find_extent(const struct lp_task_pages *task, uint64_t vaddr)
 		uint64_t middle = low + (high - low) / 2;
 		const struct lp_extent *extent = &task->extents[middle];
 
-		if (extent->start + extent->nr_pages * PAGE_SIZE <= vaddr)
+		if (lp_extent_end(extent) <= vaddr)
 			low = middle + 1;
 		else
 			high = middle;
@@ -104,7 +104,7 @@ size_t lp_find_pages(const struct lp_served *served, uint64_t pid, uint64_t vadd
 	return found;
 }
 
-/* Reads the message at the beginning of `at`; false unless it is a GET of a range of pages, without flags. */
+/* Parses the message at `at`; false unless it is a valid GET, without flags. */
 static bool parse(const struct lp_client *client, const uint8_t *at, struct lp_header *request)
 {
 	*request = lp_header_read(client->header_size, at);
@@ -117,15 +117,15 @@ static bool all_zero(const uint8_t *data, size_t size)
 	return !data[0] && !memcmp(data, data + 1, size - 1);
 }
 
-/* Pieces of files, read one after the other. */
+/* A position in pieces of files that are read one after the other. */
 struct reading {
 	const struct lp_piece *piece;
-	uint64_t done; /* bytes of it */
-	uint64_t left; /* bytes of all */
-	bool unreadable; /* the next page is */
+	uint64_t done; /* bytes of this piece */
+	uint64_t left; /* bytes of all pieces */
+	bool unreadable; /* the next page can't be read */
 };
 
-/* The next bytes, as many as fit into a client's buffer and can be read. */
+/* Reads on, until the buffer is full or a page can't be read. Returns the bytes read. */
 static uint64_t read_on(struct reading *at, uint8_t *buffer)
 {
 	uint64_t size = 0;
@@ -154,7 +154,7 @@ static uint64_t read_on(struct reading *at, uint8_t *buffer)
 	return size;
 }
 
-/* Sends all of it, however long the client takes; `more` is to follow. 0 or -errno. */
+/* Sends everything, without a time limit. more: further data follows. 0 or -errno. */
 static int send_all(int fd, struct iovec *iov, size_t count, bool more)
 {
 	while (count) {
@@ -179,10 +179,10 @@ static int send_all(int fd, struct iovec *iov, size_t count, bool more)
 	return 0;
 }
 
-/* 1: answered; 0: the first page is not here, or can't be read; -errno. */
+/* Answers one GET. 1: answered; 0: the first page is not here or can't be read; -errno. */
 static int answer(struct lp_client *client, const struct lp_served *served, const struct lp_header *request)
 {
-	uint64_t asked = request->nr_pages < client->max_pages ? request->nr_pages : client->max_pages, bytes = 0;
+	uint64_t wanted = request->nr_pages < client->max_pages ? request->nr_pages : client->max_pages, bytes = 0;
 	struct lp_piece pieces[PIECES];
 	uint8_t header[LP_HEADER_NEW], *buffer = client->buffer;
 	struct iovec iov[2] = {{header, client->header_size}, {buffer, 0}};
@@ -192,7 +192,7 @@ static int answer(struct lp_client *client, const struct lp_served *served, cons
 	uint64_t size;
 	int error;
 
-	count = lp_find_pages(served, request->dst_id, request->vaddr, asked, pieces, PIECES);
+	count = lp_find_pages(served, request->dst_id, request->vaddr, wanted, pieces, PIECES);
 	if (!count)
 		return 0;
 	for (size_t i = 0; i < count; i++) {
@@ -209,13 +209,13 @@ static int answer(struct lp_client *client, const struct lp_served *served, cons
 
 		if (!more || all_zero(buffer, more))
 			continue;
-		zero = false; /* so the pages go out after all, from the first on */
+		zero = false; /* not all zero: send the pages after all, from the first one on */
 		at = (struct reading){.piece = pieces, .left = bytes};
 		size = read_on(&at, buffer);
 		if (!size)
 			return 0;
 	}
-	if (zero || damaged || at.unreadable) { /* no more than what is known to be good */
+	if (zero || damaged || at.unreadable) { /* announce only pages that have been read */
 		bytes = zero ? bytes - at.left : size;
 		at.left = 0;
 	}
@@ -242,7 +242,7 @@ static int answer(struct lp_client *client, const struct lp_served *served, cons
 	return 1;
 }
 
-/* Looks for a request for a while. -1 with EAGAIN when none has come. */
+/* Polls for a request for up to poll_ns. -1 with EAGAIN if none has come. */
 static ssize_t poll_socket(struct lp_client *client)
 {
 	uint8_t *room = client->requests + client->end;
@@ -258,13 +258,13 @@ static ssize_t poll_socket(struct lp_client *client)
 		sched_yield();
 		now = now_ns();
 		if (now - before > YIELD_NS) {
-			client->poll_ns = 0; /* somebody else has a use for this CPU */
+			client->poll_ns = 0; /* another thread needs this CPU */
 			return recv(client->fd, room, LP_REQUESTS_SIZE - client->end, MSG_DONTWAIT);
 		}
 	}
 }
 
-/* Until there is something to receive, or `deadline`: 0 or -errno. */
+/* Waits until there is something to receive, or until `deadline`. 0 or -errno. */
 static int wait_readable(int fd, uint64_t deadline)
 {
 	for (;;) {
@@ -281,7 +281,7 @@ static int wait_readable(int fd, uint64_t deadline)
 	}
 }
 
-/* Waits for more requests: bytes received, 0 at the end, -errno. There is room. `deadline`: 0 for none. */
+/* Waits for more requests; there is room. deadline: 0 for none. Bytes received, 0 at the end, -errno. */
 static ssize_t receive(struct lp_client *client, uint64_t deadline)
 {
 	ssize_t got = poll_socket(client);
@@ -316,7 +316,7 @@ static ssize_t receive(struct lp_client *client, uint64_t deadline)
 
 int lp_answer_gets(struct lp_client *client, const struct lp_served *served)
 {
-	uint64_t deadline = 0; /* of the request that is there in part */
+	uint64_t deadline = 0; /* of a request that has arrived in part */
 
 	for (;;) {
 		ssize_t got;

@@ -1,11 +1,11 @@
 /*
- * The plan: what lazypages/restore/ (Python) decides and the restorer executes, op after op.
+ * The plan: decided by lazypages/restore/ (Python), executed by the restorer, op by op.
  *
- * A header, then ops.  An op is struct lp_op, its label (text for messages), its body
+ * A header (struct lp_plan), then ops.  An op consists of struct lp_op, its label (text for messages), and its body
  * (one of the structs below and what follows it); label and body are padded to 8 bytes.
- * All numbers are little-endian.  lazypages/restore/plan.py is the writer.
+ * All numbers are little-endian.  lazypages/restore/plan.py writes it.
  *
- * A *thread* is an index into the threads of the plan (a process is the thread that leads it),
+ * A *thread* is an index into the threads of the plan; a process is identified by its leader.
  * LP_NONE is the restorer itself.  A *slot* is a file that the restorer has open.
  */
 #ifndef LAZYPAGES_RESTORE_PLAN_H
@@ -20,25 +20,25 @@
 #define LP_NONE 0xffffffffu
 
 /*
- * The scratch area of a task under construction, at header.scratch: a page of code, room for data
- * (what LP_CALL hands to system calls), then header.parking bytes where vvar and vdso wait.
+ * The scratch area of a task under construction, at plan.scratch: a page of code, room for data
+ * (arguments of system calls from LP_CALL), then plan.parking bytes for vvar and vdso while the other memory is replaced.
  */
 #define LP_SCRATCH_CODE 4096
 #define LP_SCRATCH_DATA 65536
 
-struct lp_readahead {
+struct lp_plan {
 	uint64_t magic;
 	uint32_t version;
 	uint32_t nr_ops;
 	uint32_t nr_threads;
 	uint32_t nr_slots;
 	uint64_t size;	    /* of the whole plan, bytes */
-	uint64_t scratch;   /* address, free in the restorer and in all tasks */
+	uint64_t scratch;   /* address that is free in the restorer and in all tasks */
 	uint64_t parking;   /* bytes */
-	uint32_t link_fd;   /* descriptor under which tasks reach the restorer until they are done */
-	int32_t control_fd; /* the daemon's control socket, -1 without one */
-	int32_t log_fd;	    /* errors go there too; -1 without one */
-	uint32_t verbose;   /* 1: say each op there (or on stderr) */
+	uint32_t link_fd;   /* descriptor by which unfinished tasks reach the restorer */
+	int32_t control_fd; /* the daemon's control socket, -1: no daemon */
+	int32_t log_fd;	    /* a log file for errors, -1: none */
+	uint32_t verbose;   /* 1: log each op there, or to stderr */
 };
 
 struct lp_op {
@@ -57,42 +57,42 @@ enum lp_op_kind {
 	LP_CLOSE,    /* lp_close */
 	LP_WRITE,    /* lp_write, path with its NUL, text */
 	/* Tasks. */
-	LP_SPAWN,  /* lp_spawn: `thread` is made */
+	LP_SPAWN,  /* lp_spawn: creates `thread` */
 	LP_CALL,   /* lp_call_body, data for the scratch area */
 	LP_GIVE,   /* lp_give: a slot becomes a descriptor of the task */
-	LP_SWITCH, /* lp_place...: the restorer's memory goes, vvar and vdso move */
+	LP_SWITCH, /* lp_place...: unmaps the restorer's memory, moves vvar and vdso */
 	LP_FILL,   /* lp_fill, slots, ranges, extents: page contents */
-	LP_EXIT,   /* lp_exit: becomes a zombie */
-	LP_REAP,   /* lp_reap: `thread` waits for a helper that is killed */
-	LP_DRAIN,  /* no body: pending signals, from building, are thrown away */
+	LP_EXIT,   /* lp_exit: the process becomes a zombie */
+	LP_REAP,   /* lp_reap: kills a helper, for which `thread` waits */
+	LP_DRAIN,  /* no body: discards signals pending from the construction */
 	LP_REGS,   /* lp_regs, components of the xsave area: the last op of a thread */
 	/* The daemon. */
 	LP_UFFD,     /* lp_uffd, ranges */
-	LP_ANNOUNCE, /* lp_announce: a zombie */
+	LP_ANNOUNCE, /* lp_announce: reports a zombie */
 	LP_FINISH,   /* no body */
 	/* All. */
-	LP_GO,	 /* no body: let all tasks run */
-	LP_WAIT, /* no body: wait for `thread`, the process, and exit as it did */
+	LP_GO,	 /* no body: lets all tasks run */
+	LP_WAIT, /* no body: waits for the process `thread` and exits with its status */
 };
 
 struct lp_open {
 	uint32_t slot;
 	uint32_t flags;	   /* O_* */
-	uint64_t position; /* 0: leave it */
+	uint64_t position; /* 0: do not seek */
 };
 
 struct lp_pipe {
 	uint32_t reader, writer; /* slots */
-	uint64_t capacity;	 /* bytes, 0: leave it */
+	uint64_t capacity;	 /* bytes, 0: the default */
 };
 
-/* A description of its own for what another slot has open. */
+/* A new open file description of the file in another slot. */
 struct lp_reopen {
 	uint32_t slot, from;
 	uint32_t flags, unused; /* O_* */
 };
 
-/* Shared anonymous memory: a slot to map, and to LP_FILL. */
+/* Shared anonymous memory: a slot that tasks map, and that LP_FILL fills. */
 struct lp_shared {
 	uint32_t slot, unused;
 	uint64_t size;
@@ -108,15 +108,15 @@ struct lp_write {
 };
 
 struct lp_spawn {
-	uint32_t parent; /* thread that clones; LP_NONE: the restorer */
+	uint32_t parent; /* thread that calls clone3; LP_NONE: the restorer */
 	int32_t tid;
 	uint64_t flags; /* CLONE_* */
 };
 
-/* The result must not be an error; with `exact` it must be `result`. */
+/* An error of the call is an error; with `exact` the result must be `result`. */
 struct lp_call_body {
 	uint64_t nr;
-	uint64_t args[6]; /* pointers: data is at header.scratch + LP_SCRATCH_CODE */
+	uint64_t args[6]; /* pointers: data is at plan.scratch + LP_SCRATCH_CODE */
 	uint64_t exact;
 	uint64_t result;
 };
@@ -130,7 +130,7 @@ struct lp_place {
 	uint64_t start, size;
 };
 
-/* What LP_FILL does in a range with extents that are lazy, or not. */
+/* Which extents LP_FILL reads in a range: eager ones, lazy ones. */
 #define LP_TAKE_EAGER 1
 #define LP_TAKE_LAZY 2
 
@@ -140,8 +140,8 @@ struct lp_fill_range {
 };
 
 /*
- * Extents and ranges are sorted.  Of the task, or (LP_NONE) of the LP_SHARED slot `shared` with addresses from
- * 0 on.  The task uses descriptor 0 meanwhile.
+ * Extents and ranges are sorted.  The memory is the task's, or (LP_NONE) that of the LP_SHARED slot `shared`, with
+ * addresses from 0 on.  The task's descriptor 0 is used meanwhile.
  */
 struct lp_fill {
 	uint32_t shared;
@@ -151,7 +151,7 @@ struct lp_fill {
 };
 
 struct lp_exit {
-	uint32_t status, unused; /* as wait() gives it */
+	uint32_t status, unused; /* format of wait(2) */
 };
 
 struct lp_reap {
@@ -161,10 +161,10 @@ struct lp_reap {
 struct lp_regs {
 	uint64_t gp[27]; /* struct user_regs_struct */
 	uint64_t blocked;
-	uint64_t stop; /* 1: the process is in job-control stop */
+	uint64_t stop; /* 1: leave the process in a job-control stop */
 	uint64_t xstate_bv;
 	uint8_t fxsave[512];
-	/* struct lp_component follow, each with its bytes padded to 8 */
+	/* struct lp_component follow, each followed by its bytes, padded to 8 */
 };
 
 struct lp_component {

@@ -24,12 +24,12 @@
 #define SYS_pidfd_getfd 438
 #endif
 
-#define ADDRESS_LIMIT 0x7ffffffff000ULL /* TASK_SIZE_MAX with four-level page tables: no user mapping lies above */
+#define ADDRESS_LIMIT 0x7ffffffff000ULL /* TASK_SIZE_MAX with four-level page tables: no user mapping is higher */
 #define MAX_IOVS 1024			/* UIO_MAXIOV */
-#define MAX_READ (1ULL << 30)		/* one preadv; the kernel stops at 2 GiB - 4 KiB */
+#define MAX_READ (1ULL << 30)		/* one preadv; the kernel's limit is 2 GiB - 4 KiB */
 #define XSTATE_ROOM 65536
 #define XSTATE_HEADER 512		/* the xsave header follows the fxsave area; xstate_bv is its first word */
-#define XSTATE_XCR0 464			/* where ptrace shows it */
+#define XSTATE_XCR0 464			/* offset in the area that ptrace returns */
 
 static uint64_t scratch_data(const struct lp_restorer *r)
 {
@@ -41,7 +41,7 @@ static uint64_t scratch_size(const struct lp_restorer *r)
 	return LP_SCRATCH_CODE + LP_SCRATCH_DATA + r->plan.parking;
 }
 
-/* Where the kernel has put vvar and vdso; tasks inherit that. */
+/* Finds vvar and vdso of the restorer; tasks inherit them at the same addresses. */
 static int find_special(struct lp_restorer *r)
 {
 	FILE *maps = fopen("/proc/self/maps", "re");
@@ -84,7 +84,7 @@ int lp_prepare(struct lp_restorer *r)
 	if (pidfd < 0)
 		return -errno;
 	if (pidfd != (int)r->plan.link_fd) {
-		if (fcntl(r->plan.link_fd, F_GETFD) >= 0) /* something of the restorer's lies there */
+		if (fcntl(r->plan.link_fd, F_GETFD) >= 0) /* a descriptor of the restorer's has this number */
 			return -EBUSY;
 		if (dup3(pidfd, r->plan.link_fd, O_CLOEXEC) < 0)
 			return -errno;
@@ -124,7 +124,7 @@ static int put_data(struct lp_restorer *r, uint32_t index, const void *data, siz
 	return size ? lp_write_memory(r->threads[index].tid, scratch_data(r), data, size) : 0;
 }
 
-/* The first task: a child of the restorer.  It sleeps until it is seized. */
+/* Creates the first task, a child of the restorer.  It sleeps until it is seized. */
 static int spawn_root(struct clone_args *args, pid_t *made)
 {
 	pid_t parent = getpid();
@@ -132,12 +132,12 @@ static int spawn_root(struct clone_args *args, pid_t *made)
 	long pid;
 	int rc;
 
-	/* The task must not take a signal, and inherits the mask. */
+	/* The task must not receive signals; it inherits this mask. */
 	sigfillset(&all);
 	sigprocmask(SIG_SETMASK, &all, &before);
 	pid = syscall(SYS_clone3, args, sizeof(*args));
 	if (pid == 0) {
-		prctl(PR_SET_PDEATHSIG, SIGKILL); /* until PTRACE_O_EXITKILL does it */
+		prctl(PR_SET_PDEATHSIG, SIGKILL); /* until PTRACE_O_EXITKILL is set */
 		if (getppid() != parent)
 			_exit(1);
 		for (;;)
@@ -172,7 +172,7 @@ int lp_spawn(struct lp_restorer *r, uint32_t index, const struct lp_spawn *spawn
 		rc = spawn_root(&data.args, &thread->tid);
 	} else {
 		data.args.set_tid = scratch_data(r) + offsetof(typeof(data), tid);
-		/* CLONE_PTRACE: what a traced task makes is traced by the same tracer, with its options, and starts stopped. */
+		/* CLONE_PTRACE: the new task has the same tracer and options, and starts stopped. */
 		data.args.flags |= CLONE_PTRACE;
 		rc = put_data(r, spawn->parent, &data, sizeof(data));
 		if (!rc)
@@ -208,7 +208,7 @@ int lp_do_give(struct lp_restorer *r, uint32_t index, const struct lp_give *give
 
 	if (rc)
 		return rc;
-	if (fd == (long)give->fd) /* with FD_CLOEXEC, pidfd_getfd(2) */
+	if (fd == (long)give->fd) /* pidfd_getfd(2) has set FD_CLOEXEC */
 		return give->cloexec ? 0 : CALL(r, index, SYS_fcntl, fd, F_SETFD, 0);
 	rc = CALL(r, index, SYS_dup3, fd, give->fd, give->cloexec ? O_CLOEXEC : 0);
 	return rc ? rc : CALL(r, index, SYS_close, fd);
@@ -241,7 +241,7 @@ int lp_do_switch(struct lp_restorer *r, uint32_t index, const struct lp_place *p
 	return rc;
 }
 
-/* Pieces of one pages file that lie one after the other in it. */
+/* Reads that are adjacent in one pages file. */
 struct batch {
 	struct lp_restorer *r;
 	uint32_t index;
@@ -268,7 +268,7 @@ static int flush(struct batch *b)
 			rc = CALL_RESULT(&got, r, b->index, SYS_preadv, b->fd, scratch_data(r), b->count, b->offset);
 	}
 	if (!rc && (uint64_t)got != b->size)
-		rc = -EPROTO; /* the pages file ends too early */
+		rc = -EPROTO; /* the pages file is too short */
 	b->count = 0;
 	b->size = 0;
 	return rc;
@@ -296,7 +296,7 @@ static int add(struct batch *b, uint64_t address, uint64_t size, uint64_t offset
 	return 0;
 }
 
-/* What level `level` gives. */
+/* Reads the pages that level `level` has. */
 static int fill_level(struct batch *b, uint32_t level, const struct lp_fill_range *ranges, uint64_t nr_ranges,
 		      const struct lp_extent *extents, uint64_t nr_extents, uint64_t bias)
 {
@@ -304,7 +304,7 @@ static int fill_level(struct batch *b, uint32_t level, const struct lp_fill_rang
 
 	for (uint64_t k = 0; k < nr_extents; k++) {
 		const struct lp_extent *e = &extents[k];
-		uint64_t end = e->start + e->nr_pages * 4096, covered = 0;
+		uint64_t end = lp_extent_end(e), covered = 0;
 
 		if (e->source != level)
 			continue;
@@ -323,7 +323,7 @@ static int fill_level(struct batch *b, uint32_t level, const struct lp_fill_rang
 				return rc;
 		}
 		if (covered != end - e->start)
-			return -ERANGE; /* pages that belong nowhere */
+			return -ERANGE; /* pages outside of all ranges */
 	}
 	return flush(b);
 }
@@ -356,7 +356,7 @@ int lp_do_fill(struct lp_restorer *r, uint32_t index, const struct lp_fill *fill
 	return rc;
 }
 
-/* Wait for the end of a process; the tracer's wait leaves a zombie to the parent. */
+/* Waits for the end of a process. This is the tracer's wait: it leaves a zombie for the parent. */
 static int wait_end(struct lp_restorer *r, uint32_t index)
 {
 	int status;
@@ -386,12 +386,12 @@ int lp_do_exit(struct lp_restorer *r, uint32_t index, int status)
 		long result;
 
 		rc = lp_run(r, index, SYS_exit_group, (const uint64_t[6]){ WEXITSTATUS(status) }, &result);
-		/* It is gone, and lp_call has waited for it. */
+		/* -ESRCH: the process has exited, and lp_call has reaped it as its tracer. */
 		rc = rc == -ESRCH ? 0 : rc ? rc : -EPROTO;
 	} else {
 		int signo = WTERMSIG(status);
 
-		/* No core file a second time. */
+		/* The dumped process has written its core file already. */
 		rc = CALL(r, index, SYS_prctl, PR_SET_DUMPABLE, 0);
 		if (!rc)
 			rc = lp_set_sigmask(thread->tid, 0);
@@ -428,10 +428,10 @@ int lp_do_reap(struct lp_restorer *r, uint32_t index, uint32_t helper)
 
 int lp_do_drain(struct lp_restorer *r, uint32_t index)
 {
-	const uint64_t data[] = { ~0ULL, 0, 0 }; /* all signals; no time */
+	const uint64_t data[] = { ~0ULL, 0, 0 }; /* all signals; time-out 0 */
 	int rc = put_data(r, index, data, sizeof(data));
 
-	/* Every signal, and each real-time one as often as it is queued. */
+	/* Every signal, a real-time signal as often as it is queued. */
 	for (int i = 0; i < 65536 && !rc; i++) {
 		rc = CALL(r, index, SYS_rt_sigtimedwait, scratch_data(r), 0, scratch_data(r) + 8, 8);
 		if (rc == -EAGAIN)
@@ -475,7 +475,7 @@ int lp_do_regs(struct lp_restorer *r, uint32_t index, const struct lp_regs *regs
 	struct user_regs_struct gp;
 	int rc = set_xstate(thread, regs, size);
 
-	_Static_assert(sizeof(gp) == sizeof(regs->gp), "as ptrace has them");
+	_Static_assert(sizeof(gp) == sizeof(regs->gp), "struct user_regs_struct");
 	memcpy(&gp, regs->gp, sizeof(gp));
 	if (!rc)
 		rc = lp_set_regs(thread->tid, &gp);

@@ -1,8 +1,8 @@
 /*
- * What the restorer does to tasks under construction: all of it is stopped, traced, has every
- * signal blocked, and runs system calls from its scratch area.
+ * Operations on tasks under construction: such a task is stopped, traced, has all
+ * signals blocked, and runs system calls from its scratch area.
  *
- * Every function returns 0 or -errno; -EPROTO: a result that the plan did not expect.
+ * Every function returns 0 or -errno; -EPROTO: a result other than the plan expects.
  */
 #ifndef LAZYPAGES_RESTORE_TASK_H
 #define LAZYPAGES_RESTORE_TASK_H
@@ -14,36 +14,36 @@
 
 #include "restore_plan.h"
 
-/* What the kernel maps into every process, lowest first: vvar (one or more) and vdso. */
+/* Mappings that the kernel adds to every process, in ascending order: vvar (one or more) and vdso. */
 #define LP_MAX_SPECIAL 8
 
 struct lp_thread {
-	pid_t tid;	 /* 0: not made, or gone */
+	pid_t tid;	 /* 0: not created yet, or exited */
 	uint32_t leader; /* index of the process's leader */
 	bool helper;
-	bool stop; /* to be left in job-control stop */
+	bool stop; /* leave it in a job-control stop */
 	struct user_regs_struct base;
 };
 
 struct lp_restorer {
-	struct lp_readahead plan;
+	struct lp_plan plan;
 	struct lp_thread *threads;
 	int *slots;	   /* descriptors, -1: none */
-	void **shared;	   /* where LP_SHARED slots are mapped */
-	uint64_t *sizes;   /* and how long */
+	void **shared;	   /* mappings of LP_SHARED slots */
+	uint64_t *sizes;   /* of these mappings, bytes */
 	struct lp_place special[LP_MAX_SPECIAL];
 	uint32_t nr_special;
 	uint64_t uffd_features;
 };
 
-/* The scratch area, and what else is inherited by all tasks. */
+/* Creates the scratch area and everything else that all tasks inherit. */
 int lp_prepare(struct lp_restorer *r);
 
 int lp_spawn(struct lp_restorer *r, uint32_t index, const struct lp_spawn *spawn);
 
-/* One system call; *ret is its result. */
+/* Runs one system call; *ret is its result. */
 int lp_run(struct lp_restorer *r, uint32_t index, long nr, const uint64_t args[6], long *ret);
-/* The same, with an error of the call as its own. */
+/* The same, but returns an error of the system call. */
 int lp_must(struct lp_restorer *r, uint32_t index, long nr, const uint64_t args[6], long *ret);
 
 int lp_do_call(struct lp_restorer *r, uint32_t index, const struct lp_call_body *call, const void *data, size_t size);

@@ -27,7 +27,6 @@
 #define LAST_EVENTS 4
 /* What the taking in of one piece of an answer may say: pages have come, others are refused. */
 #define PIECE_EVENTS 2
-
 #define MIN_PAGES 4ull /* of a background request */
 /*
  * While faults share the channel: two requests, so that the server always has one.  A fault waits for them; with less, it

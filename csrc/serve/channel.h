@@ -20,7 +20,7 @@ struct lp_channel;
 struct lp_channels;
 
 struct lp_channel_options {
-	uint32_t header_size; /* LP_HEADER_NEW; LP_HEADER_OLD for CRIU up to 4.1.1: see docs/architecture.md */
+	uint32_t header_size; /* LP_HEADER_NEW; LP_HEADER_OLD for CRIU up to 4.1.1 (docs/architecture.md) */
 	uint32_t max_pages;   /* of one request that is not the owner's */
 	uint64_t floor;	      /* bytes of background that may be on their way at least: where faults have other channels; or 0 */
 	bool zeros;	      /* pages of zeros may be answered without bytes (wire.Features.ZERO) */

@@ -137,7 +137,7 @@ static int copy_unguarded(struct lp_task *t, const struct lp_answer *run, const 
 	}
 	if (fd < 0) {
 		if (fd != -ESRCH && !atomic_exchange(&t->unseen, true))
-			lp_post_about(t, LP_NOTICE_UNSEEN, -fd);
+			lp_post_about(t, LP_EVENT_UNSEEN, -fd);
 		return copy_claimed(t, run, src, claims);
 	}
 	while (done < run->nr_pages && !rc) {
@@ -230,7 +230,7 @@ int lp_zero_page(struct lp_task *t, uint64_t addr)
 	if (result.outcome == LP_PRESENT)
 		lp_count(&t->stats.present, 1);
 	else if (result.outcome != LP_UNREGISTERED) /* else it is unmapped since; the thread finds out when it runs */
-		lp_post_about(t, LP_NOTICE_FAILED, result.error);
+		lp_post_about(t, LP_EVENT_FAILED, result.error);
 	lp_wake_batched(t, addr, 1);
 	return 0;
 }

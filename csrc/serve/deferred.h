@@ -20,8 +20,10 @@
 #define LP_RETRY_MOST_NS 1000000
 #define LP_READ_RETRY_NS (10 * LP_NS / 1000) /* until a uffd that could not be read is read again */
 
-/* Any thread: it has released claims, so the serving thread looks at deferred faults again.  A wake-up of the threads that
- * wait would do as well, but all of them would fault again. */
+/*
+ * Any thread: it has released claims, so the serving thread looks at deferred faults again.  (Waking the threads that wait would do
+ * as well, but all of them would fault again.)
+ */
 void lp_claims_released(struct lp_task *t);
 /* The serving thread: tasks for which that was called are to be retried. */
 void lp_collect_released(struct lp_engine *e);

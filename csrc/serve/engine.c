@@ -13,9 +13,9 @@
 #include "serve_task.h"
 #include "wakeup_fd.h"
 
-#define EVENTS 64	      /* uffds answered for one epoll_wait */
-#define EXPECTED_NS 300000 /* how long an answer of a page server is waited for with our CPU left to others */
-#define IDLE_MS 50	      /* without a fault: then no task's CPU is followed */
+#define EVENTS 64	   /* uffds and channels of one epoll_wait */
+#define EXPECTED_NS 300000 /* how long to wait for an answer of a page server while other threads have our CPU */
+#define IDLE_MS 50	   /* without a fault: then no task's CPU is followed */
 
 static void serve_retries(struct lp_engine *e)
 {
@@ -36,7 +36,7 @@ static void serve_retries(struct lp_engine *e)
 		e->retry_soon = !t->read_error;
 }
 
-/* ns until what was put off is tried again; less often while that is in vain. */
+/* ns until tasks are tried again; less often while that is in vain. */
 static uint64_t retry_after(struct lp_engine *e)
 {
 	uint64_t now = e->retry_ns;
@@ -45,7 +45,7 @@ static uint64_t retry_after(struct lp_engine *e)
 	return now;
 }
 
-/* As epoll_wait, but ns. */
+/* As epoll_wait, but in ns. */
 static int wait_for(struct lp_engine *e, struct epoll_event *events, uint64_t ns)
 {
 	const struct timespec most = {.tv_nsec = (long)ns};
@@ -64,7 +64,7 @@ static int next_events(struct lp_engine *e, struct epoll_event *events, bool aga
 	if (atomic_load(&e->follow.yields)) {
 		/*
 		 * A page server on this machine may run on this CPU now.  When it answers, we don't take the CPU from it
-		 * before it sleeps again: beside it, the thread that gets the page would be sent to another one.
+		 * before it sleeps again: otherwise the thread that gets the page would be moved to another CPU.
 		 */
 		const struct timespec expected = {.tv_nsec = lp_channels_expect(&e->channels) ? EXPECTED_NS : 0};
 
@@ -88,14 +88,14 @@ int lp_engine_run(struct lp_engine *e)
 	struct epoll_event events[EVENTS];
 	int rc = 0;
 
-	lp_tells_old_length(); /* found out while this thread is like any other, and nobody waits */
+	lp_tells_old_length(); /* found out while this thread has no special priority, and no task waits */
 	lp_follow_init(&e->follow);
 	atomic_store(&lp_spins, e->follow.able ? LP_SPINS : LP_SPINS_ONE_CPU);
 	while (!rc && !atomic_load(&e->stop)) {
 		bool again;
 		int n;
 
-		/* no task or channel that epoll_wait has named is buried before the next epoll_wait */
+		/* no task or channel that epoll_wait has named is freed before the next epoll_wait */
 		lp_collect_released(e);
 		lp_reap(e);
 		again = lp_channels_round(&e->channels);

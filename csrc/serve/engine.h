@@ -5,7 +5,7 @@
  * (lp_engine_run); other threads may at the same time transfer pages of any
  * task in the background (lp_task_transfer), hand over pages that came from
  * elsewhere (lp_task_deliver), and so on.  What needs a decision goes to the
- * owner as a notice; the engine decides nothing.
+ * owner as a event; the engine decides nothing.
  *
  * Why a lock around reading the uffd: a layout event (REMOVE, UNMAP, REMAP,
  * FORK) holds its thread until it is read.  From then on the task goes on and
@@ -43,23 +43,23 @@ struct lp_memory;
 struct lp_task;
 struct lp_trace;
 
-enum lp_notice_kind {
-	LP_NOTICE_FORKED = 1, /* task is new, the child of one with the same tag, and served already */
-	LP_NOTICE_NEED,	      /* pages [image, +nr_pages) are wanted from a remote source, a thread waits for one */
-	LP_NOTICE_HURRY,      /* a thread waits for a page that is on its way */
+enum lp_event_kind {
+	LP_EVENT_FORKED = 1, /* task is new, the child of one with the same tag, and served already */
+	LP_EVENT_NEED,	      /* pages [image, +nr_pages) are wanted from a remote source, a thread waits for one */
+	LP_EVENT_ESCALATE,      /* a thread waits for a page that is on its way */
 	/*
 	 * pages [image, +nr_pages), now at addr, can't be had: error is why. ESTALE: they may be there, but zeros; EADDRNOTAVAIL:
 	 * whether they have been unmapped is not known
 	 */
-	LP_NOTICE_LOST,
-	LP_NOTICE_COMPLETE,   /* nothing is pending any more */
-	LP_NOTICE_GONE,	      /* the task's memory does not exist any more */
-	LP_NOTICE_FAILED,     /* an operation on the uffd failed in a way that should not be: error */
-	LP_NOTICE_BROKEN,     /* what the task misses is not known any more: error is why. It is to be killed, and what it has forked */
-	LP_NOTICE_UNSEEN,     /* guards that the task installs can't be seen, and may be copied over: error is why */
+	LP_EVENT_LOST,
+	LP_EVENT_COMPLETE,   /* nothing is pending any more */
+	LP_EVENT_GONE,	      /* the task's memory does not exist any more */
+	LP_EVENT_FAILED,     /* an operation on the uffd failed in a way that should not be: error */
+	LP_EVENT_BROKEN,     /* what the task misses is not known any more: error is why. It is to be killed, and what it has forked */
+	LP_EVENT_UNSEEN,     /* guards that the task installs can't be seen, and may be copied over: error is why */
 };
 
-struct lp_notice {
+struct lp_event {
 	uint32_t kind;
 	int32_t error; /* errno, 0 if there is none */
 	struct lp_task *task;
@@ -88,9 +88,9 @@ struct lp_stats {
 struct lp_engine *lp_engine_new(struct lp_guard *guard);
 /* Closes the tasks that there still are, as lp_task_close does. */
 void lp_engine_free(struct lp_engine *engine);
-/* Readable when there are notices. */
-int lp_engine_notice_fd(const struct lp_engine *engine);
-size_t lp_engine_notices(struct lp_engine *engine, struct lp_notice *notices, size_t max);
+/* Readable when there are events. */
+int lp_engine_event_fd(const struct lp_engine *engine);
+size_t lp_engine_events(struct lp_engine *engine, struct lp_event *events, size_t max);
 /* Whether any task is not closed, those that nobody has been told of yet among them. */
 bool lp_engine_has_tasks(struct lp_engine *engine);
 /* Serves until lp_engine_stop. 0 or -errno. */
@@ -119,8 +119,8 @@ struct lp_task *lp_task_new(struct lp_engine *engine, int uffd, struct lp_memory
 			    int pidfd, uint64_t tag);
 /*
  * Ends the service, and closes the uffd if nothing is missing, or if the task is gone.  Else it stays open, as what is
- * missing would be zero for the task then: whoever faults waits for ever.  No notice about it is given any more, and the
- * pointer is no longer valid.  True if there was one, not taken yet, that a page may have come with zeros (LP_NOTICE_LOST with
+ * missing would be zero for the task then: whoever faults waits for ever.  No event about it is given any more, and the
+ * pointer is no longer valid.  True if there was one, not taken yet, that a page may have come with zeros (LP_EVENT_LOST with
  * ESTALE): the task must not go on.
  */
 bool lp_task_close(struct lp_task *task);
@@ -131,7 +131,7 @@ bool lp_task_close(struct lp_task *task);
  */
 int64_t lp_task_transfer(struct lp_task *task, uint64_t max_bytes);
 /*
- * Brings what waits in [start, end) now.  For what a remote source must give there is a notice, as for a fault (LP_NOTICE_NEED).
+ * Brings what waits in [start, end) now.  For what a remote source must give there is a event, as for a fault (LP_EVENT_NEED).
  * 0, or -EAGAIN when a layout event is in the way, or -ESRCH.
  */
 int lp_task_bring(struct lp_task *task, uint64_t start, uint64_t end);

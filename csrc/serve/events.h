@@ -7,7 +7,7 @@
 #include "serving.h"
 
 /* Not about a task that is closed.  False: there was no memory, and it has to be tried again. */
-bool lp_post(struct lp_engine *e, struct lp_notice notice);
+bool lp_post(struct lp_engine *e, struct lp_event event);
 void lp_post_about(struct lp_task *t, uint32_t kind, int error);
 /* Pages [skip, skip + nr) of the run are lost. */
 void lp_post_lost(struct lp_task *t, const struct lp_answer *run, uint64_t skip, uint64_t nr, int error);

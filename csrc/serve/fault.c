@@ -16,7 +16,6 @@
 #define LEAD_MAX ((uint64_t)32 << 20)
 #define LEAD_MEMORY_NS (LP_NS / 10) /* after that it begins with LEAD_MIN again */
 
-
 /* Brings what waits in [addr, end), whatever lies between.  0, -EAGAIN, -ESRCH. */
 static int bring(struct lp_task *t, uint64_t addr, uint64_t end)
 {
@@ -71,8 +70,8 @@ static int refuse_zeros(struct lp_task *t, uint64_t addr)
 	else
 		lp_count(&t->stats.poisoned, 1);
 	lp_task_trace(t, LP_TRACE_POISONED, LP_TRACE_NO_SOURCE, addr, 1, 0);
-	lp_post(t->engine, (struct lp_notice){
-				  .kind = LP_NOTICE_LOST, .error = EADDRNOTAVAIL, .task = t, .addr = addr, .nr_pages = 1});
+	lp_post(t->engine, (struct lp_event){
+				  .kind = LP_EVENT_LOST, .error = EADDRNOTAVAIL, .task = t, .addr = addr, .nr_pages = 1});
 	return 0;
 }
 
@@ -134,7 +133,7 @@ static int copy_run(struct lp_task *t, const struct lp_plan *plan, const struct 
 /* Reports what a thread waits for, if a channel does not bring it. */
 static int report(struct lp_task *t, uint32_t kind, const struct lp_answer *run, const struct lp_fault *fault)
 {
-	struct lp_notice notice = {
+	struct lp_event event = {
 		.kind = kind,
 		.task = t,
 		.image = run->image,
@@ -143,7 +142,7 @@ static int report(struct lp_task *t, uint32_t kind, const struct lp_answer *run,
 		.since = fault->since,
 	};
 
-	return lp_post(t->engine, notice) ? 0 : -EAGAIN;
+	return lp_post(t->engine, event) ? 0 : -EAGAIN;
 }
 
 static int ask(struct lp_task *t, const struct lp_plan *plan, const struct lp_fault *fault)
@@ -160,7 +159,7 @@ static int ask(struct lp_task *t, const struct lp_plan *plan, const struct lp_fa
 	lp_begin_wait(t, (struct lp_waiter){image, fault->since, run.addr, run.nr_pages});
 	if (lp_channels_fault(&t->engine->channels, t->tag, run.image, run.nr_pages, fault->since))
 		return 0;
-	rc = report(t, LP_NOTICE_NEED, &run, fault);
+	rc = report(t, LP_EVENT_NEED, &run, fault);
 	if (rc) {
 		lp_space_release(t->space, run.dense, run.nr_pages);
 		lp_end_wait(t, image, image + LP_PAGE_SIZE, false);
@@ -176,7 +175,7 @@ static int escalate(struct lp_task *t, const struct lp_answer *page, const struc
 	lp_begin_wait(t, (struct lp_waiter){page->image, fault->since, page->addr, 1});
 	if (lp_channels_hurry(&t->engine->channels, t->tag, page->image, fault->since))
 		return 0;
-	rc = report(t, LP_NOTICE_HURRY, page, fault);
+	rc = report(t, LP_EVENT_ESCALATE, page, fault);
 	if (rc)
 		lp_end_wait(t, page->image, page->image + LP_PAGE_SIZE, false);
 	return rc;
@@ -202,7 +201,7 @@ static int execute(struct lp_task *t, const struct lp_plan *plan, const struct l
 	case LP_PLAN_LOST:
 		break;
 	}
-	return report(t, LP_NOTICE_LOST, &plan->page, fault);
+	return report(t, LP_EVENT_LOST, &plan->page, fault);
 }
 
 int lp_answer_fault(struct lp_task *t, struct lp_fault fault)

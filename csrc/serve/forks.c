@@ -18,11 +18,9 @@
 #include "wake.h"
 #include "wiped.h"
 
-#define CHILD_TRIES 8		 /* the same for a child, before others have their turn */
-
-#define CHILD_NS (5 * LP_NS)	 /* until a child whose layout does not come to rest loses what can't be told */
-
-#define POISON_TRIES 1000	 /* for a page that takes the place of poison, which must not be seen */
+#define CHILD_TRIES 8	 /* for the layout of a child to be quiescent, before other tasks have their turn */
+#define CHILD_NS (5 * LP_NS) /* after that what is not known of a child whose layout never is quiescent is lost */
+#define POISON_TRIES 1000 /* for a page that takes the place of poison, which must not be seen */
 
 static bool overlap(const struct lp_change *a, uint64_t start, uint64_t len)
 {
@@ -68,7 +66,7 @@ static bool space_before(struct lp_task *t, struct lp_new_child *u)
 	return u->task->space;
 }
 
-/* By what the child has: 0; -EAGAIN: its layout is changing; -ENOMEM. */
+/* Finds out what the child has, by asking the kernel: 0; -EAGAIN: its layout is changing; -ENOMEM. */
 static int ask_child(struct lp_task *t, struct lp_new_child *u, uint64_t told)
 {
 	const struct lp_ask of_child = lp_asking(u->task), of_parent = lp_asking(t);
@@ -84,7 +82,7 @@ static int ask_child(struct lp_task *t, struct lp_new_child *u, uint64_t told)
 		       0;
 }
 
-/* All that is pending is lost. */
+/* All that is pending in the child is lost. */
 static int mark_all_lost(struct lp_task *t, struct lp_new_child *u)
 {
 	int rc = space_before(t, u) ? 0 : -ENOMEM;
@@ -100,8 +98,8 @@ static int mark_all_lost(struct lp_task *t, struct lp_new_child *u)
 }
 
 /*
- * The space of a child by what it has, with what is dropped from it.  If that can't be found out, all is lost.  0; -EAGAIN: to be
- * tried again; -ENOMEM.
+ * Makes the address space of a child, by what it has; u->dropped: what it has not.  If that can't be found out, all is lost.  0;
+ * -EAGAIN: to be tried again; -ENOMEM.
  */
 static int replay(struct lp_task *t, struct lp_new_child *u, uint64_t told)
 {
@@ -264,15 +262,15 @@ static void publish_child(struct lp_task *t, struct lp_new_child *u)
 	lp_number_memory(child, t->number);
 	lp_readahead_init(&child->readahead, t->readahead.max_window);
 	inherit_guards(t, child);
-	lp_task_link(child); /* whoever is told of it may close it at once */
-	/* told before it is served, so that its first notice comes after this one */
-	lp_post(t->engine, (struct lp_notice){.kind = LP_NOTICE_FORKED, .task = child});
+	lp_task_link(child); /* its owner, once it knows of it, may close it at once */
+	/* reported before it is served, so that its first event comes after this one */
+	lp_post(t->engine, (struct lp_event){.kind = LP_EVENT_FORKED, .task = child});
 	if (u->lost.nr_pages)
 		lp_post_lost(child, &u->lost, 0, u->lost.nr_pages, EADDRNOTAVAIL);
 	rc = lp_task_start(child);
 	if (rc)
-		lp_post_about(child, LP_NOTICE_FAILED, -rc);
-	if (child->nr_changes || child->faults.nr) /* nothing is to be read of them any more */
+		lp_post_about(child, LP_EVENT_FAILED, -rc);
+	if (child->nr_changes || child->faults.nr) /* they have been read already: epoll does not name them */
 		lp_claims_released(child);
 }
 

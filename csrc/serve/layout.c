@@ -17,7 +17,8 @@
 #include "task_trace.h"
 #include "wake.h"
 
-#define QUIESCENT_TRIES 32 /* for a thread whose event has been read, and that has to run before the layout is quiescent: some 50 us */
+/* A thread whose event has been read has to run before the layout is quiescent: some 50 us. */
+#define QUIESCENT_TRIES 32
 
 /* Makes one change in the space.  False: not yet. */
 static bool make_change(struct lp_task *t, struct lp_change *change)
@@ -51,7 +52,8 @@ static bool make_change(struct lp_task *t, struct lp_change *change)
 	case LP_REMAPPED:
 		lp_count(&t->stats.remaps, 1);
 		rc = lp_space_remap(t->space, change->start, change->to, change->len, &dropped);
-		if (!rc && lp_ranges_meet(&t->unsure, change->start, end) && !lp_ranges_add(&t->unsure, change->to, change->to + change->len))
+		if (!rc && lp_ranges_meet(&t->unsure, change->start, end) &&
+		    !lp_ranges_add(&t->unsure, change->to, change->to + change->len))
 			rc = -ENOMEM;
 		break;
 	}
@@ -64,7 +66,7 @@ out:
 	if (by_source != counters)
 		free(by_source);
 	if (rc)
-		lp_mark_broken(t, -rc); /* with a layout that we do not know every answer could be wrong */
+		lp_mark_broken(t, -rc); /* with an unknown layout every answer could be wrong */
 	return made;
 }
 
@@ -82,7 +84,7 @@ static bool needs_history(const struct lp_task *t)
 	return forks && others;
 }
 
-/* Where it is unclear what has left first, nothing is brought any more, and no zeros. */
+/* Where it is unclear what has left first, no page is brought any more, and no zeros. */
 static void mark_unclear_lost(struct lp_task *t)
 {
 	bool *unclear = malloc(t->nr_changes + 1);
@@ -114,7 +116,7 @@ static void begin_history(struct lp_task *t)
 		lp_mark_broken(t, ENOMEM);
 }
 
-/* Asks what unmapping has done.  If the layout is not at rest any more, the question is kept, and nothing is answered. */
+/* Asks the kernel what unmapping has done.  If the layout is not quiescent any more the question is kept: no fault is answered. */
 static void settle(struct lp_task *t)
 {
 	struct lp_counts dropped = {calloc(t->nr_levels + 2, sizeof(uint64_t)), t->nr_levels};
@@ -130,13 +132,13 @@ static void settle(struct lp_task *t)
 	free(dropped.by_source);
 }
 
-void lp_make_changes(struct lp_task *t, bool at_rest)
+void lp_make_changes(struct lp_task *t, bool quiescent)
 {
 	struct lp_change *changes = t->changes;
 	size_t nr = t->nr_changes, next;
 	struct lp_fork *fork_events = &t->fork;
 
-	if (at_rest && !fork_events->child) {
+	if (quiescent && !fork_events->child) {
 		for (size_t i = 0; i < nr; i++)
 			if (changes[i].kind == LP_REMAPPED) {
 				if (lp_tells_old_length())
@@ -148,7 +150,7 @@ void lp_make_changes(struct lp_task *t, bool at_rest)
 			begin_history(t);
 	}
 	while (nr && !atomic_load(&t->broken) &&
-	       (next = fork_events->child ? 0 : lp_space_next_change(t->space, changes, nr, at_rest)) < nr) {
+	       (next = fork_events->child ? 0 : lp_space_next_change(t->space, changes, nr, quiescent)) < nr) {
 		struct lp_change change = changes[next];
 
 		memmove(&changes[1], changes, next * sizeof(change));
@@ -167,7 +169,7 @@ void lp_make_changes(struct lp_task *t, bool at_rest)
 		return;
 	memmove(t->changes, changes, nr * sizeof(*changes));
 	t->nr_changes = nr;
-	if (at_rest && !fork_events->child && !atomic_load(&t->broken)) {
+	if (quiescent && !fork_events->child && !atomic_load(&t->broken)) {
 		lp_space_rest(t->space);
 		if (lp_space_nr_doubts(t->space))
 			settle(t);
@@ -183,7 +185,7 @@ void lp_catch_up(struct lp_task *t)
 	enum lp_outcome outcome = LP_CHANGING;
 
 	if (t->fork.child) {
-		lp_make_changes(t, true); /* they have been read at rest */
+		lp_make_changes(t, true); /* they were read while it was quiescent */
 		if (t->fork.child)
 			return;
 		lp_watch(t, true);
@@ -196,11 +198,11 @@ void lp_catch_up(struct lp_task *t)
 			return;
 		outcome = lp_probe_page(t, LP_ANYWHERE);
 		if (outcome == LP_CHANGING)
-			sched_yield(); /* they may need this CPU */
+			sched_yield(); /* the threads that change it may need this CPU */
 	}
 	if (outcome == LP_TASK_GONE)
 		lp_mark_gone(t);
 	lp_make_changes(t, true);
 	if (t->fork.child)
-		lp_watch(t, false); /* it may have more to say, and is tried again later */
+		lp_watch(t, false); /* it may be readable, and is tried again later */
 }

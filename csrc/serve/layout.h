@@ -7,7 +7,7 @@
 #include "serving.h"
 
 /* Those that can be made already, or all of them when the layout is quiescent.  (lock held alone) */
-void lp_make_changes(struct lp_task *t, bool at_rest);
+void lp_make_changes(struct lp_task *t, bool quiescent);
 /*
  * Reads, and makes the changes that have been reported (lock held alone).  As long as one of them has to wait no fault may be
  * answered, which the kernel would refuse with EAGAIN anyway: it counts the changes that have begun and have not been read, and

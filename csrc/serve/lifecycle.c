@@ -49,7 +49,7 @@ struct lp_task *lp_task_new(struct lp_engine *e, int uffd, struct lp_memory *mem
 	lp_task_link(t); /* before it is served: what channels bring finds it by its tag */
 	int rc = lp_task_start(t);
 	if (rc) {
-		lp_task_close(t); /* the uffd stays open: it misses pages */
+		lp_task_close(t); /* the uffd stays open: pages are pending */
 		errno = -rc;
 		return NULL;
 	}
@@ -68,7 +68,7 @@ bool lp_task_close(struct lp_task *t)
 	for (int tries = 0; lp_make_changes(t, true), t->fork.child && !atomic_load(&t->broken); tries++) {
 		if (tries == CLOSE_TRIES)
 			t->fork.child->until = 0;
-		lp_unlock_alone(&t->lock); /* the serving thread waits for no child */
+		lp_unlock_alone(&t->lock); /* the serving thread does not wait for the child */
 		nanosleep(&pause, NULL);
 		lp_lock_alone(&t->lock);
 	}
@@ -109,9 +109,9 @@ struct lp_engine *lp_engine_new(struct lp_guard *guard)
 	e->retry_ns = LP_RETRY_FIRST_NS;
 	e->epfd = epoll_create1(EPOLL_CLOEXEC);
 	e->wakefd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-	e->noticefd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+	e->eventfd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	e->unreadable = mmap(NULL, LP_PAGE_SIZE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-	if (e->unreadable == MAP_FAILED || e->epfd < 0 || e->wakefd < 0 || e->noticefd < 0 ||
+	if (e->unreadable == MAP_FAILED || e->epfd < 0 || e->wakefd < 0 || e->eventfd < 0 ||
 	    epoll_ctl(e->epfd, EPOLL_CTL_ADD, e->wakefd, &event) || lp_mappings_reserve()) {
 		int saved = errno;
 
@@ -170,12 +170,12 @@ void lp_engine_free(struct lp_engine *e)
 		close(e->epfd);
 	if (e->wakefd >= 0)
 		close(e->wakefd);
-	if (e->noticefd >= 0)
-		close(e->noticefd);
+	if (e->eventfd >= 0)
+		close(e->eventfd);
 	if (e->unreadable != MAP_FAILED)
 		munmap(e->unreadable, LP_PAGE_SIZE);
 	pthread_mutex_destroy(&e->lock);
-	free(e->notices);
+	free(e->events);
 	free(e);
 }
 

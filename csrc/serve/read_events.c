@@ -56,7 +56,7 @@ static void keep_change(struct lp_task *t, const struct uffd_msg *msg)
 		};
 		break;
 	default:
-		lp_post_about(t, LP_NOTICE_FAILED, EPROTO);
+		lp_post_about(t, LP_EVENT_FAILED, EPROTO);
 		return;
 	}
 	t->changes[t->nr_changes++] = change; /* there is room: reserve_messages */
@@ -73,7 +73,7 @@ void lp_watch(struct lp_task *t, bool listen)
 static void read_failed(struct lp_task *t, int error)
 {
 	if (!t->read_error && !t->unreported_lost) /* a child that is not linked reports it when it is read again */
-		lp_post_about(t, LP_NOTICE_FAILED, error);
+		lp_post_about(t, LP_EVENT_FAILED, error);
 	lp_watch(t, false); /* it stays readable */
 	t->read_error = error;
 	t->next_try = lp_now_ns() + LP_READ_RETRY_NS;

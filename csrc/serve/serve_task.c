@@ -12,14 +12,12 @@
 #include "wake.h"
 
 /*
- * From so many faults at once on they are answered in the order of their addresses, and threads are woken for BATCH answers
- * together: each wake-up, that of a copy as well, goes through all threads that wait (fs/userfaultfd.c, __wake_userfault).
+ * With this many faults at once they are answered in the order of their addresses, and threads are woken for BATCH answers together
+ * (csrc/serve/wake.h).
  */
 #define CROWD 64
-
 #define BATCH 64
-
-#define SERVE_TRIES 4		 /* for a task whose layout is changing, before others have their turn */
+#define SERVE_TRIES 4 /* for a task whose layout is changing, before other tasks have their turn */
 
 /* Faults that can't be answered yet; all but `before` of them are new. */
 static void postpone(struct lp_task *t, size_t before)
@@ -34,7 +32,7 @@ static void postpone(struct lp_task *t, size_t before)
 	lp_retry_later(t);
 }
 
-/* Answers what has been read (lock held shared).  One EAGAIN means that all get it now: it is for the layout of the task. */
+/* Answers what has been read (lock held shared).  One EAGAIN means that all would get it now: it is about the layout of the task. */
 static void answer_all(struct lp_task *t, size_t before)
 {
 	struct lp_faults *f = &t->faults;
@@ -46,7 +44,7 @@ static void answer_all(struct lp_task *t, size_t before)
 	while (f->nr && rc != -EAGAIN) {
 		struct lp_fault fault;
 
-		/* after the first answer: sorting is in vain while the layout is changing */
+		/* only after an answer: sorting is in vain while the layout is changing */
 		if (answered_here == 1 && f->nr >= CROWD) {
 			lp_faults_sort(f, t->sweep);
 			t->batching = true;
@@ -56,7 +54,7 @@ static void answer_all(struct lp_task *t, size_t before)
 		fault = lp_faults_pop(f);
 		rc = lp_answer_fault(t, fault);
 		if (rc == -EAGAIN)
-			/* to the end: there may be another reason, which the others don't have. There is room, its own */
+			/* to the end: the reason may be another, which the other faults don't have.  There is room, its own */
 			lp_faults_push(f, fault);
 		else
 			answered_here++;

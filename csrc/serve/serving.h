@@ -20,11 +20,11 @@
  *   A child that has not been linked is used by one thread: the one that has its parent's lock alone.
  *
  *   struct lp_engine
- *     constant while lp_engine_run runs    epfd, wakefd, noticefd, unreadable, guard, trace
+ *     constant while lp_engine_run runs    epfd, wakefd, eventfd, unreadable, guard, trace
  *     the serving thread only              channels (but for what csrc/serve/channel.h says), family, cap_family, ready, retries,
  *                                          retry_soon, retry_ns, follow (but for follow.cpu)
  *     guarded.lock                         guarded
- *     lock                                 tasks, closed, families, notices, nr_notices, cap_notices, any_unposted
+ *     lock                                 tasks, closed, families, events, nr_events, cap_events, any_unposted
  *     atomic                               stop, last_fault, last_single, released, nr_memories
  *
  * Order of locks: a task's lock, then its waiting_lock, then engine->lock.  Of two tasks, a parent's before its child's.
@@ -76,7 +76,7 @@ struct lp_task {
 	struct lp_space *space;
 	struct lp_lock lock;
 	int uffd; /* -1 once closed */
-	bool closed; /* by its owner: no notice is about it any more */
+	bool closed; /* by its owner: no event is about it any more */
 	bool remote, is_child;
 	/*
 	 * Where it could not be told what left first (csrc/serve/late.h), or in a child that was forked while what had been reported
@@ -88,7 +88,7 @@ struct lp_task {
 	_Atomic bool has_guards; /* one was seen */
 	_Atomic bool unseen;	 /* its guards can't be looked for, and that is reported */
 	_Atomic bool broken;	 /* what it misses is not known any more */
-	uint32_t unposted;	 /* notices that there was no memory for, a bit for each kind */
+	uint32_t unposted;	 /* events that there was no memory for, a bit for each kind */
 	int32_t unposted_error;	 /* of the last of them */
 	struct lp_change *changes; /* of the layout, not made in the space yet: no fault may be answered */
 	size_t nr_changes, cap_changes;
@@ -144,7 +144,7 @@ struct lp_engine {
 	struct lp_guarded guarded;
 	struct lp_task **family; /* room to collect a fork family in */
 	size_t cap_family;
-	int epfd, wakefd, noticefd;
+	int epfd, wakefd, eventfd;
 	void *unreadable;	/* a page, for probes */
 	struct lp_guard *guard; /* may be NULL */
 	_Atomic bool stop;
@@ -160,8 +160,8 @@ struct lp_engine {
 	pthread_mutex_t lock;
 	struct lp_task *tasks, *closed;
 	struct lp_task *families[LP_FAMILIES]; /* by tag: hash table */
-	struct lp_notice *notices;
-	size_t nr_notices, cap_notices;
+	struct lp_event *events;
+	size_t nr_events, cap_events;
 	bool any_unposted; /* of any task */
 };
 

@@ -26,7 +26,6 @@
 
 /* How long the kernel may take to say that it tells us, ms. It does so before send(2) returns (cn_proc_mcast_ctl). */
 #define ACK_MS 100
-
 #define MESSAGE_MAX 512
 
 enum { HELD_MORE = 16 };

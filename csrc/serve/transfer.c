@@ -12,64 +12,55 @@
 #include "wake.h"
 
 #define CHUNK_QUIET (512u << 10) /* bytes a background copy takes at a time */
+#define CHUNK_BUSY (64u << 10)	 /* the same while tasks fault: a fault waits for this at most */
+#define CHUNK_SINGLE (8u << 10)	 /* the same while faults bring one page each, here and there */
+#define BUSY_NS (2 * LP_NS / 1000) /* how long after a fault tasks count as faulting */
 
-#define CHUNK_BUSY (64u << 10)	 /* the same while tasks fault: one waits for this at most */
-
-#define CHUNK_LONE (8u << 10)	 /* and while they fault here and there, where one fault brings one page */
-
-#define BUSY_NS (2 * LP_NS / 1000)	 /* how long after a fault tasks count as faulting */
-
-/* What one thread of the background has to itself: what one page table maps, for the lock of that is taken for each page. */
+/* The range that one thread of the background has to itself: what one page table maps, whose lock is taken for each page. */
 #define STRIPE ((uint64_t)2 << 20)
-
-#define MAPPED 8 /* levels of a chain of whose files a thread of the background remembers what it has mapped */
-
-#define ASIDE_NS (5 * LP_NS / 1000) /* how long after a fault the background leaves its CPU to those who fault */
-
-#define ASIDE_TRIES 4		 /* for a place elsewhere, so far apart */
+#define PREFETCHED 8 /* levels of a chain for which a thread of the background remembers what it has prefetched */
+#define ASIDE_NS (5 * LP_NS / 1000) /* how long after a fault the background leaves its CPU to threads that fault */
+#define ASIDE_TRIES 4 /* for another CPU, ASIDE_NS apart */
 
 /*
- * How long after a layout event the background leaves room for the next: one thread, with pauses.  Who changes the layout takes
- * a rwsem of the uffd for writing that every copy takes for reading (map_changing_lock, Linux 6.9 and later), and one reader
- * after another keeps it from that for 4 ms (kernel/locking/rwsem.c, RWSEM_WAIT_TIMEOUT).
+ * How long after a layout event the background leaves room for the next: one thread, with pauses.  A layout change takes
+ * a rwsem of the uffd for writing that every copy takes for reading (map_changing_lock, Linux 6.9 and later), and readers that
+ * follow each other keep a writer waiting for 4 ms (kernel/locking/rwsem.c, RWSEM_WAIT_TIMEOUT).
  */
 #define CHANGING_NS (5 * LP_NS / 1000)
-
 #define CHANGING_PAUSE_NS 50000
+#define LOOKAHEAD_TRIES 8 /* runs that another thread may claim before we do */
+#define CROWD_NS (2 * LP_NS / 1000) /* how long after many faults at once the background does not wake without need */
 
-#define LOOKAHEAD_TRIES 8	 /* runs that another thread may take before we do */
-
-#define CROWD_NS (2 * LP_NS / 1000) /* how long after that the background does not wake without need */
-
-/* How much the background copies at a time: reading faults waits for it. */
+/* How much the background copies at a time: the serving thread needs the lock alone to read faults, and waits for it. */
 static uint64_t chunk(struct lp_engine *e)
 {
 	uint64_t now = lp_now_ns();
 
 	if (now - atomic_load_explicit(&e->last_single, memory_order_relaxed) < BUSY_NS)
-		return CHUNK_LONE;
+		return CHUNK_SINGLE;
 	if (now - atomic_load_explicit(&e->last_fault, memory_order_relaxed) < BUSY_NS)
 		return CHUNK_BUSY;
 	return CHUNK_QUIET;
 }
 
 /*
- * Claims and copies a run of the background (lock held shared).  In a crowd nobody is woken by the copy: whoever waits for one
- * of these pages has been left to us since we claimed it, or the serving thread has still to read the fault, will find the
+ * Claims and copies a run of the background (lock held shared).  While there are many faults the copy wakes no thread: a fault
+ * on one of these pages has been deferred to us since we claimed it, or the serving thread has still to read it, will find the
  * page there, and wakes.
  */
 static int bring_run(struct lp_task *t, struct lp_answer *run, struct lp_look *look)
 {
 	bool quietly = lp_now_ns() - atomic_load_explicit(&t->last_crowd, memory_order_relaxed) < CROWD_NS;
-	uint64_t begun = lp_task_trace_begin(t), times_left = atomic_load(&t->nr_deferred);
+	uint64_t begun = lp_task_trace_begin(t), nr_deferred = atomic_load(&t->nr_deferred);
 	int rc;
 
 	run->nr_pages = lp_space_claim(t->space, run->dense, run->nr_pages);
 	if (!run->nr_pages)
 		return 0;
 	rc = lp_copy_level(t, run, quietly ? LP_RELEASE_QUIETLY : LP_RELEASE_SHARED, LP_NO_PAGE, look);
-	atomic_thread_fence(memory_order_seq_cst); /* with that of leave_fault: it sees the commit, or we its fault */
-	if (quietly && atomic_load(&t->nr_deferred) != times_left)
+	atomic_thread_fence(memory_order_seq_cst); /* with that of lp_defer_fault: it sees the commit, or we its fault */
+	if (quietly && atomic_load(&t->nr_deferred) != nr_deferred)
 		lp_wake(t, run->addr, run->nr_pages);
 	if (!rc)
 		lp_task_trace_took(t, begun, LP_TRACE_BROUGHT, lp_trace_source(run->source), run->addr, run->nr_pages);
@@ -82,32 +73,32 @@ struct stripe {
 	uint32_t leads;
 	struct lp_look look;
 	struct {
-		uint32_t level; /* whose bytes [from, to) are mapped */
+		uint32_t level; /* whose bytes [from, to) are prefetched */
 		uint64_t from, to;
-	} mapped[MAPPED]; /* by level: a chain's may take turns page by page */
+	} prefetched[PREFETCHED]; /* by level: the levels of a chain may take turns page by page */
 };
 
 /*
- * Maps what is copied next, and reads it from the disk: with no lock held, for which a fault would wait.  A copy that finds a
- * page not mapped begins twice (mm/userfaultfd.c, mfill_atomic).  No error matters, the copy will meet it.
+ * Has what is copied next mapped, and read from the disk, with no lock held that a fault would wait for.  A copy that finds a source
+ * page not mapped begins twice (mm/userfaultfd.c, mfill_atomic).
  */
-static void map_ahead(const struct lp_task *t, struct stripe *s, const struct lp_answer *run)
+static void prefetch(const struct lp_task *t, struct stripe *s, const struct lp_answer *run)
 {
 	const struct lp_level *level = &t->levels[run->source];
 	uint64_t left = level->size - run->offset, size = left < STRIPE ? left : STRIPE;
-	uint32_t i = run->source % MAPPED;
+	uint32_t i = run->source % PREFETCHED;
 
-	s->mapped[i].level = run->source;
-	s->mapped[i].from = run->offset;
-	s->mapped[i].to = run->offset + size;
+	s->prefetched[i].level = run->source;
+	s->prefetched[i].from = run->offset;
+	s->prefetched[i].to = run->offset + size;
 	level->prefetch(level, run->offset, size);
 }
 
-static bool is_mapped(const struct stripe *s, const struct lp_answer *run)
+static bool is_prefetched(const struct stripe *s, const struct lp_answer *run)
 {
-	uint32_t i = run->source % MAPPED;
+	uint32_t i = run->source % PREFETCHED;
 
-	return run->source == s->mapped[i].level && run->offset >= s->mapped[i].from && run->offset < s->mapped[i].to;
+	return run->source == s->prefetched[i].level && run->offset >= s->prefetched[i].from && run->offset < s->prefetched[i].to;
 }
 
 /* The next run of this thread's pages, in a new stripe if need be (lock held shared). False when nothing waits behind the cursor. */
@@ -135,8 +126,8 @@ out:
 	return true;
 }
 
-/* The turn is over before the stripe: the next one goes on there, unless another has taken one behind it. */
-static void leave(struct lp_task *t, const struct stripe *s)
+/* This call ends before the stripe: the next one goes on there, unless another thread has taken a stripe behind it. */
+static void leave_stripe(struct lp_task *t, const struct stripe *s)
 {
 	uint64_t end = s->end;
 
@@ -157,7 +148,7 @@ int64_t lp_task_transfer(struct lp_task *t, uint64_t max_bytes)
 		uint64_t now = lp_now_ns(), quiet = now - atomic_load_explicit(&t->engine->last_fault, memory_order_relaxed);
 		bool changing = now - atomic_load_explicit(&t->last_change, memory_order_relaxed) < CHANGING_NS;
 		uint64_t most = chunk(t->engine);
-		bool unmapped = false;
+		bool cold = false;
 		struct lp_answer run;
 
 		if (most > max_bytes - brought)
@@ -165,7 +156,7 @@ int64_t lp_task_transfer(struct lp_task *t, uint64_t max_bytes)
 		if (!lp_aside_look(&aside, &t->engine->follow, quiet < ASIDE_NS)) {
 			const struct timespec pause = {.tv_nsec = ASIDE_NS};
 
-			/* the place is taken: a second one there would only be in the way */
+			/* the other CPUs are taken: a second thread there would only be in the way */
 			if (++waits == ASIDE_TRIES)
 				rc = -EAGAIN;
 			nanosleep(&pause, NULL);
@@ -190,12 +181,12 @@ int64_t lp_task_transfer(struct lp_task *t, uint64_t max_bytes)
 		} else if (t->nr_changes) {
 			rc = -EAGAIN;
 		} else if (!next_run(t, &stripe, most >> LP_PAGE_SHIFT, &run)) {
-			/* round again once: what was released behind us */
+			/* round again once: for what was released behind us */
 			if (turned++)
 				rc = 1;
-		} else if (!is_mapped(&stripe, &run)) {
+		} else if (!is_prefetched(&stripe, &run)) {
 			stripe.at = run.addr;
-			unmapped = true;
+			cold = true;
 		} else {
 			stripe.at = run.addr + (run.nr_pages << LP_PAGE_SHIFT);
 			rc = bring_run(t, &run, &stripe.look);
@@ -204,10 +195,10 @@ int64_t lp_task_transfer(struct lp_task *t, uint64_t max_bytes)
 				rc = 1;
 		}
 		lp_unlock_shared(&t->lock);
-		if (unmapped)
-			map_ahead(t, &stripe, &run);
+		if (cold)
+			prefetch(t, &stripe, &run);
 	}
-	leave(t, &stripe);
+	leave_stripe(t, &stripe);
 	if (occupies)
 		atomic_store(&t->occupied, false);
 	lp_aside_end(&aside, &t->engine->follow);
@@ -235,7 +226,7 @@ int lp_task_bring(struct lp_task *t, uint64_t start, uint64_t end)
 		claimed = lp_space_claim(t->space, run.dense, run.nr_pages);
 		run.nr_pages = claimed ? claimed : 1;
 		if (!claimed)
-			continue; /* somebody was faster */
+			continue; /* another thread was faster */
 		if (run.kind == LP_DATA) {
 			uint64_t begun = lp_task_trace_begin(t);
 
@@ -244,7 +235,7 @@ int lp_task_bring(struct lp_task *t, uint64_t start, uint64_t end)
 				lp_task_trace_took(t, begun, LP_TRACE_BROUGHT, lp_trace_source(run.source), run.addr, run.nr_pages);
 		} else {
 			lp_task_trace(t, LP_TRACE_FETCHED, LP_TRACE_REMOTE, run.addr, run.nr_pages, run.image);
-			if (!lp_post(t->engine, (struct lp_notice){.kind = LP_NOTICE_NEED,
+			if (!lp_post(t->engine, (struct lp_event){.kind = LP_EVENT_NEED,
 								  .task = t,
 								  .addr = run.addr,
 								  .image = run.image,

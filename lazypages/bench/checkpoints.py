@@ -1,7 +1,7 @@
-"""Checkpoints of any size without a dump: images that say what the bench's task has in its memory.
+"""Checkpoints of any size, written without a dump: images with the memory of the bench's task.
 
-What daemons read is there (reference/criu-interfaces §1): inventory, tree, and for each task core, mm, pagemap and
-pages. `criu restore` would want more.
+They have what daemons read (docs/criu.md, "Control socket"): inventory, tree, and for each task core, mm, pagemap and
+pages. `criu restore` needs more.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ BASE = 0x1000_0000_0000
 #: The pid of the first task (task.c).
 FIRST_PID = 2
 
-#: Tags of stale pages: those of the tasks, and this much more for each level.
+#: Tags of stale pages: those of the tasks, plus this number for each level.
 STALE = 1 << 20
 _LAZY_DATA = flags.PE_PRESENT | flags.PE_LAZY
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """``images``: what a daemon is given. ``served``: what a page server is given, in the case of a remote source.
+    """A checkpoint. ``images``: the daemon's images. ``served``: the page server's images, for a remote source.
 
-    ``flat``: pages files for the bare loop, with a %d for the number of the task. ``order``: the way of the touches.
+    ``flat``: pages files for the bare loop, with %d for the number of the task. ``order``: file with the touches.
     """
 
     layout: Layout
@@ -58,7 +58,7 @@ class Checkpoint:
 
 
 def write(workload: Workload, folder: Path, programs: Programs) -> Checkpoint:
-    """Writes the checkpoint that the workload needs into `folder`, which is made. Raises ImageError, BenchError."""
+    """Write the checkpoint of a workload into the new directory `folder`. Raises ImageError, BenchError."""
     layout = workload.layout
     folder.mkdir(parents=True)
     order = workload.order_of_touches()

@@ -1,4 +1,4 @@
-"""Whether our daemon did as much as it should and no more: counts, never times, which a busy machine changes."""
+"""Checks of our daemon's counts: pages, faults, calls. No times, because a busy machine changes them."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from lazypages.bench.runs import Run
 from lazypages.bench.suite import Row
 from lazypages.bench.workloads import Order, Source, Workload, level_of
 
-#: Calls that a daemon may make beside those that its faults need: a few for each task.
+#: Calls for each task that a daemon may make beside those for faults.
 _SPARE = 16
-#: How often a daemon may go to sleep beside waiting for faults: its start, its loop, its threads.
+#: Number of times that a daemon may sleep beside waiting for faults: at its start, in its loop, in its threads.
 _SPARE_WAITS = 1000
-#: Pages that a copy of the background brings at least where they lie together (CHUNK_LONE of csrc/serve/engine.c).
+#: Least pages of a copy of the background where they are adjacent (CHUNK_LONE of csrc/serve/engine.c).
 CHUNK = 2
 
 
@@ -22,7 +22,7 @@ OF_OURS = (OURS, BOTH, TRACED)
 
 
 def failures(row: Row) -> Iterator[str]:
-    """What is not as designed in a row, one line each. A missing peer is a failure unless it is known to be unable."""
+    """The failures of a row, one line each. A peer that is absent for another reason than Peer.cannot is a failure."""
     for name, why in row.absent.items():
         if "\n" in why or "WRONG" in why:
             yield f"{name}: {why}"
@@ -51,7 +51,7 @@ def _check(workload: Workload, run: Run) -> Iterator[str]:
     yield from bound("uffd reads", calls["read"], 2 * faults + spare)
     yield from bound("wake-ups", calls["wake"], faults // 10 + spare)
     if layout.source is Source.LOCAL:
-        # Beside reading and copying it waits, if only now and then: answers come without Python and its loop.
+        # Faults are answered without Python and its event loop, so the daemon sleeps only between faults.
         yield from bound("waits of the daemon", int(run.metrics["waits"]), 2 * faults + _SPARE_WAITS + spare)
     if workload.background:
         if not workload.real:
@@ -60,7 +60,7 @@ def _check(workload: Workload, run: Run) -> Iterator[str]:
                 yield f"{copied} pages copied, but the checkpoint has {pages}"
             together = min(layout.entry_pages, CHUNK)
             if layout.source is Source.LOCAL:
-                # each fault may cut in two what the background would have copied at once
+                # each fault may split a range that the background would have copied at once
                 yield from bound("copies", calls["copy"], 2 * faults + pages // together + spare)
         return
     zero = sum(1 for page in order if page % layout.stride) * layout.tasks
@@ -69,7 +69,7 @@ def _check(workload: Workload, run: Run) -> Iterator[str]:
         yield from bound("faults of a scan", faults, len(order) // 16 + spare)
         yield from bound("copies of a scan", calls["copy"], faults + spare)
     elif workload.threads == 1:
-        # A few pages come by chance: neighbours that were touched one after the other look like a scan.
+        # A few pages are read ahead: neighbours that happen to be touched one after the other look like a scan.
         if not data + zero - spare <= faults <= faults_inside:
             yield f"{faults} faults for {data + zero} first touches"
         yield from bound("copies", calls["copy"], data + spare)

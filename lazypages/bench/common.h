@@ -1,6 +1,6 @@
 /*
- * What the programs of the bench have in common: what every page holds, the
- * clock, and how they give up.
+ * What the programs of the bench share: the contents of pages, the clock, and
+ * error exits.
  */
 #ifndef LAZYPAGES_BENCH_COMMON_H
 #define LAZYPAGES_BENCH_COMMON_H
@@ -16,16 +16,16 @@
 #define PAGE 4096ull
 #define WORDS (PAGE / sizeof(uint64_t))
 
-/* In the current directory: a whole path may be too long for a socket. */
+/* Relative to the current directory: a whole path may exceed sun_path (unix(7)). */
 #define SOCKET "lazy-pages.socket"
 
-/* "Restore finished" (reference/criu-interfaces §1). */
+/* "Restore finished" (docs/criu.md, "Control socket"). */
 #define FINISH 0x52535446u
 
-/* Word `at` of page `page` under tag `tag` (which task, which version of it): never twice the same, and never 0. */
+/* Word `at` of page `page` with tag `tag` (task and version of its memory): unique, and never 0. */
 static inline uint64_t word_of(uint64_t tag, uint64_t page, uint64_t at)
 {
-	/* odd, so that different inputs stay different; at least 1, so that it is not 0 */
+	/* an odd factor, so that different inputs have different results; the highest bit, so that none is 0 */
 	return (tag << 40 | page << 9 | at | 1ull << 63) * 0x9e3779b97f4a7c15ull;
 }
 

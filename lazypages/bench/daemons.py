@@ -1,4 +1,4 @@
-"""A daemon under measurement: started, watched from outside, and what it has cost."""
+"""A measured daemon: starting it, watching it from outside, and its costs."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from typing import Self
 from lazypages.bench.errors import BenchError
 
 START_TIMEOUT = 120.0
-#: Looks in a row that find it asleep, and seconds between them.
+#: Number of successive checks that find it asleep, and seconds between them.
 ASLEEP_LOOKS = 3
 ASLEEP_INTERVAL = 0.001
 _CPUCLOCK_SCHED = 2
-#: An installation has its modules compiled; with this set, a source tree is compiled anew at each start.
+#: With this variable set a source tree is compiled at each start; an installation has compiled modules.
 UNCOMPILED = "PYTHONDONTWRITEBYTECODE"
 
 
 class Daemon:
-    """A process that says on `--status-fd` when it is ready; a context manager, which ends it.
+    """A process that signals readiness on `--status-fd`. A context manager; kills the process on exit.
 
-    ``ready``: seconds from start to ready; ``settled``: until it only waits. The command is started with
-    `--status-fd N` added.
+    ``ready``: seconds from start to readiness; ``settled``: seconds until it sleeps. `--status-fd N` is added to the
+    command.
     """
 
     def __init__(self, command: Sequence[str], output: Path) -> None:
-        """Starts `command`; `output` gets what it prints. Raises BenchError."""
+        """Start `command` with its output in the file `output`. Raises BenchError."""
         self._output = output
         self._command = command
         self._started = time.monotonic()
@@ -68,11 +68,11 @@ class Daemon:
             self._process.wait()
 
     def story(self) -> str:
-        """The end of what it printed."""
+        """The last 2000 characters of its output."""
         return self._output.read_text(errors="replace")[-2000:]
 
     def wait_ready(self) -> None:
-        """Raises BenchError when it ends or stays silent instead."""
+        """Wait for readiness. Raises BenchError if it ends before, or after START_TIMEOUT."""
         readable, _, _ = select.select([self._status], [], [], START_TIMEOUT)
         if not readable or os.read(self._status, 1) != b"\0":
             raise BenchError(f"{' '.join(self._command)}: not ready\n{self.story()}")
@@ -80,15 +80,17 @@ class Daemon:
         self._cpu_before = self._cpu_now()
 
     def wait_settled(self) -> None:
-        """After ready: until its first thread sleeps, some looks long.
+        """After readiness, wait until its first thread sleeps at ASLEEP_LOOKS successive checks.
 
-        A restore takes tens of ms before it needs a daemon, and a daemon may use them for what is left of its start.
+        A restore takes tens of ms before it needs the daemon, which may complete its start meanwhile.
+
+        Raises BenchError.
         """
         deadline = time.monotonic() + START_TIMEOUT
         looks = 0
         while looks < ASLEEP_LOOKS:
             if self.has_ended() or time.monotonic() > deadline:
-                raise BenchError(f"it was ready, but does not wait for a restore\n{self.story()}")
+                raise BenchError(f"the daemon was ready, but does not wait for a restore\n{self.story()}")
             if not looks:
                 self.settled = time.monotonic() - self._started
             looks = looks + 1 if self._sleeps() else 0
@@ -99,11 +101,11 @@ class Daemon:
         return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] == "S"
 
     def _cpu_now(self) -> float:
-        # The clock of another process (clock_getcpuclockid(3)): exact, where /proc/<pid>/stat counts in 10 ms.
+        # The CPU clock of the process (clock_getcpuclockid(3)), in ns; /proc/<pid>/stat counts in steps of 10 ms.
         return time.clock_gettime((~self.pid << 3) | _CPUCLOCK_SCHED)
 
     def main_thread_cpu(self) -> float:
-        """Seconds that its first thread has run (of ours: Python, the event loop); to the ns, where stat has 10 ms."""
+        """CPU seconds of its first thread (in our daemon: Python and the event loop), from schedstat, which has ns."""
         try:
             text = Path(f"/proc/{self.pid}/task/{self.pid}/schedstat").read_text()
         except OSError:
@@ -111,7 +113,7 @@ class Daemon:
         return int(text.split(maxsplit=1)[0]) / 1e9
 
     def look(self) -> None:
-        """Takes note of its memory."""
+        """Sample its memory."""
         try:
             with Path(f"/proc/{self.pid}/status").open() as status:
                 fields = dict(line.split(":", 1) for line in status)
@@ -122,7 +124,7 @@ class Daemon:
             self._peak_anon = max(self._peak_anon, _kib(fields["RssAnon"]))
 
     def end(self, timeout: float) -> int:
-        """Waits for its end, kills it after `timeout` seconds: its exit code, negative for a signal."""
+        """Wait for its end, and kill it after `timeout` seconds. Returns its exit code, negative for a signal."""
         deadline = time.monotonic() + timeout
         while True:
             pid, status, usage = os.wait4(self.pid, os.WNOHANG)
@@ -136,15 +138,15 @@ class Daemon:
         return self._process.returncode
 
     def has_ended(self) -> bool:
-        """Whether it is only a zombie, to be reaped by `end`."""
+        """Whether it has exited. `end` reaps it."""
         return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
     def watch(
         self, done: Callable[[], bool], interval: float, timeout: float, after_end: float = 60.0
     ) -> None:
-        """Looks at its memory every `interval` seconds until `done()`.
+        """Sample its memory every `interval` seconds until `done()` is true.
 
-        Raises BenchError when that takes more than `timeout` seconds, or than `after_end` after its end.
+        Raises BenchError after `timeout` seconds, or `after_end` seconds after its end.
         """
         deadline = time.monotonic() + timeout
         while not done():
@@ -153,11 +155,11 @@ class Daemon:
             if time.monotonic() > deadline:
                 raise BenchError(f"not done after {timeout:g} s")
             if self.has_ended():
-                # That may be the regular end: what is left to do is quick then.
+                # It may have ended in order; the rest takes little time then.
                 deadline = min(deadline, time.monotonic() + after_end)
 
     def metrics(self) -> dict[str, float]:
-        """Seconds to ready, of CPU since it was ready or has settled; context switches; peak memory in bytes."""
+        """Seconds until ready; CPU seconds since it was ready or settled; context switches; peak memory in bytes."""
         assert self._usage is not None
         return {
             "ready": self.ready,

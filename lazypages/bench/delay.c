@@ -3,9 +3,8 @@
  *
  *   delay --status-fd N --listen PORT --to PORT --ns NS
  *
- * What either side sends arrives NS nanoseconds later at the other, in order, at any rate: for each direction of each
- * connection a thread takes what comes and notes when, and another one hands it on in time.  (`tc netem` would be the tool,
- * but not every kernel has it.)
+ * Delivers all data NS nanoseconds after it was sent, in order, at any rate.  For each direction of each connection one
+ * thread receives data and its time, and another one sends it when it is due.  (Not every kernel has `tc netem`.)
  */
 #define _GNU_SOURCE
 #include "common.h"
@@ -21,12 +20,12 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-#define LARGEST (256u << 10) /* bytes taken at a time */
+#define LARGEST (256u << 10) /* bytes received at a time, at most */
 
 struct piece {
 	struct piece *next;
 	uint64_t due;
-	size_t size; /* 0: the end */
+	size_t size; /* 0: end of the connection */
 	char data[];
 };
 
@@ -74,7 +73,7 @@ static void *take(void *arg)
 
 		size = read(d->from, buffer, sizeof(buffer));
 		if (size < 0)
-			size = 0; /* a reset ends it like everything else */
+			size = 0; /* a reset counts as an end */
 		piece = malloc(sizeof(*piece) + (size_t)size);
 		if (!piece)
 			die("no memory");
@@ -112,7 +111,7 @@ static void *hand_on(void *arg)
 		end = !piece->size || !write_all(d->to, piece->data, piece->size);
 		free(piece);
 	} while (!end);
-	/* the descriptors stay: there are few connections, and we end with the run */
+	/* the descriptors stay open: there are few connections, and this process ends with the run */
 	shutdown(d->to, SHUT_WR);
 	return NULL;
 }
@@ -180,7 +179,7 @@ int main(int argc, char **argv)
 	    bind(listener, (struct sockaddr *)&here, sizeof(here)) || listen(listener, 64))
 		die("port %d", (int)listen_at);
 	if (write((int)status, "", 1) != 1)
-		die("nobody waits for us");
+		die("cannot signal readiness");
 	for (;;) {
 		int client = accept4(listener, NULL, NULL, SOCK_CLOEXEC), server;
 

@@ -1,7 +1,7 @@
-"""What can go wrong in a bench."""
+"""The error of the bench."""
 
 from lazypages.errors import LazyPagesError
 
 
 class BenchError(LazyPagesError):
-    """A run did not come to its end, or a task found a wrong byte."""
+    """A run failed, or a task found a wrong byte."""

@@ -1,10 +1,10 @@
 /*
  * Writes pages files: fill FILE [ORDER] <RUNS
  *
- * A line of RUNS, "at tag page nr step", is nr pages that follow each other in
- * the file from page `at` on: page, page + step, ... of tag.  ORDER is an array
- * of uint32_t, a way through the pages: word 0 of each then says which comes
- * next.  What no run names stays a hole.
+ * A line of RUNS, "at tag page nr step", stands for nr adjacent pages of the
+ * file, from page `at` on: page, page + step, ... of tag.  ORDER is an array
+ * of uint32_t, the order of a chase through the pages: word 0 of each page is
+ * then the number of the next one.  Pages in no run are holes.
  */
 #define _GNU_SOURCE
 #include "common.h"

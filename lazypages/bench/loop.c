@@ -1,14 +1,15 @@
 /*
- * The least that a handler must do: the limit that daemons are compared with.
+ * A minimal fault handler: the limit with which daemons are compared.
  *
  *   loop --work DIR --status-fd N --pages FILES --base B --size PAGES [--stride S] [--cpu C] [--bulk THREADS]
  *
- * Speaks the protocol of `criu lazy-pages` towards the restorer, but knows nothing of images: page p of task t is page
- * p / stride of the file FILES with the number t - 1 (tasks have the pids 2, 3, ...), for p divisible by stride, and zero
- * otherwise.  One thread waits in epoll_wait, reads one message, copies one page.  After the end of the restore --bulk
- * threads copy everything in 256 KiB pieces; each has 2 MiB to itself at a time, a page table's worth, mapped at once.
+ * It speaks the protocol of `criu lazy-pages` with the restorer, but does not read images: page p of task t is page
+ * p / stride of the file FILES with the number t - 1 (tasks have the pids 2, 3, ...) if p is divisible by stride, else
+ * zero.  One thread waits in epoll_wait, reads one message, copies one page.  After the end of the restore --bulk
+ * threads copy everything in 256 KiB pieces.  Each works on 2 MiB at a time, which one page table maps; source pages are
+ * mapped before the copies.
  *
- * It is no daemon: what a task does other than touching its memory, it does not understand.
+ * It is not a daemon: tasks may only touch their memory, and events other than faults are errors.
  */
 #define _GNU_SOURCE
 #include "common.h"
@@ -56,7 +57,7 @@ static void copy_page(struct task *t, uint64_t address)
 		if (errno == EEXIST)
 			ioctl(t->uffd, UFFDIO_WAKE, &(struct uffdio_range){address, PAGE});
 		else if (errno != ESRCH)
-			die("a page can't be copied");
+			die("cannot copy a page");
 	}
 }
 
@@ -67,13 +68,13 @@ static void serve(struct task *t)
 	if (read(t->uffd, &message, sizeof(message)) != sizeof(message))
 		return;
 	if (message.event != UFFD_EVENT_PAGEFAULT)
-		die("event %#x is more than this loop knows", message.event);
+		die("unexpected event %#x", message.event);
 	copy_page(t, message.arg.pagefault.address & ~(PAGE - 1));
 }
 
 static void drain_stripe(struct task *t, uint64_t at, uint64_t end)
 {
-	/* With a stride there is one page a piece, as there is for anybody. */
+	/* With a stride a piece is one page, as for every peer. */
 	uint64_t piece = stride == 1 ? CHUNK : PAGE;
 
 	while (at < end) {
@@ -88,11 +89,11 @@ static void drain_stripe(struct task *t, uint64_t at, uint64_t end)
 		else if (copy.copy > 0)
 			at += (uint64_t)copy.copy;
 		else if (errno == EEXIST)
-			at += PAGE; /* a fault has brought it */
+			at += PAGE; /* a fault has placed it */
 		else if (errno == ESRCH)
 			return;
 		else if (errno != EAGAIN)
-			die("pages can't be copied");
+			die("cannot copy pages");
 	}
 }
 
@@ -116,7 +117,7 @@ static void *drain_all(void *arg)
 	return arg;
 }
 
-/* A pid, and its uffd; or the end of the restore: false. */
+/* Receive a pid and its uffd.  False: the restore has finished. */
 static bool receive(int control, int epfd)
 {
 	union {
@@ -134,7 +135,7 @@ static bool receive(int control, int epfd)
 
 	errno = 0;
 	if (recv(control, &pid, sizeof(pid), MSG_WAITALL) != sizeof(pid))
-		die("the restorer is gone");
+		die("the restorer has closed the connection");
 	if (pid == FINISH)
 		return false;
 	message.msg_iov = &part;
@@ -214,7 +215,7 @@ int main(int argc, char **argv)
 	if (control < 0 || epoll_ctl(epfd, EPOLL_CTL_ADD, control, &event))
 		die("accept");
 	for (bool finished = false; !finished || atomic_load(&nr_drained) < bulk;) {
-		/* while threads copy, look now and then whether they are done */
+		/* while threads copy, check from time to time whether they are done */
 		if (epoll_wait(epfd, &ready, 1, finished ? 1 : -1) != 1)
 			continue;
 		if (ready.data.ptr) {

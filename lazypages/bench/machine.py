@@ -1,4 +1,4 @@
-"""Where numbers were measured, and whether somebody else was busy there."""
+"""Description of the machine, and the CPU time that other processes used."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Any
 
 from lazypages import __version__
 
-#: Share of the CPUs that others may use before a run calls itself noisy.
+#: Share of the CPUs that other processes may use without a warning.
 BUSY_SHARE = 0.05
 
 
 def describe_machine(folder: Path, criu: list[str]) -> dict[str, Any]:
-    """All that numbers depend on. ``folder``: where the images are; ``criu``: versions."""
+    """Everything that the results depend on. ``folder``: directory of the images; ``criu``: versions."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return {
         "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
@@ -38,13 +38,13 @@ def describe_machine(folder: Path, criu: list[str]) -> dict[str, Any]:
 
 
 class OthersWatch:
-    """What CPU time others used while we worked, from /proc/stat and what our children used."""
+    """CPU time of other processes: that in /proc/stat, less our own and our children's."""
 
     def __init__(self) -> None:
         self._before = _sample()
 
     def share(self) -> float:
-        """Of all CPUs, since the last call or the start; time that a hypervisor took away counts as theirs."""
+        """Their share of all CPUs since the last call or the start. Time stolen by a hypervisor is included."""
         now, before = _sample(), self._before
         self._before = now
         elapsed, busy, ours = (b - a for a, b in zip(before, now, strict=True))
@@ -57,14 +57,14 @@ def _sample() -> tuple[float, float, float]:
     user, nice, system, _idle, _iowait, irq, softirq, steal = fields[:8]
     busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
     ours = 0.0
-    for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN):
-        usage = resource.getrusage(who)
+    for whose in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN):
+        usage = resource.getrusage(whose)
         ours += usage.ru_utime + usage.ru_stime
     return time.monotonic(), busy, ours
 
 
 def idle_share(seconds: float = 0.5) -> float:
-    """What share of the CPUs others use while we sleep."""
+    """The share of the CPUs that other processes use during some seconds."""
     watch = OthersWatch()
     time.sleep(seconds)
     return watch.share()

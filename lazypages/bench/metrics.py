@@ -1,4 +1,4 @@
-"""What is measured of a run, and medians of it over rounds."""
+"""The metrics of a run, and medians over rounds."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Self
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """One number of a run. ``text`` writes it for people, in tables if ``shown``."""
+    """One number of a run. ``text`` formats it; ``shown``: whether tables have it."""
 
     key: str
     title: str
@@ -34,9 +34,9 @@ def _mebibytes(value: float) -> str:
     return f"{value / (1 << 20):.1f}"
 
 
-#: Latencies are of all first touches, those that found their page already there among them. ``loop``: CPU time of our
-#: event loop from when it has settled until all touches are made (the arrival of tasks included), by faults. ``waits``:
-#: how often a thread of the daemon went to sleep.
+#: Latencies are of all first touches, also those of pages that were already there. ``loop``: CPU time of our event
+#: loop, from when it has settled until all touches are made (including the arrival of tasks), per fault. ``waits``:
+#: number of times that a thread of the daemon slept.
 METRICS = (
     Metric("p50", "p50 us", _microseconds),
     Metric("p90", "p90 us", _microseconds),
@@ -62,13 +62,13 @@ METRICS = (
 
 
 def quantile(ordered: Sequence[int], q: float) -> int:
-    """The least value that a share `q` of the (sorted) values does not exceed."""
+    """The quantile `q` (0 to 1) of sorted values."""
     return ordered[max(0, -(-round(q * 1_000_000) * len(ordered) // 1_000_000) - 1)]
 
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """A median over rounds, and from where to where they were."""
+    """Median and range over rounds."""
 
     median: float
     low: float
@@ -85,6 +85,6 @@ class Spread:
 
 
 def ratios(ours: Sequence[float], theirs: Sequence[float]) -> Spread | None:
-    """Ours by theirs, round by round: what happened to the machine in a round happened to both. None without data."""
+    """Ours divided by theirs in each round, since a disturbance affects all peers of a round. None without data."""
     found = [a / b for a, b in zip(ours, theirs, strict=False) if b]
     return Spread.of(found) if found else None

@@ -1,4 +1,4 @@
-"""Who is compared: `lazypages serve`, real `criu lazy-pages`, and the bare loop in its variants."""
+"""The compared daemons (peers): `lazypages serve`, real `criu lazy-pages`, and variants of the bare loop."""
 
 from __future__ import annotations
 
@@ -21,33 +21,33 @@ from lazypages.net.names import AUTO, PROTOCOLS
 
 CRIU_DIR = Path("/var/cache/lazypages/criu")
 
-#: Names of peers that are looked up in what was found.
+#: Names of peers by which results are looked up.
 OURS = "lazypages serve"
 BOTH = "the same, our page server"
 TRACED = "the same, with --trace"
 LIMIT = "loop, same CPU"
 
-#: Why a peer has no numbers where nothing is remote; not worth telling.
+#: Reason why a peer has no row for local sources; tables do not print it.
 ONLY_REMOTE = "for remote sources only"
 
-#: The CPU where the bare loop and the task share one.
+#: The CPU that the bare loop and the task share.
 SHARED_CPU = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """One that serves."""
+    """A daemon that is compared."""
 
     name: str
 
     @property
     def cpu(self) -> int | None:
-        """Where the task is put, too."""
+        """The CPU on which both peer and task run; None: any."""
         return None
 
     @property
     def takes_remote(self) -> bool:
-        """Whether it asks a page server when the source is remote."""
+        """Whether it uses a page server if the source is remote."""
         return True
 
     @property
@@ -55,27 +55,30 @@ class Peer:
         return False
 
     def server(self, criu: Path | None, images: Path, work: Path) -> Callable[[int], list[str]]:
-        """How its page server is started, given a port: CRIU's, where `criu` is everybody else's.
+        """The command of its page server, as a function of the port; `criu` is the CRIU that other peers use.
 
-        Raises BenchError without one. `--status-fd N` is added.
+        `--status-fd N` is added to the command. Raises BenchError if a CRIU is needed and there is none.
         """
         if criu is None:
-            raise BenchError("a page server of CRIU's is needed: name a CRIU")
+            raise BenchError("this needs a page server of CRIU's: name a CRIU with --criu")
         return partial(_serve_pages, [str(criu)], images, work)
 
     def cannot(self, workload: Workload) -> str | None:
-        """Why there is no such row for this peer; None if there is."""
+        """The reason why this peer can't run the workload; None if it can."""
         raise NotImplementedError
 
     def command(self, checkpoint: Checkpoint, work: Path, port: int | None) -> list[str]:
-        """What to execute; `--status-fd N` is added. ``port``: of the page server on this machine, if there is one."""
+        """The command; `--status-fd N` is added. ``port``: of the page server on this machine, or None."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True, slots=True)
 class LazyPages(Peer):
-    """Ours, started as a user starts it. ``both``: with our page server at the other end, too; else ``protocol`` is
-    that of CRIU's there, which CRIU's daemon need not find out either. ``program``: that of another installation."""
+    """`lazypages serve`, with default options. ``program``: its command, or that of another installation.
+
+    ``both``: the page server is ours, too. Otherwise ``protocol`` is that of CRIU's page server: without detection, as
+    with CRIU's daemon.
+    """
 
     options: tuple[str, ...] = ()
     program: tuple[str, ...] = (sys.executable, "-m", "lazypages")
@@ -92,7 +95,7 @@ class LazyPages(Peer):
     def server(self, criu: Path | None, images: Path, work: Path) -> Callable[[int], list[str]]:
         if self.both:
             return partial(_serve_pages, [*self.program], images, work)
-        # by name: dataclasses with slots are made anew, and super() alone does not find them (Python < 3.14)
+        # Not super(): it fails in dataclasses with slots, which are created a second time (Python < 3.14).
         return Peer.server(self, criu, images, work)
 
     def command(self, checkpoint: Checkpoint, work: Path, port: int | None) -> list[str]:
@@ -103,16 +106,16 @@ class LazyPages(Peer):
 
 @dataclass(frozen=True, slots=True)
 class CriuDaemon(Peer):
-    """CRIU's own. ``program``: its executable."""
+    """`criu lazy-pages`. ``program``: its executable."""
 
     program: Path
 
     def server(self, criu: Path | None, images: Path, work: Path) -> Callable[[int], list[str]]:  # noqa: ARG002
-        # Its own: the protocol has changed with 4.2 (reference/criu-interfaces §4).
+        # Of the same release: CRIU 4.2 has changed the protocol (docs/criu.md, "Page server protocol").
         return Peer.server(self, self.program, images, work)
 
     def cannot(self, workload: Workload) -> str | None:
-        # It reads such a page from the parent, never copies it, and the task hangs (reference/criu-interfaces §7).
+        # It reads such a page from the parent, never copies it, and the task hangs (docs/criu.md, "Pagemap").
         return "no lazy pages from parents" if workload.layout.depth else None
 
     def command(self, checkpoint: Checkpoint, work: Path, port: int | None) -> list[str]:
@@ -122,7 +125,7 @@ class CriuDaemon(Peer):
 
 @dataclass(frozen=True, slots=True)
 class BareLoop(Peer):
-    """The least that a handler must do (loop.c). ``threads``: copy everything once the restore is finished."""
+    """The least work of a fault handler (loop.c). ``threads``: number that copy everything after the restore."""
 
     programs: Programs
     shared_cpu: bool = False
@@ -134,16 +137,16 @@ class BareLoop(Peer):
 
     @property
     def takes_remote(self) -> bool:
-        # From local pages all the same: the limit of what a remote source could reach.
+        # It serves local pages, which is the limit for a remote source.
         return False
 
     def cannot(self, workload: Workload) -> str | None:
         if workload.real:
-            return "knows only the bench's images"
+            return "can read the bench's images only"
         if workload.background and not self.threads:
             return "answers faults only"
         if not workload.background and self.threads:
-            return "is for bulk copies"
+            return "makes bulk copies only"
         return None
 
     def command(self, checkpoint: Checkpoint, work: Path, port: int | None) -> list[str]:  # noqa: ARG002
@@ -162,9 +165,9 @@ def all_peers(
     traced: bool = False,
     against: Sequence[Path] = (),
 ) -> list[Peer]:
-    """Everybody, ours first. ``criu``: names and executables. ``traced``: ours with a trace, too.
+    """All peers, ours first. ``criu``: names and executables. ``traced``: include ours with a trace.
 
-    ``against``: the executables of other installations of ours.
+    ``against``: executables of other installations of lazypages.
     """
     protocol = _protocol_of(criu[0][0]) if criu else AUTO
     return [
@@ -183,18 +186,18 @@ def all_peers(
 
 
 def _protocol_of(criu: str) -> str:
-    """Which --page-server-protocol "criu 4.1.1" speaks."""
+    """The --page-server-protocol of "criu 4.1.1"."""
     version = criu.removeprefix("criu ").split(".")
     return PROTOCOLS[(int(version[0]), int(version[1])) >= (4, 2)]
 
 
 def bulk_name(threads: int) -> str:
-    """The bare loop that copies everything with as many threads."""
+    """The name of the bare loop that copies everything with `threads` threads."""
     return f"bulk loop x {threads}"
 
 
 def stats_path(work: Path) -> Path:
-    """Where our daemon leaves its numbers."""
+    """The file for --stats-json of our daemon."""
     return work / "stats.json"
 
 
@@ -215,8 +218,10 @@ def _remote(port: int | None, work: Path) -> list[str]:
 
 
 def find_criu(given: Sequence[Path]) -> list[tuple[str, Path]]:
-    """Names and executables of CRIU: the given ones, or the first of $LAZYPAGES_CRIU, where the tests' `.ci/fetch-criu`
-    puts it, and PATH. Raises BenchError for one that does not run, and when there is none."""
+    """Names and executables of CRIU: those given, or the first found of $LAZYPAGES_CRIU, .ci/fetch-criu's, PATH.
+
+    Raises BenchError if one does not run, or if there is none.
+    """
     if given:
         return [criu_version(path) for path in given]
     candidates = [
@@ -229,19 +234,19 @@ def find_criu(given: Sequence[Path]) -> list[tuple[str, Path]]:
         if candidate and Path(candidate).exists():
             return [criu_version(Path(candidate))]
     raise BenchError(
-        "no CRIU to compare with: name one with --criu or LAZYPAGES_CRIU, or leave it out with --no-criu"
+        "no CRIU found to compare with: name one with --criu or LAZYPAGES_CRIU, or use --no-criu"
     )
 
 
 def criu_version(path: Path) -> tuple[str, Path]:
-    """("criu 4.1.1", its executable). Raises BenchError."""
+    """Name ("criu 4.1.1") and executable. Raises BenchError."""
     try:
         text = subprocess.run(
             [path, "--version"], check=True, capture_output=True, text=True, timeout=30
         ).stdout
     except (OSError, subprocess.SubprocessError) as error:
-        raise BenchError(f"{path} does not run: {error}") from None
+        raise BenchError(f"cannot run {path}: {error}") from None
     found = re.search(r"^Version: (\S+)", text, re.MULTILINE)
     if not found:
-        raise BenchError(f"{path} does not tell its version")
+        raise BenchError(f"{path} --version prints no version")
     return f"criu {found[1]}", path

@@ -1,4 +1,4 @@
-"""Pictures of a bench: latency distributions of all peers, and every first touch over time and address.
+"""Pictures of a bench: latency distributions of all peers, and first touches over time and address.
 
 Needs matplotlib: `pip install 'lazypages[plot]'`.
 """
@@ -15,14 +15,14 @@ from lazypages.observe.pictures import draw_slower, new_figure, slower_axis, wri
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-#: Rows with more touches than this are thinned out in the picture over time: each dot is seen, not each touch.
+#: Most dots in the picture over time; of more touches, every n-th is drawn.
 _MOST_DOTS = 20_000
 
 
 def plot(path: Path, rows: Sequence[Row], title: str) -> None:
-    """Draws the first round of every row into one PNG, or one page with a picture a row. Raises PictureError.
+    """Draw the first round of every row into one PNG, or an HTML page with a picture for each row.
 
-    Idle tasks make one touch: there is nothing to draw.
+    Rows of idle tasks, which make one touch, are left out. Raises PictureError.
     """
     drawn = [row for row in rows if row.rounds and row.workload.touches > 1]
     write_picture(
@@ -31,7 +31,7 @@ def plot(path: Path, rows: Sequence[Row], title: str) -> None:
 
 
 def _draw(rows: Sequence[Row], title: str) -> Figure:
-    """For each row: its distributions, then one picture a peer of what was touched when."""
+    """For each row: its distributions, then a picture of the touches for each peer."""
     width = max((len(row.rounds) for row in rows), default=1) + 1
     figure = new_figure(figsize=(4.2 * width, 3.4 * max(1, len(rows))), layout="constrained")
     if title:

@@ -1,4 +1,4 @@
-"""The C programs of the bench, compiled with the machine's compiler when they are needed."""
+"""The C programs of the bench, compiled when they are needed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FLAGS = ("-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread")
 
 @dataclass(frozen=True, slots=True)
 class Programs:
-    """Paths of the executables: the task that faults, the bare loop, what writes pages files, a link with a delay."""
+    """Paths of the executables: the task that faults, the bare loop, the writer of pages files, the delayed link."""
 
     task: Path
     loop: Path
@@ -27,15 +27,15 @@ class Programs:
 
     @classmethod
     def compile(cls, folder: Path) -> Self:
-        """Builds them in `folder`, with $CC or cc. Raises BenchError."""
+        """Compile them into `folder`, with $CC or cc. Raises BenchError."""
         return cls(*(_compile(name, folder) for name in ("task", "loop", "fill", "delay")))
 
     def fill_pages(
         self, path: Path, runs: Iterable[tuple[int, int, int, int, int]], order: Path | None
     ) -> None:
-        """Writes a pages file: runs of (place in the file, tag, first page, count, step), in pages.
+        """Write a pages file from runs of (offset in the file, tag, first page, count, step), all in pages.
 
-        ``order``: a file with the way of a chase through the pages. Raises BenchError.
+        ``order``: file with the order of a pointer chase through the pages. Raises BenchError.
         """
         text = "".join(" ".join(map(str, run)) + "\n" for run in runs)
         _run([self.fill, path, *([order] if order else [])], text)

@@ -1,6 +1,6 @@
-"""A task that real CRIU has dumped and restores: what the bench's own restorer leaves out.
+"""Rows with a task that real CRIU dumps and restores.
 
-The task comes back in a PID namespace of its own, so that its pid is free whatever else runs on the machine.
+The task is restored in a PID namespace of its own, so that its pid is free.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ FILL_TIMEOUT = 120.0
 
 @dataclass(frozen=True, slots=True)
 class Dumped:
-    """A checkpoint by `criu`. ``results``: where the task writes, after each restore anew."""
+    """A checkpoint of `criu`. ``results``: file that the task writes after each restore."""
 
     workload: Workload
     checkpoint: Checkpoint
@@ -41,7 +41,10 @@ class Dumped:
 
 
 def dump(workload: Workload, folder: Path, programs: Programs, criu: Path) -> Dumped:
-    """Starts the task, lets it fill its memory, and dumps it with CRIU into `folder`, a new one. Raises BenchError."""
+    """Start the task, let it fill its memory, and dump it with CRIU into the new directory `folder`.
+
+    Raises BenchError.
+    """
     folder.mkdir(parents=True)
     full = folder / "images"
     full.mkdir()
@@ -68,7 +71,7 @@ def dump(workload: Workload, folder: Path, programs: Programs, criu: Path) -> Du
 
 
 def run(dumped: Dumped, peer: Peer, programs: Programs, work: Path) -> Run:
-    """Restores it with `peer` as the daemon, in `work`, an empty directory. Raises BenchError as runs.run does."""
+    """Restore the task with `peer` as the daemon, in the empty directory `work`. Raises BenchError as runs.run does."""
     workload, checkpoint = dumped.workload, dumped.checkpoint
     os.truncate(dumped.results, 0)
     with ExitStack() as stack:
@@ -78,7 +81,7 @@ def run(dumped: Dumped, peer: Peer, programs: Programs, work: Path) -> Run:
             port = stack.enter_context(page_server(server, work, programs, workload.layout.round_trip))
         daemon = stack.enter_context(Daemon(peer.command(checkpoint, work, port), work / "daemon.out"))
         daemon.wait_ready()
-        # Without --detach it waits for the task; when it ends, so does the namespace.
+        # Without --detach CRIU waits for the task. The namespace ends with CRIU.
         command = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", str(dumped.criu), "restore"]
         command += ["--lazy-pages", "-D", str(checkpoint.images), "-W", str(work), "-o", "restore.log", "-v1"]
         with subprocess.Popen(command, stdin=subprocess.DEVNULL) as restore:
@@ -125,7 +128,7 @@ def _wait_for(done: Callable[[], bool], task: subprocess.Popen[bytes]) -> None:
 
 
 def _leave_lazy_pages(full: Path, images: Path) -> None:
-    """Makes of a whole checkpoint what `criu dump --lazy-pages` leaves: without the data of its lazy pages."""
+    """Copy a checkpoint without the data of its lazy pages, as `criu dump --lazy-pages` writes it."""
     shutil.copytree(full, images, ignore=shutil.ignore_patterns("pages-*", "pagemap-*"))
     for path in full.glob(Kind.PAGEMAP.file_name("*")):
         whole = Pagemap.load(path)

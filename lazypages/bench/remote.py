@@ -1,4 +1,4 @@
-"""A remote source on this machine: a page server, which answers GETs out of complete images, behind a link."""
+"""A remote source on this machine: a page server over complete images, optionally behind a link with a delay."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ PIPE_MAX_SIZE = Path("/proc/sys/fs/pipe-max-size")
 def page_server(
     command: Callable[[int], list[str]], work: Path, programs: Programs, round_trip: int
 ) -> Iterator[int]:
-    """What `command` starts, given a port of 127.0.0.1 to listen on, runs as long as the block: where clients find it.
+    """Run the page server `command(port)` on 127.0.0.1 while the block runs; yields the port for clients.
 
-    ``round_trip``: ms that their link to it takes. Raises BenchError.
+    ``round_trip``: round-trip time of the link in ms. Raises BenchError.
     """
     port = _free_port()
     with ExitStack() as stack:
@@ -40,16 +40,16 @@ def page_server(
 
 @contextmanager
 def raised_pipe_limit(size: int = 16 << 20) -> Iterator[None]:
-    """Raises fs.pipe-max-size (bytes) and puts it back.
+    """Raise fs.pipe-max-size to at least `size` bytes for the block, then restore it.
 
-    Without CAP_SYS_RESOURCE, CRIU's page server breaks on requests past 16 pages otherwise
-    (reference/criu-interfaces §8, 9). Raises BenchError.
+    Without CAP_SYS_RESOURCE, CRIU's page server ends at requests past the first 16 pages of a pipe
+    (docs/criu.md, "Page server protocol"). Raises BenchError.
     """
     try:
         before = PIPE_MAX_SIZE.read_text()
         PIPE_MAX_SIZE.write_text(str(max(size, int(before))))
     except OSError as error:
-        raise BenchError(f"{PIPE_MAX_SIZE}: {error.strerror}; CRIU's page server needs it raised") from None
+        raise BenchError(f"cannot raise {PIPE_MAX_SIZE} for CRIU's page server: {error.strerror}") from None
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""What was found: as JSON, and as tables for people."""
+"""The results as JSON and as tables."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from lazypages.bench.metrics import METRICS, Spread, ratios
 from lazypages.bench.peers import ONLY_REMOTE, OURS, Peer
 from lazypages.bench.suite import Row
 
-#: Which metrics a row's table has; one that no peer has is left out.
+#: The columns of tables; metrics that no peer has are left out.
 _COLUMNS = {metric.key: metric for metric in METRICS}
-#: What the ratios are of.
+#: The metrics of the tables of ratios.
 _RATIOS = ("p50", "p99", "stall", "both", "present", "cpu", "first")
 
 
 def as_json(
     machine: dict[str, Any], rows: Sequence[Row], rounds: int, peers: Sequence[Peer]
 ) -> dict[str, Any]:
-    """Everything but the single touches. Latencies are in us, durations in s, memory in bytes."""
+    """All results except single touches. Latencies are in us, durations in s, memory in bytes."""
     return {
         "format": 1,
         "machine": machine,
@@ -59,7 +59,7 @@ def _peer_json(row: Row, name: str) -> dict[str, Any]:
 
 
 def print_machine(console: Console, machine: dict[str, Any]) -> None:
-    """The header: where and when."""
+    """Print the header: machine, versions and time."""
     load = ", ".join(f"{value:.2f}" for value in machine["load"])
     console.print(
         f"{machine['date']}, lazypages {machine['lazypages']} ({machine['commit']}), "
@@ -73,18 +73,18 @@ def print_machine(console: Console, machine: dict[str, Any]) -> None:
 
 
 def print_busy(console: Console, share: float, when: str) -> None:
-    """A warning when others are busy."""
+    """Print a warning if other processes used more than BUSY_SHARE of the CPUs."""
     if share > BUSY_SHARE:
         console.print(
-            f"[bold red]This machine is busy:[/] others use {share:.0%} of its CPUs {when}. "
-            "Ratios may be off, absolute numbers are.",
+            f"[bold red]This machine is busy:[/] other processes used {share:.0%} of its CPUs {when}. "
+            "Absolute numbers are wrong, ratios may be.",
             highlight=False,
             soft_wrap=True,
         )
 
 
 def print_row(console: Console, row: Row, peers: Sequence[Peer]) -> None:
-    """A table of a workload: medians, a line for each peer."""
+    """Print the table of a workload: medians, a line for each peer."""
     present = [
         metric
         for metric in METRICS
@@ -106,7 +106,7 @@ def print_row(console: Console, row: Row, peers: Sequence[Peer]) -> None:
         if why == ONLY_REMOTE:
             continue
         console.print(f"  {escape(name)}: {escape(why)}", style="dim", highlight=False, soft_wrap=True)
-    print_busy(console, row.others, "meanwhile")
+    print_busy(console, row.others, "during this row")
     console.print()
 
 
@@ -116,7 +116,7 @@ def ratio_text(spread: Spread) -> str:
 
 
 def print_ratios(console: Console, rows: Sequence[Row], peers: Sequence[Peer]) -> None:
-    """Ours by each of the others, medians of the rounds' ratios and their range: below 1 we are better."""
+    """Print ours divided by each other peer: medians and ranges of the rounds' ratios. Below 1 ours is better."""
     for peer in peers:
         if peer.name == OURS:
             continue

@@ -1,4 +1,4 @@
-"""What the task wrote down (struct results, actor and touch of task.c)."""
+"""The results that a task writes (struct results, actor and touch of task.c)."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _TOUCH = struct.Struct("=QII")
 
 @dataclass(frozen=True, slots=True)
 class Touches:
-    """All first touches, in the order in which each thread made them: when (ns since the first), page, latency (ns)."""
+    """All first touches, thread by thread, in order: time (ns since the first touch), page, latency (ns)."""
 
     at: array.array[int]
     page: array.array[int]
@@ -47,7 +47,7 @@ class Touches:
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """Times are in ns of CLOCK_MONOTONIC; 0 for what did not happen. ``faults``: touches that found no page."""
+    """Times are in ns of CLOCK_MONOTONIC, 0 if not measured. ``faults``: number of touches that found no page."""
 
     header: _Header
     faults: int
@@ -55,10 +55,10 @@ class Results:
 
     @classmethod
     def read(cls, path: Path, actors: int) -> Results:
-        """Raises BenchError when a wrong byte was seen, and when the task did not come to its end."""
+        """Read the results. Raises BenchError if a byte was wrong, or if the task did not finish."""
         data = path.read_bytes()
         if len(data) < _HEADER_SIZE:
-            raise BenchError("the task has not begun")
+            raise BenchError("the task did not start to measure")
         header = _Header._make(_HEADER.unpack_from(data))
         if header.wrong:
             raise BenchError(
@@ -66,7 +66,7 @@ class Results:
                 f"{header.wrong_value:#x}"
             )
         if not header.touched:
-            raise BenchError("the task did not get through its touches")
+            raise BenchError("the task did not make all touches")
         end = _HEADER_SIZE + actors * _ACTOR.size
         faults = sum(actor[2] for actor in _ACTOR.iter_unpack(data[_HEADER_SIZE:end]))
         raw = array.array("I", data[end:])
@@ -75,9 +75,9 @@ class Results:
         return cls(header, faults, Touches(array.array("Q", (t - first for t in at)), raw[2::4], raw[3::4]))
 
     def metrics(self) -> dict[str, float]:
-        """Those of metrics.METRICS that the task can tell: latencies in us, durations in s.
+        """The metrics of METRICS that the task measures: latencies in us, durations in s.
 
-        An idle task makes but one touch: that is no distribution.
+        An idle task makes only one touch, so it has no quantiles.
         """
         header, ordered = self.header, sorted(self.touches.ns)
         touching = (header.touched - header.start) / _NS
@@ -95,6 +95,6 @@ class Results:
         return found
 
     def first_touch_after_connect(self) -> float:
-        """Seconds until the first page was there, from when the restorer met the daemon."""
+        """Seconds from the restorer's connection to the daemon until the first page was there."""
         header = self.header
         return (header.start - header.connected + self.touches.ns[0]) / _NS

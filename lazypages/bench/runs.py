@@ -1,4 +1,4 @@
-"""One run: a daemon, a task whose memory it has, and what both tell."""
+"""One run: a daemon, a task whose memory it serves, and the metrics of both."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from lazypages.bench.remote import page_server
 from lazypages.bench.results import Results, Touches
 from lazypages.bench.workloads import Order, Source, Workload
 
-#: Seconds that no run may exceed: a hang is a result, too, but not one to wait for.
+#: Most seconds of a run; a run that hangs fails.
 RUN_TIMEOUT = 300.0
-#: Seconds between two looks at a daemon's memory, once latencies are measured.
+#: Seconds between two samples of a daemon's memory, after latencies were measured.
 LOOK_INTERVAL = 0.02
-#: Seconds for a daemon to end by itself after its tasks have.
+#: Seconds for a daemon to exit after its tasks have.
 END_TIMEOUT = 10.0
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """``metrics``: by key of metrics.METRICS. ``stats``: the summary of our daemon, None for others."""
+    """The results of a run. ``metrics``: by key of METRICS. ``stats``: --stats-json of our daemon, None for others."""
 
     metrics: dict[str, float]
     touches: Touches
@@ -49,10 +49,10 @@ def run(
     *,
     criu: Path | None,
 ) -> Run:
-    """Serves `checkpoint` with `peer` while the task does `workload`; leaves all files in `work`, an empty directory.
+    """Serve `checkpoint` with `peer` while the task runs `workload`. All files are in the empty directory `work`.
 
-    ``criu`` is the page server of a remote source. Raises BenchError: when a wrong byte was seen, when somebody
-    fails or does not come to an end.
+    ``criu``: for the page server of a remote source. Raises BenchError if a byte was wrong, if a process fails, or
+    after RUN_TIMEOUT.
     """
     if workload.cold:
         _drop_from_cache(checkpoint)
@@ -74,13 +74,13 @@ def run(
                 _wait_touched(task, daemon)
                 loop = daemon.main_thread_cpu() - loop_before
                 daemon.look()
-                _tell_go_on(task)
+                _let_continue(task)
                 daemon.watch(lambda: task.poll() is not None, LOOK_INTERVAL, RUN_TIMEOUT)
                 found = Results.read(results, workload.layout.tasks * workload.threads)
                 _check_exit(task)
             except BenchError as error:
-                told = (work / "task.out").read_text(errors="replace")
-                raise BenchError(f"{error}\ntask: {told}\n{peer.name}: {daemon.story()}") from None
+                output = (work / "task.out").read_text(errors="replace")
+                raise BenchError(f"{error}\ntask: {output}\n{peer.name}: {daemon.story()}") from None
         daemon.end(END_TIMEOUT)
     metrics = found.metrics() | daemon.metrics()
     if peer.is_ours and len(found.touches.ns) > 1:
@@ -90,7 +90,7 @@ def run(
 
 
 def read_stats(work: Path) -> dict[str, Any] | None:
-    """The summary that our daemon left; None when there is none."""
+    """The statistics of our daemon; None if there are none."""
     try:
         stats: dict[str, Any] = json.loads(stats_path(work).read_text())
     except OSError:
@@ -99,7 +99,7 @@ def read_stats(work: Path) -> dict[str, Any] | None:
 
 
 def _drop_from_cache(checkpoint: Checkpoint) -> None:
-    """Makes the pages files cold: POSIX_FADV_DONTNEED drops clean pages that nobody maps."""
+    """Drop the pages files from the page cache: POSIX_FADV_DONTNEED drops clean pages that no process maps."""
     for path in checkpoint.files():
         fd = os.open(path, os.O_RDONLY)
         try:
@@ -155,11 +155,11 @@ def _wait_touched(task: subprocess.Popen[bytes], daemon: Daemon) -> None:
     deadline = time.monotonic() + RUN_TIMEOUT
     while not select.select([task.stdout], [], [], END_TIMEOUT)[0]:
         if time.monotonic() > deadline:
-            raise BenchError(f"the task has not got through its touches after {RUN_TIMEOUT:g} s")
+            raise BenchError(f"the task has not made all touches after {RUN_TIMEOUT:g} s")
         if daemon.has_ended():
-            raise BenchError("the daemon has ended before its time")
+            raise BenchError("the daemon has ended before the task made all touches")
     if task.stdout.readline() != b"touched\n":
-        raise BenchError("the task did not get through its touches")
+        raise BenchError("the task did not make all touches")
 
 
 def _check_exit(task: subprocess.Popen[bytes]) -> None:
@@ -167,7 +167,7 @@ def _check_exit(task: subprocess.Popen[bytes]) -> None:
         raise BenchError(f"the task ended with {task.returncode}")
 
 
-def _tell_go_on(task: subprocess.Popen[bytes]) -> None:
+def _let_continue(task: subprocess.Popen[bytes]) -> None:
     assert task.stdin is not None
     task.stdin.write(b"\n")
     task.stdin.flush()

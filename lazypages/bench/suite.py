@@ -1,4 +1,4 @@
-"""Which workloads are run, how often, and in what turns."""
+"""The lists of workloads, and running them in rounds."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _tasks(name: str, tasks: int, *, turns: bool) -> Workload:
 
 
 def _far(round_trip: int, touches: int, mib: int) -> tuple[Workload, ...]:
-    """Over a link that takes `round_trip` ms: faults alone, the background alone."""
+    """Two workloads over a link with a round trip of `round_trip` ms: faults alone, the background alone."""
     name = f"remote, {round_trip} ms"
     layout = Layout(_pages(mib), source=Source.REMOTE, round_trip=round_trip)
     return (
@@ -61,7 +61,7 @@ def _far(round_trip: int, touches: int, mib: int) -> tuple[Workload, ...]:
 
 
 def _remote(name: str, order: Order, touches: int, *, threads: int = 1, round_trip: int = 0) -> Workload:
-    """Touches while the background goes on, then all of it, of 64 MiB."""
+    """Touches during the background transfer, then a pass over all 64 MiB."""
     layout = Layout(_pages(64), source=Source.REMOTE, round_trip=round_trip)
     return Workload(name, layout, order, touches, threads=threads, background=True, passes=True)
 
@@ -187,7 +187,7 @@ FULL = (
     IDLE_8G,
 )
 
-#: Small, for a look whether everything works.
+#: Small workloads, to check that everything works.
 QUICK = (
     _random("random, 16 MiB", 16, touches=1000),
     Workload("writes, 16 MiB", Layout(_pages(16)), Order.RANDOM, 1000, write=True),
@@ -218,7 +218,7 @@ QUICK = (
 
 @dataclass(slots=True)
 class Row:
-    """A workload and what its rounds gave, by peer. ``absent``: why a peer has no numbers."""
+    """A workload and its runs by peer. ``absent``: reasons why peers have none. ``others``: CPU share of others."""
 
     workload: Workload
     rounds: dict[str, list[Run]] = field(default_factory=dict)
@@ -226,7 +226,7 @@ class Row:
     others: float = 0.0
 
     def values(self, peer: str, key: str) -> list[float]:
-        """A metric, round by round; those that do not have it are left out."""
+        """The values of a metric in the rounds that have it."""
         return [run.metrics[key] for run in self.rounds.get(peer, []) if key in run.metrics]
 
     def spread(self, peer: str, key: str) -> Spread | None:
@@ -235,7 +235,7 @@ class Row:
 
 
 def turns(peers: Sequence[Peer], turn: int) -> list[Peer]:
-    """The order of a round: everybody is first once, in turn, and comes after one neighbour and after the other."""
+    """The order of peers in a round. Over the rounds each peer is first, and follows either neighbour."""
     shift = turn // 2 % len(peers)
     order = [*peers[shift:], *peers[:shift]]
     return order[::-1] if turn % 2 else order
@@ -243,18 +243,18 @@ def turns(peers: Sequence[Peer], turn: int) -> list[Peer]:
 
 @dataclass(frozen=True, slots=True)
 class Suite:
-    """Runs workloads. ``folder``: for images and all else; ``tell`` gets a line before each run."""
+    """Runs workloads. ``folder``: for images and other files. ``progress`` gets a line before each run."""
 
     programs: Programs
     peers: Sequence[Peer]
     folder: Path
     rounds: int
-    tell: Callable[[str], None]
+    progress: Callable[[str], None]
 
     def run(self, workloads: Sequence[Workload]) -> Iterator[Row]:
-        """The rows as they are done. A peer that fails is absent from its row: everybody's failure is a result.
+        """Yield each row when it is complete. A peer that fails is absent from its row, with the reason.
 
-        Raises BenchError only when a checkpoint can't be made.
+        Raises BenchError only if a checkpoint can't be created.
         """
         with ExitStack() as stack:
             criu = any(isinstance(peer, CriuDaemon) for peer in self.peers)
@@ -284,7 +284,7 @@ class Suite:
             for peer in turns(able, turn):
                 if peer.name in row.absent:
                     continue
-                self.tell(f"{workload.name}: round {turn + 1} of {self.rounds}, {peer.name}")
+                self.progress(f"{workload.name}: round {turn + 1} of {self.rounds}, {peer.name}")
                 work = folder / f"{turn}-{able.index(peer)}"
                 work.mkdir()
                 try:
@@ -296,14 +296,14 @@ class Suite:
         return row
 
     def _warm_up(self, runner: Callable[[Peer, Path], Run], peer: Peer, folder: Path) -> None:
-        """One run that does not count: memory that a virtual machine has not used yet is slow the first time."""
+        """A run whose results are discarded: the first use of memory in a virtual machine is slow."""
         work = folder / "warm-up"
         work.mkdir()
-        with suppress(BenchError):  # it fails again where it counts
+        with suppress(BenchError):  # a failure will repeat in the measured runs
             runner(peer, work)
 
     def _runner(self, workload: Workload, folder: Path) -> Callable[[Peer, Path], Run]:
-        self.tell(f"{workload.name}: images")
+        self.progress(f"{workload.name}: images")
         if workload.real:
             criu = next(peer.program for peer in self.peers if isinstance(peer, CriuDaemon))
             dumped = real.dump(workload, folder, self.programs, criu)

@@ -1,4 +1,4 @@
-"""The targets of issue 5, each computed from what was measured."""
+"""The project's performance targets, each computed from the results."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Rows = Mapping[str, Row]
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """``reached`` computes the value; None when a peer or a row is missing. ``least``: the bound is a lower one."""
+    """``reached`` computes the value, or None if a peer or row is missing. ``least``: the bound is a lower bound."""
 
     what: str
     bound: float
@@ -36,7 +36,7 @@ class Target:
 def _between(
     workload: Workload, key: str, other: str | None = None, *, ours: str = OURS
 ) -> Callable[[Rows, str], Spread | None]:
-    """Ours by `other`'s (default: CRIU's) in one row."""
+    """Ours divided by `other`'s (default: CRIU's) in one row."""
 
     def compute(rows: Rows, criu: str) -> Spread | None:
         row = rows.get(workload.name)
@@ -110,7 +110,7 @@ TARGETS = (
 
 
 def print_targets(console: Console, rows: Rows, criu: str) -> bool:
-    """The table; whether all targets are met. ``criu``: the name of the peer that is CRIU."""
+    """Print the table of targets; return whether all are met. ``criu``: the name of CRIU's peer."""
     table = Table(title="targets", title_justify="left", title_style="bold", box=None, pad_edge=False)
     for title in ("what", "target", "reached (range over rounds)", ""):
         table.add_column(title, justify="left" if title in {"what", ""} else "right", no_wrap=True)

@@ -1,15 +1,15 @@
 /*
- * The task that faults, and measures from inside how long each first touch takes.
+ * The task that faults. It measures the time of each first touch of its memory.
  *
  *   task restored OPTIONS    plays a restorer and its tasks: maps memory at a fixed address, hands a userfaultfd of it to
- *                            the daemon as `criu restore --lazy-pages` does (reference/criu-interfaces §1, §2), touches
- *   task victim OPTIONS      fills its memory, waits (to be checkpointed and restored), touches when there is a go
+ *                            the daemon as `criu restore --lazy-pages` does (docs/criu.md, "Control socket"), touches
+ *   task victim OPTIONS      fills its memory, waits to be checkpointed and restored, touches when the file --go exists
  *
- * Every touch is compared with what the page must hold; so are whole pages, outside of the measured time, at the end.
- * A wrong byte is told and the exit status is 1.
+ * Every touch is compared with the expected word; at the end, outside of the measured time, whole pages are compared.
+ * A wrong byte is reported in the results, and the exit status is 1.
  *
- * Restored tasks have the pids 2, 3, ... in a PID namespace of their own, so that images can name them beforehand.  Process
- * 1 there is the restorer.  It writes "touched" when all touches are made, and goes on when it reads a byte.
+ * Restored tasks have the pids 2, 3, ... in a PID namespace of their own, so that their images can be written before.
+ * Process 1 there is the restorer.  It writes "touched" when all touches are made, and continues when it reads a byte.
  */
 #define _GNU_SOURCE
 #include "common.h"
@@ -37,7 +37,7 @@
 
 #define PR_SET_VMA 0x53564d41
 #define FIRST_PID 2
-#define POLL_NS 1000000	  /* between two looks whether all memory is there, or whether there is a go */
+#define POLL_NS 1000000	  /* between two checks whether all memory is there, or whether --go exists */
 #define RSS_SLACK 1024	  /* pages by which the kernel's count of resident pages may lag */
 #define SCRIBBLE 511	  /* the word that a write changes */
 #define SCRIBBLED 0x5ca1ab1eull
@@ -48,20 +48,20 @@ struct touch {
 	uint32_t page, ns;
 };
 
-/* A thread that touches: thread `i % threads` of task `i / threads`. */
+/* A thread that touches: actor i is thread `i % threads` of task `i / threads`. */
 struct actor {
 	uint64_t start, end;
-	uint64_t faults; /* pages that were not there: what UFFDIO_COPY brings is mapped, so others take no fault */
+	uint64_t faults; /* touches of missing pages: pages that UFFDIO_COPY has placed are mapped, and cause no fault */
 	uint32_t turn, unused;
 };
 
 /* The results file: this, the actors, the touches.  lazypages/bench/task.py reads it. */
 struct results {
-	uint64_t clock_cost; /* ns, already taken off every touch */
-	uint64_t connected, handed; /* to the daemon; all memory is registered */
-	uint64_t finished;   /* the daemon was told so */
+	uint64_t clock_cost; /* ns, already subtracted from every touch */
+	uint64_t connected, handed; /* connected to the daemon; all memory is registered */
+	uint64_t finished;   /* "restore finished" was sent */
 	uint64_t start, touched, pass, passed, present;
-	uint64_t wrong; /* pages; the first of them: */
+	uint64_t wrong; /* number of wrong pages; the first of them: */
 	uint64_t wrong_page, wrong_word, wrong_value;
 	_Atomic uint32_t sent, registered, go, done;
 };
@@ -79,9 +79,9 @@ static struct results *results;
 static struct actor *actors;
 static struct touch *touches;
 static const uint32_t *order;
-static uint64_t nr_order, task; /* which of them this process is */
+static uint64_t nr_order, task; /* task: index of the task that this process is */
 
-/* ---- waiting for each other, over processes ---- */
+/* ---- synchronisation of processes ---- */
 
 static void wait_until(_Atomic uint32_t *word, uint32_t value)
 {
@@ -91,7 +91,7 @@ static void wait_until(_Atomic uint32_t *word, uint32_t value)
 		syscall(SYS_futex, word, FUTEX_WAIT, seen, NULL, NULL, 0);
 }
 
-static void tell(_Atomic uint32_t *word, uint32_t value)
+static void set_and_wake(_Atomic uint32_t *word, uint32_t value)
 {
 	atomic_store(word, value);
 	syscall(SYS_futex, word, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
@@ -103,7 +103,7 @@ static void count_up(_Atomic uint32_t *word)
 	syscall(SYS_futex, word, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
 }
 
-/* ---- memory and what it must hold ---- */
+/* ---- memory and its expected contents ---- */
 
 static volatile uint64_t *page_at(uint64_t page)
 {
@@ -124,7 +124,7 @@ static void wrong(uint64_t page, uint64_t word, uint64_t value)
 	results->wrong_value = value;
 }
 
-/* Word 0 belongs to the chase and is compared there. */
+/* Word 0 is the link of the chase, which compares it. */
 static void check_page(uint64_t page, bool written)
 {
 	for (uint64_t word = 1; word < WORDS; word++) {
@@ -157,7 +157,7 @@ static uint64_t resident(int statm)
 	return strtoull(strchr(text, ' '), NULL, 10);
 }
 
-/* Until every page that has data is there. mincore(2) tells for certain; counting resident pages is cheap. */
+/* Wait until every page with data is there. mincore(2) is exact; counting resident pages is cheap. */
 static void await_present(int statm, uint64_t resident_before)
 {
 	uint64_t data = (option.pages + option.stride - 1) / option.stride, page;
@@ -193,7 +193,7 @@ static uint64_t clock_cost(void)
 
 static uint64_t touch(uint64_t page, uint64_t i, uint64_t cost)
 {
-	/* anywhere in the page; the chase reads what it needs */
+	/* any word of the page; the chase reads the link */
 	uint64_t word = option.chase ? 0 : option.write ? SCRIBBLE : 2 + page % (WORDS - 2), start, ns, value;
 	volatile uint64_t *at = page_at(page) + word;
 
@@ -215,7 +215,7 @@ static uint64_t touch(uint64_t page, uint64_t i, uint64_t cost)
 static void *act(void *arg)
 {
 	uint64_t me = (uint64_t)(uintptr_t)arg, all = option.tasks * option.threads;
-	/* several tasks walk the same way, threads of one task share it */
+	/* all tasks use the same order; the threads of one task divide it */
 	uint64_t first = me % option.threads * nr_order / option.threads;
 	uint64_t end = (me % option.threads + 1) * nr_order / option.threads;
 	uint64_t longest = nr_order / option.threads + 1;
@@ -241,7 +241,7 @@ static void *act(void *arg)
 		}
 		if (option.turns && ((i - first) % option.batch == option.batch - 1 || i + 1 == first + longest)) {
 			actor->turn = 0;
-			tell((_Atomic uint32_t *)&actors[(me + 1) % all].turn, 1);
+			set_and_wake((_Atomic uint32_t *)&actors[(me + 1) % all].turn, 1);
 		}
 	}
 	actor->end = now_ns();
@@ -346,7 +346,7 @@ static void send_uffd(int socket, int uffd)
 
 	memcpy(CMSG_DATA(&control.header), &uffd, sizeof(uffd));
 	if (send(socket, &pid, sizeof(pid), MSG_NOSIGNAL) != sizeof(pid) || sendmsg(socket, &message, MSG_NOSIGNAL) != 1)
-		die("the daemon does not take the uffd");
+		die("cannot send the uffd to the daemon");
 }
 
 static void follow_cpu(void)
@@ -398,7 +398,7 @@ static void finish(int socket)
 	uint32_t word = FINISH;
 
 	if (send(socket, &word, sizeof(word), MSG_NOSIGNAL) != sizeof(word))
-		die("the daemon does not take the end of the restore");
+		die("cannot send the end of the restore to the daemon");
 	results->finished = now_ns();
 }
 
@@ -420,7 +420,7 @@ static int be_restorer(void)
 		if (!pid)
 			be_task(control);
 		if (pid != (pid_t)(FIRST_PID + task))
-			die("task %d has a pid of somebody else", pid);
+			die("unexpected pid %d of a task", pid);
 		wait_until(&results->sent, (uint32_t)task + 1);
 	}
 	wait_until(&results->registered, (uint32_t)option.tasks);
@@ -429,17 +429,17 @@ static int be_restorer(void)
 		finish(control);
 	results->start = now_ns();
 	actors[0].turn = 1;
-	tell(&results->go, 1);
+	set_and_wake(&results->go, 1);
 	wait_until(&results->done, (uint32_t)option.tasks);
 	results->touched = now_ns();
 	if (write(STDOUT_FILENO, "touched\n", 8) != 8 || read(STDIN_FILENO, &byte, 1) != 1)
-		die("nobody measures any more");
-	tell(&results->go, 2);
+		die("the bench has closed the pipe");
+	set_and_wake(&results->go, 2);
 	for (uint64_t i = 0; i < option.tasks; i++)
 		if (wait(&status) < 0 || status)
 			failed = 1;
 	if (!option.background)
-		finish(control); /* nobody needs anything any more */
+		finish(control); /* all tasks have ended */
 	return failed;
 }
 
@@ -450,7 +450,7 @@ static int restored(void)
 
 	open_plan();
 	if (unshare(CLONE_NEWPID))
-		die("a PID namespace can't be had");
+		die("cannot create a PID namespace");
 	pid = fork();
 	if (pid < 0)
 		die("fork");

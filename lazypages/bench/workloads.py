@@ -1,4 +1,4 @@
-"""What is measured: each workload is what a task does, with how much memory, out of which images."""
+"""Workloads: what a task does, with how much memory, from which images."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from dataclasses import dataclass
 PAGE_SIZE = 4096
 MIB = 1 << 20
 
-#: A run of pages of a chain that come from the same level.
+#: Number of successive pages that come from the same level of a chain.
 CHAIN_RUN = 16
 
-#: The longest entry of a pagemap, 1 GiB: CRIU 4.1.1's daemon dies of one of 4 GB (observed), and its dumps have none.
+#: Most pages of a pagemap entry, 1 GiB. CRIU 4.1.1's daemon fails on one of 4 GB (observed), and its dumps have none.
 LONGEST_ENTRY = 1 << 18
 
 
 class Order(enum.StrEnum):
-    """In which order a task touches its pages."""
+    """The order in which a task touches its pages."""
 
     RANDOM = "random"
     SEQUENTIAL = "sequential"
     CHASE = "chase"
-    """Random, where each page tells which is the next."""
+    """Random, with the number of the next page in each page."""
 
 
 class Source(enum.StrEnum):
@@ -34,12 +34,12 @@ class Source(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """What a checkpoint looks like.
+    """The layout of a checkpoint.
 
-    ``pages``: with data, of each task. ``stride``: 2 leaves a page that was never touched between any two.
-    ``depth``: parents in the chain. ``sparse``: only the pages that will be touched have their data, the rest
-    of the pages file is a hole; for checkpoints that are never transferred as a whole. ``round_trip``: of the link
-    to a remote source, in ms, beside what loopback takes. ``tls``: that link is encrypted.
+    ``pages``: pages with data of each task. ``stride``: 2: every other page of the mapping was never touched.
+    ``depth``: number of parents in the chain. ``sparse``: only pages that will be touched have their data, and the rest
+    of the pages file is a hole; for checkpoints that are not transferred as a whole. ``round_trip``: round-trip time in
+    ms that the link to a remote source adds to that of loopback. ``tls``: that link is encrypted.
     """
 
     pages: int
@@ -53,22 +53,22 @@ class Layout:
 
     @property
     def span(self) -> int:
-        """Pages of the mapping."""
+        """Number of pages of the mapping."""
         return self.pages * self.stride
 
     @property
     def entries(self) -> int:
-        """Entries of each pagemap."""
+        """Number of entries of each pagemap."""
         return -(-self.pages // self.entry_pages)
 
     @property
     def entry_pages(self) -> int:
-        """Pages of an entry; the last one may have fewer."""
+        """Number of pages of an entry; the last entry may have fewer."""
         return 1 if self.stride > 1 else CHAIN_RUN if self.depth else LONGEST_ENTRY
 
     @property
     def bytes(self) -> int:
-        """Of all tasks' data."""
+        """Size of the data of all tasks."""
         return self.pages * self.tasks * PAGE_SIZE
 
 
@@ -76,10 +76,10 @@ class Layout:
 class Workload:
     """One row of the bench.
 
-    ``touches``: first touches of each task, spread over its ``threads``. ``background``: the restore is finished
-    before the first touch, so that daemons transfer in the background; otherwise they only answer faults.
+    ``touches``: number of first touches of each task, divided among its ``threads``. ``background``: the restore has
+    finished before the first touch, so that daemons transfer in the background; otherwise they only answer faults.
     ``turns``: one thread of all tasks touches at a time. ``cold``: images are not in the page cache.
-    ``passes``: then the whole memory is read once.
+    ``passes``: after the touches the task reads all its memory once.
     """
 
     name: str
@@ -95,16 +95,15 @@ class Workload:
     real: bool = False
 
     def order_of_touches(self) -> array.array[int]:
-        """The pages of the mapping in the order of their first touch; the same at every call."""
+        """The pages of the mapping in the order of their first touches. Deterministic."""
         touches = self.touches
         if self.order is Order.SEQUENTIAL:
             return array.array("I", range(0, touches * self.layout.stride, self.layout.stride))
-        # repeatable, and nothing secret
         rng = random.Random(20_231_123)  # noqa: S311
         pages = rng.sample(range(self.layout.pages), touches)
         pages = [page * self.layout.stride for page in pages]
         if self.layout.stride > 1:
-            # one in ten touches a page that has no entry
+            # one in ten touches is of a page without an entry
             for at in range(0, touches, 10):
                 pages[at] += 1
         return array.array("I", pages)
@@ -116,10 +115,10 @@ def level_of(page: int, depth: int) -> int:
 
 
 def runs_of_level(layout: Layout, level: int) -> Iterator[tuple[int, int, int, int]]:
-    """(place, first page, pages, owner) for the runs in a level's pages file: `owner` is the level of the valid data.
+    """(offset, first page, pages, owner) of the runs in a level's pages file. `owner`: the level of the valid data.
 
-    Older levels hold everything; a younger one what had changed since: so their pages are stale where a
-    younger level has them too.
+    The oldest level has all pages, a newer one those that had changed since. So a page is stale in a level if a newer
+    level has it, too.
     """
     place = 0
     for first in range(0, layout.pages, CHAIN_RUN):

@@ -20,7 +20,7 @@ from lazypages.bench.targets import print_targets
 from lazypages.bench.workloads import Workload
 from lazypages.observe.pictures import check_picture
 
-#: Columns of a table that goes to a file.
+#: Width in columns of a table that is written to a file.
 _FILE_WIDTH = 200
 
 ROUNDS = {"quick": 1, "default": 3, "full": 9, "targets": 5}
@@ -31,43 +31,46 @@ ROUNDS = {"quick": 1, "default": 3, "full": 9, "targets": 5}
     "--quick",
     "extent",
     flag_value="quick",
-    help="A minute: does everything work, are the counts as designed?",
+    help="About a minute: checks contents and counts, no times.",
 )
 @click.option(
-    "--full", "extent", flag_value="full", help="Everything, up to 8 GiB: half an hour, 16 GiB of memory."
+    "--full", "extent", flag_value="full", help="All workloads, up to 8 GiB: half an hour, 16 GiB of memory."
 )
 @click.option(
     "--targets",
     "extent",
     flag_value="targets",
-    help="What the project's targets need; then says which are met.",
+    help="The workloads of the project's targets; prints which targets are met.",
 )
-@click.option("--rounds", type=click.IntRange(1), help="Rounds; every peer has one turn in each.")
+@click.option("--rounds", type=click.IntRange(1), help="Number of rounds; each peer runs once per round.")
 @click.option(
-    "--only", multiple=True, metavar="TEXT", help="Only workloads with this in their name; may be repeated."
+    "--only", multiple=True, metavar="TEXT", help="Only workloads whose name contains TEXT; may be repeated."
 )
 @click.option(
     "--criu", multiple=True, type=click.Path(path_type=Path), help="CRIU to compare with; may be repeated."
 )
 @click.option(
-    "--no-criu", is_flag=True, help="Leave CRIU out, and with it what needs its page server or its restore."
+    "--no-criu", is_flag=True, help="Skip CRIU, and workloads that need its page server or its restore."
 )
-@click.option("--trace", "traced", is_flag=True, help="Ours with --trace, too: what does tracing cost?")
+@click.option("--trace", "traced", is_flag=True, help="Also run lazypages serve with --trace.")
 @click.option(
     "--against",
     multiple=True,
     metavar="LAZYPAGES",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="Another installation's executable, as of the version before a change; may be repeated.",
+    help="Executable of another installation to compare with; may be repeated.",
 )
 @click.option(
     "--dir", "folder", type=click.Path(path_type=Path, exists=True), help="Directory for the images."
 )
 @click.option(
-    "--json", "json_path", type=click.Path(path_type=Path), help="Write everything there, for machines."
+    "--json", "json_path", type=click.Path(path_type=Path), help="Write the results of all rounds to FILE."
 )
 @click.option(
-    "--plot", "plot_path", type=click.Path(path_type=Path), help="Draw it into FILE.png or FILE.html."
+    "--plot",
+    "plot_path",
+    type=click.Path(path_type=Path),
+    help="Draw the results into FILE.png or FILE.html.",
 )
 @click.pass_context
 def bench_command(  # noqa: PLR0917 - the options
@@ -83,9 +86,9 @@ def bench_command(  # noqa: PLR0917 - the options
     json_path: Path | None,
     plot_path: Path | None,
 ) -> None:
-    """Compare lazypages serve with criu lazy-pages and with a bare C loop, in turns, on this machine.
+    """Compare lazypages serve with criu lazy-pages and with a minimal C loop, in alternation, on this machine.
 
-    A task measures from inside how long each first touch of its memory takes, and checks every byte. Needs root and
+    A task measures the time of each first touch of its own memory, and checks every byte. Needs root and
     a C compiler.
     """
     extent = extent or "default"
@@ -101,29 +104,29 @@ def bench_command(  # noqa: PLR0917 - the options
     with tempfile.TemporaryDirectory(prefix="lazypages-bench-", dir=folder) as name:
         work = Path(name).resolve()
         programs = Programs.compile(work)
-        everybody = peers.all_peers(programs, found, traced=traced, against=against)
+        compared = peers.all_peers(programs, found, traced=traced, against=against)
         machine = describe_machine(work, [name for name, _path in found])
         report.print_machine(console, machine)
-        report.print_busy(console, idle_share(), "before we begin")
+        report.print_busy(console, idle_share(), "before the first round")
         console.print()
         with console.status("") as status:
-            for row in Suite(programs, everybody, work, rounds, status.update).run(workloads):
-                report.print_row(console, row, everybody)
+            for row in Suite(programs, compared, work, rounds, status.update).run(workloads):
+                report.print_row(console, row, compared)
                 rows.append(row)
     if extent == "quick":
         wrong = [f"{row.workload.name}: {line}" for row in rows for line in checks.failures(row)]
     else:
         wrong = []
-        report.print_ratios(console, rows, everybody)
+        report.print_ratios(console, rows, compared)
     if extent == "targets":
         by_name = {row.workload.name: row for row in rows}
         print_targets(console, by_name, found[0][0] if found else "")
     if json_path:
-        _write_json(json_path, report.as_json(machine, rows, rounds, everybody))
+        _write_json(json_path, report.as_json(machine, rows, rounds, compared))
     if plot_path:
         plot(plot_path, rows, f"lazypages bench, {machine['date']}, {machine['kernel']}")
     for line in wrong:
-        console.print(f"[red]not as designed:[/] {line}", highlight=False, soft_wrap=True)
+        console.print(f"[red]unexpected:[/] {line}", highlight=False, soft_wrap=True)
     ctx.exit(1 if wrong or any("WRONG" in why for row in rows for why in row.absent.values()) else 0)
 
 
@@ -135,7 +138,7 @@ def _workloads(extent: str, only: tuple[str, ...], *, criu: bool) -> list[Worklo
     if not criu:
         chosen = [w for w in chosen if not w.real]
     if not chosen:
-        raise BenchError("no workload is left; see --only")
+        raise BenchError("no workload matches --only")
     return chosen
 
 

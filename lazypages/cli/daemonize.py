@@ -1,4 +1,4 @@
-"""Going into the background once everything is checked, and saying so, as ``criu lazy-pages`` does."""
+"""Going into the background and signalling readiness, as ``criu lazy-pages`` does (docs/criu.md, "Control socket")."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lazypages.errors import LazyPagesError
 
 
 def open_pidfile(path: Path) -> int:
-    """A new file for its owner only; one that exists is somebody's and an error. Raises LazyPagesError."""
+    """Create a pidfile with mode 0600. Raises LazyPagesError, also if it exists."""
     try:
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     except FileExistsError as error:
@@ -21,17 +21,17 @@ def open_pidfile(path: Path) -> int:
 
 
 def daemonize(pidfile: int | None) -> Callable[[], None]:
-    """Returns in the daemon: a child in a session of its own, its pid in `pidfile`, stdio on /dev/null.
+    """Fork, and return in the child: the daemon, in a session of its own, its pid in `pidfile`, stdio on /dev/null.
 
-    The process that calls it ends here: with 0 when the child calls what this returns, to say that it is
-    ready; with 1 when the child ends before that. It must have one thread only.
+    The child calls the returned function when it is ready. The parent does not return: it exits with 0 when the
+    child is ready, and with 1 if the child ends before. The process must have only one thread.
     """
     sys.stdout.flush()
     sys.stderr.flush()
-    ready, tell_ready = os.pipe()
+    ready, ready_writer = os.pipe()
     if os.fork():
-        os.close(tell_ready)
-        # _exit: what is open here (the control socket above all) is the child's to clean up.
+        os.close(ready_writer)
+        # _exit: no clean-up here; the control socket and other resources belong to the child.
         os._exit(0 if os.read(ready, 1) else 1)
     os.close(ready)
     os.setsid()
@@ -44,15 +44,15 @@ def daemonize(pidfile: int | None) -> Callable[[], None]:
     if null > 2:
         os.close(null)
 
-    def tell() -> None:
-        os.write(tell_ready, b"\0")
-        os.close(tell_ready)
+    def signal_ready() -> None:
+        os.write(ready_writer, b"\0")
+        os.close(ready_writer)
 
-    return tell
+    return signal_ready
 
 
-def tell_ready(status_fd: int) -> None:
-    """One 0 byte, then the fd is closed, as ``criu lazy-pages --status-fd`` does. Raises LazyPagesError."""
+def report_ready(status_fd: int) -> None:
+    """Write one 0 byte and close the fd, as ``criu lazy-pages --status-fd`` does. Raises LazyPagesError."""
     try:
         os.write(status_fd, b"\0")
         os.close(status_fd)

@@ -1,4 +1,4 @@
-"""``lazypages demo``: a live task, checkpointed and brought back lazily, that checks all its bytes itself."""
+"""``lazypages demo``: checkpoint a live task, restore it lazily, and let it check all its bytes."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ from lazypages.observe.summary import duration, size
 HERE = Path(__file__).parent
 TASK = HERE / "demo_task.py"
 
-#: For `-m`: this lazypages and its kin, not what lies in the current directory (-P).
+#: Runs modules of this installation; -P: not those in the current directory.
 PYTHON = (sys.executable, "-P")
 SAME_CODE = {"PYTHONPATH": str(HERE.parent)}
 
-#: Where CRIU may be beside PATH: where packages put it, and where .ci/fetch-criu does.
+#: Where CRIU may be if it is not in PATH: the places of packages and of .ci/fetch-criu.
 CRIU_PLACES = (Path("/usr/sbin/criu"), Path("/usr/local/sbin/criu"))
 FETCHED_CRIU = Path("/var/cache/lazypages/criu")
 
-#: Seconds after which something is wrong.
-PATIENCE = 120
+#: Seconds after which a step has failed.
+TIMEOUT = 120
 
 MIB = 1 << 20
 
@@ -45,12 +45,12 @@ PR_SET_CHILD_SUBREAPER = 36
 
 
 class DemoError(LazyPagesError):
-    """The demo can't be given here, or something in it went wrong."""
+    """The demo can't run here, or one of its steps failed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tools:
-    """What takes the checkpoint and what restores it: ``name``, and the commands without directories."""
+    """The programs that dump and restore: ``name``, and both commands without pid and directories."""
 
     name: str
     dump: Sequence[str]
@@ -76,12 +76,12 @@ class Tools:
         )
 
     def take(self, pid: int, images: Path) -> None:
-        """Checkpoints the task into the directory `images`; it is gone then. Raises DemoError."""
+        """Checkpoint the task into the directory `images`; the task has ended then. Raises DemoError."""
         images.mkdir()
         self._run([*self.dump, "-t", str(pid), "-D", str(images)], images, "dump")
 
     def bring_back(self, images: Path, *, lazily: bool) -> None:
-        """Returns when the task runs again. Raises DemoError."""
+        """Restore the task; return when it runs. Raises DemoError."""
         mode = ["--lazy-pages"] if lazily else []
         self._run([*self.restore, "-D", str(images), "-d", *mode], images, "restore")
 
@@ -96,30 +96,30 @@ class Tools:
                     stdout=stream,
                     stderr=stream,
                     env=os.environ | SAME_CODE,
-                    timeout=PATIENCE,
+                    timeout=TIMEOUT,
                     check=False,
                 ).returncode
             except (OSError, subprocess.TimeoutExpired) as error:
-                raise DemoError(f"{self.name} can't {what}: {error}") from error
+                raise DemoError(f"{self.name} cannot {what}: {error}") from error
         if code:
-            raise DemoError(f"{self.name} can't {what}: {_last_error(log, output) or f'exit status {code}'}")
+            raise DemoError(f"{self.name} cannot {what}: {_last_error(log, output) or f'exit status {code}'}")
 
 
 def _typed(command: Sequence[str]) -> str:
-    """As a person would type it."""
+    """The command as a user types it."""
     return " ".join(word for word in command if word not in {*PYTHON, "-m"})
 
 
 def _output(command: list[str]) -> list[str]:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return []
     return done.stdout.splitlines()
 
 
 def _last_error(*logs: Path) -> str:
-    """The first line that says so, of a log of CRIU or of us."""
+    """The first line with an error, in a log of CRIU or of ours."""
     for log in logs:
         if log.exists():
             for line in log.read_text(errors="replace").splitlines():
@@ -129,9 +129,9 @@ def _last_error(*logs: Path) -> str:
 
 
 class Task:
-    """The task, before the checkpoint and after the restore, under one pid. A context manager that ends it.
+    """The task before the checkpoint and after the restore, under one pid. A context manager; kills the task on exit.
 
-    Restored, it is an orphan, and so the child of its nearest subreaper: us.
+    A restored task is an orphan, and so becomes a child of this process, its nearest subreaper.
     """
 
     def __init__(self, folder: Path, nr_bytes: int) -> None:
@@ -154,27 +154,27 @@ class Task:
         if self.process.poll() is None:
             self.process.kill()
             self.process.wait()
-        with suppress(ChildProcessError):  # not restored, or at its end already
+        with suppress(ChildProcessError):  # not restored, or has ended already
             if os.waitpid(self.pid, os.WNOHANG) == (0, 0):
                 os.kill(self.pid, signal.SIGKILL)
                 os.waitpid(self.pid, 0)
 
     def wait_filled(self) -> None:
-        """Until its memory is as it wants it. Raises DemoError if it ends instead."""
+        """Wait until the task has filled its memory. Raises DemoError if it ends instead."""
         _wait("the task to fill its memory", lambda: self._said("ready") or self.process.poll() is not None)
         if self.process.returncode is not None:
             raise DemoError(f"the task ended with {self.process.returncode}: is there enough memory for it?")
 
     def wait_taken(self) -> None:
-        """Until it is gone, after a checkpoint."""
-        self.process.wait(PATIENCE)
+        """Wait until the task has ended, after a checkpoint."""
+        self.process.wait(TIMEOUT)
 
     def let_go(self) -> None:
-        """When it runs (again), it touches and checks its memory."""
+        """Let the task touch and check its memory, as soon as it runs."""
         (self._folder / "go").touch()
 
     def verdict(self) -> dict[str, Any]:
-        """What the restored task has found. Raises DemoError if it does not get that far."""
+        """What the restored task has found. Raises DemoError if it ends before."""
         _wait(
             "the restored task to check its memory", lambda: self._said("verdict") or self._restored_ended()
         )
@@ -194,15 +194,15 @@ class Task:
 
 
 def _wait(what: str, ready: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + TIMEOUT
     while not ready():
         if time.monotonic() > deadline:
-            raise DemoError(f"waited {PATIENCE} s for {what}")
+            raise DemoError(f"waited {TIMEOUT} s for {what}")
         time.sleep(0.005)
 
 
 class Step:
-    """A line that says what is being done, then how long it took."""
+    """A line with what is being done, then its result and how long it took."""
 
     def __init__(self, text: str) -> None:
         click.echo(f"{text} ... ", nl=False)
@@ -223,11 +223,11 @@ class Step:
 )
 @click.option("--criu", type=click.Path(path_type=Path), help="Use this CRIU, and no other.")
 def demo(mib: int, criu: Path | None) -> None:
-    """See it work: checkpoint a live task, bring it back lazily, have it check every byte.
+    """See it work: checkpoint a live task, restore it lazily, and let it check every byte.
 
-    Takes a few seconds, needs root, and leaves nothing behind. CRIU takes the checkpoint and restores it if
-    one is found that works here (in PATH, by the environment variable LAZYPAGES_CRIU, or where .ci/fetch-criu
-    puts it), else our own dumptool and `lazypages restore` do. The memory is served by `lazypages serve`.
+    Takes a few seconds, needs root, and leaves nothing behind. `lazypages serve` serves the memory. CRIU dumps
+    and restores if a CRIU that works is found (in PATH, in the environment variable LAZYPAGES_CRIU, or in the
+    directory of .ci/fetch-criu); else dumptool and `lazypages restore` do.
     """
     _check_kernel()
     with _subreaper(), TemporaryDirectory(prefix="lazypages-demo-") as folder:
@@ -250,7 +250,7 @@ def _check_kernel() -> None:
 
 @contextmanager
 def _subreaper() -> Iterator[None]:
-    """Tasks that a restore leaves behind become our children (prctl(2)); none of them outlives us."""
+    """Become the parent of restored tasks (prctl(2), PR_SET_CHILD_SUBREAPER), and kill them on exit."""
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     try:
         yield
@@ -263,7 +263,7 @@ def _subreaper() -> Iterator[None]:
 
 
 def choose(wanted: Path | None, folder: Path) -> Tools:
-    """Tools that have shown to work here; says why others have not. Raises DemoError."""
+    """Try tools until a pair works here; print why others fail. Raises DemoError."""
     choices = [Tools.of_criu(path) for path in candidates(wanted)]
     if wanted is None:
         choices.append(Tools.of_our_own())
@@ -281,11 +281,11 @@ def choose(wanted: Path | None, folder: Path) -> Tools:
             return tools
         finally:
             shutil.rmtree(folder / "trial", ignore_errors=True)
-    raise AssertionError("there is always one to try")
+    raise AssertionError("the list of tools is never empty")
 
 
 def candidates(wanted: Path | None) -> list[Path]:
-    """Where a CRIU is, the preferred one first."""
+    """Paths of CRIU, in order of preference."""
     if wanted is not None:
         return [wanted]
     fetched = Path(os.environ.get("LAZYPAGES_CRIU_DIR", FETCHED_CRIU))
@@ -295,7 +295,7 @@ def candidates(wanted: Path | None) -> list[Path]:
 
 
 def try_out(tools: Tools, folder: Path) -> None:
-    """A small task there and back again, without laziness. Raises DemoError if that does not work."""
+    """Dump and restore a small task, not lazily. Raises DemoError if that fails."""
     folder.mkdir()
     with Task(folder / "task", MIB) as task:
         task.wait_filled()
@@ -304,12 +304,12 @@ def try_out(tools: Tools, folder: Path) -> None:
         task.let_go()
         tools.bring_back(folder / "images", lazily=False)
         if task.verdict()["wrong"]:
-            raise DemoError(f"{tools.name} restores other bytes than it has dumped")
+            raise DemoError(f"{tools.name} restores memory with wrong contents")
 
 
 @contextmanager
 def serving(images: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """``lazypages serve`` on that directory, ready for a restore; what it says goes where ours goes."""
+    """Run ``lazypages serve`` on that directory, ready for a restore, with our standard output and error."""
     ready, status = os.pipe()
     with ExitStack() as stack:
         stack.callback(os.close, ready)
@@ -330,7 +330,7 @@ def serving(images: Path) -> Iterator[subprocess.Popen[bytes]]:
             if server.poll() is None:
                 server.terminate()
                 try:
-                    server.wait(PATIENCE)
+                    server.wait(TIMEOUT)
                 except subprocess.TimeoutExpired:
                     server.kill()
                     server.wait()
@@ -341,7 +341,7 @@ def show(tools: Tools, folder: Path, nr_bytes: int) -> None:
     images = folder / "images"
     with ExitStack() as stack:
         step = Step(f"1. A task fills {size(nr_bytes)} of memory")
-        # Ended before the server on the way out: a task that is gone needs nothing from it.
+        # On exit the task ends before the server, so that the server is not left with an incomplete task.
         server_stack = stack.enter_context(ExitStack())
         task = stack.enter_context(Task(folder / "task", nr_bytes))
         task.wait_filled()
@@ -361,12 +361,12 @@ def show(tools: Tools, folder: Path, nr_bytes: int) -> None:
         started = time.time()
         tools.bring_back(images, lazily=True)
         verdict = task.verdict()
-        code = server.wait(PATIENCE)
+        code = server.wait(TIMEOUT)
     report(verdict, code, started, nr_bytes)
 
 
 def report(verdict: dict[str, Any], code: int, started: float, nr_bytes: int) -> None:
-    """The task's words. Raises DemoError if it found anything wrong, or the server did."""
+    """Print what the task measured. Raises DemoError if it found a wrong page, or if the server failed."""
     touched = (verdict["touched"] - verdict["awake"]) * 1e9
     click.echo(
         f"\n5. The task ran again {duration((verdict['awake'] - started) * 1e9)} after the restore began. "
@@ -379,5 +379,5 @@ def report(verdict: dict[str, Any], code: int, started: float, nr_bytes: int) ->
     if verdict["wrong"]:
         raise DemoError(f"{len(verdict['wrong'])} pages are wrong, the first is page {verdict['wrong'][0]}")
     if code:
-        raise DemoError(f"lazypages serve ended with {code}")
-    click.secho("Every byte is what it was when the task was checkpointed.", fg="green", bold=True)
+        raise DemoError(f"lazypages serve failed with exit status {code}")
+    click.secho("Every byte is the same as at the checkpoint.", fg="green", bold=True)

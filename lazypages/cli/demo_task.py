@@ -1,7 +1,7 @@
 """The task of ``lazypages demo``: run as a program, ``python demo_task.py FOLDER BYTES``, by any Python 3.11.
 
-It fills its memory, says ``ready`` in FOLDER, waits for ``go``, then touches pages here and there and checks
-every byte of its memory, and leaves what it saw in ``verdict``. Checkpointed while it waits, it never knows.
+It fills its memory, creates the file ``ready`` in FOLDER, and waits for the file ``go``; meanwhile it is checkpointed
+and restored. Then it touches random pages, checks every byte of its memory, and writes the results to ``verdict``.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ _NUMBER = struct.Struct("<Q")
 
 
 def contents(nr_pages: int) -> Iterator[bytes]:
-    """What each page holds: its number, then bytes that no neighbour has in the same place."""
-    noise = random.Random(SEED).randbytes(1 << 20)  # noqa: S311 - the same every time is the point
+    """The contents of each page: its number, then bytes that differ from those of neighbouring pages."""
+    noise = random.Random(SEED).randbytes(1 << 20)  # noqa: S311 - must be reproducible
     length = PAGE_SIZE - _NUMBER.size
     for page in range(nr_pages):
         start = page * 2654435761 % (len(noise) - length)
@@ -32,7 +32,7 @@ def contents(nr_pages: int) -> Iterator[bytes]:
 
 
 def touch(memory: mmap.mmap, nr_pages: int) -> list[float]:
-    """Seconds that the first touches of pages all over the memory took; what is read is checked later."""
+    """Touch random pages; return the time of each touch in seconds, sorted. The contents are checked later."""
     pages = random.Random(SEED + 1).sample(range(nr_pages), min(TOUCHES, nr_pages))  # noqa: S311
     seconds = []
     for page in pages:
@@ -52,9 +52,7 @@ def main() -> None:
     while not (folder / "go").exists():
         time.sleep(0.01)
 
-    awake = (
-        time.time()
-    )  # the one clock that is the same for whoever restores it, whatever time namespace this is
+    awake = time.time()  # the only clock that time namespaces do not change: `lazypages demo` reads it, too
     touches = touch(memory, nr_pages)
     touched = time.time()
     memory.seek(0)

@@ -12,24 +12,24 @@ from lazypages import __version__
 from lazypages.cli.imports import importing
 from lazypages.errors import LazyPagesError
 
-#: Subcommands: the object that is one, and its line in the help. Imported when it is called, not before:
-#: a restore waits for ``lazypages serve``.
+#: Subcommands: where each is defined, and its line in the help. A command is imported only when it is called, to keep
+#: the start of ``lazypages serve`` short, which a restore waits for.
 COMMANDS = {
-    "serve": ("lazypages.cli.serve:serve", "Give restored tasks their memory as they touch it."),
-    "restore": ("lazypages.cli.restore:restore_command", "Bring tasks back, as criu restore does."),
+    "serve": ("lazypages.cli.serve:serve", "Serve the memory of restored tasks on demand."),
+    "restore": ("lazypages.cli.restore:restore_command", "Restore tasks, as criu restore does."),
     "page-server": (
         "lazypages.cli.page_server:page_server_command",
-        "Give pages to restores elsewhere, or receive images.",
+        "Serve pages to restores on other hosts, or receive images.",
     ),
-    "show": ("lazypages.cli.main:show", "Say what an image directory holds."),
-    "plot": ("lazypages.cli.plot:plot_command", "Draw what serve --trace has recorded."),
-    "demo": ("lazypages.cli.demo:demo", "See it work: checkpoint a live task, bring it back lazily."),
+    "show": ("lazypages.cli.main:show", "Show the contents of an image directory."),
+    "plot": ("lazypages.cli.plot:plot_command", "Draw a trace that serve --trace has recorded."),
+    "demo": ("lazypages.cli.demo:demo", "See it work: checkpoint a live task, restore it lazily."),
     "bench": ("lazypages.cli.bench:bench_command", "Compare with criu lazy-pages on this machine."),
 }
 
 
 class _Commands(click.Group):
-    """Errors that we foresee are one line, never a traceback."""
+    """Prints expected errors as one line, without a traceback."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
         return list(COMMANDS)
@@ -58,7 +58,7 @@ class _Commands(click.Group):
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, "-V", "--version")
 def cli() -> None:
-    """Bring a checkpointed process back before its memory has arrived.
+    """Restore a checkpointed process before its memory has arrived.
 
     \b
     Instead of                         run
@@ -67,14 +67,14 @@ def cli() -> None:
       criu restore --lazy-pages -D DIR   (the same, or lazypages restore)
 
     `lazypages demo` shows it with a task of its own. `lazypages COMMAND --help` explains each command.
-    Checkpoints are taken with `criu dump` or with `dumptool`.
+    `criu dump` or `dumptool` takes the checkpoint.
     """
 
 
 @click.command()
 @click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
 def show(directory: Path) -> None:
-    """Say what the image directory DIR holds: tasks, mappings, pages by where they are."""
+    """Show the contents of the image directory DIR: tasks, mappings, and where their pages are."""
     from rich.console import Console  # noqa: PLC0415 - only needed here, and slow to import
 
     from lazypages.cli.show import show as show_images  # noqa: PLC0415

@@ -12,12 +12,12 @@ from lazypages import logs
 F = TypeVar("F", bound=Callable[..., Any])
 
 _VERBOSITY = (
-    "0 says nothing, 1 errors, 2 warnings, 3 information, 4 all; a bare -v is one more.  [default: 2]"
+    "0: nothing, 1: errors, 2: warnings, 3: information, 4: debug; each bare -v adds one.  [default: 2]"
 )
 
 
 def verbosity_option(text: str = _VERBOSITY) -> Callable[[F], F]:
-    """``-v``, spelled as ``criu`` has it; the command gets the level (see lazypages.logs) as `verbosity`."""
+    """``-v``, spelled as in ``criu``. The command gets the level (0 to 4, see lazypages.logs) as `verbosity`."""
     return click.option(
         "-v",
         "--verbosity",
@@ -34,4 +34,4 @@ def _level(_ctx: click.Context, _param: click.Parameter, values: Sequence[str]) 
     try:
         return logs.verbosity(values)
     except ValueError as error:
-        raise click.BadParameter(f"{error} is not a level: 0 to 4") from None
+        raise click.BadParameter(f"{error} is not a level (0 to 4)") from None

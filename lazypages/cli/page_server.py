@@ -1,4 +1,4 @@
-"""``lazypages page-server``: options as those of ``criu page-server``."""
+"""``lazypages page-server``: the options, which are those of ``criu page-server``, and one run of the server."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from images_spec.errors import ImageError
 from images_spec.identity import identify
 from images_spec.images import Kind
 from lazypages import logs
-from lazypages.cli.daemonize import daemonize, open_pidfile, tell_ready
+from lazypages.cli.daemonize import daemonize, open_pidfile, report_ready
 from lazypages.cli.options import verbosity_option
 from lazypages.errors import LazyPagesError
 from lazypages.logs import MESSAGE
@@ -45,7 +45,7 @@ from lazypages.pageserver.receive import ImageReceiver, ReceiveConnection
 
 log = logging.getLogger("lazypages")
 
-#: Seconds a thread may keep Python to itself while another one has a request to answer.
+#: Seconds after which a thread gives the GIL to another one that has a request to answer.
 SWITCH_INTERVAL = 0.0005
 
 EPILOG = """\b
@@ -53,22 +53,22 @@ Examples
   Receive the images of a dump, into the directory ckpt:
     lazypages page-server -D ckpt --port 27000
     criu dump -t PID -D meta --page-server --address 127.0.0.1 --port 27000
-  Give the pages of a checkpoint to lazy restores elsewhere, encrypted:
+  Serve the pages of a checkpoint to a lazy restore on another host, with TLS:
     lazypages page-server -D ckpt --lazy-pages --address 10.0.0.1 --port 27000 --tls
-  The same for many restores, one after the other or at once:
+  The same for many restores:
     lazypages page-server -D ckpt --lazy-pages --keep-serving --address 10.0.0.1 --port 27000 --tls
 
 \b
 How long it runs
   Receiving: for one dump, as criu page-server does; exit status 0 if it was complete.
-  --lazy-pages: for one client, as criu page-server does; exit status 0 once it has said that it needs no more. A
-  client of ours that has lost its connections will be back, and is waited for.
+  --lazy-pages: for one client, as criu page-server does; exit status 0 if it ended in order (CLOSE). If a
+  `lazypages serve` loses its connections, the server waits until it connects again.
   --lazy-pages --keep-serving: for any number of clients, until SIGTERM or SIGINT; exit status 0.
 
 \b
-Who may connect
-  From this host: processes of the same user, and of root; what is safest is --address unix:PATH. From others: nobody
-  without --tls or --insecure.
+Access
+  From this host: processes of the same user and of root; --address unix:PATH is the safest. From other hosts: only
+  with --tls or --insecure.
 """
 
 _PATH = click.Path(path_type=Path)
@@ -83,59 +83,68 @@ _PATH = click.Path(path_type=Path)
     "--work-dir",
     metavar="DIR",
     type=_PATH,
-    help="Where the log and the pidfile go.  [default: the images directory]",
+    help="Directory of the log and the pidfile.  [default: the images directory]",
 )
 @click.option(
-    "--lazy-pages", is_flag=True, help="Give pages of the images, and of their parents, to lazy restores."
+    "--lazy-pages", is_flag=True, help="Serve pages of the images and of their parents to lazy restores."
 )
 @click.option(
     "--address",
     metavar="ADDRESS",
-    help=f"Listen there: a host, an IPv4 or IPv6 address, or unix:PATH.  [default: {LOOPBACK}]",
+    help=f"Address to listen at: a host name, an IPv4 or IPv6 address, or unix:PATH.  [default: {LOOPBACK}]",
 )
 @click.option(
     "--port",
     metavar="PORT",
     type=click.IntRange(0, 65535),
     default=0,
-    help="0: a free one, named in the log.",
+    help="Port to listen at; 0: a free one, which the log names.",
 )
 @click.option("--ps-socket", metavar="FD", type=click.IntRange(min=0), help="Use this connected socket.")
 @click.option(
     "--prev-images-dir",
     metavar="DIR",
     type=_PATH,
-    help="The images of the dump before, relative to -D; becomes the link `parent` in it.",
+    help="Images of the previous dump, relative to -D; becomes the link `parent` there.",
 )
 @click.option(
-    "--auto-dedup", is_flag=True, help="Free the room of pages in parent images that have come anew."
+    "--auto-dedup", is_flag=True, help="Punch holes in parent images where a newer page has arrived."
 )
 @click.option("-o", "--log-file", metavar="FILE", type=_PATH, help="Log to FILE (- for stdout).")
 @verbosity_option()
-@click.option("-d", "--daemon", is_flag=True, help="Go into the background once it listens.")
+@click.option("-d", "--daemon", is_flag=True, help="Go into the background once the server listens.")
 @click.option(
-    "--pidfile", metavar="FILE", type=_PATH, help="With -d: write the daemon's pid to FILE (a new one)."
+    "--pidfile",
+    metavar="FILE",
+    type=_PATH,
+    help="With -d: write the daemon's pid to FILE, which must not exist.",
 )
 @click.option(
-    "--status-fd", metavar="FD", type=click.IntRange(min=0), help="Write one 0 byte to FD when it listens."
+    "--status-fd",
+    metavar="FD",
+    type=click.IntRange(min=0),
+    help="Write one 0 byte to FD when the server listens.",
 )
-@click.option("--tls", is_flag=True, help="Certificates on both sides, and encryption.")
+@click.option("--tls", is_flag=True, help="Use TLS, with certificates on both sides.")
 @click.option(
-    "--tls-cacert", metavar="FILE", type=_PATH, help=f"Who is trusted.  [default: {DEFAULT_CACERT}]"
+    "--tls-cacert",
+    metavar="FILE",
+    type=_PATH,
+    help=f"Certificates of trusted authorities.  [default: {DEFAULT_CACERT}]",
 )
-@click.option("--tls-cacrl", metavar="FILE", type=_PATH, help="Which certificates are revoked.")
+@click.option("--tls-cacrl", metavar="FILE", type=_PATH, help="List of revoked certificates.")
 @click.option("--tls-cert", metavar="FILE", type=_PATH, default=DEFAULT_CERT, show_default=True)
 @click.option("--tls-key", metavar="FILE", type=_PATH, default=DEFAULT_KEY, show_default=True)
 @click.option(
-    "--tls-no-cn-verify", is_flag=True, help="Let clients pass whose certificate does not name --address."
+    "--tls-no-cn-verify", is_flag=True, help="Accept client certificates that do not name --address."
 )
 @click.option(
-    "--keep-serving", is_flag=True, help="With --lazy-pages: any number of clients, until a signal comes."
+    "--keep-serving", is_flag=True, help="With --lazy-pages: serve any number of clients, until a signal."
 )
 @click.option(
     "--insecure",
     is_flag=True,
-    help="Without --tls: allow an address that others can reach, and other users of this host.",
+    help="Without --tls: allow addresses that other hosts can reach, and other users of this host.",
 )
 @click.pass_context
 def page_server_command(
@@ -163,9 +172,9 @@ def page_server_command(
     keep_serving: bool,
     insecure: bool,
 ) -> None:
-    """Receive the images of a dump over the network or, with --lazy-pages, give their pages to lazy restores.
+    """Receive the images of a dump over the network or, with --lazy-pages, serve their pages to lazy restores.
 
-    Takes the place of `criu page-server`, for CRIU on the other side as well.
+    Replaces `criu page-server`; CRIU and lazypages can be on the other side.
     """
     for option, path in (("-D", images_dir), ("-W", work_dir)):
         if path is not None and not path.is_dir():
@@ -179,9 +188,9 @@ def page_server_command(
     )
     files = TlsFiles(tls_cacert, tls_cert, tls_key, tls_cacrl, not tls_no_cn_verify) if tls else None
     if files:
-        files.server_context()  # to fail before anybody connects
+        files.server_context()  # fails now if the certificates can't be used
     if keep_serving and not lazy_pages:
-        raise LazyPagesError("--keep-serving goes with --lazy-pages: a dump comes once")
+        raise LazyPagesError("--keep-serving needs --lazy-pages: without it the server receives one dump")
     server = _Server(address, files, keep_serving=keep_serving, strangers=insecure or ps_socket is not None)
     if ps_socket is None:
         listener, name = listen(address, port, insecure=insecure, tls=tls)
@@ -197,20 +206,20 @@ def page_server_command(
     if daemon:
         tell_starter = daemonize(open_pidfile(work / pidfile) if pidfile else None)
     elif pidfile:
-        log.warning("--pidfile does nothing without -d")
+        log.warning("--pidfile has no effect without -d")
     sys.setswitchinterval(SWITCH_INTERVAL)
     with until_signalled() as stop, listener:
         if ps_socket is None:
-            alone = "" if address is not None else " (this machine only; --address for others)"
+            alone = "" if address is not None else " (this host only; --address for others)"
             log.log(MESSAGE, "page server at %s%s", name, alone)
         if tell_starter:
             tell_starter()
         if status_fd is not None:
-            tell_ready(status_fd)
+            report_ready(status_fd)
         try:
             ok = server.run(listener, stop, connected=ps_socket is not None)
         except (LazyPagesError, ImageError) as error:
-            log.error("%s", error, extra=logs.SAID)
+            log.error("%s", error, extra=logs.PRINTED)
             raise
     if address is not None and address.startswith("unix:"):
         Path(address.removeprefix("unix:")).unlink(missing_ok=True)
@@ -233,7 +242,7 @@ class _Server:
         self.identity: bytes | None = None
 
     def run(self, listener: socket.socket, stop: int, *, connected: bool) -> bool:
-        """Serve until the end. `connected`: `listener` is the one client itself. Whether all went well."""
+        """Serve until the end; return whether all went well. `connected`: `listener` is the client's connection."""
         if self.images is None:
             if connected:
                 with _cut_off(listener, stop):
@@ -241,7 +250,7 @@ class _Server:
             elif (found := accept_one(listener, stop, self._admit)) is not None:
                 client = found
             else:
-                log.error("ended before a dump came")
+                log.error("ended by a signal before a dump arrived")
                 return False
             listener.close()
             return self._receive(*client, stop)
@@ -259,7 +268,7 @@ class _Server:
         return False
 
     def _admit(self, sock: socket.socket, name: str) -> socket.socket:
-        """Raises LazyPagesError, with the socket closed, for who may not connect."""
+        """Check and prepare a connection. Raises LazyPagesError if it is refused; the socket is closed then."""
         log.info("%s: connected", name)
         return prepare(sock, self._tls, self._address, strangers=self._strangers)
 
@@ -279,16 +288,14 @@ class _Server:
             clean = connection.run()
         finally:
             hang_up(sock, clean=clean)
-            log.info("%s: gone after %.1f MiB", name, connection.pages * PAGE_SIZE / (1 << 20))
+            log.info("%s: disconnected after %.1f MiB", name, connection.pages * PAGE_SIZE / (1 << 20))
             if self._ending is not None:
                 self._gone(self._ending.gone(connection, clean=clean), name)
         return clean
 
     def _gone(self, verdict: Verdict, name: str) -> None:
         if verdict is Verdict.WAIT:
-            log.warning(
-                "%s: gone without having said that it needs no more; waiting for it to come back", name
-            )
+            log.warning("%s: disconnected without CLOSE; waiting until it connects again", name)
         elif verdict in {Verdict.DONE, Verdict.FAILED}:
             os.eventfd_write(self._over, 1)
 
@@ -303,19 +310,19 @@ class _Server:
                 clean = True
             finally:
                 hang_up(sock, clean=clean)
-                with suppress(OSError):  # nothing is open after CLOSE; else all has failed already
+                with suppress(OSError):  # nothing is open after CLOSE; without it the dump has failed already
                     receiver.close()
         log.info("%s: %.1f MiB received", name, receiver.pages / (1 << 20))
         return True
 
 
 def _identity(directory: Path) -> bytes | None:
-    """Of the checkpoint. Raises ImageError."""
+    """The identity of the checkpoint; None if it has no inventory. Raises ImageError."""
     inventory = directory / Kind.INVENTORY.file_name()
     if inventory.exists():
         return identify(directory).digest
     log.warning(
-        "%s: without it nothing tells which dump this is, and no `lazypages serve` takes a page: copy it there",
+        "%s not found: without it the server can't identify this dump, and `lazypages serve` takes no page: copy it",
         inventory,
     )
     return None
@@ -323,7 +330,7 @@ def _identity(directory: Path) -> bytes | None:
 
 @contextmanager
 def _cut_off(sock: socket.socket, stop: int) -> Iterator[None]:
-    """End the connection when a signal comes."""
+    """Shut the connection down when `stop` becomes readable (a signal)."""
     over, done = os.pipe2(os.O_CLOEXEC)
 
     def watch() -> None:
@@ -342,12 +349,12 @@ def _cut_off(sock: socket.socket, stop: int) -> Iterator[None]:
 
 
 def _link_parent(directory: Path, parent: Path | None) -> None:
-    """As `criu page-server --prev-images-dir` does. Raises LazyPagesError."""
+    """Create the link `parent`, as `criu page-server --prev-images-dir` does. Raises LazyPagesError."""
     if parent is None:
         return
     link = directory / PARENT_LINK
     if not (directory / parent).is_dir():
-        raise LazyPagesError(f"--prev-images-dir {parent}: no directory, seen from {directory}")
+        raise LazyPagesError(f"--prev-images-dir {parent}: not a directory, relative to {directory}")
     try:
         os.symlink(parent, link)
     except OSError as error:
@@ -359,6 +366,6 @@ def _link_parent(directory: Path, parent: Path | None) -> None:
 def _log_stream(path: Path | None, daemon: bool) -> TextIO:
     if path is not None:
         return logs.open_log(path)
-    if daemon:  # standard error will be /dev/null, but errors belong where the caller's went
+    if daemon:  # keep the caller's standard error: daemonize() redirects ours to /dev/null
         return os.fdopen(os.dup(sys.stderr.fileno()), "w", encoding="utf-8", errors="backslashreplace")
     return sys.stderr

@@ -1,4 +1,4 @@
-"""``lazypages plot``: draws what ``lazypages serve --trace`` has recorded."""
+"""``lazypages plot``: draws a trace of ``lazypages serve --trace``."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from lazypages.observe.tracing import read_trace
     metavar="OUT.png|OUT.html",
     type=click.Path(path_type=Path),
     required=True,
-    help="The picture: one PNG, or a page with a picture for each task.",
+    help="The picture: one PNG, or an HTML page with a picture for each task.",
 )
 def plot_command(file: Path, output: Path) -> None:
-    """Draw the trace FILE, which lazypages serve --trace has written.
+    """Draw the trace FILE of lazypages serve --trace.
 
-    For each task: what came when, where and from which source; how long its faults took; how much memory it had.
-    A trace that is still being written, or whose daemon was killed, is drawn as far as it goes.
+    For each task: when, where and from which source its pages arrived; the latency of its faults; how much of its
+    memory had arrived. An incomplete trace (still being written, or the daemon was killed) is drawn up to its end.
 
     Needs matplotlib: pip install 'lazypages[plot]'
     """

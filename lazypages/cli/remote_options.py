@@ -1,4 +1,4 @@
-"""Command-line options that say where pages come from beside the images, spelled as CRIU's where CRIU has them."""
+"""Command-line options for sources of pages other than the images. Options that CRIU has are spelled as there."""
 
 from __future__ import annotations
 
@@ -26,16 +26,19 @@ PROTOCOL_OPTION = click.option(
     type=click.Choice([AUTO, *PROTOCOLS]),
     default=AUTO,
     show_default=True,
-    help="Which CRIU's protocol the page server speaks: up to 4.1.1, or from 4.2. Found out, which with a server of "
-    "CRIU's takes 0.2 to 0.7 s once, but not with TLS: then the images may tell, else it is taken for criu-4.1; name "
-    "it if it is CRIU's from 4.2 on. A lazypages page-server is used as one with auto only.",
+    help="Wire protocol of the page server: criu-4.1 (CRIU up to 4.1.1) or criu-4.2 (CRIU from 4.2). auto detects it "
+    "(0.2 to 0.7 s with a server of CRIU's). Over TLS detection is impossible: auto then takes it from the images, "
+    "else assumes criu-4.1; name criu-4.2 there. Extensions of lazypages page-server are used with auto only.",
 )
 
 TLS_FILE_OPTIONS = [
     click.option(
-        "--tls-cacert", metavar="FILE", type=_PATH, help=f"Who is trusted.  [default: {DEFAULT_CACERT}]"
+        "--tls-cacert",
+        metavar="FILE",
+        type=_PATH,
+        help=f"Certificates of trusted authorities.  [default: {DEFAULT_CACERT}]",
     ),
-    click.option("--tls-cacrl", metavar="FILE", type=_PATH, help="Which certificates are revoked."),
+    click.option("--tls-cacrl", metavar="FILE", type=_PATH, help="List of revoked certificates."),
     click.option(
         "--tls-cert",
         metavar="FILE",
@@ -55,17 +58,17 @@ TLS_FILE_OPTIONS = [
 ]
 
 TLS_OPTIONS = [
-    click.option(
-        "--tls", is_flag=True, help="With --page-server: certificates on both sides, and encryption."
-    ),
+    click.option("--tls", is_flag=True, help="With --page-server: use TLS, with certificates on both sides."),
     *TLS_FILE_OPTIONS,
     click.option(
-        "--tls-no-cn-verify", is_flag=True, help="The server's certificate need not name its address."
+        "--tls-no-cn-verify", is_flag=True, help="Accept a server certificate that does not name its address."
     ),
 ]
 
 SOURCE_OPTIONS = [
-    click.option("--page-server", is_flag=True, help="Take what is not in the images from a page server."),
+    click.option(
+        "--page-server", is_flag=True, help="Fetch pages that are not in the images from a page server."
+    ),
     click.option(
         "--address", metavar="ADDRESS", help=f"Address of the page server.  [default: {DEFAULT_ADDRESS}]"
     ),
@@ -74,23 +77,22 @@ SOURCE_OPTIONS = [
         "--ps-socket",
         metavar="FD",
         type=click.IntRange(min=0),
-        help="File descriptor of a socket that is connected to the page server.",
+        help="File descriptor of a socket connected to the page server.",
     ),
     click.option(
         "--source",
         "sources",
         metavar="URL",
         multiple=True,
-        help=f"Where else pages may be: {FORMS}. May be given several times; page servers share the work and "
-        "stand in for each other, directories come first.",
+        help=f"Another source of pages: {FORMS}. May be repeated. Directories are searched first; page servers share "
+        "the requests and replace each other.",
     ),
     PROTOCOL_OPTION,
     click.option(
         "--source-deadline",
         metavar="SECONDS",
         type=click.FloatRange(min=0, min_open=True),
-        help="How long a page may be awaited before it is given up: its task gets SIGBUS when it touches it.  "
-        "[default: for ever]",
+        help="Give up a page after this time; the task gets SIGBUS when it touches it.  [default: wait for ever]",
     ),
     *TLS_OPTIONS,
 ]
@@ -99,7 +101,7 @@ Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 def add_options(options: Sequence[Decorator]) -> Decorator:
-    """Adds all of them to a command, in this order in its help."""
+    """A decorator that adds all `options` to a command, in this order in its help."""
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         for option in reversed(options):
@@ -110,7 +112,7 @@ def add_options(options: Sequence[Decorator]) -> Decorator:
 
 
 class Sources(NamedTuple):
-    """What the options say. ``directories``: images that may hold what those of the restore do not.
+    """The values of the options. ``directories``: images that may hold pages which those of the restore lack.
 
     ``remote``: None without page servers.
     """
@@ -121,7 +123,7 @@ class Sources(NamedTuple):
 
 
 def tls_files(options: dict[str, Any]) -> TlsFiles:
-    """Of the values of TLS_OPTIONS."""
+    """TlsFiles from the values of TLS_OPTIONS."""
     from lazypages.net.tls import TlsFiles  # noqa: PLC0415 - slow to import, and only needed with a page server
 
     return TlsFiles(
@@ -134,13 +136,13 @@ def tls_files(options: dict[str, Any]) -> TlsFiles:
 
 
 def sources_of(options: dict[str, Any]) -> Sources:
-    """Of the values of SOURCE_OPTIONS. Raises LazyPagesError for what does not go together."""
+    """Sources from the values of SOURCE_OPTIONS. Raises LazyPagesError for options that exclude each other."""
     if not options["page_server"]:
         if any(options[name] is not None for name in ("address", "port", "ps_socket")) or options["tls"]:
-            raise LazyPagesError("--address, --port, --ps-socket and --tls go with --page-server")
+            raise LazyPagesError("--address, --port, --ps-socket and --tls need --page-server")
         if not options["sources"]:
             return Sources((), ())
-    # All that follows is slow to import, and not needed beside a checkpoint that is whole.
+    # These modules are slow to import, and needed only for other sources.
     from lazypages.net.url import LocalSource, parse_source  # noqa: PLC0415
     from lazypages.net.wire import Layout  # noqa: PLC0415
     from lazypages.sources.page_server import RemoteOptions  # noqa: PLC0415
@@ -173,6 +175,6 @@ def _page_server(options: dict[str, Any]) -> PageServerAddress:
         return ConnectedSocket(options["ps_socket"])
     if options["port"] is None:
         raise LazyPagesError(
-            "--page-server needs --port (and --address, if it is on another machine), or --ps-socket"
+            "--page-server needs --port (and --address, if it is on another host), or --ps-socket"
         )
     return TcpServer(options["address"] or DEFAULT_ADDRESS, options["port"], options["tls"])

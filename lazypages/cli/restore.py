@@ -1,4 +1,4 @@
-"""``lazypages restore``: options as those of ``criu restore``, and how the restorer is started."""
+"""``lazypages restore``: the options, which are those of ``criu restore``, and the start of the restorer."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from lazypages.restore.planner import Order, check, make_plan
 RESTORER = Path(restore.__file__).parent / "uffd_restorer"
 SOCKET = "lazy-pages.socket"
 
-#: Each step of each task is said from this verbosity on.
+#: From this verbosity on the restorer logs each step of each task.
 STEPS = 4
 
 EPILOG = """\b
 Examples
-  Bring the tasks back and leave them running:
+  Restore the tasks and leave them running:
     lazypages restore -D /var/ckpt/job1 -d
-  At once, their memory as they touch it:
+  Restore them at once, with memory on demand:
     lazypages serve -D /var/ckpt/job1 &
     lazypages restore -D /var/ckpt/job1 --lazy-pages -d
 
 \b
 Exit status
-  that of the root task (128 + n when signal n ended it); with -d: 0
-  1  it could not be restored: nothing of it is left running
+  that of the root task (128 + n if signal n ended it); with -d: 0
+  1  the restore failed; no restored task is left running
   2  wrong command line
 """
 
@@ -56,9 +56,9 @@ Exit status
     "--work-dir",
     metavar="DIR",
     type=click.Path(path_type=Path),
-    help="Where log and pidfile go and the daemon's socket is.  [default: the images directory]",
+    help="Directory of the log, the pidfile and the daemon's socket.  [default: the images directory]",
 )
-@click.option("--lazy-pages", is_flag=True, help="Leave memory to the daemon, `lazypages serve`.")
+@click.option("--lazy-pages", is_flag=True, help="Leave lazy memory to the daemon, `lazypages serve`.")
 @click.option("-d", "--restore-detached", is_flag=True, help="Do not wait for the tasks to end.")
 @click.option(
     "--pidfile",
@@ -66,9 +66,9 @@ Exit status
     type=click.Path(path_type=Path),
     help="Write the root task's pid to FILE, which must not exist.",
 )
-@click.option("--shell-job", is_flag=True, help="The tasks go on in this session, on this terminal.")
+@click.option("--shell-job", is_flag=True, help="Restore the tasks into this session, on this terminal.")
 @click.option("-o", "--log-file", metavar="FILE", type=click.Path(path_type=Path), help="Log to FILE.")
-@verbosity_option("4: say each step; less: errors only.  [default: 2]")
+@verbosity_option("4: log each step; less: errors only.  [default: 2]")
 def restore_command(  # noqa: PLR0917 - the options
     images_dir: Path,
     work_dir: Path | None,
@@ -79,9 +79,9 @@ def restore_command(  # noqa: PLR0917 - the options
     log_file: Path | None,
     verbosity: int,
 ) -> None:
-    """Bring the tasks of a checkpoint back, under their pids, where they were.
+    """Restore the tasks of a checkpoint, with their pids.
 
-    With --lazy-pages they run before their memory has arrived: `lazypages serve` (or `criu lazy-pages`) must
+    With --lazy-pages they run before their memory has arrived. `lazypages serve` (or `criu lazy-pages`) must
     listen in the work directory.
     """
     for option, directory in (("-D", images_dir), ("-W", work_dir)):
@@ -126,11 +126,11 @@ def _plan(images_dir: Path, order: Order, control_fd: int, log_fd: int, verbosit
 
 
 def connect(work: Path) -> int:
-    """The daemon's control socket in the work directory. Raises ``RestoreError``."""
+    """Connect to the daemon's control socket in the work directory; return its fd. Raises ``RestoreError``."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     directory = os.open(work, os.O_PATH | os.O_DIRECTORY)
     try:
-        # sun_path has room for 107 bytes, a directory's name may have more.
+        # A short path: sun_path has room for 107 bytes only (unix(7)).
         connection.connect(f"/proc/self/fd/{directory}/{SOCKET}")
     except OSError as error:
         absent = error.errno in (errno.ENOENT, errno.ECONNREFUSED)
@@ -142,10 +142,10 @@ def connect(work: Path) -> int:
 
 
 def _become_restorer(plan: bytes, inherited: Sequence[int]) -> None:
-    """This process becomes the restorer: the parent of the root task is whom the caller has started."""
+    """Replace this process by the restorer, so that the root task is a child of the process that the caller started."""
     if not RESTORER.exists():
         raise RestoreError(
-            f"{RESTORER} is not there: build it with `pip install` or `python setup.py build_ext`"
+            f"{RESTORER} not found: build it with `pip install` or `python setup.py build_ext`"
         )
     fd = os.memfd_create("lazypages-plan")
     with os.fdopen(fd, "wb", closefd=False) as file:

@@ -1,4 +1,4 @@
-"""``lazypages serve``: options as those of ``criu lazy-pages``, and what happens around the event loop."""
+"""``lazypages serve``: the options, which are those of ``criu lazy-pages``, and everything around the event loop."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ import click
 
 from images_spec.errors import ImageError
 from lazypages import logs
-from lazypages.cli.daemonize import daemonize, open_pidfile, tell_ready
+from lazypages.cli.daemonize import daemonize, open_pidfile, report_ready
 from lazypages.cli.imports import importing
 from lazypages.cli.options import verbosity_option
 from lazypages.cli.remote_options import SOURCE_OPTIONS, add_options, sources_of
 from lazypages.control import descriptors
 from lazypages.control.listener import ControlSocket
 from lazypages.engine import kernel
-from lazypages.engine.uffd import PAGE_SIZE, Guard
+from lazypages.engine.guard import Guard
+from lazypages.engine.memory import PAGE_SIZE
 from lazypages.errors import LazyPagesError
 from lazypages.logs import MESSAGE
 from lazypages.loop.options import ServeOptions
@@ -40,40 +41,40 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("lazypages")
 
-#: As those of lazypages.loop.run, which is not imported yet when they are needed; their packages have these names.
+#: The keys of lazypages.loop.run.LOOPS, which is imported later. Each is also the name of a Python package.
 LOOPS = ("uvloop", "asyncio", "trio")
 
-#: Messages that somebody reads: with less verbosity than this nothing is said at all.
-AUDIBLE = 1
+#: The lowest verbosity at which messages are printed.
+PRINTS_MESSAGES = 1
 
 EPILOG = """\b
 Examples
-  The two commands, in any order of terminals, the first one first:
+  Start the daemon first, then the restore:
     lazypages serve -D /var/ckpt/job1
     criu restore -D /var/ckpt/job1 --lazy-pages -d
-  In the background; the command returns when a restore may be started:
+  In the background; the command returns when a restore can be started:
     lazypages serve -D /var/ckpt/job1 -d --pidfile serve.pid -o serve.log
-  The numbers of the summary for a program, and a picture of all that happened:
+  Statistics as JSON, and a picture of all faults and transfers:
     lazypages serve -D /var/ckpt/job1 --stats-json stats.json --trace trace
     lazypages plot /var/ckpt/job1/trace -o trace.html
 
 \b
 Ctrl-C (SIGINT) and SIGTERM
   Before a restore has connected: ends at once.
-  After that: the tasks first get all the memory that they still miss. A second
-  time ends at once, and kills those that still miss some: they would read zeros.
+  After that: first completes the memory of all tasks. A second signal ends at
+  once and kills the tasks that still miss memory: they would read zeros.
 
 \b
 Exit status
-  0  every task has all its memory, or has exited by itself before it had
-  1  it could not be served; a task lost memory, or was killed (by anybody) while
-     it missed some; or a task ended while it missed some and nobody can say how
+  0  every task has all its memory, or has exited by itself before
+  1  the daemon failed; or a task lost memory; or a task was killed while it
+     missed memory; or it ended then and how it ended is unknown
   2  wrong command line
 """
 
 
 class Places(NamedTuple):
-    """Directories and files. What is given as relative lies in the work directory, as with ``criu``."""
+    """Directories and files. Relative paths of files are relative to the work directory, as with ``criu``."""
 
     images_dir: Path
     work_dir: Path
@@ -92,12 +93,12 @@ class Places(NamedTuple):
         stats_json: Path | None,
         trace: Path | None,
     ) -> Places:
-        """Raises LazyPagesError if a directory is not there."""
+        """Raises LazyPagesError if a directory or the inventory does not exist."""
         _check_directory("-D", images_dir)
         if work_dir is not None:
             _check_directory("-W", work_dir)
         if not (images_dir / "inventory.img").exists():
-            raise LazyPagesError(f"-D {images_dir} is no checkpoint: there is no inventory.img in it")
+            raise LazyPagesError(f"-D {images_dir} is not a checkpoint: inventory.img not found")
         work = (work_dir or images_dir).absolute()
         log_path = log_file and (log_file if log_file == logs.STDOUT else work / log_file)
         return cls(
@@ -113,7 +114,7 @@ class Places(NamedTuple):
 def _check_directory(option: str, path: Path) -> None:
     if not path.is_dir():
         what = "is not a directory" if path.exists() else "does not exist"
-        raise LazyPagesError(f"{option} {path} {what}: name the directory that the restore will be given")
+        raise LazyPagesError(f"{option} {path} {what}: use the same directory as for the restore")
 
 
 @click.command(epilog=EPILOG)
@@ -123,14 +124,14 @@ def _check_directory(option: str, path: Path) -> None:
     metavar="DIR",
     type=click.Path(path_type=Path),
     default=Path(),
-    help="The images of the checkpoint, as for criu restore.  [default: .]",
+    help="The images of the checkpoint, the same as for criu restore.  [default: .]",
 )
 @click.option(
     "-W",
     "--work-dir",
     metavar="DIR",
     type=click.Path(path_type=Path),
-    help="Where the socket, the log, pidfile and statistics go; the restore must be given the same.  "
+    help="Directory of the socket, the log, the pidfile and the statistics; must be the same for the restore.  "
     "[default: the images directory]",
 )
 @click.option(
@@ -138,7 +139,7 @@ def _check_directory(option: str, path: Path) -> None:
 )
 @verbosity_option()
 @click.option(
-    "-d", "--daemon", is_flag=True, help="Go into the background as soon as a restore may be started."
+    "-d", "--daemon", is_flag=True, help="Go into the background as soon as a restore can be started."
 )
 @click.option(
     "--pidfile",
@@ -150,19 +151,19 @@ def _check_directory(option: str, path: Path) -> None:
     "--status-fd",
     metavar="FD",
     type=click.IntRange(min=0),
-    help="Write one 0 byte to file descriptor FD and close it when a restore may be started.",
+    help="Write one 0 byte to file descriptor FD and close it when a restore can be started.",
 )
 @add_options(SOURCE_OPTIONS)
 @click.option(
     "--no-background",
     is_flag=True,
-    help="Leave pages in the images until they are touched, however long that takes.",
+    help="Copy pages only when they are touched.",
 )
 @click.option(
     "--stats-json",
     metavar="FILE",
     type=click.Path(path_type=Path),
-    help="At the end write all numbers to FILE.",
+    help="Write statistics to FILE at the end.",
 )
 @click.option(
     "--trace",
@@ -196,20 +197,20 @@ def serve(
     loop: str,
     **source_options: Any,
 ) -> None:
-    """Give the tasks of a restored checkpoint their memory as they touch it.
+    """Serve the memory of restored tasks on demand.
 
-    Takes the place of `criu lazy-pages` beside an unchanged `criu restore --lazy-pages`: the tasks run at
-    once, what they touch comes first, the rest in the background. Serves one restore, sums up, and ends.
+    Replaces `criu lazy-pages` beside an unchanged `criu restore --lazy-pages`. The tasks run at once; pages that
+    they touch are copied first, all others in the background. Serves one restore, prints a summary, and exits.
 
-    It listens on the socket lazy-pages.socket in the work directory, where the restore looks for it.
+    Listens on the socket lazy-pages.socket in the work directory, where the restore connects.
     """
     sources = sources_of(source_options)
     places = Places.of(images_dir, work_dir, log_file, pidfile, stats_json, trace)
     if daemon:
-        # Standard error will be /dev/null, but what is said still belongs where the caller's went; so does
-        # criu (observed with CRIU 4.2.1).
+        # Keep the caller's standard error for the log, as criu does (observed with CRIU 4.2.1): daemonize() redirects
+        # ours to /dev/null.
         sys.stderr = os.fdopen(os.dup(2), "w", encoding="utf-8", errors="backslashreplace")
-    terminal = _terminal() if verbosity >= AUDIBLE and not daemon and sys.stderr.isatty() else None
+    terminal = _terminal() if verbosity >= PRINTS_MESSAGES and not daemon and sys.stderr.isatty() else None
     log_stream = _log_stream(places.log_file, terminal)
     logs.start(verbosity, log_stream, terminal)
     descriptors.raise_limit()
@@ -225,11 +226,11 @@ def serve(
             log_fd=(log_stream or sys.stderr).fileno(),
         )
     except Exception as error:
-        foreseen = isinstance(error, LazyPagesError | ImageError)
-        log.error("%s", error, extra=logs.SAID, exc_info=not foreseen)
+        expected = isinstance(error, LazyPagesError | ImageError)
+        log.error("%s", error, extra=logs.PRINTED, exc_info=not expected)
         raise
     finally:
-        _forget_unsaid()
+        _discard_unwritten()
     ctx.exit(0 if result.ok else 1)
 
 
@@ -244,9 +245,9 @@ def _serve(
     terminal: Console | None,
     log_fd: int,
 ) -> Summary:
-    """All that can go wrong for known reasons does so before a restore is told that it may start."""
+    """Everything that can be checked is checked before readiness is signalled to a restore."""
     if status_fd is not None:
-        _check_status_fd(status_fd)  # before files of ours have numbers
+        _check_status_fd(status_fd)  # first, before a file that we open can get this number
     expected = _expect(places, options, directories)
     if options.remote:
         from dataclasses import replace  # noqa: PLC0415 - slow to import
@@ -266,22 +267,24 @@ def _serve(
         lambda: log.log(MESSAGE, "%s", _invitation(places, expected)),
     ]
     if status_fd is not None:
-        ready.append(partial(tell_ready, status_fd))
+        ready.append(partial(report_ready, status_fd))
     with ControlSocket(places.work_dir) as control:
         if daemon:
             ready.append(daemonize(open_pidfile(places.pidfile) if places.pidfile else None))
         elif places.pidfile:
-            log.warning("--pidfile does nothing without -d")
-        # A terminal that goes away is no reason to leave tasks without their memory.
+            log.warning("--pidfile has no effect without -d")
+        # A terminal that is closed must not leave tasks without their memory.
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        # Closed before the guard ends, which holds uffds that a restorer has sent if we end before they are served.
+        # The control socket closes before the guard ends: the guard holds uffds that were sent but never served.
         with Guard(log_fd) as guard, closing(control), ExitStack() as until_running:
-            until_running.enter_context(_signals_held())  # by all threads, so this comes before any other
+            until_running.enter_context(
+                _signals_blocked()
+            )  # before any thread starts, since threads inherit it
             with tracer or nullcontext():
                 options = options._replace(trace=tracer.ring if tracer else None)
-                _tell(ready)
+                _signal_readiness(ready)
                 until_running.enter_context(importing())
-                from lazypages.loop.run import run  # noqa: PLC0415 - while the restore starts
+                from lazypages.loop.run import run  # noqa: PLC0415 - slow; runs while the restore starts
 
                 result = run(
                     loop,
@@ -294,7 +297,7 @@ def _serve(
                 )
     if result.tasks or result.finished:
         if terminal:
-            with suppress(OSError):  # it has gone away
+            with suppress(OSError):  # the terminal was closed
                 terminal.print(summary.table(result))
         for line in summary.lines(result):
             log.log(MESSAGE, "%s", line, extra=logs.NOT_ON_TERMINAL)
@@ -317,30 +320,33 @@ def _expect(places: Places, options: ServeOptions, directories: Sequence[Path]) 
 
 
 def _invitation(places: Places, expected: Mapping[int, Expected]) -> str:
-    """What to do next, and what for."""
+    """The message when the daemon is ready: how much it will serve, and the command to start the restore."""
     alive = [task for task in expected.values() if task.memory is not None]
     pages = sum(task.lazy_pages for task in alive)
     where = f"-D {places.images_dir}"
     if places.work_dir != places.images_dir:
         where += f" -W {places.work_dir}"
     return (
-        f"{summary.count(len(alive), 'task')}, {summary.size(pages * PAGE_SIZE)} to bring; "
+        f"serving {summary.size(pages * PAGE_SIZE)} for {summary.count(len(alive), 'task')}; "
         f"waiting for: criu restore --lazy-pages {where}"
     )
 
 
 def _tracer(places: Places, expected: Mapping[int, Expected]) -> Tracer | None:
-    """Its file is made now, its thread starts in the daemon. Raises TraceError."""
+    """Create the trace's file; its thread starts later, in the daemon. Raises TraceError."""
     if places.trace is None:
         return None
-    from lazypages.observe.tracing import Tracer  # noqa: PLC0415 - a restore waits for what is imported
+    from lazypages.observe.tracing import Tracer  # noqa: PLC0415 - keeps the start short
 
     levels = {pid: task.sources for pid, task in expected.items() if task.memory is not None}
     return Tracer(places.trace, places.images_dir, levels)
 
 
 def _check_userfaultfd() -> None:
-    """The restore makes the uffds; but where we could not, it hardly can. Raises LazyPagesError."""
+    """The restore creates the uffds; if this process can't create one, the restore probably can't either.
+
+    Raises LazyPagesError.
+    """
     match kernel.try_userfaultfd():
         case errno.ENOSYS:
             raise LazyPagesError(kernel.NO_USERFAULTFD)
@@ -348,7 +354,7 @@ def _check_userfaultfd() -> None:
             pass
         case error:
             log.warning(
-                "no userfaultfd for this process (%s); the restore must be able to make one",
+                "this process cannot create a userfaultfd (%s); the restore must be able to",
                 os.strerror(error),
             )
 
@@ -362,12 +368,12 @@ def _check_certificates(options: ServeOptions) -> None:
 
 def _check_loop(loop: str) -> None:
     if find_spec(loop) is None:
-        raise LazyPagesError(f"--loop {loop}: it is not installed; install the Python package {loop}")
+        raise LazyPagesError(f"--loop {loop}: not installed; install the Python package {loop}")
 
 
 @contextmanager
-def _signals_held() -> Iterator[None]:
-    """SIGINT and SIGTERM wait for the server, which knows whom it would leave without memory."""
+def _signals_blocked() -> Iterator[None]:
+    """Block SIGINT and SIGTERM until the server handles them; only the server can complete the tasks first."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         yield
@@ -375,13 +381,13 @@ def _signals_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _tell(ready: Sequence[Callable[[], None]]) -> None:
-    """Says that a restore may be started. That nobody listens is no reason not to serve."""
-    for tell in ready:
+def _signal_readiness(ready: Sequence[Callable[[], None]]) -> None:
+    """Signal that a restore can be started. A failure is logged; it does not end the daemon."""
+    for signal_ready in ready:
         try:
-            tell()
+            signal_ready()
         except (OSError, LazyPagesError) as error:
-            log.warning("nobody hears that a restore may be started: %s", error)
+            log.warning("cannot signal readiness: %s", error)
 
 
 def _terminal() -> Console:
@@ -391,14 +397,14 @@ def _terminal() -> Console:
 
 
 def _log_stream(log_file: Path | None, terminal: Console | None) -> TextIO | None:
-    """Where log lines go beside the terminal."""
+    """The stream for log lines beside the terminal; None: the terminal only."""
     if log_file is not None:
         return logs.open_log(log_file)
     return None if terminal else sys.stderr
 
 
-def _forget_unsaid() -> None:
-    """What a terminal or reader that has gone away did not take must not turn the exit status into 120."""
+def _discard_unwritten() -> None:
+    """Discard output for a closed terminal or pipe; Python would otherwise exit with 120."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -416,11 +422,11 @@ def _check_status_fd(status_fd: int) -> None:
 
 
 def write_stats(path: Path, result: Summary) -> None:
-    """The numbers of a summary as JSON. Raises LazyPagesError."""
-    import json  # noqa: PLC0415 - for the end, and a restore waits for our start
+    """Write a summary as JSON. Raises LazyPagesError."""
+    import json  # noqa: PLC0415 - keeps the start short
 
     try:
-        # On one line: for a thousand tasks json takes ten times as long with indentation, and somebody waits.
+        # On one line: indentation makes it ten times slower, which counts for a thousand tasks.
         path.write_text(json.dumps(result.as_dict()) + "\n")
     except OSError as error:
         raise LazyPagesError(f"--stats-json {path}: {error.strerror}") from error

@@ -1,4 +1,4 @@
-"""``lazypages show DIR``: what an image directory holds, for a person."""
+"""``lazypages show DIR``: prints the contents of an image directory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from images_spec.messages import CoreEntry, MmEntry, TaskState, VmaEntry
 from images_spec.placement import PageCount, PageCounts, Span, mappings
 
 WIDE = 10_000
-"""Columns, more than any line takes."""
+"""Width in columns, larger than any line."""
 
 STATES: dict[int, str] = {
     TaskState.TASK_ALIVE: "alive",
@@ -41,12 +41,12 @@ VMA_NAMES = {
     flags.VMA_MEMFD: "memfd",
     flags.VMA_ANON_SHARED: "shared memory",
 }
-"""What a mapping without a file's name is, by the first of these bits of its status."""
+"""Name of a mapping without a file, by the first of these bits that its status has."""
 
 
 @dataclass(frozen=True)
 class _TaskReport:
-    """All that is said of one task; ``memory`` and ``mm`` are those of a task that is not dead."""
+    """The images of one task. ``mm`` is None for a dead task."""
 
     task: Task
     core: CoreEntry
@@ -59,9 +59,9 @@ class _TaskReport:
 
 
 def show(directory: Path, console: Console) -> None:
-    """Prints tasks, mappings, and pages by where they are. Reads all of it first.
+    """Print tasks, mappings, and where their pages are. All images are read before anything is printed.
 
-    Pages that are lazy and in no image are taken to be at a page server. Raises ``ImageError``.
+    A lazy page that is in no image is counted as being at a page server. Raises ``ImageError``.
     """
     checkpoint = open_checkpoint(directory)
     reports = [_load(checkpoint, task) for task in checkpoint.tasks]
@@ -77,7 +77,7 @@ def show(directory: Path, console: Console) -> None:
 
 @dataclass(frozen=True)
 class _Wide:
-    """Something as if there were room for every line of it."""
+    """Renders a part at a width at which no line is cut."""
 
     part: Table | Tree
 
@@ -86,7 +86,7 @@ class _Wide:
 
 
 def _print(console: Console, part: Table | Tree) -> None:
-    """On a terminal as it fits; else every line whole, for grep and files."""
+    """Fit the part to a terminal; in a file or pipe do not cut or wrap lines."""
     console.print(part if console.is_terminal else _Wide(part), "", crop=False)
 
 
@@ -98,7 +98,7 @@ def _load(checkpoint: Checkpoint, task: Task) -> _TaskReport:
 
 
 def _file_names(directory: Path) -> dict[int, str]:
-    """The names of regular files, by id; none where there is no such image (it names mappings only)."""
+    """Names of regular files by id. Empty without `files.img`, which is only needed to name mappings."""
     try:
         files = images.read(directory / Kind.FILES.file_name(), Kind.FILES)
     except ImageMissingError:
@@ -114,7 +114,7 @@ def _chain(checkpoint: Checkpoint) -> Table:
 
 
 def _tree(reports: list[_TaskReport]) -> Tree:
-    """The root comes first, parents before their children (images_spec.checkpoint)."""
+    """The tasks as a tree. Parents come before their children in `reports` (images_spec.checkpoint)."""
     root, *others = reports
     branches = {root.task.pid: Tree(_describe(root))}
     for report in others:
@@ -135,7 +135,7 @@ def _describe(report: _TaskReport) -> Text:
 
 
 def _ending(status: int) -> str:
-    """What wait(2) will tell of a zombie."""
+    """The end of a zombie, from its wait(2) status."""
     return f"killed by signal {status & 0x7F}" if status & 0x7F else f"exit status {status >> 8 & 0xFF}"
 
 
@@ -150,7 +150,7 @@ def _places(counts: PageCounts) -> list[tuple[str, PageCount]]:
 
 
 def _pages(report: _TaskReport) -> Table:
-    """Where the pages of a task are."""
+    """Number of pages of a task by place."""
     table = _table(f"{report.title}: pages", "where", "lazy", "size", "eager", "size", right=range(1, 5))
     memory = report.memory
     for name, count in _places(memory.extents.counts()):
@@ -169,7 +169,7 @@ def _row(name: str, count: PageCount) -> tuple[str, str, str, str, str]:
 
 
 def _untouched(vmas: Sequence[Span], memory: TaskImages) -> list[int]:
-    """How many pages of each mapping no pagemap speaks of, guards not among them."""
+    """For each mapping the number of pages without a pagemap entry, not counting guards."""
     counts = memory.extents.counts_within(vmas)
     return [
         (vma.end - vma.start) // PAGE_SIZE - sum(place.total for _, place in _places(count)) - guards
@@ -178,7 +178,7 @@ def _untouched(vmas: Sequence[Span], memory: TaskImages) -> list[int]:
 
 
 def _guarded(vmas: Iterable[Span], guards: Sequence[Span]) -> list[int]:
-    """How many pages of each mapping are guards; both in order."""
+    """For each mapping the number of guard pages. Both arguments are sorted."""
     numbers, first = [], 0
     for vma in vmas:
         while first < len(guards) and guards[first].end <= vma.start:
@@ -195,8 +195,8 @@ def _guarded(vmas: Iterable[Span], guards: Sequence[Span]) -> list[int]:
 def _mappings(report: _TaskReport, mm: MmEntry, names: dict[int, str]) -> Table:
     """The mappings of a task, with numbers of pages.
 
-    "missing" pages are at a page server or lost. Those that no pagemap speaks of are zero only where the
-    restorer registers the mapping: in others they may be in a file.
+    "missing" pages are at a page server or lost. Pages without a pagemap entry are zero only in lazy-capable
+    mappings; in other mappings they may be in a file.
     """
     vmas, guards = mappings(mm), report.memory.guards
     spans = [Span(vma.start, vma.end) for vma in vmas]
@@ -225,7 +225,7 @@ def _mappings(report: _TaskReport, mm: MmEntry, names: dict[int, str]) -> Table:
 
 
 def _access(vma: VmaEntry) -> str:
-    """As in /proc/<pid>/maps: PROT_READ is 1, PROT_WRITE 2, PROT_EXEC 4."""
+    """The access as in /proc/<pid>/maps: PROT_READ is 1, PROT_WRITE 2, PROT_EXEC 4."""
     letters = "".join(letter if vma.prot & 1 << bit else "-" for bit, letter in enumerate("rwx"))
     return letters + ("s" if vma.flags & flags.MAP_SHARED else "p")
 
@@ -246,12 +246,12 @@ def _table(title: str, *columns: str, right: Iterable[int] = ()) -> Table:
 
 
 def _add_row(table: Table, *cells: str, style: str = "") -> None:
-    """Adds text as it is: no part of it is markup."""
+    """Add cells without interpreting markup in them."""
     table.add_row(*map(Text, cells), style=style)
 
 
 def _size(nr_pages: int) -> str:
-    """Pages as bytes for a person: 20.0 MiB."""
+    """The size of pages in binary units: 20.0 MiB."""
     size = float(nr_pages * PAGE_SIZE)
     for unit in ("bytes", "KiB", "MiB", "GiB"):
         if size < 1024:
@@ -261,6 +261,6 @@ def _size(nr_pages: int) -> str:
 
 
 def _printable(name: bytes) -> str:
-    """A name as a terminal may see it: no control characters, no broken encoding."""
+    """A name that is safe to print: control characters and undecodable bytes are escaped."""
     text = name.decode(errors="backslashreplace")
     return "".join(letter if letter.isprintable() else f"\\x{ord(letter):02x}" for letter in text)

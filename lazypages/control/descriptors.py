@@ -1,8 +1,9 @@
-"""File descriptors: how many may be open, how many a restore needs, and a few kept back for when there are no others.
+"""File descriptors: the limit, how many a restore needs, and a reserve for when none is free.
 
-A descriptor that can't be had must never cost a task its memory: what a restorer sends stays in its socket
-(:func:`lazypages.control.listener.receive`), and a fork is not reported until there is a number for its userfaultfd
-(fs/userfaultfd.c, userfaultfd_ctx_read). Both wait then, and so do their tasks.
+A shortage of descriptors must not cost a task its memory. A message from a restorer stays in its socket
+(:func:`lazypages.control.listener.receive`), and the kernel does not deliver a FORK event before a number is free for
+the child's userfaultfd (fs/userfaultfd.c, userfaultfd_ctx_read; docs/kernel.md, "Descriptors"). The tasks wait
+meanwhile.
 """
 
 from __future__ import annotations
@@ -13,45 +14,46 @@ import resource
 from collections.abc import Callable
 from typing import TypeVar
 
-from lazypages.engine.uffd import Guard
+from lazypages.engine.guard import Guard
 from lazypages.errors import LazyPagesError
 
 T = TypeVar("T")
 
-#: Of one task: its userfaultfd and its pidfd.
+#: Descriptors for one task: its userfaultfd and its pidfd.
 PER_TASK = 2
 
-#: Of one page server: two connections, each of which the engine duplicates and has an eventfd for, with a socket pair
-#: where a relay stands between; and two more while one connection takes the place of another.
+#: Descriptors for one page server: two connections, which the engine duplicates, an eventfd for each, a socket pair
+#: where a relay stands between, and two more while a connection is being replaced.
 PER_SERVER = 12
 
-#: Of the daemon itself beside what is open when the images have been read: control socket, guard, engine, event loop.
+#: Descriptors for the daemon itself, beside those that are open when the images have been read: control socket, guard,
+#: engine, event loop.
 DAEMON = 32
 
-#: Kept back for what the tasks fork: a userfaultfd each.
+#: Reserved for forked children: a userfaultfd each.
 FOR_FORKS = 32
 
-#: Kept back for looking after processes in /proc and ending them.
+#: Reserved for reading /proc and killing processes.
 FOR_EMERGENCIES = 8
 
-#: errno values that mean that there is no descriptor: for this process, for the whole system.
+#: errno values for "no descriptor is free": in this process, in the whole system.
 NONE_LEFT = (errno.EMFILE, errno.ENFILE)
 
 
 def raise_limit() -> None:
-    """Allows this process all that it may have; but none that the guard does not look after."""
+    """Raise the soft limit to the hard limit, but not above the number of descriptors that the guard can track."""
     _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = hard if 0 <= hard < Guard.MAX_FDS else Guard.MAX_FDS
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def limit() -> int:
-    """How many this process may have open."""
+    """The soft limit of open descriptors (RLIMIT_NOFILE)."""
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
 def exhausted() -> bool:
-    """Whether none can be had at the moment."""
+    """Whether no descriptor is free at the moment."""
     try:
         os.close(os.open("/", os.O_PATH | os.O_CLOEXEC))
     except OSError as error:
@@ -60,26 +62,29 @@ def exhausted() -> bool:
 
 
 def check_enough(tasks: int, page_servers: int) -> None:
-    """To be called when the images have been read, which stay open. Raises LazyPagesError."""
+    """Check the limit for a restore. Call it when the images have been read, since they stay open.
+
+    Raises LazyPagesError.
+    """
     open_now = len(os.listdir("/proc/self/fd"))
     needed = open_now + DAEMON + tasks * PER_TASK + page_servers * PER_SERVER + FOR_FORKS + FOR_EMERGENCIES
     if needed > limit():
         raise LazyPagesError(
-            f"too few file descriptors: this restore needs {needed} and {limit()} are allowed (RLIMIT_NOFILE): "
+            f"too few file descriptors: this restore needs {needed}, the limit is {limit()} (RLIMIT_NOFILE): "
             f"{how_to_raise(needed)}"
         )
 
 
 def too_few_for_images() -> LazyPagesError:
     return LazyPagesError(
-        f"too few file descriptors: the images alone need more than the {limit()} that are allowed "
+        f"too few file descriptors: the images alone need more than the limit of {limit()} "
         f"(RLIMIT_NOFILE): {how_to_raise(4 * limit())}"
     )
 
 
 def how_to_raise(needed: int) -> str:
-    """What to do about too low a limit, before the start."""
-    needed = -(-needed // 64) * 64  # another start may find a few more open
+    """How to start with a higher limit."""
+    needed = -(-needed // 64) * 64  # the next start may have a few more open
     return (
         f"start it with `prlimit --nofile={needed} lazypages serve ...` as root, or after `ulimit -Hn {needed}`; "
         f"in a systemd unit: LimitNOFILE={needed}"
@@ -87,16 +92,16 @@ def how_to_raise(needed: int) -> str:
 
 
 def how_to_raise_now() -> str:
-    """The same for this process, which runs."""
-    return f"`prlimit --pid {os.getpid()} --nofile={2 * limit()}` as root allows more"
+    """How to raise the limit of this running process."""
+    return f"`prlimit --pid {os.getpid()} --nofile={2 * limit()}` as root raises the limit"
 
 
 class NoDescriptorError(LazyPagesError):
-    """No file descriptor is free at the moment. Whatever it was for is as before, and may be tried again."""
+    """No file descriptor is free at the moment. Nothing has changed; the operation may be repeated."""
 
 
 class Reserve:
-    """Descriptors that are open for nothing but to be closed when others are needed."""
+    """A reserve of open descriptors, to be closed when others are needed."""
 
     def __init__(self, size: int) -> None:
         self._size = size
@@ -104,7 +109,7 @@ class Reserve:
         self.refill()
 
     def refill(self) -> None:
-        """All of it, or nothing: what there are few of is for those who need it."""
+        """Open all descriptors of the reserve; if that fails, none, so that the remaining ones stay free for others."""
         try:
             while len(self._fds) < self._size:
                 self._fds.append(os.open("/", os.O_PATH | os.O_CLOEXEC))
@@ -112,14 +117,14 @@ class Reserve:
             self.release()
 
     def release(self) -> None:
-        """Gives all of them to whoever needs some."""
+        """Close all descriptors of the reserve, for others to use."""
         while self._fds:
             os.close(self._fds.pop())
 
     def attempt(self, action: Callable[[], T]) -> T:
-        """Calls `action`, and if there is no descriptor once more, with these free for it.
+        """Call `action`; if no descriptor is free, release the reserve and call it once more.
 
-        Other threads may take some of them, too; that is why there are several.
+        Other threads may take some of the released descriptors; that is why the reserve has several.
         """
         try:
             return action()

@@ -1,9 +1,9 @@
 """How a restorer hands its tasks to the daemon.
 
-On one connection to the socket of :mod:`lazypages.control.listener`, from the restorer to the daemon (reference:
-criu-interfaces, section 1): for each task of the pstree, in any order, an int32 pid as in the images, then one byte
-that carries the task's uffd; for a dead task (zombie) only the pid, negated. When all tasks have their memory under
-uffd and are about to go on: the uint32 :data:`FINISH`. The daemon never writes.
+All messages go from the restorer to the daemon, on one connection to the socket of :mod:`lazypages.control.listener`
+(docs/criu.md, "Control socket"). For each task of the pstree, in any order: an int32 pid as in the images, then one
+byte with the task's uffd (SCM_RIGHTS). For a dead task (zombie): only the pid, negated. When all tasks have registered
+their memory and are about to run: the uint32 :data:`FINISH`. The daemon never writes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _FINISH_AS_PID = FINISH  # positive as an int32 too: no task has such a pid (PID
 
 
 class TaskArrived(NamedTuple):
-    """A task's uffd, which the receiver owns now. ``real_pid``: its pid where the daemon runs; 0: not known."""
+    """A task's uffd; the receiver owns it. ``real_pid``: the pid in the daemon's PID namespace; 0: unknown."""
 
     pid: int
     real_pid: int
@@ -48,20 +48,23 @@ class ZombieArrived(NamedTuple):
 
 
 class RestoreFinished(NamedTuple):
-    """All tasks are registered and go on."""
+    """All tasks have registered their memory and are about to run."""
 
 
 Event = TaskArrived | ZombieArrived | RestoreFinished
 
 
-#: Seconds between tries to receive what there is no file descriptor for.
+#: Seconds between two attempts to receive while no file descriptor is free.
 SHORTAGE_PAUSE = 0.05
 
 
 async def accept(
     control: ControlSocket, short: Callable[[NoDescriptorError], None] | None = None
 ) -> Connection:
-    """Waits for a restorer. ``short`` is called again and again while there is no descriptor for what has come."""
+    """Wait for a restorer. ``short`` is called at each attempt that fails for want of a file descriptor.
+
+    Raises ControlError; NoDescriptorError if ``short`` is None.
+    """
     while True:
         try:
             if caller := control.take():
@@ -82,7 +85,7 @@ async def _wait_for_descriptors(
 
 
 class Connection:
-    """One restorer's connection. ``peer_pid``: who connected. ``short``: as for `accept`."""
+    """One restorer's connection. ``peer_pid``: the process that connected. ``short``: as in `accept`."""
 
     def __init__(
         self, peer: socket.socket, peer_pid: int, short: Callable[[NoDescriptorError], None] | None = None
@@ -100,9 +103,9 @@ class Connection:
         hang_up(self._peer)
 
     async def events(self) -> AsyncGenerator[Event]:
-        """Yields what arrives until the peer closes. Raises ControlError for what the protocol does not know.
+        """Yield events until the peer closes. Raises ControlError for a message that breaks the protocol.
 
-        The receiver of a TaskArrived owns its uffd; one that is not yielded stays open to the end.
+        The receiver of a TaskArrived owns its uffd. A uffd that was not yielded stays open until the process ends.
         """
         while (word := await self._word()) is not None:
             value, sender = word
@@ -116,7 +119,7 @@ class Connection:
                 yield TaskArrived(value, sender, await self._uffd(value))
 
     async def _receive(self, size: int) -> Received:
-        """Some bytes, at most `size`, and what came with them. Waits for a free file descriptor if need be."""
+        """At most `size` bytes and the descriptors that came with them. Waits until a file descriptor is free."""
         while True:
             try:
                 return receive(self._peer, size)

@@ -1,7 +1,7 @@
-"""The socket in the work directory where a restore looks for the daemon (reference: criu-interfaces, section 1).
+"""The socket in the work directory by which a restore finds the daemon (docs/criu.md, "Control socket").
 
-What is said on it is :mod:`lazypages.control.handover`. Here nothing needs an event loop: a restore waits for this
-socket, and not for what takes long to import.
+:mod:`lazypages.control.handover` has the messages. Nothing here needs an event loop: a restore can start as soon as
+this socket listens, while the event loop is still being imported.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ CREDENTIALS = struct.Struct("=iII")
 #: Of one message: SCM_MAX_FD, unix(7).
 _MAX_FDS = 253
 
-#: Room for all that a message can bring beside its bytes.
+#: Size of the largest ancillary data of one message: credentials and descriptors.
 _ANCILLARY = socket.CMSG_SPACE(CREDENTIALS.size) + socket.CMSG_SPACE(_MAX_FDS * 4)
 
 
 class ControlError(LazyPagesError):
-    """The socket can't be had, or the restorer broke the protocol."""
+    """The control socket can't be created, or the restorer broke the protocol."""
 
 
 class Received(NamedTuple):
-    """Bytes, none at the end; descriptors that came with them; pid of the sender, 0 if not told."""
+    """``data``: empty at the end of the connection. ``fds``: its descriptors. ``sender``: a pid; 0: unknown."""
 
     data: bytes
     fds: list[int]
@@ -45,10 +45,10 @@ class Received(NamedTuple):
 
 
 class ControlSocket:
-    """The listening socket; a context manager that removes what it made.
+    """The listening socket. A context manager; on exit it removes the socket that it created.
 
-    A socket that nobody serves any more is replaced. Raises ControlError when another daemon serves this
-    directory, or when the socket can't be made.
+    A stale socket, at which no daemon listens, is replaced. Raises ControlError if another daemon serves this
+    directory, or if the socket can't be created.
     """
 
     def __init__(self, work_dir: Path) -> None:
@@ -56,9 +56,9 @@ class ControlSocket:
         try:
             self._dir = os.open(work_dir, os.O_PATH | os.O_DIRECTORY)
         except OSError as error:
-            raise ControlError(f"can't make {self.path}: {error.strerror}") from error
+            raise ControlError(f"cannot create {self.path}: {error.strerror}") from error
         self._identity: tuple[int, int] | None = None
-        # A short name that reaches the directory, whatever the length of its path (sun_path holds 107 bytes).
+        # A short path to the directory: sun_path has room for 107 bytes only (unix(7)).
         self._address = f"/proc/self/fd/{self._dir}/{SOCKET_NAME}"
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
@@ -66,7 +66,7 @@ class ControlSocket:
             self._bind()
         except OSError as error:
             self.close()
-            raise ControlError(f"can't make {self.path}: {error.strerror}") from error
+            raise ControlError(f"cannot create {self.path}: {error.strerror}") from error
         except BaseException:
             self.close()
             raise
@@ -86,9 +86,8 @@ class ControlSocket:
             return
         if (mode & 0o170000) != 0o140000:
             raise ControlError(f"{self.path} exists and is not a socket; remove it or choose another -W")
-        # Asking with another type of socket tells whether somebody is bound there (EPROTOTYPE) or nobody
-        # (ECONNREFUSED) without taking the one connection that CRIU's daemon accepts (net/unix/af_unix.c,
-        # unix_find_bsd).
+        # Probe with another socket type: EPROTOTYPE if a process listens there, ECONNREFUSED if not. A stream socket
+        # would use up the one connection that CRIU's daemon accepts (net/unix/af_unix.c, unix_find_bsd).
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
             outcome = probe.connect_ex(self._address)
         if outcome != errno.ECONNREFUSED:
@@ -106,26 +105,26 @@ class ControlSocket:
             os.umask(umask)
         made = os.stat(SOCKET_NAME, dir_fd=self._dir, follow_symlinks=False)
         self._identity = (made.st_dev, made.st_ino)
-        # Every message then says which process sent it.
+        # Adds the sender's pid to every message.
         self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         self._listener.listen(10)
 
     def fileno(self) -> int:
-        """Readable when a restorer waits."""
+        """The descriptor of the listening socket. Readable when a restorer waits to be accepted."""
         return self._listener.fileno()
 
     def has_caller(self) -> bool:
-        """Whether somebody has connected whom `take` has not returned yet."""
+        """Whether a connection waits that `take` has not returned yet."""
         if self._listener.fileno() < 0:
-            return False  # closed
+            return False  # close() was called
         waiting = select.poll()
         waiting.register(self._listener, select.POLLIN)
         return bool(waiting.poll(0))
 
     def take(self) -> tuple[socket.socket, int] | None:
-        """The restorer that waits, and its pid; None if there is none.
+        """Accept the connection that waits: socket and pid of the peer; None if none waits.
 
-        Peers that are neither root nor ourselves are turned away. Raises NoDescriptorError.
+        Connections of users other than root and our own are closed. Raises NoDescriptorError.
         """
         while True:
             try:
@@ -147,13 +146,13 @@ class ControlSocket:
             peer.close()
 
     def close(self) -> None:
-        """Stops listening and removes the socket, if it is still ours."""
+        """Stop listening, and remove the socket file if it is still the one that we created."""
         try:
             while True:
                 hang_up(self._listener.accept()[0])
         except OSError as error:
             if error.errno in NONE_LEFT:
-                # Who waits may have sent uffds, so nothing is closed here: the guard takes them out when we have ended.
+                # A waiting connection may hold uffds. They must stay open until we end; then the guard closes them.
                 self._listener.shutdown(socket.SHUT_RD)
                 self._listener.detach()
         self._listener.close()
@@ -171,29 +170,28 @@ class ControlSocket:
 
 
 def receive(peer: socket.socket, size: int) -> Received:
-    """What comes next, at most `size` bytes, together with all the descriptors that came with it.
+    """Receive at most `size` bytes with all descriptors that belong to them.
 
-    It is looked at before it is taken (MSG_PEEK), which gives us its descriptors once more: if there is no number for
-    one of them it stays where it is. Taken, it would be closed (net/core/scm.c, scm_detach_fds; recvmsg(2),
-    MSG_CTRUNC), and a task whose uffd that is would run on zeros.
+    The message is first received with MSG_PEEK, which installs its descriptors but leaves the message in the queue. If
+    no number is free for one of them, the message stays there. A read without MSG_PEEK would close that
+    descriptor (net/core/scm.c, scm_detach_fds; recvmsg(2), MSG_CTRUNC); if it is a uffd, its task would read zeros.
 
     Raises NoDescriptorError, BlockingIOError, OSError.
     """
-    # What is seen may have the descriptors of the message behind it, too (net/unix/af_unix.c,
-    # unix_stream_read_generic).
+    # A peek may also return the descriptors of the next message (net/unix/af_unix.c, unix_stream_read_generic).
     _data, seen, _sender, whole = _receive(peer, size, socket.MSG_PEEK)
     if not whole:
         _close(seen)
-        raise NoDescriptorError("no file descriptor is free for one that has been sent")
+        raise NoDescriptorError("no file descriptor is free for the userfaultfd of a task")
     data, fds, sender, whole = _receive(peer, size, 0)
-    if not whole:  # there was no number for it twice
+    if not whole:  # there was no number for both copies: keep the peeked one
         fds, seen = seen, fds
     _close(seen)
     return Received(data, fds, sender)
 
 
 def _receive(peer: socket.socket, size: int, flags: int) -> tuple[bytes, list[int], int, bool]:
-    """As Received; and whether there was a number for every descriptor."""
+    """The fields of Received, and whether every descriptor got a number."""
     data, ancillary, found, _address = peer.recvmsg(size, _ANCILLARY, flags | socket.MSG_CMSG_CLOEXEC)
     fds: list[int] = []
     sender = 0
@@ -214,16 +212,16 @@ def _close(fds: Sequence[int]) -> None:
 
 
 def discard(fds: Sequence[int]) -> None:
-    """Closes what nobody wants. But uffds stay open to the end: closed, they would let their tasks run on zeros."""
+    """Close unexpected descriptors, except uffds: closing the uffd of a task would let it read zeros."""
     for fd in fds:
         if os.readlink(f"/proc/self/fd/{fd}") != "anon_inode:[userfaultfd]":
             os.close(fd)
 
 
 def hang_up(peer: socket.socket) -> None:
-    """Closes a connection, and nothing with it: what was sent and nobody has read may be uffds.
+    """Close a connection without closing uffds that are still in its queue.
 
-    If there is no descriptor for one of them, the connection stays open to the end: the guard takes it out then.
+    If no descriptor is free to receive one of them, the connection stays open until we end; then the guard closes it.
     """
     with suppress(OSError):
         peer.setblocking(False)

@@ -1,8 +1,8 @@
-"""What the kernel's process events connector tells of processes that signals kill: for kernels before 6.15.
+"""Reads the kernel's process events connector: which signal killed a process. For kernels before 6.15.
 
-There, how a process ended is told to its parent alone, and soon forgotten. The connector tells it to root, in the first
-PID and user namespaces, when CONFIG_PROC_EVENTS is set, as distributions do (drivers/connector/cn_proc.c). A filter in
-the socket lets in only ends by signals, so a busy machine does not wake the daemon.
+On these kernels only the parent can get the exit status of a process, and only once. The connector reports exits to
+root, in the first PID and user namespaces, if CONFIG_PROC_EVENTS is set, as in distributions (docs/kernel.md, "How a
+task ended"). A filter on the socket passes only exits by signals, so that a busy machine does not wake the daemon.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _SO_ATTACH_FILTER = 26
 #: struct nlmsghdr, struct cn_msg.
 _HEADER = struct.Struct("=IHHII IIIIHH")
 
-#: struct proc_event of an exit: what, cpu, timestamp; pid, tgid, exit_code. Of an answer: an errno instead of the pid.
+#: struct proc_event of an exit: what, cpu, timestamp; pid, tgid, exit_code. An answer has an errno in place of the pid.
 _EVENT = struct.Struct("=IIQ iiI")
 _EXIT = 0x80000000
 _ACK = 0
@@ -35,28 +35,28 @@ _CODE = _HEADER.size + _EVENT.size - 4
 #: Classic BPF, whose words are big-endian: code, jump if true, jump if false, constant.
 _FILTER = (
     (0x20, 0, 0, _WHAT),  # load the word "what"
-    (0x15, 3, 0, _ACK),  # if it is an answer to us: let in
+    (0x15, 3, 0, _ACK),  # if it is an answer: pass
     (0x15, 0, 3, struct.unpack(">I", struct.pack("=I", _EXIT))[0]),  # unless it is an exit: drop
     (0x30, 0, 0, _CODE),  # load the first byte of the exit code
     (0x45, 0, 1, 0x7F),  # unless it has a signal: drop
-    (0x06, 0, 0, 0xFFFFFFFF),  # let in
+    (0x06, 0, 0, 0xFFFFFFFF),  # pass
     (0x06, 0, 0, 0),  # drop
 )
 
 
 def needed() -> bool:
-    """Whether the kernel does not tell who has a pidfd."""
+    """Whether this kernel can't report the exit status by a pidfd."""
     return not lib.lp_exit_status_works()
 
 
 class ExitEvents:
-    """Remembers which of the processes that it is told to watch were killed by signals. A context manager."""
+    """Records which of the watched processes were killed by signals. A context manager."""
 
     def __init__(self) -> None:
-        """Raises OSError where this is not to be had."""
+        """Raises OSError where the connector is not available."""
         self._watched: dict[int, int] = {}
-        self._whole = True  # nothing has been missed
-        self._answers = 0  # which one the last message answers, if it is an answer
+        self._whole = True  # no event was lost (ENOBUFS)
+        self._answers = 0  # the `ack` of the last message
         self._socket = socket.socket(
             socket.AF_NETLINK, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK, _NETLINK_CONNECTOR
         )
@@ -68,7 +68,7 @@ class ExitEvents:
                 struct.pack("@HP", len(_FILTER), int(ffi.cast("uintptr_t", program))),
             )
             self._socket.bind((0, _CN_IDX_PROC))
-            self._say(_LISTEN)
+            self._send(_LISTEN)
             self._check_answer()
         except BaseException:
             self._socket.close()
@@ -76,7 +76,7 @@ class ExitEvents:
 
     @classmethod
     def open(cls) -> ExitEvents | None:
-        """None where it is not needed, or not to be had."""
+        """None where it is not needed or not available."""
         if not needed():
             return None
         try:
@@ -89,17 +89,17 @@ class ExitEvents:
 
     def __exit__(self, *exc: object) -> None:
         with self._socket:
-            self._say(_IGNORE)
+            self._send(_IGNORE)
 
-    def _say(self, what: int) -> None:
+    def _send(self, what: int) -> None:
         body = struct.pack("=I", what)
         size = _HEADER.size + len(body)
-        number = os.getpid()  # the answer, which all who listen get, has the next one
+        number = os.getpid()  # the answer, which all listeners receive, has this number plus one in `ack`
         head = _HEADER.pack(size, _NLMSG_DONE, 0, 0, 0, _CN_IDX_PROC, _CN_VAL_PROC, 0, number, len(body), 0)
         self._socket.send(head + body)
 
     def _check_answer(self) -> None:
-        """It is there at once or, in other namespaces than the first ones, never (cn_proc.c, cn_proc_mcast_ctl)."""
+        """The answer is available at once; outside of the first namespaces there is none (cn_proc_mcast_ctl)."""
         while event := self._receive():
             what, _cpu, _time, error, _process, _code = event
             if what == _ACK and self._answers == os.getpid() + 1:
@@ -109,23 +109,23 @@ class ExitEvents:
         raise OSError(errno.EPERM, os.strerror(errno.EPERM))
 
     def watch(self, pid: int) -> None:
-        """From now on."""
+        """Record the end of this process from now on."""
         self._watched[pid] = 0
 
     def signal_of(self, pid: int) -> int | None:
-        """What killed a process that has exited and was watched; 0: nothing did. None: that is not known."""
+        """The signal that killed a watched process that has exited; 0: none did; None: unknown."""
         self.take()
         return self._watched.get(pid) if self._whole else None
 
     def take(self) -> None:
-        """Takes what there is; to be called now and then, so that there is room."""
+        """Read all events. Call it regularly, so that the socket's buffer does not overflow."""
         while event := self._receive():
             what, _cpu, _time, _pid, process, code = event
             if what == _EXIT and process in self._watched and code & 0x7F:
                 self._watched[process] = code & 0x7F
 
     def _receive(self) -> tuple[int, ...] | None:
-        """The fields of the next event."""
+        """The fields of the next event; None if there is none."""
         while True:
             try:
                 message = self._socket.recv(4096)

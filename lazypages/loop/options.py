@@ -1,4 +1,4 @@
-"""What a server is told. Apart from the server, which takes long to import."""
+"""Options of a server. Separate from the server, which is slow to import."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 
 
 class ServeOptions(NamedTuple):
-    """``background``: bring pages that nobody touches, too, once the restore is finished.
+    """``background``: also copy pages that no task has touched, once the restore has finished.
 
-    ``page_servers``: for pages that are lazy and not in the images; all have the same content. ``remote``: how they
-    are asked; None: in the usual way. ``trace``: gets a record of every fault and transfer.
+    ``page_servers``: sources of lazy pages that are not in the images; all have the same contents. ``remote``: options
+    of their connections; None: the defaults. ``trace``: gets a record of every fault and transfer.
     """
 
     background: bool = True

@@ -1,4 +1,4 @@
-"""Restored tasks as processes of this machine: only needed to end one that can't be given its memory."""
+"""Restored tasks as processes: whether they run, how they ended, and killing one that can't get its memory."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from lazypages.engine._uffd import lib
 if TYPE_CHECKING:
     from lazypages.loop.exit_events import ExitEvents
 
-#: Bytes of /proc/PID/status that hold NSpid at least: the groups before it may be 65536 (NGROUPS_MAX).
+#: Bytes to read of /proc/PID/status so that NSpid is among them: up to 65536 groups (NGROUPS_MAX) come before it.
 _STATUS_SIZE = 1 << 20
 
 log = logging.getLogger("lazypages")
 
 
 class Process:
-    """A process that can be killed without mistaking another for it; owns a pidfd.
+    """A process, identified by a pidfd that this object owns, so that no other process is killed in its place.
 
-    ``reserve``: descriptors that it may use for a moment when there are no others. ``events``: where they are needed.
+    ``reserve``: descriptors to release for a moment when no other is free. ``events``: on kernels that need them.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Process:
     def of_task(
         cls, real_pid: int, image_pid: int, reserve: Reserve, events: ExitEvents | None = None
     ) -> Process | None:
-        """The process `real_pid` if it is, in its own PID namespace, the task `image_pid`; None if not.
+        """The process `real_pid`, if it has the pid `image_pid` in its own PID namespace; else None.
 
         Raises NoDescriptorError.
         """
@@ -61,34 +61,32 @@ class Process:
             found = reserve.attempt(lambda: _innermost_pid(real_pid))
         except OSError:
             os.close(pidfd)
-            raise NoDescriptorError(f"task {image_pid}: no file descriptor is free to look at it") from None
+            raise NoDescriptorError(f"task {image_pid}: no file descriptor is free to read /proc") from None
         if found == image_pid:
             return cls(real_pid, pidfd, reserve, events)
         os.close(pidfd)
         return None
 
     def kill(self, *, descendants: bool = False) -> bool:
-        """Sends SIGKILL; to all that it has forked first, on demand. False if there is no such process any more.
+        """Send SIGKILL, with `descendants` first to all descendants. False if the process does not exist any more.
 
-        Descendants that can't be looked for are left, and the log says so.
+        If descendants can't be found, the log reports it.
         """
         try:
             if descendants:
-                # So that it forks no more. (A zombie takes signals, too: as long as this works, its number is its own.)
+                # Stopped, it forks no more. A zombie accepts signals, too: while this succeeds, its pid is not reused.
                 signal.pidfd_send_signal(self._pidfd, signal.SIGSTOP)
                 try:
                     self._reserve.attempt(lambda: _kill_children(self.pid))
                 except OSError as error:
-                    log.error(
-                        "pid %d: what it has forked can't be killed (%s): end it", self.pid, error.strerror
-                    )
+                    log.error("pid %d: cannot kill its descendants (%s): kill them", self.pid, error.strerror)
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
         except ProcessLookupError:
             return False
         return True
 
     def holds_anonymous_memory(self, addr: int) -> bool:
-        """Whether private anonymous memory is mapped at `addr`; True too when that can't be read."""
+        """Whether private anonymous memory is mapped at `addr`; also True if /proc can't be read."""
         try:
             return self._reserve.attempt(lambda: _is_anonymous(self.pid, addr))
         except OSError:
@@ -96,24 +94,24 @@ class Process:
 
     @property
     def has_exited(self) -> bool:
-        """All its threads."""
+        """Whether the process has exited, with all its threads."""
         polled = select.poll()
         polled.register(self._pidfd, select.POLLIN)
         return bool(polled.poll(0))
 
     @property
     def has_memory(self) -> bool:
-        """Whether it runs a program: not while it is exiting. False too when that can't be read."""
+        """Whether the process has an address space; not while it is exiting. Also False if /proc can't be read."""
         try:
             return self._reserve.attempt(lambda: Path(f"/proc/{self.pid}/statm").read_bytes())[:2] != b"0 "
         except OSError:
             return False
 
     def exit_status(self) -> int | None:
-        """How it ended, as wait(2) tells, once it has exited; None if that is not known.
+        """The wait(2) status of a process that has exited; None if it is unknown.
 
-        On kernels before 6.15 it may be told from a zombie only: it should be asked for before the parent has waited
-        for it. If there are `events`, nothing is sooner or later; but what status it exited with they do not say: 0.
+        Before Linux 6.15 the status can be read from a zombie only, before its parent has waited for it. `events`
+        remove that limit, but report 0 for every exit without a signal (docs/kernel.md, "How a task ended").
         """
         if self._status is None and self._events:
             self._status = self._events.signal_of(self.pid)
@@ -127,7 +125,9 @@ class Process:
     def _status_of_zombie(self) -> int | None:
         try:
             stat = self._reserve.attempt(lambda: Path(f"/proc/{self.pid}/stat").read_bytes())
-            signal.pidfd_send_signal(self._pidfd, 0)  # its number was no other's yet
+            signal.pidfd_send_signal(
+                self._pidfd, 0
+            )  # succeeds only if the pid was not reused before the read
         except OSError:
             return None
         fields = stat[stat.rindex(b")") + 2 :].split()  # from the third one on: proc_pid_stat(5)
@@ -142,9 +142,9 @@ class Process:
 
 
 class Exits:
-    """Tells of many processes when they have exited, with one task and one file descriptor for all.
+    """Reports the exits of many processes, with one task and one file descriptor for all.
 
-    A context manager, to be left before the processes are closed.
+    A context manager; leave it before the processes are closed.
     """
 
     def __init__(self) -> None:
@@ -158,7 +158,7 @@ class Exits:
         self._epoll.close()
 
     def watch(self, process: Process, exited: Callable[[], None]) -> None:
-        """Has `exited` called by :meth:`run`, once."""
+        """Let :meth:`run` call `exited` once when the process exits."""
         self._watched[process.fileno()] = exited
         self._epoll.register(process.fileno(), select.EPOLLIN)
 
@@ -172,7 +172,7 @@ class Exits:
 
 
 def tracer_of(pid: int) -> int:
-    """The thread that traces a process (its leader), as this PID namespace sees it; 0: nobody, or no such process."""
+    """The thread that traces the leader of a process, in this PID namespace; 0: no tracer, or no such process."""
     try:
         return int(_status(pid, b"TracerPid")[0])
     except (OSError, ValueError, IndexError):
@@ -191,7 +191,7 @@ def _innermost_pid(real_pid: int) -> int | None:
 
 
 def _status(pid: int, field: bytes) -> list[bytes]:
-    # A thousand tasks may come at once: without pathlib and decoding it takes a third of the time.
+    # Without pathlib and decoding, since a thousand tasks may arrive at once: takes a third of the time.
     fd = os.open(f"/proc/{pid}/status", os.O_RDONLY | os.O_CLOEXEC)
     try:
         status = os.read(fd, _STATUS_SIZE)
@@ -211,14 +211,14 @@ def _is_anonymous(pid: int, addr: int) -> bool:
 
 
 def _kill_children(parent: int) -> None:
-    """Kills all descendants of a process whose number stays its own meanwhile. Raises OSError: none is left open."""
+    """Kill all descendants of a process whose pid can't be reused meanwhile. Raises OSError; leaks no descriptor."""
     for child in _children(parent):
         try:
             pidfd = os.pidfd_open(child)
         except ProcessLookupError:
             continue
         try:
-            # A number that has become another's since it was read: that one has another parent, or is a child, too.
+            # If the pid was reused since it was read, the new process has another parent, or is a child, too.
             if _parent(child) == parent:
                 signal.pidfd_send_signal(pidfd, signal.SIGSTOP)
                 try:
@@ -246,7 +246,7 @@ def _children(pid: int) -> list[int]:
 
 
 def _parent(pid: int) -> int:
-    """0 if there is no such process any more."""
+    """The parent's pid; 0 if the process does not exist any more."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_bytes()
     except (FileNotFoundError, ProcessLookupError):

@@ -1,7 +1,7 @@
-"""Runs the event loop: what starts it, and what runs beside the service.
+"""Runs the event loop with the server, and the progress display beside it.
 
-To import this is to import the event loop, half of what a start takes. So `lazypages serve` does it last, when it has
-said that a restore may be started, which has work of its own before it needs anybody.
+Importing this module imports the event loop, which takes half of the time of a start. So `lazypages serve` imports it
+last, after it has signalled readiness: a restore takes some tens of ms before it needs the daemon.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 
 from lazypages.control.listener import ControlSocket
-from lazypages.engine.uffd import Guard
+from lazypages.engine.guard import Guard
 from lazypages.loop.options import ServeOptions
 from lazypages.loop.server import Server
 from lazypages.observe.metrics import Summary
@@ -42,9 +42,9 @@ def run(
     terminal: Console | None,
     running: Callable[[], None],
 ) -> Summary:
-    """Serves one restore; returns when that is over. ``running`` is called when signals are handled.
+    """Serve one restore. ``running`` is called as soon as the server handles signals.
 
-    ``loop`` is one of LOOPS, ``terminal`` gets bars instead of log lines.
+    ``loop``: a key of LOOPS. ``terminal``: shows progress as bars instead of log lines. Raises EngineError.
     """
     watch = TerminalWatch(terminal) if terminal else watch_in_log
 
@@ -52,8 +52,8 @@ def run(
         running()
         try:
             await watch(server)
-        except Exception as error:  # a terminal may go away at any time: that must not end the service
-            log.warning("progress is not shown any more: %s", error)
+        except Exception as error:  # a terminal can be closed at any time; that must not end the service
+            log.warning("cannot show progress any more: %s", error)
 
     backend, backend_options = LOOPS[loop]
     server = Server(expected, control, options, guard)

@@ -1,4 +1,4 @@
-"""The daemon: one event loop that owns the uffds of all restored tasks and everything that is decided."""
+"""The server: owns the services of all restored tasks, and decides what concerns more than one of them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,11 @@ from lazypages.control.descriptors import (
 )
 from lazypages.control.handover import Connection, RestoreFinished, TaskArrived, ZombieArrived, accept
 from lazypages.control.listener import ControlError, ControlSocket
-from lazypages.engine.uffd import PAGE_SIZE, Engine, Guard, NoticeKind, ServedTask
+from lazypages.engine.engine import Engine
+from lazypages.engine.events import TaskEventKind
+from lazypages.engine.guard import Guard
+from lazypages.engine.memory import PAGE_SIZE
+from lazypages.engine.task import ServedTask
 from lazypages.errors import LazyPagesError
 from lazypages.loop.exit_events import ExitEvents
 from lazypages.loop.options import ServeOptions
@@ -40,27 +44,27 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("lazypages")
 
-#: Threads that bring pages in the background at the same time.
+#: Number of threads of the background transfer.
 TRANSFER_THREADS = 2
 
-#: Seconds between looks whether tasks without faults still exist, and how many are looked at: a thousand idle tasks
-#: must not cost anything. What exits is heard of at once; this is for what calls execve, and for forked children.
+#: Seconds between two rounds of checks whether tasks without faults still exist, and tasks per round. Exits are
+#: reported at once; these checks detect execve and the ends of forked children, at little cost for a thousand tasks.
 PROBE_INTERVAL = 1.0
 PROBES = 200
 
-#: Seconds that a page server may take to be reached at the very end: it waits to be told that this is the end.
+#: Seconds to try at the end to reach a page server that waits for CLOSE.
 FAREWELL = 10.0
 
-#: Seconds until it is said once more that there are too few file descriptors; and until it is tried again to have one.
+#: Seconds between two messages about too few file descriptors; and between two attempts to get one.
 SHORTAGE_REMINDER = 10.0
 SHORTAGE_PAUSE = 0.05
 
-#: Seconds until another guard is tried to be started, when that has failed.
+#: Seconds between two attempts to start another guard.
 GUARD_PAUSE = 0.1
 
 
 class EngineError(LazyPagesError):
-    """Faults can't be answered any more."""
+    """The engine has failed: faults can't be answered any more."""
 
 
 class Server:
@@ -93,15 +97,17 @@ class Server:
         self._short_said = -SHORTAGE_REMINDER
         self._forks: Counter[int] = Counter()
         self._one_ended = anyio.Event()
-        self._families: dict[int, list[TaskService]] = {}  # a restored task and what it has forked
-        self._held: set[int] = set()  # those of which a uffd stays open to the end
+        self._families: dict[
+            int, list[TaskService]
+        ] = {}  # services of a restored task and its forked children
+        self._held: set[int] = set()  # restored tasks with a uffd that must stay open until this process ends
         self._traced = TracedTasks(self._families, self._processes)
         self._remote: RemotePages | None = None
         self._failure: OSError | None = None
         self._turns = anyio.CapacityLimiter(TRANSFER_THREADS)
 
     def summary(self) -> Summary:
-        """All numbers, of this moment."""
+        """The current numbers."""
         return Summary(
             [service.report() for service in self._services],
             self._zombies,
@@ -111,11 +117,10 @@ class Server:
         )
 
     async def run(self, watch: Callable[[Server], Coroutine[Any, Any, None]] | None = None) -> Summary:
-        """Serves until every task is complete, gone or given up; `watch` runs beside it.
+        """Serve until every task is complete, gone or given up. `watch` runs meanwhile, once signals are handled.
 
-        When that is started, a restore may connect, and signals are handled.
-
-        Raises nothing for what restorer and tasks do; the summary tells. EngineError when the kernel lets us down.
+        Failures of the restorer and of tasks raise nothing; they are in the summary. Raises EngineError if
+        userfaultfds can't be read any more.
         """
         with Engine(self._options.trace, self._guard) as engine:
             async with AsyncExitStack() as stack:
@@ -125,10 +130,10 @@ class Server:
                     self._events = stack.enter_context(events)
                 stack.callback(self._close_processes)
                 stack.enter_context(self._exits)
-                # Whatever happens: children that nobody has heard of yet do not get zeros.
+                # In any case: children whose fork was not handled yet must not read zeros.
                 stack.callback(_poison_leftovers, engine)
                 engine_group = await stack.enter_async_context(anyio.create_task_group())
-                # From here on the engine's thread ends, however this ends, before the engine is freed.
+                # Ends the engine's thread before the engine is freed, also after an error.
                 stack.callback(engine.stop)
                 engine_group.start_soon(self._run_engine, engine, engine_group.cancel_scope)
                 if self._options.page_servers:
@@ -165,12 +170,11 @@ class Server:
                 if self._remote and not self._connected and not self._control.has_caller():
                     self._remote.unused()
                 elif self._remote and not self.summary().ok:
-                    # The source still has all pages, and hears that nobody else does.
+                    # Tell the source that this restore has failed, so that it keeps the tasks.
                     self._remote.abandon()
         if self._failure:
             raise EngineError(
-                f"userfaultfds can't be watched any more ({self._failure.strerror}): "
-                "tasks that miss pages can't go on"
+                f"cannot read userfaultfds any more ({self._failure.strerror}): tasks that miss pages are stuck"
             )
         return self.summary()
 
@@ -180,20 +184,20 @@ class Server:
             await to_thread.run_sync(engine.run, limiter=anyio.CapacityLimiter(1))
         except OSError as error:
             self._failure = error
-            scope.cancel()  # every service deals with its task on its way out
+            scope.cancel()  # each service poisons or kills its task when it is cancelled
 
     def _close_processes(self) -> None:
-        """But for those of which a uffd stays open: by its pidfd the guard will kill such a task."""
+        """Close pidfds, except of tasks with a uffd that stays open: the guard needs them to kill those tasks."""
         for pid, process in self._processes.items():
             if pid not in self._held:
                 process.close()
 
     async def _keep_guard(self, guard: Guard) -> None:
-        """Without one, a daemon that is killed gives zeros to its tasks."""
+        """Start another guard if the guard is killed. Without one, tasks read zeros if the daemon is killed."""
         while True:
             await anyio.wait_readable(guard.pidfd)
             log.error(
-                "the guard (pid %d) was killed: without it, killing the daemon gives zeros to tasks",
+                "the guard (pid %d) was killed: without it tasks read zeros if this daemon is killed",
                 guard.pid,
             )
             reason = None
@@ -204,19 +208,19 @@ class Server:
                 except OSError as error:
                     if error.strerror != reason:
                         reason = error.strerror
-                        log.error("no other guard can be started: %s; trying again", reason)
+                        log.error("cannot start another guard: %s; trying again", reason)
                 await anyio.sleep(GUARD_PAUSE)
-            log.error("another guard has been started (pid %d)", guard.pid)
+            log.error("started another guard (pid %d)", guard.pid)
 
     # File descriptors.
 
     def _short_of_descriptors(self, why: object) -> None:
-        """Nothing is lost: whatever there is no descriptor for waits, and so does its task."""
+        """Log a shortage of descriptors. Nothing is lost: the message in question waits, and so does its task."""
         self._for_forks.release()
         now = time.monotonic()
         if now - self._short_said >= SHORTAGE_REMINDER:
             self._short_said = now
-            log.error("%s: the task waits until one is; %s", why, how_to_raise_now())
+            log.error("%s: the task waits until one is free; %s", why, how_to_raise_now())
 
     # The page servers.
 
@@ -225,18 +229,18 @@ class Server:
             service.pages_lost(image, nr_pages, reason)
 
     async def _await_completed(self, remote: RemotePages, scope: anyio.CancelScope) -> None:
-        """Another destination has all of the dump: what it was runs there, and never on both sides."""
+        """If another destination has completed the dump, end the tasks here: they must not run on two hosts."""
         await remote.wait_completed_elsewhere()
         if self._connected or self._control.has_caller():
-            log.error("another destination has all of this dump and goes on with it: ending the tasks here")
+            log.error("another destination has completed this dump and runs it: killing the tasks here")
             await self._give_up()
             self._end_twins()
         else:
-            log.error("ended before a restore connected: another destination has all of this dump")
+            log.error("ended before a restore connected: another destination has completed this dump")
             scope.cancel()
 
     def _end_twins(self) -> None:
-        """What runs elsewhere must not run here: all tasks, the complete ones too, and all that they have forked."""
+        """Kill all tasks, also complete ones, with all descendants, if another destination runs them."""
         if self._remote and self._remote.completed_elsewhere:
             for process in self._processes.values():
                 process.kill(descendants=True)
@@ -244,7 +248,7 @@ class Server:
                 service.ended_as_twin()
 
     async def _meet(self, remote: RemotePages) -> None:
-        """A server keeps its task frozen until it hears the end; it must hear of us at all for that."""
+        """Try to reach a server for CLOSE: without it the server keeps its tasks frozen."""
         with anyio.move_on_after(FAREWELL):
             while not remote.can_be_told:
                 await anyio.sleep(0.05)
@@ -253,14 +257,14 @@ class Server:
 
     async def _receive(self, engine: Engine) -> None:
         with await accept(self._control, self._short_of_descriptors) as connection:
-            # One restore a daemon: a second one fails at once rather than wait for nobody.
+            # A daemon serves one restore: with the socket closed a second one fails at once instead of waiting.
             self._connected = True
             self._started = time.monotonic()
             self._control.close()
             await self._receive_tasks(engine, connection)
         if not self._finished:
-            rest = "; tasks that it left are served on" if self._by_task else ""
-            log.error("the restore failed: it closed the connection before it was finished%s", rest)
+            rest = "; its remaining tasks are still served" if self._by_task else ""
+            log.error("the restore failed: it closed the connection before it had finished%s", rest)
 
     async def _receive_tasks(self, engine: Engine, connection: Connection) -> None:
         try:
@@ -303,7 +307,7 @@ class Server:
             expected = self._expect(event.pid, zombie=False)
             assert expected.memory is not None
         except ControlError:
-            # The uffd stays open: closed, it would let the task run on zeros.
+            # The uffd stays open: if it were closed, the task would read zeros.
             if process:
                 process.kill()
                 process.close()
@@ -319,10 +323,10 @@ class Server:
         except OSError as error:
             if process:
                 process.kill()
-                # The uffd stays open, and the guard knows this pidfd of it.
+                # The uffd stays open, and so does the pidfd, by which the guard can kill the task.
                 self._processes[event.pid] = process
                 self._held.add(event.pid)
-            raise ControlError(f"task {event.pid} can't be served: {error.strerror}") from error
+            raise ControlError(f"cannot serve task {event.pid}: {error.strerror}") from error
         identity = Identity(f"task {event.pid}", event.pid, False, expected.lazy_pages, expected.sources)
         log.info("%s: %d pages are lazy", identity.name, expected.lazy_pages)
         if process:
@@ -331,8 +335,8 @@ class Server:
 
     def _restore_finished(self) -> None:
         if self._awaited:
-            log.warning("tasks that never came: %s", ", ".join(map(str, sorted(self._awaited))))
-        log.info("restore finished; tasks go on")
+            log.warning("tasks missing from the restore: %s", ", ".join(map(str, sorted(self._awaited))))
+        log.info("restore finished; the tasks run")
         self._finished = True
         self._traced.restore_finished()
         for service in self._services:
@@ -343,7 +347,7 @@ class Server:
     # The tasks.
 
     async def _all_ended(self, engine: Engine) -> None:
-        """Forked children of whom the news is still on its way are waited for as well."""
+        """Wait for all tasks, also for forked children whose FORK event was not handled yet."""
         while engine.has_tasks:
             self._one_ended = anyio.Event()
             await self._one_ended.wait()
@@ -389,7 +393,7 @@ class Server:
         )
 
     async def _probe(self) -> None:
-        """All tasks, some at a time."""
+        """Check all tasks, PROBES at a time."""
         waiting: list[TaskService] = []
         while True:
             await anyio.sleep(PROBE_INTERVAL)
@@ -404,17 +408,17 @@ class Server:
 
     async def _dispatch(self, engine: Engine) -> None:
         while True:
-            await anyio.wait_readable(engine.notice_fd)
+            await anyio.wait_readable(engine.event_fd)
             urgent: list[tuple[int, int, int]] = []
-            for notice in engine.notices():
-                if notice.kind is NoticeKind.FORKED:
-                    self._forked(notice.task)
-                elif notice.kind is NoticeKind.FAILED and notice.error in NONE_LEFT:
+            for event in engine.events():
+                if event.kind is TaskEventKind.FORKED:
+                    self._forked(event.task)
+                elif event.kind is TaskEventKind.FAILED and event.error in NONE_LEFT:
                     self._short_of_descriptors(
-                        f"task {notice.task.tag}: no file descriptor is free for what it forks"
+                        f"task {event.task.tag}: no file descriptor is free for a forked child"
                     )
-                elif service := self._by_task.get(notice.task):
-                    service.handle(notice, urgent)
+                elif service := self._by_task.get(event.task):
+                    service.handle(event, urgent)
             if urgent and self._remote:
                 self._remote.request(urgent, urgent=True)
 
@@ -426,7 +430,7 @@ class Server:
         )
         self._start(served, identity, self._processes.get(pid))
 
-    # The user.
+    # Signals.
 
     async def _handle_signals(self, scope: anyio.CancelScope, *, task_status: TaskStatus[None]) -> None:
         with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
@@ -446,18 +450,17 @@ class Server:
         pages = sum(service.pending for service in missing)
         if missing:
             log.error(
-                "%s still %s %s (%s), which would be lost: completing first; "
-                "a second Ctrl-C (SIGINT, SIGTERM) kills instead",
+                "%s still %s %s (%s): completing them first; a second Ctrl-C (SIGINT, SIGTERM) kills the tasks instead",
                 count(len(missing), "task"),
                 "misses" if len(missing) == 1 else "miss",
                 count(pages, "page"),
                 size(pages * PAGE_SIZE),
             )
         elif self._finished:
-            log.error("no task misses a page any more: ending")
+            log.error("no page is missing any more: ending")
         else:
             log.error(
-                "the restore would fail now: waiting until it is finished; "
+                "the restore would fail now: waiting until it has finished; "
                 "a second Ctrl-C (SIGINT, SIGTERM) ends at once"
             )
         if self._finished:
@@ -468,11 +471,11 @@ class Server:
         async with anyio.create_task_group() as group:
             for service in list(self._by_task.values()):
                 group.start_soon(service.give_up)
-        # Whatever the restorer still has to say does not matter any more.
+        # Messages that the restorer may still send are ignored.
         self._tasks.cancel_scope.cancel()
 
 
 def _poison_leftovers(engine: Engine) -> None:
     for served in engine.leftovers():
         if served.pending and not poison_now(served):
-            log.error("a forked task misses %d pages that will not come: end it", served.pending)
+            log.error("a forked task misses %d pages, which it will never get: kill it", served.pending)

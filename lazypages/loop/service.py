@@ -1,7 +1,7 @@
-"""Serving one restored task, from the arrival of its uffd until nothing is missing or the task is gone.
+"""The service of one restored task, from the arrival of its uffd until no page is missing or the task is gone.
 
-Faults are answered by the engine at all times; what is decided here is background transfer, what becomes of
-pages that can't be had, and when the uffd may be closed.
+The engine answers faults by itself. Decided here: background transfer, the handling of lost pages, and when the uffd
+may be closed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ import anyio.lowlevel
 from anyio import to_thread
 from anyio.abc import TaskGroup
 
-from lazypages.engine.uffd import BusyError, Notice, NoticeKind, ServedTask, TaskGoneError
+from lazypages.engine.errors import BusyError, TaskGoneError
+from lazypages.engine.events import TaskEvent, TaskEventKind
+from lazypages.engine.task import ServedTask
 from lazypages.loop.processes import Process
 from lazypages.observe.metrics import State, TaskReport, measure, signal_name
 from lazypages.sources.checkpoint import Seen
@@ -27,35 +29,38 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("lazypages")
 
-#: Bytes that a task's background transfer brings before the next task has its turn.
+#: Bytes that the background transfer of a task copies before the next task has its turn.
 QUANTUM = 8 << 20
 
-#: The same while no other task waits: between two turns a CPU stands still, for 100 us.
+#: The same while no other task waits. Longer, because a CPU is idle for 100 us between two turns.
 LONG_QUANTUM = 64 << 20
 
-#: Seconds between looks for pages that were claimed for a page server and have been given back.
+#: Seconds between two searches for pages that were claimed for a page server and have been given back.
 GIVEN_BACK_PAUSE = 1.0
 
-#: Seconds between looks for pages that somebody has claimed and not brought.
+#: Seconds between two searches for pages that another thread has claimed and may give back.
 CLAIMED_PAUSE = 0.1
 
-#: Seconds to wait while a layout event of the task is under way; and how often that is done at the very end.
+#: Seconds to wait while a layout event of the task is under way; and number of attempts of `poison_now`.
 BUSY_PAUSE = 0.001
 BUSY_TRIES = 500
 
-#: How often ranges that others look at are tried while a layout event is under way.
+#: Number of attempts to bring ranges that observers read (Seen) while a layout event is under way.
 SEEN_TRIES = 20
 
-#: How long it is looked how a task ended whose memory is gone; from there to its exit the kernel has little to do.
+#: Seconds between two checks how a task ended whose memory is gone, and their number. It exits shortly after that.
 END_PAUSE = 0.01
 END_LOOKS = 1000
 
-#: Seconds between looks whether the memory of a process that has exited is gone, at most; then the server's are enough.
+#: Longest pause in seconds between two checks whether the memory of an exited process is gone; then the server probes.
 GONE_PAUSE = 0.5
 
 
 class Identity(NamedTuple):
-    """Which task this is. ``pid``: as in the images; of a forked child, that of the task it descends from."""
+    """Identifies a task. ``pid``: as in the images; for a forked child, the pid of the restored task it descends from.
+
+    ``total``: lazy pages at the start. ``sources``: names of the levels of its images.
+    """
 
     name: str
     pid: int
@@ -65,7 +70,10 @@ class Identity(NamedTuple):
 
 
 class TaskService:
-    """One memory under one uffd. ``process``: of the restored task, where known; of a forked child: its ancestor's."""
+    """The service of one address space with one uffd.
+
+    ``process``: of the restored task, if known; for a forked child, that of its ancestor.
+    """
 
     def __init__(
         self,
@@ -88,25 +96,25 @@ class TaskService:
         self._gone = False
         self._state = State.SERVING
         self._signal = 0
-        self._wrong: list[Notice] = []
+        self._wrong: list[TaskEvent] = []
         self._tending = False
         self._background = False
         self._urgent = False
         self._exited = False
-        self._group: TaskGroup | None = None  # while children may be started
+        self._group: TaskGroup | None = None  # not None while run() can start tasks in it
         self._ended = anyio.Event()
         self._closed = anyio.Event()
         self._final: TaskReport | None = None
-        #: Whether the uffd had to stay open to the end of this process.
+        #: Whether the uffd must stay open until this process ends.
         self.holds_uffd = False
 
     @property
     def pending(self) -> int:
-        """Pages that the task still misses."""
+        """Number of pages that the task still misses."""
         return 0 if self._final else self._served.pending
 
     def report(self) -> TaskReport:
-        """The numbers of this moment or, once it has ended, of its end."""
+        """The current numbers; once the service has ended, those of its end."""
         return self._final or self._measure()
 
     def _measure(self) -> TaskReport:
@@ -123,79 +131,79 @@ class TaskService:
             **measure(self._served),
         )
 
-    # What the server tells.
+    # Called by the server.
 
     def restore_finished(self) -> None:
-        """The task is registered and goes on: from now on the uffd may be closed once nothing is missing."""
+        """The task has registered its memory and runs: the uffd may be closed when no page is missing."""
         self._may_close = True
         self._check_complete()
         if self._group:
             self._group.start_soon(self._bring_seen)
 
     def start_background(self) -> None:
-        """Bring what nobody has touched yet. Only once the restore is finished: before, nothing is registered."""
+        """Start to copy untouched pages. Only after the end of the restore: nothing is registered before."""
         if not self._background:
             self._background = True
             if self._group:
                 self._bring_rest(self._group)
 
     async def complete(self) -> None:
-        """Bring all that is missing, before what other tasks miss. Returns when the uffd is closed."""
+        """Bring all missing pages, before those of other tasks. Returns when the uffd is closed."""
         self.start_background()
         if not self._urgent:
             self._urgent = True
             if self._group:
-                self._hurry(self._group)
+                self._prioritise(self._group)
         await self._closed.wait()
 
     def process_exited(self) -> None:
         """The process has exited, all its threads included."""
         self._exited = True
         if self.process:
-            self.process.exit_status()  # soon nobody may know it any more
+            self.process.exit_status()  # it is lost when the parent waits for the process
         if self._group and self._served.probe():
             self._group.start_soon(self._await_gone)
 
     def probe(self) -> None:
-        """Has the engine find out whether the task still exists: without faults nothing else tells."""
+        """Let the engine check whether the task still exists; without faults nothing else detects its end."""
         if not self._final:
             self._served.probe()
 
-    def handle(self, notice: Notice, urgent: list[tuple[int, int, int]]) -> None:
-        """A notice of the engine about this task; never blocks. Adds to `urgent` what page servers must give."""
-        match notice.kind:
-            case NoticeKind.NEED | NoticeKind.HURRY:
-                urgent.append((self.identity.pid, notice.image, notice.nr_pages))
-            case NoticeKind.COMPLETE:
+    def handle(self, event: TaskEvent, urgent: list[tuple[int, int, int]]) -> None:
+        """Handle an event of the engine about this task. Does not block. Adds pages for page servers to `urgent`."""
+        match event.kind:
+            case TaskEventKind.NEED | TaskEventKind.ESCALATE:
+                urgent.append((self.identity.pid, event.image, event.nr_pages))
+            case TaskEventKind.COMPLETE:
                 self._check_complete()
-            case NoticeKind.GONE:
+            case TaskEventKind.GONE:
                 self._gone = True
                 if not self._served.pending:
                     self._end(State.COMPLETE)
                 elif self._group:
                     self._group.start_soon(self._learn_end)
-            case NoticeKind.LOST if notice.error == errno.ESTALE:
+            case TaskEventKind.LOST if event.error == errno.ESTALE:
                 self._spoilt()
-            case NoticeKind.LOST:
-                self._wrong.append(notice)
+            case TaskEventKind.LOST:
+                self._wrong.append(event)
                 if self._group:
                     self._tend(self._group)
-            case NoticeKind.FAILED:
-                log.error("%s: userfaultfd: %s", self.identity.name, os.strerror(notice.error))
-            case NoticeKind.BROKEN:
+            case TaskEventKind.FAILED:
+                log.error("%s: userfaultfd: %s", self.identity.name, os.strerror(event.error))
+            case TaskEventKind.BROKEN:
                 self._state = State.KILLED
                 self._kill(
-                    f"it is not known any more what it misses: {os.strerror(notice.error)}", descendants=True
+                    f"cannot keep track of its missing pages: {os.strerror(event.error)}", descendants=True
                 )
-            case NoticeKind.UNSEEN:
+            case TaskEventKind.UNSEEN:
                 log.warning(
-                    "%s: /proc/PID/pagemap can't be read (%s): a guard that it installs (MADV_GUARD_INSTALL) before "
-                    "all of its memory is there may be copied over; give the daemon CAP_SYS_PTRACE",
+                    "%s: cannot read /proc/PID/pagemap (%s): guards that it installs (MADV_GUARD_INSTALL) before "
+                    "all its memory has arrived may be overwritten; give the daemon CAP_SYS_PTRACE",
                     self.identity.name,
-                    os.strerror(notice.error),
+                    os.strerror(event.error),
                 )
-            case NoticeKind.FORKED:
-                pass  # the server's
+            case TaskEventKind.FORKED:
+                pass  # handled by the server
 
     def _check_complete(self) -> None:
         if self._may_close and not self._final and self._served.pending == 0:
@@ -206,13 +214,13 @@ class TaskService:
             self._state = state
         self._ended.set()
 
-    # Its life.
+    # The service.
 
     async def run(self) -> None:
-        """Returns when the task has all its memory, is gone, or has been given up; the uffd is closed then."""
+        """Serve until the task has all its memory, is gone, or has been given up; then close the uffd."""
         try:
             async with anyio.create_task_group() as group:
-                # Its children are started when there is something to do: a thousand tasks are a normal number.
+                # Tasks in this group are started only when needed, since a restore may have a thousand services.
                 self._group = group
                 try:
                     if self._may_close:
@@ -220,7 +228,7 @@ class TaskService:
                     if self._background:
                         self._bring_rest(group)
                     if self._urgent:
-                        self._hurry(group)
+                        self._prioritise(group)
                     if self._exited:
                         group.start_soon(self._await_gone)
                     if self._gone:
@@ -240,19 +248,19 @@ class TaskService:
             for _ in self._remote.stats():
                 group.start_soon(self._fetch, self._remote)
 
-    def _hurry(self, group: TaskGroup) -> None:
-        """Beside those that wait for their turn."""
+    def _prioritise(self, group: TaskGroup) -> None:
+        """Transfer without waiting for a turn."""
         threads = int(self._turns.total_tokens)
         turns = anyio.CapacityLimiter(threads)
         for _ in range(threads):
             group.start_soon(self._transfer, turns)
 
     async def _bring_seen(self) -> None:
-        if not self._background:  # which does it
+        if not self._background:  # else _transfer_some() does it
             await to_thread.run_sync(self._bring_seen_now, limiter=self._turns)
 
     def _bring_seen_now(self) -> None:
-        """Blocks; once. What can't be had at the moment comes later, with the rest."""
+        """Bring the ranges that observers read, once. Blocks. Failed ranges are left to the background."""
         seen, self._seen = self._seen, None
         for start, end in seen() if seen else ():
             for _ in range(SEEN_TRIES):
@@ -272,7 +280,7 @@ class TaskService:
         quantum = QUANTUM
         while True:
             try:
-                # The limiter is fair: a task that has had its turn goes to the end of the line.
+                # The limiter is fair: after its turn a task waits behind all others.
                 brought = await to_thread.run_sync(self._transfer_some, quantum, limiter=turns)
             except BusyError:
                 await anyio.sleep(BUSY_PAUSE)
@@ -282,7 +290,9 @@ class TaskService:
             if not brought:
                 if not any(self._served.remaining().levels):
                     return
-                await anyio.sleep(CLAIMED_PAUSE)  # others bring what is left; they may give some of it back
+                await anyio.sleep(
+                    CLAIMED_PAUSE
+                )  # other threads have claimed the rest, and may give some of it back
             quantum = QUANTUM if turns.statistics().tasks_waiting else LONG_QUANTUM
 
     async def _fetch(self, remote: RemotePages) -> None:
@@ -298,15 +308,15 @@ class TaskService:
             self._served.fail_remote(image, nr_pages, lost=True)
 
     async def _await_gone(self) -> None:
-        """Its memory goes last; or stays, when it is another process's, too (CLONE_VM): no end of that is told."""
+        """Wait until the memory of an exited process is gone. It stays if another process shares it (CLONE_VM)."""
         pause = BUSY_PAUSE
         while pause < GONE_PAUSE and self._served.probe():
             await anyio.sleep(pause)
             pause *= 2
 
     async def _learn_end(self) -> None:
-        """Its memory is gone, and it missed pages: was that its own doing?"""
-        if self._state is not State.SERVING:  # lost pages, or was killed for a reason of ours
+        """Find out how a task ended whose memory is gone while it missed pages."""
+        if self._state is not State.SERVING:  # it lost pages, or the daemon killed it
             self._ended.set()
             return
         for _ in range(END_LOOKS):
@@ -317,13 +327,13 @@ class TaskService:
         self._end(State.ENDED)
 
     def _how_it_ended(self) -> State:
-        """SERVING: that can't be told yet."""
+        """The state for the end of the process; SERVING: not known yet."""
         if self.identity.forked:
             return State.GONE
         if not self.process:
             return State.ENDED
         if not self.process.has_exited:
-            # Either it has another memory already (execve), or it is about to exit.
+            # Either it has a new address space (execve), or it is about to exit.
             return State.GONE if self.process.has_memory and not self.process.has_exited else State.SERVING
         status = self.process.exit_status()
         if status is None:
@@ -339,43 +349,43 @@ class TaskService:
             group.start_soon(self._tend_wrong)
 
     async def _tend_wrong(self) -> None:
-        """Pages that can't be had: the task may not read zeros there, and nobody else can bring them."""
+        """Poison lost pages, so that the task does not read zeros there."""
         while self._wrong:
-            notices, self._wrong = self._wrong, []
-            for notice in notices:
-                self._explain(notice)
+            events, self._wrong = self._wrong, []
+            for event in events:
+                self._explain(event)
             if self._served.lost:
                 if self._state is State.SERVING:
                     self._state = State.LOST
                 await self._poison(everything=False)
         self._tending = False
 
-    def _explain(self, notice: Notice) -> None:
-        name, where = self.identity.name, f"{notice.nr_pages} pages at {notice.addr:#x}"
-        if notice.error == errno.ENOENT:
-            if self.process and not self.process.holds_anonymous_memory(notice.addr):
+    def _explain(self, event: TaskEvent) -> None:
+        name, where = self.identity.name, f"{event.nr_pages} pages at {event.addr:#x}"
+        if event.error == errno.ENOENT:
+            if self.process and not self.process.holds_anonymous_memory(event.addr):
                 log.info("%s: %s are not mapped any more", name, where)
-                self._served.forget(notice.image, notice.nr_pages)
+                self._served.forget(event.image, event.nr_pages)
                 return
             log.error("%s: %s have data in the image, but the restorer has not registered them", name, where)
             self._state = State.KILLED
             self._kill("it would read zeros there")
-        elif notice.error == errno.ENODATA:
-            pass  # pages_lost has said it
-        elif notice.error == errno.EADDRNOTAVAIL:
+        elif event.error == errno.ENODATA:
+            pass  # pages_lost() has logged it
+        elif event.error == errno.EADDRNOTAVAIL:
             log.error(
-                "%s: %s may have been unmapped or not, which the kernel does not say: neither their data nor zeros"
-                " would be right",
+                "%s: %s may have been unmapped, which the kernel does not report: neither their data nor zeros are"
+                " certain to be right",
                 name,
                 where,
             )
-        elif notice.error:
-            log.error("%s: %s can't be read from the image: %s", name, where, os.strerror(notice.error))
+        elif event.error:
+            log.error("%s: %s can't be read from the image: %s", name, where, os.strerror(event.error))
         else:
             log.error("%s: %s are lost and a thread waits for one", name, where)
 
     def _spoilt(self) -> None:
-        """A pages file became shorter at the moment when the page was copied that it ends in now."""
+        """A pages file was truncated within a page while that page was being copied."""
         log.error("%s: a page was copied while its image was cut short", self.identity.name)
         self._state = State.KILLED
         self._kill("it may have zeros there")
@@ -390,7 +400,7 @@ class TaskService:
                 return
             except OSError as error:
                 self._state = State.KILLED
-                self._kill(f"its pages can't be poisoned here: {error.strerror}")
+                self._kill(f"cannot poison its pages: {error.strerror}")
                 return
             else:
                 if pages:
@@ -398,15 +408,17 @@ class TaskService:
                 return
 
     def _kill(self, why: str, *, descendants: bool = False) -> None:
-        """Kills the task; its descendants, too, on demand. The process of a forked child is not known: then its
-        ancestor and all its descendants."""
+        """Kill the task, with `descendants` also all its descendants.
+
+        The process of a forked child is unknown: then its ancestor is killed with all descendants.
+        """
         if self.process and self.process.kill(descendants=descendants or self.identity.forked):
             log.error("%s: killed (pid %d): %s", self.identity.name, self.process.pid, why)
         else:
-            log.error("%s: %s, and its process is not known: end it", self.identity.name, why)
+            log.error("%s: %s; its process is unknown: kill it", self.identity.name, why)
 
     async def give_up(self) -> None:
-        """Ends the task if it still misses pages: never may it read zeros for them."""
+        """Poison the missing pages of the task and kill it, so that it does not read zeros."""
         if self._state is State.SERVING and not self._gone and (pending := self._served.pending):
             self._state = State.KILLED
             await self._poison(everything=True)
@@ -415,22 +427,22 @@ class TaskService:
         self._ended.set()
 
     def ended_as_twin(self) -> None:
-        """Its process was killed, because what it is runs elsewhere."""
+        """The server has killed the process, because another destination runs this task."""
         if self._state is State.COMPLETE:
-            log.error("%s: killed: another destination has all of this dump", self.identity.name)
+            log.error("%s: killed: another destination has completed this dump", self.identity.name)
             self._state = State.KILLED
             if self._final:
                 self._final = self._final._replace(state=State.KILLED)
 
     def _close(self) -> None:
         if self._served.pending and not self._gone and self._state is not State.KILLED:
-            # Only after an error of ours. Until the task is dead its uffd stays open, or it would get zeros.
+            # Only after an error of the daemon. The uffd stays open until the task is dead, or it would read zeros.
             self._state = State.KILLED
             if (self.process and not self.identity.forked) or not poison_now(self._served):
                 self._kill("the daemon failed")
         if self._gone and self._state is State.SERVING:
             self._end(State.ENDED)
-        self._say_end()
+        self._log_end()
         report = self._measure()
         self.holds_uffd = (report.pending > 0 or self._state is State.KILLED) and not self._gone
         if self._served.close():
@@ -438,18 +450,18 @@ class TaskService:
         self._final = report._replace(state=self._state)
         self._closed.set()
 
-    def _say_end(self) -> None:
+    def _log_end(self) -> None:
         name, pending = self.identity.name, self._served.pending
         if self._state is State.DIED:
             log.error("%s: killed by %s while it missed %d pages", name, signal_name(self._signal), pending)
         elif self._state is State.ENDED:
-            log.error("%s: ended while it missed %d pages; how is not known", name, pending)
+            log.error("%s: ended while it missed %d pages, cause unknown", name, pending)
 
 
 def poison_now(served: ServedTask) -> bool:
-    """Poisons all that is pending, without the event loop.
+    """Poison all missing pages, without the event loop. Blocks for up to BUSY_TRIES * BUSY_PAUSE seconds.
 
-    False when this kernel can't, or while the task is in the middle of a layout event that nobody reads any more.
+    False if the kernel has no UFFDIO_POISON (before 6.6), or if a layout event is under way all that time.
     """
     for _ in range(BUSY_TRIES):
         try:

@@ -1,7 +1,7 @@
-"""Tasks that somebody begins to trace while they miss pages: completed before the tracer goes on (docs/criu.md).
+"""Completes tasks that a thread begins to trace while they miss pages, before the tracer continues (docs/criu.md).
 
-Who looks at a task's memory from outside is not given what is missing, and is not told: `criu dump` takes pages that
-have not come for pages that were never touched, a debugger reads EIO.
+The kernel does not fetch missing pages for a reader outside of the task: `criu dump` takes them for pages that were
+never touched, and a debugger gets EIO.
 """
 
 from __future__ import annotations
@@ -26,18 +26,19 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("lazypages")
 
-#: Where the kernel does not tell of every tracer: seconds between looks, and how many tasks are looked at. 12 us each.
+#: Where the kernel does not report every tracer: seconds between two polls, and tasks per poll. One takes 12 us.
 POLL_PAUSE = 0.02
 POLLS = 8
 
-#: What CRIU maps into each task that it dumps, before it asks which pages are there (observed with 4.1.1 and 4.2.1).
+#: Name of the file that CRIU maps into each task before it reads its pagemap (observed with 4.1.1 and 4.2.1).
 PARASITE = b"CRIUMFD"
 
 
 class TracedTasks:
-    """`families`: a restored task and what it has forked; `processes`: of the restored ones. By pid in the images.
+    """Watches for tracers of all tasks.
 
-    The server changes them, and says so.
+    `families`: services of each restored task and its forked children; `processes`: of the restored tasks; both by pid
+    in the images. The server changes them, and calls `started` and `ended`.
     """
 
     def __init__(
@@ -47,12 +48,12 @@ class TracedTasks:
         self._processes = processes
         self._finished = anyio.Event()
         self._tracers: Tracers | None = None
-        self._unknown = 0  # services of processes that are not known
-        self._tasks: dict[int, int] = {}  # pids in the images by pids here
-        self._seen: dict[int, int] = {}  # tracers that are dealt with, or the restorer's, by pid of the task
+        self._unknown = 0  # number of services whose process is unknown
+        self._tasks: dict[int, int] = {}  # pids in the images, by pid in our namespace
+        self._seen: dict[int, int] = {}  # tracers already handled, or the restorer's, by pid of the task
 
     def restore_finished(self) -> None:
-        """Before, it is the restorer that traces them."""
+        """Start to watch. Before this, the restorer itself traces the tasks."""
         self._finished.set()
 
     def started(self, service: TaskService) -> None:
@@ -60,14 +61,14 @@ class TracedTasks:
         self._watch_unknown()
 
     def ended(self, service: TaskService) -> None:
-        """It has left its family already."""
+        """A service has ended. The server has removed it from its family already."""
         self._unknown -= _is_unknown(service)
         self._watch_unknown()
         if self._tracers and service.process and not self._families.get(service.identity.pid):
             self._tracers.watch(service.process.pid, watched=False)
 
     def _watch_unknown(self) -> None:
-        """Any process may be one of them: whoever attaches to one is held until we have looked at it."""
+        """While a task's process is unknown, every tracer on the machine waits until the traced process was checked."""
         if self._tracers:
             self._tracers.watch(0, watched=self._unknown > 0)
 
@@ -76,7 +77,7 @@ class TracedTasks:
         try:
             tracers = Tracers()
         except OSError as error:
-            log.warning("nobody looks who traces tasks that miss pages: %s", error.strerror)
+            log.warning("cannot watch for tracers of tasks that miss pages: %s", error.strerror)
             return
         with tracers:
             async with anyio.create_task_group() as group:
@@ -88,7 +89,7 @@ class TracedTasks:
                         tracers.watch(process.pid, watched=True)
                     self._watch_unknown()
                     if not tracers.told:
-                        log.debug("the kernel does not tell who traces tasks: looking at them in turn")
+                        log.debug("the kernel does not report tracers: polling the tasks")
                         group.start_soon(self._poll, tracers)
                     while True:
                         await anyio.wait_readable(tracers.event_fd)
@@ -103,7 +104,7 @@ class TracedTasks:
             try:
                 await to_thread.run_sync(tracers.run, limiter=anyio.CapacityLimiter(1))
             except OSError as error:
-                log.warning("nobody looks who traces tasks that miss pages: %s", error.strerror)
+                log.warning("cannot watch for tracers of tasks that miss pages: %s", error.strerror)
 
     async def _attached(self, attach: Attach, tracers: Tracers, group: TaskGroup) -> None:
         if not attach.pid:
@@ -116,7 +117,7 @@ class TracedTasks:
             name = f"task {task}"
         else:
             families = [family for family in self._families.values() if any(map(_is_unknown, family))]
-            name = f"process {attach.pid}, which a task has forked,"
+            name = f"process {attach.pid}, forked by a task"
             if not self._unknown or not await to_thread.run_sync(_misses_pages, attach.pid):
                 families = []
             elif attach.error == errno.EAGAIN:
@@ -124,24 +125,25 @@ class TracedTasks:
                 return
         missing = sum(service.pending for family in families for service in family)
         if missing:
-            self._say(attach, name, missing)
+            self._log_attach(attach, name, missing)
             group.start_soon(self._complete, attach, tracers, name, families)
         elif not attach.error:
             tracers.release(attach.tracer)
 
-    def _say(self, attach: Attach, name: str, missing: int) -> None:
-        who = _describe(attach.owner)
+    def _log_attach(self, attach: Attach, name: str, missing: int) -> None:
+        tracer = _describe(attach.owner)
+        pages = count(missing, "page")
         if not attach.error and not _has_parasite(attach.pid):
-            log.warning("%s: traced by %s, which waits until %s have come", name, who, count(missing, "page"))
+            log.warning("%s: %s traces it and has to wait for %s", name, tracer, pages)
             return
         why = f" and could not be stopped ({os.strerror(attach.error)})" if attach.error else ""
         log.error(
-            "%s: traced by %s%s while it missed %s: a dump that this one makes now lacks them. "
-            "Throw it away, and dump again when this daemon has ended",
+            "%s: %s traces it%s while it misses %s: a dump that is made now lacks them. "
+            "Discard that dump, and dump again when this daemon has ended",
             name,
-            who,
+            tracer,
             why,
-            count(missing, "page"),
+            pages,
         )
 
     async def _complete(
@@ -152,14 +154,14 @@ class TracedTasks:
                 for service in services:
                     group.start_soon(service.complete)
         if not attach.error:
-            log.info("%s: nothing is missing any more; %s goes on", name, _describe(attach.owner))
+            log.info("%s: no page is missing any more; %s continues", name, _describe(attach.owner))
             tracers.release(attach.tracer)
 
-    # Where the kernel does not tell.
+    # Where the kernel does not report tracers.
 
     async def _poll(self, tracers: Tracers) -> None:
         for process in self._processes.values():
-            self._seen[process.pid] = tracer_of(process.pid)  # the restorer, if it has not let go yet
+            self._seen[process.pid] = tracer_of(process.pid)  # the restorer, if it has not detached yet
         while True:
             waiting = [
                 self._processes[pid]
@@ -181,7 +183,7 @@ class TracedTasks:
 
 
 def _is_unknown(service: TaskService) -> bool:
-    """Whether its process is not known: the kernel does not tell which one a task has forked."""
+    """Whether the process of a service is unknown: a FORK event does not name the child."""
     return service.identity.forked or service.process is None
 
 
@@ -193,7 +195,7 @@ def _describe(pid: int) -> str:
 
 
 def _has_parasite(pid: int) -> bool:
-    """Whether CRIU may have asked already which pages are there. True too when that can't be told."""
+    """Whether CRIU may have read the pagemap already. Also True if /proc can't be read."""
     try:
         return PARASITE in Path(f"/proc/{pid}/maps").read_bytes()
     except OSError:
@@ -201,7 +203,7 @@ def _has_parasite(pid: int) -> bool:
 
 
 def _misses_pages(pid: int) -> bool:
-    """Whether userfaultfd waits for missing pages of the process ("um" in smaps, proc_pid_smaps(5)): some daemon's."""
+    """Whether a mapping of the process is registered for missing pages ("um" in smaps, proc_pid_smaps(5))."""
     try:
         with Path(f"/proc/{pid}/smaps").open("rb") as smaps:
             return any(line.startswith(b"VmFlags:") and b" um" in line for line in smaps)

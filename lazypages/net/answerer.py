@@ -1,4 +1,4 @@
-"""Answers to plain GETs in C, with the GIL released (csrc/pageserver/pageserver.h)."""
+"""Answering plain GETs in C with the GIL released (csrc/pageserver/pageserver.h)."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from lazypages.net._pageserver import ffi, lib
 from lazypages.net.wire import Features, Layout
 
 MAX_ANSWER: Final = 1024  # pages of one answer; the client asks again for the rest
-POLL: Final = 50_000  # ns, to begin with, that a connection looks for the next request before it sleeps
+POLL: Final = 50_000  # ns: initial time that a connection polls for the next request before it sleeps
 
 
 class GetAnswerer:
-    """Answers GETs of one client.
+    """Answers GETs of one client from the images that `served` describes. `images` keeps these alive.
 
-    Of the images that `served` describes, which `images` keeps alive. `pages`: how many, so far.
+    `pages`: number of pages sent.
     """
 
     def __init__(self, images: object, served: Any, fd: int) -> None:
@@ -34,10 +34,11 @@ class GetAnswerer:
         return count
 
     def run(self, layout: Layout, features: Features, received: bytes) -> tuple[bytes, bool]:
-        """Answer what is in `received`, and what comes after it, until there is something else than a GET of pages
-        that are here and can be read. Returns that and what follows, and whether the client has closed.
+        """Answer the requests in `received` and those that follow, up to one that is not a GET of readable pages.
 
-        Raises OSError of the connection, LazyPagesError when it can't go on, SlowPeerError.
+        Returns the bytes from that request on, and whether the client has closed the connection.
+
+        Raises OSError of the connection; SlowPeerError; LazyPagesError if an answer could not be completed.
         """
         client = self._client
         client.header_size, client.features = layout.header_size, features
@@ -46,7 +47,7 @@ class GetAnswerer:
         result = lib.lp_answer_gets(client, self._served)
         if result == -errno.EFAULT:
             raise LazyPagesError(
-                "a page can't be read that an answer had promised; the next answers are shorter"
+                "cannot complete an answer: a page in it can't be read; the next ones are shorter"
             )
         if result == -errno.ETIMEDOUT and client.end:
             raise patience.SlowPeerError(patience.MESSAGE_TIMEOUT)

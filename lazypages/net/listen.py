@@ -1,4 +1,4 @@
-"""Where a page server listens, and the sockets that come of it."""
+"""Listening sockets of page servers: creating them, accepting clients, and the TLS handshake."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LOOPBACK: Final = "127.0.0.1"
 UNIX_PREFIX: Final = "unix:"
 HANDSHAKE_TIMEOUT: float = 30.0  # s
 BACKLOG: Final = 64
-#: What OpenSSL calls the beginning of something else.
+#: OpenSSL's reasons when the first bytes are not a TLS handshake.
 NO_TLS: Final = {
     "WRONG_VERSION_NUMBER",
     "HTTP_REQUEST",
@@ -37,18 +37,18 @@ NO_TLS: Final = {
     "UNKNOWN_PROTOCOL",
     "BAD_RECORD_TYPE",
 }
-RETRY: Final = 0.5  # s after which a client is taken that could not be taken
+RETRY: Final = 0.5  # s until accepting is tried again after a failure
 
 
 class ListenError(LazyPagesError):
-    """The server can't listen there, or should not."""
+    """The server can't listen at this address, or must not."""
 
 
 def listen(address: str | None, port: int, *, insecure: bool, tls: bool) -> tuple[socket.socket, str]:
-    """A listening socket, and how to name it: `address` is a host, an IPv4 or IPv6 address, or unix:PATH.
+    """Listen at a host name, an IPv4 or IPv6 address, or unix:PATH; return the socket and its name for messages.
 
-    Loopback without an address; port 0 is one of the kernel's choice. Raises ListenError, also for an address that
-    others can reach unless it is to be `insecure`, which is warned of, or has `tls`.
+    `address` None: loopback. `port` 0: the kernel chooses one. Raises ListenError, also for an address that other hosts
+    can reach, unless `tls` or `insecure` is given; `insecure` logs a warning.
     """
     if address is not None and address.startswith(UNIX_PREFIX):
         return _listen_unix(Path(address.removeprefix(UNIX_PREFIX)))
@@ -61,8 +61,8 @@ def listen(address: str | None, port: int, *, insecure: bool, tls: bool) -> tupl
     loopback = ipaddress.ip_address(str(where[0]).partition("%")[0]).is_loopback
     if not (loopback or insecure or tls):
         raise ListenError(
-            f"--address {host}: everybody who reaches it could read or write the memory of tasks: "
-            "use --tls, or say --insecure"
+            f"--address {host}: every host that reaches it could read or write the memory of tasks: "
+            "use --tls or --insecure"
         )
     get_ready()
     sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
@@ -72,9 +72,9 @@ def listen(address: str | None, port: int, *, insecure: bool, tls: bool) -> tupl
         sock.listen(BACKLOG)
     except OSError as error:
         sock.close()
-        raise ListenError(f"can't listen at {host} port {port}: {error.strerror}") from None
+        raise ListenError(f"cannot listen at {host} port {port}: {error.strerror}") from None
     if insecure and not (loopback or tls):
-        log.warning("--insecure: everybody who reaches %s can read or write the memory of tasks", host)
+        log.warning("--insecure: every host that reaches %s can read or write the memory of tasks", host)
     bound, number = sock.getsockname()[:2]
     return sock, f"[{bound}]:{number}" if family == socket.AF_INET6 else f"{bound}:{number}"
 
@@ -89,12 +89,12 @@ def _listen_unix(path: Path) -> tuple[socket.socket, str]:
         sock.listen(BACKLOG)
     except OSError as error:
         sock.close()
-        raise ListenError(f"can't listen at {UNIX_PREFIX}{path}: {error.strerror or error}") from None
+        raise ListenError(f"cannot listen at {UNIX_PREFIX}{path}: {error.strerror or error}") from None
     return sock, f"{UNIX_PREFIX}{path}"
 
 
 def _is_alive(path: Path) -> bool:
-    """Whether somebody has bound the socket. A connection would be the only one that some servers take."""
+    """Whether a process listens at the socket. SOCK_DGRAM, because some servers accept one connection only."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect(str(path))
@@ -110,19 +110,20 @@ def connected_socket(fd: int) -> socket.socket:
         sock.getpeername()
         sock.setblocking(True)
     except OSError as error:
-        raise ListenError(f"--ps-socket {fd}: no connected socket: {error.strerror}") from None
+        raise ListenError(f"--ps-socket {fd}: not a connected socket: {error.strerror}") from None
     return sock
 
 
 def prepare(sock: socket.socket, tls: TlsFiles | None, name: str | None, *, strangers: bool) -> socket.socket:
-    """An accepted socket, ready to be read; with TLS after the handshake. Raises TlsError, StrangerError, and has
-    closed it then.
+    """Check an accepted socket and prepare it for reading; with `tls`, after the handshake.
 
-    `name`: the server's --address, which the client's certificate must name too (as with CRIU), or None. `strangers`:
-    whether other users of this host may connect; with TLS the certificate says who may.
+    `name`: the server's --address, which the client's certificate must contain (as with CRIU), or None. `strangers`:
+    whether other users of this host may connect; with TLS the certificate decides.
+
+    Raises TlsError, StrangerError; the socket is closed then.
     """
     if sock.family != socket.AF_UNIX:
-        with suppress(OSError):  # a client that is gone already is found out by reading
+        with suppress(OSError):  # if the client has disconnected, the first read reports it
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             for option, value in KEEPALIVE.items():
@@ -135,7 +136,7 @@ def prepare(sock: socket.socket, tls: TlsFiles | None, name: str | None, *, stra
                 sock.close()
                 raise
         return sock
-    sock.settimeout(HANDSHAKE_TIMEOUT)  # for all of it, however it is cut
+    sock.settimeout(HANDSHAKE_TIMEOUT)  # for the whole handshake
     try:
         secure = tls.server_context().wrap_socket(sock, server_side=True)
     except TimeoutError:
@@ -145,7 +146,7 @@ def prepare(sock: socket.socket, tls: TlsFiles | None, name: str | None, *, stra
         sock.close()
         what = getattr(error, "verify_message", None) or error.reason or error
         if error.reason in NO_TLS:
-            what = f"the client does not speak it ({error.reason})"
+            what = f"the client does not use TLS ({error.reason})"
         raise TlsError(f"TLS: {what}") from None
     except OSError as error:
         sock.close()
@@ -160,7 +161,7 @@ def prepare(sock: socket.socket, tls: TlsFiles | None, name: str | None, *, stra
 
 
 def hang_up(sock: socket.socket, *, clean: bool) -> None:
-    """Close a connection; after a clean end, TLS says good-bye to a client that does so too."""
+    """Close a connection. After a clean end of a TLS connection, exchange close_notify first."""
     if clean and isinstance(sock, ssl.SSLSocket):
         with suppress(OSError, ValueError):
             sock.settimeout(1.0)
@@ -170,7 +171,7 @@ def hang_up(sock: socket.socket, *, clean: bool) -> None:
 
 @contextmanager
 def until_signalled() -> Iterator[int]:
-    """A file descriptor that is readable once SIGINT or SIGTERM has come."""
+    """A file descriptor that becomes readable when SIGINT or SIGTERM arrives."""
     readable, writable = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     wakeup = signal.set_wakeup_fd(writable)
@@ -193,9 +194,9 @@ def accept_all(
     *,
     last_words: float = 0.0,
 ) -> None:
-    """`handle(socket, name)` in a thread for each client, until `stop` is readable; then all are cut off.
+    """Run `handle(socket, name)` in a thread for each client until `stop` is readable; then shut down all connections.
 
-    `handle` closes its socket. `last_words`: seconds for which it may still send then, but nothing more comes.
+    `handle` closes its socket. `last_words`: seconds for which `handle` may still send after that; it receives no more.
     """
     listener.setblocking(False)
     clients: dict[threading.Thread, socket.socket] = {}
@@ -206,15 +207,17 @@ def accept_all(
             for ended in [thread for thread in clients if not thread.is_alive()]:
                 del clients[ended]
             try:
-                with suppress(BlockingIOError, ConnectionAbortedError):  # gone before we came
-                    reserve = os.dup(stop)  # it takes two files; with one left the client would be cut off
+                with suppress(BlockingIOError, ConnectionAbortedError):  # the client has disconnected already
+                    reserve = os.dup(
+                        stop
+                    )  # a client needs two descriptors: fail before accept if one is missing
                     try:
                         accepted = listener.accept()
                     finally:
                         os.close(reserve)
                     _start_client(*accepted, handle, clients)
-            except (OSError, RuntimeError) as error:  # no more files, no more threads
-                log.warning("a client could not be taken: %s", getattr(error, "strerror", None) or error)
+            except (OSError, RuntimeError) as error:  # no descriptor or no thread is free
+                log.warning("cannot accept a client: %s", getattr(error, "strerror", None) or error)
                 select.select([stop], [], [], RETRY)
     if last_words:
         _shut(clients, socket.SHUT_RD)
@@ -238,12 +241,12 @@ def _start_client(
     handle: Callable[[socket.socket, str], object],
     clients: dict[threading.Thread, socket.socket],
 ) -> None:
-    """Raises OSError, RuntimeError, without a socket left open."""
+    """Start the thread of a client. Raises OSError, RuntimeError; the socket is closed then."""
     name = f"client {peer[0]} port {peer[1]}" if peer else "a client"
     with ExitStack() as cleanup:
         cleanup.callback(sock.close)
         sock.setblocking(True)
-        # The duplicate can be shut down whatever the thread has made of the original.
+        # For shutdown(): the thread may have wrapped or closed the original.
         duplicate = sock.dup()
         cleanup.callback(duplicate.close)
         thread = threading.Thread(
@@ -260,18 +263,17 @@ def _handle(
     try:
         handle(sock, name)
     finally:
-        duplicate.close()  # or the connection would stay open
+        duplicate.close()  # the connection ends with its last descriptor
 
 
 Admit = Callable[[socket.socket, str], socket.socket]
 
 
 def accept_one(listener: socket.socket, stop: int, admit: Admit) -> tuple[socket.socket, str] | None:
-    """The first client that `admit(socket, name)` lets in; None when `stop` becomes readable before that.
+    """The first client that `admit(socket, name)` accepts; None if `stop` becomes readable before.
 
-    All who come meanwhile are asked at once, each in a thread: who is slow at its handshake keeps nobody waiting.
-    `admit` returns the socket to be used, or closes it and raises LazyPagesError, which is logged and costs nobody else
-    anything.
+    `admit` runs in a thread for each client, so that a slow handshake does not delay other clients. It returns the
+    socket to use, or closes it and raises LazyPagesError, which is logged.
     """
     listener.setblocking(False)
     with selectors.DefaultSelector() as selector, _Admission(admit) as admission:
@@ -284,15 +286,13 @@ def accept_one(listener: socket.socket, stop: int, admit: Admit) -> tuple[socket
                 with suppress(BlockingIOError, ConnectionAbortedError):
                     _start_client(*listener.accept(), admission.ask, admission.clients)
             except (OSError, RuntimeError) as error:
-                log.warning("a client could not be taken: %s", getattr(error, "strerror", None) or error)
+                log.warning("cannot accept a client: %s", getattr(error, "strerror", None) or error)
                 select.select([stop], [], [], RETRY)
     return None
 
 
 class _Admission:
-    """Clients that are being asked who they are. `fd` is readable once one is `admitted`; the others are cut off on
-    the way out.
-    """
+    """Runs `admit` for several clients. `fd` becomes readable when one is `admitted`; on exit the others are closed."""
 
     def __init__(self, admit: Admit) -> None:
         self._admit = admit
@@ -317,7 +317,7 @@ class _Admission:
         os.close(self.fd)
 
     def ask(self, sock: socket.socket, name: str) -> None:
-        """In a thread of its own."""
+        """Runs in the thread of a client."""
         try:
             sock = self._admit(sock, name)
         except LazyPagesError as error:
@@ -325,7 +325,7 @@ class _Admission:
             return
         with self._lock:
             if self._over or self.admitted is not None:
-                log.warning("%s: another client was faster", name)
+                log.warning("%s: another client was accepted before", name)
                 sock.close()
             else:
                 self.admitted, self._chosen = (sock, name), threading.current_thread()

@@ -1,6 +1,6 @@
-"""Names of sources and of CRIU's page server protocols, for options; apart from what is slow to import."""
+"""Names of sources and of page server protocols for options. Separate from modules that are slow to import."""
 
-#: How sources are named.
+#: The forms of a source's name.
 FORMS = "local:DIR, tcp://HOST:PORT, tls://HOST:PORT, unix:PATH or fd:N"
 AUTO = "auto"
 #: Values of wire.Layout.

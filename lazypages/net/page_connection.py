@@ -1,8 +1,8 @@
-"""`--lazy-pages`: answers the GETs of any number of clients, each in a thread of its own, for as long as it runs.
+"""The server's side of one connection of `--lazy-pages`.
 
-Threads, because a page that is not in the page cache keeps its reader waiting for the disk; the others go on. The
-pages of images go from the file to a plain socket without Python (`csrc/pageserver/pageserver.c`). What is here is for
-all else: the first message, TLS, pages that are missing, CLOSE, garbage.
+Each connection has a thread, so that a reader that waits for the disk does not delay the others. C code sends the pages
+of images to a plain socket (`csrc/pageserver/pageserver.c`). This module handles everything else: the first
+message, TLS, missing pages, CLOSE, and invalid messages.
 """
 
 from __future__ import annotations
@@ -24,61 +24,62 @@ from lazypages.net.wire import PAGE_SIZE, Command, Features, Header, RemoteProto
 
 log = logging.getLogger("lazypages")
 
-BUFFER_SIZE: Final = lib.LP_REQUESTS_SIZE  # bytes of requests that are received at once
+BUFFER_SIZE: Final = lib.LP_REQUESTS_SIZE  # bytes of requests that are received at once, at most
 
 
 class Piece(Protocol):
-    """`size` bytes of pages that go into an answer."""
+    """A part of an answer: `size` bytes of pages."""
 
     @property
     def size(self) -> int: ...
 
     def read(self) -> bytes | bytearray:
-        """The bytes, up to the first page that can't be read. Raises UnreadableError if that is the first of all."""
+        """The bytes before the first page that can't be read. Raises UnreadableError if there are none."""
 
 
 class Pages(Protocol):
-    """What is served: images, or the memory of tasks."""
+    """The pages that are served: of images, or of the memory of tasks."""
 
     def find(self, pid: int, address: int, nr_pages: int) -> Sequence[Piece]:
-        """The first pages of the range, up to all of them; nothing if the first one is not here.
+        """Pieces with the first pages of the range, at most all of them; none if the first page is not stored here.
 
-        Raises UnreadableError when the first one is but can't be read; any other LazyPagesError or ImageError closes
-        the connection.
+        Raises UnreadableError if the first page is stored here but can't be read. Any other LazyPagesError or
+        ImageError closes the connection.
         """
 
 
 class Gate:
-    """Which checkpoint is served, and what comes of that: for one connection.
+    """The identity of the served checkpoint, and callbacks of one connection about it (docs/protocol.md).
 
-    `identity`: of wire.IDENTITY_SIZE bytes. None: it is not known, and no client is told; those of ours then take no
-    page.
+    `identity`: wire.IDENTITY_SIZE bytes; None: unknown. Without it our own clients take no page.
     """
 
     def __init__(self, identity: bytes | None) -> None:
         self.identity = identity
 
     def opened(self) -> None:
-        """A client that means this or another checkpoint is about to be told which one is here."""
+        """The identity is about to be sent to a client."""
 
     def agreed(self, client: int) -> None:
-        """It means this one. `client`: as in wire.Agreement."""
+        """The client restores this checkpoint. `client`: as in wire.Agreement."""
 
     def refused(self) -> None:
-        """It means another one."""
+        """The client restores another checkpoint."""
 
     def closing(self, client: int | None, flags: wire.CloseFlags) -> int:
-        """A client says that it needs no more: the status for it. `client`: None for one that has not agreed."""
+        """A client sent CLOSE; returns the status to answer. `client`: None if it has not agreed."""
         del client, flags
         return 0
 
 
 class PageConnection:
-    """One client. `pages`: how many it was given; `closed`: it has said that it needs no more; `spoke`: it has sent
-    a whole message; `ours`: it speaks more than CRIU's protocol, and comes back when a connection is lost;
-    `client`: the number of one that has agreed on the checkpoint.
+    """The connection of one client.
 
-    `answerer`, if there is one for `sock`, takes most requests off our hands.
+    `pages`: number of pages sent. `closed`: the client sent CLOSE. `spoke`: it sent a complete message. `ours`: it is a
+    client of lazypages, which reconnects when a connection is lost. `client`: its number, once it has agreed on the
+    checkpoint.
+
+    `answerer`: answers plain GETs on `sock` in C; None: all are answered here.
     """
 
     def __init__(
@@ -97,7 +98,7 @@ class PageConnection:
         self._codec = ServerCodec(size=BUFFER_SIZE)
         self._compressor: Compressor | None = None
         self._pages = 0
-        self._told_lost: set[tuple[int, int]] = set()
+        self._logged_lost: set[tuple[int, int]] = set()
         self._gate = gate or Gate(None)
         self.client: int | None = None
         self.closed = self.spoke = self.ours = False
@@ -107,7 +108,7 @@ class PageConnection:
         return self._pages + (self._answerer.pages if self._answerer else 0)
 
     def run(self) -> bool:
-        """Until the client has closed, or breaks the protocol. Whether it ended as it should."""
+        """Serve until the client closes the connection or breaks the protocol. Returns whether it ended in order."""
         try:
             while True:
                 self._receive()
@@ -151,7 +152,7 @@ class PageConnection:
         if identity != self._gate.identity:
             self._gate.refused()
             log.error(
-                "%s: wants pages of another checkpoint (%s), not of the one that is here: refused",
+                "%s: refused: requests pages of another checkpoint (%s)",
                 self._name,
                 identity.hex(),
             )
@@ -161,7 +162,7 @@ class PageConnection:
         return True
 
     def _receive(self) -> None:
-        """More bytes, that the codec has to deal with."""
+        """Receive more bytes into the codec; the answerer may answer requests first."""
         codec, answerer = self._codec, self._answerer
         if answerer is None or codec.layout is None or not codec.settled:
             self._reader.receive(codec)
@@ -181,7 +182,7 @@ class PageConnection:
             case Command.PARENT:
                 return wire.answer_parent(has_parent=False)
         raise RemoteProtocolError(
-            f"sends {header.command.name}, but this server gives pages (--lazy-pages) and takes none"
+            f"sent {header.command.name}, but this server sends pages (--lazy-pages) and receives none"
         )
 
     def _get(self, request: Header) -> bool:
@@ -191,7 +192,7 @@ class PageConnection:
         granted = self._codec.features
         if not pages:
             if not granted & Features.MISSING:
-                return False  # as CRIU's server does
+                return False  # close the connection, as CRIU's server does
             self._sock.sendall(self._codec.answer_get(request, 0))
             return True
         if granted & Features.ZERO and not data[0] and data.count(0) == len(data):
@@ -203,7 +204,7 @@ class PageConnection:
         return True
 
     def _read(self, request: Header) -> bytes:
-        """The first pages of the range, up to one that is not here or can't be read."""
+        """The first pages of the range, before one that is not stored here or can't be read."""
         data: list[bytes | bytearray] = []
         try:
             for piece in self._images.find(request.dst_id, request.vaddr, min(request.nr_pages, MAX_ANSWER)):
@@ -212,33 +213,34 @@ class PageConnection:
                     break
         except UnreadableError as error:
             if not data:
-                self._tell_lost(logging.ERROR, request, f"which can't be read, and is lost: {error}")
+                self._log_lost(logging.ERROR, request, f"which can't be read and is lost: {error}")
         else:
             if not data:
-                self._tell_lost(logging.WARNING, request, "which is not here")
+                self._log_lost(logging.WARNING, request, "which is not in the images")
         return b"".join(data)
 
-    def _tell_lost(self, level: int, request: Header, why: str) -> None:
-        """Once for each page: its client asks for it again."""
+    def _log_lost(self, level: int, request: Header, why: str) -> None:
+        """Log each page once, since the client asks for it repeatedly."""
         page = request.dst_id, request.vaddr
-        if page not in self._told_lost:
-            self._told_lost.add(page)
-            log.log(level, "%s: asks for page %#x of task %d, %s", self._name, page[1], page[0], why)
+        if page not in self._logged_lost:
+            self._logged_lost.add(page)
+            log.log(level, "%s: requests page %#x of task %d, %s", self._name, page[1], page[0], why)
 
     def _compressed(self, data: bytes) -> bytes | None:
-        """None when that does not pay."""
+        """The compressed pages; None if that does not make them shorter."""
         if self._compressor is None:
             self._compressor = Compressor()
         return self._compressor.compress(data)
 
     def _send(self, header: bytes, data: bytes) -> None:
         if isinstance(self._sock, ssl.SSLSocket):
-            # Header and pages in records of their own: CRIU's client waits for the socket between the two, and would
-            # not see what GnuTLS has taken from it already (observed with 4.1.1).
+            # Header and pages in separate TLS records: CRIU's client polls the socket between the two, and does not see
+            # bytes that GnuTLS has already read from it (observed with 4.1.1).
             self._sock.sendall(header)
             self._sock.sendall(data)
             return
         sent = self._sock.sendmsg([header, data])
         for part in (header[sent:], memoryview(data)[max(0, sent - len(header)) :]):
-            if len(part):  # sending nothing fails too, where the client has all and has hung up
+            # An empty send fails with EPIPE if the client has closed (docs/kernel.md, "Page servers").
+            if len(part):
                 self._sock.sendall(part)

@@ -1,8 +1,8 @@
-"""How long a client may take for the rest of a message.
+"""Time-outs for incomplete messages of a client.
 
-Between messages it may be silent for as long as it likes: a lazy restore may need nothing for hours, and a peer that is
-gone without a word is found by TCP keepalive. A message that has begun is another thing: whoever does not finish it
-keeps a thread, and in receive mode the whole server.
+There is no time-out between messages: a lazy restore may need nothing for hours, and TCP keepalive detects a
+peer that has vanished. A client that does not finish a message occupies a thread and, in receive mode, the whole
+server; so it has limited time for the rest of a message.
 """
 
 from __future__ import annotations
@@ -15,28 +15,28 @@ from lazypages.errors import LazyPagesError
 from lazypages.net.wire import PAGE_SIZE
 
 MESSAGE_TIMEOUT: float = 30.0  # s for the rest of a message; of one with pages, for each page
-PROGRESS: Final = PAGE_SIZE  # bytes that earn it anew
+PROGRESS: Final = PAGE_SIZE  # bytes received after which MESSAGE_TIMEOUT starts again
 
 
 class SlowPeerError(LazyPagesError):
-    """The rest of a message has not come in time."""
+    """The rest of a message has not arrived in time."""
 
     def __init__(self, seconds: float) -> None:
-        super().__init__(f"the rest of a message did not come within {seconds:g} s; closing")
+        super().__init__(f"the rest of a message did not arrive within {seconds:g} s; closing")
 
 
 class Codec(Protocol):
-    """What bytes go into."""
+    """A parser of received bytes, such as wire.ServerCodec."""
 
     @property
     def midway(self) -> bool:
-        """Whether a message is complete in part."""
+        """Whether part of a message has been received."""
 
     def writable(self) -> memoryview:
-        """Where to receive into."""
+        """The buffer to receive into."""
 
     def received(self, count: int) -> None:
-        """So many bytes were; 0: there will be no more."""
+        """`count` bytes were received into that buffer; 0: end of the connection."""
 
 
 class PatientReader:
@@ -48,11 +48,11 @@ class PatientReader:
         self._progress = 0  # bytes since the deadline was set
 
     def message(self) -> None:
-        """One has come: the next one has all its time."""
+        """A message is complete: the next one gets the whole MESSAGE_TIMEOUT."""
         self._deadline = None
 
     def receive(self, codec: Codec) -> None:
-        """Some bytes, or the end. Raises SlowPeerError, OSError."""
+        """Receive some bytes, or the end of the connection, into `codec`. Raises SlowPeerError, OSError."""
         if not codec.midway:
             codec.received(self._sock.recv_into(codec.writable()))
             return

@@ -1,9 +1,9 @@
-"""Who may connect: on this host, only processes of our own user and of root.
+"""Access control: of this host, only processes of our own user and of root may connect.
 
-A socket that listens at loopback can be reached by every user of this host, and by the containers that share its
-network namespace. What it gives is the memory of tasks. The kernel knows whose the socket at the other end is:
-SO_PEERCRED for unix sockets (unix(7)), NETLINK_SOCK_DIAG for TCP (sock_diag(7)). A peer in another network namespace,
-be it a container of this host behind a veth, is another host: no socket here is its.
+Every user of this host, and every container that shares its network namespace, can connect to a socket at loopback, and
+a page server sends the memory of tasks. The kernel knows the user of the socket at the other end: SO_PEERCRED
+for unix sockets (unix(7)), NETLINK_SOCK_DIAG for TCP (sock_diag(7)). A peer in another network namespace counts as
+another host, also if it is a container of this host behind a veth: this namespace has no socket of it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ NLM_F_REQUEST: Final = 0x1
 NLM_F_DUMP: Final = 0x300
 ALL_STATES: Final = 0xFFFFFFFF
 NO_COOKIE: Final = b"\xff" * 8
-TIMEOUT: Final = 10.0  # s for the kernel's answer
+TIMEOUT: Final = 10.0  # s to wait for the kernel's answer
 
 _HEADER = struct.Struct("=IHHII")  # struct nlmsghdr
 _REQUEST = struct.Struct("=BBBxI")  # struct inet_diag_req_v2, up to the socket's name
@@ -40,18 +40,18 @@ End = tuple[Address, int]  # address and port
 
 
 class StrangerError(LazyPagesError):
-    """A peer that may not connect."""
+    """The peer is not allowed to connect."""
 
 
 class Owner(NamedTuple):
-    """Of a socket. `inode` is 0 for one that no process has open any more; then `uid` says nothing."""
+    """The owner of a socket. `inode` is 0 if no process has the socket open any more; `uid` is undefined then."""
 
     uid: int
     inode: int
 
 
 def check_peer(sock: socket.socket) -> None:
-    """Whether the process at the other end is ours or root's, or on another host. Raises StrangerError."""
+    """Raises StrangerError unless the process at the other end is of our user, of root, or on another host."""
     try:
         if sock.family == socket.AF_UNIX:
             _, uid, _ = _CREDENTIALS.unpack(
@@ -61,29 +61,29 @@ def check_peer(sock: socket.socket) -> None:
             return
         here, peer = _end(sock.getsockname()), _end(sock.getpeername())
     except OSError as error:
-        raise StrangerError(f"gone before it could be asked for its user: {error.strerror}") from None
+        raise StrangerError(f"disconnected before its user could be checked: {error.strerror}") from None
     try:
         owner = find_owner(peer, here)
     except OSError as error:
         raise StrangerError(
-            f"the kernel does not say whose socket it is ({error.strerror}): use unix:PATH, --tls, or --insecure"
+            f"cannot find the user of its socket ({error.strerror}): use unix:PATH, --tls, or --insecure"
         ) from None
     if owner is not None and owner.inode:
         _check_uid(owner.uid)
     elif owner is not None or peer[0].is_loopback or here[0].is_loopback or peer[0] == here[0]:
-        raise StrangerError("has hung up on this host before it could be asked for its user")
+        raise StrangerError("disconnected on this host before its user could be checked")
 
 
 def _check_uid(uid: int) -> None:
     if uid not in {0, os.geteuid()}:
         raise StrangerError(
-            f"is of user {uid}, and this server is of user {os.geteuid()}: only that user and root may connect from "
-            "this host (--insecure lets everybody)"
+            f"refused: user {uid}; from this host only user {os.geteuid()} and root may connect "
+            "(--insecure allows all users)"
         )
 
 
 def _end(name: tuple[Any, ...]) -> End:
-    """Address and port; the IPv4 address of one that is mapped into IPv6."""
+    """Address and port of a socket name. An IPv4 address that is mapped into IPv6 is returned as IPv4."""
     address = ipaddress.ip_address(name[0].partition("%")[0])
     if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
         address = address.ipv4_mapped
@@ -91,21 +91,22 @@ def _end(name: tuple[Any, ...]) -> End:
 
 
 def find_owner(here: End, there: End) -> Owner | None:
-    """Whose the TCP socket of this network namespace is that is bound `here` and connected to `there`; None: there is
-    none. Raises OSError.
+    """The owner of the TCP socket that is bound to `here` and connected to `there`, in this network namespace.
+
+    None if there is no such socket. Raises OSError.
     """
     try:
         return _from_kernel(here, there)
-    except OSError:  # without CONFIG_INET_DIAG, or where a sandbox does not let us ask
+    except OSError:  # no CONFIG_INET_DIAG, or forbidden by a sandbox
         return _from_proc(here, there)
 
 
 def _from_kernel(here: End, there: End) -> Owner | None:
-    """By sock_diag. Raises OSError.
+    """Look the owner up by sock_diag. Raises OSError.
 
-    The kernel looks the socket up by name in its table of connections. One that is bound to a device is not found so
-    (inet_sk_bound_dev_eq() in the kernel), and anybody may bind one (SO_BINDTODEVICE, from Linux 5.7 on): then all
-    sockets with these ports are gone through.
+    The first request names one socket. The kernel does not find a socket that is bound to a device this way
+    (inet_sk_bound_dev_eq()), and from Linux 5.7 on any user may bind one (SO_BINDTODEVICE). So a second request dumps
+    all sockets with these ports (docs/kernel.md, "Page servers").
     """
     family = socket.AF_INET if here[0].version == 4 else socket.AF_INET6
     name = _NAME.pack(here[1], there[1], _packed(here[0]), _packed(there[0]), bytes(4), NO_COOKIE)
@@ -128,7 +129,7 @@ _Found = tuple[End, End, Owner]
 
 
 class _Netlink:
-    """One socket for all who ask, opened when the server listens: later there may be no descriptor left for it."""
+    """One netlink socket for all threads. It is opened when the server starts, while descriptors are free."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -145,7 +146,7 @@ class _Netlink:
         return self._sock
 
     def number(self) -> int:
-        """Of the next question."""
+        """The sequence number of the next request."""
         self._asked = (self._asked + 1) & 0xFFFFFFFF
         return self._asked
 
@@ -154,13 +155,13 @@ _netlink = _Netlink()
 
 
 def get_ready() -> None:
-    """Before clients come."""
+    """Open the netlink socket. Call it before the first client can connect."""
     with _netlink.lock, suppress(OSError):
         _netlink.open()
 
 
 def _ask(family: int, name: bytes, *, dump: bool) -> list[_Found]:
-    """Raises OSError; FileNotFoundError when one was asked for and is not there."""
+    """Raises OSError; without `dump`, FileNotFoundError if there is no such socket."""
     with _netlink.lock:
         return _ask_on(_netlink.open(), _netlink.number(), family, name, dump=dump)
 
@@ -175,7 +176,7 @@ def _ask_on(netlink: socket.socket, number: int, family: int, name: bytes, *, du
         while len(data) >= _HEADER.size:
             length, kind, _, question, _ = _HEADER.unpack_from(data)
             message, data = data[_HEADER.size : length], data[(length + 3) & ~3 :]
-            if question != number:  # the rest of an answer that nobody has waited for
+            if question != number:  # the rest of an earlier answer, after a time-out
                 continue
             if kind == NLMSG_DONE:
                 return found
@@ -199,7 +200,7 @@ def _found(message: bytes) -> _Found:
 
 
 def _from_proc(here: End, there: End) -> Owner | None:
-    """By /proc/net/tcp and tcp6 (proc_pid_net(5)): all sockets of the network namespace. Raises OSError."""
+    """Look the owner up in /proc/net/tcp and tcp6 (proc_pid_net(5)). Raises OSError."""
     for name in ("tcp", "tcp6"):
         path = Path("/proc/self/net", name)
         if name == "tcp6" and not path.exists():  # a kernel without IPv6
@@ -212,7 +213,7 @@ def _from_proc(here: End, there: End) -> Owner | None:
 
 
 def _read_end(text: str) -> End:
-    """Of "0100007F:1F90": words of 32 bits in the byte order of this machine, and the port."""
+    """Parse "0100007F:1F90": words of 32 bits in native byte order, and the port."""
     address, _, port = text.partition(":")
     words = [int(address[at : at + 8], 16) for at in range(0, len(address), 8)]
     packed = struct.pack(f"={len(words)}I", *words)

@@ -1,4 +1,4 @@
-"""TLS with certificates on both sides, as CRIU has it (`--tls*`).
+"""TLS with certificates on both sides, as in CRIU (`--tls*`; docs/criu.md, "Page server protocol").
 
 Both sides show a certificate and verify the other's chain, against revocations too if there is a list. Whether
 the other side's certificate names the address that was given with `--address` is checked on *both* sides, as

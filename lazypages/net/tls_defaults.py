@@ -1,6 +1,6 @@
-"""Where certificates are looked for when no option names them: CRIU's places (criu(8), `--tls-cacert` and after).
+"""Default paths of certificates: those of CRIU (criu(8), `--tls-cacert` and the options after it).
 
-Apart from `lazypages.net.tls`, for commands that say so in their help and then mostly need no TLS.
+Separate from `lazypages.net.tls`, which is slow to import, for commands that only print them in their help.
 """
 
 from pathlib import Path

@@ -1,6 +1,6 @@
 """The page server's protocol as CRIU speaks it, without I/O: bytes in, events out, and bytes to send.
 
-Both layouts of the header, native-endian:
+Both layouts of the header (docs/criu.md, "Page server protocol"), native-endian:
 
 =========  =====  ===  =========  ========  =====  ======  =================
 layout     bytes  cmd  (padding)  nr_pages  vaddr  dst_id  spoken by

@@ -1,4 +1,4 @@
-"""What was done for each task, as numbers that outlive its uffd."""
+"""Numbers for each task and for a whole restore. They remain valid when the uffd is closed."""
 
 from __future__ import annotations
 
@@ -7,18 +7,21 @@ import signal
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lazypages.engine.uffd import PAGE_SIZE, ServedTask, SourcePages, Stats, histogram_bound
+from lazypages.engine.memory import PAGE_SIZE
+from lazypages.engine.stats import SourcePages, Stats, histogram_bound
+from lazypages.engine.task import ServedTask
 
 if TYPE_CHECKING:
-    from lazypages.sources.remote import ServerStats  # imported when there are any
+    from lazypages.sources.remote import ServerStats  # imported only if page servers are used
 
 
 class State(enum.StrEnum):
-    """Where a task stands, or how its service ended.
+    """Whether a task is still served, or how its service ended.
 
-    COMPLETE: nothing was missing any more. Before that: GONE, it has exited by itself or called execve; DIED, a signal
-    that was not the daemon's killed it; ENDED, how it ended is not known; LOST, pages could not be had; KILLED, the
-    daemon had to kill it. A task that was forked after the restore is GONE however it ended: its process is not known.
+    COMPLETE: no page was missing any more. The others ended while pages were missing: GONE, the task exited by itself
+    or called execve; DIED, a signal that the daemon had not sent killed it; ENDED, how it ended is unknown; LOST, pages
+    were lost; KILLED, the daemon killed it. A task that was forked after the restore is GONE in any case, because its
+    process is unknown.
     """
 
     SERVING = "serving"
@@ -31,12 +34,12 @@ class State(enum.StrEnum):
 
     @property
     def good(self) -> bool:
-        """Whether it is an end with every byte right, and nobody else's doing."""
+        """Whether the task has lost no memory and ended, if it ended, by itself."""
         return self in {State.COMPLETE, State.GONE}
 
 
 def signal_name(number: int) -> str:
-    """SIGKILL."""
+    """The name of a signal: SIGKILL."""
     try:
         return signal.Signals(number).name
     except ValueError:  # a real-time signal
@@ -44,7 +47,7 @@ def signal_name(number: int) -> str:
 
 
 class ServiceTimes(NamedTuple):
-    """From a fault being read to its answer, in ns, to within 12.5 %; ``counts`` per histogram bucket."""
+    """Times from the read of a fault to its answer, in ns, to within 12.5 %. ``counts``: per histogram bucket."""
 
     counts: Sequence[int]
     max: int
@@ -56,7 +59,7 @@ class ServiceTimes(NamedTuple):
         return cls(counts, max((t.max for t in all_times), default=0))
 
     def quantile(self, q: float) -> int | None:
-        """The time that a share `q` of the answers did not exceed; None when there were none."""
+        """The quantile `q` (0 to 1) in ns; None without answers."""
         total = sum(self.counts)
         seen = 0
         for bucket, count in enumerate(self.counts):
@@ -79,11 +82,11 @@ _NOTHING = SourcePages((), 0, 0)
 
 
 class TaskReport(NamedTuple):
-    """One task's numbers at one moment, or at its end. Pages are counted, times are in seconds.
+    """One task's numbers, now or at its end.
 
     ``pid``: as in the images; for a forked child the pid of the restored task that it descends from.
-    ``total``: lazy pages at the start; ``seconds``: from the arrival of its uffd to its end (or till now).
-    ``signal``: what killed a task that has DIED, else 0.
+    ``total``, ``pending``, ``lost``: lazy pages at the start, missing pages, lost pages. ``seconds``: since the arrival
+    of its uffd, until its end or now. ``signal``: the signal that killed a task that has DIED, else 0.
     """
 
     name: str
@@ -103,7 +106,7 @@ class TaskReport(NamedTuple):
     signal: int = 0
 
     def by_source(self, pages: SourcePages) -> dict[str, int]:
-        """Counts by the names of sources, those without any left out."""
+        """Pages by name of the source, without sources that have none."""
         named = dict(zip(self.sources, pages.levels, strict=True))
         named["remote"] = pages.remote
         named["lost"] = pages.lost
@@ -162,7 +165,7 @@ def measure(served: ServedTask) -> dict[str, Any]:
 
 
 class Summary(NamedTuple):
-    """A whole restore."""
+    """The numbers of a whole restore. ``finished``: the restorer has reported the end of the restore."""
 
     tasks: Sequence[TaskReport]
     zombies: int
@@ -172,7 +175,7 @@ class Summary(NamedTuple):
 
     @property
     def ok(self) -> bool:
-        """Whether the restore finished and every task is complete, or has exited by itself."""
+        """Whether the restore has finished and every task is complete or has exited by itself."""
         return self.finished and all(task.state.good for task in self.tasks)
 
     @property
@@ -188,7 +191,7 @@ class Summary(NamedTuple):
         return faults | ({"zero": zero} if zero else {})
 
     def as_dict(self) -> dict[str, Any]:
-        from dataclasses import asdict  # noqa: PLC0415 - for the end, and a restore waits for our start
+        from dataclasses import asdict  # noqa: PLC0415 - keeps the start short
 
         pages = sum(task.copied.total for task in self.tasks)
         return {

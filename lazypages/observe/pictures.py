@@ -1,4 +1,4 @@
-"""What pictures have in common: where they go, how latencies are drawn. Needs matplotlib, an extra."""
+"""What the pictures of bench and traces share: output files, and curves of latencies. Needs matplotlib, an extra."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".png", ".html")
 
-#: Points of a distribution: all of the tail, and as many of the rest.
+#: Points of a curve: the _TAIL slowest values, and up to _POINTS of the others.
 _TAIL = 1000
 _POINTS = 2000
 
 
 class PictureError(LazyPagesError):
-    """There can be no such picture."""
+    """The picture can't be drawn: wrong suffix, no matplotlib, or a file error."""
 
 
 def check_picture(option: str, path: Path) -> None:
-    """Raises PictureError when `path`, given as `option`, can't be drawn; to be known before any work."""
+    """Raises PictureError if `path`, the value of `option`, can't be drawn. Call it before long work."""
     if path.suffix not in SUFFIXES:
         raise PictureError(f"{option} {path}: the name must end in .png or .html")
     new_figure(option=option)
@@ -44,7 +44,7 @@ def new_figure(*, option: str = "a picture", **options: Any) -> Figure:
 def write_picture(
     option: str, path: Path, title: str, whole: Callable[[], Figure], parts: Callable[[], Sequence[Figure]]
 ) -> None:
-    """`whole` as one PNG, or `parts` one below the other on a page that needs nothing else. Raises PictureError."""
+    """Write `whole` as one PNG, or `parts` as one self-contained HTML page. Raises PictureError."""
     try:
         if path.suffix == ".png":
             whole().savefig(path, dpi=100)
@@ -66,7 +66,7 @@ def _page(title: str, figures: Sequence[Figure]) -> str:
 
 
 def draw_slower(axis: Any, ordered: Sequence[int], label: str, **style: Any) -> None:
-    """The share of latencies (ns, sorted) that took longer, over time."""
+    """Draw the share of latencies (ns, sorted) that are longer than a time, over that time."""
     count = len(ordered)
     step = max(1, count // _POINTS)
     kept = [*range(0, max(0, count - _TAIL), step), *range(max(0, count - _TAIL), count)]
@@ -80,7 +80,7 @@ def draw_slower(axis: Any, ordered: Sequence[int], label: str, **style: Any) -> 
 
 
 def slower_axis(axis: Any, title: str, what: str) -> None:
-    """Axes for draw_slower, after the lines: both logarithmic, so that tails are seen. `what` is what took so long."""
+    """Set up logarithmic axes after calls of draw_slower. `what`: the label of the time axis, without its unit."""
     from matplotlib.ticker import FuncFormatter, NullFormatter  # noqa: PLC0415 - an extra
 
     low, high = axis.dataLim.intervalx

@@ -1,6 +1,6 @@
-"""How far the restored tasks are, while it goes on: bars on a terminal, else now and then a line in the log.
+"""Progress of the restored tasks: bars on a terminal, or a line in the log from time to time.
 
-Both watch a server from beside it (the `watch` of :meth:`lazypages.loop.server.Server.run`), by its summary.
+Both run beside a server (the `watch` of :meth:`lazypages.loop.server.Server.run`) and read its summary.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import anyio
 
-from lazypages.engine.uffd import PAGE_SIZE
+from lazypages.engine.memory import PAGE_SIZE
 from lazypages.logs import MESSAGE
 from lazypages.observe.metrics import State, Summary, TaskReport
 from lazypages.observe.summary import count, size
@@ -24,30 +24,30 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("lazypages")
 
-#: Seconds between looks, on a terminal and in a log.
+#: Seconds between two updates, on a terminal and in a log.
 FRAME = 0.2
 LINE = 5.0
 
-#: The longest pause in a log when nothing happens.
+#: Longest time in seconds between two lines in a log while nothing changes.
 QUIET_LINE = 60.0
 
 #: Seconds over which speed is measured.
 WINDOW = 1.5
 
-#: Lines of the terminal that are not for tasks: head, total, "and more", and air.
+#: Lines of the terminal that are not for tasks: head, total, "and more", and blank lines.
 OTHER_LINES = 5
 
 _BAR_WIDTH = 24
 
 
 class Watched(Protocol):
-    """What is looked at: a server."""
+    """What the watchers need of a server."""
 
     def summary(self) -> Summary: ...
 
 
 class Line(NamedTuple):
-    """A task, or all of them. Pages; ``speed``: bytes a second lately; ``sources``: pages given, by name."""
+    """A task, or all tasks. ``total``, ``remaining``: pages; ``speed``: bytes/s; ``sources``: pages by name."""
 
     name: str
     state: State
@@ -59,19 +59,19 @@ class Line(NamedTuple):
 
     @property
     def done(self) -> float:
-        """Share of the lazy pages that is settled, 0 to 1."""
+        """Share of the lazy pages that are not missing any more, 0 to 1."""
         return 1.0 if not self.total else max(0.0, 1 - self.remaining / self.total)
 
 
 class Speedometer:
-    """Bytes a second over the last moments, by name."""
+    """Bytes per second over the last `window` seconds, by name."""
 
     def __init__(self, window: float = WINDOW) -> None:
         self._window = window
         self._seen: dict[str, deque[tuple[float, int]]] = {}
 
     def speed(self, name: str, now: float, pages: int) -> float:
-        """Notes that by `now` (seconds) so many pages had come."""
+        """Record that `pages` had arrived at the time `now` (seconds); return the speed in bytes per second."""
         seen = self._seen.setdefault(name, deque())
         seen.append((now, pages))
         while len(seen) > 2 and now - seen[1][0] >= self._window:
@@ -81,7 +81,7 @@ class Speedometer:
 
 
 def total(summary: Summary, speedometer: Speedometer, now: float) -> Line:
-    """All tasks as one."""
+    """The sum over all tasks."""
     tasks = summary.tasks
     return Line(
         count(len(tasks), "task"),
@@ -95,7 +95,7 @@ def total(summary: Summary, speedometer: Speedometer, now: float) -> Line:
 
 
 def shown(tasks: Sequence[TaskReport], room: int) -> Sequence[TaskReport]:
-    """The tasks that have one of `room` lines for themselves: those that miss most, in their order."""
+    """The tasks that get one of `room` lines: those with the most missing pages, in the order of `tasks`."""
     if len(tasks) <= room:
         return tasks
     missing = sorted(range(len(tasks)), key=lambda index: (-tasks[index].pending, index))
@@ -115,7 +115,7 @@ def task_line(task: TaskReport, speedometer: Speedometer, now: float) -> Line:
 
 
 async def watch_in_log(server: Watched) -> None:
-    """A line now and then, as long as something happens; never returns."""
+    """Log a line every LINE seconds, less often while nothing changes. Never returns."""
     speedometer = Speedometer(LINE)
     before = None
     pause = LINE
@@ -141,7 +141,7 @@ def describe(line: Line) -> str:
 
 
 class TerminalWatch:
-    """Bars on a terminal, one a task as far as there is room, and one for all; they go away at the end."""
+    """Bars on a terminal: one for each task, as far as there is room, and one for all. They are removed at the end."""
 
     def __init__(self, terminal: Console) -> None:
         self._terminal = terminal
@@ -157,11 +157,11 @@ class TerminalWatch:
                 summary = server.summary()
                 if summary.tasks:
                     live.update(self.render(summary, started), refresh=True)
-                # With a thousand tasks a look takes a while: never more than a tenth of the time.
+                # An update takes long with a thousand tasks: limit it to a tenth of the time.
                 await anyio.sleep(max(FRAME, 9 * (time.monotonic() - started)))
 
     def render(self, summary: Summary, now: float) -> Table:
-        """The picture of this moment."""
+        """The current state as a table."""
         from rich.progress_bar import ProgressBar  # noqa: PLC0415
         from rich.table import Table  # noqa: PLC0415
 

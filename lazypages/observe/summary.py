@@ -1,25 +1,25 @@
-"""What was done, for a person: how it ended, pages and faults by source, service times."""
+"""The summary of a restore as text: how each task ended, pages and faults by source, fault latency."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from lazypages.engine.uffd import PAGE_SIZE
+from lazypages.engine.memory import PAGE_SIZE
 from lazypages.observe.metrics import State, Summary, TaskReport, signal_name
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-#: Tasks whose memory is not whole that are named one by one; of more, only the number is told.
+#: Number of incomplete tasks that get a line each; of the others only the number is printed.
 MAX_NAMED = 20
 
 _WORDS = {
     State.SERVING: "not complete",
     State.COMPLETE: "complete",
-    State.GONE: "gone before that",
+    State.GONE: "exited before completion",
     State.DIED: "killed by a signal",
-    State.ENDED: "ended before that, how is not known",
+    State.ENDED: "ended before completion, cause unknown",
     State.LOST: "lost pages",
     State.KILLED: "killed",
 }
@@ -56,7 +56,7 @@ def _three_digits(value: float) -> str:
 
 
 class Row(NamedTuple):
-    """What one source has given. The source ``zero`` is memory that no task had ever touched."""
+    """Pages and faults from one source. The source ``zero`` is memory that no task had touched before the dump."""
 
     source: str
     pages: int
@@ -64,7 +64,7 @@ class Row(NamedTuple):
 
 
 def rows(summary: Summary) -> list[Row]:
-    """By source, in the order in which the sources are asked; without those that gave nothing."""
+    """A row for each source that was used, in the order in which sources are tried."""
     pages, faults = summary.copied_by_source(), summary.faults_by_source()
     pages["zero"] = sum(task.stats.zero_pages for task in summary.tasks)
     names = [*dict.fromkeys([*pages, *faults])]
@@ -74,7 +74,7 @@ def rows(summary: Summary) -> list[Row]:
 
 
 def verdict(summary: Summary) -> str:
-    """One line: how it ended, after what time."""
+    """One line: how the tasks ended, and the duration."""
     states = [task.state for task in summary.tasks]
     ends = [f"{states.count(state):,} {word}" for state, word in _WORDS.items() if state in states]
     if summary.zombies:
@@ -88,16 +88,16 @@ def verdict(summary: Summary) -> str:
 
 
 def speed(summary: Summary) -> str:
-    """One line: how long answers took."""
+    """One line: the fault latency."""
     times = summary.times
     p50, p99 = times.quantile(0.5), times.quantile(0.99)
     if p50 is None or p99 is None:
-        return "no fault was waited for"
-    return f"a fault is answered in: p50 {duration(p50)}, p99 {duration(p99)}, at most {duration(times.max)}"
+        return "no faults"
+    return f"fault latency: p50 {duration(p50)}, p99 {duration(p99)}, max {duration(times.max)}"
 
 
 def leftovers(summary: Summary) -> list[str]:
-    """A line for each task that did not get all of its memory."""
+    """A line for each task that did not end well (State.good)."""
     bad = [task for task in summary.tasks if not task.state.good]
     lines = [_leftover(task) for task in bad[:MAX_NAMED]]
     if len(bad) > MAX_NAMED:
@@ -113,17 +113,15 @@ def _leftover(task: TaskReport) -> str:
 
 
 def dropped(summary: Summary) -> str | None:
-    """One line about pages that nobody needs any more, if there are any."""
+    """One line about missing pages that the tasks have unmapped or discarded; None if there are none."""
     pages = sum(task.dropped.total for task in summary.tasks)
-    return (
-        f"{count(pages, 'page')} not needed any more: unmapped or discarded by the tasks" if pages else None
-    )
+    return f"{count(pages, 'page')} unmapped or discarded by the tasks before they arrived" if pages else None
 
 
 def compressed(summary: Summary) -> list[str]:
-    """A line for each page server that has sent pages compressed."""
+    """A line for each page server that sent compressed pages."""
     return [
-        f"page server {server.address}: {count(server.compressed_pages, 'page')} came compressed, "
+        f"page server {server.address}: {count(server.compressed_pages, 'page')} arrived compressed, "
         f"{size(server.compressed_pages * PAGE_SIZE)} as {size(server.compressed_bytes)}"
         for server in summary.page_servers
         if server.compressed_pages
@@ -131,7 +129,7 @@ def compressed(summary: Summary) -> list[str]:
 
 
 def lines(summary: Summary) -> list[str]:
-    """All of it as plain text."""
+    """The whole summary as plain text."""
     text = [verdict(summary), *leftovers(summary)]
     text += [
         f"from {row.source}: {count(row.pages, 'page')} ({size(row.pages * PAGE_SIZE)}), "
@@ -143,7 +141,7 @@ def lines(summary: Summary) -> list[str]:
 
 
 def table(summary: Summary) -> RenderableType:
-    """All of it for a terminal."""
+    """The whole summary for a terminal."""
     from rich import box  # noqa: PLC0415 - slow to import, and only needed on terminals
     from rich.console import Group  # noqa: PLC0415
     from rich.table import Table  # noqa: PLC0415

@@ -1,7 +1,7 @@
-"""A trace as a picture: a row for each task, and one for all of them together.
+"""A trace as a picture: a row for each task, and one for all tasks together.
 
-Each has three parts: what came over time and address, coloured by source; how long faults took; how much memory
-there was. Needs matplotlib (and NumPy, which comes with it).
+Each row has three parts: pages over time and address, coloured by source; the latency of faults; the amount of memory
+over time. Needs matplotlib (and NumPy, which comes with it).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
-from lazypages.engine.uffd import PAGE_SIZE
+from lazypages.engine.memory import PAGE_SIZE
 from lazypages.observe.pictures import draw_slower, new_figure, slower_axis, write_picture
 from lazypages.observe.summary import count, size
 from lazypages.observe.tracing import NO_SOURCE, NOWHERE, RECORD, REMOTE, ZERO, Kind, Trace, TraceError
@@ -26,11 +26,11 @@ from lazypages.observe.tracing import NO_SOURCE, NOWHERE, RECORD, REMOTE, ZERO, 
 Records = NDArray[Any]
 Points = tuple[NDArray[np.float64], NDArray[np.float64]]
 
-#: Tasks that get a row of their own: those with the most records.
+#: Number of tasks that get a row: those with the most records.
 MOST_ROWS = 8
-#: Dots and strokes of one kind and source in one part of the picture; of more than these, every n-th is drawn.
+#: Most dots and lines of one kind and source in one part of the picture; of more, every n-th is drawn.
 _MOST_MARKS = 100_000
-#: Ranges of addresses with nothing between them that are drawn apart.
+#: Most address ranges that are drawn separately.
 _MOST_RANGES = 12
 _MIB = 1 << 20
 
@@ -52,13 +52,13 @@ _DRAWN = (*_PLACED, Kind.LEFT, Kind.LOST, Kind.POISONED, *_CHANGES)
 
 
 def plot_trace(trace: Trace, path: Path) -> None:
-    """Draws it into `path`, a PNG or an HTML page. Raises TraceError when it is empty, PictureError."""
+    """Draw a trace into `path`, a PNG or an HTML page. Raises PictureError; TraceError if the trace is empty."""
     assert _FIELDS.itemsize == RECORD.size
     records = np.frombuffer(trace.data, dtype=_FIELDS)
     records = records[np.argsort(records["time"], kind="stable")]
     drawn = records[np.isin(records["kind"], _DRAWN)]
     if not len(drawn):
-        raise TraceError(f"{trace.path} has no fault and no transfer in it: there is nothing to draw")
+        raise TraceError(f"{trace.path} has no faults and no transfers: nothing to draw")
     first = int(min(drawn["time"][0], _of(records, Kind.FAULT)["time"].min(initial=drawn["time"][0])))
     scale, unit = (1e6, "ms") if int(drawn["time"][-1]) - first < 10e9 else (1e9, "s")
     picture = _Picture(trace, records, drawn, first, scale, unit)
@@ -91,7 +91,7 @@ def _thinned(records: Records) -> Records:
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """A memory, or (0) all of them."""
+    """One address space, by its number in the trace; 0: all of them."""
 
     memory: int
     title: str
@@ -99,7 +99,7 @@ class _Row:
 
 @dataclass(frozen=True, slots=True)
 class _Picture:
-    """``drawn``: of the records, those that are marks. Times are drawn since `first`, in units of `scale` ns."""
+    """``drawn``: the records that are drawn as marks. Times are relative to `first`, in units of `scale` ns."""
 
     trace: Trace
     records: Records
@@ -109,7 +109,7 @@ class _Picture:
     unit: str
 
     def rows(self) -> list[_Row]:
-        """The tasks that have the most to show, in the order of their arrival; before them all, if there are more."""
+        """The tasks with the most records, in the order of their arrival. With several, a row for all comes first."""
         memories, counts = np.unique(self.drawn["memory"], return_counts=True)
         chosen = sorted(memories[np.argsort(-counts, kind="stable")][:MOST_ROWS].tolist())
         rows = [_Row(memory, self._name(memory)) for memory in chosen]
@@ -133,7 +133,7 @@ class _Picture:
             count(faults, "fault"),
         ]
         if memories > MOST_ROWS:
-            parts.append(f"the {rows - 1} with most to show")
+            parts.append(f"the {rows - 1} with most records")
         if self.trace.dropped:
             parts.append(f"{count(self.trace.dropped, 'record')} missing")
         if not self.trace.complete:
@@ -211,7 +211,7 @@ class _Picture:
         of_it = records["task"][(records["kind"] == kind) & (records["source"] == source)]
         return self.trace.source_name(int(of_it[0]), source)
 
-    # How long faults took.
+    # Latency of faults.
 
     def _latencies(self, axis: Any, drawn: Records) -> None:
         answers = _of(drawn, Kind.ANSWERED)
@@ -222,11 +222,11 @@ class _Picture:
             draw_slower(axis, ns.tolist(), label, color=_colour(source))
         slower_axis(axis, "faults", "answered in")
 
-    # How much there was.
+    # Amount of memory over time.
 
     def _progress(self, axis: Any, drawn: Records, records: Records) -> None:
         placed = _of(drawn, *_PLACED)
-        # those of page servers are counted as they arrive
+        # Pages of page servers are counted as ARRIVED.
         placed = placed[(placed["kind"] != Kind.ANSWERED) | (placed["source"] != REMOTE)]
         parts = _kinds_and_sources(placed)
         if len(parts) > 1:
@@ -263,7 +263,7 @@ class _Picture:
 
 
 def _lines(begin: Points, end: Points, *, colour: Any, width: float, order: int) -> LineCollection:
-    """Strokes from point to point."""
+    """Lines between two points each."""
     ends = np.stack([np.stack(begin, -1), np.stack(end, -1)], 1)
     return LineCollection(
         list(ends), colors=colour, linewidths=width, capstyle="projecting", rasterized=True, zorder=order
@@ -271,7 +271,7 @@ def _lines(begin: Points, end: Points, *, colour: Any, width: float, order: int)
 
 
 def _kinds_and_sources(records: Records) -> list[tuple[int, int]]:
-    """Those that there are; background first, so that faults are drawn over it."""
+    """The pairs that occur; background first, so that faults are drawn over it."""
     pairs = np.unique(np.stack([records["kind"], records["source"]], -1), axis=0).tolist()
     return sorted(
         ((kind, source) for kind, source in pairs), key=lambda pair: (pair[0] == Kind.ANSWERED, pair)
@@ -301,7 +301,7 @@ def _us(ordered: NDArray[Any], q: float) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _AddressMap:
-    """Ranges of addresses one above the other, without the emptiness between them. Heights are in bytes."""
+    """Address ranges stacked without the gaps between them. Heights are in bytes."""
 
     starts: NDArray[np.uint64]
     ends: NDArray[np.uint64]
@@ -330,7 +330,7 @@ class _AddressMap:
         return np.asarray(self.at[index] + into.astype(np.float64))
 
     def draw(self, axis: Any) -> None:
-        """Ticks: where each range begins, and steps into the large ones."""
+        """Ticks at the start of each range, and within large ones."""
         top = float(self.at[-1]) + float(self.ends[-1] - self.starts[-1])
         ticks: list[tuple[float, str]] = []
         for start, end, at in zip(self.starts.tolist(), self.ends.tolist(), self.at.tolist(), strict=True):

@@ -1,6 +1,7 @@
-"""The trace of a service: written while it goes on, and read afterwards. docs/trace.md describes the file.
+"""Writing and reading traces. docs/trace.md describes the file.
 
-The engine puts its records into a ring in memory (``csrc/serve/trace.h``), and a thread without Python writes them out.
+The engine puts records into a ring in memory (``csrc/serve/trace.h``). A thread writes them to the file; it runs in C
+with the GIL released.
 """
 
 from __future__ import annotations
@@ -29,16 +30,16 @@ log = logging.getLogger("lazypages")
 MAGIC = b"LPTRACE\n"
 VERSION = 1
 
-#: Magic, version, bytes of the JSON that follows.
+#: Magic, version, length in bytes of the JSON that follows.
 _PREFIX = struct.Struct("<8sII")
 RECORD = struct.Struct("<QQQQIIHHI")
 
-#: More JSON than this is none of ours.
+#: Longest JSON header in bytes that is read.
 _MAX_HEADER = 1 << 28
 
 
 class TraceError(LazyPagesError):
-    """A file is no trace, or can't be written."""
+    """The file is not a trace, is damaged, or can't be written."""
 
 
 class Kind(enum.IntEnum):
@@ -65,7 +66,7 @@ class Kind(enum.IntEnum):
     END = 19
 
 
-#: Sources beside the levels of the chain of images, which are 0, 1, ...
+#: Sources other than the levels of the chain of images, which are 0, 1, ...
 ZERO, NOWHERE, REMOTE, NO_SOURCE = 0xFFFC, 0xFFFD, 0xFFFE, 0xFFFF
 SOURCE_NAMES = {ZERO: "zero", NOWHERE: "lost", REMOTE: "remote"}
 
@@ -84,9 +85,9 @@ class Record(NamedTuple):
 
 
 class Tracer:
-    """Writes a trace into `path`, from when the block is entered until it is left.
+    """Writes a trace into `path` while its block runs. The file is created by the constructor.
 
-    ``tasks``: by pid, the names of the levels of their images. The file is made at once. Raises TraceError.
+    ``tasks``: the names of the levels of the images, by pid. Raises TraceError.
     """
 
     def __init__(self, path: Path, images: Path, tasks: Mapping[int, tuple[str, ...]]) -> None:
@@ -115,7 +116,11 @@ class Tracer:
         if self._error:
             log.error("--trace %s is incomplete: %s", self._path, os.strerror(self._error))
         elif dropped := self.ring.dropped:
-            log.warning("--trace %s lacks %d records: they came too fast to be written", self._path, dropped)
+            log.warning(
+                "--trace %s lacks %d records: they came faster than they could be written",
+                self._path,
+                dropped,
+            )
 
     def _run(self) -> None:
         self._error = -int(lib.lp_trace_run(self.ring.handle, self._fd))
@@ -141,7 +146,7 @@ def _header(images: Path, tasks: Mapping[int, tuple[str, ...]]) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """A file that was read. ``data``: whole records, in the order in which they were put."""
+    """A trace that was read. ``data``: complete records, in the order in which they were written."""
 
     path: Path
     header: dict[str, Any]
@@ -155,12 +160,12 @@ class Trace:
 
     @property
     def complete(self) -> bool:
-        """Whether the daemon ended in order; otherwise it was killed, or is still at it."""
+        """Whether the daemon has ended in order. If not, it was killed or still runs."""
         return len(self) > 0 and self._at(len(self) - 1).kind == Kind.END
 
     @property
     def dropped(self) -> int:
-        """Records that are missing because they came too fast."""
+        """Number of records that are missing because they came faster than they could be written."""
         if self.complete:
             return self._at(len(self) - 1).pages
         return max((record.pages for record in self if record.kind == Kind.DROPPED), default=0)
@@ -169,7 +174,7 @@ class Trace:
         return Record(*RECORD.unpack_from(self.data, index * RECORD.size)[:8])
 
     def source_name(self, task: int, source: int) -> str:
-        """As in summaries: local, parent-1, ..., remote, zero, lost."""
+        """The name of a source as in summaries: local, parent-1, ..., remote, zero, lost."""
         if source in SOURCE_NAMES:
             return SOURCE_NAMES[source]
         for known in self.header["tasks"]:
@@ -179,7 +184,7 @@ class Trace:
 
 
 def read_trace(path: Path) -> Trace:
-    """Reads what is there, up to the last whole record. Raises TraceError."""
+    """Read a trace up to its last complete record. Raises TraceError."""
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -188,12 +193,12 @@ def read_trace(path: Path) -> Trace:
         reason = "not a file" if error.errno == errno.ENODEV else error.strerror
         raise TraceError(f"{path}: {reason}") from error
     if len(whole) < len(MAGIC) or whole[: len(MAGIC)] != MAGIC:
-        raise TraceError(f"{path} is no trace: it was not written by lazypages serve --trace")
+        raise TraceError(f"{path} is not a trace of lazypages serve --trace")
     if len(whole) < _PREFIX.size:
         raise TraceError(f"{path} is cut short: it ends within its header")
     _magic, version, length = _PREFIX.unpack_from(whole)
     if version != VERSION:
-        raise TraceError(f"{path} is a trace of format {version}, and this lazypages reads format {VERSION}")
+        raise TraceError(f"{path} is a trace of format {version}; this lazypages reads format {VERSION} only")
     start = _PREFIX.size + length
     if length > _MAX_HEADER or len(whole) < start:
         raise TraceError(f"{path} is cut short: it ends within its header")

@@ -1,1 +1,1 @@
-"""A page server as `criu page-server`: it receives the images of a dump, or serves the pages of images."""
+"""A page server like `criu page-server`: receives the images of a dump, or serves the pages of images."""

@@ -1,8 +1,8 @@
-"""When a server that gives pages to one client has done its work. Pure.
+"""Decides when a page server for one client is done. Pure.
 
-As `criu page-server --lazy-pages`, it ends with its client. One of CRIU's has one connection in its life. One of ours
-has two or more, and comes back when it has lost them, for its tasks wait for their pages: only its CLOSE is the end.
-Who has not sent a whole message, such as whoever only looks whether the port is open, is no client.
+Like `criu page-server --lazy-pages` it ends with its client. CRIU's client has one connection in its life. `lazypages
+serve` has two or more, and connects again after a loss, because its tasks wait for their pages: only its CLOSE is the
+end. A peer that has not sent a whole message, as a port scanner, is not a client.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Protocol
 
 
 class Client(Protocol):
-    """A connection; a ``serve.PageConnection``."""
+    """A connection; a ``lazypages.net.page_connection.PageConnection``."""
 
-    closed: bool  # has said that it needs no more
+    closed: bool  # has sent CLOSE
     spoke: bool
     ours: bool
 
@@ -24,27 +24,27 @@ class Verdict(enum.Enum):
     """What the end of a connection means for the server."""
 
     GO_ON = enum.auto()
-    WAIT = enum.auto()  # the client is gone, and will be back
+    WAIT = enum.auto()  # the client has disconnected and will connect again
     DONE = enum.auto()
     FAILED = enum.auto()
 
 
 class Ending:
-    """Of all connections, each in a thread of its own."""
+    """The state of all connections, each in a thread of its own."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._clients: list[Client] = []
         self._closed = False
-        self.verdict = Verdict.GO_ON  # the latest
+        self.verdict = Verdict.GO_ON  # of the last connection that ended
 
     def connected(self, client: Client) -> None:
-        """It may speak now."""
+        """Call when a connection is accepted."""
         with self._lock:
             self._clients.append(client)
 
     def gone(self, client: Client, *, clean: bool) -> Verdict:
-        """`clean`: it ended between two messages."""
+        """Call when a connection has ended. `clean`: it ended between two messages."""
         with self._lock:
             self._clients.remove(client)
             if self.verdict in {Verdict.DONE, Verdict.FAILED}:

@@ -25,7 +25,7 @@ _PAGEMAP_NAME = re.compile(re.escape(Kind.PAGEMAP.file_name("PID")).replace("PID
 
 @dataclass(frozen=True, slots=True)
 class PagesFile:
-    """A pages image, open for reading."""
+    """A pages file, opened for reading."""
 
     path: Path
     handle: Any  # struct lp_pages_file
@@ -40,20 +40,20 @@ class Piece:
     size: int
 
     def read(self) -> bytes | bytearray:
-        """The bytes, up to the first page that can't be read. Raises UnreadableError if that is the first of all."""
+        """The bytes, up to the first page that can't be read. Raises UnreadableError if that is the first page."""
         data = bytearray(self.size)
         count = lib.lp_pages_read(
             self.file.handle.fd, ffi.from_buffer(data), self.offset, self.size // PAGE_SIZE
         )
         if count <= 0:
-            why = os.strerror(-count) if count else "it was cut short while it was served"
+            why = os.strerror(-count) if count else "was truncated while it was served"
             raise UnreadableError(f"{self.file.path} at offset {self.offset}: {why}")
         del data[count * PAGE_SIZE :]
         return data
 
 
 class ServedImages:
-    """All tasks of `directory`. Everything is read and checked at the start. Raises ImageError."""
+    """All tasks of `directory`, read and checked at the start. Raises ImageError."""
 
     def __init__(self, directory: Path) -> None:
         chain = parent_chain(directory)
@@ -63,8 +63,8 @@ class ServedImages:
         names = (_PAGEMAP_NAME.fullmatch(name) for name in os.listdir(directory))
         self.pids = sorted(int(match[1]) for match in names if match)
         if not self.pids:
-            raise ImageError(directory, "holds no pagemap image of a task")
-        self._tables: list[ExtentTable] = []  # keep alive what the structs below point to
+            raise ImageError(directory, "has no pagemap image of a task")
+        self._tables: list[ExtentTable] = []  # keeps the memory alive that the structs below point to
         self._levels: list[Any] = []
         self._tasks = ffi.new("struct lp_task_pages[]", len(self.pids))
         for task, pid in zip(self._tasks, self.pids, strict=True):
@@ -73,13 +73,13 @@ class ServedImages:
         self._served = ffi.new("struct lp_served *", (self._tasks, len(self.pids)))
 
     def find(self, pid: int, address: int, nr_pages: int) -> list[Piece]:
-        """Where the first pages of the range are, up to all of them; nothing if the first one is not here."""
+        """The place of the first pages of the range, up to all of them; empty if the first page is not here."""
         pieces = ffi.new("struct lp_piece[]", MAX_PIECES)
         count = lib.lp_find_pages(self._served, pid, address, nr_pages, pieces, MAX_PIECES)
         return [Piece(self._by_number[p.file.number], p.offset, p.size) for p in pieces[0:count]]
 
     def answerer(self, fd: int) -> GetAnswerer:
-        """Answers the plain requests of the client on that socket, which must be a blocking one."""
+        """Answers plain GETs of the client on the socket `fd`, which must be blocking."""
         return GetAnswerer(self, self._served, fd)
 
     def _load(self, task: Any, pid: int, chain: tuple[Path, ...]) -> None:

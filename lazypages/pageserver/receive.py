@@ -1,5 +1,5 @@
-"""Receive mode: writes the images that `criu dump --page-server` and the like send, byte for byte as CRIU's own
-server does (compared with 4.1.1 and 4.2.1 in the tests)."""
+"""Receive mode: writes the images that `criu dump --page-server` and `dumptool --page-server` send, byte for byte like
+CRIU's own server (the tests compare with 4.1.1 and 4.2.1)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from lazypages.net.wire import PAGE_SIZE, Command, Header, ImageType, Layout, Re
 
 log = logging.getLogger("lazypages")
 
-FIRST_PAGES_ID: Final = 0x10001  # so that ids don't clash with those of the dump itself (reference §4)
+FIRST_PAGES_ID: Final = 0x10001  # above the ids of the dump itself (docs/criu.md, "Page server protocol")
 BUFFER_SIZE: Final = 1 << 20
 _FALLOC_PUNCH_HOLE: Final = 0x02 | 0x01  # with FALLOC_FL_KEEP_SIZE (fallocate(2))
 
@@ -38,7 +38,7 @@ class ReceiveError(LazyPagesError):
 
 @dataclass(slots=True)
 class _Image:
-    """The pagemap and pages images that are written at the moment."""
+    """The pagemap and pages images that are being written."""
 
     dst_id: int
     name: str
@@ -49,7 +49,7 @@ class _Image:
 
 @dataclass(slots=True)
 class _ParentLevel:
-    """One level of the chain below: its pagemap, and where each entry's pages are in its pages file."""
+    """One level of the chain below: its pagemap, and the offset of each entry in its pages file."""
 
     pagemap: Pagemap
     pages: Path
@@ -68,7 +68,7 @@ class _ParentLevel:
         return level
 
     def overlapping(self, start: int, end: int) -> list[tuple[int, int, int, int]]:
-        """(start, end, flags, offset of start in the pages file) of what the level has of [start, end)."""
+        """(start, end, flags, offset of start in the pages file) of the level's entries within [start, end)."""
         found = []
         pagemap = self.pagemap
         index = bisect_right(range(len(pagemap)), start, key=lambda index: pagemap[index].vaddr) - 1
@@ -83,7 +83,7 @@ class _ParentLevel:
 
 
 class ImageReceiver:
-    """Writes into `directory`, whose parent (if any) `parent` links to already."""
+    """Writes to `directory`. If it has a parent, the link `parent` must exist already."""
 
     def __init__(self, directory: Path, *, auto_dedup: bool) -> None:
         self._directory = directory
@@ -97,7 +97,7 @@ class ImageReceiver:
         return os.path.lexists(self._directory / PARENT_LINK / _pagemap_name(dst_id))
 
     def open(self, dst_id: int) -> bool:
-        """Begin an image; the one before is complete. Returns whether it has a parent."""
+        """Begins an image; the one before is complete. Returns whether it has a parent."""
         self.close()
         name = _pagemap_name(dst_id)
         parents = self._parents(name)
@@ -110,9 +110,10 @@ class ImageReceiver:
         return bool(parents)
 
     def add(self, header: Header, layout: Layout | None) -> None:
-        """An entry of the pagemap; its pages follow in write() if it has any.
+        """Adds an entry of the pagemap. If it has pages, they follow in write().
 
-        ``layout``: of CRIU's, whose server would write an image that only its own kin can read; None: for all.
+        ``layout``: CRIU's server with this layout would write an image that only its own release reads; None: for all
+        releases.
         """
         image = self._image
         if image is None or image.dst_id != header.dst_id:
@@ -135,13 +136,13 @@ class ImageReceiver:
         image.pagemap.write(_framed(entry))
 
     def write(self, data: memoryview) -> None:
-        """Some bytes of the pages of the last entry."""
+        """Writes some bytes of the pages of the last entry."""
         assert self._image is not None
         self._image.pages.write(data)
         self.pages += len(data)
 
     def close(self) -> None:
-        """The image that is open is complete."""
+        """Completes the open image."""
         if self._image is not None:
             image, self._image = self._image, None
             image.pagemap.close()
@@ -161,17 +162,17 @@ class ImageReceiver:
 
 
 class ReceiveConnection:
-    """The one client of receive mode."""
+    """The only client of receive mode."""
 
     def __init__(self, sock: socket.socket, receiver: ImageReceiver) -> None:
         self._sock = sock
         self._reader = PatientReader(sock)
         self._receiver = receiver
         self._codec = ServerCodec(size=BUFFER_SIZE)
-        self._ours = False  # is the client
+        self._ours = False  # the client is dumptool, not CRIU
 
     def run(self) -> None:
-        """Until the client has said CLOSE and is gone, or FORCE_CLOSE (its socket may be somebody else's too).
+        """Runs until the client has sent CLOSE and disconnected, or FORCE_CLOSE (other processes may have its socket).
 
         Raises LazyPagesError, ImageError otherwise.
         """
@@ -205,7 +206,7 @@ class ReceiveConnection:
                     case wire.Eof():
                         if not closed:
                             raise ReceiveError(
-                                "the client has gone without CLOSE: the dump has failed, the images are not complete"
+                                "no CLOSE from the client: the dump has failed, the images are not complete"
                             )
                         return
 
@@ -223,7 +224,7 @@ class ReceiveConnection:
                     receiver.add(header, None if self._ours else layout)
                 case Command.GET:
                     raise RemoteProtocolError(
-                        "the client asks for pages; that takes page-server --lazy-pages"
+                        "the client requests pages; serve them with page-server --lazy-pages"
                     )
                 case Command.CLOSE | Command.FORCE_CLOSE:
                     receiver.close()
@@ -250,7 +251,7 @@ def _framed(message: PagemapHead | PagemapEntry) -> bytes:
 
 
 def _check_covered(parent: _ParentLevel, start: int, end: int) -> None:
-    """Pages that are said to be in the parent must be there. Raises ReceiveError."""
+    """Checks that pages which are PARENT are in the parent. Raises ReceiveError."""
     place = start
     for first, last, _, _ in parent.overlapping(start, end):
         if first > place:
@@ -263,7 +264,7 @@ def _check_covered(parent: _ParentLevel, start: int, end: int) -> None:
 
 
 def _punch(levels: list[_ParentLevel], start: int, end: int) -> None:
-    """Give back the room of pages that have come anew, in whichever level holds them. Raises ReceiveError."""
+    """Frees the space of pages that have been received again, in all levels (--auto-dedup). Raises ReceiveError."""
     if not levels:
         return
     level = levels[0]

@@ -1,1 +1,1 @@
-"""Bringing tasks back without CRIU: images in, a plan for the program ``uffd_restorer`` out."""
+"""Restoring tasks without CRIU: turns images into a plan for the program ``uffd_restorer``."""

@@ -1,4 +1,4 @@
-"""All images of a checkpoint that a restore needs, read and held together."""
+"""All images of a checkpoint that a restore needs, read and checked against each other."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ from images_spec.unknown import refuse_unknown_fields
 T = TypeVar("T")
 
 SHARED_ANONYMOUS: Final = "/dev/zero"
-"""Name of shared anonymous memory where it is dumped as a memfd (observed with CRIU 4.1.1 and 4.2.1)."""
+"""Name of shared anonymous memory that is dumped as a memfd (observed with CRIU 4.1.1 and 4.2.1)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Alive:
-    """What a task has that a zombie lacks. ``threads``: the cores by tid, the leader's first.
+    """The images of a task that is not a zombie. ``threads``: cores by tid, the leader's first.
 
-    ``mm`` has mappings only: its guard regions are in ``memory``.
+    ``mm`` has mappings only; guard regions are in ``memory``.
     """
 
     ids: TaskKobjIdsEntry
@@ -58,7 +58,7 @@ class Alive:
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """A task of the tree; ``alive`` is None for a zombie."""
+    """A task of the tree. ``alive``: None for a zombie."""
 
     pid: int
     ppid: int
@@ -70,7 +70,7 @@ class Process:
 
 @dataclass(frozen=True, slots=True)
 class SharedMemory:
-    """Shared anonymous memory; addresses of ``extents`` count from its begin. ``levels``: pages files."""
+    """Shared anonymous memory. Addresses in ``extents`` are offsets. ``levels``: pages files."""
 
     extents: ExtentTable
     levels: list[Path | None]
@@ -80,18 +80,18 @@ class SharedMemory:
 class SharedMemories:
     """Shared anonymous memory by its id.
 
-    CRIU writes a mapping of it as one of a memfd with the name /dev/zero, by way of a file of that type and
-    memfd.img; a mapping can name it itself too (VMA_ANON_SHARED).
+    CRIU writes a mapping of it as a mapping of a memfd named /dev/zero: the mapping refers to a file of that type,
+    and that to memfd.img. A mapping may also contain the id itself (VMA_ANON_SHARED).
     """
 
     by_id: Mapping[int, SharedMemory]
     sizes: Mapping[int, int]
-    """In bytes, so that every mapping of it has room."""
+    """Bytes: large enough for every mapping of it."""
     ids_of_files: Mapping[int, int]
-    """Memory that a file of type memfd is, by the file's id; files that are not such memory are not here."""
+    """Id of the memory by the id of its file of type memfd; other files are not in here."""
 
     def find(self, vma: VmaEntry) -> int | None:
-        """The id of the memory that is mapped there, None if it is something else."""
+        """The id of the memory that a mapping shows; None if it is a mapping of something else."""
         if vma.status & VMA_MEMFD:
             return self.ids_of_files.get(vma.shmid)
         return vma.shmid if vma.status & VMA_ANON_SHARED and not vma.status & VMA_SYSVIPC else None
@@ -99,7 +99,7 @@ class SharedMemories:
 
 @dataclass(frozen=True)
 class Dump:
-    """A checkpoint; ``processes``: the root first, parents before their children."""
+    """A checkpoint. ``processes``: the root first, parents before their children."""
 
     checkpoint: Checkpoint
     processes: list[Process]
@@ -107,7 +107,7 @@ class Dump:
     pipes: Mapping[int, tuple[PipeDataEntry, bytes]]
     ttys: Mapping[int, TtyInfoEntry]
     deleted: frozenset[int]
-    """Ids of files whose names were gone when they were dumped."""
+    """Ids of files that were deleted at the time of the dump."""
     shared: SharedMemories
     locks: list[FileLockEntry]
 
@@ -116,19 +116,19 @@ class Dump:
         return self.checkpoint.directory
 
     def path(self, kind: Kind[M], ident: int | str | None = None) -> Path:
-        """Where an image is, for messages."""
+        """The path of an image, for messages."""
         return self.directory / kind.file_name(ident)
 
-    def file(self, ident: int, whose: str) -> FileEntry:
-        """A file by its id. Raises ``ImageError``."""
+    def file(self, ident: int, subject: str) -> FileEntry:
+        """A file by its id. ``subject``: its user, for messages. Raises ``ImageError``."""
         try:
             return self.files[ident]
         except KeyError:
-            raise ImageError(self.path(Kind.FILES), f"has no file {ident}, which is {whose}") from None
+            raise ImageError(self.path(Kind.FILES), f"has no file {ident}, which is {subject}") from None
 
 
 def load(directory: Path, *, lazy: bool) -> Dump:
-    """Reads a checkpoint. ``lazy``: there will be a daemon. Raises ``ImageError``."""
+    """Reads a checkpoint. ``lazy``: a daemon will serve pages. Raises ``ImageError``."""
     checkpoint = open_checkpoint(directory)
     entries = _read(directory / Kind.PSTREE.file_name(), Kind.PSTREE)
     processes = [_process(checkpoint, entry, lazy) for entry in entries]
@@ -158,14 +158,14 @@ def _read_one(path: Path, kind: Kind[M]) -> M:
 
 
 def _read_with_data(path: Path, kind: Kind[M]) -> list[tuple[M, bytes]]:
-    """What we do not know would be missing in the task afterwards: such a message is refused."""
+    """Rejects unknown fields: the restored task would lack what they describe."""
     items = images.read_with_data(path, kind)
     refuse_unknown_fields((message for message, _ in items), path)
     return items
 
 
 def _optional(read: Callable[[Path, Kind[M]], list[T]], directory: Path, kind: Kind[M]) -> list[T]:
-    """The messages of an image that is there only when there is something to say."""
+    """The messages of an image that is written only if needed."""
     try:
         return read(directory / kind.file_name(), kind)
     except ImageMissingError:
@@ -185,9 +185,7 @@ def _process(checkpoint: Checkpoint, entry: PstreeEntry, lazy: bool) -> Process:
         threads = {pid: core} | {tid: _core(directory, tid) for tid in entry.threads if tid != pid}
         for tid, thread in threads.items():
             if not thread.HasField("thread_info") or not thread.HasField("thread_core"):
-                raise ImageError(
-                    directory / Kind.CORE.file_name(tid), "holds no registers of an x86_64 thread"
-                )
+                raise ImageError(directory / Kind.CORE.file_name(tid), "has no registers of an x86_64 thread")
         alive = Alive(
             ids,
             _without_guards(_read_one(directory / Kind.MM.file_name(pid), Kind.MM)),
@@ -233,7 +231,7 @@ def _shared_memories(
 
 
 def _inode(entry: FileEntry, inodes: Mapping[int, MemfdInodeEntry]) -> MemfdInodeEntry | None:
-    """What is behind a file of type memfd, when that is shared anonymous memory."""
+    """The inode of a file of type memfd; None if it is not shared anonymous memory."""
     try:
         inode = inodes.get(MemfdFileEntry.FromString(entry.memfd).inode_id)
     except DecodeError:
@@ -242,7 +240,7 @@ def _inode(entry: FileEntry, inodes: Mapping[int, MemfdInodeEntry]) -> MemfdInod
 
 
 def _shared(checkpoint: Checkpoint, ident: int) -> SharedMemory:
-    """Contents of shared memory, down the chain as far as it has them."""
+    """The contents of shared memory, from all levels of the chain that have it."""
     pagemaps: list[Pagemap] = []
     levels: list[Path | None] = []
     for directory in checkpoint.chain:

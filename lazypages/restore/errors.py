@@ -1,7 +1,7 @@
-"""Why a checkpoint is not restored."""
+"""Errors of a restore."""
 
 from lazypages.errors import LazyPagesError
 
 
 class RestoreError(LazyPagesError):
-    """Something that can't be brought back here and now. Nothing has been created."""
+    """The checkpoint can't be restored on this machine. Nothing has been created."""

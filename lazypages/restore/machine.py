@@ -1,4 +1,4 @@
-"""What this machine and this process offer to restored tasks."""
+"""Properties of this machine and process that matter to restored tasks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NR_RLIMITS = 16
 
 @dataclass(frozen=True, slots=True)
 class Special:
-    """A mapping that the kernel makes in every process: ``[vvar]``, ``[vvar_vclock]``, ``[vdso]``."""
+    """A mapping that the kernel creates in every process: ``[vvar]``, ``[vvar_vclock]``, ``[vdso]``."""
 
     name: str
     start: int
@@ -26,11 +26,11 @@ class Special:
 
 
 class Machine:
-    """Facts about this process; read when they are asked for, once."""
+    """Properties of this process; each is read once, on first use."""
 
     @cached_property
     def special(self) -> list[Special]:
-        """vvar and vdso, lowest first; where they are differs from process to process."""
+        """vvar and vdso, in ascending order; their addresses differ from process to process."""
         found = []
         for line in Path("/proc/self/maps").read_text().splitlines():
             fields = line.split()
@@ -41,7 +41,7 @@ class Machine:
 
     @cached_property
     def vdso(self) -> bytes:
-        """The bytes of this kernel's vdso; empty when there is none."""
+        """The bytes of this kernel's vdso; empty if there is none."""
         for part in self.special:
             if part.name == "[vdso]":
                 with open("/proc/self/mem", "rb", buffering=0) as memory:
@@ -55,7 +55,7 @@ class Machine:
 
     @cached_property
     def capabilities(self) -> dict[str, int]:
-        """Bit sets by their names in /proc/self/status."""
+        """Capability sets by their names in /proc/self/status."""
         return {name: int(self._status[name], 16) for name in CAPABILITY_SETS}
 
     @cached_property
@@ -67,7 +67,7 @@ class Machine:
 
     @cached_property
     def rlimits(self) -> list[tuple[int, int]]:
-        """Soft and hard, -1 for none."""
+        """(soft, hard); -1: no limit."""
         return [resource.getrlimit(number) for number in range(NR_RLIMITS)]
 
     @cached_property
@@ -76,12 +76,12 @@ class Machine:
 
     @cached_property
     def terminal(self) -> int | None:
-        """Which of our standard descriptors is a terminal."""
+        """The first of our standard descriptors that is a terminal."""
         return next((fd for fd in range(3) if os.isatty(fd)), None)
 
     @cached_property
     def chooses_timer_ids(self) -> bool:
-        """Whether timer_create can be told the id (PR_TIMER_CREATE_RESTORE_IDS, linux/prctl.h; tried under 6.18)."""
+        """Whether timer_create can use a given id (PR_TIMER_CREATE_RESTORE_IDS; tested with Linux 6.18)."""
         answer = ctypes.CDLL(None).prctl(
             Prctl.TIMER_CREATE_RESTORE_IDS, TIMER_CREATE_RESTORE_IDS_GET, 0, 0, 0
         )
@@ -89,7 +89,7 @@ class Machine:
 
     @cached_property
     def has_guards(self) -> bool:
-        """Whether madvise can install guard regions: Linux 6.13, an older one says EINVAL."""
+        """Whether madvise can install guard regions (Linux 6.13; EINVAL before)."""
         with mmap.mmap(-1, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as page:
             try:
                 page.madvise(MADV_GUARD_INSTALL)
@@ -98,12 +98,12 @@ class Machine:
         return True
 
     def in_use(self, pid: int) -> bool:
-        """Whether a process or thread, of which there may be a trace only, has this id."""
+        """Whether a process or thread, or a zombie, has this id."""
         return Path(f"/proc/{pid}").exists()
 
     @cached_property
     def controls_terminal(self) -> bool:
-        """Whether ``terminal`` is the controlling one of our session."""
+        """Whether ``terminal`` is the controlling terminal of our session."""
         if self.terminal is None:
             return False
         try:

@@ -1,4 +1,4 @@
-"""The address space of a task: mappings, their contents, what lies under userfaultfd."""
+"""The address space of a task: mappings, their contents, and the registration with userfaultfd."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ EXTENT_SIZE: Final = 32
 
 SCRATCH_LOW: Final = 1 << 40
 SCRATCH_HIGH: Final = 0x500000000000
-"""Where neither the restorer (linked to run at a fixed, low address) nor its stack and libraries lie."""
+"""Addresses that neither the restorer (linked to a fixed, low address) nor its stack and libraries use."""
 
 _KEPT_FLAGS = MAP_SHARED | MAP_PRIVATE | MAP_ANONYMOUS | MAP_GROWSDOWN | MAP_NORESERVE | MAP_LOCKED
 _UNSUPPORTED = {
@@ -70,12 +70,12 @@ _SPECIAL = VMA_VDSO | VMA_VVAR | VMA_VSYSCALL
 
 
 def parking_size(machine: Machine) -> int:
-    """Bytes that vvar and vdso take."""
+    """Bytes of vvar and vdso together."""
     return sum(part.size for part in machine.special)
 
 
 def find_scratch(spaces: Iterable[MmEntry], machine: Machine) -> int:
-    """An address for the scratch area that is free in every one of the spaces. Raises ``RestoreError``."""
+    """An address for the scratch area that is free in all of the address spaces. Raises ``RestoreError``."""
     size = SCRATCH_CODE + SCRATCH_DATA + parking_size(machine)
     taken = sorted((vma.start, vma.end) for mm in spaces for vma in mm.vmas)
     place = SCRATCH_LOW
@@ -86,15 +86,15 @@ def find_scratch(spaces: Iterable[MmEntry], machine: Machine) -> int:
             break
         place = end
     if place + size > SCRATCH_HIGH:
-        raise RestoreError(f"no {size} bytes of address space are free in all tasks to work in")
+        raise RestoreError(f"no range of {size} bytes is free in the address spaces of all tasks")
     return place
 
 
 def special_places(mm: MmEntry, machine: Machine, path: Path) -> list[tuple[int, int]]:
-    """Where vvar and vdso of this kernel go: start and size of each, in the machine's order; [] for none.
+    """Start and size of each of this kernel's vvar and vdso mappings in the task, in the machine's order; [] for none.
 
-    CRIU takes the vvar mappings of newer kernels (6.13 on) for one (observed with CRIU 4.1.1), so sizes are
-    compared in sum. Raises ``RestoreError`` when they are another kernel's.
+    CRIU writes the vvar mappings of newer kernels (from 6.13 on) as one (observed with CRIU 4.1.1), so total sizes are
+    compared. Raises ``RestoreError`` if they are from another kernel.
     """
     dumped = [vma for vma in mm.vmas if vma.status & (VMA_VDSO | VMA_VVAR)]
     if not dumped:
@@ -126,7 +126,7 @@ def special_places(mm: MmEntry, machine: Machine, path: Path) -> list[tuple[int,
 
 
 def overlapping(extents: ExtentTable, start: int, end: int) -> range:
-    """Which extents have pages in ``[start, end)``."""
+    """Indices of the extents with pages in ``[start, end)``."""
     numbers = range(len(extents))
     first = bisect_right(numbers, start, key=lambda number: extents[number].end)
     last = bisect_right(numbers, end - 1, key=lambda number: extents[number].start)
@@ -134,7 +134,7 @@ def overlapping(extents: ExtentTable, start: int, end: int) -> range:
 
 
 def check_vdso(alive: Alive, machine: Machine, pid: int, path: Path) -> None:
-    """The dumped vdso must be this kernel's, byte for byte: the task may be in the middle of it.
+    """Checks that the dumped vdso equals this kernel's, byte for byte: the task may be executing it.
 
     Raises ``RestoreError``.
     """
@@ -153,7 +153,7 @@ def check_vdso(alive: Alive, machine: Machine, pid: int, path: Path) -> None:
                 dumped += file.read(hi - lo)
         if len(dumped) != vma.end - vma.start:
             raise RestoreError(
-                f"{path.name}: task {pid}'s vdso is not in the images, so nobody knows which kernel's it is"
+                f"{path.name}: task {pid}'s vdso is not in the images, so its kernel is unknown"
             )
         if dumped != machine.vdso:
             raise RestoreError(
@@ -163,11 +163,9 @@ def check_vdso(alive: Alive, machine: Machine, pid: int, path: Path) -> None:
 
 
 def check_mappings(dump: Dump, alive: Alive, machine: Machine, pid: int, path: Path, *, lazy: bool) -> None:
-    """Raises ``RestoreError`` for what can't be restored, ``ImageError`` for what is absurd."""
+    """Raises ``RestoreError`` for mappings that can't be restored, ``ImageError`` for invalid ones."""
     if alive.memory.guards and not machine.has_guards:
-        raise RestoreError(
-            f"task {pid}: has guard regions (MADV_GUARD_INSTALL), which this kernel has not: Linux 6.13 is needed"
-        )
+        raise RestoreError(f"task {pid}: has guard regions (MADV_GUARD_INSTALL), which need Linux 6.13")
     if alive.mm.aios:
         raise RestoreError(f"task {pid}: uses asynchronous I/O (io_setup), which can't be restored")
     for vma in alive.mm.vmas:
@@ -194,12 +192,12 @@ def check_mappings(dump: Dump, alive: Alive, machine: Machine, pid: int, path: P
 
 
 def extent_bytes(extents: ExtentTable) -> bytes:
-    """The table as the array that it is."""
+    """The table as an array of struct lp_extent."""
     return ctypes.string_at(extents.address, len(extents) * EXTENT_SIZE) if len(extents) else b""
 
 
 class Shared:
-    """Shared anonymous memory: a slot for each, filled when it is made."""
+    """Shared anonymous memory: a slot for each piece, filled on creation."""
 
     def __init__(self, dump: Dump, plan: Plan, files: Files) -> None:
         self._memories = dump.shared
@@ -209,7 +207,7 @@ class Shared:
         }
 
     def slot(self, vma: VmaEntry) -> int | None:
-        """What is mapped there; None when it is something else."""
+        """The slot of the memory that a mapping shows; None if it is a mapping of something else."""
         ident = self._memories.find(vma)
         return None if ident is None else self._slots[ident]
 
@@ -223,18 +221,18 @@ class Shared:
 
 
 class Memory:
-    """Plans the address space of one task, whose descriptors are all free for now."""
+    """Plans the address space of one task. Until its files are set up, all its descriptors are free."""
 
     def __init__(self, plan: Plan, files: Files, shared: Shared, machine: Machine, *, lazy: bool) -> None:
         self._plan, self._files, self._shared, self._machine = plan, files, shared, machine
         self._lazy = lazy
 
     def build(self, thread: int, pid: int, alive: Alive, path: Path) -> None:
-        """Everything but userfaultfd."""
+        """Plans everything except the registration with userfaultfd."""
         plan, mm = self._plan, alive.mm
         plan.switch(thread, special_places(mm, self._machine, path))
         if self._lazy:
-            # A huge page that one eager page brings would hide its lazy neighbours behind zeros.
+            # Reading one eager page into a huge page would fill the lazy pages next to it with zeros.
             plan.call(thread, "disable huge pages", Nr.PRCTL, Prctl.SET_THP_DISABLE, 1)
         tighten = self._map(thread, pid, alive)
         ranges = [FillRange(vma.start, vma.end, self._take(vma)) for vma in mm.vmas]
@@ -276,7 +274,7 @@ class Memory:
         return TAKE_EAGER | TAKE_LAZY
 
     def _map(self, thread: int, pid: int, alive: Alive) -> Sequence[VmaEntry]:
-        """Returns the mappings that were made writable for their contents."""
+        """Returns the mappings that are writable only until their contents are read."""
         plan = self._plan
         tighten = []
         by_file: dict[int, list[VmaEntry]] = {}
@@ -330,10 +328,10 @@ class Memory:
                 self._plan.call(thread, label, Nr.MADVISE, vma.start, vma.end - vma.start, advice)
 
     def _describe(self, thread: int, pid: int, mm: MmEntry) -> None:
-        """What the kernel knows of the space: program, break, arguments, auxiliary vector.
+        """Sets the kernel's record of the address space: executable, break, arguments, auxiliary vector.
 
-        PR_SET_MM_MAP asks for CAP_CHECKPOINT_RESTORE or CAP_SYS_ADMIN, and only for the program; the other
-        variants of PR_SET_MM need CAP_SYS_RESOURCE (kernel/sys.c, prctl_set_mm_map; tried under 6.18).
+        PR_SET_MM_MAP needs CAP_CHECKPOINT_RESTORE or CAP_SYS_ADMIN, for the executable only. The other
+        variants of PR_SET_MM need CAP_SYS_RESOURCE (prctl_set_mm_map() in kernel/sys.c; tested with Linux 6.18).
         """
         plan = self._plan
         slot = self._files.mapped(mm.exe_file_id, os.O_RDONLY, f"task {pid}, its program")

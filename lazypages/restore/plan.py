@@ -1,4 +1,4 @@
-"""The plan that the restorer executes: csrc/restore/restore_plan.h has the format, this is its writer."""
+"""Writes the plan that the restorer executes; csrc/restore/restore_plan.h defines the format."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from images_spec.placement import Span
 MAGIC: Final = 0x4E414C5052504C
 VERSION: Final = 1
 NONE: Final = 0xFFFFFFFF
-"""The restorer itself, where an op names a thread; no file, where one names a slot."""
+"""As a thread: the restorer itself. As a slot: no file."""
 
 SCRATCH_CODE: Final = 4096
 SCRATCH_DATA: Final = 65536
@@ -28,7 +28,7 @@ _RANGE = struct.Struct("<QQQ")
 
 
 class Kind(IntEnum):
-    """What an op does."""
+    """The kind of an op."""
 
     OPEN = 1
     PIPE = 2
@@ -58,7 +58,7 @@ TAKE_LAZY: Final = 2
 
 @dataclass(frozen=True, slots=True)
 class FillRange:
-    """Addresses ``[start, end)``; ``take``: ``TAKE_*`` bits of the extents that are read there."""
+    """Addresses ``[start, end)``; ``take``: ``TAKE_*`` bits of the extents to read in this range."""
 
     start: int
     end: int
@@ -66,16 +66,16 @@ class FillRange:
 
 
 class Plan:
-    """Ops in their order. ``scratch``: the address of the scratch area in every task.
+    """A sequence of ops. ``scratch``: the address of the scratch area in every task.
 
-    A *thread* and a *slot* (a file that the restorer has open) are small numbers, given out by ``new_thread``
-    and ``new_slot``. A ``label`` says to the user what was being done when it failed.
+    A *thread* and a *slot* (a file that the restorer has open) are small numbers, allocated by ``new_thread``
+    and ``new_slot``. A ``label`` describes the op in error messages.
     """
 
     def __init__(self, scratch: int) -> None:
         self.scratch = scratch
         self.data = scratch + SCRATCH_CODE
-        """Where the data of a ``call`` lies when it runs."""
+        """Address of the data of a ``call`` while it runs."""
         self._ops = bytearray()
         self._nr_ops = 0
         self._nr_threads = 0
@@ -100,19 +100,19 @@ class Plan:
         self._nr_ops += 1
 
     def open(self, path: bytes, flags: int, position: int, label: str) -> int:
-        """A slot for a file; position 0: as it is after the open."""
+        """A slot for a file. ``position`` 0: do not seek."""
         slot = self.new_slot()
         self._op(Kind.OPEN, NONE, label, struct.pack("<IIQ", slot, flags, position), path + b"\0")
         return slot
 
     def pipe(self, capacity: int, contents: bytes, label: str) -> tuple[int, int]:
-        """Slots for both ends of a pipe, of ``capacity`` bytes unless that is 0."""
+        """Slots for the read and write end of a pipe of ``capacity`` bytes (0: the default)."""
         reader, writer = self.new_slot(), self.new_slot()
         self._op(Kind.PIPE, NONE, label, struct.pack("<IIQ", reader, writer, capacity), contents)
         return reader, writer
 
     def reopen(self, slot: int, flags: int, label: str) -> int:
-        """Another description of what a slot has open."""
+        """A slot for a new open file description of the file in another slot."""
         again = self.new_slot()
         self._op(Kind.REOPEN, NONE, label, struct.pack("<IIIxxxx", again, slot, flags))
         return again
@@ -127,12 +127,12 @@ class Plan:
         self._op(Kind.CLOSE, NONE, "close a file", _WORD.pack(slot))
 
     def write(self, path: str, flags: int, text: str, label: str) -> None:
-        """The restorer opens a file and writes to it."""
+        """The restorer opens a file and writes ``text`` to it."""
         name = path.encode(errors="surrogateescape") + b"\0"
         self._op(Kind.WRITE, NONE, label, _WORDS.pack(flags, len(name)), name, text.encode())
 
     def spawn(self, parent: int, tid: int, flags: int, label: str) -> int:
-        """A thread or process ``tid``, made by thread ``parent`` with ``CLONE_*`` flags."""
+        """Creates a thread or process ``tid`` by a clone3 of thread ``parent`` with ``CLONE_*`` flags."""
         thread = self.new_thread()
         self._op(Kind.SPAWN, thread, label, struct.pack("<IiQ", parent, tid, flags))
         return thread
@@ -140,7 +140,7 @@ class Plan:
     def call(
         self, thread: int, label: str, nr: int, *args: int, data: bytes = b"", exact: int | None = None
     ) -> None:
-        """A system call of a thread, which must not fail; ``exact``: and have this result.
+        """Runs a system call in a thread. It must not fail; with ``exact`` it must return this result.
 
         ``data`` is at ``self.data`` while it runs.
         """
@@ -151,15 +151,15 @@ class Plan:
         self._op(Kind.CALL, thread, label, _CALL.pack(nr, *words, *expected), data)
 
     def give(self, thread: int, slot: int, fd: int, cloexec: bool, label: str) -> None:
-        """The process gets descriptor ``fd`` for what a slot has open."""
+        """Gives a process the file in a slot, as descriptor ``fd``."""
         self._op(Kind.GIVE, thread, label, struct.pack("<IIIxxxx", slot, fd, cloexec))
 
     def switch(self, thread: int, places: Iterable[tuple[int, int]]) -> None:
-        """The restorer's memory goes away; vvar and vdso move to ``places`` (start, size), or go too."""
+        """Unmaps the restorer's memory; moves vvar and vdso to ``places`` (start, size), or unmaps them, too."""
         self._op(
             Kind.SWITCH,
             thread,
-            "give up the restorer's memory, move vvar and vdso to their places",
+            "unmap the restorer's memory, move vvar and vdso to their places",
             *(_PLACE.pack(*place) for place in places),
         )
 
@@ -173,7 +173,7 @@ class Plan:
         label: str,
         shared: int = NONE,
     ) -> None:
-        """Contents of memory: ``extents`` (array of struct lp_extent) from the slots of their levels.
+        """Reads memory contents: ``extents`` (array of struct lp_extent), from the slots of their levels.
 
         ``shared``: the slot of the shared memory, with ``thread`` NONE.
         """
@@ -189,14 +189,14 @@ class Plan:
         )
 
     def exit(self, thread: int, status: int) -> None:
-        """The process becomes a zombie with a wait status."""
+        """Ends the process with a wait status (wait(2)): it becomes a zombie."""
         self._op(Kind.EXIT, thread, f"end as a zombie with status {status:#x}", _WORD.pack(status))
 
     def reap(self, thread: int, helper: int) -> None:
         self._op(Kind.REAP, thread, "end a helper process", _WORD.pack(helper))
 
     def drain(self, thread: int) -> None:
-        self._op(Kind.DRAIN, thread, "drop signals of the restoration")
+        self._op(Kind.DRAIN, thread, "discard signals of the restore")
 
     def regs(
         self,
@@ -209,7 +209,7 @@ class Plan:
         fxsave: bytes,
         components: Iterable[tuple[int, bytes]],
     ) -> None:
-        """Registers and signal mask; ``components``: bit number in ``xstate_bv`` and contents."""
+        """Sets registers and signal mask. ``components``: (bit number in ``xstate_bv``, contents)."""
         parts = [
             _WORDS.pack(number, len(contents)) + contents + bytes(-len(contents) % 8)
             for number, contents in components
@@ -218,20 +218,22 @@ class Plan:
         self._op(Kind.REGS, thread, "set the registers", head, *parts)
 
     def uffd(self, thread: int, pid: int, ranges: Sequence[Span]) -> None:
-        """A userfaultfd for the process's ``ranges``, handed to the daemon."""
+        """Creates a userfaultfd for the process's ``ranges`` and sends it to the daemon."""
         self._op(
             Kind.UFFD,
             thread,
-            "put the memory under userfaultfd, hand it to the daemon",
+            "register the memory with userfaultfd, send it to the daemon",
             struct.pack("<iI", pid, len(ranges)),
             *(_PLACE.pack(span.start, span.end - span.start) for span in ranges),
         )
 
     def announce(self, pid: int) -> None:
-        self._op(Kind.ANNOUNCE, NONE, f"tell the daemon that task {pid} is dead", struct.pack("<i4x", pid))
+        self._op(
+            Kind.ANNOUNCE, NONE, f"report to the daemon that task {pid} is dead", struct.pack("<i4x", pid)
+        )
 
     def finish(self) -> None:
-        self._op(Kind.FINISH, NONE, "tell the daemon that all is restored (is it gone?)")
+        self._op(Kind.FINISH, NONE, "report to the daemon that all is restored (has it exited?)")
 
     def go(self) -> None:
         self._op(Kind.GO, NONE, "let the tasks run")
@@ -244,7 +246,7 @@ class Plan:
     ) -> bytes:
         """The whole plan. ``parking``: bytes for vvar and vdso in the scratch area.
 
-        ``link_fd``: a descriptor that no task uses. ``control_fd``, ``log_fd``: inherited by the restorer.
+        ``link_fd``: a descriptor number that no task uses. ``control_fd``, ``log_fd``: inherited by the restorer.
         """
         header = _HEADER.pack(
             MAGIC,

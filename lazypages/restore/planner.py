@@ -1,4 +1,4 @@
-"""From a dump to a plan: what is checked first, and the order of everything."""
+"""Makes a plan from a dump: checks first, then the order of all ops."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ NAMESPACES = ("pid", "net", "ipc", "uts", "mnt", "user", "cgroup", "time")
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """How a restore is wanted. ``own_session``, ``own_group``: of the process that becomes the restorer."""
+    """The options of a restore. ``own_session``, ``own_group``: of the process that becomes the restorer."""
 
     lazy: bool
     shell_job: bool
@@ -57,7 +57,7 @@ class Order:
 
 
 def check(dump: Dump, order: Order, machine: Machine) -> None:
-    """Raises ``RestoreError`` for all that is known beforehand to go wrong; nothing has been made yet."""
+    """Raises ``RestoreError`` for everything that is known to fail; nothing has been created yet."""
     _check_ids(dump)
     for process in dump.processes:
         _check_pids(process, machine)
@@ -69,9 +69,7 @@ def check(dump: Dump, order: Order, machine: Machine) -> None:
             continue
         alive, mm_path = process.alive, dump.path(Kind.MM, process.pid)
         if process.core.tc.task_state not in (TaskState.TASK_ALIVE, TaskState.TASK_STOPPED):
-            raise RestoreError(
-                f"task {process.pid}: is in state {process.core.tc.task_state}, which is not known"
-            )
+            raise RestoreError(f"task {process.pid}: is in the unknown state {process.core.tc.task_state}")
         check_descriptors(dump, process.pid, alive)
         check_locks(dump, process.pid)
         memory.check_mappings(
@@ -101,7 +99,7 @@ def _check_pids(process: Process, machine: Machine) -> None:
 
 
 def _check_ids(dump: Dump) -> None:
-    """What a task shares with whom: namespaces with us, nothing else with anybody."""
+    """Checks shared kernel objects: tasks share our namespaces, and nothing else."""
     root = dump.checkpoint.inventory.root_ids
     owners: dict[tuple[str, int], int] = {}
     for process in dump.processes:
@@ -128,7 +126,7 @@ def _check_ids(dump: Dump) -> None:
 
 
 def make_plan(dump: Dump, order: Order, machine: Machine) -> tuple[Plan, int]:
-    """The plan and the descriptor of the link to the restorer; ``check`` has been called.
+    """Returns the plan, and the descriptor number of the link to the restorer. Call ``check`` first.
 
     Raises ``RestoreError``.
     """
@@ -137,7 +135,7 @@ def make_plan(dump: Dump, order: Order, machine: Machine) -> tuple[Plan, int]:
 
 @dataclass(slots=True)
 class _Threads:
-    """The plan's threads of a process: its leader, then (thread, tid, core) of all, the leader first."""
+    """The plan's threads of a process: the leader, then (thread, tid, core) of all threads, the leader first."""
 
     leader: int
     all: list[tuple[int, int, CoreEntry]]
@@ -196,7 +194,7 @@ class _Planner:
                 yield process, process.alive, self._threads[process.pid]
 
     def _open_everything(self) -> None:
-        """Before the first task is made: what can't be opened fails early."""
+        """Opens all files before the first task is created, so that a failure comes early."""
         for process in self._dump.processes:
             if process.alive is None:
                 continue
@@ -235,13 +233,13 @@ class _Planner:
             )
 
     def _free_descriptors(self, root: int) -> None:
-        """All but the link to the restorer; the other tasks inherit that."""
+        """Closes all descriptors except the link to the restorer, which the other tasks inherit."""
         label = "close the restorer's files"
         self._plan.call(root, label, Nr.CLOSE_RANGE, 0, self._link_fd - 1, 0)
         self._plan.call(root, label, Nr.CLOSE_RANGE, self._link_fd + 1, (1 << 32) - 1, 0)
 
     def _end_zombies(self) -> None:
-        """Children first: a zombie's own children would be somebody else's."""
+        """Children first: the children of a zombie would be adopted by another process."""
         plan = self._plan
         for process in reversed(self._dump.processes):
             if process.alive is None:
@@ -286,7 +284,7 @@ class _Planner:
 def _check_helper(pid: int, machine: Machine) -> None:
     if machine.in_use(pid):
         raise RestoreError(
-            f"pid {pid}: led a session or process group of the dumped tasks; another process has it now"
+            f"pid {pid}: led a session or process group of the dumped tasks; now another process has it"
         )
 
 

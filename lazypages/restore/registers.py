@@ -1,4 +1,4 @@
-"""Registers as the restorer wants them: those of ptrace, out of a core image."""
+"""Registers of a core image in the form that the restorer sets by ptrace."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _FXSAVE_HEAD = struct.Struct("<HHHHQQII")
 _FXSAVE_SIZE: Final = 512
 
 LEGACY_BITS: Final = 3
-"""x87 and SSE, which the fxsave area holds."""
+"""x87 and SSE, which are in the fxsave area."""
 
 COMPONENTS: Mapping[int, tuple[str, str, int, str]] = {
     2: ("ymmh_space", "I", 64, "avx"),
@@ -28,10 +28,10 @@ COMPONENTS: Mapping[int, tuple[str, str, int, str]] = {
     7: ("hi16_zmm", "Q", 128, "avx512f"),
     9: ("pkru", "I", 2, "ospke"),
 }
-"""Component (Intel SDM 1, 13.1) -> field of UserX86XsaveEntry, type and number of its values, CPU flag."""
+"""Component number (Intel SDM volume 1, 13.1): field of UserX86XsaveEntry, type and number of its values, CPU flag."""
 
 _INTERNAL_ERRORS = (512, 513, 514, 516)
-"""linux/errno.h: what an interrupted system call returns to the kernel's restart code, never to a task."""
+"""Internal to the kernel (include/linux/errno.h): results of interrupted system calls that no task ever sees."""
 _WORD = (1 << 64) - 1
 _EINTR = 4
 
@@ -39,8 +39,8 @@ _EINTR = 4
 def general(info: ThreadInfoX86, *, signalled: bool) -> bytes:
     """struct user_regs_struct. ``signalled``: a signal is pending, so that a call may have to fail with EINTR.
 
-    A dump tool puts an interrupted system call right (reference/criu-interfaces §5). Where it has not, the
-    call is made again here; so are waits for a time that CRIU has fail with EINTR.
+    A dump tool normally adjusts the registers of an interrupted system call (docs/criu.md, "Image files"). If not,
+    the call is made again here; so are waits with a time-out, which CRIU makes fail with EINTR.
     """
     regs = info.gpregs
     ax, ip, orig = regs.ax, regs.ip, regs.orig_ax
@@ -80,9 +80,9 @@ def fxsave(fpregs: UserX86FpregsEntry, path: Path) -> bytes:
 
 
 def extended(fpregs: UserX86FpregsEntry, machine: Machine, path: Path) -> tuple[int, list[tuple[int, bytes]]]:
-    """xstate_bv and the components beyond the legacy part.
+    """xstate_bv, and the components beyond the legacy part: (number, contents).
 
-    Raises ``ImageError`` for the core image at ``path``, ``RestoreError`` when this CPU lacks what is in use.
+    Raises ``ImageError`` for the core image at ``path``, ``RestoreError`` if this CPU lacks a component in use.
     """
     if not fpregs.HasField("xsave"):
         return LEGACY_BITS, []
@@ -99,7 +99,7 @@ def extended(fpregs: UserX86FpregsEntry, machine: Machine, path: Path) -> tuple[
         if flag not in machine.cpu_flags:
             raise RestoreError(f"{path.name}: the task uses registers ({flag}) that this CPU does not have")
         values = list(getattr(xsave, field))
-        if number == 9:  # CRIU leaves out the padding
+        if number == 9:  # CRIU does not store the padding
             values = [*values, 0][:count]
         if len(values) != count:
             raise ImageError(path, f"{field} has {len(values)} values, not {count}")

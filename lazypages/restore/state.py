@@ -1,4 +1,4 @@
-"""What a task is besides memory, files and registers: signals, credentials, limits, timers, names."""
+"""State of a task besides memory, files and registers: signals, credentials, limits, timers, names."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ from lazypages.restore.syscalls import (
 )
 
 SIGNALS: Final = [number for number in range(1, 65) if number not in (9, 19)]
-"""Those whose action can be changed, in the order of TaskCoreEntry.sigactions."""
+"""Signals whose action can be changed, in the order of TaskCoreEntry.sigactions."""
 
 SIGEV_THREAD_ID: Final = 4
 SIGEV_NONE: Final = 1
 SIGEVENT_SIZE: Final = 64
 CLOCK_MONOTONIC: Final = 1
 THREAD_CLOCKS: Final = (3, 0xFFFFFFFE)
-"""CLOCK_THREAD_CPUTIME_ID, and as the kernel shows it: of the thread that made the timer, which no image tells."""
+"""CLOCK_THREAD_CPUTIME_ID, and its number in images: the clock of the creating thread, which they do not name."""
 MAX_SKIPPED_TIMERS: Final = 10_000
-"""Where ids can't be chosen, timers are made and deleted until one has the right id."""
+"""Where ids can't be chosen, timers are created and deleted until one gets the right id: at most this many."""
 
 SIGINFO_SIZE: Final = 128
 CAP_SYS_RESOURCE: Final = 24
@@ -58,13 +58,13 @@ RLIMIT_NAMES = (
 
 
 def check_process(process: Process, alive: Alive, machine: Machine, dump: Dump) -> None:
-    """Raises ``RestoreError`` for what can't be brought back, ``ImageError`` for what is absurd."""
+    """Raises ``RestoreError`` for state that can't be restored, ``ImageError`` for invalid images."""
     tc, pid = process.core.tc, process.pid
     path = dump.path(Kind.CORE, pid)
     if tc.sigactions and len(tc.sigactions) != len(SIGNALS):
         raise ImageError(path, f"has {len(tc.sigactions)} signal actions, not {len(SIGNALS)}")
     if not tc.sigactions or not tc.HasField("rlimits") or not tc.HasField("timers"):
-        raise RestoreError(f"{path}: signal actions, limits or timers are not there: too old a format")
+        raise RestoreError(f"{path}: signal actions, limits or timers are missing: the format is too old")
     _check_posix_timers(process, alive, machine)
     for number, limit in enumerate(tc.rlimits.rlimits[:NR_RLIMITS]):
         hard = machine.rlimits[number][1] & UNLIMITED
@@ -78,24 +78,24 @@ def check_process(process: Process, alive: Alive, machine: Machine, dump: Dump) 
 
 
 def _check_posix_timers(process: Process, alive: Alive, machine: Machine) -> None:
-    timers, who = process.core.tc.timers.posix, f"task {process.pid}"
+    timers, subject = process.core.tc.timers.posix, f"task {process.pid}"
     idents = [timer.it_id for timer in timers]
     if len(set(idents)) != len(idents):
-        raise RestoreError(f"{who}: has two POSIX timers with the same id")
+        raise RestoreError(f"{subject}: has two POSIX timers with the same id")
     if idents and max(idents) >= MAX_SKIPPED_TIMERS and not machine.chooses_timer_ids:
         raise RestoreError(
-            f"{who}: has a POSIX timer with id {max(idents)}, which this kernel can't give "
+            f"{subject}: has a POSIX timer with id {max(idents)}, which this kernel can't give "
             "(PR_TIMER_CREATE_RESTORE_IDS)"
         )
     for timer in timers:
         to_thread = timer.it_sigev_notify == SIGEV_THREAD_ID
         if to_thread and timer.HasField("notify_thread_id") and timer.notify_thread_id not in alive.threads:
             raise RestoreError(
-                f"{who}: POSIX timer {timer.it_id} is for thread {timer.notify_thread_id}, which it has not"
+                f"{subject}: POSIX timer {timer.it_id} is for thread {timer.notify_thread_id}, which it has not"
             )
         if timer.clock_id in THREAD_CLOCKS and len(alive.threads) > 1:
             raise RestoreError(
-                f"{who}: POSIX timer {timer.it_id} is on the CPU time of one of its threads, which can't be restored"
+                f"{subject}: POSIX timer {timer.it_id} uses the CPU time of one thread, which can't be restored"
             )
 
 
@@ -104,14 +104,14 @@ def _limit(value: int) -> str:
 
 
 def _check_thread(pid: int, tid: int, core: CoreEntry, machine: Machine, dump: Dump) -> None:
-    who = f"task {pid}" if tid == pid else f"task {pid}, thread {tid}"
+    subject = f"task {pid}" if tid == pid else f"task {pid}, thread {tid}"
     thread = core.thread_core
     if thread.seccomp_mode != SeccompMode.SECCOMP_DISABLED:
-        raise RestoreError(f"{who}: is under seccomp, which can't be restored")
+        raise RestoreError(f"{subject}: is under seccomp, which can't be restored")
     if thread.sched_policy == 6:
-        raise RestoreError(f"{who}: has a deadline (SCHED_DEADLINE), which can't be restored")
+        raise RestoreError(f"{subject}: has a deadline (SCHED_DEADLINE), which can't be restored")
     if any(not entry.seg_not_present for entry in core.thread_info.tls):
-        raise RestoreError(f"{who}: uses segments (set_thread_area), which can't be restored")
+        raise RestoreError(f"{subject}: uses segments (set_thread_area), which can't be restored")
     if not thread.HasField("creds"):
         raise ImageError(dump.path(Kind.CORE, tid), "holds no credentials")
     creds = thread.creds
@@ -119,7 +119,7 @@ def _check_thread(pid: int, tid: int, core: CoreEntry, machine: Machine, dump: D
         if name not in ("CapBnd", "CapInh") and words & ~machine.capabilities["CapPrm"]:
             lacking = words & ~machine.capabilities["CapPrm"]
             raise RestoreError(
-                f"{who}: had capabilities {lacking:#x} ({name}), which this process does not have to give"
+                f"{subject}: had capabilities {lacking:#x} ({name}), which this process does not have to give"
             )
     for queue in (thread.signals_p, core.tc.signals_s):
         if any(len(signal.siginfo) != SIGINFO_SIZE for signal in queue.signals):
@@ -136,13 +136,13 @@ def _capability_sets(creds: CredsEntry) -> dict[str, int]:
 
 
 class State:
-    """Plans what tasks and threads are. Data of calls lies at ``plan.data``."""
+    """Plans the state of tasks and threads. Data of calls is at ``plan.data``."""
 
     def __init__(self, plan: Plan, machine: Machine) -> None:
         self._plan, self._machine = plan, machine
 
     def process(self, thread: int, pid: int, alive: Alive) -> None:
-        """What a whole process has, but for what must come after the credentials."""
+        """Plans the state of a process, except what must follow the credentials."""
         plan, data = self._plan, self._plan.data
         tc = alive.threads[pid].tc
         for signo, action in zip(SIGNALS, tc.sigactions, strict=True):
@@ -169,7 +169,7 @@ class State:
             plan.call(thread, label, Nr.PRLIMIT64, 0, number, data, 0, data=record)
 
     def thread(self, thread: int, core: CoreEntry, *, leader: bool) -> None:
-        """What each thread has, credentials included. Blocked signals stay blocked."""
+        """Plans the state of a thread, including credentials. Blocked signals stay blocked."""
         plan, data, own = self._plan, self._plan.data, core.thread_core
         comm = (own.comm or core.tc.comm) if leader else own.comm
         plan.call(thread, "set the name", Nr.PRCTL, Prctl.SET_NAME, data, data=comm[:15] + b"\0")
@@ -205,7 +205,7 @@ class State:
             self._plan.call(thread, "set the niceness", Nr.SETPRIORITY, 0, 0, own.sched_nice)
 
     def _credentials(self, thread: int, creds: CredsEntry) -> None:
-        """Under SECBIT_NO_SETUID_FIXUP no capability is lost while user ids change, capabilities(7)."""
+        """With SECBIT_NO_SETUID_FIXUP, changes of user ids do not clear capabilities (capabilities(7))."""
         plan, data = self._plan, self._plan.data
         sets = _capability_sets(creds)
         groups = struct.pack(f"<{len(creds.groups)}I", *creds.groups)
@@ -217,7 +217,7 @@ class State:
         plan.call(thread, "set the file system's group id", Nr.SETFSGID, creds.fsgid)
         plan.call(thread, "set the file system's user id", Nr.SETFSUID, creds.fsuid)
         for number in _bits(self._machine.capabilities["CapBnd"] & ~sets["CapBnd"]):
-            plan.call(thread, f"give up capability {number}", Nr.PRCTL, Prctl.CAPBSET_DROP, number)
+            plan.call(thread, f"drop capability {number}", Nr.PRCTL, Prctl.CAPBSET_DROP, number)
         plan.call(thread, "set the secure bits", Nr.PRCTL, Prctl.SET_SECUREBITS, creds.secbits)
         words = [
             sets[name] >> shift & 0xFFFFFFFF for shift in (0, 32) for name in ("CapEff", "CapPrm", "CapInh")
@@ -231,7 +231,7 @@ class State:
             plan.call(thread, "allow no new privileges", Nr.PRCTL, Prctl.SET_NO_NEW_PRIVS, 1)
 
     def late(self, threads: Sequence[tuple[int, int, CoreEntry]], pid: int, alive: Alive) -> None:
-        """What comes after the credentials of all threads; ``threads``: plan's thread, tid, core."""
+        """Plans what follows the credentials of all threads. ``threads``: (plan's thread, tid, core)."""
         plan, data = self._plan, self._plan.data
         leader, _, core = threads[0]
         if alive.mm.HasField("dumpable"):
@@ -263,7 +263,7 @@ class State:
             self._plan.call(thread, label, Nr.SETITIMER, which, self._plan.data, 0, data=record)
 
     def _posix_timers(self, thread: int, tc: TaskCoreEntry) -> None:
-        """Each under its id; the kernel counts up from 0 unless it can be told (kernel/time/posix-timers.c)."""
+        """Creates each timer with its id. Ids can't be chosen on all kernels: they count up from 0."""
         timers = sorted(tc.timers.posix, key=lambda timer: timer.it_id)
         if not timers:
             return
@@ -291,14 +291,14 @@ class State:
             plan.call(thread, label, Nr.TIMER_SETTIME, timer.it_id, 0, plan.data, 0, data=record)
 
     def _make_posix_timer(self, thread: int, ident: int, clock: int, event: bytes) -> None:
-        """``event``: struct sigevent as far as there is something in it."""
+        """``event``: struct sigevent, without trailing zeros."""
         data = event.ljust(SIGEVENT_SIZE, b"\0") + struct.pack("<i", ident)
         label = f"make timer {ident} of clock {clock} (timer_create)"
         address = self._plan.data
         self._plan.call(thread, label, Nr.TIMER_CREATE, clock, address, address + SIGEVENT_SIZE, data=data)
 
     def rseq(self, thread: int, own: ThreadCoreEntry) -> None:
-        """From here on the kernel writes into the task's memory whenever it returns to it."""
+        """Afterwards the kernel writes to the task's memory whenever it returns to the task."""
         entry = own.rseq_entry
         if own.HasField("rseq_entry") and entry.rseq_abi_pointer:
             args = (entry.rseq_abi_pointer, entry.rseq_abi_size, 0, entry.signature)
@@ -314,7 +314,7 @@ def _bits(value: int) -> list[int]:
 
 
 def blocked(tc: TaskCoreEntry, own: ThreadCoreEntry, *, leader: bool) -> int:
-    """The signal mask of a thread."""
+    """The signal mask of a thread, bit n-1 for signal n."""
     if own.HasField("blk_sigset"):
         return own.blk_sigset
     return tc.blk_sigset if leader else 0

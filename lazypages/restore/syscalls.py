@@ -1,4 +1,4 @@
-"""Numbers that plans for x86_64 use: system calls (asm/unistd_64.h) and the constants of their arguments."""
+"""Numbers in plans for x86_64: system calls (asm/unistd_64.h) and constants of their arguments."""
 
 from enum import IntEnum
 

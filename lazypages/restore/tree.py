@@ -1,8 +1,8 @@
-"""In which order processes are made so that sessions and process groups come out as they were.
+"""The order of creating processes that reproduces their sessions and process groups.
 
-A session can only be inherited from the process that makes another one, or founded (setsid(2)); so a process
-is made while its maker is in the right session. Where the leader of a session or group is gone, a helper takes
-its pid for a while. Pure.
+A process gets its session by inheritance from its creator, or founds one (setsid(2)). So a process
+must be created while its creator is in the right session. If the leader of a session or group has exited, a helper has
+its pid meanwhile. Pure.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from lazypages.restore.errors import RestoreError
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A process to be made; ``ppid`` 0: the root."""
+    """A process to be created. ``ppid``: 0 for the root."""
 
     pid: int
     ppid: int
@@ -25,7 +25,7 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class Make:
-    """``maker`` (0: the restorer) makes ``pid``; ``sibling``: as a child of its own parent."""
+    """``maker`` (0: the restorer) creates ``pid``. ``sibling``: as a child of the maker's own parent."""
 
     pid: int
     maker: int
@@ -39,7 +39,7 @@ class FoundSession:
 
 @dataclass(frozen=True, slots=True)
 class JoinGroup:
-    """``group`` equal to ``pid`` founds it."""
+    """``pid`` joins ``group``, or founds it if they are equal."""
 
     pid: int
     group: int
@@ -55,9 +55,9 @@ Step = Make | FoundSession | JoinGroup | EndHelper
 
 
 def order(members: Sequence[Member], *, own_session: int, own_group: int, shell_job: bool) -> list[Step]:
-    """The steps that make ``members`` (root first, parents before their children).
+    """The steps that create ``members`` (root first, parents before their children).
 
-    ``own_session``, ``own_group``: the restorer's, which a ``shell_job`` goes on in. Raises ``RestoreError``.
+    ``own_session``, ``own_group``: of the restorer; a ``shell_job`` stays in them. Raises ``RestoreError``.
     """
     root = members[0]
     pids = {member.pid for member in members}
@@ -72,7 +72,7 @@ def order(members: Sequence[Member], *, own_session: int, own_group: int, shell_
 
 
 def _adopt(member: Member, session: int, own_session: int, own_group: int, pids: set[int]) -> Member:
-    """The same in the restorer's session."""
+    """The member with the session and group of the dumping shell replaced by the restorer's."""
     if member.sid != session:
         return member
     group = member.pgid if member.pgid in pids else own_group
@@ -96,15 +96,15 @@ class _Order:
         return steps
 
     def _needed(self, member: Member) -> int | None:
-        """The session in which a process must be made; None: any."""
+        """The session in which a process must be created; None: any."""
         if member.sid != member.pid:
             return member.sid
         needs = {self._needed(child) for child in self._children[member.pid]} - {None, member.pid}
-        # What its children can't get from it before it founds its own session, they get from a helper.
+        # Children in another session than the one it founds are created by a helper.
         return needs.pop() if len(needs) == 1 else None
 
     def _make(self, member: Member, maker: int, session: int, sibling: bool = False) -> Iterator[Step]:
-        """``session``: what the process inherits."""
+        """``session``: the one that the process inherits."""
         yield Make(member.pid, maker, sibling)
         later = []
         for child in self._children[member.pid]:
@@ -119,7 +119,7 @@ class _Order:
         if session != member.sid:
             raise RestoreError(
                 f"task {member.pid} belongs to session {member.sid}, which neither its parent {member.ppid} "
-                "nor a process that can be made up belongs to"
+                "nor a process that can be created belongs to"
             )
         waiting = []
         for child in later:
@@ -146,7 +146,7 @@ class _Order:
             yield FoundSession(session)
         elif self._helpers[session] != parent:
             raise RestoreError(
-                f"task {child.pid} belongs to session {session}, whose leader is gone and which "
+                f"task {child.pid} belongs to session {session}, whose leader has exited and which "
                 "processes of several parents belong to"
             )
         yield from self._make(child, session, session, sibling=True)

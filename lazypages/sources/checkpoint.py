@@ -12,7 +12,7 @@ from images_spec import images as image_files
 from images_spec.checkpoint import Checkpoint, TaskImages, open_checkpoint
 from images_spec.errors import ImageError
 from images_spec.images import Kind
-from lazypages.engine.uffd import PreparedMemory, TaskMemory
+from lazypages.engine.memory import PreparedMemory, TaskMemory
 from lazypages.sources.local import MappedPages
 
 if TYPE_CHECKING:

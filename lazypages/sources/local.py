@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from images_spec.errors import ImageError
-from lazypages.engine.uffd import MappedFile
+from lazypages.engine.memory import MappedFile
 
 
 class MappedPages:

@@ -28,8 +28,8 @@ from lazypages.sources.backlog import Backlog, Wanted
 
 log = logging.getLogger("lazypages")
 
-# A server of CRIU's copies what lies before a page in its pipe (up to 1 MiB) for each request, and without
-# CAP_SYS_RESOURCE it fails past the 16th page of a pipe, however small the request (docs/criu.md).
+# For each request CRIU's server copies all pages before the requested one in its pipe (up to 1 MiB); without
+# CAP_SYS_RESOURCE it fails past the 16th page of a pipe (docs/criu.md, "Page server protocol").
 CRIU_MAX_PAGES: Final = 64
 OUR_MAX_PAGES: Final = 256
 URGENT_MAX_PAGES: Final = 16  # neighbouring faults that are asked for as one

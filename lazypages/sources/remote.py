@@ -19,8 +19,9 @@ import anyio
 import anyio.lowlevel
 from anyio.abc import TaskGroup
 
-from lazypages.engine.uffd import Channel as EngineChannel
-from lazypages.engine.uffd import ChannelEvent, ChannelEventKind, ServedTask
+from lazypages.engine.channel import Channel as EngineChannel
+from lazypages.engine.channel import ChannelEvent, ChannelEventKind
+from lazypages.engine.task import ServedTask
 from lazypages.net import wire
 from lazypages.net.link import LinkError
 from lazypages.net.tls import TlsError, TlsFiles
@@ -36,7 +37,7 @@ CLOSE_TIMEOUT: Final = 5.0  # s for the servers' answers to CLOSE
 
 CLOSED: Final = "closed by the server"
 CUT_SHORT: Final = "closed in the middle of an answer"
-ELSEWHERE: Final = "another destination has all of this dump, and goes on with it"
+ELSEWHERE: Final = "another destination has completed this dump and runs it"
 
 #: Pages that can't be had: the task's pid, the address at dump time, how many, why.
 OnLost = Callable[[int, int, int, str], None]

@@ -1,7 +1,7 @@
-"""The tests marked every_kernel, under Debian's kernels as well as under this machine's: each in a virtual machine.
+"""Runs the tests marked every_kernel under Debian's kernels, each in a virtual machine.
 
 `.ci/fetch-kernels` puts the kernels into LAZYPAGES_KERNELS_DIR (default /var/cache/lazypages/kernels). QEMU emulates
-the processor, so everything takes five to ten times as long; two machines run at a time.
+the processor, so the tests take five to ten times as long. Two machines run at a time.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ RUN_IN = Path(__file__).with_name("run-in")
 KERNELS_DIR = Path(os.environ.get("LAZYPAGES_KERNELS_DIR", "/var/cache/lazypages/kernels"))
 KERNELS = ("6.1", "6.12", "newest")
 
-#: Seconds for all tests of one kernel. A quiet machine needs a third of it.
+#: Seconds for all tests of one kernel. A quiet machine needs a third of this.
 TIME = 2100
 
-#: No machine of so many was seen to panic twice in a row: about one in thirty does.
+#: Number of attempts, because about one emulated machine in thirty panics. None was seen to panic twice in a row.
 TRIES = 2
 
 MARK = "every_kernel"
 
 
 def files() -> list[str]:
-    """Those with marked tests: to collect all tests takes an emulated processor half a minute."""
+    """The files with marked tests. Collecting all tests takes half a minute on an emulated processor."""
     found = [path for path in sorted((ROOT / "tests" / "real").glob("test_*.py")) if MARK in path.read_text()]
     assert found
     return [str(path.relative_to(ROOT)) for path in found]
@@ -45,13 +45,13 @@ class Done(NamedTuple):
 
 
 class Machines:
-    """Those that run now."""
+    """The machines that run now."""
 
     def __init__(self) -> None:
         self._running: set[subprocess.Popen[str]] = set()
 
     def run(self, command: Sequence[str | Path]) -> Done:
-        """From start to end."""
+        """Run one machine to its end."""
         with subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
         ) as process:
@@ -66,7 +66,7 @@ class Machines:
 
 
 def run(machines: Machines, kernel: str) -> Done:
-    """One machine from start to end. Exit status 125: it did not come up, or was ended."""
+    """Run the tests in a machine with this kernel. Status 125: it did not boot, or exceeded its time."""
     folder = KERNELS_DIR / kernel
     if not (folder / "release").exists():
         pytest.fail(f"no kernel at {folder}: fetch it with `.ci/fetch-kernels {KERNELS_DIR}`", pytrace=False)
@@ -87,7 +87,7 @@ def run(machines: Machines, kernel: str) -> Done:
 
 @pytest.fixture(scope="module")
 def runs(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[Done]]]:
-    """Of the kernels whose tests are selected. Machines that no test waits for any more are ended."""
+    """The runs of all selected kernels, started at once. Ends machines that no test waits for any more."""
     names = [item.name for item in request.session.items]
     machines = Machines()
     with ThreadPoolExecutor(2) as pool:

@@ -63,7 +63,7 @@ def test_a_second_dump_at_the_same_address(protocol: str, program: Program, tmp_
         ):
             source.wait_ready()
             wait_for("the refusal there", lambda: "has the pages of another dump" in old.server.story())
-            source.wait_said("wants pages of another checkpoint")
+            source.wait_said("requests pages of another checkpoint")
             assert victim.is_frozen(source.pid)
             with destination(victim, ours(port), program, tmp_path / "new") as new:
                 assert new.server.wait() == 0
@@ -176,7 +176,7 @@ def test_a_page_server_without_an_inventory(
         page_server_at(*at, images=bare, work=tmp_path / "server") as server,
         destination(victim, ours(port), program, tmp_path / "work", wait=False) as restored,
     ):
-        assert "copy it there" in server.story()
+        assert "without it the server can't identify this dump" in server.story()
         wait_for("the refusal", lambda: "can't say which dump it has" in restored.server.story())
         server.process.terminate()
         assert server.wait() == 0

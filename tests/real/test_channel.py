@@ -24,7 +24,9 @@ from typing import Any, NamedTuple
 import anyio
 import pytest
 
-from lazypages.engine.uffd import Channel, ChannelEvent, ChannelEventKind, NoticeKind, ServedTask
+from lazypages.engine.channel import Channel, ChannelEvent, ChannelEventKind
+from lazypages.engine.events import TaskEventKind
+from lazypages.engine.task import ServedTask
 from lazypages.errors import LazyPagesError
 from lazypages.net.wire import Features
 from lazypages.sources.base import Connected
@@ -39,7 +41,7 @@ TAG = 4711
 GET, ADD_F, CLOSE = 7, 6, 0x1023
 PRESENT, ZERO, ZSTD = 4, 0x100, 0x200
 MADV_DONTNEED = 4
-HEADERS = {24: struct.Struct("=IIQQ"), 32: struct.Struct("=I4xQQQ")}  # reference/criu-interfaces §4
+HEADERS = {24: struct.Struct("=IIQQ"), 32: struct.Struct("=I4xQQQ")}  # docs/criu.md, "Page server protocol"
 
 both = pytest.mark.parametrize("size", HEADERS)
 
@@ -156,8 +158,8 @@ def counted(
     )
 
 
-def no_notice(service: Service) -> bool:
-    return not [one for one in service.look() if one.kind in {NoticeKind.NEED, NoticeKind.HURRY}]
+def no_event(service: Service) -> bool:
+    return not [one for one in service.look() if one.kind in {TaskEventKind.NEED, TaskEventKind.ESCALATE}]
 
 
 @both
@@ -172,7 +174,7 @@ def test_a_fault_byte_by_byte(size: int, file: PagesFile) -> None:
                 assert task.busy(0)
                 source.send(bytes([byte]))
             task.reply()
-        assert no_notice(service)
+        assert no_event(service)
         assert source.events() == []
         counted(served, remote=3, faults=3)
         until("the answer to be settled", lambda: not source.channel.state().outstanding)
@@ -220,7 +222,7 @@ def test_cut(cut: int, pages: int, file: PagesFile) -> None:
         # a thread that waits is no worse off: the owner is asked, and another channel brings it
         if whole < pages:
             task.tell_check(BASE, pages, file.first_id)
-            assert service.wait(NoticeKind.HURRY, served).image == BASE + whole * PAGE
+            assert service.wait(TaskEventKind.ESCALATE, served).image == BASE + whole * PAGE
             second = Source(service)
             second.channel.ask(TAG, BASE + whole * PAGE, pages - whole, urgent=True)
             second.send(second.answer(file, second.asked()))
@@ -448,7 +450,7 @@ def test_a_thread_waits_for_what_is_on_its_way(file: PagesFile) -> None:
         task.tell_check(BASE + 10 * PAGE, 1, file.first_id + 10)
         assert task.busy()
         assert source.quiet()
-        assert no_notice(service)
+        assert no_event(service)
         assert any(one.since for one in source.channel.outstanding())
         source.send(b"".join(source.answer(file, get) for get in gets))
         task.reply()
@@ -473,7 +475,7 @@ def test_a_held_channel(file: PagesFile) -> None:
         source.event(ChannelEventKind.QUIET)
         task.reply()
         task.tell_check(BASE + PAGE, 1, file.first_id + 1)
-        assert service.wait(NoticeKind.NEED, served).image == BASE + PAGE
+        assert service.wait(TaskEventKind.NEED, served).image == BASE + PAGE
         assert source.quiet()
         source.channel.ask(TAG, BASE + PAGE, 1, urgent=True)
         source.send(source.answer(file, source.asked()))
@@ -550,12 +552,12 @@ def test_a_fork_while_a_page_is_on_its_way(file: PagesFile) -> None:
         source.send(source.answer(file, get))
         task.reply()
         child = adopt_fork(service, task)
-        forked = service.wait(NoticeKind.FORKED).task
+        forked = service.wait(TaskEventKind.FORKED).task
         child.tell_check(BASE, 8, file.first_id, threads=4)
         task.tell_check(BASE, 8, file.first_id, threads=4)
         assert child.busy()
         assert other.quiet()
-        assert no_notice(service)
+        assert no_event(service)
         for one in gets:
             source.send(source.answer(file, one))
         child.reply()
@@ -621,7 +623,7 @@ def test_a_task_that_can_take_nothing_keeps_nothing_from_others(file: PagesFile)
         try:
             resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
             task.tell("fork")
-            assert service.wait(NoticeKind.FAILED, served).error == errno.EMFILE
+            assert service.wait(TaskEventKind.FAILED, served).error == errno.EMFILE
             for get in gets:
                 source.send(source.answer(file, get))
             for page in range(4):
@@ -634,7 +636,7 @@ def test_a_task_that_can_take_nothing_keeps_nothing_from_others(file: PagesFile)
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         child = service.adopt(task.forked())
-        forked = service.wait(NoticeKind.FORKED).task
+        forked = service.wait(TaskEventKind.FORKED).task
         counted(served, pending=PAGES - 8, remote=8)
         counted(forked, pending=PAGES - 8)
         counted(second, pending=PAGES - 4)
@@ -696,11 +698,11 @@ def test_turmoil(file: PagesFile) -> None:
         deadline = time.monotonic() + 60
         while task.busy(0):
             assert time.monotonic() < deadline
-            for notice in service.look():
-                assert notice.kind in {NoticeKind.NEED, NoticeKind.HURRY, NoticeKind.COMPLETE}
-                if notice.kind is NoticeKind.NEED:
-                    served.fail_remote(notice.image, notice.nr_pages, lost=False)
-            service.notices.clear()
+            for event in service.look():
+                assert event.kind in {TaskEventKind.NEED, TaskEventKind.ESCALATE, TaskEventKind.COMPLETE}
+                if event.kind is TaskEventKind.NEED:
+                    served.fail_remote(event.image, event.nr_pages, lost=False)
+            service.events.clear()
             if not turn_taken:
                 source.channel.turn(served, 32 * PAGE)
                 turn_taken = True
@@ -715,7 +717,7 @@ def test_turmoil(file: PagesFile) -> None:
                     servers.append(Server(source, file, len(servers)))
                     turn_taken = False
                     break
-            select.select([source.channel.event_fd, service.engine.notice_fd], [], [], 0.01)
+            select.select([source.channel.event_fd, service.engine.event_fd], [], [], 0.01)
         task.reply()
         assert served.lost == 0
         assert len(servers) > 3

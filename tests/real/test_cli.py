@@ -74,7 +74,7 @@ def test_live_progress_and_summary(program: Path, tmp_path: Path) -> None:
     *_, summary = terminal.text().partition("3 tasks in ")
     rows = [line.split() for line in summary.splitlines()]
     assert any(row[:4] == ["local", "900", "3.5", "MiB"] for row in rows)
-    assert "a fault is answered in: p50 " in summary
+    assert "fault latency: p50 " in summary
 
 
 def test_a_log_file_beside_the_terminal(program: Path, tmp_path: Path) -> None:
@@ -255,7 +255,7 @@ def test_pidfile_needs_the_background(program: Path, tmp_path: Path) -> None:
         check(tasks)
         assert server.wait() == 0
     assert not (tmp_path / "pid").exists()
-    assert "--pidfile does nothing without -d" in (tmp_path / "out").read_text()
+    assert "--pidfile has no effect without -d" in (tmp_path / "out").read_text()
 
 
 # Around it.
@@ -277,7 +277,7 @@ def test_open_files_are_raised_to_the_hard_limit(program: Path, tmp_path: Path) 
     ("options", "text"),
     [
         (["--status-fd", "77"], "lazypages: --status-fd 77: Bad file descriptor\n"),
-        (["-o", "no/where"], "can't log to"),
+        (["-o", "no/where"], "cannot open log file"),
         (["--page-server"], "--page-server needs --port"),
     ],
 )

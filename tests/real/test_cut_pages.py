@@ -19,7 +19,9 @@ from contextlib import contextmanager
 import anyio
 
 from lazypages.engine._uffd import ffi, lib
-from lazypages.engine.uffd import MAP_FAILED, MappedFile, Notice, NoticeKind, ServedTask, TaskMemory
+from lazypages.engine.events import TaskEvent, TaskEventKind
+from lazypages.engine.memory import MAP_FAILED, MappedFile, TaskMemory
+from lazypages.engine.task import ServedTask
 from lazypages.loop.processes import Process
 from lazypages.loop.service import Identity, TaskService
 from lazypages.observe.metrics import State
@@ -90,21 +92,21 @@ def spoilt_page(service: Service) -> Iterator[tuple[Task, ServedTask]]:
         yield task, served
 
 
-def spoilt(service: Service) -> tuple[Notice, int]:
+def spoilt(service: Service) -> tuple[TaskEvent, int]:
     """What is told then, and the task's pid."""
     with spoilt_page(service) as (task, served):
-        return service.wait(NoticeKind.LOST, served), task.pid
+        return service.wait(TaskEventKind.LOST, served), task.pid
 
 
 def test_cut_while_it_is_copied() -> None:
     """The copy has begun: the page comes as it is then, and nobody can take it back; it is told."""
     with Service() as service:
-        notice, _ = spoilt(service)
-        assert (notice.error, notice.addr, notice.nr_pages) == (errno.ESTALE, BASE + HOLE * PAGE, 1)
+        event, _ = spoilt(service)
+        assert (event.error, event.addr, event.nr_pages) == (errno.ESTALE, BASE + HOLE * PAGE, 1)
 
 
 def test_cut_while_it_is_closed() -> None:
-    """Whoever closes the task before he has taken the notice hears of it all the same."""
+    """Whoever closes the task before he has taken the event hears of it all the same."""
     with Service() as service:
         with spoilt_page(service) as (_, served):
             pass
@@ -117,8 +119,8 @@ def test_cut_while_it_is_closed() -> None:
 
 
 def test_its_task_is_killed() -> None:
-    async def tend(notice: Notice, process: Process) -> State:
-        served = notice.task
+    async def tend(event: TaskEvent, process: Process) -> State:
+        served = event.task
         tended = TaskService(
             served,
             Identity("the task", process.pid, False, served.total, ("local",)),
@@ -126,12 +128,12 @@ def test_its_task_is_killed() -> None:
             transfer_turns=anyio.CapacityLimiter(1),
             remote=None,
         )
-        tended.handle(notice, [])
+        tended.handle(event, [])
         return tended.report().state
 
     with Service() as service:
-        notice, pid = spoilt(service)
+        event, pid = spoilt(service)
         pidfd = os.pidfd_open(pid)
-        assert anyio.run(tend, notice, Process(pid, pidfd)) is State.KILLED
+        assert anyio.run(tend, event, Process(pid, pidfd)) is State.KILLED
         assert select.select([pidfd], [], [], 60)[0]  # it has ended
         os.close(pidfd)

@@ -16,7 +16,7 @@ from tests.support.terminal import OnTerminal
 
 NO_CRIU = {"LAZYPAGES_CRIU_DIR": "/nowhere", "PATH": "/usr/bin:/bin", "LAZYPAGES_CRIU": ""}
 COMMAND = [sys.executable, "-m", "lazypages", "demo", "--size", "32"]
-GOOD = "Every byte is what it was when the task was checkpointed."
+GOOD = "Every byte is the same as at the checkpoint."
 
 
 def run(*options: str, folder: Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
@@ -66,7 +66,7 @@ def test_a_criu_that_does_not_work_is_passed_over(tmp_path: Path) -> None:
     done = run(folder=tmp_path / "work", env=NO_CRIU | {"LAZYPAGES_CRIU": str(criu)})
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"Trying CRIU 3.17.1 ({criu}) ... does not work here" in done.stdout
-    assert "can't dump: Error: no way" in done.stdout
+    assert "cannot dump: Error: no way" in done.stdout
     assert GOOD in done.stdout
 
 

@@ -72,7 +72,7 @@ def test_refused_at_the_start(restored: Path, tmp_path: Path) -> None:
         assert refused.returncode == 1
         assert "waiting for" not in refused.stderr
         (line,) = (line for line in refused.stderr.splitlines() if line.startswith("lazypages: "))
-        found = re.search(r"needs (\d+) and 40 are allowed.*prlimit --nofile=(\d+)", line)
+        found = re.search(r"needs (\d+), the limit is 40 .*prlimit --nofile=(\d+)", line)
         assert found
         assert 0 <= int(found[2]) - int(found[1]) < 64
         command = [
@@ -95,7 +95,7 @@ def test_the_images_alone_are_too_many(tmp_path: Path) -> None:
     command = ["prlimit", "--nofile=40", *serve_command(tmp_path)]
     refused = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert refused.returncode == 1
-    assert "the images alone need more than the 40 that are allowed" in refused.stderr
+    assert "the images alone need more than the limit of 40" in refused.stderr
     assert "Traceback" not in refused.stderr
 
 
@@ -166,7 +166,7 @@ def test_forks_wait_for_descriptors(tmp_path: Path) -> None:
                 wait_for("the restore to be finished", lambda: "restore finished" in server.story())
                 none_free(server.pid)
                 children = [task.fork(orphan=True)]
-                assert "no file descriptor is free for what it forks" in server.story()
+                assert "no file descriptor is free for a forked child" in server.story()
                 assert f"`prlimit --pid {server.pid} --nofile=" in server.story()
                 children += [task.fork(orphan=True) for _ in range(FOR_FORKS - 2)]
                 # What the last one finds zeroed is only to be seen in a file.

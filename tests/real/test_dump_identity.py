@@ -39,7 +39,7 @@ def family() -> Iterator[tuple[int, int]]:
 def replace_process(pid: int) -> None:
     """Kills it, and starts another with its pid."""
     os.kill(pid, signal.SIGKILL)
-    wait_for("its end", lambda: tracee.bury(pid) and not os.path.exists(f"/proc/{pid}"))
+    wait_for("its end", lambda: tracee.reap(pid) and not os.path.exists(f"/proc/{pid}"))
     start_as(pid)
 
 

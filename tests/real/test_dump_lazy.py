@@ -40,7 +40,7 @@ class LazyDump(Server):
 
     def wait_ready(self, timeout: float = 30) -> None:
         super().wait_ready(timeout)
-        found = re.search(r"to be had at \S+:(\d+)", self.output.read_text())
+        found = re.search(r"serving .* of memory at \S+:(\d+)", self.output.read_text())
         assert found, self.story()
         self.port = int(found[1])
 
@@ -185,7 +185,7 @@ def test_a_client_is_killed(second: str, program: Program, tmp_path: Path) -> No
         with restore(victim.checkpoint, ours(source.port, "--no-background"), works[0]) as (restored, _):
             wait_for("the restore", lambda: "Restore finished" in tail(works[0] / "restore.log"))
             restored.server.process.kill()
-            source.wait_said("gone before it was done")
+            source.wait_said("disconnected before it had everything")
             assert victim.is_frozen(source.pid)
         daemon = ours(source.port) if second == "ours" else remote_daemon(criu, source.port)
         with restore(victim.checkpoint, daemon, works[1]) as (restored, restorer):
@@ -196,7 +196,8 @@ def test_a_client_is_killed(second: str, program: Program, tmp_path: Path) -> No
             restored.check_verdict()
             assert restored.server.wait() == 0
         assert source.wait() == 0
-        assert re.search(r"gone before it was done, [1-9]\d* pages \(.* were never asked for", source.story())
+        left = r"disconnected before it had everything, [1-9]\d* pages \(.* were never requested"
+        assert re.search(left, source.story())
         assert victim.has_ended()
 
 
@@ -218,7 +219,7 @@ def test_a_client_gives_up(program: Program, tmp_path: Path) -> None:
             restored.server.signal(signal.SIGINT)
             assert restored.server.wait() == 1
             source.signal(signal.SIGCONT)
-            source.wait_said("gone before it was done")
+            source.wait_said("disconnected before it had everything")
             assert victim.is_frozen(source.pid)
         source.signal(signal.SIGTERM)
         assert source.wait() == 1
@@ -274,11 +275,11 @@ def test_a_client_that_never_asked(layout: Layout, program: Program, tmp_path: P
             client.sendall(layout.pack(Header(Command.GET, 1, address, pid)))
             answer = client.recv(layout.header_size + PAGE_SIZE, socket.MSG_WAITALL)
             assert answer[layout.header_size :] == page
-        source.wait_said("gone before it was done")
+        source.wait_said("disconnected before it had everything")
         with socket.create_connection(("127.0.0.1", source.port), timeout=30) as client:
             client.sendall(layout.pack(Header(Command.CLOSE)))
             assert client.recv(4, socket.MSG_WAITALL) == bytes(4)
-        source.wait_said("without asking for a page")
+        source.wait_said("without requesting a page")
         assert victim.is_frozen(source.pid)
         source.signal(signal.SIGTERM)
         assert source.wait() == 1

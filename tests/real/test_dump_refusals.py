@@ -50,7 +50,7 @@ REFUSED = {
     "timer of a thread": (
         "import threading; threading.Thread(target=time.sleep, args=[1000], daemon=True).start(); "
         "t = ctypes.c_int(); assert libc.timer_create(3, None, ctypes.byref(t)) == 0",
-        r"timer 0 is on the CPU time of one of the threads",
+        r"timer 0 uses the CPU time of one of the threads",
     ),
     "memfd": ("m = os.memfd_create('x')", r"fd \d+: /memfd:x \(deleted\) is a memfd"),
     "mapped memfd": (

@@ -384,7 +384,7 @@ def test_a_server_that_is_lost(action: str, how: str, takes: int, running: Write
 
 
 @pytest.mark.parametrize(
-    ("how", "says"), [("stall", "nothing has moved for 1 s"), ("fails", "it has failed (status -5)")]
+    ("how", "says"), [("stall", "no progress for 1 s"), ("fails", "it has failed (status -5)")]
 )
 def test_a_server_that_falls_silent_or_fails(
     how: str, says: str, running: Writer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -87,7 +87,7 @@ def test_by_itself(how: str, waited_for: bool, restored: Path, tmp_path: Path) -
         if waited_for:
             tasks.tell("wait")
         assert server.wait() == 0
-        assert "2 gone before that" in server.story()
+        assert "2 exited before completion" in server.story()
     assert [(task["state"], task["signal"]) for task in tasks_of(tmp_path)] == [("gone", None)] * 2
 
 
@@ -159,6 +159,6 @@ def test_nobody_knows(restored: Path, tmp_path: Path) -> None:
             tasks.say("finish")
             tasks.say("exit")
             assert server.wait() == 1
-            assert "600 pages; how is not known" in server.story()
-            assert "1 ended before that, how is not known" in server.story()
+            assert "600 pages, cause unknown" in server.story()
+            assert "1 ended before completion, cause unknown" in server.story()
     assert [task["state"] for task in tasks_of(tmp_path)] == ["ended"]

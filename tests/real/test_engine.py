@@ -22,15 +22,11 @@ from pathlib import Path
 
 import pytest
 
-from lazypages.engine.uffd import (
-    BusyError,
-    Engine,
-    NoticeKind,
-    PreparedMemory,
-    ServedTask,
-    TaskGoneError,
-    TaskMemory,
-)
+from lazypages.engine.engine import Engine
+from lazypages.engine.errors import BusyError, TaskGoneError
+from lazypages.engine.events import TaskEventKind
+from lazypages.engine.memory import PreparedMemory, TaskMemory
+from lazypages.engine.task import ServedTask
 from tests.support.kernel import cannot_poison
 from tests.support.processes import end, start_as
 from tests.support.uffd import (
@@ -93,7 +89,7 @@ def test_faults(file: PagesFile, order: int, writes: bool, threads: int, togethe
         task, uffd = one_mapping(service, file)
         served = service.serve(uffd, [(BASE, PAGES, 0, 0)], [(BASE, PAGES)], file)
         task.check(BASE, PAGES, file.first_id, order=order, threads=threads, writes=writes, together=together)
-        service.wait(NoticeKind.COMPLETE, served)
+        service.wait(TaskEventKind.COMPLETE, served)
         copied, dropped, answered = served.sources()
         assert copied.levels == (PAGES,)
         assert dropped.total == 0
@@ -114,7 +110,7 @@ def test_faults_of_a_task_that_is_followed(file: PagesFile, hogs: int) -> None:
             uffd, [(BASE, pages, 0, 0)], [(BASE, pages)], file, max_readahead=1, pid=task.pid
         )
         task.check(BASE, pages, file.first_id, order=RANDOM, writes=True)
-        service.wait(NoticeKind.COMPLETE, served)
+        service.wait(TaskEventKind.COMPLETE, served)
         assert served.stats().faults >= pages
 
 
@@ -128,7 +124,7 @@ def test_a_scan_goes_on_past_pages_that_are_there(file: PagesFile, order: int) -
             task.check(BASE + page * PAGE, 1, file.first_id + page)
         before = served.stats().faults
         task.check(BASE, PAGES, file.first_id, order=order)
-        service.wait(NoticeKind.COMPLETE, served)
+        service.wait(TaskEventKind.COMPLETE, served)
         assert served.sources()[0].total == PAGES  # each once
         assert served.stats().faults - before <= PAGES // 64 + 16
 
@@ -146,7 +142,7 @@ def test_memory_that_is_prepared_is_for_one_task(file: PagesFile) -> None:
         with pytest.raises(ValueError, match="in service"):
             memory.take()
         task.check(BASE, 4, file.first_id)
-        service.wait(NoticeKind.COMPLETE, served)
+        service.wait(TaskEventKind.COMPLETE, served)
 
 
 def test_a_uffd_that_cannot_be_served_stays_open(file: PagesFile, tmp_path: Path) -> None:
@@ -171,7 +167,7 @@ def test_faults_while_the_background_brings_the_same(file: PagesFile, order: int
         served = service.serve(uffd, [(BASE, pages, 0, 0)], [(BASE, pages)], file)
         transfers = [service.transfer(served, 64 << 10) for _ in range(2)]
         task.check(BASE, pages, file.first_id, order=order, threads=4, writes=True)
-        service.wait(NoticeKind.COMPLETE, served)
+        service.wait(TaskEventKind.COMPLETE, served)
         assert not any(transfer.error for transfer in transfers)
         assert served.sources()[0].total == pages  # each once
 
@@ -259,7 +255,7 @@ def test_a_page_that_somebody_places_without_waking(file: PagesFile) -> None:
         other = os.dup(uffd)
         served = service.serve(uffd, [(BASE, 4, 0, REMOTE)], [(BASE, 4)], max_readahead=1)
         task.tell_check(BASE, 1, file.first_id)
-        need = service.wait(NoticeKind.NEED, served)
+        need = service.wait(TaskEventKind.NEED, served)
         place_without_waking(other, BASE, file.page_bytes(0))
         os.close(other)
         assert task.busy()
@@ -298,8 +294,8 @@ def test_page_that_was_never_registered(file: PagesFile) -> None:
         served = service.serve(uffd, [(BASE, 17, 0, 0)], [(BASE, 17)], file)
         while served.transfer(1 << 20):
             pass
-        notice = service.wait(NoticeKind.LOST, served)
-        assert (notice.error, notice.addr, notice.image, notice.nr_pages) == (
+        event = service.wait(TaskEventKind.LOST, served)
+        assert (event.error, event.addr, event.image, event.nr_pages) == (
             errno.ENOENT,
             BASE + 8 * PAGE,
             BASE + 8 * PAGE,
@@ -308,9 +304,9 @@ def test_page_that_was_never_registered(file: PagesFile) -> None:
         assert (served.pending, served.lost) == (1, 1)
         task.check(BASE, 8, file.first_id)
         task.check(BASE + 9 * PAGE, 8, file.first_id + 9)
-        served.forget(notice.image, 4)
+        served.forget(event.image, 4)
         assert (served.pending, served.lost) == (0, 0)
-        service.wait(NoticeKind.COMPLETE, served)
+        service.wait(TaskEventKind.COMPLETE, served)
 
 
 def test_forgetting_touches_nothing_but_what_is_lost(file: PagesFile) -> None:
@@ -328,9 +324,9 @@ def test_forgetting_touches_nothing_but_what_is_lost(file: PagesFile) -> None:
             max_readahead=1,
         )
         assert served.transfer(PAGE)
-        notice = service.wait(NoticeKind.LOST, served)
+        event = service.wait(TaskEventKind.LOST, served)
         assert task.mremap(BASE + GIB, 8, BASE) == BASE
-        served.forget(notice.image, 8)
+        served.forget(event.image, 8)
         assert served.lost == 0
         task.check(BASE, 8, file.first_id + 1)
 
@@ -354,9 +350,9 @@ def test_truncated_pages_file(background: bool, more: int) -> None:
         else:
             task.check(BASE, 30, file.first_id)
             task.tell("peek", BASE + 50 * PAGE)
-        notice = service.wait(NoticeKind.LOST, served)
-        assert notice.error == errno.EFAULT
-        assert notice.addr >= BASE + 50 * PAGE
+        event = service.wait(TaskEventKind.LOST, served)
+        assert event.error == errno.EFAULT
+        assert event.addr >= BASE + 50 * PAGE
         assert task.busy()  # not zeros
         if cannot_poison(served, everything=False):
             assert task.busy()
@@ -381,7 +377,7 @@ def test_poisoned_pages(file: PagesFile, closed: bool) -> None:
             return
         assert served.poison(everything=True) == 57
         assert served.pending == 0
-        service.wait(NoticeKind.COMPLETE, served)
+        service.wait(TaskEventKind.COMPLETE, served)
         if closed:
             assert task.do("close") == "0"  # as CRIU's restorer does
             served.close()
@@ -404,8 +400,8 @@ def test_a_waiting_thread_gets_the_signal(file: PagesFile) -> None:
         )
         assert served.lost == 1
         task.tell("peek", BASE + PAGE)
-        notice = service.wait(NoticeKind.LOST, served)
-        assert (notice.error, notice.addr, notice.since > 0) == (0, BASE + PAGE, True)
+        event = service.wait(TaskEventKind.LOST, served)
+        assert (event.error, event.addr, event.since > 0) == (0, BASE + PAGE, True)
         assert task.busy()
         served.regain()  # there is no source: still lost
         assert task.busy()
@@ -429,8 +425,8 @@ def test_poisoning_what_is_not_registered_is_told(file: PagesFile) -> None:
         if cannot_poison(served, everything=True):
             return
         served.poison(everything=True)
-        notice = service.wait(NoticeKind.LOST, served)
-        assert (notice.error, notice.addr, notice.nr_pages) == (errno.ENOENT, BASE, 1)
+        event = service.wait(TaskEventKind.LOST, served)
+        assert (event.error, event.addr, event.nr_pages) == (errno.ENOENT, BASE, 1)
         assert task.do("peek", BASE + PAGE) == f"signal {signal.SIGBUS}"
 
 
@@ -479,7 +475,7 @@ def test_ranges_of_many_gib(file: PagesFile) -> None:
         assert task.do("munmap", BASE + GIB, 5 * gib) == "0"
         task.check(BASE, 2, file.first_id)
         task.check(to + PAGE, 1, file.first_id + 13)
-        service.wait(NoticeKind.COMPLETE, served)
+        service.wait(TaskEventKind.COMPLETE, served)
         assert served.sources()[1].levels == (16,)
 
 
@@ -496,7 +492,7 @@ def test_unmapped_and_mapped_anew(file: PagesFile) -> None:
         task.check(BASE + 20 * PAGE, 10, 0)
         task.check(BASE, 10, file.first_id)
         task.check(BASE + 30 * PAGE, PAGES - 30, file.first_id + 30)
-        service.wait(NoticeKind.COMPLETE, served)
+        service.wait(TaskEventKind.COMPLETE, served)
 
 
 @pytest.mark.every_kernel
@@ -511,7 +507,7 @@ def test_what_dontunmap_leaves_is_zero_and_can_move_on(file: PagesFile) -> None:
         task.check(further, 16, 0)
         assert task.mremap(away, 16, BASE) == BASE
         task.check(BASE, 16, file.first_id)
-        service.wait(NoticeKind.COMPLETE, served)
+        service.wait(TaskEventKind.COMPLETE, served)
 
 
 @pytest.mark.every_kernel
@@ -558,14 +554,14 @@ def test_generations_that_part(file: PagesFile) -> None:
         served = service.serve(uffd, [(BASE, PAGES, 0, 0)], [(BASE, PAGES)], file, max_readahead=1)
         task.check(BASE, 5, file.first_id)
         child = adopt_fork(service, task)
-        fork = service.wait(NoticeKind.FORKED)
+        fork = service.wait(TaskEventKind.FORKED)
         assert fork.task.tag == served.tag
         assert fork.task.total == PAGES - 5
         assert child.do("madvise", BASE, 20, MADV_DONTNEED) == "0"
         assert child.mremap(BASE + 100 * PAGE, 50, BASE + GIB) == BASE + GIB
         child.do("poke", BASE + 30 * PAGE, 2, 99 << 40)
         grandchild = adopt_fork(service, child)
-        assert service.wait(NoticeKind.FORKED).task.tag == served.tag
+        assert service.wait(TaskEventKind.FORKED).task.tag == served.tag
         assert grandchild.do("munmap", BASE + 200 * PAGE, 100) == "0"
         assert grandchild.mremap(BASE + GIB, 50, BASE + 200 * PAGE) == BASE + 200 * PAGE
 
@@ -581,7 +577,7 @@ def test_generations_that_part(file: PagesFile) -> None:
         child.check(BASE + GIB, 50, file.first_id + 100)
         grandchild.check(BASE + 200 * PAGE, 50, file.first_id + 100)
         for kind in (served, fork.task):
-            service.wait(NoticeKind.COMPLETE, kind)
+            service.wait(TaskEventKind.COMPLETE, kind)
 
 
 @pytest.mark.parametrize("background", [False, pytest.param(True, marks=pytest.mark.every_kernel)])
@@ -600,7 +596,7 @@ def test_fork_storm(file: PagesFile, background: bool) -> None:
         if background:
             service.transfer(served, PAGE, pause=0.001)
         task.do("forks", 200, BASE, pages, file.first_id, 3, timeout=400)
-        children = [service.wait(NoticeKind.FORKED).task for _ in range(200)]
+        children = [service.wait(TaskEventKind.FORKED).task for _ in range(200)]
         assert not any(child.lost for child in (served, *children))
         for child in children:  # they are gone, or have all
             until("its end", lambda child=child: not child.pending or not child.probe())
@@ -634,17 +630,17 @@ def test_a_fork_that_has_to_wait(file: PagesFile, closed: bool) -> None:
         task.do("settle")
         until("the fork", lambda: served.stats().forks)
         other.check(BASE, pages, file.first_id)
-        assert not [notice for notice in service.look() if notice.kind is NoticeKind.FORKED]
+        assert not [event for event in service.look() if event.kind is TaskEventKind.FORKED]
         if closed:
             served.close()
-            child = service.wait(NoticeKind.FORKED).task
+            child = service.wait(TaskEventKind.FORKED).task
             assert child.lost == child.pending == 2 * pages
             return
         task.do("calm")
-        child = service.wait(NoticeKind.FORKED).task
+        child = service.wait(TaskEventKind.FORKED).task
         assert child.lost == 0
         task.check(kept, pages, file.first_id + pages)
-        service.wait(NoticeKind.COMPLETE, served)
+        service.wait(TaskEventKind.COMPLETE, served)
 
 
 def test_a_child_that_moves_on_what_its_parent_has_moved(file: PagesFile) -> None:
@@ -684,7 +680,7 @@ def test_wiped_on_fork(file: PagesFile) -> None:
         child.check(BASE, 16, file.first_id)
         child.check(BASE + 32 * PAGE, 16, file.first_id + 32)
         task.check(BASE, 48, file.first_id)
-        service.wait(NoticeKind.COMPLETE, served)
+        service.wait(TaskEventKind.COMPLETE, served)
 
 
 @pytest.mark.every_kernel
@@ -706,7 +702,7 @@ def test_wiped_on_fork_where_nothing_is_mapped(file: PagesFile) -> None:
         )
         adopt_fork(service, task)
         # 8 pages are mapped, and not wiped any more; 16 are not seen, and are as in the image
-        assert service.wait(NoticeKind.FORKED).task.pending == 48 - 16
+        assert service.wait(TaskEventKind.FORKED).task.pending == 48 - 16
 
 
 @pytest.mark.every_kernel
@@ -760,14 +756,14 @@ def test_child_without_some_mappings(file: PagesFile) -> None:
         service.serve(uffd, [(BASE, 48, 0, 0)], [(BASE, 48)], file, max_readahead=1)
         assert task.do("madvise", BASE + 16 * PAGE, 16, MADV_DONTFORK) == "0"
         child = adopt_fork(service, task)
-        served = service.wait(NoticeKind.FORKED).task
+        served = service.wait(TaskEventKind.FORKED).task
         while served.transfer(1 << 20):
             pass
         assert (served.pending, served.lost) == (0, 0)
         child.check(BASE, 16, file.first_id)
         child.check(BASE + 32 * PAGE, 16, file.first_id + 32)
         task.check(BASE, 48, file.first_id)
-        assert not [notice for notice in service.look() if notice.kind is NoticeKind.LOST]
+        assert not [event for event in service.look() if event.kind is TaskEventKind.LOST]
 
 
 @pytest.mark.every_kernel
@@ -782,12 +778,12 @@ def test_no_file_descriptor_for_a_child(file: PagesFile) -> None:
         try:
             resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
             task.tell("forks", 1, BASE, 64, file.first_id, 1)
-            assert service.wait(NoticeKind.FAILED, served).error == errno.EMFILE
+            assert service.wait(TaskEventKind.FAILED, served).error == errno.EMFILE
             assert task.busy()
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         task.reply()
-        service.wait(NoticeKind.FORKED)
+        service.wait(TaskEventKind.FORKED)
         task.check(BASE, 64, file.first_id)
 
 
@@ -805,19 +801,19 @@ def test_others_go_on_while_a_fork_cannot_be_read(file: PagesFile) -> None:
         try:
             resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
             stuck.tell("forks", 1, BASE, 64, file.first_id, 1)
-            assert service.wait(NoticeKind.FAILED, served).error == errno.EMFILE
+            assert service.wait(TaskEventKind.FAILED, served).error == errno.EMFILE
             before = served.stats().reads
             other.check(BASE, pages, file.first_id, order=RANDOM)
             assert others.stats().faults >= pages
             assert (
                 served.stats().reads - before <= pages // 4
             )  # by the clock, not once for each fault of others
-            assert not [notice for notice in service.look() if notice.kind is NoticeKind.FAILED]
+            assert not [event for event in service.look() if event.kind is TaskEventKind.FAILED]
             assert stuck.busy()
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         stuck.reply()
-        service.wait(NoticeKind.FORKED)
+        service.wait(TaskEventKind.FORKED)
         stuck.check(BASE, 64, file.first_id)
 
 
@@ -830,11 +826,11 @@ def test_killed_while_it_waits(file: PagesFile) -> None:
         task, uffd = one_mapping(service, file, 4)
         served = service.serve(uffd, [(BASE, 4, 0, LOST)], [(BASE, 4)], file)
         task.tell("peek", BASE)
-        service.wait(NoticeKind.LOST, served)
+        service.wait(TaskEventKind.LOST, served)
         assert served.probe()
         os.kill(task.pid, signal.SIGKILL)
         until("its end to be seen", lambda: not served.probe())
-        service.wait(NoticeKind.GONE, served)
+        service.wait(TaskEventKind.GONE, served)
         with pytest.raises(TaskGoneError):
             served.transfer(PAGE)
 
@@ -848,10 +844,10 @@ def test_killed_while_the_background_copies(file: PagesFile) -> None:
         with pytest.raises(TaskGoneError):  # noqa: PT012
             while served.transfer(1 << 20):
                 time.sleep(0.001)
-        service.wait(NoticeKind.GONE, served)
+        service.wait(TaskEventKind.GONE, served)
 
 
-def test_no_notices_about_closed_tasks(file: PagesFile) -> None:
+def test_no_events_about_closed_tasks(file: PagesFile) -> None:
     """Neither about a task nor of it as a parent, however many were waiting to be read."""
     with Service() as service:
         task, uffd = one_mapping(service, file, 64)
@@ -860,13 +856,13 @@ def test_no_notices_about_closed_tasks(file: PagesFile) -> None:
         task.check(BASE, 64, file.first_id)
         until("it to be complete", lambda: served.pending == 0)
         served.close()
-        notices = service.look()
-        assert [notice.task for notice in notices if notice.task is served] == []
-        fork = service.wait(NoticeKind.FORKED)
+        events = service.look()
+        assert [event.task for event in events if event.task is served] == []
+        fork = service.wait(TaskEventKind.FORKED)
         assert fork.task.tag == served.tag
         child.check(BASE, 64, file.first_id)
         task.check(BASE, 64, file.first_id)
-        service.wait(NoticeKind.COMPLETE, fork.task)
+        service.wait(TaskEventKind.COMPLETE, fork.task)
 
 
 def test_tasks_closed_while_others_fault(file: PagesFile) -> None:
@@ -879,7 +875,7 @@ def test_tasks_closed_while_others_fault(file: PagesFile) -> None:
             task, uffd = one_mapping(service, file, 8)
             served = service.serve(uffd, [(BASE, 8, 0, 0)], [(BASE, 8)], file)
             task.check(BASE, 8, file.first_id)
-            service.wait(NoticeKind.COMPLETE, served)
+            service.wait(TaskEventKind.COMPLETE, served)
             served.close()
             task.close()
         busy.reply()
@@ -895,7 +891,7 @@ def test_engine_ends_with_tasks_open(file: PagesFile) -> None:
             )
             adopt_fork(service, task)
             task.tell("peek", BASE + 40 * PAGE)
-            service.wait(NoticeKind.LOST, served)
+            service.wait(TaskEventKind.LOST, served)
 
 
 def open_files(kind: str) -> set[int]:
@@ -941,7 +937,7 @@ def test_engine_fails_while_a_task_forks(file: PagesFile) -> None:
         task.check(BASE, 64, file.first_id)
         while bring(last):
             pass
-        later.wait(NoticeKind.COMPLETE, last)
+        later.wait(TaskEventKind.COMPLETE, last)
 
 
 def test_a_blocking_uffd(file: PagesFile) -> None:
@@ -985,7 +981,7 @@ def test_a_fault_that_a_remote_source_answers(file: PagesFile) -> None:
         task, uffd = one_mapping(service, file, 64)
         served = service.serve(uffd, [(BASE, 64, 0, REMOTE)], [(BASE, 64)], max_readahead=8)
         task.tell_check(BASE + 5 * PAGE, 1, file.first_id + 5)
-        need = service.wait(NoticeKind.NEED, served)
+        need = service.wait(TaskEventKind.NEED, served)
         assert (need.image, need.nr_pages, need.since > 0) == (BASE + 5 * PAGE, 1, True)
         assert task.busy()
         assert deliver(served, need.image, file.page_bytes(5)) == 1
@@ -995,12 +991,12 @@ def test_a_fault_that_a_remote_source_answers(file: PagesFile) -> None:
         assert (image, count, cursor) == (BASE, 5, BASE + 5 * PAGE)
         assert served.claim_remote(cursor, 10)[:2] == (BASE + 6 * PAGE, 10)
         task.tell_check(BASE + 2 * PAGE, 1, file.first_id + 2)
-        assert service.wait(NoticeKind.HURRY, served).image == BASE + 2 * PAGE
+        assert service.wait(TaskEventKind.ESCALATE, served).image == BASE + 2 * PAGE
         assert deliver(served, BASE, file.page_bytes(0, 5)) == 5
         task.reply()
         deliver(served, BASE + 6 * PAGE, file.page_bytes(6, 58))  # more than was asked for: good to have
         task.check(BASE, 64, file.first_id)
-        service.wait(NoticeKind.COMPLETE, served)
+        service.wait(TaskEventKind.COMPLETE, served)
         assert served.sources()[0].remote == 64
 
 
@@ -1009,15 +1005,15 @@ def test_a_remote_source_that_fails_and_comes_back(file: PagesFile) -> None:
         task, uffd = one_mapping(service, file, 16)
         served = service.serve(uffd, [(BASE, 16, 0, REMOTE)], [(BASE, 16)], max_readahead=1)
         task.tell_check(BASE, 1, file.first_id)
-        need = service.wait(NoticeKind.NEED, served)
+        need = service.wait(TaskEventKind.NEED, served)
         served.fail_remote(need.image, 1, lost=False)
-        need = service.wait(NoticeKind.NEED, served)  # the thread was woken and has asked again
+        need = service.wait(TaskEventKind.NEED, served)  # the thread was woken and has asked again
         served.fail_remote(need.image, 1, lost=True)
-        notice = service.wait(NoticeKind.LOST, served)
-        assert (notice.error, notice.addr, served.lost) == (errno.ENODATA, BASE, 1)
+        event = service.wait(TaskEventKind.LOST, served)
+        assert (event.error, event.addr, served.lost) == (errno.ENODATA, BASE, 1)
         assert task.busy()
         served.regain()
-        need = service.wait(NoticeKind.NEED, served)
+        need = service.wait(TaskEventKind.NEED, served)
         assert served.lost == 0
         assert deliver(served, need.image, file.page_bytes(0)) == 1
         task.reply()
@@ -1034,7 +1030,7 @@ def test_layout_changes_while_pages_are_on_their_way(file: PagesFile) -> None:
         assert task.do("madvise", BASE + 30 * PAGE, 10, MADV_DONTNEED) == "0"
         assert task.do("munmap", BASE + 50 * PAGE, 5) == "0"
         task.tell_check(BASE + GIB, 10, file.first_id + 10)
-        assert service.wait(NoticeKind.HURRY, served).addr == BASE + GIB
+        assert service.wait(TaskEventKind.ESCALATE, served).addr == BASE + GIB
         assert deliver(served, BASE, file.page_bytes(0, 64)) == 49
         task.reply()
         task.check(BASE, 10, file.first_id)
@@ -1054,10 +1050,10 @@ def test_a_child_forked_while_pages_are_on_their_way(file: PagesFile) -> None:
         served = service.serve(uffd, [(BASE, 16, 0, REMOTE)], [(BASE, 16)], max_readahead=1)
         assert served.claim_remote(0, 16)[1] == 16
         child = adopt_fork(service, task)
-        forked = service.wait(NoticeKind.FORKED).task
+        forked = service.wait(TaskEventKind.FORKED).task
         assert forked.pending == 16
         child.tell_check(BASE + 3 * PAGE, 1, file.first_id + 3)
-        assert service.wait(NoticeKind.NEED, forked).image == BASE + 3 * PAGE
+        assert service.wait(TaskEventKind.NEED, forked).image == BASE + 3 * PAGE
         deliver(served, BASE, file.page_bytes(0, 16))
         assert (served.pending, forked.pending) == (0, 16)
         deliver(forked, BASE, file.page_bytes(0, 16))
@@ -1079,11 +1075,11 @@ def test_remote_turmoil(file: PagesFile) -> None:
         deadline = time.monotonic() + 60
         while task.busy(0):
             assert time.monotonic() < deadline
-            for notice in service.look():
-                assert notice.kind in {NoticeKind.NEED, NoticeKind.HURRY, NoticeKind.COMPLETE}
-                if notice.kind is NoticeKind.NEED:
-                    wanted.append((notice.image, notice.nr_pages))
-            service.notices.clear()
+            for event in service.look():
+                assert event.kind in {TaskEventKind.NEED, TaskEventKind.ESCALATE, TaskEventKind.COMPLETE}
+                if event.kind is TaskEventKind.NEED:
+                    wanted.append((event.image, event.nr_pages))
+            service.events.clear()
             turn += 1
             if turn % 4 == 0 and len(wanted) < 8:
                 image, count, cursor = served.claim_remote(cursor, 16)

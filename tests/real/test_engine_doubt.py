@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from lazypages.engine.uffd import NoticeKind
+from lazypages.engine.events import TaskEventKind
 from tests.support.uffd import BASE, PAGE, SIGBUS, PagesFile, Service, Task
 
 pytestmark = pytest.mark.every_kernel
@@ -90,7 +90,7 @@ def test_munmap_that_fails_in_the_middle_of_a_mapping(file: PagesFile, known: bo
             stays(task, file)
             assert served.lost == 0
             return
-        service.wait(NoticeKind.LOST, served)
+        service.wait(TaskEventKind.LOST, served)
         assert served.poison(everything=False) == PAGES - start
         assert task.do("peek", BASE + start * PAGE) == f"signal {SIGBUS}"
 

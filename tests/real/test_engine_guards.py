@@ -15,7 +15,9 @@ from contextlib import ExitStack, suppress
 import pytest
 
 from lazypages.engine._uffd import ffi, lib
-from lazypages.engine.uffd import BusyError, NoticeKind, ServedTask
+from lazypages.engine.errors import BusyError
+from lazypages.engine.events import TaskEventKind
+from lazypages.engine.task import ServedTask
 from tests.support.guards import MADV_GUARD_INSTALL, MADV_GUARD_REMOVE, guards_of, has_guards
 from tests.support.uffd import BASE, FORWARD, PAGE, PagesFile, Service, Task, until
 
@@ -101,7 +103,7 @@ def test_background(then: str, file: PagesFile) -> None:
         if then == "go":
             guard(task, advice=MADV_GUARD_REMOVE)
         check(task, file, removed=then == "go")
-        assert not [notice for notice in service.look() if notice.kind is NoticeKind.UNSEEN]
+        assert not [event for event in service.look() if event.kind is TaskEventKind.UNSEEN]
 
 
 def test_readahead(file: PagesFile) -> None:
@@ -141,7 +143,7 @@ def test_a_thread_that_waits_for_what_becomes_a_guard(file: PagesFile) -> None:
             uffd, [(BASE, PAGES, 0, REMOTE)], [(BASE, PAGES)], pid=task.pid, max_readahead=1
         )
         task.tell("peek_guarded", BASE)
-        assert service.wait(NoticeKind.NEED, served).image == BASE
+        assert service.wait(TaskEventKind.NEED, served).image == BASE
         os.kill(task.pid, signal.SIGUSR1)
         if has_guards():
             until("the guard", lambda: guards_of(task.pid, BASE, 1))
@@ -155,7 +157,7 @@ def test_a_child_has_its_parents_guards(file: PagesFile) -> None:
         task, served = serve(service, file)
         guard(task)
         child = service.adopt(task.fork())
-        child_served = service.wait(NoticeKind.FORKED).task
+        child_served = service.wait(TaskEventKind.FORKED).task
         for one, by in ((task, served), (child, child_served)):
             bring_all(by)
             check(one, file)
@@ -175,7 +177,7 @@ def test_a_guard_that_the_child_has_not(file: PagesFile) -> None:
         guard(task, GUARDS[3:])
         stack.enter_context(service)
         child = service.adopt(task.forked())
-        child_served = service.wait(NoticeKind.FORKED).task
+        child_served = service.wait(TaskEventKind.FORKED).task
         bring_all(child_served)
         check(child, file, GUARDS[:3])
 
@@ -255,7 +257,7 @@ def test_page_tables_that_may_not_be_read(file: PagesFile) -> None:
         task, served = serve(service, file, pid=1 << 22)
         bring_all(served)
         task.check(BASE, PAGES, file.first_id)
-        told = [notice for notice in service.look() if notice.kind is NoticeKind.UNSEEN]
+        told = [event for event in service.look() if event.kind is TaskEventKind.UNSEEN]
         assert len(told) == (1 if looks() else 0)
 
 

@@ -145,9 +145,7 @@ def handed_over(
                 restorer.sendmsg([struct.pack("=i", task.pid)], [credentials])
                 socket.send_fds(restorer, [b"\0"], [uffd])
                 os.close(uffd)
-                restorer.sendall(
-                    struct.pack("=i", 0x52535446)
-                )  # reference/criu-interfaces §1: restore finished
+                restorer.sendall(struct.pack("=i", 0x52535446))  # restore finished
                 os.kill(server.pid, signal.SIGCONT)
                 if not first:
                     task.check(BASE, 10, file.first_id)
@@ -230,7 +228,7 @@ def test_interrupted_when_a_restore_has_just_connected(file: PagesFile, tmp_path
 FAILING = """
 import os, signal, sys, time
 from lazypages.__main__ import main
-from lazypages.engine.uffd import Engine
+from lazypages.engine.engine import Engine
 run, engines, folder = Engine.run, [], sys.argv.pop(1)
 def failing(self):
     engines.append(self)
@@ -264,7 +262,7 @@ def test_the_engine_fails(who: str, file: PagesFile, tmp_path: Path) -> None:
         assert task.process
         assert task.process.wait(60) == -signal.SIGKILL
         story = server.story()
-        assert "userfaultfds can't be watched any more (Bad file descriptor)" in story
+        assert "cannot read userfaultfds any more (Bad file descriptor)" in story
         assert f"killed (pid {task.pid}): the daemon failed" in story
         assert "Traceback" not in story
         if who == "task" and CAN_POISON:

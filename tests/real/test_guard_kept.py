@@ -29,7 +29,7 @@ def restored() -> Iterator[Path]:
 
 def other_guard(server: Server, before: int) -> int:
     """The one that has been started after `before` was killed."""
-    said = rf"guard \(pid {before}\) was killed(?s:.)*another guard has been started \(pid (\d+)\)"
+    said = rf"guard \(pid {before}\) was killed(?s:.)*started another guard \(pid (\d+)\)"
     wait_for("another guard", lambda: re.search(said, server.story()))
     found = re.search(said, server.story())
     assert found

@@ -154,7 +154,7 @@ def test_a_task_that_is_killed(
                 code = restored.server.wait()
                 assert code == 1 or not daemon.ours
                 # CRIU's says CLOSE, as if all were well, and hangs up, which may be what arrives first.
-                said = ("gone before it was done", "perhaps they were killed")
+                said = ("disconnected before it had everything", "have exited or were killed")
                 wait_for("its leaving", lambda: any(words in source.output.read_text() for words in said))
                 assert victim.is_frozen(source.pid)
         completes(victim, source, program, tmp_path / "second")
@@ -201,7 +201,7 @@ def test_the_others_hear_that_one_has_completed(program: Program, tmp_path: Path
         assert victim.has_ended()
         for late in (second, third):
             assert late.server.wait(30) == 1
-            assert "another destination has all of this dump" in late.server.story()
+            assert "another destination has completed this dump" in late.server.story()
             assert [task["state"] for task in late.stats()["tasks"]] == ["killed"]
             wait_for("its end", lambda pid=late.pid: not is_there(pid))
         assert is_there(first.pid)
@@ -274,7 +274,7 @@ def test_no_restore_has_come(program: Program, tmp_path: Path) -> None:
             wait_for("two connections", lambda: source.output.read_text().count(": connected") == 2)
             server.signal(signal.SIGTERM)
             assert server.wait() == 1
-        wait_for("its leaving", lambda: source.output.read_text().count("without asking for a page") == 2)
+        wait_for("its leaving", lambda: source.output.read_text().count("without requesting a page") == 2)
         assert victim.is_frozen(source.pid)
         source.signal(signal.SIGTERM)
         assert source.wait() == 1

@@ -108,7 +108,7 @@ def test_missing_page_as_criu(layout: Layout, first: int, pid: int, server: Page
         except ConnectionResetError:
             pass
     assert answer(layout, 3, 1).startswith(received)
-    assert "which is not here" in server.story()
+    assert "which is not in the images" in server.story()
 
 
 def test_garbage(server: PageServer) -> None:
@@ -214,12 +214,12 @@ def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--lazy-pages", "--address", "0.0.0.0"], "use --tls, or say --insecure"),
-        (["--lazy-pages", "--address", "::"], "use --tls, or say --insecure"),
-        (["--lazy-pages", "--address", "203.0.113.1", "--insecure"], "can't listen at 203.0.113.1"),
+        (["--lazy-pages", "--address", "0.0.0.0"], "use --tls or --insecure"),
+        (["--lazy-pages", "--address", "::"], "use --tls or --insecure"),
+        (["--lazy-pages", "--address", "203.0.113.1", "--insecure"], "cannot listen at 203.0.113.1"),
         (["--lazy-pages", "--tls", "--tls-cert", "/no/such"], "--tls-cert /no/such: No such file"),
-        (["--prev-images-dir", "../nowhere"], "--prev-images-dir ../nowhere: no directory"),
-        (["--lazy-pages", "--ps-socket", "0"], "--ps-socket 0: no connected socket"),
+        (["--prev-images-dir", "../nowhere"], "--prev-images-dir ../nowhere: not a directory"),
+        (["--lazy-pages", "--ps-socket", "0"], "--ps-socket 0: not a connected socket"),
         (["-W", "/no/such"], "-W /no/such is not a directory"),
     ],
 )
@@ -234,14 +234,14 @@ def test_refusals(arguments: list[str], says: str, images: tuple[Path, Contents]
 def test_no_images(tmp_path: Path) -> None:
     done = run("-D", tmp_path, "--lazy-pages")
     assert done.returncode == 1
-    assert "holds no pagemap image" in done.stderr
+    assert "has no pagemap image" in done.stderr
 
 
 def test_loopback_unless_told(images: tuple[Path, Contents], tmp_path: Path) -> None:
     with page_server(images[0], *KEEP_SERVING, output=tmp_path / "out") as server:
         server.wait_ready()
         assert "page server at 127.0.0.1:" in server.story()
-        assert "this machine only" in server.story()
+        assert "this host only" in server.story()
     with page_server(
         images[0], *KEEP_SERVING, "--address", "0.0.0.0", "--insecure", output=tmp_path / "out"
     ) as server:
@@ -305,7 +305,7 @@ def test_a_socket_that_somebody_listens_at(tmp_path: Path) -> None:
         server.wait_ready()
         done = run("-D", tmp_path, "--address", f"unix:{where}")
         assert done.returncode == 1
-        assert f"can't listen at unix:{where}: Address already in use" in done.stderr
+        assert f"cannot listen at unix:{where}: Address already in use" in done.stderr
         with socket.socket(socket.AF_UNIX) as sock:
             sock.settimeout(30)
             sock.connect(str(where))
@@ -380,7 +380,7 @@ def test_tls_refuses(case: str, images: tuple[Path, Contents], tmp_path: Path) -
         assert fetched.pages == {}
         assert len(fetched.lost) == 5
         story = server.story()
-        assert "gone after" not in story or case in {"name", "foreign server", "revoked server"}
+        assert "disconnected after" not in story or case in {"name", "foreign server", "revoked server"}
     # ... and with the name not checked it works
     if case in {"name", "client's name"}:
         with page_server(images[0], *options, "--tls-no-cn-verify", output=tmp_path / "out") as server:
@@ -435,7 +435,7 @@ def test_one_line_for_garbage(images: tuple[Path, Contents], tmp_path: Path) -> 
         said = get(layout, 0, 1) * 3 + b"\xfeSECRET!" * 4000
         received = converse(server.port, said)
         assert (answer(layout, 0, 1) * 3).startswith(received)  # the rest may be lost in the reset
-        wait_for("the end of the connection", lambda: "gone after" in server.story())
+        wait_for("the end of the connection", lambda: "disconnected after" in server.story())
         lines = [line for line in (tmp_path / "out").read_text().splitlines() if "closing" in line]
         assert len(lines) == 1
         assert "unknown command" in lines[0]
@@ -453,7 +453,7 @@ def test_more_clients_than_files(images: tuple[Path, Contents], tmp_path: Path) 
                 stack.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=30))
                 for _ in range(10)
             ]
-            wait_for("the limit", lambda: "could not be taken: Too many open files" in server.story())
+            wait_for("the limit", lambda: "cannot accept a client: Too many open files" in server.story())
             for client in clients:
                 client.sendall(get(Layout.CRIU_4_2, 0, 1))
             for client in clients:

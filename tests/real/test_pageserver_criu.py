@@ -63,7 +63,7 @@ def test_restore_with_tls(criu: Criu, checkpoints: Checkpoints, authority: Autho
         daemon = remote_daemon(criu, server.port, *authority.options(theirs))
         with lazy_restore(checkpoint, daemon, tmp_path) as restored:
             restored.check_all()
-        assert "gone after" in (tmp_path / "server.out").read_text()
+        assert "disconnected after" in (tmp_path / "server.out").read_text()
 
 
 @both

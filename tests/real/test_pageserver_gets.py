@@ -228,7 +228,7 @@ def test_file_cut_short(
     (piece,) = images.find(77, BASE + 4 * PAGE_SIZE, 2)
     assert piece.read() == bytes(PAGE_SIZE)
     (piece,) = images.find(77, BASE + 5 * PAGE_SIZE, 2)
-    with pytest.raises(UnreadableError, match="was cut short"):
+    with pytest.raises(UnreadableError, match="was truncated"):
         piece.read()
     request = Layout.CRIU_4_2.pack(Header(Command.GET, 1, BASE + 5 * PAGE_SIZE, 77))
     theirs.sendall(request)

@@ -82,7 +82,7 @@ def test_lazy(criu: Criu, scenario: str, checkpoints: Checkpoints, tmp_path: Pat
         restored.check_all()
 
 
-# Those that CRIU's own daemon serves (reference/criu-interfaces §8 has what it does not).
+# Scenarios that CRIU's own daemon can serve (docs/criu.md, "Limits of CRIU's daemon and page server").
 @pytest.mark.parametrize("criu", [older, newer])
 @pytest.mark.parametrize("scenario", ["small_stacks", "tree"])
 def test_lazy_under_criu(criu: Criu, scenario: str, checkpoints: Checkpoints, tmp_path: Path) -> None:

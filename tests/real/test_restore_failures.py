@@ -150,7 +150,7 @@ def test_daemon_that_goes_away(job: Job) -> None:
             os.close(fds[0])
             _, said = restore.communicate(timeout=60)
         assert restore.returncode == 1
-        assert "tell the daemon that all is restored (is it gone?): Broken pipe" in said
+        assert "report to the daemon that all is restored (has it exited?): Broken pipe" in said
         assert not Path(f"/proc/{job.pid}").exists()
 
 

@@ -173,7 +173,7 @@ def test_interrupt_before_any_task(tmp_path: Path) -> None:
         restorer.connect(str(tmp_path / "lazy-pages.socket"))
         wait_for("the connection", lambda: not (tmp_path / "lazy-pages.socket").exists())
         server.signal(signal.SIGINT)
-        wait_for("the message", lambda: "waiting until it is finished" in server.story())
+        wait_for("the message", lambda: "waiting until it has finished" in server.story())
         assert "0 tasks" not in server.story()
         restorer.close()
         assert server.wait() == 1
@@ -277,7 +277,7 @@ def test_a_loop_that_is_not_installed(tmp_path: Path) -> None:
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])},
     )
     assert done.returncode == 1
-    assert "--loop trio: it is not installed" in done.stderr
+    assert "--loop trio: not installed" in done.stderr
     assert "waiting for" not in done.stderr
 
 

@@ -9,7 +9,7 @@ import signal
 
 import anyio
 
-from lazypages.engine.uffd import Notice, NoticeKind
+from lazypages.engine.events import TaskEvent, TaskEventKind
 from lazypages.loop.processes import Process
 from lazypages.loop.service import Identity, TaskService
 from lazypages.observe.metrics import State
@@ -38,7 +38,7 @@ def test_a_task_of_which_nobody_knows_what_it_misses() -> None:
                 transfer_turns=anyio.CapacityLimiter(1),
                 remote=None,
             )
-            serving.handle(Notice(NoticeKind.BROKEN, served, errno.ENOMEM, 0, 0, 0, 0), [])
+            serving.handle(TaskEvent(TaskEventKind.BROKEN, served, errno.ENOMEM, 0, 0, 0, 0), [])
             assert serving.report().state is State.KILLED
             until("the end of its memory", lambda: not served.probe())
             assert task.process

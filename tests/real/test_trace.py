@@ -13,8 +13,8 @@ from tempfile import TemporaryDirectory
 import pytest
 
 from lazypages.engine._uffd import lib
+from lazypages.engine.events import TaskEventKind
 from lazypages.engine.trace import Ring
-from lazypages.engine.uffd import NoticeKind
 from lazypages.observe.tracing import REMOTE, ZERO, Kind, Record, Trace, read_trace
 from tests.support.criu import Criu
 from tests.support.fake import BASE, PAGE, compile_restored, restored_tasks, serve, serving, write_images
@@ -147,7 +147,7 @@ def test_pages_from_elsewhere_zeros_and_poison(tmp_path: Path) -> None:
         served = service.serve(uffd, extents, [(OTHER_BASE, 8)], file, max_readahead=1)
         task.check(OTHER_BASE + 6 * PAGE, 1, 0)
         task.tell_check(OTHER_BASE + 2 * PAGE, 1, file.first_id + 2)
-        need = service.wait(NoticeKind.NEED, served)
+        need = service.wait(TaskEventKind.NEED, served)
         assert served.deliver(need.image, file.page_bytes(2)) == 1
         task.reply()
         assert served.claim_remote(0, 1)[1] == 1
@@ -183,7 +183,7 @@ def test_a_ring_that_is_too_small_costs_records_and_no_pages(tmp_path: Path) -> 
             uffd, [(OTHER_BASE, pages, 0, 0)], [(OTHER_BASE, pages)], file, max_readahead=1
         )
         task.check(OTHER_BASE, pages, file.first_id, order=RANDOM)
-        service.wait(NoticeKind.COMPLETE, served)
+        service.wait(TaskEventKind.COMPLETE, served)
         faults = served.stats().faults
     records = drained(ring, tmp_path / "out")
     assert len(records) == 17  # what fitted, and how many did not

@@ -27,8 +27,8 @@ TRACER = Path(__file__).parents[1] / "support" / "tracer.py"
 MEGABYTES = 24
 ATTEMPTS = 5
 
-WAITED = re.compile(r"WARNING .*: traced by .*, which waits until [\d,]+ pages have come")
-TOO_LATE = "Throw it away, and dump again when this daemon has ended"
+WAITED = re.compile(r"WARNING .*: .* traces it and has to wait for [\d,]+ pages")
+TOO_LATE = "Discard that dump, and dump again when this daemon has ended"
 
 
 def log_of(restored: LazyRestore) -> str:
@@ -77,7 +77,7 @@ def test_a_dump_finds_all_memory(
         work.mkdir()
         with lazy_restore(checkpoint, daemon, work) as restored:
             usable = dump_while_served(restored, work / "images")
-            assert told == ("looking at them in turn" not in log_of(restored))
+            assert told == ("polling the tasks" not in log_of(restored))
         if usable:
             check_images(checkpoint, work / "images", tmp_path / "again")
             return
@@ -165,7 +165,7 @@ def onlooked(criu: Criu, folder: Path, daemon: Daemon, prefix: Sequence[str] = (
 def test_what_ps_shows(criu: Criu, tmp_path: Path) -> None:
     with onlooked(criu, tmp_path, LAZY) as task:
         wait_for("its command line", lambda: shown(task.pid) == task.before)
-        assert "traced" not in task.log
+        assert "traces it" not in task.log
 
 
 @both
@@ -173,7 +173,7 @@ def test_a_debugger_sees_all(criu: Criu, tmp_path: Path) -> None:
     with onlooked(criu, tmp_path, LAZY) as task:
         assert task.trace(task.pid) == "0 0"
         assert WAITED.search(task.log)
-        assert "nothing is missing any more; python" in task.log
+        assert "no page is missing any more; python" in task.log
         assert task.server.wait() == 0
 
 
@@ -183,19 +183,19 @@ def test_a_debugger_sees_all_of_a_forked_child(criu: Criu, tmp_path: Path) -> No
     with onlooked(criu, tmp_path, LAZY) as task:
         child = task.ask(signal.SIGUSR2)
         assert task.trace(child) == "0 0"
-        assert f"process {child}, which a task has forked,: traced by" in task.log
+        assert re.search(rf"process {child}, forked by a task: .* traces it", task.log)
 
 
 @newer
 def test_where_the_kernel_does_not_tell(criu: Criu, tmp_path: Path) -> None:
     """In another network namespace there is no process connector: it is found out, though later."""
     with onlooked(criu, tmp_path, LAZY, ["unshare", "--net"]) as task:
-        wait_for("the look at its tracer", lambda: "looking at them in turn" in task.log)
+        wait_for("the look at its tracer", lambda: "polling the tasks" in task.log)
         tracer = start([sys.executable, TRACER, str(task.pid)])
-        wait_for("the daemon to notice", lambda: "traced by" in task.log)
+        wait_for("the daemon to notice", lambda: "traces it" in task.log)
         tracer.wait(60)
         assert task.server.wait() == 0
-        assert "looking at them in turn" in task.log
+        assert "polling the tasks" in task.log
 
 
 @newer
@@ -217,7 +217,7 @@ while True:
     libc.ptrace(7, pid, 0, 0)
 """
         subprocess.run([sys.executable, "-c", outer], timeout=60, check=False, capture_output=True)
-        assert "and could not be stopped (Operation not permitted) while it missed" in task.log
+        assert "and could not be stopped (Operation not permitted) while it misses" in task.log
         assert TOO_LATE in task.log
         assert task.server.wait() == 0
 

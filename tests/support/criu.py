@@ -53,7 +53,7 @@ class Criu:
 
     @property
     def wire_header_size(self) -> int:
-        """Bytes of a page server's header (reference/criu-interfaces §4)."""
+        """Bytes of a page server's header (docs/criu.md, "Page server protocol")."""
         return 32 if self.version >= (4, 2) else 24
 
     def run(
@@ -144,10 +144,10 @@ def newest_on_every_kernel() -> list[ParameterSet]:
 
 @contextmanager
 def raised_pipe_limit(size: int = 16 << 20) -> Iterator[None]:
-    """Raise fs.pipe-max-size (bytes) and put it back.
+    """Raise fs.pipe-max-size to at least `size` bytes for the block, then restore it.
 
-    Without CAP_SYS_RESOURCE, CRIU's page servers break on requests past 16 pages otherwise
-    (reference/criu-interfaces §8, 9).
+    Without CAP_SYS_RESOURCE, CRIU's page server ends at requests past the first 16 pages of a pipe
+    (docs/criu.md, "Page server protocol").
     """
     before = PIPE_MAX_SIZE.read_text()
     PIPE_MAX_SIZE.write_text(str(max(size, int(before))))

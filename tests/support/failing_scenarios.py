@@ -6,7 +6,8 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 
-from lazypages.engine.uffd import ChannelEventKind, Notice, NoticeKind
+from lazypages.engine.channel import ChannelEventKind
+from lazypages.engine.events import TaskEvent, TaskEventKind
 from tests.real.test_channel import REMOTE, TAG, Source
 from tests.support.uffd import BASE, PAGE, RANDOM, PagesFile, Service, Task, until
 
@@ -20,7 +21,7 @@ class BrokenError(Exception):
 
 
 def is_broken(service: Service) -> bool:
-    return any(notice.kind is NoticeKind.BROKEN for notice in service.look())
+    return any(event.kind is TaskEventKind.BROKEN for event in service.look())
 
 
 def wait(service: Service, ready: Callable[[], object]) -> None:
@@ -89,8 +90,8 @@ def layout(begin: Callable[[], None]) -> bool:
             assert not transfer.error
             for one in (task, child):
                 check(one, 32, PAGES - 32, file.first_id + 32, threads=4)
-            service.wait(NoticeKind.COMPLETE, served)
-            service.wait(NoticeKind.FORKED)
+            service.wait(TaskEventKind.COMPLETE, served)
+            service.wait(TaskEventKind.FORKED)
         except BrokenError:
             return True
     return False
@@ -102,7 +103,7 @@ class Owner:
     def __init__(self, service: Service, file: PagesFile) -> None:
         self._service, self._file = service, file
         self._wanted: list[tuple[int, int]] = []
-        self._seen: list[Notice] = []
+        self._seen: list[TaskEvent] = []
         self._connect()
 
     def _connect(self) -> None:
@@ -121,11 +122,11 @@ class Owner:
         self._source.channel.ask(TAG, image, nr_pages, urgent=True)
 
     def look(self) -> None:
-        for notice in self._service.look():
-            if notice.kind in {NoticeKind.NEED, NoticeKind.HURRY} and notice not in self._seen:
-                self._seen.append(notice)
-                self._wanted.append((notice.image, notice.nr_pages))
-                self._ask(notice.image, notice.nr_pages)
+        for event in self._service.look():
+            if event.kind in {TaskEventKind.NEED, TaskEventKind.ESCALATE} and event not in self._seen:
+                self._seen.append(event)
+                self._wanted.append((event.image, event.nr_pages))
+                self._ask(event.image, event.nr_pages)
         if any(event.kind is ChannelEventKind.ENDED for event in self._source.channel.events()):
             self._wanted += [(one.image, one.nr_pages) for one in self._source.channel.outstanding()]
             self._source.close()

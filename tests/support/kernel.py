@@ -16,7 +16,7 @@ import pytest
 from lazypages.engine._uffd import ffi, lib
 
 if TYPE_CHECKING:
-    from lazypages.engine.uffd import ServedTask
+    from lazypages.engine.task import ServedTask
 
 UFFD_API = 0xAA
 UFFDIO_API = 0xC018AA3F

@@ -15,7 +15,7 @@ from typing import Any, Self
 
 from cffi import FFI
 
-from lazypages.engine.uffd import Channel
+from lazypages.engine.channel import Channel
 
 ROOT = Path(__file__).parents[2]
 

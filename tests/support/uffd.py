@@ -21,21 +21,16 @@ from typing import Any, Self
 import pytest
 
 from lazypages.engine._uffd import ffi
-from lazypages.engine.uffd import (
-    BusyError,
-    Engine,
-    MappedFile,
-    Notice,
-    NoticeKind,
-    ServedTask,
-    TaskGoneError,
-    TaskMemory,
-)
+from lazypages.engine.engine import Engine
+from lazypages.engine.errors import BusyError, TaskGoneError
+from lazypages.engine.events import TaskEvent, TaskEventKind
+from lazypages.engine.memory import MappedFile, TaskMemory
+from lazypages.engine.task import ServedTask
 from lazypages.observe.tracing import Ring
 
 PAGE = 4096
 
-#: What CRIU's restore asks for (reference/criu-interfaces §2): EVENT_FORK, _REMAP, _REMOVE, _UNMAP.
+#: What CRIU's restore asks for (docs/criu.md, "Userfaultfds and lazy mappings"): EVENT_FORK, _REMAP, _REMOVE, _UNMAP.
 FEATURES = 1 << 1 | 1 << 2 | 1 << 3 | 1 << 6
 
 #: Far from where the kernel maps things by itself.
@@ -248,7 +243,7 @@ class Service:
 
     def __init__(self, trace: Ring | None = None) -> None:
         self.engine = Engine(trace)
-        self.notices: list[Notice] = []
+        self.events: list[TaskEvent] = []
         self._taken = 0
         self._tasks: list[Task] = []
         self._transfers: list[Transfer] = []
@@ -318,21 +313,21 @@ class Service:
         self._transfers.append(transfer)
         return transfer
 
-    def look(self) -> list[Notice]:
-        """All notices so far."""
-        self.notices += self.engine.notices()
-        return self.notices
+    def look(self) -> list[TaskEvent]:
+        """All events so far."""
+        self.events += self.engine.events()
+        return self.events
 
-    def wait(self, kind: NoticeKind, task: ServedTask | None = None, *, timeout: float = 60) -> Notice:
-        """The next notice of this kind (about this task) that was not waited for yet."""
+    def wait(self, kind: TaskEventKind, task: ServedTask | None = None, *, timeout: float = 60) -> TaskEvent:
+        """The next event of this kind (about this task) that was not waited for yet."""
         deadline = time.monotonic() + timeout
         while True:
-            for place, notice in enumerate(self.look()):
-                if notice.kind is kind and task in (None, notice.task):
-                    return self.notices.pop(place)
+            for place, event in enumerate(self.look()):
+                if event.kind is kind and task in (None, event.task):
+                    return self.events.pop(place)
             if time.monotonic() > deadline:
-                pytest.fail(f"no {kind.name} in {timeout:g} s, but {self.notices}")
-            select.select([self.engine.notice_fd], [], [], 1)
+                pytest.fail(f"no {kind.name} in {timeout:g} s, but {self.events}")
+            select.select([self.engine.event_fd], [], [], 1)
 
 
 def until(what: str, ready: Callable[[], object], timeout: float = 60) -> None:

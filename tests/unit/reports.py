@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lazypages.engine.uffd import SourcePages, Stats, histogram_bound
+from lazypages.engine.stats import SourcePages, Stats, histogram_bound
 from lazypages.observe.metrics import ServiceTimes, State, Summary, TaskReport
 
 

@@ -159,7 +159,7 @@ def test_a_page_server_is_of_the_same_kind_as_its_peer() -> None:
         assert command[0] == program
         assert "page-server" in command
         assert command[-1] == "77"
-    with pytest.raises(BenchError, match="a page server of CRIU's is needed"):
+    with pytest.raises(BenchError, match="this needs a page server of CRIU's"):
         LazyPages(OURS).server(None, images, work)
 
 

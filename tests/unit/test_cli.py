@@ -107,7 +107,7 @@ def test_directories_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for arguments, text in (
         (["-D", str(tmp_path / "file")], "file is not a directory"),
-        (["-D", str(tmp_path)], "no inventory.img"),
+        (["-D", str(tmp_path)], "is not a checkpoint: inventory.img not found"),
         (["-D", str(tmp_path), "-W", str(tmp_path / "nowhere")], "nowhere does not exist"),
     ):
         result = run("serve", *arguments)

@@ -134,7 +134,7 @@ def test_a_whole_restore(run: Run, control: ControlSocket, peer: socket.socket) 
 
 
 def test_the_finish_message_has_these_bytes() -> None:
-    """reference/criu-interfaces §1: on x86, 46 54 53 52."""
+    """docs/criu.md, "Control socket": on x86, 46 54 53 52."""
     assert struct.pack("=I", FINISH) == bytes.fromhex("46 54 53 52")
 
 

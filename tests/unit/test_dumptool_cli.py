@@ -63,8 +63,8 @@ def test_levels(calls: list[Settings]) -> None:
 
 def test_says_how_long_it_stood_still(calls: list[Settings]) -> None:
     result = run("dump", "-t", "7", "-D", "/d")
-    assert "2.0 MiB written, 1.0 MiB left to the parent" in result.output
-    assert "stopping took 1.0 ms, stopped for 20.0 ms" in result.output
+    assert "2.0 MiB written, 1.0 MiB unchanged since the parent" in result.output
+    assert "stopped in 1.0 ms, for 20.0 ms" in result.output
     assert run("dump", "-t", "7", "-D", "/d", "-v0").output == ""
 
 

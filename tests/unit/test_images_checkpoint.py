@@ -196,7 +196,7 @@ def test_chain_of_any_depth(draft: Draft, depth: int) -> None:
 
 
 def test_chain_ends_where_a_level_knows_nothing_of_the_task(draft: Draft) -> None:
-    """Also when a level below would have it: as for CRIU (reference/criu-interfaces §5)."""
+    """Also if a level below has a pagemap of the task: as in CRIU (docs/criu.md, "Pagemap")."""
     _, _, lowest = chained(draft, "middle", "lowest")
     lowest.memory(10, [(0x10, 1, HERE)])
     draft.memory(10, [(0x10, 1, PARENT | LAZY)])
@@ -289,15 +289,15 @@ def test_parent_is_broken(draft: Draft) -> None:
 
 def test_unknown_version(draft: Draft) -> None:
     draft.inventory(3)
-    assert refusal(draft) == "top/inventory.img: image version 3, but 1 and 2 are known"
+    assert refusal(draft) == "top/inventory.img: image version 3 is not supported, only 1 and 2"
 
 
 @pytest.mark.parametrize(
     ("tasks", "what"),
     [
         ([], "holds no task"),
-        ([(0, 0)], "0 is no pid"),
-        ([(1 << 31, 0)], "2147483648 is no pid"),
+        ([(0, 0)], "0 is not a pid"),
+        ([(1 << 31, 0)], "2147483648 is not a pid"),
         ([(10, 0), (11, 10), (11, 10)], "holds task 11 twice"),
         ([(10, 0), (11, 0)], "task 11 is a second root"),
         ([(10, 0), (11, 12)], "task 11 comes before its parent 12, or has none"),

@@ -154,7 +154,7 @@ def test_tasks_and_their_memory(dumped: Path) -> None:
 
 
 def test_both_ways_of_counting_pages(dumped: Path, request: pytest.FixtureRequest) -> None:
-    """CRIU 4.2 leaves the old count 0, 4.1 does not know the new one (reference/criu-interfaces §5)."""
+    """CRIU 4.2 leaves the old count 0, 4.1 does not know the new one (docs/criu.md, "Pagemap")."""
     (root, *_) = open_checkpoint(dumped).tasks
     path = dumped / Kind.PAGEMAP.file_name(root.pid)
     entries = [message for message in images.read(path, Kind.PAGEMAP) if isinstance(message, PagemapEntry)]

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lazypages.engine.uffd import histogram_bound
+from lazypages.engine.stats import histogram_bound
 from lazypages.observe.metrics import ServiceTimes, State
 from tests.unit.reports import pages, report, summary, times
 

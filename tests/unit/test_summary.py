@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from lazypages.engine.uffd import histogram_bound
+from lazypages.engine.stats import histogram_bound
 from lazypages.observe.metrics import State
 from lazypages.observe.summary import MAX_NAMED, count, duration, lines, size, table
 from lazypages.sources.remote import ServerStats
@@ -68,13 +68,13 @@ def test_a_good_restore() -> None:
         zombies=1,
     )
     assert lines(whole) == [
-        "2 tasks (1 forked after the restore) in 1.50 s: 1 complete, 1 gone before that, 1 zombie",
+        "2 tasks (1 forked after the restore) in 1.50 s: 1 complete, 1 exited before completion, 1 zombie",
         "from local: 1,000 pages (3.9 MiB), 10 faults",
         "from parent-1: 24 pages (96.0 KiB), 0 faults",
         "from zero: 5 pages (20.0 KiB), 3 faults",
-        "7 pages not needed any more: unmapped or discarded by the tasks",
-        f"a fault is answered in: p50 {duration(histogram_bound(8))}, p99 {duration(histogram_bound(8))}, "
-        f"at most {duration(histogram_bound(30))}",
+        "7 pages unmapped or discarded by the tasks before they arrived",
+        f"fault latency: p50 {duration(histogram_bound(8))}, p99 {duration(histogram_bound(8))}, "
+        f"max {duration(histogram_bound(30))}",
     ]
 
 
@@ -86,7 +86,7 @@ def test_compression_is_told() -> None:
     )
     said = lines(summary(report())._replace(page_servers=servers))
     assert [line for line in said if "page server" in line] == [
-        "page server tcp://a:1: 1,024 pages came compressed, 4.0 MiB as 1.0 MiB"
+        "page server tcp://a:1: 1,024 pages arrived compressed, 4.0 MiB as 1.0 MiB"
     ]
 
 
@@ -111,7 +111,7 @@ def test_a_thousand_bad_tasks_do_not_fill_the_screen() -> None:
 
 
 def test_nobody_waited() -> None:
-    assert lines(summary(report()))[-1] == "no fault was waited for"
+    assert lines(summary(report()))[-1] == "no faults"
 
 
 def test_the_table_says_the_same() -> None:

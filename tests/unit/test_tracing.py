@@ -132,14 +132,14 @@ def test_what_a_daemon_that_died_has_left_is_read_up_to_there(trace: Path) -> No
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (lambda data: b"", "is no trace"),
-        (lambda data: b"\x7fELF" + data[4:], "is no trace"),
-        (lambda data: data[:5], "is no trace"),
+        (lambda data: b"", "is not a trace"),
+        (lambda data: b"\x7fELF" + data[4:], "is not a trace"),
+        (lambda data: data[:5], "is not a trace"),
         (lambda data: data[:12], "cut short"),
         (lambda data: data[:100], "cut short"),
         (
             lambda data: MAGIC + struct.pack("<I", 2) + data[12:],
-            "format 2, and this lazypages reads format 1",
+            "format 2; this lazypages reads format 1 only",
         ),
         (lambda data: data[:12] + b"\xff\xff\xff\xff" + data[16:], "cut short"),
         (lambda data: data[:16] + b"?" + data[17:], "damaged"),

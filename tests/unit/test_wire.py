@@ -34,7 +34,7 @@ from lazypages.net.wire import (
 
 OLD, NEW = Layout.CRIU_4_1, Layout.CRIU_4_2
 PRESENT_ADD = 0x00040006
-# reference/criu-interfaces §4: a GET of one page as CRIU 4.2 sent it, with garbage in the padding
+# A GET of one page as CRIU 4.2 sent it, with garbage in the padding (docs/criu.md, "Page server protocol").
 GOLDEN_GET = bytes.fromhex("07000000 deadbeef 0100000000000000 00a0c9fcce550000 0753000000000000")
 GOLDEN_ANSWER = bytes.fromhex("06000400 deadbeef 0100000000000000 00a0c9fcce550000 0753000000000000")
 

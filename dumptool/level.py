@@ -1,0 +1,192 @@
+"""The pages of one level: which pages of each process it gets, and the copy to the disk or to a page server."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+
+from dumptool import identity, mappings, memory, proc, survey, tracking
+from dumptool.chain import Chain, ParentPages
+from dumptool.errors import TaskGoneError
+from dumptool.mappings import FileIds, Mapping
+from dumptool.memory import Counts, Marks, Part, Progress, Sink, Source, Target
+from dumptool.output import Keep
+from dumptool.send import Sender, SentTarget
+from dumptool.settings import Settings
+from dumptool.survey import Task
+from dumptool.tracee import Gadgets, registers
+from dumptool.tracking import Armed, Method, Vouched
+from images_spec.flags import PE_PRESENT
+from images_spec.images import Kind
+from lazypages.net.wire import ImageType
+
+
+@dataclass(frozen=True, slots=True)
+class PageJob:
+    """The pages of one process that will be copied."""
+
+    source: Source
+    target: Sink
+    parts: list[Part]
+    marks: Marks
+
+    @property
+    def pages(self) -> int:
+        """Number of pages with data."""
+        return sum(part.runs.pages(PE_PRESENT) for part in self.parts)
+
+
+@dataclass(slots=True)
+class FrozenTask:
+    """A process of the frozen tree.
+
+    ``parent``: its pages in the parent levels; None: all of its pages are written. ``pidfd``: identifies the process
+    also after the thaw; None if it was killed during the freeze. ``armed``: the tracker of its writes, and ``job``:
+    its pages, both set by ``Level.find_pages``.
+    """
+
+    task: Task
+    gadgets: Gadgets
+    parent: ParentPages | None
+    pidfd: int | None
+    armed: Armed | None = None
+    job: PageJob | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Changes:
+    """How changed pages of a process are found.
+
+    ``vouched``: by its tracker. ``compare``: by comparison with these pages. Neither: all pages count as changed.
+    """
+
+    marks: Marks
+    compare: ParentPages | None = None
+    vouched: Vouched | None = None
+
+
+class Level:
+    """The level that is being made. ``resources`` closes what it opens."""
+
+    def __init__(self, settings: Settings, keep: Keep | None, resources: ExitStack) -> None:
+        self._settings, self._keep, self._resources = settings, keep, resources
+        self._chain: Chain | None = None
+        self._sender: Sender | None = None
+
+    def open(self, pids: Collection[int]) -> dict[int, ParentPages | None]:
+        """Opens the parent levels and connects to the page server. Returns the parent's pages of each process.
+
+        They are None for a process that the parent does not have, here or at the page server. Raises ``DumpError``,
+        ``ImageError``.
+        """
+        settings = self._settings
+        parents: dict[int, ParentPages | None] = dict.fromkeys(pids)
+        if settings.parent is not None:
+            self._chain = Chain(settings.images / settings.parent)
+            parents = {pid: self._chain.pages_of(pid) for pid in pids}
+        if settings.page_server is not None:
+            self._sender = self._resources.enter_context(Sender(settings.page_server))
+            for pid, pages in parents.items():
+                if pages is not None and not self._sender.has_parent(pid):
+                    parents[pid] = None
+        return parents
+
+    def find_pages(self, frozen: FrozenTask, file_id: FileIds, pages_id: int, *, arm: bool) -> list[Mapping]:
+        """Finds the pages of a frozen process that will be copied (``frozen.job``). Returns its mappings.
+
+        ``arm``: track writes from now on. Raises ``DumpError``.
+        """
+        settings, task = self._settings, frozen.task
+        pid = task.pid
+        armed = tracking.arm(task, frozen.gadgets, settings.method) if arm else None
+        if armed is not None:
+            frozen.armed = armed
+            self._resources.callback(armed.close)
+        changes = self._changes(frozen)
+        marks, vouched = changes.marks, changes.vouched
+        described = mappings.describe(proc.layout(pid, task.layout), file_id)
+        pointers = [registers(tid).rsp for tid in task.process.threads]
+        fresh = vouched.fresh(described) if vouched is not None else frozenset()
+        if armed is not None:
+            armed.watch(described)
+        pagemap = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            protect = armed is not None and armed.can_protect
+            parts = memory.scan(
+                pagemap, described, marks, protect=protect, stack_pointers=pointers, fresh=fresh
+            )
+        finally:
+            os.close(pagemap)
+        if armed is not None:
+            armed.clear()
+        if marks.known:
+            parts = memory.only_in_parent(parts, frozen.parent, marks)
+        target = self._target(ImageType.TASK, pid, pages_id, parents=frozen.parent is not None)
+        frozen.job = PageJob(Source(pid, compare=changes.compare), target, parts, marks)
+        return described
+
+    def _changes(self, frozen: FrozenTask) -> _Changes:
+        settings, armed = self._settings, frozen.armed
+        marks = Marks(lazy_dump=settings.lazy_pages, lazy_parents=settings.lazy_parents)
+        if self._chain is None or frozen.parent is None:
+            return _Changes(marks)
+        if settings.method is not Method.COMPARE and not (armed is not None and armed.new):
+            vouched = tracking.vouched(frozen.task, self._chain.run_id)
+            if vouched is not None:
+                self._resources.callback(vouched.close)
+                marks = replace(marks, with_=vouched.with_, without=vouched.without)
+                return _Changes(marks, vouched=vouched)
+        compare = settings.method in (Method.AUTO, Method.COMPARE) and not settings.lazy_pages
+        return _Changes(marks, compare=frozen.parent if compare else None)
+
+    def _target(self, kind: ImageType, number: int, pages_id: int, *, parents: bool = False) -> Sink:
+        directory = self._settings.images
+        if self._sender is not None:
+            return SentTarget(self._sender, directory, kind, number, parents, self._keep)
+        name = Kind.PAGEMAP.file_name(number if kind is ImageType.TASK else f"shmem-{number}")
+        return Target(directory, name, pages_id, self._keep)
+
+    def copy(self, frozen: FrozenTask, progress: Progress, *, running: bool) -> Counts:
+        """Copies the pages that ``find_pages`` found. ``running``: the tree runs again.
+
+        A running process that ends meanwhile gets no image, unless it is the root. Raises ``DumpError``,
+        ``ImageError``.
+        """
+        job = frozen.job
+        if job is None:
+            return Counts()
+        source = replace(job.source, running=running)
+        try:
+            counts = memory.write(job.target, source, job.parts, job.marks, progress)
+            # Without this check the bytes could be those of another process that reuses the pid.
+            identity.check(source.pid, frozen.pidfd)
+        except TaskGoneError:
+            if not running or source.pid == self._settings.pid:
+                raise
+            job.target.remove()
+            return Counts()
+        return counts
+
+    def copy_shared(self, tasks: Sequence[FrozenTask], progress: Progress) -> Counts:
+        """Copies each piece of shared anonymous memory once. Raises ``DumpError``, ``ImageError``."""
+        counts, seen = Counts(), set()
+        for task in (frozen.task for frozen in tasks):
+            for vma in task.layout.vmas:
+                if not survey.is_shared_anonymous(vma) or vma.inode in seen:
+                    continue
+                seen.add(vma.inode)
+                target = self._target(ImageType.SHMEM, vma.inode, len(tasks) + len(seen))
+                fd = os.open(f"/proc/{task.pid}/{vma.link}", os.O_RDONLY | os.O_CLOEXEC)
+                try:
+                    part = memory.shared_part(fd, os.fstat(fd).st_size)
+                    counts.add(memory.write(target, Source(task.pid, fd=fd), [part], Marks(), progress))
+                finally:
+                    os.close(fd)
+        return counts
+
+    def close(self) -> None:
+        """Returns when the page server, if there is one, has everything. Raises ``DumpError``."""
+        if self._sender is not None:
+            self._sender.close()

@@ -1,0 +1,93 @@
+"""What a task's memory is made of, as the engine wants it."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+from lazypages.engine._uffd import ffi, lib
+
+PAGE_SIZE = 4096
+
+MAP_FAILED: Any = ffi.cast("void *", -1)
+
+#: Pages that a fault may bring beside its own when faults run on in one direction.
+MAX_READAHEAD = 128
+
+
+class ExtentArray(Protocol):
+    """A C array of ``struct lp_extent`` that somebody keeps alive (images_spec.placement.ExtentTable)."""
+
+    @property
+    def address(self) -> int: ...
+
+    def __len__(self) -> int: ...
+
+
+class MappedFile:
+    """The first ``size`` bytes of a pages file, mapped; and the file, open: the engine asks how long it still is."""
+
+    def __init__(self, path: str | os.PathLike[str], size: int) -> None:
+        """Raises OSError."""
+        self.size = size
+        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._closer = weakref.finalize(self, os.close, self.fd)
+        address = lib.mmap(ffi.NULL, size, lib.PROT_READ, lib.MAP_SHARED, self.fd, 0)
+        if address == MAP_FAILED:
+            raise OSError(ffi.errno, os.strerror(ffi.errno))
+        self.address = ffi.gc(address, lambda mapped: lib.munmap(mapped, size))
+
+
+class TaskMemory(NamedTuple):
+    """What a task's memory is made of, as the engine wants it.
+
+    ``vmas``: lazy-capable VMAs as (start, end), sorted. ``wiped``: ranges that a forked child finds zeroed.
+    ``levels``: the pages file of each level of the chain (None: it has none); they must outlive the engine.
+    """
+
+    extents: ExtentArray
+    vmas: Sequence[tuple[int, int]]
+    wiped: Sequence[tuple[int, int]] = ()
+    levels: Sequence[MappedFile | None] = ()
+    max_readahead: int = MAX_READAHEAD
+
+
+def _ranges(ranges: Sequence[tuple[int, int]]) -> Any:
+    return ffi.new("struct lp_range[]", [(start, end) for start, end in ranges])
+
+
+class PreparedMemory:
+    """The memory of one task, ready to be served: made before the task comes, so that it need not wait for that."""
+
+    def __init__(self, memory: TaskMemory) -> None:
+        """Raises OSError: EINVAL when extents, VMAs and pages files do not fit together."""
+        self.max_readahead = memory.max_readahead
+        #: The levels; they must outlive the engine.
+        self.files = [file for file in memory.levels if file]
+        levels = ffi.new("struct lp_level[]", max(1, len(memory.levels)))
+        for index, file in enumerate(memory.levels):
+            if file:
+                lib.lp_level_of_file(ffi.addressof(levels, index), file.address, file.size, file.fd)
+        handle = lib.lp_memory_new(
+            ffi.cast("struct lp_extent *", memory.extents.address),
+            len(memory.extents),
+            _ranges(memory.vmas),
+            len(memory.vmas),
+            _ranges(memory.wiped),
+            len(memory.wiped),
+            levels,
+            len(memory.levels),
+        )
+        if handle == ffi.NULL:
+            raise OSError(ffi.errno, os.strerror(ffi.errno))
+        self._handle = ffi.gc(handle, lib.lp_memory_free)
+
+    def take(self) -> Any:
+        """The C object, which is the caller's from here on. Only once."""
+        handle, self._handle = self._handle, None
+        if handle is None:
+            raise ValueError("the memory is in service already")
+        ffi.gc(handle, None)
+        return handle
