@@ -16,6 +16,7 @@ import pytest
 from lazypages.net.url import ConnectedSocket, TcpServer, UnixServer
 from lazypages.net.wire import PAGE_SIZE, Layout
 from lazypages.sources.remote import RemoteOptions
+from tests.support.certificates import Authority
 from tests.support.liar import LIES, Liar
 from tests.support.pages import (
     BASE,
@@ -122,6 +123,26 @@ def test_cut_anywhere(
         fetched = fetch([TcpServer("127.0.0.1", proxy.port)], list(some), loop=loop)
         check_bytes(fetched.pages, some, how)
         assert proxy.connections > len(boundaries)
+
+
+@pytest.mark.parametrize("how", ["close", "reset", "garbage"])
+def test_cut_anywhere_with_tls(how: str, images: tuple[Path, Contents], tmp_path: Path) -> None:
+    """In the handshake, in the first messages, in the middle of records and between them: behind a relay."""
+    authority = Authority(tmp_path / "pki")
+    mine = authority.issue("both")
+    some = dict(list(images[1].items())[:400])
+    cuts = [0, 100, 1000, *range(1500, 4000, 100), 6000, 20_000, 20_001, 100_000, 300_000]
+    told = RemoteOptions(tls=authority.files(mine))
+    options = [*KEEP_SERVING, "--address", "127.0.0.1", *authority.options(mine)]
+
+    def plan(number: int) -> Fault | None:
+        return Fault(cuts[number], how) if number < len(cuts) else None
+
+    with page_server(images[0], *options, output=tmp_path / "out") as server:
+        server.wait_ready()
+        with Proxy(("127.0.0.1", server.port), plan) as proxy:
+            while proxy.connections < len(cuts):
+                fetch([TcpServer("127.0.0.1", proxy.port, tls=True)], list(some), options=told).check(some)
 
 
 def check_bytes(pages: Contents, expected: Contents, how: str) -> None:
