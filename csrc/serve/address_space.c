@@ -4,13 +4,13 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* Page aligned, not empty, sorted, disjoint, below what has no image. */
+/* Page aligned, not empty, sorted, disjoint, below what has no address at dump time. */
 static bool are_ranges(const struct lp_range *ranges, size_t nr)
 {
 	uint64_t end = 0;
 
 	for (size_t i = 0; i < nr; i++) {
-		if (ranges[i].start < end || ranges[i].start >= ranges[i].end || ranges[i].end > LP_NO_IMAGE ||
+		if (ranges[i].start < end || ranges[i].start >= ranges[i].end || ranges[i].end > LP_NO_DUMP_ADDR ||
 		    (ranges[i].start | ranges[i].end) % LP_PAGE_SIZE)
 			return false;
 		end = ranges[i].end;
@@ -19,12 +19,12 @@ static bool are_ranges(const struct lp_range *ranges, size_t nr)
 }
 
 /* Pages of extents outside of all VMAs have nowhere to go; that is the caller's error. */
-static bool all_in_vmas(const struct lp_extents *image, const struct lp_range *vmas, size_t nr_vmas)
+static bool all_in_vmas(const struct lp_extents *extents, const struct lp_range *vmas, size_t nr_vmas)
 {
 	size_t v = 0;
 
-	for (size_t i = 0; i < image->nr; i++) {
-		uint64_t at = image->slots[i].start, end = lp_slot_end(image, i);
+	for (size_t i = 0; i < extents->nr; i++) {
+		uint64_t at = extents->slots[i].start, end = lp_slot_end(extents, i);
 
 		while (at < end) {
 			while (v < nr_vmas && vmas[v].end <= at)
@@ -71,7 +71,7 @@ struct lp_space *lp_space_new(const struct lp_extent *extents, size_t nr_extents
 	for (size_t i = 0; i < s->extents->nr; i++) {
 		if (s->extents->slots[i].source != LP_SOURCE_LOST)
 			continue;
-		atomic_fetch_add(&s->nr_lost, lp_set_bits(s->lost, s->extents->slots[i].dense, lp_slot_pages(s->extents, i)));
+		atomic_fetch_add(&s->nr_lost, lp_set_bits(s->lost, s->extents->slots[i].index, lp_slot_pages(s->extents, i)));
 	}
 	return s;
 fail:
@@ -87,7 +87,7 @@ void lp_space_free(struct lp_space *s)
 		return;
 	lp_extents_put(s->extents);
 	free(s->regions);
-	free(s->by_image);
+	free(s->by_dump_addr);
 	free(s->wiped);
 	free(s->left);
 	free(s->doubts);

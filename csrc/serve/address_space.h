@@ -4,13 +4,13 @@
  *
  * Two tables and three bitmaps:
  *
- *   image    immutable, shared by forked tasks: the lazy extents of the
+ *   dump_addr    immutable, shared by forked tasks: the lazy extents of the
  *            checkpoint, by address at dump time.  Page k of all extents laid
- *            end to end has the dense index k; the bitmaps are indexed by it,
+ *            end to end has the index index k; the bitmaps are indexed by it,
  *            so that their size follows the data and not the address range.
  *   regions  where the dumped ranges are now: [start, end) holds what was at
- *            [image, image + end - start) when the task was dumped.  mremap
- *            moves regions, munmap cuts them.  From LP_NO_IMAGE on, image
+ *            [dump_addr, dump_addr + end - start) when the task was dumped.  mremap
+ *            moves regions, munmap cuts them.  From LP_NO_DUMP_ADDR on, dump_addr
  *            addresses mean nothing: the range is the task's, but empty, as
  *            what mremap leaves until the kernel tells that it is unmapped.
  *   pending  the page has data that the task does not have yet
@@ -39,10 +39,10 @@ struct lp_range {
 	uint64_t start, end;
 };
 
-#define LP_NO_IMAGE ((uint64_t)1 << 63)
+#define LP_NO_DUMP_ADDR ((uint64_t)1 << 63)
 
 struct lp_region {
-	uint64_t start, end, image;
+	uint64_t start, end, dump_addr;
 };
 
 enum lp_change_kind {
@@ -68,7 +68,7 @@ struct lp_change {
  * and its pages stay pending, until that is answered.
  */
 struct lp_doubt {
-	uint64_t start, end, image; /* as a region's */
+	uint64_t start, end, dump_addr; /* as a region's */
 	uint64_t edge, top;	    /* the range that was reported: where it begins and ends; LP_NO_EDGE, 0: it has moved since */
 	bool unsure;		    /* more than that has changed there */
 	bool asked;		    /* some of its pages may be there since, as zeros */
@@ -79,21 +79,21 @@ struct lp_doubt {
 
 enum lp_kind {
 	LP_ZERO,    /* known zero, or not our page any more */
-	LP_DATA,    /* pending, in a level of the image chain */
+	LP_DATA,    /* pending, in a level of the chain of images */
 	LP_REMOTE,  /* pending, at a page server */
 	LP_LOST,    /* pending, and no source has it */
 	LP_CLAIMED, /* pending, on its way */
 };
 
 /* The answer for an address, and for how many pages from there it holds. */
-struct lp_answer {
+struct lp_run {
 	uint32_t kind;     /* enum lp_kind */
 	uint32_t source;   /* level, for LP_DATA */
 	uint64_t addr;     /* where it is in the task now */
-	uint64_t image;    /* its address at dump time */
+	uint64_t dump_addr;    /* its address at dump time */
 	uint64_t offset;   /* in the level's pages file, for LP_DATA */
 	uint64_t nr_pages; /* > 0 */
-	uint64_t dense;    /* dense index, unless LP_ZERO */
+	uint64_t index;    /* index index, unless LP_ZERO */
 };
 
 struct lp_space;
@@ -131,38 +131,38 @@ uint64_t lp_space_lost(const struct lp_space *space);    /* pages */
 size_t lp_space_nr_regions(const struct lp_space *space);
 const struct lp_region *lp_space_regions(const struct lp_space *space);
 
-/* At most max_pages from the page at addr (page aligned), all of one kind and source, contiguous in task and image. */
-struct lp_answer lp_space_lookup(const struct lp_space *space, uint64_t addr, uint64_t max_pages);
+/* At most max_pages from the page at addr (page aligned), all of one kind and source, contiguous in task and dump. */
+struct lp_run lp_space_lookup(const struct lp_space *space, uint64_t addr, uint64_t max_pages);
 /* How many of the max_pages pages before addr have the same answer, running into it. */
-uint64_t lp_space_lookback(const struct lp_space *space, const struct lp_answer *at, uint64_t max_pages);
+uint64_t lp_space_lookback(const struct lp_space *space, const struct lp_run *at, uint64_t max_pages);
 /*
  * The next run that waits to be brought (LP_DATA; LP_REMOTE instead when asked for), at or after cursor.
  * False when there is none up to the end of the address space.
  */
 bool lp_space_next(const struct lp_space *space, uint64_t cursor, uint64_t max_pages, bool remote,
-		   struct lp_answer *answer);
+		   struct lp_run *answer);
 /*
- * Where the page dumped at `image` is now; false when it is gone.  Logarithmic
+ * Where the page dumped at `dump_addr` is now; false when it is gone.  Logarithmic
  * once lp_space_index (exclusive) has run after the last layout event, linear
  * in regions before.
  */
-bool lp_space_locate(const struct lp_space *space, uint64_t image, uint64_t *addr);
+bool lp_space_locate(const struct lp_space *space, uint64_t dump_addr, uint64_t *addr);
 void lp_space_index(struct lp_space *space);
 
-/* Claims pages [dense, dense + nr) up to the first that can't be claimed; returns how many. */
-uint64_t lp_space_claim(struct lp_space *space, uint64_t dense, uint64_t nr);
+/* Claims pages [index, index + nr) up to the first that can't be claimed; returns how many. */
+uint64_t lp_space_claim(struct lp_space *space, uint64_t index, uint64_t nr);
 /* Claimed pages that have arrived. Returns how many were still pending. */
-uint64_t lp_space_commit(struct lp_space *space, uint64_t dense, uint64_t nr);
+uint64_t lp_space_commit(struct lp_space *space, uint64_t index, uint64_t nr);
 /* Claimed pages that have not; the caller wakes who may wait for them. */
-void lp_space_release(struct lp_space *space, uint64_t dense, uint64_t nr);
+void lp_space_release(struct lp_space *space, uint64_t index, uint64_t nr);
 /* Claimed pages that no source can give; what has arrived all the same, from another one, is not lost. */
-void lp_space_lose(struct lp_space *space, uint64_t dense, uint64_t nr);
+void lp_space_mark_lost(struct lp_space *space, uint64_t index, uint64_t nr);
 /* Claimed or not, where they are in the task is not known, and will not be. */
-void lp_space_lose_for_good(struct lp_space *space, uint64_t dense, uint64_t nr);
+void lp_space_mark_lost_for_good(struct lp_space *space, uint64_t index, uint64_t nr);
 /* Makes lost pages pending as before, but for those that never had a source or are lost for good: one has come back. Returns how many. */
-uint64_t lp_space_regain(struct lp_space *space);
-/* Those of the pages dumped at [image, +nr_pages) that are lost are not waited for any more. (exclusive) */
-void lp_space_forget(struct lp_space *space, uint64_t image, uint64_t nr_pages, struct lp_counts *dropped);
+uint64_t lp_space_retry_lost(struct lp_space *space);
+/* Those of the pages dumped at [dump_addr, +nr_pages) that are lost are not waited for any more. (exclusive) */
+void lp_space_forget(struct lp_space *space, uint64_t dump_addr, uint64_t nr_pages, struct lp_counts *dropped);
 
 /*
  * Which of the changes that the kernel has told is to be made next; `changes` is in the order in which it told them.
@@ -182,14 +182,14 @@ void lp_space_forget(struct lp_space *space, uint64_t image, uint64_t nr_pages, 
  * holds, while the layout does not come to rest, for memory that nobody knows of, since it has grown, and for memory whose
  * unmapping has failed before it moved away, when another thread moves memory to where it was.
  */
-size_t lp_space_next_change(const struct lp_space *space, const struct lp_change *changes, size_t nr, bool at_rest);
+size_t lp_space_next_change(const struct lp_space *space, const struct lp_change *changes, size_t nr, bool quiescent);
 /*
  * For kernels before about 6.15, at rest: their REMAP events of a move that shrinks have the length from before
  * (mm/mremap.c, mremap_userfaultfd_complete with old_len).  The true one is what the same call reports as unmapped, from `from` on.
  */
 void lp_true_lengths(struct lp_change *changes, size_t nr);
 /* The layout is at rest, all changes are made: what mremap has left and nobody has told to be unmapped stays. (exclusive) */
-void lp_space_rest(struct lp_space *space);
+void lp_space_quiescent(struct lp_space *space);
 
 /* Changes. (exclusive) 0 or -ENOMEM. */
 void lp_space_remove(struct lp_space *space, uint64_t start, uint64_t end, struct lp_counts *dropped);
@@ -214,7 +214,7 @@ struct lp_doubt lp_space_doubt(const struct lp_space *space, size_t i);
 /* Whether something of it is pending. */
 bool lp_space_in_doubt(const struct lp_space *space, const struct lp_doubt *doubt);
 /* All that is in doubt in [start, end) is lost for good; of a doubt that lies there in part, all of it. */
-void lp_space_lose_doubts(struct lp_space *space, uint64_t start, uint64_t end);
+void lp_space_mark_doubts_lost(struct lp_space *space, uint64_t start, uint64_t end);
 /* Some of its pages that are not pending, by address: returns how many, at most max. */
 size_t lp_space_not_pending(const struct lp_space *space, const struct lp_doubt *doubt, uint64_t *addrs, size_t max);
 void lp_space_asked(struct lp_space *space, size_t i);

@@ -8,7 +8,7 @@
 #include "wake.h"
 
 /* -ENOENT only when it is so at rest: the kernel looks for the mapping before it looks whether the layout is changing. */
-static int answer_at_rest(struct lp_task *t, struct lp_result result)
+static int answer_when_quiescent(struct lp_task *t, struct lp_result result)
 {
 	if (result.outcome == LP_LATER ||
 	    (result.outcome == LP_UNREGISTERED && lp_probe_page(t, LP_ANYWHERE) == LP_CHANGING))
@@ -22,7 +22,7 @@ static int ask_within(void *arg, uint64_t start, uint64_t end)
 {
 	struct lp_task *t = arg;
 
-	return answer_at_rest(t, lp_uffd_probe_range(t->uffd, start, end));
+	return answer_when_quiescent(t, lp_uffd_probe_range(t->uffd, start, end));
 }
 
 static int ask_zero(void *arg, uint64_t addr)
@@ -31,7 +31,7 @@ static int ask_zero(void *arg, uint64_t addr)
 	struct lp_result result = lp_uffd_zero(t->uffd, addr, false);
 
 	if (result.outcome != LP_DONE)
-		return answer_at_rest(t, result);
+		return answer_when_quiescent(t, result);
 	lp_count(&t->stats.zero_pages, 1);
 	return 0;
 }
@@ -52,13 +52,13 @@ static bool ask_grows(void *arg, uint64_t addr)
 
 void lp_mark_range_lost(struct lp_task *t, uint64_t start, uint64_t end)
 {
-	struct lp_answer run;
+	struct lp_run run;
 
 	for (; start < end; start += run.nr_pages << LP_PAGE_SHIFT) {
 		run = lp_space_lookup(t->space, start, (end - start) >> LP_PAGE_SHIFT);
 		if (run.kind == LP_ZERO)
 			continue;
-		lp_space_lose_for_good(t->space, run.dense, run.nr_pages);
+		lp_space_mark_lost_for_good(t->space, run.index, run.nr_pages);
 		if (run.kind == LP_LOST)
 			continue;
 		if (!t->unreported_lost)

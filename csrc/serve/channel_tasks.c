@@ -8,7 +8,7 @@
 #include "stats.h"
 
 /* In the task and in what it has forked. */
-static int place_in_family(void *arg, uint64_t tag, uint64_t image, uint64_t nr_pages, const void *bytes)
+static int place_in_family(void *arg, uint64_t tag, uint64_t dump_addr, uint64_t nr_pages, const void *bytes)
 {
 	struct lp_engine *e = arg;
 	size_t nr = 0;
@@ -38,20 +38,20 @@ static int place_in_family(void *arg, uint64_t tag, uint64_t image, uint64_t nr_
 		lp_follow_insist(&e->follow);
 	/* Again for all of them after EAGAIN: a task that has the pages does not wait for them. */
 	for (size_t i = 0; i < nr; i++)
-		if (lp_task_deliver(e->family[i], image, nr_pages, bytes) == -EAGAIN)
+		if (lp_task_deliver(e->family[i], dump_addr, nr_pages, bytes) == -EAGAIN)
 			rc = -EAGAIN;
 	return rc;
 }
 
-static int64_t claim(void *arg, struct lp_task *t, uint64_t max_pages, uint64_t *tag, uint64_t *image)
+static int64_t claim(void *arg, struct lp_task *t, uint64_t max_pages, uint64_t *tag, uint64_t *dump_addr)
 {
 	*tag = t->tag;
-	return lp_claim_background(t, max_pages, image);
+	return lp_claim_background(t, max_pages, dump_addr);
 }
 
-static void give_back(void *arg, struct lp_task *t, uint64_t image, uint64_t nr_pages)
+static void give_back(void *arg, struct lp_task *t, uint64_t dump_addr, uint64_t nr_pages)
 {
-	lp_task_fail_remote(t, image, nr_pages, false);
+	lp_task_fail_remote(t, dump_addr, nr_pages, false);
 }
 
 struct lp_channel_tasks lp_channel_tasks_of(struct lp_engine *e)

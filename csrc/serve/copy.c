@@ -10,10 +10,10 @@
 #include "common/clock.h"
 
 /* Pages of the run, from number `skip` on, can't be copied now. */
-static void settle_claims(struct lp_task *t, const struct lp_answer *run, uint64_t skip, enum lp_claims claims)
+static void settle_claims(struct lp_task *t, const struct lp_run *run, uint64_t skip, enum lp_claims claims)
 {
 	if (claims != LP_KEEP_CLAIMS)
-		lp_space_release(t->space, run->dense + skip, run->nr_pages - skip);
+		lp_space_release(t->space, run->index + skip, run->nr_pages - skip);
 	if (claims == LP_RELEASE_SHARED || claims == LP_RELEASE_QUIETLY)
 		lp_claims_released(t);
 }
@@ -23,7 +23,7 @@ static void settle_claims(struct lp_task *t, const struct lp_answer *run, uint64
  * `claims` says when it returns -EAGAIN (a layout event is under way).  0, -EAGAIN, -ESRCH.  The caller checks whether the
  * task is complete.
  */
-static int copy_claimed(struct lp_task *t, const struct lp_answer *run, const void *src, enum lp_claims claims)
+static int copy_claimed(struct lp_task *t, const struct lp_run *run, const void *src, enum lp_claims claims)
 {
 	lp_counter *copied = &t->copied[lp_source_index(t, run->source)];
 	uint64_t done = 0, step = run->nr_pages;
@@ -36,7 +36,7 @@ static int copy_claimed(struct lp_task *t, const struct lp_answer *run, const vo
 		lp_count(&t->stats.copies, 1);
 		if (result.nr_pages) {
 			lp_count(copied, result.nr_pages);
-			lp_space_commit(t->space, run->dense + done, result.nr_pages);
+			lp_space_commit(t->space, run->index + done, result.nr_pages);
 			if (quiet && claims == LP_RELEASE)
 				lp_wake_batched(t, run->addr + at, result.nr_pages);
 			done += result.nr_pages;
@@ -56,7 +56,7 @@ static int copy_claimed(struct lp_task *t, const struct lp_answer *run, const vo
 			continue;
 		case LP_TASK_GONE:
 			lp_mark_gone(t);
-			lp_space_release(t->space, run->dense + done, left);
+			lp_space_release(t->space, run->index + done, left);
 			return -ESRCH;
 		case LP_CHANGING:
 		case LP_LATER:
@@ -89,14 +89,14 @@ static int copy_claimed(struct lp_task *t, const struct lp_answer *run, const vo
 	return 0;
 }
 
-struct lp_answer lp_run_after(const struct lp_answer *run, uint64_t skip)
+struct lp_run lp_run_after(const struct lp_run *run, uint64_t skip)
 {
-	struct lp_answer rest = *run;
+	struct lp_run rest = *run;
 
 	rest.addr += skip << LP_PAGE_SHIFT;
-	rest.image += skip << LP_PAGE_SHIFT;
+	rest.dump_addr += skip << LP_PAGE_SHIFT;
 	rest.offset += skip << LP_PAGE_SHIFT;
-	rest.dense += skip;
+	rest.index += skip;
 	rest.nr_pages -= skip;
 	return rest;
 }
@@ -113,7 +113,7 @@ struct lp_guarded_task lp_guarded_task_of(const struct lp_task *t)
  * guard unless another thread has made it one meanwhile; on its own it is copied without a look, unless the task has guards.
  * look: the thread's, or NULL: what it copies next is elsewhere.
  */
-static int copy_unguarded(struct lp_task *t, const struct lp_answer *run, const void *src, enum lp_claims claims, uint64_t touched,
+static int copy_unguarded(struct lp_task *t, const struct lp_run *run, const void *src, enum lp_claims claims, uint64_t touched,
 			  struct lp_look *look)
 {
 	struct lp_guarded *g = &t->engine->guarded;
@@ -141,7 +141,7 @@ static int copy_unguarded(struct lp_task *t, const struct lp_answer *run, const 
 		return copy_claimed(t, run, src, claims);
 	}
 	while (done < run->nr_pages && !rc) {
-		struct lp_answer part = lp_run_after(run, done);
+		struct lp_run part = lp_run_after(run, done);
 		bool close = atomic_load_explicit(&t->has_guards, memory_order_relaxed);
 		uint64_t until = close && end - part.addr > LP_LOOK_CLOSE ? part.addr + LP_LOOK_CLOSE : end, nr;
 		uint64_t ahead = look && !close && end < part.addr + LP_LOOK_AHEAD ? part.addr + LP_LOOK_AHEAD : until;
@@ -184,7 +184,7 @@ static int copy_unguarded(struct lp_task *t, const struct lp_answer *run, const 
 	return rc;
 }
 
-int lp_copy_buffer(struct lp_task *t, const struct lp_answer *run, const void *src, enum lp_claims claims)
+int lp_copy_buffer(struct lp_task *t, const struct lp_run *run, const void *src, enum lp_claims claims)
 {
 	int rc = copy_unguarded(t, run, src, claims, LP_NO_PAGE, NULL);
 
@@ -192,11 +192,11 @@ int lp_copy_buffer(struct lp_task *t, const struct lp_answer *run, const void *s
 	return rc;
 }
 
-int lp_copy_level(struct lp_task *t, const struct lp_answer *run, enum lp_claims claims, uint64_t touched, struct lp_look *look)
+int lp_copy_level(struct lp_task *t, const struct lp_run *run, enum lp_claims claims, uint64_t touched, struct lp_look *look)
 {
 	const struct lp_level *level = &t->levels[run->source];
 	uint64_t held = level->held(level, run->offset, run->nr_pages), still;
-	struct lp_answer part = *run;
+	struct lp_run part = *run;
 	int rc = 0;
 
 	if (held < run->nr_pages)

@@ -21,18 +21,18 @@ enum lp_claims {
 };
 
 /* From src. */
-int lp_copy_buffer(struct lp_task *t, const struct lp_answer *run, const void *src, enum lp_claims claims);
+int lp_copy_buffer(struct lp_task *t, const struct lp_run *run, const void *src, enum lp_claims claims);
 /*
  * From the level that has the run.  What the level does not hold any more is lost.  If it became shorter while it was read, the
  * page that it ends in may have come with zeros: that can't be undone, so it is reported (ESTALE).  `touched`: a page on which a
  * thread has just faulted, or LP_NO_PAGE.  look: the calling thread's, or NULL: what it copies next is elsewhere.
  */
-int lp_copy_level(struct lp_task *t, const struct lp_answer *run, enum lp_claims claims, uint64_t touched,
+int lp_copy_level(struct lp_task *t, const struct lp_run *run, enum lp_claims claims, uint64_t touched,
 		  struct lp_look *look);
 int lp_zero_page(struct lp_task *t, uint64_t addr);
 
 /* The run without its first pages. */
-struct lp_answer lp_run_after(const struct lp_answer *run, uint64_t skip);
+struct lp_run lp_run_after(const struct lp_run *run, uint64_t skip);
 struct lp_guarded_task lp_guarded_task_of(const struct lp_task *t);
 
 #endif

@@ -49,7 +49,7 @@ void lp_review_deferred(struct lp_task *t)
 	t->deferred_most = REVIEW_FROM;
 	for (size_t nr = t->deferred.nr; nr; nr--) {
 		struct lp_fault fault = lp_faults_pop(&t->deferred);
-		struct lp_answer run = lp_space_lookup(t->space, fault.addr, 1);
+		struct lp_run run = lp_space_lookup(t->space, fault.addr, 1);
 
 		/*
 		 * Released by one thread and claimed by another, which may copy without a wake-up as it knows of no fault that

@@ -10,6 +10,6 @@
  * For a channel: claims up to max_pages for the background, round again at the end.  0 when nothing is left; -EAGAIN when a layout
  * event is in the way.  (the serving thread)
  */
-int64_t lp_claim_background(struct lp_task *t, uint64_t max_pages, uint64_t *image);
+int64_t lp_claim_background(struct lp_task *t, uint64_t max_pages, uint64_t *dump_addr);
 
 #endif

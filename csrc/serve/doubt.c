@@ -255,7 +255,7 @@ int lp_replay(struct lp_space *s, const struct lp_change *changes, size_t nr, ui
 		}
 	}
 	free(unmade);
-	lp_space_rest(s);
+	lp_space_quiescent(s);
 	for (size_t i = lp_space_nr_doubts(s); i-- && !rc;) {
 		struct lp_doubt d = lp_space_doubt(s, i);
 		struct lp_evidence e = {0}, parent = {0};

@@ -45,10 +45,10 @@ struct lp_trace;
 
 enum lp_event_kind {
 	LP_EVENT_FORKED = 1, /* task is new, the child of one with the same tag, and served already */
-	LP_EVENT_NEED,	      /* pages [image, +nr_pages) are wanted from a remote source, a thread waits for one */
+	LP_EVENT_NEED,	      /* pages [dump_addr, +nr_pages) are wanted from a remote source, a thread waits for one */
 	LP_EVENT_ESCALATE,      /* a thread waits for a page that is on its way */
 	/*
-	 * pages [image, +nr_pages), now at addr, can't be had: error is why. ESTALE: they may be there, but zeros; EADDRNOTAVAIL:
+	 * pages [dump_addr, +nr_pages), now at addr, can't be had: error is why. ESTALE: they may be there, but zeros; EADDRNOTAVAIL:
 	 * whether they have been unmapped is not known
 	 */
 	LP_EVENT_LOST,
@@ -63,7 +63,7 @@ struct lp_event {
 	uint32_t kind;
 	int32_t error; /* errno, 0 if there is none */
 	struct lp_task *task;
-	uint64_t image, addr, nr_pages;
+	uint64_t dump_addr, addr, nr_pages;
 	uint64_t since; /* CLOCK_MONOTONIC ns when the fault was read, 0 if no thread waits */
 };
 
@@ -136,24 +136,24 @@ int64_t lp_task_transfer(struct lp_task *task, uint64_t max_bytes);
  */
 int lp_task_bring(struct lp_task *task, uint64_t start, uint64_t end);
 /* Claims the next run of pages that a remote source must give; 0 pages when there is none. */
-uint64_t lp_task_claim_remote(struct lp_task *task, uint64_t cursor, uint64_t max_pages, uint64_t *image,
+uint64_t lp_task_claim_remote(struct lp_task *task, uint64_t cursor, uint64_t max_pages, uint64_t *dump_addr,
 			      uint64_t *next_cursor);
 /*
- * Pages that came from a remote source: dumped at image, nr_pages from buffer.  Those that the task does not wait for are
+ * Pages that came from a remote source: dumped at dump_addr, nr_pages from buffer.  Those that the task does not wait for are
  * skipped.  Returns pages placed, or -EAGAIN (call again with the same), -ESRCH.
  */
-int64_t lp_task_deliver(struct lp_task *task, uint64_t image, uint64_t nr_pages, const void *buffer);
+int64_t lp_task_deliver(struct lp_task *task, uint64_t dump_addr, uint64_t nr_pages, const void *buffer);
 /* The claimed pages won't come: ask again (lost false) or say that no source has them. */
-void lp_task_fail_remote(struct lp_task *task, uint64_t image, uint64_t nr_pages, bool lost);
+void lp_task_fail_remote(struct lp_task *task, uint64_t dump_addr, uint64_t nr_pages, bool lost);
 /* A source has come back: lost pages are wanted again. */
-void lp_task_regain(struct lp_task *task);
+void lp_task_retry_lost(struct lp_task *task);
 /* Poisons what is pending (all) or lost: a touch raises SIGBUS. Returns pages, or -errno (EINVAL: this kernel can't). */
 int64_t lp_task_poison(struct lp_task *task, bool all);
 /*
- * Forgets those of the pages dumped at [image, +nr_pages) that are lost: the owner knows that they are not in the task any
- * more. (By image address: what is at their address may be something else by now.)
+ * Forgets those of the pages dumped at [dump_addr, +nr_pages) that are lost: the owner knows that they are not in the task any
+ * more. (By address at dump time: what is at their address may be something else by now.)
  */
-void lp_task_forget(struct lp_task *task, uint64_t image, uint64_t nr_pages);
+void lp_task_forget(struct lp_task *task, uint64_t dump_addr, uint64_t nr_pages);
 /* 0 while the task has its memory, -ESRCH when it is gone, -EAGAIN when that can't be told now. */
 int lp_task_probe(struct lp_task *task);
 

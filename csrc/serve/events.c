@@ -51,7 +51,7 @@ bool lp_post(struct lp_engine *e, struct lp_event event)
 		goto out;
 	last = e->nr_events ? &e->events[e->nr_events - 1] : NULL;
 	if (last && event.kind == LP_EVENT_LOST && last->kind == event.kind && last->task == event.task &&
-	    last->error == event.error && last->image + (last->nr_pages << LP_PAGE_SHIFT) == event.image &&
+	    last->error == event.error && last->dump_addr + (last->nr_pages << LP_PAGE_SHIFT) == event.dump_addr &&
 	    last->addr + (last->nr_pages << LP_PAGE_SHIFT) == event.addr) {
 		last->nr_pages += event.nr_pages;
 		goto out;
@@ -132,29 +132,29 @@ void lp_mark_broken(struct lp_task *t, int error)
 
 void lp_check_complete(struct lp_task *t)
 {
-	if (lp_space_pending(t->space) || atomic_load(&t->broken) || atomic_exchange(&t->complete, true))
+	if (lp_space_pending(t->space) || t->unsure.nr || atomic_load(&t->broken) || atomic_exchange(&t->complete, true))
 		return;
 	lp_guard_complete(t->engine->guard, t->uffd);
 	lp_task_trace(t, LP_TRACE_COMPLETE, LP_TRACE_NO_SOURCE, 0, 0, 0);
 	lp_post_about(t, LP_EVENT_COMPLETE, 0);
 }
 
-void lp_post_lost(struct lp_task *t, const struct lp_answer *run, uint64_t skip, uint64_t nr, int error)
+void lp_post_lost(struct lp_task *t, const struct lp_run *run, uint64_t skip, uint64_t nr, int error)
 {
 	lp_task_trace(t, LP_TRACE_LOST, lp_trace_source(run->source), run->addr + (skip << LP_PAGE_SHIFT), nr, (uint64_t)error);
 	lp_post(t->engine, (struct lp_event){
 				  .kind = LP_EVENT_LOST,
 				  .error = error,
 				  .task = t,
-				  .image = run->image + (skip << LP_PAGE_SHIFT),
+				  .dump_addr = run->dump_addr + (skip << LP_PAGE_SHIFT),
 				  .addr = run->addr + (skip << LP_PAGE_SHIFT),
 				  .nr_pages = nr,
 			  });
 }
 
-void lp_mark_lost(struct lp_task *t, const struct lp_answer *run, uint64_t skip, uint64_t nr, int error)
+void lp_mark_lost(struct lp_task *t, const struct lp_run *run, uint64_t skip, uint64_t nr, int error)
 {
-	lp_space_lose(t->space, run->dense + skip, nr);
+	lp_space_mark_lost(t->space, run->index + skip, nr);
 	lp_post_lost(t, run, skip, nr, error);
 }
 

@@ -10,9 +10,9 @@
 bool lp_post(struct lp_engine *e, struct lp_event event);
 void lp_post_about(struct lp_task *t, uint32_t kind, int error);
 /* Pages [skip, skip + nr) of the run are lost. */
-void lp_post_lost(struct lp_task *t, const struct lp_answer *run, uint64_t skip, uint64_t nr, int error);
+void lp_post_lost(struct lp_task *t, const struct lp_run *run, uint64_t skip, uint64_t nr, int error);
 /* The same, and they are marked so in the address space.  They are claimed. */
-void lp_mark_lost(struct lp_task *t, const struct lp_answer *run, uint64_t skip, uint64_t nr, int error);
+void lp_mark_lost(struct lp_task *t, const struct lp_run *run, uint64_t skip, uint64_t nr, int error);
 /* The task's memory does not exist any more. */
 void lp_mark_gone(struct lp_task *t);
 /*

@@ -19,14 +19,14 @@
 /* Brings what waits in [addr, end), whatever lies between.  0, -EAGAIN, -ESRCH. */
 static int bring(struct lp_task *t, uint64_t addr, uint64_t end)
 {
-	struct lp_answer run;
+	struct lp_run run;
 	int rc = 0;
 
 	for (; addr < end && !rc; addr += run.nr_pages << LP_PAGE_SHIFT) {
 		run = lp_space_lookup(t->space, addr, (end - addr) >> LP_PAGE_SHIFT);
 		if (run.kind != LP_DATA)
 			continue;
-		run.nr_pages = lp_space_claim(t->space, run.dense, run.nr_pages);
+		run.nr_pages = lp_space_claim(t->space, run.index, run.nr_pages);
 		if (run.nr_pages)
 			rc = lp_copy_level(t, &run, LP_RELEASE, LP_NO_PAGE, &t->look);
 		else
@@ -76,18 +76,18 @@ static int refuse_zeros(struct lp_task *t, uint64_t addr)
 }
 
 /* Claims the run: all of it, or from the page on.  False: another thread has the page. */
-static bool claim_run(struct lp_task *t, const struct lp_plan *plan, struct lp_answer *run)
+static bool claim_run(struct lp_task *t, const struct lp_plan *plan, struct lp_run *run)
 {
 	uint64_t got;
 
 	*run = plan->run;
 	if (!run->nr_pages)
 		return false;
-	got = lp_space_claim(t->space, run->dense, run->nr_pages);
+	got = lp_space_claim(t->space, run->index, run->nr_pages);
 	if (plan->before && got <= plan->before) {
-		lp_space_release(t->space, run->dense, got);
+		lp_space_release(t->space, run->index, got);
 		*run = lp_run_after(run, plan->before);
-		got = lp_space_claim(t->space, run->dense, run->nr_pages);
+		got = lp_space_claim(t->space, run->index, run->nr_pages);
 	}
 	run->nr_pages = got;
 	return got > 0;
@@ -106,7 +106,7 @@ static int place_zeros(struct lp_task *t, const struct lp_fault *fault)
 
 static int copy_run(struct lp_task *t, const struct lp_plan *plan, const struct lp_fault *fault)
 {
-	struct lp_answer run;
+	struct lp_run run;
 	int rc;
 
 	if (!claim_run(t, plan, &run)) {
@@ -118,7 +118,7 @@ static int copy_run(struct lp_task *t, const struct lp_plan *plan, const struct 
 	if (!rc)
 		rc = bring(t, run.addr + (run.nr_pages << LP_PAGE_SHIFT), plan->window.end);
 	if (rc) {
-		lp_space_release(t->space, run.dense, run.nr_pages);
+		lp_space_release(t->space, run.index, run.nr_pages);
 		return rc;
 	}
 	rc = lp_copy_level(t, &run, LP_RELEASE, fault->addr, &t->look);
@@ -131,12 +131,12 @@ static int copy_run(struct lp_task *t, const struct lp_plan *plan, const struct 
 }
 
 /* Reports what a thread waits for, if a channel does not bring it. */
-static int report(struct lp_task *t, uint32_t kind, const struct lp_answer *run, const struct lp_fault *fault)
+static int report(struct lp_task *t, uint32_t kind, const struct lp_run *run, const struct lp_fault *fault)
 {
 	struct lp_event event = {
 		.kind = kind,
 		.task = t,
-		.image = run->image,
+		.dump_addr = run->dump_addr,
 		.addr = run->addr,
 		.nr_pages = run->nr_pages,
 		.since = fault->since,
@@ -147,37 +147,37 @@ static int report(struct lp_task *t, uint32_t kind, const struct lp_answer *run,
 
 static int ask(struct lp_task *t, const struct lp_plan *plan, const struct lp_fault *fault)
 {
-	uint64_t image = plan->page.image;
-	struct lp_answer run;
+	uint64_t dump_addr = plan->page.dump_addr;
+	struct lp_run run;
 	int rc;
 
 	if (!claim_run(t, plan, &run)) {
 		lp_task_trace(t, LP_TRACE_LEFT, LP_TRACE_REMOTE, fault->addr, 1, 0);
 		return 0;
 	}
-	lp_task_trace(t, LP_TRACE_WANTED, LP_TRACE_REMOTE, run.addr, run.nr_pages, run.image);
-	lp_begin_wait(t, (struct lp_waiter){image, fault->since, run.addr, run.nr_pages});
-	if (lp_channels_fault(&t->engine->channels, t->tag, run.image, run.nr_pages, fault->since))
+	lp_task_trace(t, LP_TRACE_WANTED, LP_TRACE_REMOTE, run.addr, run.nr_pages, run.dump_addr);
+	lp_begin_wait(t, (struct lp_waiter){dump_addr, fault->since, run.addr, run.nr_pages});
+	if (lp_channels_fault(&t->engine->channels, t->tag, run.dump_addr, run.nr_pages, fault->since))
 		return 0;
 	rc = report(t, LP_EVENT_NEED, &run, fault);
 	if (rc) {
-		lp_space_release(t->space, run.dense, run.nr_pages);
-		lp_end_wait(t, image, image + LP_PAGE_SIZE, false);
+		lp_space_release(t->space, run.index, run.nr_pages);
+		lp_end_wait(t, dump_addr, dump_addr + LP_PAGE_SIZE, false);
 	}
 	return rc;
 }
 
-static int escalate(struct lp_task *t, const struct lp_answer *page, const struct lp_fault *fault)
+static int escalate(struct lp_task *t, const struct lp_run *page, const struct lp_fault *fault)
 {
 	int rc;
 
 	lp_task_trace(t, LP_TRACE_LEFT, LP_TRACE_REMOTE, fault->addr, 1, 0);
-	lp_begin_wait(t, (struct lp_waiter){page->image, fault->since, page->addr, 1});
-	if (lp_channels_hurry(&t->engine->channels, t->tag, page->image, fault->since))
+	lp_begin_wait(t, (struct lp_waiter){page->dump_addr, fault->since, page->addr, 1});
+	if (lp_channels_hurry(&t->engine->channels, t->tag, page->dump_addr, fault->since))
 		return 0;
 	rc = report(t, LP_EVENT_ESCALATE, page, fault);
 	if (rc)
-		lp_end_wait(t, page->image, page->image + LP_PAGE_SIZE, false);
+		lp_end_wait(t, page->dump_addr, page->dump_addr + LP_PAGE_SIZE, false);
 	return rc;
 }
 

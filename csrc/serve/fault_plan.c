@@ -17,16 +17,16 @@ static void widen(struct lp_plan *plan, const struct lp_space *space, struct lp_
 		before = lp_space_lookback(space, &plan->run, before);
 	plan->before = before;
 	plan->run.addr -= before << LP_PAGE_SHIFT;
-	plan->run.image -= before << LP_PAGE_SHIFT;
+	plan->run.dump_addr -= before << LP_PAGE_SHIFT;
 	plan->run.offset -= before << LP_PAGE_SHIFT;
-	plan->run.dense -= before;
+	plan->run.index -= before;
 	plan->run.nr_pages += before;
 }
 
 struct lp_plan lp_plan_fault(const struct lp_space *space, struct lp_readahead *readahead, const struct lp_ranges *unsure,
 			     uint64_t addr)
 {
-	struct lp_answer page = lp_space_lookup(space, addr, 1);
+	struct lp_run page = lp_space_lookup(space, addr, 1);
 	struct lp_plan plan = {.page = page, .run = page};
 
 	switch (page.kind) {

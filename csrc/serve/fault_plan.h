@@ -20,9 +20,9 @@ enum lp_action {
 
 struct lp_plan {
 	enum lp_action action;
-	struct lp_answer page; /* the one page that the thread waits for */
+	struct lp_run page; /* the one page that the thread waits for */
 	/* LP_PLAN_COPY, LP_PLAN_ASK: */
-	struct lp_answer run; /* the page, and those around it in one piece; 0 pages: another thread has claimed it meanwhile */
+	struct lp_run run; /* the page, and those around it in one piece; 0 pages: another thread has claimed it meanwhile */
 	uint64_t before;      /* pages of the run that lie before the page */
 	struct lp_range window;	/* readahead's: what lies outside of the run may be in other pieces */
 	bool single;		/* readahead brings nothing beside the page */

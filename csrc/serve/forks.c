@@ -19,7 +19,7 @@
 #include "wiped.h"
 
 #define CHILD_TRIES 8	 /* for the layout of a child to be quiescent, before other tasks have their turn */
-#define CHILD_NS (5 * LP_NS) /* after that what is not known of a child whose layout never is quiescent is lost */
+#define CHILD_NS (10 * LP_NS) /* after that what is not known of a child whose layout never is quiescent is lost */
 #define POISON_TRIES 1000 /* for a page that takes the place of poison, which must not be seen */
 
 static bool overlap(const struct lp_change *a, uint64_t start, uint64_t len)
@@ -146,12 +146,12 @@ static bool replaces_poison(struct lp_task *child, uint64_t addr, const void *sr
  * A page where the parent has a guard by now: has the child one, too?  Poison is not placed over a guard (EEXIST).  Where it is
  * placed there was none when the process forked, and the page takes its place at once: the child does not run yet, or hardly.
  */
-static void inherit_page(struct lp_task *child, const struct lp_answer *page)
+static void inherit_page(struct lp_task *child, const struct lp_run *page)
 {
 	const struct lp_level *level = &child->levels[page->source];
 	struct lp_result poison;
 
-	if (level->held(level, page->offset, 1) != 1 || !lp_space_claim(child->space, page->dense, 1))
+	if (level->held(level, page->offset, 1) != 1 || !lp_space_claim(child->space, page->index, 1))
 		return;
 	poison = lp_uffd_poison(child->uffd, page->addr, 1);
 	if (poison.outcome == LP_PRESENT) {
@@ -159,20 +159,20 @@ static void inherit_page(struct lp_task *child, const struct lp_answer *page)
 	} else if (poison.outcome == LP_DONE &&
 		   replaces_poison(child, page->addr, (const char *)level->base + page->offset)) {
 		lp_count(&child->copied[page->source], 1);
-		lp_space_commit(child->space, page->dense, 1);
+		lp_space_commit(child->space, page->index, 1);
 	} else {
-		lp_space_release(child->space, page->dense, 1); /* a copy over poison heals it */
+		lp_space_release(child->space, page->index, 1); /* a copy over poison heals it */
 	}
 }
 
 static void inherit_range(struct lp_task *child, struct lp_range guard)
 {
 	for (uint64_t addr = guard.start; addr < guard.end;) {
-		struct lp_answer run = lp_space_lookup(child->space, addr, (guard.end - addr) >> LP_PAGE_SHIFT);
+		struct lp_run run = lp_space_lookup(child->space, addr, (guard.end - addr) >> LP_PAGE_SHIFT);
 
 		addr += run.nr_pages << LP_PAGE_SHIFT;
 		for (uint64_t i = 0; run.kind == LP_DATA && i < run.nr_pages; i++) {
-			struct lp_answer page = lp_run_after(&run, i);
+			struct lp_run page = lp_run_after(&run, i);
 
 			inherit_page(child, &page);
 		}
@@ -247,11 +247,14 @@ static struct lp_new_child *prepare_child(struct lp_task *t, struct lp_change *f
 static void publish_child(struct lp_task *t, struct lp_new_child *u)
 {
 	struct lp_task *child = u->task;
+	bool has_read;
 	int rc;
 
 	child->unreported_lost = NULL;
 	child->read_error = 0;
 	child->next_try = 0;
+	if (child->unsure.nr)
+		lp_append_change(child, (struct lp_change){.kind = LP_QUESTION}); /* unsure ranges are poisoned once it is quiescent */
 	child->total = lp_space_pending(child->space);
 	for (uint32_t i = 0; i < t->nr_levels + 2; i++)
 		child->total += u->dropped.by_source[i];
@@ -262,6 +265,8 @@ static void publish_child(struct lp_task *t, struct lp_new_child *u)
 	lp_number_memory(child, t->number);
 	lp_readahead_init(&child->readahead, t->readahead.max_window);
 	inherit_guards(t, child);
+	/* these are the serving thread's from here on, which may be another one; and epoll does not name what has been read */
+	has_read = child->nr_changes || child->faults.nr;
 	lp_task_link(child); /* its owner, once it knows of it, may close it at once */
 	/* reported before it is served, so that its first event comes after this one */
 	lp_post(t->engine, (struct lp_event){.kind = LP_EVENT_FORKED, .task = child});
@@ -270,7 +275,7 @@ static void publish_child(struct lp_task *t, struct lp_new_child *u)
 	rc = lp_task_start(child);
 	if (rc)
 		lp_post_about(child, LP_EVENT_FAILED, -rc);
-	if (child->nr_changes || child->faults.nr) /* they have been read already: epoll does not name them */
+	if (has_read)
 		lp_claims_released(child);
 }
 

@@ -9,10 +9,10 @@
 #include "task_trace.h"
 #include "wake.h"
 
-void lp_task_regain(struct lp_task *t)
+void lp_task_retry_lost(struct lp_task *t)
 {
 	lp_lock_alone(&t->lock);
-	if (t->uffd >= 0 && lp_space_regain(t->space))
+	if (t->uffd >= 0 && lp_space_retry_lost(t->space))
 		for (size_t r = 0; r < lp_space_nr_regions(t->space); r++) {
 			const struct lp_region *region = &lp_space_regions(t->space)[r];
 
@@ -25,7 +25,7 @@ void lp_task_regain(struct lp_task *t)
  * One range; pages that are there already count as done.  So do those that are not registered, for nothing can be done about
  * them; the owner is told. Returns pages settled or -errno.
  */
-static int64_t poison_range(struct lp_task *t, const struct lp_answer *run)
+static int64_t poison_range(struct lp_task *t, const struct lp_run *run)
 {
 	uint64_t done = 0, step = run->nr_pages;
 
@@ -58,7 +58,7 @@ static int64_t poison_range(struct lp_task *t, const struct lp_answer *run)
 				lp_mark_gone(t);
 			return -result.error;
 		}
-		lp_space_commit(t->space, run->dense + done, nr);
+		lp_space_commit(t->space, run->index + done, nr);
 		done += nr;
 	}
 	return (int64_t)done;
@@ -77,7 +77,7 @@ int64_t lp_task_poison(struct lp_task *t, bool all)
 		struct lp_region region = lp_space_regions(t->space)[r];
 
 		while (region.start < region.end) {
-			struct lp_answer run = lp_space_lookup(t->space, region.start,
+			struct lp_run run = lp_space_lookup(t->space, region.start,
 							       (region.end - region.start) >> LP_PAGE_SHIFT);
 
 			region.start += run.nr_pages << LP_PAGE_SHIFT;
@@ -94,7 +94,7 @@ int64_t lp_task_poison(struct lp_task *t, bool all)
 	return rc < 0 ? rc : total;
 }
 
-void lp_task_forget(struct lp_task *t, uint64_t image, uint64_t nr_pages)
+void lp_task_forget(struct lp_task *t, uint64_t dump_addr, uint64_t nr_pages)
 {
 	struct lp_counts dropped = {.nr_levels = t->nr_levels};
 	uint64_t addr;
@@ -103,11 +103,11 @@ void lp_task_forget(struct lp_task *t, uint64_t image, uint64_t nr_pages)
 	if (!dropped.by_source)
 		return; /* they stay lost: the task waits */
 	lp_lock_alone(&t->lock);
-	lp_space_forget(t->space, image, nr_pages, &dropped);
+	lp_space_forget(t->space, dump_addr, nr_pages, &dropped);
 	lp_count_dropped(t, dropped.by_source);
 	lp_space_index(t->space);
 	for (uint64_t i = 0; t->uffd >= 0 && i < nr_pages; i++)
-		if (lp_space_locate(t->space, image + (i << LP_PAGE_SHIFT), &addr))
+		if (lp_space_locate(t->space, dump_addr + (i << LP_PAGE_SHIFT), &addr))
 			lp_wake(t, addr, 1);
 	lp_check_complete(t);
 	lp_unlock_alone(&t->lock);

@@ -8,7 +8,7 @@
  *     constant once the task is linked     engine, space (the pointer), remote, is_child, total, pid, pidfd, tag, number,
  *                                          nr_levels, levels
  *     lock (shared to read, alone to       uffd, what is in space, unsure, changes, nr_changes, cap_changes, fork, reported,
- *     write)                               layout
+ *     write)                               late, late_until, layout
  *     lock (alone)                         unreported_lost
  *     the serving thread only              faults, deferred, deferred_most, to_wake, sweep, batching, claims_released, readahead,
  *                                          look, next_retry, awaits_retry, read_error, next_try, pause, channel_cursor,
@@ -48,16 +48,16 @@
 
 typedef _Atomic uint64_t lp_counter;
 
-/* A thread that waits for a page from a remote source, dumped at image; what its fault has asked for, and where that is. */
+/* A thread that waits for a page from a remote source, dumped at dump_addr; what its fault has asked for, and where that is. */
 struct lp_waiter {
-	uint64_t image, since, addr, nr_pages;
+	uint64_t dump_addr, since, addr, nr_pages;
 };
 
 /* A child whose layout was changing already when it was asked. */
 struct lp_new_child {
 	struct lp_task *task; /* not linked: the owner does not know it */
 	struct lp_counts dropped;
-	struct lp_answer lost; /* the first run that is */
+	struct lp_run lost; /* the first run that is */
 	uint64_t until;	       /* then it is waited for no longer, ns */
 	bool asked;
 };
@@ -83,7 +83,7 @@ struct lp_task {
 	 * was tangled (csrc/serve/doubt.h): what is there that the space does not know, and what moves from there, need not be zero.
 	 */
 	struct lp_ranges unsure;
-	struct lp_answer *unreported_lost; /* the first run that is lost, while the owner does not know the task yet; then NULL */
+	struct lp_run *unreported_lost; /* the first run that is lost, while the owner does not know the task yet; then NULL */
 	_Atomic bool gone, complete;
 	_Atomic bool has_guards; /* one was seen */
 	_Atomic bool unseen;	 /* its guards can't be looked for, and that is reported */
@@ -94,6 +94,8 @@ struct lp_task {
 	size_t nr_changes, cap_changes;
 	struct lp_fork fork;	 /* empty, but for a fork that has to wait */
 	uint64_t reported;	 /* events that were not faults */
+	struct lp_range late;	 /* left by a thread that has not reported it (csrc/serve/late.h); nothing is read before it has, */
+	uint64_t late_until;	 /* or before this time, ns; 0: no thread is late */
 	struct lp_faults faults; /* to be answered */
 	struct lp_faults deferred; /* on pages that the background had claimed */
 	size_t deferred_most;	   /* with more it is looked which of them still wait */

@@ -50,11 +50,11 @@ void lp_space_remove(struct lp_space *s, uint64_t start, uint64_t end, struct lp
 		uint64_t from = start > d->start ? start : d->start, to = lp_min(end, d->end);
 
 		if (from < to)
-			lp_drop_dumped(s, d->image + (from - d->start), d->image + (to - d->start), dropped);
+			lp_drop_dumped(s, d->dump_addr + (from - d->start), d->dump_addr + (to - d->start), dropped);
 	}
 }
 
-void lp_space_rest(struct lp_space *s)
+void lp_space_quiescent(struct lp_space *s)
 {
 	s->nr_left = 0;
 	s->nr_gone = 0;
@@ -78,7 +78,7 @@ bool lp_space_matters(const struct lp_space *s, uint64_t start, uint64_t end)
 		const struct lp_region *region = &s->regions[r];
 		uint64_t from = start > region->start ? start : region->start, to = lp_min(end, region->end);
 
-		if (lp_pending_of_dumped(s, region->image + (from - region->start), region->image + (to - region->start)))
+		if (lp_pending_of_dumped(s, region->dump_addr + (from - region->start), region->dump_addr + (to - region->start)))
 			return true;
 	}
 	for (size_t i = 0; i < s->nr_doubts; i++)
@@ -114,16 +114,16 @@ int lp_space_question(struct lp_space *s, uint64_t start, uint64_t end)
 		};
 		uint64_t from;
 
-		if (region->image >= LP_NO_IMAGE)
+		if (region->dump_addr >= LP_NO_DUMP_ADDR)
 			continue;
-		d.image = region->image + (d.start - region->start);
+		d.dump_addr = region->dump_addr + (d.start - region->start);
 		for (size_t i = 0; i + 1 < s->nr_gone; i++) /* but for this one */
 			d.unsure |= lp_unsettles(&s->gone[i], &d);
 		if (!lp_space_in_doubt(s, &d))
 			continue;
 		/* who brings such a page meanwhile finds it wanted again, or gone */
-		from = lp_page_from(s->extents, d.image);
-		lp_clear_bits(s->claimed, from, lp_page_from(s->extents, d.image + (d.end - d.start)) - from);
+		from = lp_page_from(s->extents, d.dump_addr);
+		lp_clear_bits(s->claimed, from, lp_page_from(s->extents, d.dump_addr + (d.end - d.start)) - from);
 		s->doubts[s->nr_doubts++] = d;
 	}
 	lp_cut_regions(s, start, end);
@@ -133,7 +133,7 @@ int lp_space_question(struct lp_space *s, uint64_t start, uint64_t end)
 
 int lp_space_remap(struct lp_space *s, uint64_t from, uint64_t to, uint64_t len, struct lp_counts *dropped)
 {
-	const struct lp_region empty = {from, from + len, LP_NO_IMAGE};
+	const struct lp_region empty = {from, from + len, LP_NO_DUMP_ADDR};
 	size_t first = lp_region_at(s, from), last = first, nr = 0;
 	uint64_t at = from;
 	struct lp_region *moved;
@@ -165,13 +165,13 @@ int lp_space_remap(struct lp_space *s, uint64_t from, uint64_t to, uint64_t len,
 		uint64_t end = lp_min(region->end, from + len);
 
 		if (at < start)
-			moved[nr++] = (struct lp_region){at - from + to, start - from + to, LP_NO_IMAGE};
+			moved[nr++] = (struct lp_region){at - from + to, start - from + to, LP_NO_DUMP_ADDR};
 		moved[nr++] = (struct lp_region){start - from + to, end - from + to,
-						 region->image + (start - region->start)};
+						 region->dump_addr + (start - region->start)};
 		at = end;
 	}
 	if (at < from + len)
-		moved[nr++] = (struct lp_region){at - from + to, to + len, LP_NO_IMAGE};
+		moved[nr++] = (struct lp_region){at - from + to, to + len, LP_NO_DUMP_ADDR};
 	lp_cut_regions(s, from, from + len);
 	lp_insert_regions(s, &empty, 1);
 	lp_drop_regions(s, to, to + len, dropped);
@@ -186,7 +186,7 @@ int lp_space_remap(struct lp_space *s, uint64_t from, uint64_t to, uint64_t len,
 int lp_space_answer_doubt(struct lp_space *s, size_t i, bool gone, struct lp_counts *dropped)
 {
 	struct lp_doubt d = s->doubts[i];
-	const struct lp_region stays = {d.start, d.end, d.image};
+	const struct lp_region stays = {d.start, d.end, d.dump_addr};
 
 	if (gone) {
 		lp_drop_doubt(s, i, dropped);

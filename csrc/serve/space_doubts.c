@@ -28,7 +28,7 @@ int lp_split_doubts(struct lp_space *s, uint64_t at)
 			continue;
 		rest = &s->doubts[s->nr_doubts++];
 		*rest = *d;
-		rest->image += at - d->start;
+		rest->dump_addr += at - d->start;
 		rest->start = at;
 		d->end = at;
 	}
@@ -39,7 +39,7 @@ void lp_drop_doubt(struct lp_space *s, size_t i, struct lp_counts *dropped)
 {
 	struct lp_doubt d = s->doubts[i];
 
-	lp_drop_dumped(s, d.image, d.image + (d.end - d.start), dropped);
+	lp_drop_dumped(s, d.dump_addr, d.dump_addr + (d.end - d.start), dropped);
 	s->doubts[i] = s->doubts[--s->nr_doubts];
 }
 
@@ -92,17 +92,17 @@ void lp_space_asked(struct lp_space *s, size_t i)
 
 bool lp_space_in_doubt(const struct lp_space *s, const struct lp_doubt *d)
 {
-	return lp_pending_of_dumped(s, d->image, d->image + (d->end - d->start));
+	return lp_pending_of_dumped(s, d->dump_addr, d->dump_addr + (d->end - d->start));
 }
 
-void lp_space_lose_doubts(struct lp_space *s, uint64_t start, uint64_t end)
+void lp_space_mark_doubts_lost(struct lp_space *s, uint64_t start, uint64_t end)
 {
 	for (size_t i = 0; i < s->nr_doubts; i++) {
 		const struct lp_doubt *d = &s->doubts[i];
-		uint64_t from = lp_page_from(s->extents, d->image);
+		uint64_t from = lp_page_from(s->extents, d->dump_addr);
 
 		if (d->start < end && d->end > start)
-			lp_space_lose_for_good(s, from, lp_page_from(s->extents, d->image + (d->end - d->start)) - from);
+			lp_space_mark_lost_for_good(s, from, lp_page_from(s->extents, d->dump_addr + (d->end - d->start)) - from);
 	}
 }
 
@@ -111,9 +111,9 @@ size_t lp_space_not_pending(const struct lp_space *s, const struct lp_doubt *d, 
 	size_t nr = 0;
 
 	for (uint64_t at = d->start; at < d->end && nr < max; at += LP_PAGE_SIZE) {
-		uint64_t image = d->image + (at - d->start), next = lp_page_from(s->extents, image);
+		uint64_t dump_addr = d->dump_addr + (at - d->start), next = lp_page_from(s->extents, dump_addr);
 
-		if (lp_page_from(s->extents, image + LP_PAGE_SIZE) == next || !lp_test_bit(s->pending, next))
+		if (lp_page_from(s->extents, dump_addr + LP_PAGE_SIZE) == next || !lp_test_bit(s->pending, next))
 			addrs[nr++] = at;
 	}
 	return nr;

@@ -43,7 +43,7 @@ size_t lp_slot_of_page(const struct lp_extents *table, uint64_t d)
 	while (lo + 1 < hi) {
 		size_t mid = lo + (hi - lo) / 2;
 
-		if (table->slots[mid].dense <= d)
+		if (table->slots[mid].index <= d)
 			lo = mid;
 		else
 			hi = mid;
@@ -57,8 +57,8 @@ uint64_t lp_page_from(const struct lp_extents *table, uint64_t addr)
 	const struct lp_slot *slot = &table->slots[i];
 
 	if (i == table->nr || addr <= slot->start)
-		return slot->dense;
-	return slot->dense + ((addr - slot->start) >> LP_PAGE_SHIFT);
+		return slot->index;
+	return slot->index + ((addr - slot->start) >> LP_PAGE_SHIFT);
 }
 
 void lp_extents_put(struct lp_extents *table)
@@ -95,7 +95,7 @@ struct lp_extents *lp_extents_new(const struct lp_extent *extents, size_t nr)
 {
 	size_t lazy = 0;
 	struct lp_extents *table;
-	uint64_t end = 0, dense = 0;
+	uint64_t end = 0, index = 0;
 
 	for (size_t i = 0; i < nr; i++)
 		lazy += extents[i].lazy != 0;
@@ -117,10 +117,10 @@ struct lp_extents *lp_extents_new(const struct lp_extent *extents, size_t nr)
 			continue;
 		if (lazy % MARK_EVERY == 0)
 			table->marks[lazy / MARK_EVERY] = e->start;
-		table->slots[lazy++] = (struct lp_slot){e->start, dense, e->offset, e->source};
-		dense += e->nr_pages;
+		table->slots[lazy++] = (struct lp_slot){e->start, index, e->offset, e->source};
+		index += e->nr_pages;
 	}
-	table->slots[lazy] = (struct lp_slot){UINT64_MAX, dense, 0, 0};
-	table->nr_pages = dense;
+	table->slots[lazy] = (struct lp_slot){UINT64_MAX, index, 0, 0};
+	table->nr_pages = index;
 	return table;
 }

@@ -13,10 +13,10 @@
 #include "common/extent.h"
 #include "common/page.h"
 
-/* An extent, with the dense index of its first page; its length is the next one's less its own. */
+/* An extent, with the index index of its first page; its length is the next one's less its own. */
 struct lp_slot {
 	uint64_t start;
-	uint64_t dense;
+	uint64_t index;
 	uint64_t offset;
 	uint32_t source;
 };
@@ -30,14 +30,14 @@ struct lp_extents {
 	struct lp_slot slots[]; /* nr, then one that closes the table */
 };
 
-static inline uint64_t lp_slot_pages(const struct lp_extents *image, size_t i)
+static inline uint64_t lp_slot_pages(const struct lp_extents *dump_addr, size_t i)
 {
-	return image->slots[i + 1].dense - image->slots[i].dense;
+	return dump_addr->slots[i + 1].index - dump_addr->slots[i].index;
 }
 
-static inline uint64_t lp_slot_end(const struct lp_extents *image, size_t i)
+static inline uint64_t lp_slot_end(const struct lp_extents *dump_addr, size_t i)
 {
-	return image->slots[i].start + (lp_slot_pages(image, i) << LP_PAGE_SHIFT);
+	return dump_addr->slots[i].start + (lp_slot_pages(dump_addr, i) << LP_PAGE_SHIFT);
 }
 
 /* NULL with errno set: EINVAL when extents are not sorted and disjoint, ENOMEM. */

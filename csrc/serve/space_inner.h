@@ -13,9 +13,9 @@ struct lp_space {
 	struct lp_extents *extents;
 	struct lp_region *regions;
 	size_t nr_regions, cap_regions;
-	uint32_t *by_image; /* regions sorted by image address; valid while by_image_valid */
-	bool by_image_valid;
-	struct lp_range *wiped; /* by image address, in no order */
+	uint32_t *by_dump_addr; /* regions sorted by address at dump time; valid while by_dump_addr_valid */
+	bool by_dump_addr_valid;
+	struct lp_range *wiped; /* by address at dump time, in no order */
 	size_t nr_wiped;
 	lp_word *pending, *claimed, *lost;
 	lp_word *unknown; /* lost for good: where they are is not known */
@@ -28,9 +28,9 @@ struct lp_space {
 	size_t nr_gone, cap_gone;
 };
 
-static inline size_t lp_nr_words(const struct lp_extents *image)
+static inline size_t lp_nr_words(const struct lp_extents *extents)
 {
-	return (image->nr_pages + 63) / 64;
+	return (extents->nr_pages + 63) / 64;
 }
 
 static inline uint64_t lp_min(uint64_t a, uint64_t b)

@@ -20,7 +20,7 @@ static bool leaves(const struct lp_space *s, const struct lp_change *change, uin
  * `but`, which moves there.
  */
 static size_t who_leaves(const struct lp_space *s, const struct lp_change *changes, size_t nr, size_t all, size_t but,
-			 uint64_t start, uint64_t end, bool at_rest)
+			 uint64_t start, uint64_t end, bool quiescent)
 {
 	/* what a move has left is unmapped by the same mremap, not by who moves there next */
 	for (size_t left = 0; left < s->nr_left; left++) {
@@ -57,7 +57,7 @@ static size_t who_leaves(const struct lp_space *s, const struct lp_change *chang
 		} else if (moves < nr) {
 			return moves;
 		}
-		if (!at_rest)
+		if (!quiescent)
 			return nr;
 	}
 	for (size_t i = 0; i < nr; i++)
@@ -74,7 +74,7 @@ static bool must_wait(const struct lp_space *s, const struct lp_change *change)
 }
 
 /* Of the changes told so far; nr: none before more is told. */
-static size_t next_so_far(const struct lp_space *s, const struct lp_change *changes, size_t nr, size_t all, bool at_rest)
+static size_t next_so_far(const struct lp_space *s, const struct lp_change *changes, size_t nr, size_t all, bool quiescent)
 {
 	size_t next = 0, first;
 
@@ -87,9 +87,9 @@ static size_t next_so_far(const struct lp_space *s, const struct lp_change *chan
 
 		if (change->kind != LP_REMAPPED || !taken(s, change->to, change->to + change->len))
 			return next;
-		before = who_leaves(s, changes, nr, all, next, change->to, change->to + change->len, at_rest);
+		before = who_leaves(s, changes, nr, all, next, change->to, change->to + change->len, quiescent);
 		if (before == nr)
-			return at_rest ? next : nr;
+			return quiescent ? next : nr;
 		next = before;
 	}
 	return first; /* each waits for another: not what a kernel tells */
@@ -104,11 +104,11 @@ static size_t or_what_clears_its_place(const struct lp_change *changes, size_t n
 	return next;
 }
 
-size_t lp_space_next_change(const struct lp_space *s, const struct lp_change *changes, size_t nr, bool at_rest)
+size_t lp_space_next_change(const struct lp_space *s, const struct lp_change *changes, size_t nr, bool quiescent)
 {
 	size_t next;
 
-	if (!at_rest)
+	if (!quiescent)
 		return nr && !must_wait(s, &changes[0]) ? 0 : nr;
 	/* what could be made when only so much had been told */
 	for (size_t told = 1; told <= nr; told++) {

@@ -25,7 +25,7 @@ static void splice(struct lp_space *s, size_t at, size_t nr, const struct lp_reg
 	if (with_nr)
 		memcpy(&s->regions[at], with, with_nr * sizeof(*with));
 	s->nr_regions += with_nr - nr;
-	s->by_image_valid = false;
+	s->by_dump_addr_valid = false;
 }
 
 void lp_cut_regions(struct lp_space *s, uint64_t start, uint64_t end)
@@ -43,7 +43,7 @@ void lp_cut_regions(struct lp_space *s, uint64_t start, uint64_t end)
 	}
 	if (s->regions[last - 1].end > end) {
 		rest[nr] = s->regions[last - 1];
-		rest[nr].image += end - rest[nr].start;
+		rest[nr].dump_addr += end - rest[nr].start;
 		rest[nr++].start = end;
 	}
 	splice(s, first, last - first, rest, nr);
@@ -52,7 +52,7 @@ void lp_cut_regions(struct lp_space *s, uint64_t start, uint64_t end)
 size_t lp_first_empty(const struct lp_space *s, uint64_t start, uint64_t end)
 {
 	for (size_t r = lp_region_at(s, start); start < end && r < s->nr_regions && s->regions[r].start < end; r++)
-		if (s->regions[r].image >= LP_NO_IMAGE)
+		if (s->regions[r].dump_addr >= LP_NO_DUMP_ADDR)
 			return r;
 	return s->nr_regions;
 }

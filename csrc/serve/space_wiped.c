@@ -18,7 +18,7 @@ int lp_space_wipe_as(struct lp_space *s, const struct lp_space *as)
 	return 0;
 }
 
-/* A list of ranges of image addresses that has room. */
+/* A list of ranges of addresses at dump time that has room. */
 struct pieces {
 	struct lp_range *at;
 	size_t nr;
@@ -43,8 +43,8 @@ static void cut_pieces(struct pieces *pieces, uint64_t start, uint64_t end)
 	}
 }
 
-/* What of the ranges comes from the image: added to the pieces, or cut out of them. */
-static void images_of(const struct lp_space *s, const struct lp_range *ranges, size_t nr, struct pieces *pieces,
+/* What of the ranges was dumped: added to the pieces, or cut out of them. */
+static void dump_addrs_of(const struct lp_space *s, const struct lp_range *ranges, size_t nr, struct pieces *pieces,
 		      void (*change)(struct pieces *pieces, uint64_t start, uint64_t end))
 {
 	for (size_t i = 0; i < nr; i++)
@@ -52,9 +52,9 @@ static void images_of(const struct lp_space *s, const struct lp_range *ranges, s
 			const struct lp_region *region = &s->regions[r];
 			uint64_t start = ranges[i].start > region->start ? ranges[i].start : region->start;
 
-			if (region->image < LP_NO_IMAGE)
-				change(pieces, region->image + (start - region->start),
-				       region->image + (lp_min(ranges[i].end, region->end) - region->start));
+			if (region->dump_addr < LP_NO_DUMP_ADDR)
+				change(pieces, region->dump_addr + (start - region->start),
+				       region->dump_addr + (lp_min(ranges[i].end, region->end) - region->start));
 		}
 }
 
@@ -69,10 +69,10 @@ int lp_space_wipe(struct lp_space *s, const struct lp_range *wiped, size_t nr_wi
 		return -ENOMEM;
 	if (s->nr_wiped) {
 		memcpy(pieces.at, s->wiped, s->nr_wiped * sizeof(*pieces.at));
-		images_of(s, kept, nr_kept, &pieces, cut_pieces);
-		images_of(s, wiped, nr_wiped, &pieces, cut_pieces);
+		dump_addrs_of(s, kept, nr_kept, &pieces, cut_pieces);
+		dump_addrs_of(s, wiped, nr_wiped, &pieces, cut_pieces);
 	}
-	images_of(s, wiped, nr_wiped, &pieces, add_piece);
+	dump_addrs_of(s, wiped, nr_wiped, &pieces, add_piece);
 	free(s->wiped);
 	s->wiped = pieces.at;
 	s->nr_wiped = pieces.nr;

@@ -61,13 +61,13 @@ void lp_begin_wait(struct lp_task *t, struct lp_waiter waiter)
 	pthread_mutex_unlock(&t->waiting_lock);
 }
 
-void lp_end_wait(struct lp_task *t, uint64_t image, uint64_t end, bool served)
+void lp_end_wait(struct lp_task *t, uint64_t dump_addr, uint64_t end, bool served)
 {
 	pthread_mutex_lock(&t->waiting_lock);
 	for (size_t i = 0; i < t->nr_waiting;) {
 		struct lp_waiter w = t->waiting[i];
 
-		if (w.image < image || w.image >= end) {
+		if (w.dump_addr < dump_addr || w.dump_addr >= end) {
 			i++;
 			continue;
 		}
@@ -87,9 +87,9 @@ void lp_count_dropped(struct lp_task *t, const uint64_t *dropped)
 		lp_count(&t->dropped[i], dropped[i]);
 }
 
-void lp_drop_pages(struct lp_task *t, const struct lp_answer *run, uint64_t skip, uint64_t nr)
+void lp_drop_pages(struct lp_task *t, const struct lp_run *run, uint64_t skip, uint64_t nr)
 {
-	lp_count(&t->dropped[lp_source_index(t, run->source)], lp_space_commit(t->space, run->dense + skip, nr));
+	lp_count(&t->dropped[lp_source_index(t, run->source)], lp_space_commit(t->space, run->index + skip, nr));
 }
 
 size_t lp_nr_waiting(struct lp_task *t)

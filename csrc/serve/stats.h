@@ -13,11 +13,11 @@ void lp_count_answered(struct lp_task *t, uint64_t since, uint32_t times, uint16
 /* Pages of each source have been dropped. */
 void lp_count_dropped(struct lp_task *t, const uint64_t *by_source);
 /* Pages [skip, skip + nr) of a claimed run are not waited for any more, though they were not copied. */
-void lp_drop_pages(struct lp_task *t, const struct lp_answer *run, uint64_t skip, uint64_t nr);
+void lp_drop_pages(struct lp_task *t, const struct lp_run *run, uint64_t skip, uint64_t nr);
 
 void lp_begin_wait(struct lp_task *t, struct lp_waiter waiter);
-/* Pages dumped at [image, end) have come from a remote source (served), or won't come. */
-void lp_end_wait(struct lp_task *t, uint64_t image, uint64_t end, bool served);
+/* Pages dumped at [dump_addr, end) have come from a remote source (served), or won't come. */
+void lp_end_wait(struct lp_task *t, uint64_t dump_addr, uint64_t end, bool served);
 /* Threads that wait. */
 size_t lp_nr_waiting(struct lp_task *t);
 

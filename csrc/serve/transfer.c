@@ -49,13 +49,13 @@ static uint64_t chunk(struct lp_engine *e)
  * on one of these pages has been deferred to us since we claimed it, or the serving thread has still to read it, will find the
  * page there, and wakes.
  */
-static int bring_run(struct lp_task *t, struct lp_answer *run, struct lp_look *look)
+static int bring_run(struct lp_task *t, struct lp_run *run, struct lp_look *look)
 {
 	bool quietly = lp_now_ns() - atomic_load_explicit(&t->last_crowd, memory_order_relaxed) < CROWD_NS;
 	uint64_t begun = lp_task_trace_begin(t), nr_deferred = atomic_load(&t->nr_deferred);
 	int rc;
 
-	run->nr_pages = lp_space_claim(t->space, run->dense, run->nr_pages);
+	run->nr_pages = lp_space_claim(t->space, run->index, run->nr_pages);
 	if (!run->nr_pages)
 		return 0;
 	rc = lp_copy_level(t, run, quietly ? LP_RELEASE_QUIETLY : LP_RELEASE_SHARED, LP_NO_PAGE, look);
@@ -82,7 +82,7 @@ struct stripe {
  * Has what is copied next mapped, and read from the disk, with no lock held that a fault would wait for.  A copy that finds a source
  * page not mapped begins twice (mm/userfaultfd.c, mfill_atomic).
  */
-static void prefetch(const struct lp_task *t, struct stripe *s, const struct lp_answer *run)
+static void prefetch(const struct lp_task *t, struct stripe *s, const struct lp_run *run)
 {
 	const struct lp_level *level = &t->levels[run->source];
 	uint64_t left = level->size - run->offset, size = left < STRIPE ? left : STRIPE;
@@ -94,7 +94,7 @@ static void prefetch(const struct lp_task *t, struct stripe *s, const struct lp_
 	level->prefetch(level, run->offset, size);
 }
 
-static bool is_prefetched(const struct stripe *s, const struct lp_answer *run)
+static bool is_prefetched(const struct stripe *s, const struct lp_run *run)
 {
 	uint32_t i = run->source % PREFETCHED;
 
@@ -102,7 +102,7 @@ static bool is_prefetched(const struct stripe *s, const struct lp_answer *run)
 }
 
 /* The next run of this thread's pages, in a new stripe if need be (lock held shared). False when nothing waits behind the cursor. */
-static bool next_run(struct lp_task *t, struct stripe *s, uint64_t max_pages, struct lp_answer *run)
+static bool next_run(struct lp_task *t, struct stripe *s, uint64_t max_pages, struct lp_run *run)
 {
 	if (s->at < s->end && s->leads == atomic_load(&t->nr_leads) && lp_space_next(t->space, s->at, max_pages, false, run) &&
 	    run->addr < s->end)
@@ -149,7 +149,7 @@ int64_t lp_task_transfer(struct lp_task *t, uint64_t max_bytes)
 		bool changing = now - atomic_load_explicit(&t->last_change, memory_order_relaxed) < CHANGING_NS;
 		uint64_t most = chunk(t->engine);
 		bool cold = false;
-		struct lp_answer run;
+		struct lp_run run;
 
 		if (most > max_bytes - brought)
 			most = (max_bytes - brought + LP_PAGE_SIZE - 1) & ~(LP_PAGE_SIZE - 1);
@@ -209,7 +209,7 @@ int64_t lp_task_transfer(struct lp_task *t, uint64_t max_bytes)
 
 int lp_task_bring(struct lp_task *t, uint64_t start, uint64_t end)
 {
-	struct lp_answer run;
+	struct lp_run run;
 	int rc = 0;
 
 	lp_lock_shared(&t->lock);
@@ -223,7 +223,7 @@ int lp_task_bring(struct lp_task *t, uint64_t start, uint64_t end)
 		run = lp_space_lookup(t->space, at, (end - at) >> LP_PAGE_SHIFT);
 		if (run.kind != LP_DATA && run.kind != LP_REMOTE)
 			continue;
-		claimed = lp_space_claim(t->space, run.dense, run.nr_pages);
+		claimed = lp_space_claim(t->space, run.index, run.nr_pages);
 		run.nr_pages = claimed ? claimed : 1;
 		if (!claimed)
 			continue; /* another thread was faster */
@@ -234,13 +234,13 @@ int lp_task_bring(struct lp_task *t, uint64_t start, uint64_t end)
 			if (!rc)
 				lp_task_trace_took(t, begun, LP_TRACE_BROUGHT, lp_trace_source(run.source), run.addr, run.nr_pages);
 		} else {
-			lp_task_trace(t, LP_TRACE_FETCHED, LP_TRACE_REMOTE, run.addr, run.nr_pages, run.image);
+			lp_task_trace(t, LP_TRACE_FETCHED, LP_TRACE_REMOTE, run.addr, run.nr_pages, run.dump_addr);
 			if (!lp_post(t->engine, (struct lp_event){.kind = LP_EVENT_NEED,
 								  .task = t,
 								  .addr = run.addr,
-								  .image = run.image,
+								  .dump_addr = run.dump_addr,
 								  .nr_pages = run.nr_pages}))
-				lp_space_release(t->space, run.dense, run.nr_pages);
+				lp_space_release(t->space, run.index, run.nr_pages);
 		}
 	}
 	lp_unlock_shared(&t->lock);

@@ -1,5 +1,5 @@
 /*
- * What a forked child finds zeroed.  The image says what the task had asked for when it was dumped; what it has asked for since
+ * What a forked child finds zeroed.  The dump_addr says what the task had asked for when it was dumped; what it has asked for since
  * (MADV_WIPEONFORK, MADV_KEEPONFORK) no event reports, and only smaps shows.
  *
  * smaps says nothing about memory that is not mapped any more, or not yet since its event has still to be read: that stays as it was.

@@ -26,7 +26,7 @@ class TaskEventKind(enum.IntEnum):
 class TaskEvent(NamedTuple):
     """Something about `task` that the engine does not decide. For FORKED, `task` is the child.
 
-    ``image``, ``addr``, ``nr_pages``: the pages it is about, by address at dump time and by address now.
+    ``dump_addr``, ``addr``, ``nr_pages``: the pages it is about, by address at dump time and by address now.
     ``error``: an errno or 0; LOST with ESTALE: the pages may have come as zeros. ``since``: CLOCK_MONOTONIC in ns of
     the fault that waits, or 0.
     """
@@ -34,7 +34,7 @@ class TaskEvent(NamedTuple):
     kind: TaskEventKind
     task: ServedTask
     error: int
-    image: int
+    dump_addr: int
     addr: int
     nr_pages: int
     since: int

@@ -57,26 +57,26 @@ class ServedTask:
 
         Returns (address at dump time, pages, next cursor); 0 pages when there is none.
         """
-        image, following = ffi.new("uint64_t *"), ffi.new("uint64_t *")
-        nr_pages = lib.lp_task_claim_remote(self.handle, cursor, max_pages, image, following)
-        return int(image[0]), int(nr_pages), int(following[0])
+        dump_addr, following = ffi.new("uint64_t *"), ffi.new("uint64_t *")
+        nr_pages = lib.lp_task_claim_remote(self.handle, cursor, max_pages, dump_addr, following)
+        return int(dump_addr[0]), int(nr_pages), int(following[0])
 
-    def deliver(self, image: int, data: Any) -> int:
-        """Places pages that have come from a remote source: `data` (a buffer) was at `image` when dumped.
+    def deliver(self, dump_addr: int, data: Any) -> int:
+        """Places pages that have come from a remote source: `data` (a buffer) was at `dump_addr` when dumped.
 
         Returns pages placed: those that the task waits for. Raises BusyError (call again with the same),
         TaskGoneError.
         """
         buffer = ffi.from_buffer(data)
-        return check(int(lib.lp_task_deliver(self.handle, image, len(buffer) // PAGE_SIZE, buffer)))
+        return check(int(lib.lp_task_deliver(self.handle, dump_addr, len(buffer) // PAGE_SIZE, buffer)))
 
-    def fail_remote(self, image: int, nr_pages: int, *, lost: bool) -> None:
+    def fail_remote(self, dump_addr: int, nr_pages: int, *, lost: bool) -> None:
         """Gives claims back: the pages are wanted again or, if `lost`, can't be had."""
-        lib.lp_task_fail_remote(self.handle, image, nr_pages, lost)
+        lib.lp_task_fail_remote(self.handle, dump_addr, nr_pages, lost)
 
-    def regain(self) -> None:
+    def retry_lost(self) -> None:
         """A source has come back: lost pages are wanted again."""
-        lib.lp_task_regain(self.handle)
+        lib.lp_task_retry_lost(self.handle)
 
     def poison(self, *, everything: bool) -> int:
         """Makes touches of lost pages (or of all that are pending) raise SIGBUS. Returns pages poisoned.
@@ -85,9 +85,9 @@ class ServedTask:
         """
         return check(int(lib.lp_task_poison(self.handle, everything)))
 
-    def forget(self, image: int, nr_pages: int) -> None:
+    def forget(self, dump_addr: int, nr_pages: int) -> None:
         """Those of the pages, by address at dump time, that are lost are known not to be in the task any more."""
-        lib.lp_task_forget(self.handle, image, nr_pages)
+        lib.lp_task_forget(self.handle, dump_addr, nr_pages)
 
     def probe(self) -> bool:
         """Whether the task still has its memory; True too when that can't be told at the moment."""

@@ -256,7 +256,7 @@ def test_a_page_that_somebody_places_without_waking(file: PagesFile) -> None:
         place_without_waking(other, BASE, file.page_bytes(0))
         os.close(other)
         assert task.busy()
-        assert deliver(served, need.image, file.page_bytes(0)) == 1
+        assert deliver(served, need.dump_addr, file.page_bytes(0)) == 1
         task.reply()
         assert served.stats().present == 1
 
@@ -291,7 +291,7 @@ def test_page_that_was_never_registered(file: PagesFile) -> None:
         while served.transfer(1 << 20):
             pass
         event = service.wait(TaskEventKind.LOST, served)
-        assert (event.error, event.addr, event.image, event.nr_pages) == (
+        assert (event.error, event.addr, event.dump_addr, event.nr_pages) == (
             errno.ENOENT,
             BASE + 8 * PAGE,
             BASE + 8 * PAGE,
@@ -300,7 +300,7 @@ def test_page_that_was_never_registered(file: PagesFile) -> None:
         assert (served.pending, served.lost) == (1, 1)
         task.check(BASE, 8, file.first_id)
         task.check(BASE + 9 * PAGE, 8, file.first_id + 9)
-        served.forget(event.image, 4)
+        served.forget(event.dump_addr, 4)
         assert (served.pending, served.lost) == (0, 0)
         service.wait(TaskEventKind.COMPLETE, served)
 
@@ -322,7 +322,7 @@ def test_forgetting_touches_nothing_but_what_is_lost(file: PagesFile) -> None:
         assert served.transfer(PAGE)
         event = service.wait(TaskEventKind.LOST, served)
         assert task.mremap(BASE + GIB, 8, BASE) == BASE
-        served.forget(event.image, 8)
+        served.forget(event.dump_addr, 8)
         assert served.lost == 0
         task.check(BASE, 8, file.first_id + 1)
 
@@ -398,7 +398,7 @@ def test_a_waiting_thread_gets_the_signal(file: PagesFile) -> None:
         event = service.wait(TaskEventKind.LOST, served)
         assert (event.error, event.addr, event.since > 0) == (0, BASE + PAGE, True)
         assert task.busy()
-        served.regain()  # there is no source: still lost
+        served.retry_lost()  # there is no source: still lost
         assert task.busy()
         if cannot_poison(served, everything=False):
             assert task.busy()
@@ -966,16 +966,16 @@ def test_a_fault_that_a_remote_source_answers(file: PagesFile) -> None:
         served = service.serve(uffd, [(BASE, 64, 0, REMOTE)], [(BASE, 64)], max_readahead=8)
         task.tell_check(BASE + 5 * PAGE, 1, file.first_id + 5)
         need = service.wait(TaskEventKind.NEED, served)
-        assert (need.image, need.nr_pages, need.since > 0) == (BASE + 5 * PAGE, 1, True)
+        assert (need.dump_addr, need.nr_pages, need.since > 0) == (BASE + 5 * PAGE, 1, True)
         assert task.busy()
-        assert deliver(served, need.image, file.page_bytes(5)) == 1
+        assert deliver(served, need.dump_addr, file.page_bytes(5)) == 1
         task.reply()
         assert served.transfer(1 << 20) == 0  # the rest is not for the background to copy
         image, count, cursor = served.claim_remote(0, 1000)
         assert (image, count, cursor) == (BASE, 5, BASE + 5 * PAGE)
         assert served.claim_remote(cursor, 10)[:2] == (BASE + 6 * PAGE, 10)
         task.tell_check(BASE + 2 * PAGE, 1, file.first_id + 2)
-        assert service.wait(TaskEventKind.ESCALATE, served).image == BASE + 2 * PAGE
+        assert service.wait(TaskEventKind.ESCALATE, served).dump_addr == BASE + 2 * PAGE
         assert deliver(served, BASE, file.page_bytes(0, 5)) == 5
         task.reply()
         deliver(served, BASE + 6 * PAGE, file.page_bytes(6, 58))  # more than was asked for: good to have
@@ -990,16 +990,16 @@ def test_a_remote_source_that_fails_and_comes_back(file: PagesFile) -> None:
         served = service.serve(uffd, [(BASE, 16, 0, REMOTE)], [(BASE, 16)], max_readahead=1)
         task.tell_check(BASE, 1, file.first_id)
         need = service.wait(TaskEventKind.NEED, served)
-        served.fail_remote(need.image, 1, lost=False)
+        served.fail_remote(need.dump_addr, 1, lost=False)
         need = service.wait(TaskEventKind.NEED, served)  # the thread was woken and has asked again
-        served.fail_remote(need.image, 1, lost=True)
+        served.fail_remote(need.dump_addr, 1, lost=True)
         event = service.wait(TaskEventKind.LOST, served)
         assert (event.error, event.addr, served.lost) == (errno.ENODATA, BASE, 1)
         assert task.busy()
-        served.regain()
+        served.retry_lost()
         need = service.wait(TaskEventKind.NEED, served)
         assert served.lost == 0
-        assert deliver(served, need.image, file.page_bytes(0)) == 1
+        assert deliver(served, need.dump_addr, file.page_bytes(0)) == 1
         task.reply()
 
 
@@ -1037,7 +1037,7 @@ def test_a_child_forked_while_pages_are_on_their_way(file: PagesFile) -> None:
         forked = service.wait(TaskEventKind.FORKED).task
         assert forked.pending == 16
         child.tell_check(BASE + 3 * PAGE, 1, file.first_id + 3)
-        assert service.wait(TaskEventKind.NEED, forked).image == BASE + 3 * PAGE
+        assert service.wait(TaskEventKind.NEED, forked).dump_addr == BASE + 3 * PAGE
         deliver(served, BASE, file.page_bytes(0, 16))
         assert (served.pending, forked.pending) == (0, 16)
         deliver(forked, BASE, file.page_bytes(0, 16))
@@ -1056,7 +1056,7 @@ def test_remote_turmoil(file: PagesFile) -> None:
         wanted: list[tuple[int, int]] = []
         cursor = 0
         for turn, needs in enumerate(needs_while_it_churns(service, task, served, file, pages), 1):
-            wanted += [(need.image, need.nr_pages) for need in needs]
+            wanted += [(need.dump_addr, need.nr_pages) for need in needs]
             if turn % 4 == 0 and len(wanted) < 8:
                 image, count, cursor = served.claim_remote(cursor, 16)
                 if count:

@@ -143,7 +143,7 @@ def test_a_thread_that_waits_for_what_becomes_a_guard(file: PagesFile) -> None:
             uffd, [(BASE, PAGES, 0, REMOTE)], [(BASE, PAGES)], pid=task.pid, max_readahead=1
         )
         task.tell("peek_guarded", BASE)
-        assert service.wait(TaskEventKind.NEED, served).image == BASE
+        assert service.wait(TaskEventKind.NEED, served).dump_addr == BASE
         os.kill(task.pid, signal.SIGUSR1)
         if has_guards():
             until("the guard", lambda: guards_of(task.pid, BASE, 1))

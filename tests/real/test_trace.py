@@ -135,7 +135,7 @@ def test_pages_from_elsewhere_zeros_and_poison(tmp_path: Path) -> None:
         task.check(OTHER_BASE + 6 * PAGE, 1, 0)
         task.tell_check(OTHER_BASE + 2 * PAGE, 1, file.first_id + 2)
         need = service.wait(TaskEventKind.NEED, served)
-        assert served.deliver(need.image, file.page_bytes(2)) == 1
+        assert served.deliver(need.dump_addr, file.page_bytes(2)) == 1
         task.reply()
         assert served.claim_remote(0, 1)[1] == 1
         served.fail_remote(OTHER_BASE + 3 * PAGE, 1, lost=True)

@@ -125,8 +125,8 @@ class Owner:
         for event in self._service.look():
             if event.kind in {TaskEventKind.NEED, TaskEventKind.ESCALATE} and event not in self._seen:
                 self._seen.append(event)
-                self._wanted.append((event.image, event.nr_pages))
-                self._ask(event.image, event.nr_pages)
+                self._wanted.append((event.dump_addr, event.nr_pages))
+                self._ask(event.dump_addr, event.nr_pages)
         if any(event.kind is ChannelEventKind.ENDED for event in self._source.channel.events()):
             self._wanted += [(one.image, one.nr_pages) for one in self._source.channel.outstanding()]
             self._source.close()

@@ -91,7 +91,7 @@ def _rows(changes: Sequence[Change]) -> Any:
 
 @dataclass(frozen=True)
 class Answer:
-    """``struct lp_answer``; ``raw`` is that, for :meth:`Space.lookback`."""
+    """``struct lp_run``; ``raw`` is that, for :meth:`Space.lookback`."""
 
     kind: Kind
     source: int
@@ -104,7 +104,9 @@ class Answer:
 
     @classmethod
     def of(cls, raw: Any) -> Answer:
-        return cls(Kind(raw.kind), raw.source, raw.addr, raw.image, raw.offset, raw.nr_pages, raw.dense, raw)
+        return cls(
+            Kind(raw.kind), raw.source, raw.addr, raw.dump_addr, raw.offset, raw.nr_pages, raw.index, raw
+        )
 
 
 class Space:
@@ -159,7 +161,7 @@ class Space:
 
     def regions(self) -> list[tuple[int, int, int]]:
         regions = lib.lp_space_regions(self._space)
-        return [(r.start, r.end, r.image) for r in regions[0 : lib.lp_space_nr_regions(self._space)]]
+        return [(r.start, r.end, r.dump_addr) for r in regions[0 : lib.lp_space_nr_regions(self._space)]]
 
     def count(self) -> list[int]:
         counts, by_source = self._counts()
@@ -173,7 +175,7 @@ class Space:
         return int(lib.lp_space_lookback(self._space, ffi.addressof(at.raw), max_pages))
 
     def next(self, cursor: int, max_pages: int, *, remote: bool) -> Answer | None:
-        raw = ffi.new("struct lp_answer *")
+        raw = ffi.new("struct lp_run *")
         found = lib.lp_space_next(self._space, cursor, max_pages, remote, raw)
         return Answer.of(raw[0]) if found else None
 
@@ -194,10 +196,10 @@ class Space:
         lib.lp_space_release(self._space, dense, nr)
 
     def lose(self, dense: int, nr: int) -> None:
-        lib.lp_space_lose(self._space, dense, nr)
+        lib.lp_space_mark_lost(self._space, dense, nr)
 
     def regain(self) -> int:
-        return int(lib.lp_space_regain(self._space))
+        return int(lib.lp_space_retry_lost(self._space))
 
     def forget(self, image: int, nr_pages: int) -> None:
         counts, by_source = self._counts()
@@ -231,7 +233,7 @@ class Space:
         return child
 
     def rest(self) -> None:
-        lib.lp_space_rest(self._space)
+        lib.lp_space_quiescent(self._space)
 
     def question(self, start: int, end: int) -> None:
         assert lib.lp_space_question(self._space, start, end) == 0
@@ -278,19 +280,25 @@ class Space:
         while start < end:
             answer = self.lookup(start, (end - start) // PAGE)
             if answer.kind is not Kind.ZERO:
-                lib.lp_space_lose_for_good(self._space, answer.dense, answer.nr_pages)
+                lib.lp_space_mark_lost_for_good(self._space, answer.dense, answer.nr_pages)
             start += answer.nr_pages * PAGE
 
     def _lose_unclear(self, changes: Sequence[Change]) -> None:
         unclear = ffi.new("bool[]", len(changes) + 1)
         if lib.lp_unclear(self._space, _rows(changes), len(changes), unclear):
             self.times_unclear += 1
-        for change, is_unclear in zip(changes, unclear, strict=False):
-            if is_unclear:
-                for place in {change.start, change.to if change.kind == "LP_REMAPPED" else change.start}:
-                    self._lose(place, place + change.length)
-                    lib.lp_space_lose_doubts(self._space, place, place + change.length)
-                    self.unsure.append((place, place + change.length))
+        places = [
+            (place, place + change.length)
+            for change, is_unclear in zip(changes, unclear, strict=False)
+            if is_unclear
+            for place in {change.start, change.to if change.kind == "LP_REMAPPED" else change.start}
+        ]
+        if not any(lib.lp_space_matters(self._space, start, end) for start, end in places):
+            return
+        for start, end in places:
+            self._lose(start, end)
+            lib.lp_space_mark_doubts_lost(self._space, start, end)
+            self.unsure.append((start, end))
 
     def make(
         self,

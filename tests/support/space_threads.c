@@ -14,7 +14,9 @@
 #include <stdio.h>
 #include <stdlib.h>
 
+#ifndef PAGES
 #define PAGES 20000
+#endif
 #define THREADS 4
 
 static struct lp_space *space;
@@ -45,8 +47,8 @@ static void *work(void *arg)
 			arrived += lp_space_commit(space, from, nr);
 			break;
 		case 1:
-			lp_space_lose(space, from, nr);
-			lp_space_regain(space);
+			lp_space_mark_lost(space, from, nr);
+			lp_space_retry_lost(space);
 			break;
 		default:
 			lp_space_release(space, from, nr);
@@ -73,7 +75,7 @@ static void *loses(void *arg)
 {
 	for (uint64_t page = 0; page < PAGES; page++) {
 		meet(page);
-		lp_space_lose(space, page, 1);
+		lp_space_mark_lost(space, page, 1);
 	}
 	return arg;
 }

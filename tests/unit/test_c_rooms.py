@@ -16,9 +16,9 @@ SERVE = CSRC / "serve"
 FLOORS = (
     {
         *("space_extents", "space_regions", "space_wiped", "ranges", "readahead", "faults", "lock", "level"),
-        *("uffd_ops", "smaps", "trace", "follow", "channel", "exits", "tracers"),
+        *("uffd_ops", "smaps", "trace", "follow", "pace", "exits", "tracers", "calls"),
     },
-    {"space_pages", "old_length", "guard", "guarded", "wake"},
+    {"space_pages", "old_length", "guard", "guarded", "wake", "channel"},
     {"space_doubts", "fault_plan", "deferred"},
     {"space_changes", "address_space"},
     {"space_order", "doubt", "late", "memory", "stats", "events"},
@@ -32,7 +32,7 @@ FLOORS = (
 
 #: They decide by what they are given, and know no system call.
 SPACE = {"address_space", *(path.stem for path in SERVE.glob("space_*.c"))}
-PURE = SPACE | {"ranges", "readahead", "faults", "doubt", "late", "fault_plan"}
+PURE = SPACE | {"ranges", "readahead", "pace", "faults", "doubt", "late", "fault_plan"}
 MEMORY = {
     "malloc",
     "calloc",
@@ -51,7 +51,7 @@ LINKER = {"_GLOBAL_OFFSET_TABLE_", "__errno_location", "__stack_chk_fail", "__po
 IOCTLS = {"uffd_ops", "guarded", "exits"}
 
 #: They work without the engine's types (serving.h).
-LEAVES = FLOORS[0] | PURE | {"old_length", "guard", "guarded"}
+LEAVES = FLOORS[0] | PURE | {"old_length", "guard", "guarded", "channel"}
 
 
 @pytest.fixture(scope="module")

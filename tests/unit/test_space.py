@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import random
 import subprocess
 from dataclasses import dataclass, field
@@ -506,6 +507,8 @@ def test_claims_of_many_threads(tmp_path: Path) -> None:
     serve = root / "csrc/serve"
     sources = [root / "tests/support/space_threads.c", serve / "address_space.c", *serve.glob("space_*.c")]
     flags = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread", f"-I{root / 'csrc'}"]
+    if sanitizer := os.environ.get("LAZYPAGES_SANITIZER"):  # .ci/sanitize
+        flags += [*sanitizer.split(), "-DPAGES=1000"]
     subprocess.run(["gcc", *flags, *sources, "-o", program], check=True)
     subprocess.run([program], check=True, timeout=60)
 
