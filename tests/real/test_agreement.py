@@ -166,6 +166,7 @@ def test_a_page_server_of_the_wrong_images(
             restored.check_memory()
 
 
+@pytest.mark.slow
 def test_a_page_server_without_an_inventory(
     checkpoints: Checkpoints, program: Program, tmp_path: Path
 ) -> None:

@@ -163,6 +163,7 @@ def test_tracking_leaves_no_trace(running: Writer, tmp_path: Path) -> None:
     running.ends_right()
 
 
+@pytest.mark.loop("closed")
 @pytest.mark.parametrize("skipped", ["another level since", "a level that was not finished", "closed"])
 def test_a_parent_that_the_tracker_does_not_know(skipped: str, running: Writer, tmp_path: Path) -> None:
     """Nothing but the bytes themselves tells then what has changed."""

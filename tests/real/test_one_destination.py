@@ -275,7 +275,8 @@ def test_no_restore_has_come(program: Program, tmp_path: Path) -> None:
         work.mkdir()
         with ours(source.port).start(victim.checkpoint.images, work) as server:
             server.wait_ready()
-            wait_for("two connections", lambda: source.output.read_text().count(": connected") == 2)
+            # As the daemon sees it: before that it can say nothing over the second one.
+            wait_for("two connections", lambda: server.story().count(": connected (") == 2)
             server.signal(signal.SIGTERM)
             assert server.wait() == 1
         wait_for("its leaving", lambda: source.output.read_text().count("without requesting a page") == 2)

@@ -184,6 +184,7 @@ def test_zero_pages_are_not_sent(tmp_path: Path) -> None:
         assert len(converse(server.port, get(Layout.CRIU_4_2, 0, 63))) == 32 + 63 * PAGE_SIZE
 
 
+@pytest.mark.loop("plain-77")
 @pytest.mark.parametrize("more", [0, 77])
 @pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
 def test_file_cut_short(tls: bool, more: int, authority: Authority, tmp_path: Path) -> None:
@@ -347,6 +348,7 @@ def test_tls(
         fetch([address], list(images[1]), options=told, loop=loop).check(images[1])
 
 
+@pytest.mark.loop("name")
 @pytest.mark.parametrize(
     "case",
     [
@@ -442,6 +444,7 @@ def test_one_line_for_garbage(images: tuple[Path, Contents], tmp_path: Path) -> 
         assert "SECRET" not in server.story()
 
 
+@pytest.mark.slow
 def test_more_clients_than_files(images: tuple[Path, Contents], tmp_path: Path) -> None:
     """Those that are too many wait until others have gone; the server says so, and does not spin."""
     with page_server(images[0], *KEEP_SERVING, output=tmp_path / "out") as server:

@@ -46,6 +46,7 @@ def split(contents: Contents) -> tuple[Contents, set[tuple[int, int]]]:
     return {at: page for at, page in contents.items() if at not in lost}, lost
 
 
+@pytest.mark.loop("plain, direct")
 @pytest.mark.parametrize(
     ("tls", "direct"),
     [(False, False), (False, True), (True, True)],
@@ -246,6 +247,7 @@ def test_compressed_answers(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_a_frozen_task(tmp_path: Path) -> None:
     """`dumptool dump --lazy-pages` of a task with memory that the kernel does not give."""
     program, said = tmp_path / "poisoned", tmp_path / "said"
@@ -269,6 +271,7 @@ def test_a_frozen_task(tmp_path: Path) -> None:
             assert fetched.stats[0].connections == 2
 
 
+@pytest.mark.slow
 def test_most_of_a_file_is_gone(tmp_path: Path) -> None:
     """Thousands of lost pages take seconds, not the square of that."""
     contents = write_images(tmp_path / "images", {77: [(0, 4000)]})

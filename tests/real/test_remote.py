@@ -151,6 +151,7 @@ def check_bytes(pages: Contents, expected: Contents, how: str) -> None:
         assert pages == expected
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(180)
 def test_500_random_cuts(images: tuple[Path, Contents], server: PageServer) -> None:
     """Every byte is right at the end, and no page comes twice."""
@@ -197,6 +198,7 @@ def test_answers_in_another_order(images: tuple[Path, Contents], server: PageSer
         assert all(one.pages for one in fetched.stats)
 
 
+@pytest.mark.slow
 def test_stalls(images: tuple[Path, Contents], server: PageServer) -> None:
     """Connections that fall silent: before the answer to the probe, in an answer, between answers."""
     some = dict(list(images[1].items())[:100])
@@ -210,6 +212,7 @@ def test_stalls(images: tuple[Path, Contents], server: PageServer) -> None:
         assert proxy.connections > 2
 
 
+@pytest.mark.slow
 def test_silent_server_is_kept(images: tuple[Path, Contents], server: PageServer) -> None:
     """One that takes no second connection and answers late, as CRIU's may, is not given up."""
     some = dict(list(images[1].items())[:100])

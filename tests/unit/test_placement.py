@@ -167,6 +167,7 @@ def counted(places: Sequence[Place], nr_levels: int) -> PageCounts:
     return PageCounts(tuple(map(row, range(nr_levels))), row(SOURCE_REMOTE), row(SOURCE_LOST))
 
 
+@pytest.mark.slow
 @settings(max_examples=max(300, settings().max_examples))
 @given(chains, st.booleans(), sorted_spans())
 def test_counts_agree_with_page_dict(levels: list[Entries | None], remote: bool, spans: list[Span]) -> None:
@@ -179,6 +180,7 @@ def test_counts_agree_with_page_dict(levels: list[Entries | None], remote: bool,
     assert placed.counts_within(spans) == [counted(part, len(levels)) for part in inside]
 
 
+@pytest.mark.slow
 @settings(max_examples=max(300, settings().max_examples))
 @given(chains, st.booleans(), sorted_spans())
 def test_exclusion_agrees_with_page_dict(
@@ -195,6 +197,7 @@ def test_exclusion_agrees_with_page_dict(
         assert not continues(first, second)
 
 
+@pytest.mark.slow
 @settings(max_examples=max(300, settings().max_examples))
 @given(levels_of_pages(), sorted_spans())
 def test_coverage_agrees_with_page_dict(entries: Entries, spans: list[Span]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -11,6 +12,7 @@ from images_spec.placement import SOURCE_REMOTE
 from tests.unit.test_placement import Entries, as_pages, chains, continues, table
 
 
+@pytest.mark.slow
 @settings(max_examples=max(600, settings().max_examples))
 @given(chains, chains, st.booleans())
 def test_agrees_with_page_dict(

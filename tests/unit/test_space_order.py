@@ -308,6 +308,7 @@ def run(steps: list[tuple[int, str, int, int, int, int, bool]], *, old: bool) ->
     check(space, kernel, "the task", sure=not kernel.surprises and not space.times_unclear)
 
 
+@pytest.mark.loop("6.18")
 @settings(max_examples=max(300, settings().max_examples))
 @pytest.mark.parametrize("old", [False, True], ids=["6.18", "6.1"])
 @given(steps(ORDINARY))
@@ -317,6 +318,7 @@ def test_layout_after_events_in_any_order(
     run(steps, old=old)
 
 
+@pytest.mark.loop("6.18")
 @settings(max_examples=max(300, settings().max_examples))
 @pytest.mark.parametrize("old", [False, True], ids=["6.18", "6.1"])
 @given(steps(ORDINARY + SURPRISING))
