@@ -132,7 +132,7 @@ void lp_mark_broken(struct lp_task *t, int error)
 
 void lp_check_complete(struct lp_task *t)
 {
-	if (lp_space_pending(t->space) || atomic_load(&t->broken) || atomic_exchange(&t->complete, true))
+	if (lp_space_pending(t->space) || t->unsure.nr || atomic_load(&t->broken) || atomic_exchange(&t->complete, true))
 		return;
 	lp_guard_complete(t->engine->guard, t->uffd);
 	lp_task_trace(t, LP_TRACE_COMPLETE, LP_TRACE_NO_SOURCE, 0, 0, 0);

@@ -19,7 +19,7 @@
 #include "wiped.h"
 
 #define CHILD_TRIES 8	 /* for the layout of a child to be quiescent, before other tasks have their turn */
-#define CHILD_NS (5 * LP_NS) /* after that what is not known of a child whose layout never is quiescent is lost */
+#define CHILD_NS (10 * LP_NS) /* after that what is not known of a child whose layout never is quiescent is lost */
 #define POISON_TRIES 1000 /* for a page that takes the place of poison, which must not be seen */
 
 static bool overlap(const struct lp_change *a, uint64_t start, uint64_t len)
@@ -252,6 +252,8 @@ static void publish_child(struct lp_task *t, struct lp_new_child *u)
 	child->unreported_lost = NULL;
 	child->read_error = 0;
 	child->next_try = 0;
+	if (child->unsure.nr)
+		lp_append_change(child, (struct lp_change){.kind = LP_QUESTION}); /* unsure ranges are poisoned once it is quiescent */
 	child->total = lp_space_pending(child->space);
 	for (uint32_t i = 0; i < t->nr_levels + 2; i++)
 		child->total += u->dropped.by_source[i];

@@ -110,6 +110,9 @@ static bool is_unclear(const struct lp_space *s, const struct lp_change *changes
 		departures++;
 		early += i < returns;
 	}
+	/* no departure is reported at all: the layout was not quiescent, or an event is missing */
+	if (before && !departures)
+		return true;
 	if (!differ)
 		return false;
 	if (p.unknown)

@@ -15,6 +15,7 @@
 #include "stats.h"
 #include "task.h"
 #include "task_trace.h"
+#include "uffd_ops.h"
 #include "wake.h"
 
 /* A thread whose event has been read has to run before the layout is quiescent: some 50 us. */
@@ -89,8 +90,15 @@ static void mark_unclear_lost(struct lp_task *t)
 {
 	bool *unclear = malloc(t->nr_changes + 1);
 	int found = unclear ? lp_unclear(t->space, t->changes, t->nr_changes, unclear) : -ENOMEM;
+	bool matters = false;
 
-	for (size_t i = 0; i < t->nr_changes && found > 0; i++) {
+	for (size_t i = 0; i < t->nr_changes && found > 0; i++)
+		matters |= unclear[i] &&
+			   (lp_space_matters(t->space, t->changes[i].start, t->changes[i].start + t->changes[i].len) ||
+			    (t->changes[i].kind == LP_REMAPPED &&
+			     lp_space_matters(t->space, t->changes[i].to, t->changes[i].to + t->changes[i].len)));
+	/* else all that is missing there is zero, in either order */
+	for (size_t i = 0; i < t->nr_changes && found > 0 && matters; i++) {
 		const struct lp_change *change = &t->changes[i];
 		const uint64_t places[] = {change->start, change->to};
 
@@ -130,6 +138,50 @@ static void settle(struct lp_task *t)
 	if (rc)
 		lp_append_change(t, (struct lp_change){.kind = LP_QUESTION});
 	free(dropped.by_source);
+}
+
+/*
+ * Poisons what is missing in the unsure ranges.  A fault there is refused as long as the task is served; once it is complete
+ * nobody would refuse it.  Poison moves with the memory.  If the layout is not quiescent any more, a question is kept, as above.
+ */
+static void poison_unsure(struct lp_task *t)
+{
+	while (t->unsure.nr && !atomic_load(&t->broken)) {
+		struct lp_range *range = &t->unsure.at[t->unsure.nr - 1];
+		uint64_t nr = (range->end - range->start) >> LP_PAGE_SHIFT, end = range->end;
+		struct lp_result result;
+
+		if (range->start >= range->end) {
+			t->unsure.nr--;
+			continue;
+		}
+		result = lp_uffd_poison(t->uffd, range->start, nr);
+		if (result.nr_pages) {
+			lp_count(&t->stats.poisoned, result.nr_pages);
+			lp_post(t->engine, (struct lp_event){.kind = LP_EVENT_LOST,
+							     .error = EADDRNOTAVAIL,
+							     .task = t,
+							     .addr = range->start,
+							     .nr_pages = result.nr_pages});
+			range->start += result.nr_pages << LP_PAGE_SHIFT;
+		} else if (result.outcome == LP_TASK_GONE) {
+			lp_mark_gone(t);
+			return;
+		} else if (result.error == EINVAL) {
+			lp_mark_broken(t, EADDRNOTAVAIL); /* Linux before 6.6 has no poison */
+		} else if (result.outcome == LP_PRESENT ||
+			   (result.outcome == LP_UNREGISTERED && nr == 1 && lp_probe_page(t, LP_ANYWHERE) != LP_CHANGING)) {
+			lp_wake(t, range->start, 1);
+			range->start += LP_PAGE_SIZE;
+		} else if (result.outcome == LP_UNREGISTERED && nr > 1) { /* not all of it in one mapping */
+			range->end = range->start + (nr / 2 << LP_PAGE_SHIFT);
+			if (!lp_ranges_add(&t->unsure, range->end, end))
+				lp_mark_broken(t, ENOMEM);
+		} else {
+			lp_append_change(t, (struct lp_change){.kind = LP_QUESTION});
+			return;
+		}
+	}
 }
 
 void lp_make_changes(struct lp_task *t, bool quiescent)
@@ -173,6 +225,8 @@ void lp_make_changes(struct lp_task *t, bool quiescent)
 		lp_space_quiescent(t->space);
 		if (lp_space_nr_doubts(t->space))
 			settle(t);
+		if (!t->nr_changes)
+			poison_unsure(t);
 	}
 	if (t->remote)
 		lp_space_index(t->space);

@@ -40,7 +40,7 @@ struct lp_task *lp_task_alloc(struct lp_engine *e, int uffd, uint32_t nr_levels)
 
 void lp_close_uffd(struct lp_task *t)
 {
-	bool safe = !lp_space_pending(t->space) && !atomic_load(&t->broken);
+	bool safe = !lp_space_pending(t->space) && !t->unsure.nr && !atomic_load(&t->broken);
 
 	if (safe || atomic_load(&t->gone) || lp_probe_page(t, LP_ANYWHERE) == LP_TASK_GONE) {
 		/* the number stays taken until the guard has forgotten what it knew of it */
