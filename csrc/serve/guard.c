@@ -47,7 +47,7 @@ static void avoid_oom(void)
 	close(fd);
 }
 
-/* What tells the guard from the daemon for those who look for processes by name or command line (pkill(1), killall(1)). */
+/* Makes the guard differ from the daemon for tools that look for processes by name or command line (pkill(1), killall(1)). */
 static void rename_guard(const struct lp_guard *g)
 {
 	size_t size = sizeof(NAME) < g->command_size ? sizeof(NAME) : g->command_size;
@@ -138,7 +138,7 @@ static int begin(struct lp_guard *g)
 	sigfillset(&all);
 	pthread_sigmask(SIG_SETMASK, &all, &before);
 	inherit_heap(g, MADV_DONTFORK);
-	/* as fork(2), but for the file descriptors; no signal tells of its end, the pidfd does */
+	/* as fork(2), but for the file descriptors; no signal reports its end, the pidfd does */
 	pid = (pid_t)syscall(SYS_clone, CLONE_FILES | CLONE_PIDFD, NULL, &pidfd, NULL, NULL);
 	if (!pid)
 		guard(g);
@@ -149,7 +149,7 @@ static int begin(struct lp_guard *g)
 		return -error;
 	g->pid = pid;
 	g->pidfd = pidfd;
-	/* who looks for the daemon by its command line must not find this one, too */
+	/* a tool that looks for the daemon by its command line must not find this process, too */
 	for (int i = 0; i < LEAVE_LOOKS && !atomic_load(&g->ready) && !has_ended(g); i++)
 		syscall(SYS_futex, &g->ready, FUTEX_WAIT, 0, &look, NULL, 0);
 	return 0;
@@ -211,7 +211,7 @@ int lp_guard_restart(struct lp_guard *g)
 static bool has_uffds(const struct lp_guard *g)
 {
 	DIR *fds = opendir("/proc/self/fd");
-	bool any = !fds; /* nobody knows */
+	bool any = !fds; /* not known */
 	struct dirent *entry;
 
 	while (fds && !any && (entry = readdir(fds))) {

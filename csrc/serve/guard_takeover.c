@@ -208,7 +208,7 @@ static bool receive_all_rest(struct lp_guard *g, unsigned int *unknown)
 	return all;
 }
 
-/* What the daemon has left and nobody needs: so that there are numbers for what has still to be received. */
+/* Closes what the daemon has left and is not needed, so that there are numbers for descriptors that have still to be received. */
 static void close_others(const struct lp_guard *g)
 {
 	for (int fd = 0; fd < g->top; fd++)

@@ -84,7 +84,7 @@ bool lp_late_at(const struct lp_space *s, const struct lp_change *changes, size_
 		if (arrives(&changes[i], addr))
 			here++;
 		else if (here && departs(&changes[i], addr))
-			here--; /* that mremap tells of one departure twice does no harm: nobody is waited for then */
+			here--; /* mremap reports one departure twice, which does no harm: nothing is waited for then */
 	return here > 0;
 }
 

@@ -39,11 +39,11 @@ struct queue {
 /* A watch of inotify on /proc/PID; its number is the index. */
 struct look {
 	int32_t pid; /* 0: none */
-	int32_t tracer; /* who traced it at the last look */
+	int32_t tracer; /* its tracer at the last look */
 };
 
 struct lp_tracers {
-	int connector; /* -1: the kernel does not tell us */
+	int connector; /* -1: the kernel does not report to us */
 	int inotify; /* -1: not needed, or not to be had */
 	struct look *looks; /* under the lock */
 	size_t nr_looks;
@@ -52,12 +52,12 @@ struct lp_tracers {
 	_Atomic uint64_t *watched;
 	pthread_mutex_t lock;
 	struct queue orders; /* pid 0: release the tracer; else hold it */
-	struct queue told;
+	struct queue reported;
 	struct held *held; /* of the thread of lp_tracers_run */
 	size_t nr_held, cap_held;
 };
 
-/* False without memory: then the tracer is not held, or not told of, or never let go; the caller sees to it. */
+/* False without memory: then the tracer is not held, or not reported, or never let go; the caller sees to it. */
 static bool push(struct lp_tracers *t, struct queue *queue, struct lp_attach item)
 {
 	bool there;
@@ -164,7 +164,7 @@ static void attached(struct lp_tracers *t, struct lp_attach attach)
 {
 	if (attach.pid && !attach.error)
 		attach.error = hold(t, attach.tracer);
-	if (push(t, &t->told, attach))
+	if (push(t, &t->reported, attach))
 		lp_wakeup(t->event);
 	else if (!attach.error && attach.pid)
 		let_go(t, find(t, attach.tracer)); /* better than for ever */
@@ -374,13 +374,13 @@ void lp_tracers_free(struct lp_tracers *t)
 	free(t->watched);
 	free(t->looks);
 	free(t->orders.items);
-	free(t->told.items);
+	free(t->reported.items);
 	free(t->held);
 	pthread_mutex_destroy(&t->lock);
 	free(t);
 }
 
-bool lp_tracers_told(const struct lp_tracers *t)
+bool lp_tracers_reported(const struct lp_tracers *t)
 {
 	return t->connector >= 0;
 }
@@ -423,7 +423,7 @@ size_t lp_tracers_take(struct lp_tracers *t, struct lp_attach *attaches, size_t 
 	size_t nr;
 
 	lp_wakeup_clear(t->event);
-	nr = pop(t, &t->told, attaches, max);
+	nr = pop(t, &t->reported, attaches, max);
 	if (nr == max)
 		lp_wakeup(t->event); /* there may be more */
 	return nr;

@@ -14,7 +14,7 @@ from lazypages.bench.workloads import Order, Source, Workload, level_of
 _SPARE = 16
 #: Number of times that a daemon may sleep beside waiting for faults: at its start, in its loop, in its threads.
 _SPARE_WAITS = 1000
-#: Least pages of a copy of the background where they are adjacent (CHUNK_LONE of csrc/serve/engine.c).
+#: Least pages of a copy of the background where they are adjacent (CHUNK_SINGLE of csrc/serve/transfer.c).
 CHUNK = 2
 
 
