@@ -10,7 +10,12 @@ from setuptools import setup
 from setuptools.command.build_ext import build_ext
 
 CFFI_MODULES = ("pagemap", "engine", "pageserver", "ptrace")
-RESTORER_SOURCES = ["csrc/uffd_restorer.c", "csrc/restore/restore_task.c", "csrc/common/inject.c"]
+RESTORER_SOURCES = [
+    "csrc/uffd_restorer.c",
+    "csrc/restore/restore_task.c",
+    "csrc/restore/check_plan.c",
+    "csrc/common/inject.c",
+]
 RESTORER_TARGET = Path("lazypages/restore/uffd_restorer")
 
 

@@ -83,6 +83,7 @@ engine = module(
                     "address_space",
                     "doubt",
                     "late",
+                    "calls",
                     "old_length",
                     "readahead",
                     "ranges",

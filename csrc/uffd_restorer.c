@@ -37,6 +37,7 @@
 #include <unistd.h>
 
 #include "common/inject.h"
+#include "restore/check_plan.h"
 #include "common/write_all.h"
 #include "restore/restore_task.h"
 
@@ -430,7 +431,7 @@ static double seconds(void)
 
 static int run(const char *plan)
 {
-	const char *place = plan + sizeof(struct lp_plan), *end = plan + restorer.plan.size;
+	const char *place = plan + sizeof(struct lp_plan);
 	int verbose_fd = restorer.plan.log_fd >= 0 ? restorer.plan.log_fd : STDERR_FILENO;
 	double begin = seconds();
 	char subject[64], reason[256];
@@ -440,11 +441,6 @@ static int run(const char *plan)
 		const char *label = place + sizeof(*op), *body;
 		int rc;
 
-		if (place + sizeof(*op) > end || label + padded(op->label_size) + padded(op->body_size) > end) {
-			report_error("restorer", "plan", "is truncated");
-			kill_all();
-			return 1;
-		}
 		body = label + padded(op->label_size);
 		place = body + padded(op->body_size);
 		if (op->kind == LP_WAIT)
@@ -477,7 +473,7 @@ static int drop_rseq(void)
 
 static int get_ready(const char *argument, const char **plan)
 {
-	int fd = atoi(argument);
+	int fd = atoi(argument), rc;
 	struct rlimit files;
 	struct stat st;
 
@@ -489,10 +485,10 @@ static int get_ready(const char *argument, const char **plan)
 	if (*plan == MAP_FAILED)
 		return -errno;
 	close(fd);
+	rc = lp_check_plan(*plan, st.st_size);
+	if (rc)
+		return rc;
 	memcpy(&restorer.plan, *plan, sizeof(restorer.plan));
-	if (restorer.plan.magic != LP_PLAN_MAGIC || restorer.plan.version != LP_PLAN_VERSION ||
-	    restorer.plan.size > (uint64_t)st.st_size)
-		return -EINVAL;
 	restorer.threads = calloc(restorer.plan.nr_threads + 1, sizeof(*restorer.threads));
 	restorer.slots = malloc((restorer.plan.nr_slots + 1) * sizeof(*restorer.slots));
 	restorer.shared = calloc(restorer.plan.nr_slots + 1, sizeof(*restorer.shared));

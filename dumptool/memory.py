@@ -185,7 +185,7 @@ def scan(
             else:
                 _scan_mapping(pagemap_fd, mapping, protect, runs)
                 if marks.without & lib.LP_PAGE_SOFT_DIRTY:
-                    _doubt_huge_zeros(pagemap_fd, runs, first)
+                    doubt_huge_zeros(pagemap_fd, runs, first)
             lib.lp_label_runs(
                 runs.array + first,
                 runs.count - first,
@@ -261,7 +261,7 @@ def guard_regions(pid: int, mappings: Iterable[Mapping]) -> list[Span]:
     return found
 
 
-def _doubt_huge_zeros(pagemap_fd: int, runs: Runs, first: int) -> None:
+def doubt_huge_zeros(pagemap_fd: int, runs: Runs, first: int) -> None:
     """Labels runs that contain the huge zero page as written: a read that maps it sets no soft-dirty bit.
 
     Not all kernels from 6.7 on report it as PFNZERO in PAGEMAP_SCAN; in /proc/<pid>/pagemap it is never anonymous.

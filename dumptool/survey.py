@@ -313,13 +313,13 @@ def _mappings(task: Task) -> Iterator[Refusal]:
     tracked = any(tracker.owned_by(task.pid, task.stat.start_time) for tracker in task.trackers)
     reported = set()
     for vma in task.layout.vmas:
-        what = _unsupported_mapping(task.pid, vma, task.layout.flags[vma.start], tracked=tracked)
+        what = unsupported_mapping(task.pid, vma, task.layout.flags[vma.start], tracked=tracked)
         if what and what not in reported:  # one mapping of each kind
             reported.add(what)
             yield Refusal(task.pid, f"mapping {vma.start:x}-{vma.end:x}", what)
 
 
-def _unsupported_mapping(pid: int, vma: proc.Vma, flags: frozenset[str], *, tracked: bool) -> str | None:
+def unsupported_mapping(pid: int, vma: proc.Vma, flags: frozenset[str], *, tracked: bool) -> str | None:
     """The reason why a mapping can't be saved; None if it can. ``flags``: VmFlags (proc_pid_smaps(5))."""
     if vma.name in ("[vdso]", "[vvar]", "[vvar_vclock]", "[vsyscall]"):
         return None

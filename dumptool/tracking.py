@@ -245,7 +245,7 @@ def arm(task: Task, gadgets: Gadgets, method: Method) -> Armed | None:
     else:
         with session(task.pid, gadgets) as inside:
             remove_from(inside, task.trackers)
-            made = _make(task, inside, method)
+            made = make_tracker(task, inside, method)
         if made is None:
             return None
         memfd, uffd, record = made
@@ -271,7 +271,7 @@ def _fits(record: Record, method: Method) -> bool:
     return record.method in CATEGORIES if method is Method.AUTO else record.method == method.value
 
 
-def _make(task: Task, inside: Session, method: Method) -> tuple[int, int | None, Record] | None:
+def make_tracker(task: Task, inside: Session, method: Method) -> tuple[int, int | None, Record] | None:
     """Creates memfd and userfaultfd in the process. Returns our descriptors of them, and the record."""
     if method is Method.SOFT_DIRTY and not soft_dirty_works():
         raise DumpError("this kernel has no soft-dirty bits (CONFIG_MEM_SOFT_DIRTY)")

@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.support.fake import compile_restored
 from tests.support.processes import become_subreaper, descendants, describe, end
 from tests.support.restore import Checkpoints, Program
 
@@ -31,16 +32,32 @@ settings.register_profile(
 settings.load_profile(os.environ.get("LAZYPAGES_HYPOTHESIS", "lazypages"))
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The slow ones last."""
-    items.sort(key=lambda item: item.path.parent.name == "kernels")
+#: Quick ones first.
+ORDER = ["unit", "real", "kernels"]
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m is looked at
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Cases that a marker "loop" leaves out are slow, and so are the kernels, which come last."""
+    missing: dict[str, set[str]] = {}
+    for item in items:
+        loop = item.get_closest_marker("loop")
+        if loop is not None:
+            assert isinstance(item, pytest.Function)
+            missing.setdefault(item.nodeid.partition("[")[0], set(loop.args)).discard(item.callspec.id)
+        if item.path.parent.name == "kernels" or (loop is not None and item.callspec.id not in loop.args):
+            item.add_marker(pytest.mark.slow)
+    wrong = {test: ids for test, ids in missing.items() if ids}
+    if wrong and not any("::" in argument for argument in config.args):
+        raise pytest.UsageError(f"marked as cases of the loop, but there are none: {wrong}")
+    items.sort(key=lambda item: ORDER.index(item.path.parent.name))
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _no_process_survives() -> Iterator[None]:
-    """Fail at the end when a process that a test started still runs or is stopped. Zombies are just reaped:
+def _nothing_survives(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Fail at the end when something is left of the tests: a process that runs or is stopped, a mount, a namespace.
 
-    without the subreaper, init would have done that.
+    Zombies are just reaped: without the subreaper, init would have done that.
     """
     become_subreaper()
     before = descendants()
@@ -48,8 +65,19 @@ def _no_process_survives() -> Iterator[None]:
     left = {pid: state for pid, state in descendants().items() if pid not in before}
     story = [describe(pid) for pid, state in left.items() if state != "Z"]
     end(tuple(left))
+    mounts = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    story += [
+        f"mount {place}" for place in mounts if Path(place).is_relative_to(tmp_path_factory.getbasetemp())
+    ]
+    story += [f"network namespace {path}" for path in Path("/run/netns").glob(f"lazypages-{os.getpid()}-*")]
     if story:
-        pytest.fail("processes survived the tests: " + "; ".join(story), pytrace=False)
+        pytest.fail("left by the tests: " + "; ".join(story), pytrace=False)
+
+
+@pytest.fixture(scope="session")
+def restored_program() -> Path:
+    """Tasks that register memory of their own, compiled (support/restored.c)."""
+    return compile_restored()
 
 
 @pytest.fixture(scope="session")

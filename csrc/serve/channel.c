@@ -101,7 +101,8 @@ struct lp_channel {
 	size_t first, nr, cap;
 	char *out;
 	size_t out_nr, out_cap;
-	uint64_t urgent, background, heard, last_urgent;
+	_Atomic uint64_t urgent; /* read without the lock, too */
+	uint64_t background, heard, last_urgent;
 	uint64_t nr_requests, nr_pages, nr_bytes;
 	struct pace pace;
 	struct lp_task *turn;
@@ -636,9 +637,14 @@ static void go_on(struct lp_channel *l)
 
 static void listen_for(struct lp_channel *l)
 {
-	uint32_t wanted = (l->stalled ? 0 : EPOLLIN) | (l->out_nr ? EPOLLOUT : 0);
-	struct epoll_event event = {.events = wanted, .data.u64 = (uintptr_t)l | 1};
+	struct epoll_event event = {.data.u64 = (uintptr_t)l | 1};
+	uint32_t wanted = l->stalled ? 0 : EPOLLIN;
 
+	pthread_mutex_lock(&l->lock);
+	if (l->out_nr)
+		wanted |= EPOLLOUT;
+	pthread_mutex_unlock(&l->lock);
+	event.events = wanted;
 	if (l->ended || wanted == l->events_wanted)
 		return;
 	/* that the other side has hung up is told whether it is wanted or not (epoll_ctl(2)): then not even that */

@@ -247,6 +247,7 @@ static struct lp_new_child *prepare_child(struct lp_task *t, struct lp_change *f
 static void publish_child(struct lp_task *t, struct lp_new_child *u)
 {
 	struct lp_task *child = u->task;
+	bool has_read;
 	int rc;
 
 	child->unreported_lost = NULL;
@@ -264,6 +265,8 @@ static void publish_child(struct lp_task *t, struct lp_new_child *u)
 	lp_number_memory(child, t->number);
 	lp_readahead_init(&child->readahead, t->readahead.max_window);
 	inherit_guards(t, child);
+	/* these are the serving thread's from here on, which may be another one; and epoll does not name what has been read */
+	has_read = child->nr_changes || child->faults.nr;
 	lp_task_link(child); /* its owner, once it knows of it, may close it at once */
 	/* reported before it is served, so that its first event comes after this one */
 	lp_post(t->engine, (struct lp_event){.kind = LP_EVENT_FORKED, .task = child});
@@ -272,7 +275,7 @@ static void publish_child(struct lp_task *t, struct lp_new_child *u)
 	rc = lp_task_start(child);
 	if (rc)
 		lp_post_about(child, LP_EVENT_FAILED, -rc);
-	if (child->nr_changes || child->faults.nr) /* they have been read already: epoll does not name them */
+	if (has_read)
 		lp_claims_released(child);
 }
 

@@ -88,6 +88,11 @@ static void inherit_heap(const struct lp_guard *g, int advice)
 	char line[512], rights[8];
 	unsigned long inode;
 
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+	if (maps) /* what the sanitizer keeps there that process needs, too */
+		fclose(maps);
+	return;
+#endif
 	while (maps && fgets(line, sizeof(line), maps)) {
 		if (sscanf(line, "%" SCNxPTR "-%" SCNxPTR " %7s %*s %*s %lu", &start, &end, rights, &inode) != 4 || inode ||
 		    strcmp(rights, "rw-p") || end - start < LARGE || (start <= here && here < end) ||

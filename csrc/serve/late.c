@@ -75,16 +75,21 @@ static void follow(struct place *p, const struct lp_change *changes, const size_
 	}
 }
 
-bool lp_late_at(const struct lp_space *s, const struct lp_change *changes, size_t nr, size_t move, uint64_t addr)
+bool lp_someone_is_late(const struct lp_space *s, const struct lp_change *changes, size_t nr, size_t move,
+			struct lp_range *late)
 {
-	int here = is_taken(s, addr);
+	uint64_t start = changes[move].to, end = start + changes[move].len;
+	int here = is_taken(s, start);
 
-	(void)nr;
-	for (size_t i = 0; i < move; i++)
-		if (arrives(&changes[i], addr))
-			here++;
-		else if (here && departs(&changes[i], addr))
-			here--; /* mremap reports one departure twice, which does no harm: nothing is waited for then */
+	/* mremap reports one departure twice: nothing is waited for then, which costs certainty, not correctness */
+	for (size_t i = 0; i < nr; i++)
+		if (arrives(&changes[i], start))
+			here += i < move;
+		else if (here && departs(&changes[i], start))
+			here--;
+	*late = (struct lp_range){start, start + LP_PAGE_SIZE};
+	for (size_t r = region_from(s, start); r < lp_space_nr_regions(s) && lp_space_regions(s)[r].start < end; r++)
+		late->end = lp_space_regions(s)[r].end < end ? lp_space_regions(s)[r].end : end;
 	return here > 0;
 }
 
@@ -110,9 +115,6 @@ static bool is_unclear(const struct lp_space *s, const struct lp_change *changes
 		departures++;
 		early += i < returns;
 	}
-	/* no departure is reported at all: the layout was not quiescent, or an event is missing */
-	if (before && !departures)
-		return true;
 	if (!differ)
 		return false;
 	if (p.unknown)

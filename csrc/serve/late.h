@@ -26,10 +26,12 @@
 #include "address_space.h"
 
 /*
- * Whether a departure from the page at addr, which is in the place that the change `move` has taken, had not been reported when the
- * move was.  The changes are those since the layout was quiescent, and are not made yet; nr: so many have been reported.
+ * Whether a thread that has left the place to which the change `move` (LP_REMAPPED) has moved memory has not reported that yet: at
+ * least where the place begins, at most in *late.  changes: those since the layout was quiescent, not made yet; nr: how many have been
+ * read.
  */
-bool lp_late_at(const struct lp_space *space, const struct lp_change *changes, size_t nr, size_t move, uint64_t addr);
+bool lp_someone_is_late(const struct lp_space *space, const struct lp_change *changes, size_t nr, size_t move,
+			struct lp_range *late);
 
 /*
  * While the layout is quiescent, before any of the changes is made: unclear[i]: change i is about places where it is unclear what left first.  With it all

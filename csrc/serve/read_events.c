@@ -7,13 +7,17 @@
 
 #include <linux/userfaultfd.h>
 
+#include "calls.h"
 #include "common/clock.h"
 #include "deferred.h"
 #include "events.h"
+#include "late.h"
 #include "task_trace.h"
 #include "wiped.h"
 
 #define MESSAGES 128 /* taken by one read */
+#define LATE_NS (2 * LP_NS)	/* for a thread that is about to report; it may hardly ever get a CPU */
+#define LATE_LOOK_NS 100000 /* between two looks at what it does, but at least four times what a look takes */
 
 void lp_append_change(struct lp_task *t, struct lp_change change)
 {
@@ -86,6 +90,53 @@ static void read_works(struct lp_task *t)
 	t->read_error = 0;
 }
 
+static void look_later(struct lp_task *t, uint64_t pause)
+{
+	lp_watch(t, false);
+	t->read_error = EBUSY;
+	t->next_try = lp_now_ns() + pause;
+}
+
+/*
+ * Whether one of the changes from `first` on shows that a thread is late (csrc/serve/late.h).  The other threads don't go on before
+ * more is read.  So once the late thread waits for its event to be read as well, that is read before what the others do next.
+ */
+static bool someone_is_late(struct lp_task *t, size_t first)
+{
+	if (!t->pid)
+		return false;
+	for (size_t i = t->nr_changes; i-- > first;) {
+		if (t->changes[i].kind != LP_REMAPPED ||
+		    !lp_someone_is_late(t->space, t->changes, t->nr_changes, i, &t->late))
+			continue;
+		t->late_until = lp_now_ns() + LATE_NS;
+		look_later(t, 0);
+		return true;
+	}
+	return false;
+}
+
+/* Looks whether the late thread waits for its event to be read. */
+static bool is_still_late(struct lp_task *t)
+{
+	uint64_t before = lp_now_ns(), after;
+	int rc = lp_reports_departure(t->pid, t->pidfd, t->late.start, t->late.end);
+
+	after = lp_now_ns();
+	if (!rc && after < t->late_until) {
+		look_later(t, LATE_LOOK_NS > 4 * (after - before) ? LATE_LOOK_NS : 4 * (after - before));
+		return true;
+	}
+	for (size_t i = t->nr_changes; i-- && rc == 1;)
+		if (t->changes[i].kind == LP_REMAPPED && t->changes[i].to == t->late.start) {
+			t->changes[i].awaited = true;
+			break;
+		}
+	t->late_until = 0;
+	read_works(t);
+	return false;
+}
+
 /* What has been read is never to be lost. */
 static bool reserve_messages(struct lp_task *t)
 {
@@ -105,10 +156,15 @@ bool lp_read_events(struct lp_task *t)
 {
 	struct uffd_msg msgs[MESSAGES];
 	uint64_t now = 0;
+	bool late = false;
 	int error = 0;
+	size_t first;
 	ssize_t n;
 
+	if (t->late_until && is_still_late(t))
+		return false;
 	do {
+		first = t->nr_changes;
 		if (!reserve_messages(t)) {
 			error = ENOMEM;
 			break;
@@ -135,15 +191,16 @@ bool lp_read_events(struct lp_task *t)
 				lp_task_trace_at(t, now, LP_TRACE_FAULT, LP_TRACE_NO_SOURCE, addr, 1, 0);
 			lp_faults_push(&t->faults, (struct lp_fault){.addr = addr, .since = now, .times = 1});
 		}
+		late = someone_is_late(t, first);
 		/* a read that got faults does not say that the event behind them can't be read (fs/userfaultfd.c, userfaultfd_read) */
-	} while (n < 0 || n == sizeof(msgs) || t->read_error);
+	} while (!late && (n < 0 || n == sizeof(msgs) || t->read_error));
 	if (now)
 		atomic_store_explicit(&t->engine->last_fault, now, memory_order_relaxed);
 	if (t->nr_changes)
 		atomic_store_explicit(&t->last_change, lp_now_ns(), memory_order_relaxed);
 	if (error)
 		read_failed(t, error);
-	else
+	else if (!late)
 		read_works(t);
-	return !error;
+	return !error && !late;
 }

@@ -230,7 +230,8 @@ def demo(mib: int, criu: Path | None) -> None:
     directory of .ci/fetch-criu); else dumptool and `lazypages restore` do.
     """
     _check_kernel()
-    with _subreaper(), TemporaryDirectory(prefix="lazypages-demo-") as folder:
+    # Whatever still runs has ended before the directory is removed: a file created meanwhile would keep it there.
+    with TemporaryDirectory(prefix="lazypages-demo-") as folder, _subreaper():
         tools = choose(criu, Path(folder))
         show(tools, Path(folder), mib * MIB)
 
@@ -319,6 +320,7 @@ def serving(images: Path) -> Iterator[subprocess.Popen[bytes]]:
                 stdin=subprocess.DEVNULL,
                 pass_fds=[status],
                 env=os.environ | SAME_CODE,
+                process_group=0,  # Ctrl-C is for us, who end it: before it can catch SIGINT it prints a traceback
             )
         finally:
             os.close(status)

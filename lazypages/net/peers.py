@@ -59,7 +59,7 @@ def check_peer(sock: socket.socket) -> None:
             )
             _check_uid(uid)
             return
-        here, peer = _end(sock.getsockname()), _end(sock.getpeername())
+        here, peer = connection_end(sock.getsockname()), connection_end(sock.getpeername())
     except OSError as error:
         raise StrangerError(f"disconnected before its user could be checked: {error.strerror}") from None
     try:
@@ -82,7 +82,7 @@ def _check_uid(uid: int) -> None:
         )
 
 
-def _end(name: tuple[Any, ...]) -> End:
+def connection_end(name: tuple[Any, ...]) -> End:
     """Address and port of a socket name. An IPv4 address that is mapped into IPv6 is returned as IPv4."""
     address = ipaddress.ip_address(name[0].partition("%")[0])
     if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
@@ -96,12 +96,12 @@ def find_owner(here: End, there: End) -> Owner | None:
     None if there is no such socket. Raises OSError.
     """
     try:
-        return _from_kernel(here, there)
+        return owner_from_kernel(here, there)
     except OSError:  # no CONFIG_INET_DIAG, or forbidden by a sandbox
-        return _from_proc(here, there)
+        return owner_from_proc(here, there)
 
 
-def _from_kernel(here: End, there: End) -> Owner | None:
+def owner_from_kernel(here: End, there: End) -> Owner | None:
     """Look the owner up by sock_diag. Raises OSError.
 
     The first request names one socket. The kernel does not find a socket that is bound to a device this way
@@ -193,13 +193,13 @@ def _found(message: bytes) -> _Found:
     port, to_port, address, to_address, _, _ = _NAME.unpack(name)
     size = 4 if family == socket.AF_INET else 16
     here, there = (
-        _end((socket.inet_ntop(family, packed[:size]), number))
+        connection_end((socket.inet_ntop(family, packed[:size]), number))
         for packed, number in ((address, port), (to_address, to_port))
     )
     return here, there, Owner(uid, inode)
 
 
-def _from_proc(here: End, there: End) -> Owner | None:
+def owner_from_proc(here: End, there: End) -> Owner | None:
     """Look the owner up in /proc/net/tcp and tcp6 (proc_pid_net(5)). Raises OSError."""
     for name in ("tcp", "tcp6"):
         path = Path("/proc/self/net", name)
@@ -218,4 +218,4 @@ def _read_end(text: str) -> End:
     words = [int(address[at : at + 8], 16) for at in range(0, len(address), 8)]
     packed = struct.pack(f"={len(words)}I", *words)
     family = socket.AF_INET if len(words) == 1 else socket.AF_INET6
-    return _end((socket.inet_ntop(family, packed), int(port, 16)))
+    return connection_end((socket.inet_ntop(family, packed), int(port, 16)))

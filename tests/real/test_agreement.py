@@ -45,6 +45,7 @@ def of_first(victim: Victim) -> Victim:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("protocol", ["auto", "criu-4.2"])
 def test_a_second_dump_at_the_same_address(protocol: str, program: Program, tmp_path: Path) -> None:
     """A destination of the first still waits there: it gets no page of the second, which goes on to its own."""
@@ -75,6 +76,7 @@ def test_a_second_dump_at_the_same_address(protocol: str, program: Program, tmp_
                 new.check_memory()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("release", ["4.1", "4.2"])
 def test_a_dump_of_criu_at_the_address_of_one_of_ours(release: str, program: Program, tmp_path: Path) -> None:
     """What dumptool has left at the source no server of CRIU's can have."""
@@ -96,6 +98,7 @@ def test_a_dump_of_criu_at_the_address_of_one_of_ours(release: str, program: Pro
             assert old.stats()["pages_copied"] == 0
 
 
+@pytest.mark.loop("auto")
 @pytest.mark.parametrize("protocol", ["auto", "criu-4.1"])
 def test_two_dumps_of_criu(protocol: str, program: Program, tmp_path: Path) -> None:
     """The connection to the first is lost; at the same address there is a second, for somebody else."""
@@ -140,6 +143,7 @@ def left_away(checkpoint: Checkpoint, images: Path) -> Victim:
     )
 
 
+@pytest.mark.slow
 def test_a_page_server_of_the_wrong_images(
     checkpoints: Checkpoints, program: Program, tmp_path: Path
 ) -> None:
@@ -186,6 +190,7 @@ def test_a_page_server_without_an_inventory(
             restored.check_memory()
 
 
+@pytest.mark.slow
 def test_a_directory_of_another_dump(program: Program, tmp_path: Path) -> None:
     """--source local:DIR with the same processes at another moment: refused before a restore can connect."""
     with running(OLD, "single", program, tmp_path) as victim:

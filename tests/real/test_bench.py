@@ -53,6 +53,7 @@ WORKLOADS = (
 )
 
 
+@pytest.mark.loop("random")
 @pytest.mark.parametrize("workload", WORKLOADS, ids=[workload.name for workload in WORKLOADS])
 def test_every_peer_gives_the_right_memory(workload: Workload, programs: Programs, tmp_path: Path) -> None:
     criu = [(f"criu {release}", Criu(release).path) for release in RELEASES]
@@ -147,6 +148,7 @@ def test_a_daemon_that_does_not_serve_is_absent_from_its_row(programs: Programs,
     assert list(checks.failures(row))
 
 
+@pytest.mark.slow
 def test_the_command_writes_tables_json_and_a_picture(tmp_path: Path) -> None:
     json_path, picture = tmp_path / "bench.json", tmp_path / "bench.png"
     arguments = [

@@ -14,22 +14,15 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pytest
 
-from tests.support.fake import Restored, compile_restored, restored_tasks, serve_command, write_images
+from tests.support.fake import Restored, restored_tasks, serve_command, write_images
 from tests.support.processes import Server, reap, wait_for
 from tests.support.terminal import OnTerminal
 
 PAGES = 300
 SOCKET = "lazy-pages.socket"
-
-
-@pytest.fixture(scope="module")
-def program() -> Iterator[Path]:
-    with TemporaryDirectory(prefix="lazypages-restored-") as folder:
-        yield compile_restored(Path(folder))
 
 
 @contextmanager
@@ -59,9 +52,9 @@ def command(images: Path, *options: str) -> list[str]:
 # On a terminal.
 
 
-def test_live_progress_and_summary(program: Path, tmp_path: Path) -> None:
+def test_live_progress_and_summary(restored_program: Path, tmp_path: Path) -> None:
     with (
-        restored(program, tmp_path, 3) as tasks,
+        restored(restored_program, tmp_path, 3) as tasks,
         OnTerminal(command(tmp_path, "--no-background")) as terminal,
     ):
         terminal.wait_for(f"waiting for: criu restore --lazy-pages -D {tmp_path}")
@@ -77,10 +70,10 @@ def test_live_progress_and_summary(program: Path, tmp_path: Path) -> None:
     assert "fault latency: p50 " in summary
 
 
-def test_a_log_file_beside_the_terminal(program: Path, tmp_path: Path) -> None:
+def test_a_log_file_beside_the_terminal(restored_program: Path, tmp_path: Path) -> None:
     """The terminal shows what matters, the file has all."""
     options = ("--no-background", "-v4", "-o", "serve.log")
-    with restored(program, tmp_path) as tasks, OnTerminal(command(tmp_path, *options)) as terminal:
+    with restored(restored_program, tmp_path) as tasks, OnTerminal(command(tmp_path, *options)) as terminal:
         terminal.wait_for("waiting for")
         connect(tasks, tmp_path)
         check(tasks)
@@ -93,9 +86,9 @@ def test_a_log_file_beside_the_terminal(program: Path, tmp_path: Path) -> None:
     assert "\x1b" not in log
 
 
-def test_ctrl_c_completes_the_tasks(program: Path, tmp_path: Path) -> None:
+def test_ctrl_c_completes_the_tasks(restored_program: Path, tmp_path: Path) -> None:
     with (
-        restored(program, tmp_path, 2) as tasks,
+        restored(restored_program, tmp_path, 2) as tasks,
         OnTerminal(command(tmp_path, "--no-background")) as terminal,
     ):
         terminal.wait_for("waiting for")
@@ -108,8 +101,8 @@ def test_ctrl_c_completes_the_tasks(program: Path, tmp_path: Path) -> None:
         check(tasks)
 
 
-def test_ctrl_c_before_anybody_came(program: Path, tmp_path: Path) -> None:
-    with restored(program, tmp_path), OnTerminal(command(tmp_path)) as terminal:
+def test_ctrl_c_before_anybody_came(restored_program: Path, tmp_path: Path) -> None:
+    with restored(restored_program, tmp_path), OnTerminal(command(tmp_path)) as terminal:
         terminal.wait_for("waiting for")
         terminal.press(b"\x03")
         assert terminal.wait() == 1
@@ -118,10 +111,10 @@ def test_ctrl_c_before_anybody_came(program: Path, tmp_path: Path) -> None:
     assert not (tmp_path / SOCKET).exists()
 
 
-def test_a_terminal_that_goes_away_harms_nobody(program: Path, tmp_path: Path) -> None:
+def test_a_terminal_that_goes_away_harms_nobody(restored_program: Path, tmp_path: Path) -> None:
     """SIGHUP, then no terminal to write to: the tasks still get all their memory."""
     command = serve_command(tmp_path, "--no-background")
-    with restored(program, tmp_path, 2) as tasks, OnTerminal(command) as terminal:
+    with restored(restored_program, tmp_path, 2) as tasks, OnTerminal(command) as terminal:
         terminal.wait_for("waiting for")
         connect(tasks, tmp_path)
         tasks.say("touch 1")
@@ -135,8 +128,11 @@ def test_a_terminal_that_goes_away_harms_nobody(program: Path, tmp_path: Path) -
 # In a log.
 
 
-def test_without_a_terminal_there_are_lines(program: Path, tmp_path: Path) -> None:
-    with restored(program, tmp_path) as tasks, Server(command(tmp_path), output=tmp_path / "out") as server:
+def test_without_a_terminal_there_are_lines(restored_program: Path, tmp_path: Path) -> None:
+    with (
+        restored(restored_program, tmp_path) as tasks,
+        Server(command(tmp_path), output=tmp_path / "out") as server,
+    ):
         server.wait_ready()
         connect(tasks, tmp_path)
         check(tasks)
@@ -148,9 +144,9 @@ def test_without_a_terminal_there_are_lines(program: Path, tmp_path: Path) -> No
     assert "\x1b" not in said
 
 
-def test_silence(program: Path, tmp_path: Path) -> None:
+def test_silence(restored_program: Path, tmp_path: Path) -> None:
     with (
-        restored(program, tmp_path) as tasks,
+        restored(restored_program, tmp_path) as tasks,
         Server(command(tmp_path, "-v0"), output=tmp_path / "out") as server,
     ):
         server.wait_ready()
@@ -160,7 +156,7 @@ def test_silence(program: Path, tmp_path: Path) -> None:
     assert (tmp_path / "out").read_text() == ""
 
 
-def test_files_lie_in_the_work_directory(program: Path, tmp_path: Path) -> None:
+def test_files_lie_in_the_work_directory(restored_program: Path, tmp_path: Path) -> None:
     """As with criu, that is where socket and relative names are; the log is its owner's and starts afresh."""
     images, work = tmp_path / "images", tmp_path / "work"
     images.mkdir()
@@ -168,7 +164,7 @@ def test_files_lie_in_the_work_directory(program: Path, tmp_path: Path) -> None:
     (work / "serve.log").write_text("of yesterday")
     options = ["-W", str(work), "-o", "serve.log", "--stats-json", "stats.json", "-v"]
     with (
-        restored(program, images) as tasks,
+        restored(restored_program, images) as tasks,
         Server(command(images, *options), output=tmp_path / "out") as server,
     ):
         server.wait_ready()
@@ -182,8 +178,8 @@ def test_files_lie_in_the_work_directory(program: Path, tmp_path: Path) -> None:
     assert json.loads((work / "stats.json").read_text())["ok"]
 
 
-def test_log_to_standard_output(program: Path, tmp_path: Path) -> None:
-    with restored(program, tmp_path) as tasks:
+def test_log_to_standard_output(restored_program: Path, tmp_path: Path) -> None:
+    with restored(restored_program, tmp_path) as tasks:
         server = subprocess.Popen(
             command(tmp_path, "-o", "-"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
@@ -199,9 +195,9 @@ def test_log_to_standard_output(program: Path, tmp_path: Path) -> None:
 # In the background.
 
 
-def test_daemon(program: Path, tmp_path: Path) -> None:
+def test_daemon(restored_program: Path, tmp_path: Path) -> None:
     options = ["-d", "--pidfile", "pid", "-o", "serve.log", "--stats-json", "stats.json"]
-    with restored(program, tmp_path) as tasks:
+    with restored(restored_program, tmp_path) as tasks:
         with Server(command(tmp_path, *options), output=tmp_path / "out") as starter:
             assert starter.wait() == 0
             assert starter.ready_bytes() == b"\0"
@@ -223,7 +219,7 @@ def test_daemon(program: Path, tmp_path: Path) -> None:
     assert pidfile.exists()  # as criu leaves it
 
 
-def test_daemon_tells_its_starter_what_is_wrong(program: Path, tmp_path: Path) -> None:
+def test_daemon_tells_its_starter_what_is_wrong(restored_program: Path, tmp_path: Path) -> None:
     """All is checked before it goes into the background."""
 
     def start(*options: str) -> str:
@@ -235,7 +231,7 @@ def test_daemon_tells_its_starter_what_is_wrong(program: Path, tmp_path: Path) -
         assert done.stdout == ""
         return done.stderr
 
-    with restored(program, tmp_path):
+    with restored(restored_program, tmp_path):
         (tmp_path / "pid").write_text("somebody's")
         text = start("--pidfile", "pid")
         assert text.startswith(f"lazypages: --pidfile {tmp_path / 'pid'} exists")
@@ -246,10 +242,10 @@ def test_daemon_tells_its_starter_what_is_wrong(program: Path, tmp_path: Path) -
         assert not (tmp_path / "other").exists()
 
 
-def test_pidfile_needs_the_background(program: Path, tmp_path: Path) -> None:
+def test_pidfile_needs_the_background(restored_program: Path, tmp_path: Path) -> None:
     """criu writes none either; but we say so."""
     words = command(tmp_path, "--pidfile", "pid")
-    with restored(program, tmp_path) as tasks, Server(words, output=tmp_path / "out") as server:
+    with restored(restored_program, tmp_path) as tasks, Server(words, output=tmp_path / "out") as server:
         server.wait_ready()
         connect(tasks, tmp_path)
         check(tasks)
@@ -261,8 +257,8 @@ def test_pidfile_needs_the_background(program: Path, tmp_path: Path) -> None:
 # Around it.
 
 
-def test_open_files_are_raised_to_the_hard_limit(program: Path, tmp_path: Path) -> None:
-    with restored(program, tmp_path):
+def test_open_files_are_raised_to_the_hard_limit(restored_program: Path, tmp_path: Path) -> None:
+    with restored(restored_program, tmp_path):
         limited = ["prlimit", "--nofile=64:512", *command(tmp_path)]
         with Server(limited, output=tmp_path / "out") as server:
             server.wait_ready()
@@ -281,8 +277,8 @@ def test_open_files_are_raised_to_the_hard_limit(program: Path, tmp_path: Path) 
         (["--page-server"], "--page-server needs --port"),
     ],
 )
-def test_what_can_t_be_had(program: Path, tmp_path: Path, options: list[str], text: str) -> None:
-    with restored(program, tmp_path):
+def test_what_can_t_be_had(restored_program: Path, tmp_path: Path, options: list[str], text: str) -> None:
+    with restored(restored_program, tmp_path):
         done = subprocess.run(
             command(tmp_path, "-v1", *options), capture_output=True, text=True, timeout=60, check=False
         )
@@ -292,9 +288,9 @@ def test_what_can_t_be_had(program: Path, tmp_path: Path, options: list[str], te
     assert not (tmp_path / SOCKET).exists()
 
 
-def test_stats_that_can_t_be_written(program: Path, tmp_path: Path) -> None:
+def test_stats_that_can_t_be_written(restored_program: Path, tmp_path: Path) -> None:
     """The tasks are served all the same; the exit code says that something is missing."""
-    with restored(program, tmp_path) as tasks:
+    with restored(restored_program, tmp_path) as tasks:
         options = ["--stats-json", "no/where"]
         with Server(command(tmp_path, *options), output=tmp_path / "out") as server:
             server.wait_ready()

@@ -13,6 +13,7 @@ from tests.support.restore import Checkpoints, lazy_restore, our_daemon
 both = pytest.mark.parametrize("criu", all_criu())
 
 
+@pytest.mark.loop("5-criu-4.2")
 @both
 @pytest.mark.parametrize("depth", [1, 2, 3, 4, 5])
 def test_every_page_from_its_level(criu: Criu, depth: int, checkpoints: Checkpoints, tmp_path: Path) -> None:
@@ -30,6 +31,7 @@ def test_every_page_from_its_level(criu: Criu, depth: int, checkpoints: Checkpoi
         restored.check_verdict()
 
 
+@pytest.mark.loop("moves-20-criu-4.2")
 @both
 @pytest.mark.parametrize(
     ("scenario", "longest_run"),

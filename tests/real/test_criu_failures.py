@@ -105,6 +105,7 @@ def test_task_killed_while_pages_are_missing(criu: Criu, checkpoints: Checkpoint
         assert (task["state"], task["signal"]) == ("died", "SIGKILL")
 
 
+@pytest.mark.slow
 @one
 @pytest.mark.parametrize("background", [True, False])
 def test_one_task_of_a_tree_killed(

@@ -11,6 +11,7 @@ from tests.support.criu import Criu, all_criu
 from tests.support.restore import Checkpoints, criu_daemon, eager_restore, lazy_restore
 
 
+@pytest.mark.loop("single-criu-4.2")
 @pytest.mark.parametrize("criu", all_criu())
 @pytest.mark.parametrize("scenario", ["single", "tree", "interpreter"])
 def test_criu_serves_itself(criu: Criu, scenario: str, checkpoints: Checkpoints, tmp_path: Path) -> None:
@@ -18,6 +19,7 @@ def test_criu_serves_itself(criu: Criu, scenario: str, checkpoints: Checkpoints,
         restored.check_all()
 
 
+@pytest.mark.loop("1-criu-4.2")
 @pytest.mark.parametrize("criu", all_criu())
 @pytest.mark.parametrize("depth", [1, 5])
 def test_split_chains_are_whole(criu: Criu, depth: int, checkpoints: Checkpoints, tmp_path: Path) -> None:

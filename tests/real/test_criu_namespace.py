@@ -66,6 +66,7 @@ def restore(
                 criu.kill()
 
 
+@pytest.mark.loop("no-background-criu-4.2")
 @pytest.mark.parametrize("criu", all_criu())
 @pytest.mark.parametrize("options", [(), ("--no-background",)], ids=["background", "no-background"])
 def test_tasks_in_a_namespace(criu: Criu, options: tuple[str, ...], program: Program, tmp_path: Path) -> None:
@@ -77,6 +78,7 @@ def test_tasks_in_a_namespace(criu: Criu, options: tuple[str, ...], program: Pro
         assert restored.server.wait() == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("criu", all_criu()[:1])
 def test_the_right_task_is_killed(criu: Criu, program: Program, tmp_path: Path) -> None:
     """Interrupted twice: its pid in the namespace is the one of somebody else outside."""

@@ -48,6 +48,7 @@ def serve(daemon: Daemon, checkpoints: Checkpoints, criu: Criu, scenario: str, w
         check_counts(restored)
 
 
+@pytest.mark.loop("single-4.1", "threads-4.2")
 @every
 def test_with_background(criu: Criu, scenario: str, checkpoints: Checkpoints, tmp_path: Path) -> None:
     """Tasks and background transfer race from the first moment."""
@@ -58,12 +59,14 @@ def test_with_background(criu: Criu, scenario: str, checkpoints: Checkpoints, tm
         check_counts(restored)
 
 
+@pytest.mark.loop("races-4.2", "family-4.2", "moves-4.2", "discards-4.2")
 @pytest.mark.parametrize(("criu", "scenario"), all_cases(every_kernel=KERNEL_SCENARIOS))
 def test_without_background(criu: Criu, scenario: str, checkpoints: Checkpoints, tmp_path: Path) -> None:
     """Every page is missing until it is touched."""
     serve(our_daemon("--no-background"), checkpoints, criu, scenario, tmp_path)
 
 
+@pytest.mark.loop("trio-single-criu-4.1")
 @older
 @pytest.mark.parametrize("scenario", ["single", "tree", "moves", "races", "family", "forks_under_load"])
 @pytest.mark.parametrize("loop", ["asyncio", "trio", "uvloop"])
@@ -71,6 +74,7 @@ def test_loops(loop: str, criu: Criu, scenario: str, checkpoints: Checkpoints, t
     serve(our_daemon("--no-background", "--loop", loop), checkpoints, criu, scenario, tmp_path)
 
 
+@pytest.mark.slow
 @older
 @pytest.mark.parametrize("order", ["forward", "reverse"])
 @pytest.mark.parametrize("scenario", ["single", "threads", "fragments", "moves", "family"])
@@ -82,6 +86,7 @@ def test_orders(order: str, criu: Criu, scenario: str, checkpoints: Checkpoints,
         check_counts(restored)
 
 
+@pytest.mark.slow
 @both
 @pytest.mark.parametrize("scenario", ["single", "tree", "moves", "family", "interpreter"])
 def test_after_background(criu: Criu, scenario: str, checkpoints: Checkpoints, tmp_path: Path) -> None:

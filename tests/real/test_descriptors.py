@@ -9,24 +9,23 @@ import signal
 import socket
 import struct
 import subprocess
-import time
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pytest
 
 from lazypages.control.descriptors import FOR_FORKS
-from tests.real.test_guard import KILLED, guards
+from tests.support.blocked import misses_a_page, wait_for_faults, wait_for_rest
 from tests.support.fake import (
-    compile_restored,
     restored_tasks,
     serve,
     serve_command,
     serve_held,
+    served_tasks,
     write_images,
 )
-from tests.support.processes import Server, nothing_left, wait_for
+from tests.support.guard_processes import check_that_tasks_wait, guards
+from tests.support.processes import Server, descendants, nothing_left, wait_for
 from tests.support.uffd import BASE, PagesFile, Task
 
 pytestmark = pytest.mark.timeout(120)
@@ -34,12 +33,6 @@ pytestmark = pytest.mark.timeout(120)
 TASKS = 12
 PAGES = 200
 MADV_WIPEONFORK = 18
-
-
-@pytest.fixture(scope="module")
-def restored() -> Iterator[Path]:
-    with TemporaryDirectory(prefix="lazypages-restored-") as folder:
-        yield compile_restored(Path(folder))
 
 
 def none_free(pid: int, but: int = 0) -> None:
@@ -58,9 +51,9 @@ def all_free(pid: int) -> None:
     resource.prlimit(pid, resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def test_refused_at_the_start(restored: Path, tmp_path: Path) -> None:
+def test_refused_at_the_start(restored_program: Path, tmp_path: Path) -> None:
     """In one line that says how many are needed; and so many are enough."""
-    with nothing_left(), restored_tasks(restored, TASKS, PAGES) as tasks:
+    with nothing_left(), restored_tasks(restored_program, TASKS, PAGES) as tasks:
         write_images(tmp_path, tasks.pids, PAGES)
         refused = subprocess.run(
             ["prlimit", "--nofile=40", *serve_command(tmp_path)],
@@ -106,10 +99,15 @@ def is_running(server: Server) -> bool:
     return not blocked & 1 << (signal.SIGTERM - 1)
 
 
+def waits_or_is_done(pid: int) -> bool:
+    return misses_a_page(pid) or descendants().get(pid) == "Z"
+
+
+@pytest.mark.loop("1")
 @pytest.mark.parametrize("free", [0, 1, 2, 5])
-def test_tasks_that_arrive_wait_for_descriptors(free: int, restored: Path, tmp_path: Path) -> None:
+def test_tasks_that_arrive_wait_for_descriptors(free: int, restored_program: Path, tmp_path: Path) -> None:
     """The limit is lowered when the daemon runs. They have all sent what they have, finish message included."""
-    with nothing_left(), restored_tasks(restored, 60, PAGES) as tasks:
+    with nothing_left(), restored_tasks(restored_program, 60, PAGES) as tasks:
         write_images(tmp_path, tasks.pids, PAGES)
         with serve(tmp_path) as server:
             server.wait_ready()
@@ -120,33 +118,23 @@ def test_tasks_that_arrive_wait_for_descriptors(free: int, restored: Path, tmp_p
             tasks.say("check")
             wait_for("the message", lambda: "no file descriptor is free" in server.story())
             assert f"`prlimit --pid {server.pid} --nofile=" in server.story()
-            time.sleep(0.2)  # time for whoever could go wrong
+            wait_for("each task to be done or to wait", lambda: all(map(waits_or_is_done, tasks.pids)))
             all_free(server.pid)
             assert tasks.statuses() == [0] * 60
             assert server.wait() == 0
 
 
-def test_the_guard_waits_for_descriptors(restored: Path, tmp_path: Path) -> None:
+def test_the_guard_waits_for_descriptors(restored_program: Path, tmp_path: Path) -> None:
     """It takes over while there is none free, and receives what the daemon has not."""
-    with nothing_left(), restored_tasks(restored, 40, PAGES) as tasks:
-        write_images(tmp_path, tasks.pids, PAGES)
-        with serve_held(tmp_path, tmp_path / "go") as server:
-            server.wait_ready()
-            tasks.say(f"connect {tmp_path}/lazy-pages.socket")
-            tasks.say("finish")
-            (guard,) = guards()
-            none_free(guard, 1)
-            os.kill(server.pid, signal.SIGKILL)
-            server.wait()
-            tasks.say("check")
-            wait_for("the message", lambda: "will not come: " in server.story())
-            time.sleep(0.2)
-            for pid in tasks.pids:
-                assert Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-            for pid in tasks.pids:
-                os.kill(pid, signal.SIGKILL)
-            assert tasks.statuses() == [KILLED] * 40
-            wait_for("the guard's end", lambda: not guards())
+    start = partial(serve_held, go=tmp_path / "go")
+    with served_tasks(restored_program, tmp_path, 40, PAGES, start=start) as (tasks, server):
+        (guard,) = guards()
+        none_free(guard, 1)
+        os.kill(server.pid, signal.SIGKILL)
+        server.wait()
+        tasks.say("check")
+        wait_for("the message", lambda: "will not come: " in server.story())
+        check_that_tasks_wait(tasks)
 
 
 def test_forks_wait_for_descriptors(tmp_path: Path) -> None:
@@ -166,13 +154,16 @@ def test_forks_wait_for_descriptors(tmp_path: Path) -> None:
                 wait_for("the restore to be finished", lambda: "restore finished" in server.story())
                 none_free(server.pid)
                 children = [task.fork(orphan=True)]
-                assert "no file descriptor is free for a forked child" in server.story()
+                message = "no file descriptor is free for a forked child"
+                wait_for("the message", lambda: message in server.story())  # logged after the fork went on
                 assert f"`prlimit --pid {server.pid} --nofile=" in server.story()
                 children += [task.fork(orphan=True) for _ in range(FOR_FORKS - 2)]
                 # What the last one finds zeroed is only to be seen in a file.
                 assert task.do("madvise", BASE, 20, MADV_WIPEONFORK) == "0"
                 children.append(task.fork(orphan=True))
                 task.tell("fork", 1)
+                wait_for_faults(task.pid)
+                wait_for_rest(server.pid)
                 assert task.busy()
                 children[0].check(BASE, PAGES, file.first_id)
                 children[-1].check(BASE, 20, 0)

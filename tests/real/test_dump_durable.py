@@ -45,6 +45,7 @@ def is_as_before(mover: Mover) -> None:
     mover.is_right()
 
 
+@pytest.mark.loop("action0-size=2m")
 @pytest.mark.parametrize("full", ["size=2m", "size=90m,nr_inodes=9"])
 @pytest.mark.parametrize("action", [("dump",), ("dump", "-R"), ("pre-dump",), ("dump", "--no-sync")])
 def test_a_full_disk(action: tuple[str, ...], full: str, mover: Mover, tmp_path: Path) -> None:
@@ -81,6 +82,7 @@ def run_in_child(work: Callable[[], None]) -> int:
     return os.waitstatus_to_exitcode(status)
 
 
+@pytest.mark.loop("pages-1.img-dump")
 @pytest.mark.parametrize("action", [dump, pre_dump])
 @pytest.mark.parametrize("victim", ["pages-1.img", "pstree.img", ".inventory.img.new", "images"])
 def test_the_disk_fails(
@@ -151,6 +153,7 @@ def steps(call: Callable[[str], None]) -> Iterator[None]:
     yield
 
 
+@pytest.mark.slow
 def test_killed_at_each_step(mover: Mover, tmp_path: Path) -> None:
     """An inventory has all of the dump with it; without one the tree runs on."""
     images = tmp_path / "images"
@@ -188,6 +191,7 @@ def test_killed_at_each_step(mover: Mover, tmp_path: Path) -> None:
     end(mover.pids)
 
 
+@pytest.mark.loop("dump-True")
 @pytest.mark.parametrize("sync", [True, False])
 @pytest.mark.parametrize("action", ["dump", "dump -R", "dump --lazy-pages", "pre-dump"])
 def test_the_order(action: str, sync: bool, mover: Mover, tmp_path: Path) -> None:

@@ -128,6 +128,7 @@ def stands(tree: freeze.FrozenTree) -> bool:
     )
 
 
+@pytest.mark.slow
 def test_threads_that_end_in_execve(tmp_path: Path) -> None:
     """Whoever calls it waits for the end of the other threads, which whoever traces them has to wait for."""
     program, output, chance = compiled(EXECS, tmp_path), tmp_path / "output", random.Random(11)

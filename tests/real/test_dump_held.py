@@ -8,14 +8,12 @@ from __future__ import annotations
 import os
 import random
 import signal
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -24,6 +22,7 @@ from dumptool.freeze import FrozenTree
 from images_spec.flags import PE_LAZY
 from lazypages.net.url import TcpServer
 from tests.real.test_dump_lazy import LazyDump, lazy_dump
+from tests.support.compiling import compiled
 from tests.support.dumptool import is_unharmed, pages, task
 from tests.support.pages import fetch
 from tests.support.processes import wait_for
@@ -35,12 +34,8 @@ KILLS = 8
 
 
 @pytest.fixture(scope="module")
-def spinners() -> Iterator[Path]:
-    with TemporaryDirectory(prefix="lazypages-spinners-") as folder:
-        path = Path(folder) / "spinners"
-        command = ["gcc", "-std=gnu11", "-O1", "-Wall", "-Wextra", "-Werror", "-pthread", "-o", path]
-        subprocess.run([*command, PROGRAMS / "spinners.c"], check=True, timeout=120)
-        yield path
+def spinners() -> Path:
+    return compiled(PROGRAMS / "spinners.c", "-O1")
 
 
 @dataclass(frozen=True)
@@ -131,6 +126,7 @@ def fetch_some(source: LazyDump, images: Path, tree: Tree) -> None:
         fetch([TcpServer("127.0.0.1", source.port)], [*places, (1, 0)], timeout=0.3)
 
 
+@pytest.mark.slow
 def test_killed_while_it_serves(tree: Tree, tmp_path: Path) -> None:
     """At random moments: from then on not one instruction of any thread is executed, until somebody says SIGCONT."""
     chance = random.Random(20_261_123)
@@ -148,7 +144,6 @@ def test_killed_while_it_serves(tree: Tree, tmp_path: Path) -> None:
             if number % 2:
                 client.join(30)
         wait_for("the stop of all threads", tree.is_stopped)
-        time.sleep(0.005)
         assert tree.counters() == frozen
         for counters in frozen:
             counters.check()
@@ -159,22 +154,33 @@ def test_killed_while_it_serves(tree: Tree, tmp_path: Path) -> None:
             assert counters.continued == number + 1  # ours
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment(tree: Tree, tmp_path: Path) -> None:
     """From its start on: before anybody could be served all goes on, afterwards nothing does."""
     chance = random.Random(7)
+    until_ready, outcomes = 0.0, []
     for number in range(KILLS):
+        began = time.monotonic()
         with lazy_dump(tree.pids[0], tmp_path / f"images-{number % 2}") as source:
-            time.sleep(chance.uniform(0.1, 0.6))
+            if number % 2:
+                time.sleep(chance.uniform(0.2, 1.2) * until_ready)
+            else:
+                source.wait_ready()
+                until_ready = time.monotonic() - began
+                time.sleep(chance.random() * 0.03)
             source.signal(signal.SIGKILL)
             source.process.wait(30)
-            served = source.ready_bytes() != b""
-        if served:
+            ready = not number % 2 or source.ready_bytes() != b""
+            outcomes.append(ready)
+        if ready:
             wait_for("the stop of all threads", tree.is_stopped)
         for pid in tree.pids:
             os.kill(pid, signal.SIGCONT)
         tree.goes_on()
+    assert outcomes.count(False) >= 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["signal", "leave-running"])
 def test_nobody_notices(way: str, tree: Tree, tmp_path: Path) -> None:
     """When it goes on here by the ordinary ways: no stop, no SIGCONT, no SIGCHLD for anybody."""

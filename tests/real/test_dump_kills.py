@@ -7,10 +7,7 @@ import random
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -21,10 +18,11 @@ from dumptool.proc import Vma, layout
 from dumptool.tracee import Gadgets, find_room, session
 from images_spec.images import Kind
 from images_spec.pagemap import Pagemap
+from tests.support.blocked import wait_for_rest
+from tests.support.compiling import PROGRAMS, compiled
 from tests.support.dumptool import check, is_unharmed, run, task
 from tests.support.processes import reap, wait_for
 
-PROGRAMS = Path(__file__).parent.parent / "support" / "programs"
 KILLS = 200
 SYNCED = 40
 """The last ones come while dumptool waits for the disk as well, which takes most of the time then."""
@@ -33,19 +31,9 @@ NR_GETITIMER = 36
 ROOM = lib.LP_SESSION_ROOM
 
 
-@contextmanager
-def built(name: str) -> Iterator[Path]:
-    with TemporaryDirectory(prefix=f"lazypages-{name}-") as folder:
-        path = Path(folder) / name
-        command = ["gcc", "-std=gnu11", "-O2", "-pthread", "-o", path, PROGRAMS / f"{name}.c"]
-        subprocess.run(command, check=True, timeout=120)
-        yield path
-
-
 @pytest.fixture(scope="module")
-def workers() -> Iterator[Path]:
-    with built("workers") as path:
-        yield path
+def workers() -> Path:
+    return compiled(PROGRAMS / "workers.c")
 
 
 def in_child(work: object) -> int:
@@ -61,25 +49,35 @@ def in_child(work: object) -> int:
 
 
 def kill_in_sessions(pid: int, gadgets: Gadgets, chance: random.Random, *, room: bool) -> None:
-    """Kills one who holds `pid`, and has its threads make calls all the time, at a random moment.
+    """Kills one who has frozen `pid`, and has its threads make calls all the time, at a random moment of that.
 
     ``room``: in memory that is found for that; else below their stack pointers.
     """
+    begun, begins = os.pipe()
 
     def work() -> None:
         with freeze(pid) as tree:
             if room:
                 gadgets.room = find_room(pid, layout(pid).vmas, tree.root.threads)
+            os.write(begins, b"!")
             while True:
                 for tid in tree.root.threads:
                     with session(tid, gadgets) as inside:
                         inside.filled("<QQQQ", NR_GETITIMER, lambda at: (0, at))
 
     child = in_child(work)
-    time.sleep(0.002 + chance.random() * 0.01)
+    os.close(begins)
+    assert os.read(begun, 1), "it ended before it called anything"
+    os.close(begun)
+    time.sleep(chance.random() * 0.01)
     os.kill(child, signal.SIGKILL)
-    reap(child)
+    assert os.waitstatus_to_exitcode(reap(child)) == -signal.SIGKILL
     is_unharmed(pid)
+
+
+def state(pid: int) -> str:
+    """The letter in proc_pid_stat(5)."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0]
 
 
 def expected_output(workers: Path) -> bytes:
@@ -87,6 +85,7 @@ def expected_output(workers: Path) -> bytes:
     return subprocess.run(command, check=True, capture_output=True, timeout=60).stdout
 
 
+@pytest.mark.slow
 def test_killed_200_times_at_random(workers: Path, tmp_path: Path) -> None:
     """Half of the kills come in dumps, half in pre-dumps, which leave tracking behind at most.
 
@@ -144,6 +143,7 @@ def test_killed_200_times_at_random(workers: Path, tmp_path: Path) -> None:
     assert output.read_bytes() == expected_output(workers)
 
 
+@pytest.mark.slow
 def test_killed_between_any_two_system_calls(workers: Path, tmp_path: Path) -> None:
     """All the time of these runs goes into injected system calls."""
     output, go = tmp_path / "output", tmp_path / "go"
@@ -163,6 +163,7 @@ def main_stack(pid: int) -> Vma:
     return next(vma for vma in layout(pid).vmas if vma.name == "[stack]")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("used", [False, True])
 def test_small_stacks(used: bool, tmp_path: Path) -> None:
     """Killed at any moment, dumptool leaves no byte changed below the stack pointer of a thread: it may be somebody's.
@@ -171,7 +172,7 @@ def test_small_stacks(used: bool, tmp_path: Path) -> None:
     """
     output, go = tmp_path / "output", tmp_path / "go"
     chance = random.Random(11)
-    with built("small_stacks") as program, task(program, go, output=output) as pid:
+    with task(compiled(PROGRAMS / "small_stacks.c"), go, output=output) as pid:
         wait_for("the threads", lambda: output.read_text() == "ready\n")
         stack = main_stack(pid)
         if used:
@@ -202,9 +203,9 @@ def test_signals_wait_until_a_session_is_over(workers: Path, tmp_path: Path) -> 
             for _ in range(5):
                 assert inside.call(39) == pid
             assert tree.root.threads
-        wait_for("the stop", lambda: Path(f"/proc/{pid}/stat").read_text().split(") ")[1][0] == "T")
+        wait_for("the stop", lambda: state(pid) == "T")
         os.kill(pid, signal.SIGCONT)
-        wait_for("its going on", lambda: Path(f"/proc/{pid}/stat").read_text().split(") ")[1][0] in "SR")
+        wait_for("its going on", lambda: state(pid) in "SR")
         is_unharmed(pid)
 
 
@@ -212,13 +213,16 @@ def test_a_stopped_task_stays_stopped(workers: Path, tmp_path: Path) -> None:
     with task(workers, ROUNDS, REST, tmp_path / "go") as pid:
         wait_for("the threads", lambda: len(os.listdir(f"/proc/{pid}/task")) == 5)
         os.kill(pid, signal.SIGSTOP)
+        wait_for("the stop", lambda: state(pid) == "T")
         assert run("dump", "-t", pid, "-D", tmp_path / "images", "-R").returncode == 0
-        time.sleep(0.05)
-        assert Path(f"/proc/{pid}/stat").read_text().split(") ")[1][0] == "T"
+        # A tracer that detaches sets it going only to be stopped again: dumptool has gone, so that is over.
+        wait_for_rest(pid)
+        assert state(pid) == "T"
         os.kill(pid, signal.SIGCONT)
-        wait_for("its going on", lambda: Path(f"/proc/{pid}/stat").read_text().split(") ")[1][0] in "SR")
+        wait_for("its going on", lambda: state(pid) in "SR")
 
 
+@pytest.mark.loop("pages-1.img")
 @pytest.mark.parametrize("image", ["pages-1.img", "core-{pid}.img", "inventory.img", "pagemap-{pid}.img"])
 def test_no_room_for_an_image(image: str, workers: Path, tmp_path: Path) -> None:
     with task(workers, ROUNDS, REST, tmp_path / "go") as pid:

@@ -126,6 +126,7 @@ def contents(victim: Victim) -> Contents:
         return {(victim.pid, at): os.pread(memory.fileno(), PAGE_SIZE, at) for at in places}
 
 
+@pytest.mark.loop("ours-threads-criu-4.2")
 @both
 @pytest.mark.parametrize(
     ("client", "scenario"),
@@ -143,7 +144,7 @@ def test_migration(criu: Criu, client: str, scenario: str, program: Program, tmp
         work.mkdir()
         with restore(victim.checkpoint, daemon, work) as (restored, restorer):
             assert victim.is_frozen(source.pid)
-            if client == "criu":  # all that it says is what it has asked for: see test_dump_completion.py
+            if client == "criu":  # all that it says is what it has asked for: see test_one_destination.py
                 assert restored.server.wait() == 0
             restored.go()
             assert restorer.wait(60) == 0
@@ -153,6 +154,7 @@ def test_migration(criu: Criu, client: str, scenario: str, program: Program, tmp
         assert victim.has_ended()
 
 
+@pytest.mark.slow
 @both
 def test_both_layouts_and_the_bytes_of_the_frozen_task(criu: Criu, program: Program, tmp_path: Path) -> None:
     layout = Layout.CRIU_4_2 if criu.wire_header_size == 32 else Layout.CRIU_4_1
@@ -169,6 +171,7 @@ def test_both_layouts_and_the_bytes_of_the_frozen_task(criu: Criu, program: Prog
         assert victim.has_ended()
 
 
+@pytest.mark.loop("ours")
 @pytest.mark.parametrize("second", ["ours", "criu"])
 def test_a_client_is_killed(second: str, program: Program, tmp_path: Path) -> None:
     """Midway: nothing happens to the source, and the next client completes."""
@@ -201,6 +204,7 @@ def test_a_client_is_killed(second: str, program: Program, tmp_path: Path) -> No
         assert victim.has_ended()
 
 
+@pytest.mark.slow
 def test_a_client_gives_up(program: Program, tmp_path: Path) -> None:
     """Two interrupts kill the restored task; the source must not take that for an end, for it has the only one left."""
     criu = Criu("4.2")
@@ -247,6 +251,7 @@ def test_resumed_on_request(number: int, program: Program, tmp_path: Path) -> No
         victim.goes_on_here(tmp_path)
 
 
+@pytest.mark.slow
 def test_leave_running(program: Program, tmp_path: Path) -> None:
     with (
         running(Criu("4.1"), "threads", program, tmp_path) as victim,
@@ -286,6 +291,7 @@ def test_a_client_that_never_asked(layout: Layout, program: Program, tmp_path: P
         victim.goes_on_when_told(source, tmp_path)
 
 
+@pytest.mark.slow
 def test_tls(program: Program, tmp_path: Path) -> None:
     """Only who has a certificate gets pages."""
     authority = Authority(tmp_path / "pki")
@@ -307,6 +313,7 @@ def test_tls(program: Program, tmp_path: Path) -> None:
         assert victim.has_ended()
 
 
+@pytest.mark.slow
 @both
 def test_migration_with_tls(criu: Criu, program: Program, tmp_path: Path) -> None:
     """To CRIU's own daemon."""
@@ -332,6 +339,7 @@ def test_migration_with_tls(criu: Criu, program: Program, tmp_path: Path) -> Non
         assert victim.has_ended()
 
 
+@pytest.mark.loop("unix")
 @pytest.mark.parametrize("how", ["::1", "localhost", "unix"])
 def test_addresses(how: str, program: Program, tmp_path: Path) -> None:
     path = tmp_path / "socket"
@@ -355,6 +363,7 @@ def test_addresses(how: str, program: Program, tmp_path: Path) -> None:
     assert not path.exists()
 
 
+@pytest.mark.slow
 def test_the_frozen_task_is_killed(program: Program, tmp_path: Path) -> None:
     """By somebody else: what was not fetched is lost, and never given as zeros."""
     with (
@@ -372,6 +381,7 @@ def test_the_frozen_task_is_killed(program: Program, tmp_path: Path) -> None:
         assert f"pid {victim.pid} was killed while its pages were being served" in source.story()
 
 
+@pytest.mark.loop("options0---insecure")
 @pytest.mark.parametrize(
     ("options", "said"),
     [

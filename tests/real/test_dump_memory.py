@@ -49,6 +49,7 @@ def huge_bytes(pid: int, address: int, size: int) -> int:
     return total
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("restorer", [Criu("4.1"), OurRestore("4.1")], ids=["criu", "lazypages"])
 def test_huge_pages(restorer: Criu, tmp_path: Path) -> None:
     """Transparent ones: dumped as they are, and a write to one page of them is one page of the next level."""
@@ -76,6 +77,7 @@ def test_huge_pages(restorer: Criu, tmp_path: Path) -> None:
     assert output.read_text().splitlines()[2:] == (tmp_path / "undisturbed").read_text().splitlines()[2:]
 
 
+@pytest.mark.slow
 def test_personality(tmp_path: Path) -> None:
     """Without address randomisation, as debuggers start programs (personality(2), setarch(8)).
 
@@ -94,6 +96,7 @@ def test_personality(tmp_path: Path) -> None:
         reap(pid)
 
 
+@pytest.mark.slow
 def test_progress_bar(tmp_path: Path) -> None:
     output = tmp_path / "output"
     with task(*COMMAND_LINE, str(512 << 20), "0", cwd=tmp_path, output=output) as pid:

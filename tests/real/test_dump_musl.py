@@ -4,40 +4,33 @@ from __future__ import annotations
 
 import os
 import random
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pytest
 
 from dumptool.proc import layout
 from dumptool.tracee import OWN_CODE, SIGRETURN, Gadgets, read_memory
 from tests.real.test_dump_kills import kill_in_sessions
-from tests.real.test_dump_tracking import SOURCE, Mover, level
+from tests.real.test_dump_tracking import SOURCE, Mover, level, moving
 from tests.real.test_restore import OurRestore
+from tests.support.compiling import compiled
 from tests.support.criu import Criu, all_criu
-from tests.support.dumptool import is_unharmed, reap_all, task
-from tests.support.processes import end, wait_for
+from tests.support.dumptool import is_unharmed, reap_all
+from tests.support.processes import end
 
 
 @pytest.fixture(scope="module")
-def musl() -> Iterator[Path]:
-    with TemporaryDirectory(prefix="lazypages-musl-") as folder:
-        path = Path(folder) / "moves"
-        command = ["musl-gcc", "-static", "-std=gnu11", "-O1", "-o", path, SOURCE]
-        subprocess.run(command, check=True, timeout=120)
-        assert SIGRETURN not in path.read_bytes()
-        yield path
+def musl() -> Path:
+    path = compiled(SOURCE, "-static", "-O1", compiler="musl-gcc")
+    assert SIGRETURN not in path.read_bytes()
+    return path
 
 
 @pytest.fixture
 def mover(musl: Path, tmp_path: Path) -> Iterator[Mover]:
-    output, file = tmp_path / "output", tmp_path / "file"
-    file.write_bytes(bytes(16 * 4096))
-    with task(musl, output, file) as pid:
-        wait_for("the areas", lambda: output.exists() and output.read_text() == f"ready {pid}\n")
-        yield Mover(pid, output)
+    with moving(musl, tmp_path) as mover:
+        yield mover
 
 
 def vdso(pid: int) -> bytes:
@@ -45,6 +38,7 @@ def vdso(pid: int) -> bytes:
     return read_memory(pid, found.start, found.end - found.start)
 
 
+@pytest.mark.loop("ours")
 @pytest.mark.parametrize("restorer", [*all_criu(), pytest.param(OurRestore("4.1"), id="ours")])
 def test_every_byte(restorer: Criu, mover: Mover, tmp_path: Path) -> None:
     before = vdso(mover.pid)
@@ -60,6 +54,7 @@ def test_every_byte(restorer: Criu, mover: Mover, tmp_path: Path) -> None:
     end(mover.pids)
 
 
+@pytest.mark.slow
 def test_dumped_by_criu(mover: Mover, tmp_path: Path) -> None:
     """And restored by us, which runs system calls in it as well."""
     images = tmp_path / "images"
@@ -72,6 +67,7 @@ def test_dumped_by_criu(mover: Mover, tmp_path: Path) -> None:
     end(mover.pids)
 
 
+@pytest.mark.slow
 def test_killed_between_any_two_system_calls(mover: Mover) -> None:
     """The way back is there as long as a thread may need it; what stays of it is used again."""
     chance = random.Random(5)

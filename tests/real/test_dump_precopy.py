@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pytest
 
 from images_spec.flags import PE_LAZY, PE_PARENT, PE_PRESENT
 from tests.real.test_dump_tracking import methods
+from tests.support.compiling import compiled
 from tests.support.criu import RELEASES, Criu, newest_on_every_kernel
 from tests.support.dumptool import COMMAND, check, pages, reap_all, run, stats, task
 from tests.support.processes import Server, reap, wait_for
@@ -33,12 +32,8 @@ def written_in(step: int) -> set[int]:
 
 
 @pytest.fixture(scope="module")
-def writer() -> Iterator[Path]:
-    with TemporaryDirectory(prefix="lazypages-writer-") as folder:
-        path = Path(folder) / "writer"
-        command = ["gcc", "-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-o", path, SOURCE]
-        subprocess.run(command, check=True, timeout=120)
-        yield path
+def writer() -> Path:
+    return compiled(SOURCE)
 
 
 @dataclass
@@ -90,6 +85,7 @@ def chain(running: Writer, folder: Path, *options: str) -> Path:
     return folder / "3"
 
 
+@pytest.mark.loop("criu-4.2-lazy-uffd-wp")
 @pytest.mark.parametrize("method", EXACT)
 @pytest.mark.parametrize("parents", ["lazy", "eager"])
 @pytest.mark.parametrize("criu", newest_on_every_kernel())
@@ -110,6 +106,7 @@ def test_exactly_what_was_written(
     running.ends_right()
 
 
+@pytest.mark.loop("4.2")
 @pytest.mark.parametrize("release", RELEASES)
 def test_unchanged_pages_come_lazily_from_the_parents(release: str, running: Writer, tmp_path: Path) -> None:
     top = chain(running, tmp_path)

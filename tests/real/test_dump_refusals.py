@@ -152,7 +152,7 @@ def test_syscall_user_dispatch(command: str, thread: bool, tmp_path: Path) -> No
 def test_mappings_that_few_machines_have(flag: str, reason: str) -> None:
     """Shadow stacks need a CPU and a kernel with them."""
     vma = proc.parse_maps_line("7f0000000000-7f0000001000 rw-p 00000000 00:00 0\n")
-    message = survey._unsupported_mapping(os.getpid(), vma, frozenset({"rd", flag}), tracked=False)
+    message = survey.unsupported_mapping(os.getpid(), vma, frozenset({"rd", flag}), tracked=False)
     assert message
     assert reason in message
 

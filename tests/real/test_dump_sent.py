@@ -109,6 +109,7 @@ def stopped_tree(root: int) -> list[int]:
     return members
 
 
+@pytest.mark.loop("ours-tree-auto")
 @pytest.mark.parametrize("protocol", ["auto", "told"])
 @pytest.mark.parametrize("scenario", ["tree", "protection"])
 @each_receiver
@@ -159,6 +160,7 @@ def chain(kind: str, running: Writer, folder: Path, *options: str) -> Path:
     return folder / "there-3"
 
 
+@pytest.mark.loop("ours-lazy")
 @pytest.mark.parametrize("parents", ["lazy", "eager"])
 @each_receiver
 def test_chain(kind: str, parents: str, running: Writer, tmp_path: Path) -> None:
@@ -183,6 +185,7 @@ def test_chain(kind: str, parents: str, running: Writer, tmp_path: Path) -> None
             assert daemon.wait() == 0
 
 
+@pytest.mark.loop("ours")
 @each_receiver
 def test_a_parent_that_only_one_side_has(kind: str, running: Writer, tmp_path: Path) -> None:
     """The server has none: all is sent. A level on the disk, of which the server has a copy: only what changed."""
@@ -217,6 +220,7 @@ def test_a_parent_that_only_one_side_has(kind: str, running: Writer, tmp_path: P
 # -- TLS, addresses ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @each_receiver
 def test_tls(kind: str, authority: Authority, running: Writer, tmp_path: Path) -> None:
     """Certificates that name the address, on both sides."""
@@ -280,6 +284,7 @@ def test_a_server_that_is_not_trusted(authority: Authority, running: Writer, tmp
     running.ends_right()
 
 
+@pytest.mark.loop("unix")
 @pytest.mark.parametrize("how", ["::1", "localhost", "unix", "ps-socket"])
 def test_addresses(how: str, running: Writer, tmp_path: Path) -> None:
     there, output = tmp_path / "there", tmp_path / "server.out"
@@ -364,6 +369,7 @@ def bad_server(how: str, takes: int) -> Iterator[int]:
             assert not thread.is_alive()
 
 
+@pytest.mark.loop("dump-close-5024")
 @pytest.mark.parametrize("takes", [0, 10, 24 + 5000, 3_000_000])
 @pytest.mark.parametrize("how", ["close", "reset"])
 @pytest.mark.parametrize("action", ["dump", "pre-dump"])
@@ -383,6 +389,7 @@ def test_a_server_that_is_lost(action: str, how: str, takes: int, running: Write
     running.ends_right()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "says"), [("stall", "no progress for 1 s"), ("fails", "it has failed (status -5)")]
 )
@@ -400,6 +407,7 @@ def test_a_server_that_falls_silent_or_fails(
     running.ends_right()
 
 
+@pytest.mark.loop("ours")
 @each_receiver
 def test_a_real_server_is_killed(kind: str, running: Writer, tmp_path: Path) -> None:
     """While the dump is under way: stopped first, so that it can't have taken all."""
@@ -440,6 +448,7 @@ def resident_at_most(pid: int) -> int:
     return next((int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), 0)
 
 
+@pytest.mark.slow
 def test_memory_is_bounded(tmp_path: Path) -> None:
     """A task of 192 MiB: what is on its way is a few MiB."""
     output, there = tmp_path / "output", tmp_path / "there"

@@ -9,15 +9,13 @@ import fcntl
 import os
 import pty
 import signal
-import subprocess
 import termios
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pytest
 
+from tests.support.compiling import compiled
 from tests.support.criu import Criu, all_criu
 from tests.support.dumptool import check, is_unharmed, reap_all, run, task
 from tests.support.processes import nothing_left, reap, wait_for
@@ -26,12 +24,8 @@ SOURCE = Path(__file__).parent.parent / "support" / "programs" / "state.c"
 
 
 @pytest.fixture(scope="module")
-def program() -> Iterator[Path]:
-    with TemporaryDirectory(prefix="lazypages-state-") as folder:
-        path = Path(folder) / "state"
-        command = ["gcc", "-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread", "-o", path, SOURCE]
-        subprocess.run(command, check=True, timeout=120)
-        yield path
+def program() -> Path:
+    return compiled(SOURCE)
 
 
 def verdict(pid: int, output: Path) -> str:
@@ -40,6 +34,7 @@ def verdict(pid: int, output: Path) -> str:
     return output.read_text()
 
 
+@pytest.mark.loop("criu-4.2")
 @pytest.mark.parametrize("criu", all_criu())
 def test_restored_as_it_was(criu: Criu, program: Path, tmp_path: Path) -> None:
     output = tmp_path / "output"
@@ -62,6 +57,7 @@ def test_left_running_as_it_was(program: Path, tmp_path: Path) -> None:
         assert verdict(pid, output) == "ready\nall as before\n"
 
 
+@pytest.mark.loop("criu-4.2")
 @pytest.mark.parametrize("criu", all_criu())
 def test_a_terminal(criu: Criu, tmp_path: Path) -> None:
     """A job of a shell on a pseudo-terminal, restored on another one by --shell-job."""

@@ -8,11 +8,10 @@ from __future__ import annotations
 import os
 import re
 import signal
-import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -20,6 +19,7 @@ from dumptool import survey, trackers, tracking
 from dumptool.freeze import members
 from images_spec.flags import PE_PRESENT
 from tests.real.test_restore import OurRestore
+from tests.support.compiling import compiled
 from tests.support.criu import Criu, newest_on_every_kernel
 from tests.support.dumptool import check, pages, reap_all, stats, task
 from tests.support.processes import end, wait_for
@@ -39,12 +39,8 @@ def methods() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def moves() -> Iterator[Path]:
-    with TemporaryDirectory(prefix="lazypages-moves-") as folder:
-        path = Path(folder) / "moves"
-        command = ["gcc", "-std=gnu11", "-O1", "-Wall", "-Wextra", "-Werror", "-o", path, SOURCE]
-        subprocess.run(command, check=True, timeout=120)
-        yield path
+def moves() -> Path:
+    return compiled(SOURCE, "-O1")
 
 
 @dataclass
@@ -82,13 +78,20 @@ class Mover:
             assert self.lines()[begin:] == [f"checked {pid} 0 wrong"]
 
 
-@pytest.fixture
-def mover(moves: Path, tmp_path: Path) -> Iterator[Mover]:
-    output, file = tmp_path / "output", tmp_path / "file"
+@contextmanager
+def moving(program: Path, folder: Path) -> Iterator[Mover]:
+    """The program with its areas, before its first step."""
+    output, file = folder / "output", folder / "file"
     file.write_bytes(bytes(16 * 4096))
-    with task(moves, output, file) as pid:
+    with task(program, output, file) as pid:
         wait_for("the areas", lambda: output.exists() and output.read_text() == f"ready {pid}\n")
         yield Mover(pid, output)
+
+
+@pytest.fixture
+def mover(moves: Path, tmp_path: Path) -> Iterator[Mover]:
+    with moving(moves, tmp_path) as mover:
+        yield mover
 
 
 def level(mover: Mover, folder: Path, number: int, action: str, *options: str) -> Path:
@@ -105,6 +108,7 @@ def tracked_by(pid: int) -> str:
     return tracker.record.method
 
 
+@pytest.mark.loop("ours-auto")
 @pytest.mark.parametrize("method", methods())
 @pytest.mark.parametrize("restorer", [*newest_on_every_kernel(), pytest.param(OurRestore("4.1"), id="ours")])
 def test_every_byte(restorer: Criu, method: str, mover: Mover, tmp_path: Path) -> None:
@@ -120,6 +124,7 @@ def test_every_byte(restorer: Criu, method: str, mover: Mover, tmp_path: Path) -
     end(mover.pids)
 
 
+@pytest.mark.loop("auto")
 @pytest.mark.parametrize("method", methods())
 def test_somebody_else_clears_the_soft_dirty_bits(method: str, mover: Mover, tmp_path: Path) -> None:
     """As CRIU's pre-dump does: what was written before that is not taken for unchanged."""

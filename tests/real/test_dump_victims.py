@@ -20,6 +20,7 @@ def dumps(program: Program) -> Iterator[Checkpoints]:
         yield Checkpoints(Path(folder), program)
 
 
+@pytest.mark.loop("single-4.2", "tree-4.2")
 @pytest.mark.parametrize("release", RELEASES)
 @pytest.mark.parametrize(
     "scenario", ["single", "threads", "fragments", "stack", "heap", "protection", "tree", "interpreter"]
@@ -32,6 +33,7 @@ def test_restored_at_once(release: str, scenario: str, dumps: Checkpoints, tmp_p
         restored.check_verdict()
 
 
+@pytest.mark.loop("tree-4.2")
 @pytest.mark.parametrize("release", RELEASES)
 @pytest.mark.parametrize("scenario", ["small_stacks", "stack", "tree", "interpreter"])
 def test_restored_lazily_by_criu(release: str, scenario: str, dumps: Checkpoints, tmp_path: Path) -> None:
@@ -40,6 +42,7 @@ def test_restored_lazily_by_criu(release: str, scenario: str, dumps: Checkpoints
         restored.check_all()
 
 
+@pytest.mark.loop("tree-4.2")
 @pytest.mark.parametrize("release", RELEASES)
 @pytest.mark.parametrize("scenario", ["threads", "tree"])
 def test_chain_restored_lazily_by_us(release: str, scenario: str, program: Program, tmp_path: Path) -> None:
@@ -50,6 +53,7 @@ def test_chain_restored_lazily_by_us(release: str, scenario: str, program: Progr
         restored.check_all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("release", RELEASES)
 def test_chain_restored_lazily_by_criu(release: str, program: Program, tmp_path: Path) -> None:
     """Its own daemon needs unchanged pages to be eager."""

@@ -5,17 +5,15 @@ from __future__ import annotations
 import os
 import signal
 import struct
-import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pytest
 
 from dumptool.dump import Settings, Watcher, dump
 from tests.real.test_restore import OurRestore
+from tests.support.compiling import compiled
 from tests.support.criu import Criu
 from tests.support.dumptool import DumpedByUs, check, task
 from tests.support.processes import reap, wait_for
@@ -30,12 +28,8 @@ DUMPERS = {
 
 
 @pytest.fixture(scope="module")
-def program() -> Iterator[Path]:
-    with TemporaryDirectory(prefix="lazypages-waits-") as folder:
-        path = Path(folder) / "waits"
-        command = ["gcc", "-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread", "-o", path, SOURCE]
-        subprocess.run(command, check=True, timeout=120)
-        yield path
+def program() -> Path:
+    return compiled(SOURCE)
 
 
 def calls(pid: int) -> dict[int, str]:
@@ -61,6 +55,7 @@ def sleeping(pid: int) -> list[float]:
 
 # After a pre-dump, or any other stop, the kernel has waits for a time go on as restart_syscall. What of CRIU's dumps
 # CRIU restores fails with EINTR.
+@pytest.mark.loop("dumptool-lazypages")
 @pytest.mark.parametrize(
     ("by", "restorer"),
     [
@@ -103,6 +98,7 @@ def test_left_running(program: Path, tmp_path: Path) -> None:
     assert [line for line in output.read_text().splitlines()[1:] if not line.endswith(": good")] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("restorer", ["criu", "lazypages"])
 def test_waits_for_a_time_end_when_it_is_up(restorer: str, program: Path, tmp_path: Path) -> None:
     output, images = tmp_path / "output", tmp_path / "images"
@@ -153,6 +149,7 @@ SIGNALLED = """
 NUMBERS = {"pause": "34", "read": "0", "sigwaitinfo": "128", "sigsuspend": "130"}
 
 
+@pytest.mark.loop("read-lazypages")
 @pytest.mark.parametrize("restorer", ["criu", "lazypages"])
 @pytest.mark.parametrize("call", NUMBERS)
 def test_a_signal_on_its_way_interrupts(call: str, restorer: str, tmp_path: Path) -> None:
@@ -174,6 +171,7 @@ def test_a_signal_on_its_way_interrupts(call: str, restorer: str, tmp_path: Path
     assert output.read_text() == "ready\ninterrupted\n"
 
 
+@pytest.mark.loop("read")
 @pytest.mark.parametrize("call", NUMBERS)
 def test_a_signal_while_it_stands_still(call: str, tmp_path: Path) -> None:
     """The handler runs when the task goes on, and the call has been interrupted by that, not called again."""

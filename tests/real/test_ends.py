@@ -6,26 +6,19 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 
-from tests.support.fake import compile_restored, restored_tasks, serve_command, serving, write_images
+from tests.support.fake import restored_tasks, serve_command, served_tasks, serving
 from tests.support.memory_cgroup import memory_cgroup
 from tests.support.processes import Server, nothing_left, wait_for
 
 pytestmark = pytest.mark.timeout(120)
 
 PAGES = 600
-
-
-@pytest.fixture(scope="module")
-def restored() -> Iterator[Path]:
-    with TemporaryDirectory(prefix="lazypages-restored-") as folder:
-        yield compile_restored(Path(folder))
 
 
 def tasks_of(directory: Path) -> list[dict[str, Any]]:
@@ -35,13 +28,8 @@ def tasks_of(directory: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("waited_for", [False, True], ids=["zombie", "reaped at once"])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV, signal.SIGRTMIN + 3])
-def test_killed(number: int, waited_for: bool, restored: Path, tmp_path: Path) -> None:
-    with (
-        nothing_left(),
-        restored_tasks(restored, 2, PAGES) as tasks,
-        serving(tmp_path, tasks, PAGES, "--no-background") as server,
-    ):
-        tasks.say("finish")
+def test_killed(number: int, waited_for: bool, restored_program: Path, tmp_path: Path) -> None:
+    with served_tasks(restored_program, tmp_path, 2, PAGES, "--no-background") as (tasks, server):
         tasks.say("touch 10")
         if waited_for:
             tasks.tell("wait")
@@ -57,10 +45,14 @@ def test_killed(number: int, waited_for: bool, restored: Path, tmp_path: Path) -
     assert [(task["state"], task["signal"]) for task in tasks_of(tmp_path)] == [("died", name)] * 2
 
 
-def test_killed_by_the_oom_killer(restored: Path, tmp_path: Path) -> None:
+def test_killed_by_the_oom_killer(restored_program: Path, tmp_path: Path) -> None:
     """Copies are charged to the task's memory cgroup, in which there is not enough room for either."""
     pages = 16 << 8
-    with memory_cgroup(12 << 20) as group, nothing_left(), restored_tasks(restored, 2, pages) as tasks:
+    with (
+        memory_cgroup(12 << 20) as group,
+        nothing_left(),
+        restored_tasks(restored_program, 2, pages) as tasks,
+    ):
         for pid in tasks.pids:
             group.write_text(str(pid))
         with serving(tmp_path, tasks, pages) as server:
@@ -75,13 +67,8 @@ def test_killed_by_the_oom_killer(restored: Path, tmp_path: Path) -> None:
 @pytest.mark.every_kernel
 @pytest.mark.parametrize("how", ["exit", "exec"])
 @pytest.mark.parametrize("waited_for", [False, True], ids=["zombie", "reaped at once"])
-def test_by_itself(how: str, waited_for: bool, restored: Path, tmp_path: Path) -> None:
-    with (
-        nothing_left(),
-        restored_tasks(restored, 2, PAGES) as tasks,
-        serving(tmp_path, tasks, PAGES, "--no-background") as server,
-    ):
-        tasks.say("finish")
+def test_by_itself(how: str, waited_for: bool, restored_program: Path, tmp_path: Path) -> None:
+    with served_tasks(restored_program, tmp_path, 2, PAGES, "--no-background") as (tasks, server):
         tasks.say("touch 10")
         tasks.say(how)
         if waited_for:
@@ -91,18 +78,19 @@ def test_by_itself(how: str, waited_for: bool, restored: Path, tmp_path: Path) -
     assert [(task["state"], task["signal"]) for task in tasks_of(tmp_path)] == [("gone", None)] * 2
 
 
-def test_killed_when_complete(restored: Path, tmp_path: Path) -> None:
+def test_killed_when_complete(restored_program: Path, tmp_path: Path) -> None:
     """It had all its memory: what became of it then is not the daemon's business."""
-    with (
-        nothing_left(),
-        restored_tasks(restored, 2, PAGES) as tasks,
-        serving(tmp_path, tasks, PAGES) as server,
-    ):
-        tasks.say("finish")
+    with served_tasks(restored_program, tmp_path, 2, PAGES) as (tasks, server):
         wait_for("the end", lambda: server.process.poll() is not None)
         os.kill(tasks.pids[0], signal.SIGKILL)
         assert server.wait() == 0
     assert [task["state"] for task in tasks_of(tmp_path)] == ["complete"] * 2
+
+
+def serve_patched(script: str, images: Path, *options: str) -> Server:
+    """`serve` as that Python script starts it."""
+    command = [sys.executable, "-c", script, *serve_command(images, *options)[3:]]
+    return Server(command, output=images / "serve.out")
 
 
 #: `serve` on a kernel that says to nobody but a parent how a process has ended.
@@ -119,23 +107,21 @@ main()
 
 @pytest.mark.every_kernel
 @pytest.mark.parametrize("how", ["kill", "exit", "exec"])
-def test_on_kernels_before_6_15(how: str, restored: Path, tmp_path: Path) -> None:
+def test_on_kernels_before_6_15(how: str, restored_program: Path, tmp_path: Path) -> None:
     """Its parent waits for it at once, and so nothing is left of it."""
-    command = [sys.executable, "-c", OLD_KERNEL, *serve_command(tmp_path, "--no-background")[3:]]
-    with nothing_left(), restored_tasks(restored, 4, PAGES) as tasks:
-        write_images(tmp_path, tasks.pids, PAGES)
-        with Server(command, output=tmp_path / "serve.out") as server:
-            server.wait_ready()
-            tasks.say(f"connect {tmp_path}/lazy-pages.socket")
-            tasks.say("finish")
-            tasks.say("touch 10")  # it has them
-            if how != "kill":
-                tasks.say(how)
-            tasks.tell("wait")
-            for pid in tasks.pids:
-                if how == "kill":
-                    os.kill(pid, signal.SIGKILL)
-            assert server.wait() == (how == "kill")
+    start = partial(serve_patched, OLD_KERNEL)
+    with served_tasks(restored_program, tmp_path, 4, PAGES, "--no-background", start=start) as (
+        tasks,
+        server,
+    ):
+        tasks.say("touch 10")  # it has them
+        if how != "kill":
+            tasks.say(how)
+        tasks.tell("wait")
+        for pid in tasks.pids:
+            if how == "kill":
+                os.kill(pid, signal.SIGKILL)
+        assert server.wait() == (how == "kill")
     ends = [(task["state"], task["signal"]) for task in tasks_of(tmp_path)]
     assert ends == [("died", "SIGKILL") if how == "kill" else ("gone", None)] * 4
 
@@ -148,17 +134,15 @@ main()
 """
 
 
-def test_nobody_knows(restored: Path, tmp_path: Path) -> None:
+def test_nobody_knows(restored_program: Path, tmp_path: Path) -> None:
     """As where the kernel does not tell, and its parent has waited for it: not a success."""
-    command = [sys.executable, "-c", UNKNOWN, *serve_command(tmp_path, "--no-background")[3:]]
-    with nothing_left(), restored_tasks(restored, 1, PAGES) as tasks:
-        write_images(tmp_path, tasks.pids, PAGES)
-        with Server(command, output=tmp_path / "serve.out") as server:
-            server.wait_ready()
-            tasks.say(f"connect {tmp_path}/lazy-pages.socket")
-            tasks.say("finish")
-            tasks.say("exit")
-            assert server.wait() == 1
-            assert "600 pages, cause unknown" in server.story()
-            assert "1 ended before completion, cause unknown" in server.story()
+    start = partial(serve_patched, UNKNOWN)
+    with served_tasks(restored_program, tmp_path, 1, PAGES, "--no-background", start=start) as (
+        tasks,
+        server,
+    ):
+        tasks.say("exit")
+        assert server.wait() == 1
+        assert "600 pages, cause unknown" in server.story()
+        assert "1 ended before completion, cause unknown" in server.story()
     assert [task["state"] for task in tasks_of(tmp_path)] == ["ended"]

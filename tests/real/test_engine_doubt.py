@@ -53,11 +53,7 @@ def seal(task: Task, first: int, pages: int) -> bool:
 @pytest.mark.parametrize("delivered", [0, 3])
 def test_munmap_of_what_is_sealed_in_part(file: PagesFile, known: bool, delivered: int) -> None:
     with Service() as service:
-        task = service.task()
-        uffd = task.open_uffd()
-        task.map((BASE, PAGES))
-        pid = task.pid if known else 0
-        served = service.serve(uffd, [(BASE, PAGES, 0, 0)], [(BASE, PAGES)], file, pid=pid, max_readahead=1)
+        task, served = service.mapped(file, (BASE, PAGES), known=known, max_readahead=1)
         stays(task, file, 0, delivered)
         if seal(task, PAGES // 2, PAGES // 2):
             assert task.do("munmap", BASE, PAGES) == EPERM
@@ -74,11 +70,7 @@ def test_munmap_that_fails_in_the_middle_of_a_mapping(file: PagesFile, known: bo
     """What lies below is of the same mapping. It could have grown there; nothing tells where no process is known."""
     start, half = 4, PAGES // 2
     with Service() as service:
-        task = service.task()
-        uffd = task.open_uffd()
-        task.map((BASE, PAGES))
-        pid = task.pid if known else 0
-        served = service.serve(uffd, [(BASE, PAGES, 0, 0)], [(BASE, PAGES)], file, pid=pid, max_readahead=1)
+        task, served = service.mapped(file, (BASE, PAGES), known=known, max_readahead=1)
         stays(task, file, start, delivered)
         if not seal(task, half, PAGES - half):
             assert task.do("munmap", BASE + start * PAGE, PAGES - start) == "0"
@@ -99,11 +91,7 @@ def test_munmap_that_fails_in_the_middle_of_a_mapping(file: PagesFile, known: bo
 @pytest.mark.parametrize("limited", [True, False], ids=["limit", "memory"])
 def test_mmap_that_fails_in_the_place_of_memory(file: PagesFile, known: bool, limited: bool) -> None:
     with Service() as service:
-        task = service.task()
-        uffd = task.open_uffd()
-        task.map((BASE, PAGES))
-        pid = task.pid if known else 0
-        served = service.serve(uffd, [(BASE, PAGES, 0, 0)], [(BASE, PAGES)], file, pid=pid)
+        task, served = service.mapped(file, (BASE, PAGES), known=known)
         if limited:
             assert task.do("limit", 1 << 30) == "0"
         assert task.do("mapover", BASE, (2 << 30 if limited else TIB) // PAGE) == ENOMEM
@@ -117,11 +105,7 @@ def test_mmap_that_fails_in_the_place_of_memory(file: PagesFile, known: bool, li
 @known
 def test_mmap_that_succeeds_in_the_place_of_memory(file: PagesFile, known: bool) -> None:
     with Service() as service:
-        task = service.task()
-        uffd = task.open_uffd()
-        task.map((BASE, PAGES))
-        pid = task.pid if known else 0
-        served = service.serve(uffd, [(BASE, PAGES, 0, 0)], [(BASE, PAGES)], file, pid=pid)
+        task, served = service.mapped(file, (BASE, PAGES), known=known)
         assert task.do("mapover", BASE + 2 * PAGE, 4) == "0"
         task.check(BASE + 2 * PAGE, 4, 0)
         stays(task, file, 0, 2)
@@ -134,17 +118,7 @@ def test_mmap_that_succeeds_in_the_place_of_memory(file: PagesFile, known: bool)
 def test_mremap_onto_what_refuses(file: PagesFile, known: bool, seal_at: int) -> None:
     """The destination is memory of the dump, too, sealed in part. Without mseal it is a plain move."""
     with Service() as service:
-        task = service.task()
-        uffd = task.open_uffd()
-        task.map((BASE, PAGES), (FAR, PAGES))
-        pid = task.pid if known else 0
-        served = service.serve(
-            uffd,
-            [(BASE, PAGES, 0, 0), (FAR, PAGES, PAGES * PAGE, 0)],
-            [(BASE, PAGES), (FAR, PAGES)],
-            file,
-            pid=pid,
-        )
+        task, served = service.mapped(file, (BASE, PAGES), (FAR, PAGES), known=known)
         can = task.do("seal", FAR + seal_at * PAGE, 8) == "0"
         moved = task.do("mremap", BASE, PAGES, PAGES, 3, FAR)
         assert moved == (EPERM if can else str(FAR))
@@ -163,17 +137,7 @@ def test_mremap_onto_what_refuses(file: PagesFile, known: bool, seal_at: int) ->
 def test_mremap_of_several_mappings(file: PagesFile, known: bool, gap: int, onto: bool) -> None:
     """It fails, but some of it, or of what was in the way, may be gone: what is where is asked of the kernel."""
     with Service() as service:
-        task = service.task()
-        uffd = task.open_uffd()
-        task.map((BASE, PAGES), (FAR, PAGES))
-        pid = task.pid if known else 0
-        served = service.serve(
-            uffd,
-            [(BASE, PAGES, 0, 0), (FAR, PAGES, PAGES * PAGE, 0)],
-            [(BASE, PAGES), (FAR, PAGES)],
-            file,
-            pid=pid,
-        )
+        task, served = service.mapped(file, (BASE, PAGES), (FAR, PAGES), known=known)
         assert task.do("munmap", BASE + gap * PAGE, 4) == "0"
         to = FAR if onto else FAR + TIB
         assert task.do("mremap", BASE, PAGES, PAGES, 3, to) == EFAULT
@@ -242,16 +206,7 @@ def test_memory_that_grows_again_where_it_went(known: bool) -> None:
     file = PagesFile(chunks * PAGES)
     places = [BASE + chunk * stride * PAGE for chunk in range(chunks)]
     with slow_service() as service:
-        task = service.task()
-        uffd = task.open_uffd()
-        task.map(*[(place, PAGES) for place in places])
-        served = service.serve(
-            uffd,
-            [(place, PAGES, i * PAGES * PAGE, 0) for i, place in enumerate(places)],
-            [(place, PAGES) for place in places],
-            file,
-            pid=task.pid if known else 0,
-        )
+        task, served = service.mapped(file, *[(place, PAGES) for place in places], known=known)
         task.do("regrow", BASE, PAGES, file.first_id, chunks, stride)
         assert served.lost == 0
 
@@ -264,17 +219,8 @@ def test_forks_that_are_told_after_what_came_later(known: bool, aside: int) -> N
     file = PagesFile(rounds * PAGES)
     found = set()
     with Service() as service:
-        task = service.task()
-        uffd = task.open_uffd()
         places = [BASE + i * 2 * PAGES * PAGE for i in range(rounds)]
-        task.map(*[(place, PAGES) for place in places])
-        service.serve(
-            uffd,
-            [(place, PAGES, i * PAGES * PAGE, 0) for i, place in enumerate(places)],
-            [(place, PAGES) for place in places],
-            file,
-            pid=task.pid if known else 0,
-        )
+        task, _ = service.mapped(file, *[(place, PAGES) for place in places], known=known)
         for i, place in enumerate(places):
             there = aside and aside + i * 2 * PAGES * PAGE
             found.add(task.do("late", place, there, PAGES, file.first_id + i * PAGES, 32 << 8))

@@ -7,9 +7,15 @@ is free, and the kernel itself gives it to the next mremap. See ``lp_space_next_
 
 from __future__ import annotations
 
+import os
+import select
+from contextlib import suppress
+
 import pytest
 
-from tests.support.uffd import BASE, PAGE, PagesFile, Service
+from lazypages.engine._uffd import lib
+from lazypages.engine.events import TaskEventKind
+from tests.support.uffd import BASE, MREMAP_FIXED, MREMAP_MAYMOVE, PAGE, PagesFile, Service, until
 
 PLACE, ASIDE, OTHER, ONWARD = (BASE + (i << 30) for i in range(4))
 PAGES = 16
@@ -40,11 +46,21 @@ def test_memory_that_arrives_where_other_memory_is_just_leaving(
                 [(PLACE, PAGES, 0, 0), (OTHER, PAGES, PAGES * PAGE, 0)],
                 [(PLACE, PAGES), (OTHER, PAGES)],
                 file,
+                pid=task.pid,
             )
             if background:
                 service.transfer(served, PAGE, pause=0.001)
-            task.do("race", PLACE, aside, OTHER, onward, PAGES, file.first_id, file.first_id + PAGES)
-            assert served.lost == 0
+            problem = ""
+            try:
+                task.do("race", PLACE, aside, OTHER, onward, PAGES, file.first_id, file.first_id + PAGES)
+            except pytest.fail.Exception as error:
+                problem = str(error)
+            if not problem:
+                assert served.lost == 0
+                continue
+            # Where everything is slow one read may get two reports of a thread: nothing tells then, and all is lost.
+            assert onward and problem == f"task {task.pid} ended"  # noqa: PT018
+            assert any(notice.kind is TaskEventKind.LOST for notice in service.look())
 
 
 @pytest.mark.every_kernel
@@ -56,7 +72,39 @@ def test_threads_that_reallocate_memory_of_their_own(seed: int) -> None:
         task = service.task()
         uffd = task.open_uffd()
         task.map((BASE, pages))
-        served = service.serve(uffd, [(BASE, pages, 0, 0)], [(BASE, pages)], file, max_readahead=1)
+        served = service.serve(
+            uffd, [(BASE, pages, 0, 0)], [(BASE, pages)], file, max_readahead=1, pid=task.pid
+        )
         service.transfer(served, 16 << 10, pause=0.002)
         task.do("swarm", BASE, pages, file.first_id, seed, 200, 16, 4)
         assert served.lost == 0
+
+
+@pytest.mark.every_kernel
+@pytest.mark.parametrize("call", ["munmap", "mremap", "mapover"])
+def test_who_waits_to_tell_that_a_place_was_left(call: str) -> None:
+    """No event is read here, so the thread stands where a late one stands in the end."""
+    with Service() as service:
+        task = service.task()
+        uffd = task.open_uffd()
+        task.map((PLACE, PAGES), (OTHER, PAGES))
+
+        def tells(at: int, pages: int = PAGES) -> bool:
+            return lib.lp_reports_departure(task.pid, -1, at, at + pages * PAGE) == 1
+
+        assert not tells(PLACE)
+        if call == "mremap":
+            task.tell("mremap", PLACE, PAGES, PAGES, MREMAP_FIXED | MREMAP_MAYMOVE, ASIDE)
+        else:
+            task.tell(call, PLACE, PAGES)
+        until("its event can be read", lambda: select.select([uffd], [], [], 0)[0])
+        until("the thread waits for a reader", lambda: tells(PLACE))
+        assert tells(PLACE + PAGE, 1)
+        assert not tells(PLACE - PAGE, 1)
+        assert not tells(PLACE, PAGES + 1)
+        assert not tells(OTHER)
+        while task.busy(0.01):
+            with suppress(BlockingIOError):
+                os.read(uffd, 32)
+        task.reply()
+        assert not tells(PLACE)

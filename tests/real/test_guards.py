@@ -58,6 +58,7 @@ def installed(restored: LazyRestore) -> bool:
     return any(report.name == "installed" for report in restored.reports())
 
 
+@pytest.mark.loop("lazypages restore-criu-4.2")
 @pytest.mark.parametrize("criu", all_criu())
 @pytest.mark.parametrize("ours", [False, True], ids=["criu restore", "lazypages restore"])
 def test_installed_while_all_is_missing(
@@ -75,6 +76,7 @@ def test_installed_while_all_is_missing(
         check_counts(restored)
 
 
+@pytest.mark.loop("guarded-no-background")
 @modes
 @pytest.mark.parametrize("scenario", GUARDED)
 def test_dumped_by_criu(scenario: str, mode: str, checkpoints: Checkpoints, tmp_path: Path) -> None:
@@ -85,6 +87,7 @@ def test_dumped_by_criu(scenario: str, mode: str, checkpoints: Checkpoints, tmp_
         check_counts(restored)
 
 
+@pytest.mark.loop("lazypages restore-guarded_threads-no-background")
 @modes
 @pytest.mark.parametrize("scenario", GUARDED)
 @pytest.mark.parametrize("ours", [False, True], ids=["criu restore", "lazypages restore"])
@@ -98,6 +101,7 @@ def test_dumped_by_us(ours: bool, scenario: str, mode: str, dumps: Checkpoints, 
         check_counts(restored)
 
 
+@pytest.mark.loop("lazypages restore-guarded")
 @pytest.mark.parametrize("scenario", GUARDED)
 @pytest.mark.parametrize("by", [CRIU, OurRestore("4.2")], ids=["criu restore", "lazypages restore"])
 def test_eagerly(by: Criu, scenario: str, dumps: Checkpoints, tmp_path: Path) -> None:

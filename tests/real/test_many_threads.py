@@ -6,13 +6,13 @@ What is counted is work, not time: each page is asked for a few times at most, w
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
+from tests.support.compiling import compiled
 from tests.support.criu import Criu
 from tests.support.processes import Server, nothing_left, start, tail, wait_for
 
@@ -31,11 +31,8 @@ class Dumped(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("threads") / "threads"
-    flags = ["-O2", "-Wall", "-Wextra", "-Werror", "-pthread"]
-    subprocess.run(["gcc", *flags, "-o", path, SOURCE], check=True, timeout=60)
-    return path
+def program() -> Path:
+    return compiled(SOURCE)
 
 
 def dump(program: Path, kind: str, folder: Path) -> Dumped:
@@ -108,6 +105,7 @@ def check_counts(task: dict[str, Any]) -> None:
     assert calls["copy"] <= 2 * pages + 4 * changes + BALLAST, task
 
 
+@pytest.mark.slow
 def test_threads_that_fault_at_once(heap: Dumped, tmp_path: Path) -> None:
     check_counts(restore(heap, tmp_path))
 
@@ -116,6 +114,7 @@ def test_threads_that_fault_at_once_without_background(heap: Dumped, tmp_path: P
     check_counts(restore(heap, tmp_path, "--no-background"))
 
 
+@pytest.mark.slow
 def test_threads_that_need_their_stacks_and_end(stacks: Dumped, tmp_path: Path) -> None:
     task = restore(stacks, tmp_path, "--no-background")
     assert task["events"]["unmap"] + task["events"]["remove"] >= THREADS

@@ -25,7 +25,8 @@ import pytest
 from images_spec import images
 from images_spec.images import Kind
 from tests.real.test_restore import OurRestore
-from tests.real.test_restore_programs import compile_program, memory, rseq_areas
+from tests.real.test_restore_programs import SOURCES, memory, rseq_areas
+from tests.support.compiling import compiled
 from tests.support.criu import Criu
 from tests.support.dumptool import DumpedByUs
 from tests.support.processes import descendants, describe, nothing_left, reap, start, wait_for
@@ -56,14 +57,8 @@ class Work:
 
 
 @pytest.fixture(scope="module")
-def works(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Work]:
-    folder = tmp_path_factory.mktemp("programs")
-    counter, vectors = folder / "counter", compile_program("vectors", folder)
-    subprocess.run(
-        ["gcc", "-O2", "-Wall", "-Wextra", "-Werror", "-static", "-o", counter, PROGRAMS / "counter.c"],
-        check=True,
-        timeout=60,
-    )
+def works() -> Mapping[str, Work]:
+    counter, vectors = compiled(PROGRAMS / "counter.c", "-static"), compiled(SOURCES / "vectors.c")
     return {
         "counter": Work([str(counter), "20000"], 20, code=42),
         "vectors": Work([str(vectors), "output", "go"], 1, sort=True),
@@ -197,6 +192,7 @@ def dumps(
     return get
 
 
+@pytest.mark.loop("counter-serve-dumptool-lazypages", "sqlite-serve-criu-criu")
 @pytest.mark.parametrize("restored_by", ["criu", "lazypages"])
 @pytest.mark.parametrize("dumped_by", ["criu", "dumptool"])
 @pytest.mark.parametrize("mode", list(MODES))
@@ -309,6 +305,7 @@ def stopped(
     return get
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("restored_by", ["criu", "lazypages"])
 @pytest.mark.parametrize("dumped_by", ["criu", "dumptool"])
 @pytest.mark.parametrize("mode", list(MODES))

@@ -185,11 +185,13 @@ RESTORERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("restorer", RESTORERS)
 def test_only_what_has_changed_crosses(restorer: str, writer: Path, tmp_path: Path) -> None:
     check_counts(migrate(Host(), Host(), RESTORERS[restorer](), writer, tmp_path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("restorer", RESTORERS)
 def test_between_hosts_with_a_delay(restorer: str, writer: Path, tmp_path: Path) -> None:
     with two_hosts(Link(delay=DELAY)) as (source, destination):
@@ -199,6 +201,7 @@ def test_between_hosts_with_a_delay(restorer: str, writer: Path, tmp_path: Path)
         assert stats["page_servers"][0]["round_trip"] >= 2 * DELAY
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
 @pytest.mark.parametrize("restorer", RESTORERS)
 def test_diskless_over_a_bad_link(restorer: str, tls: bool, writer: Path, tmp_path: Path) -> None:

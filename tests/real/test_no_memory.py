@@ -18,6 +18,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scenario", ["layout", "remote"])
 def test_each_allocation_may_fail(engine: Path, scenario: str) -> None:
     command = [sys.executable, "-m", "tests.support.failing_memory", str(engine), scenario]

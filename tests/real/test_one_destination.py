@@ -130,6 +130,7 @@ def completes(victim: Victim, source: LazyDump, program: Program, work: Path) ->
         restored.check_memory()
 
 
+@pytest.mark.loop("ours-ours-11")
 @pytest.mark.parametrize(
     ("client", "restorer", "number"),
     [
@@ -175,6 +176,7 @@ def test_a_task_that_the_oom_killer_ends(program: Program, tmp_path: Path) -> No
         completes(victim, source, program, tmp_path / "second")
 
 
+@pytest.mark.loop("ours")
 @pytest.mark.parametrize("client", ["ours", "ours by faults"])
 def test_a_task_that_exits_by_itself(client: str, program: Program, tmp_path: Path) -> None:
     """It does not need the rest, wherever that is: the source ends."""
@@ -208,6 +210,7 @@ def test_the_others_hear_that_one_has_completed(program: Program, tmp_path: Path
         first.check_memory()
 
 
+@pytest.mark.slow
 def test_two_that_complete_at_the_same_time(program: Program, tmp_path: Path) -> None:
     """One of them may go on."""
     with (
@@ -232,6 +235,7 @@ def is_there(pid: int) -> bool:
         return False
 
 
+@pytest.mark.loop("ours")
 @pytest.mark.parametrize("client", ["ours", "4.1", "4.2"])
 def test_a_signal_while_the_destination_runs(client: str, program: Program, tmp_path: Path) -> None:
     """However often: it does not run on both sides."""

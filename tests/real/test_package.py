@@ -66,6 +66,7 @@ def installed() -> Iterator[Path]:
         yield folder / "venv" / "bin"
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_the_wheel_s_own_code_runs(installed: Path) -> None:
     """And not that of the tree, which is gone."""
@@ -79,6 +80,7 @@ def test_the_wheel_s_own_code_runs(installed: Path) -> None:
         assert text.startswith(str(installed.parent))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("criu", [True, False], ids=["with CRIU", "without"])
 def test_the_demo_from_the_wheel(installed: Path, criu: bool) -> None:
@@ -88,6 +90,7 @@ def test_the_demo_from_the_wheel(installed: Path, criu: bool) -> None:
     assert "Every byte is the same as at the checkpoint." in text
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("command", ["lazypages", "dumptool"])
 def test_commands(installed: Path, command: str) -> None:

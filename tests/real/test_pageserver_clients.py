@@ -71,6 +71,7 @@ def talk(sock: socket.socket, said: bytes, answer: int) -> bytes:
 # -- what ends it --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @layouts
 @pytest.mark.parametrize("how", ["CLOSE", "end", "end in a message", "reset", "missing page"])
 def test_ends_with_a_client_of_criu(
@@ -177,6 +178,7 @@ def test_a_failed_handshake_costs_only_its_connection(tmp_path: Path) -> None:
     assert "Traceback" not in (tmp_path / "out").read_text()
 
 
+@pytest.mark.slow
 def test_a_slow_handshake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The time is for all of it, however often another byte comes."""
     authority = Authority(tmp_path / "pki")
@@ -232,6 +234,7 @@ def in_thread(work: Callable[[], object]) -> tuple[threading.Thread, list[object
     return thread, result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", [False, True], ids=["later", "first message"])
 @pytest.mark.parametrize("in_c", [False, True], ids=["python", "c"])
 def test_a_request_that_is_not_finished(
@@ -260,6 +263,7 @@ def test_a_request_that_is_not_finished(
         assert result == [False]
 
 
+@pytest.mark.slow
 def test_pages_that_drip(short: float, tmp_path: Path) -> None:
     """Receive mode: a dump may be slow, but not a byte a minute."""
     layout = Layout.CRIU_4_2
@@ -341,8 +345,11 @@ def test_whose_a_connection_is(address: str, to: str, device: bytes) -> None:
         ) as client:
             accepted, _ = listener.accept()
             with accepted:
-                ends = peers._end(accepted.getpeername()), peers._end(accepted.getsockname())
-                for find in (peers.find_owner, peers._from_kernel, peers._from_proc):
+                ends = (
+                    peers.connection_end(accepted.getpeername()),
+                    peers.connection_end(accepted.getsockname()),
+                )
+                for find in (peers.find_owner, peers.owner_from_kernel, peers.owner_from_proc):
                     owner = find(*ends)
                     assert owner is not None
                     assert owner.uid == STRANGER

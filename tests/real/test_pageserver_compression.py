@@ -16,7 +16,7 @@ from lazypages.sources.remote import RemoteOptions, ServerStats
 from lazypages.sources.trial import PHASE_BYTES
 from tests.support.certificates import Authority
 from tests.support.fake import BASE as BASE_OF_TASKS
-from tests.support.fake import compile_restored, restored_tasks, serve_command, write_images
+from tests.support.fake import restored_tasks, serve_command, write_images
 from tests.support.hosts import Link, two_hosts
 from tests.support.pages import BASE, Contents, fetch, page_server, page_server_command
 from tests.support.processes import Server
@@ -67,6 +67,7 @@ def fetch_slowly(
     return crossed, stats
 
 
+@pytest.mark.loop("plain")
 @pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
 def test_compressible(tls: bool, tmp_path: Path) -> None:
     """Fewer bytes cross; the numbers say how many pages came so, in how many bytes.
@@ -83,6 +84,7 @@ def test_compressible(tls: bool, tmp_path: Path) -> None:
     assert plain + stats.compressed_bytes <= crossed < 1.02 * (plain + stats.compressed_bytes) + (64 << 10)
 
 
+@pytest.mark.slow
 def test_noise(tmp_path: Path) -> None:
     """What does not get shorter crosses as it is, although the client would take it compressed."""
     contents = write(tmp_path / "images", "noise")
@@ -91,11 +93,12 @@ def test_noise(tmp_path: Path) -> None:
     assert PAGES * PAGE_SIZE <= crossed < 1.02 * PAGES * PAGE_SIZE
 
 
-def test_a_restored_task_from_another_host(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_restored_task_from_another_host(restored_program: Path, tmp_path: Path) -> None:
     """All of it together: its background comes compressed, its faults do not, and it finds every byte right."""
     here, there = tmp_path / "here", tmp_path / "there"
     with two_hosts(Link(delay=0.001, rate=20e6)) as (source, destination), ExitStack() as stack:
-        tasks = stack.enter_context(restored_tasks(compile_restored(tmp_path), 1, PAGES))
+        tasks = stack.enter_context(restored_tasks(restored_program, 1, PAGES))
         for directory in (here, there):
             directory.mkdir()
             write_images(directory, tasks.pids, PAGES)

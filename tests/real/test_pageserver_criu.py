@@ -40,6 +40,7 @@ def remote_daemon(criu: Criu, port: int, *options: str) -> Daemon:
     return Daemon("criu", (*command, *options), ours=False)
 
 
+@pytest.mark.loop("tree-criu-4.2")
 @both
 @pytest.mark.parametrize("scenario", ["single", "tree", "fragments", "heap"])
 def test_restore(criu: Criu, scenario: str, checkpoints: Checkpoints, tmp_path: Path) -> None:
@@ -52,6 +53,7 @@ def test_restore(criu: Criu, scenario: str, checkpoints: Checkpoints, tmp_path: 
         assert server.wait() == 0  # with its client, as CRIU's
 
 
+@pytest.mark.slow
 @both
 def test_restore_with_tls(criu: Criu, checkpoints: Checkpoints, authority: Authority, tmp_path: Path) -> None:
     """Certificates that name the address on both sides; CRIU checks ours and we check CRIU's."""
@@ -66,6 +68,7 @@ def test_restore_with_tls(criu: Criu, checkpoints: Checkpoints, authority: Autho
         assert "disconnected after" in (tmp_path / "server.out").read_text()
 
 
+@pytest.mark.loop("criu-4.2")
 @both
 def test_fetch_with_tls(criu: Criu, checkpoints: Checkpoints, authority: Authority, tmp_path: Path) -> None:
     """The other way round: our client, CRIU's server."""
@@ -165,6 +168,7 @@ def replay(said: bytes | bytearray, port: int) -> bytes:
     return bytes(answers)
 
 
+@pytest.mark.loop("tree-criu-4.2")
 @both
 @pytest.mark.parametrize("scenario", ["single", "tree", "fragments"])
 def test_dump(criu: Criu, scenario: str, program: Program, tmp_path: Path) -> None:
@@ -188,6 +192,7 @@ def test_dump(criu: Criu, scenario: str, program: Program, tmp_path: Path) -> No
     assert "pages-65537.img" in names
 
 
+@pytest.mark.slow
 @both
 def test_dump_with_tls(criu: Criu, program: Program, authority: Authority, tmp_path: Path) -> None:
     """The same task, stopped, is dumped twice: to us, and to CRIU's own server."""
@@ -218,6 +223,7 @@ def test_dump_with_tls(criu: Criu, program: Program, authority: Authority, tmp_p
     assert "pages-65537.img" in same_images(ours, theirs)
 
 
+@pytest.mark.slow
 @both
 def test_fetch_from_a_frozen_task_with_tls(
     criu: Criu, program: Program, authority: Authority, tmp_path: Path
@@ -312,6 +318,7 @@ def receive_both(
     return our_code, their_code, our_answers, their_answers
 
 
+@pytest.mark.loop("criu-4.2")
 @both
 def test_chain(criu: Criu, tmp_path: Path) -> None:
     """Two levels, with lazy entries without data, holes, shared memory, an empty image, and --auto-dedup."""
@@ -335,6 +342,7 @@ def test_chain(criu: Criu, tmp_path: Path) -> None:
     assert data[16 * PAGE_SIZE :] == page_at(5, BASE + 54 * PAGE_SIZE)
 
 
+@pytest.mark.loop("criu-4.2")
 @both
 def test_hole_that_the_parent_has_not(criu: Criu, tmp_path: Path) -> None:
     layout = layout_of(criu)
@@ -348,6 +356,7 @@ def test_hole_that_the_parent_has_not(criu: Criu, tmp_path: Path) -> None:
     assert "is in its parent" in (tmp_path / "ours.out").read_text()
 
 
+@pytest.mark.loop("100-criu-4.2")
 @both
 @pytest.mark.parametrize("cut", [1, 30, 100, 5000])
 def test_dump_that_is_cut_off(criu: Criu, cut: int, tmp_path: Path) -> None:

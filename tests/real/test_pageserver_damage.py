@@ -91,10 +91,10 @@ def test_a_disk_that_heals(tmp_path: Path) -> None:
         healer.join()
 
 
-def test_a_restored_task(tmp_path: Path) -> None:
+def test_a_restored_task(restored_program: Path, tmp_path: Path) -> None:
     """Faults and background in the engine: the daemon ends, all is there but what is lost, and that is SIGBUS."""
     here, there = tmp_path / "here", tmp_path / "there"
-    with nothing_left(), fake.restored_tasks(fake.compile_restored(tmp_path), 1, PAGES) as tasks:
+    with nothing_left(), fake.restored_tasks(restored_program, 1, PAGES) as tasks:
         for directory in (here, there):
             directory.mkdir()
             fake.write_images(directory, tasks.pids, PAGES)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pytest
 
 from tests.real.test_restore import OurRestore
+from tests.support.compiling import compiled
 from tests.support.criu import Criu
 from tests.support.dumptool import DumpedByUs, task
 from tests.support.processes import reap, wait_for
@@ -38,12 +37,8 @@ class Counting(Criu):
 
 
 @pytest.fixture(scope="module")
-def program() -> Iterator[Path]:
-    with TemporaryDirectory(prefix="lazypages-timers-") as folder:
-        path = Path(folder) / "timers"
-        command = ["gcc", "-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread", "-o", path, SOURCE]
-        subprocess.run(command, check=True, timeout=120)
-        yield path
+def program() -> Path:
+    return compiled(SOURCE)
 
 
 def timers(pid: int) -> list[str]:
@@ -52,6 +47,7 @@ def timers(pid: int) -> list[str]:
     return sorted(parts, key=lambda timer: int(timer.split()[1]))
 
 
+@pytest.mark.loop("dumper0-restorer0")
 @pytest.mark.parametrize(
     ("dumper", "restorer"),
     [

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -42,7 +42,9 @@ def test_descendants(short: bool) -> None:
         assert other.poll() is None
         process.kill(descendants=True)  # it is gone: nobody else is meant
         process.close()
-        time.sleep(0.05)
-        assert Path(f"/proc/{other.pid}").exists()
+        status = Path(f"/proc/{other.pid}/status").read_text()
+        assert re.findall(r"(?:State|SigPnd|ShdPnd):\t(\w+)", status) == ["S", *["0" * 16] * 2], (
+            "a signal was sent"
+        )
         other.kill()
         other.wait()

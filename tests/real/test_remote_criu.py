@@ -73,6 +73,7 @@ def how_told(criu: Criu) -> list[RemoteOptions]:
     ]
 
 
+@pytest.mark.loop("nothing-criu-4.2")
 @both
 @pytest.mark.parametrize("told", range(4), ids=["nothing", "layout", "images of 4.1", "images of 4.2"])
 def test_page_server(criu: Criu, told: int, checkpoints: Checkpoints, tmp_path: Path) -> None:
@@ -91,6 +92,7 @@ def test_page_server(criu: Criu, told: int, checkpoints: Checkpoints, tmp_path: 
     assert fetched.stats[0].connections == 1
 
 
+@pytest.mark.loop("asyncio-criu-4.2")
 @both
 @pytest.mark.parametrize("loop", LOOPS, ids=LOOP_NAMES)
 def test_frozen_task(criu: Criu, loop: dict[str, Any], program: Program, tmp_path: Path) -> None:
@@ -115,6 +117,7 @@ def test_frozen_task(criu: Criu, loop: dict[str, Any], program: Program, tmp_pat
     fetched.check(contents)
 
 
+@pytest.mark.loop("criu-4.2")
 @both
 def test_missing_page_ends_it(criu: Criu, checkpoints: Checkpoints, tmp_path: Path) -> None:
     """CRIU's server closes for a page that it hasn't got, and is gone: what it gave is right, the rest is lost."""

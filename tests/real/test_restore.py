@@ -62,6 +62,7 @@ class OurRestore(Criu):
         return code
 
 
+@pytest.mark.loop("threads-criu-4.1")
 @pytest.mark.parametrize("criu", [older])
 @pytest.mark.parametrize("scenario", EAGER)
 def test_eager(criu: Criu, scenario: str, checkpoints: Checkpoints, tmp_path: Path) -> None:
@@ -72,6 +73,7 @@ def test_eager(criu: Criu, scenario: str, checkpoints: Checkpoints, tmp_path: Pa
         restored.check_verdict()
 
 
+@pytest.mark.loop("tree-criu-4.2", "family-criu-4.2")
 @pytest.mark.parametrize("criu", [newer])
 @pytest.mark.parametrize(
     "scenario", [*EAGER, "stack", "heap", "moves", "discards", "family", "inherit_early", "syscalls", "crowd"]
@@ -83,6 +85,7 @@ def test_lazy(criu: Criu, scenario: str, checkpoints: Checkpoints, tmp_path: Pat
 
 
 # Scenarios that CRIU's own daemon can serve (docs/criu.md, "Limits of CRIU's daemon and page server").
+@pytest.mark.loop("tree-criu-4.2")
 @pytest.mark.parametrize("criu", [older, newer])
 @pytest.mark.parametrize("scenario", ["small_stacks", "tree"])
 def test_lazy_under_criu(criu: Criu, scenario: str, checkpoints: Checkpoints, tmp_path: Path) -> None:
@@ -98,6 +101,7 @@ def chains(program: Program) -> Iterator[Checkpoints]:
         yield Checkpoints(Path(folder), program)
 
 
+@pytest.mark.loop("lazy-threads")
 @pytest.mark.parametrize("scenario", ["threads", "fragments", "tree", "interpreter"])
 @pytest.mark.parametrize("mode", ["eager", "lazy", "lazy under criu"])
 def test_no_criu_at_all(mode: str, scenario: str, chains: Checkpoints, tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,9 +16,11 @@ from images_spec import images
 from images_spec.images import Kind
 from images_spec.messages import CoreEntry, FdType, FileEntry
 from tests.real.test_restore import RESTORE
-from tests.real.test_restore_programs import Job, compile_program, lines
+from tests.real.test_restore_programs import SOURCES, Job, lines
+from tests.support.blocked import wait_for_faults
+from tests.support.compiling import compiled
 from tests.support.criu import Criu, all_criu
-from tests.support.processes import descendants, nothing_left, reap, wait_for
+from tests.support.processes import descendants, nothing_left, reap
 from tests.support.restore import SOCKET, criu_daemon
 
 
@@ -28,7 +29,7 @@ def dumped(tmp_path_factory: pytest.TempPathFactory) -> Job:
     """The counter, in the middle of its work. Its images and its file are copied before they are damaged."""
     criu: Criu = all_criu()[0].values[0]  # type: ignore[assignment]
     folder = tmp_path_factory.mktemp("dumped")
-    job = Job([str(compile_program("counter", folder, "-static")), str(folder / "out")], folder, criu)
+    job = Job([str(compiled(SOURCES / "counter.c", "-static")), str(folder / "out")], folder, criu)
     with nothing_left():
         job.start(lambda: lines(folder / "out") > 20)
         job.dump()
@@ -168,9 +169,7 @@ def test_credentials_name_the_task(job: Job) -> None:
             ((_, kind, credentials),) = [part for part in ancillary if part[1] == socket.SCM_CREDENTIALS]
             assert kind == socket.SCM_CREDENTIALS
             assert int.from_bytes(credentials[:4], "little") == job.pid
-            # The restorer waits for a fault now, or soon, that nobody answers.
-            wait_for("the task to be made", Path(f"/proc/{job.pid}").exists)
-            time.sleep(0.2)
+            wait_for_faults(job.pid)  # nobody answers them
             restore.send_signal(signal.SIGTERM)
             _, said = restore.communicate(timeout=60)
         assert restore.returncode == 1
@@ -274,6 +273,7 @@ def test_pidfile_that_is_there(job: Job) -> None:
     assert "--pidfile" in refuse(job, "--pidfile", "pid")
 
 
+@pytest.mark.slow
 def test_restored_many_times(job: Job, dumped: Job) -> None:
     out = dumped.folder / "out"
     at_dump = out.read_bytes()

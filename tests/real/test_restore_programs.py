@@ -19,6 +19,7 @@ from images_spec import images
 from images_spec.images import Kind
 from images_spec.messages import CoreEntry
 from tests.real.test_restore import RESTORE, OurRestore
+from tests.support.compiling import compiled
 from tests.support.criu import Criu
 from tests.support.dumptool import DumpedByUs, is_unharmed
 from tests.support.processes import descendants, nothing_left, reap, start, wait_for
@@ -27,14 +28,6 @@ from tests.support.terminal import OnTerminal
 
 SOURCES = Path(__file__).parent / "restore_programs"
 MODES = ["eager", "lazy under lazypages", "lazy under criu"]
-
-
-def compile_program(name: str, folder: Path, *flags: str) -> Path:
-    program = folder / name
-    source = str(SOURCES / f"{name}.c")
-    command = ["gcc", "-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread", *flags]
-    subprocess.run([*command, "-o", str(program), source], check=True, timeout=60)
-    return program
 
 
 @dataclass
@@ -109,9 +102,10 @@ def lines(path: Path) -> int:
     return path.read_text().count("\n") if path.exists() else 0
 
 
+@pytest.mark.loop("dumptool")
 def test_attached_ends_as_the_task_does(criu: Criu, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    job = Job([str(compile_program("counter", tmp_path, "-static")), str(out)], tmp_path, criu)
+    job = Job([str(compiled(SOURCES / "counter.c", "-static")), str(out)], tmp_path, criu)
     job.start(lambda: lines(out) > 20)
     job.dump()
     at_dump = out.read_bytes()
@@ -219,12 +213,13 @@ def rseq_areas(directory: Path) -> list[range]:
     return [range(e.rseq_abi_pointer, e.rseq_abi_pointer + e.rseq_abi_size) for e in entries]
 
 
+@pytest.mark.loop("dumptool-lazy under lazypages")
 @pytest.mark.parametrize("mode", MODES)
 def test_everything_that_a_task_has(mode: str, criu: Criu, tmp_path: Path) -> None:
     """A tree with as much state as there is, compared from outside before and after, memory too."""
     folder = tmp_path / "work"
     folder.mkdir()
-    job = Job([str(compile_program("state", tmp_path)), str(folder), *leaderless(criu)], tmp_path, criu)
+    job = Job([str(compiled(SOURCES / "state.c")), str(folder), *leaderless(criu)], tmp_path, criu)
     job.start((folder / "ready").exists)
     pids = [job.pid, *descendants(job.pid)]
     wait_quiet(pids)
@@ -270,11 +265,12 @@ def settled(path: Path) -> CoreEntry:
     return core
 
 
+@pytest.mark.loop("dumptool")
 def test_dumped_again(criu: Criu, tmp_path: Path) -> None:
     """What /proc does not show: handlers, masks, alternate stacks, timers, all registers, rseq, robust lists …"""
     folder = tmp_path / "work"
     folder.mkdir()
-    job = Job([str(compile_program("state", tmp_path)), str(folder), *leaderless(criu)], tmp_path, criu)
+    job = Job([str(compiled(SOURCES / "state.c")), str(folder), *leaderless(criu)], tmp_path, criu)
     job.start((folder / "ready").exists)
     wait_quiet([job.pid, *descendants(job.pid)])
     job.dump("--file-locks")
@@ -300,10 +296,11 @@ def test_dumped_again(criu: Criu, tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.loop("dumptool")
 def test_another_user(criu: Criu, tmp_path: Path) -> None:
     """CRIU can't dump it without CAP_SYS_RESOURCE, so the image is changed to say so."""
     out = tmp_path / "out"
-    job = Job([str(compile_program("counter", tmp_path, "-static")), str(out)], tmp_path, criu)
+    job = Job([str(compiled(SOURCES / "counter.c", "-static")), str(out)], tmp_path, criu)
     job.start(lambda: lines(out) > 20)
     job.dump()
     path = job.images / f"core-{job.pid}.img"
@@ -340,6 +337,7 @@ TERMINAL = """
 """
 
 
+@pytest.mark.loop("dumptool")
 def test_shell_job(criu: Criu, tmp_path: Path) -> None:
     """A program on a terminal goes on on another one."""
     directory = tmp_path / "images"

@@ -6,7 +6,6 @@ import random
 import signal
 import socket
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -16,9 +15,10 @@ from pathlib import Path
 import pytest
 
 from images_spec.flags import PAGE_SIZE
+from tests.support.blocked import wait_for_faults
 from tests.support.criu import Criu, all_criu
 from tests.support.hosts import Host, Link, two_hosts
-from tests.support.processes import Server, nothing_left
+from tests.support.processes import Server, nothing_left, wait_for
 from tests.support.proxy import Fault, Proxy
 from tests.support.remote import criu_page_server, free_port, leave_at_source, our_page_server
 from tests.support.restore import Checkpoints, Daemon, lazy_restore, our_daemon
@@ -53,6 +53,7 @@ def remote_options(port: int) -> list[str]:
     return ["--page-server", "--address", "127.0.0.1", "--port", str(port)]
 
 
+@pytest.mark.loop("tree-ours-criu-4.2")
 @both
 @pytest.mark.parametrize("server", ["criu", "ours"])
 @pytest.mark.parametrize("scenario", ["single", "tree", "interpreter", "fragments"])
@@ -79,6 +80,7 @@ def test_all_from_a_server(
         assert process.wait() == 0
 
 
+@pytest.mark.loop("threads-ours-criu-4.2", "moves-criu-criu-4.2")
 @both
 @pytest.mark.parametrize("server", ["criu", "ours"])
 @pytest.mark.parametrize("scenario", ["single", "threads", "family", "moves", "unmaps", "forks_under_load"])
@@ -99,6 +101,7 @@ def test_faults_over_the_network(
         restored.check_all()
 
 
+@pytest.mark.loop("trio")
 @pytest.mark.parametrize("loop", ["asyncio", "trio", "uvloop"])
 def test_loops(loop: str, checkpoints: Checkpoints, tmp_path: Path) -> None:
     checkpoint = checkpoints.get(OURS, "tree")
@@ -129,6 +132,7 @@ def test_a_directory_stands_in(checkpoints: Checkpoints, tmp_path: Path) -> None
         restored.check_verdict()
 
 
+@pytest.mark.loop("unix")
 @pytest.mark.parametrize("how", ["::1", "localhost", "tcp://[::1]", "unix"])
 def test_addresses(how: str, checkpoints: Checkpoints, tmp_path: Path) -> None:
     """IPv6, names and unix sockets, as options and as URLs."""
@@ -218,7 +222,7 @@ def test_a_server_that_goes_away(checkpoints: Checkpoints, tmp_path: Path) -> No
         first.signal(signal.SIGKILL)
         first.process.wait()
         restored.go()
-        time.sleep(1)
+        wait_for_faults(checkpoint.pid)
         assert restored.reports() == []
         sock.unlink(missing_ok=True)
         stack.enter_context(
@@ -227,6 +231,7 @@ def test_a_server_that_goes_away(checkpoints: Checkpoints, tmp_path: Path) -> No
         restored.check_end()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("mode", [[], ["--no-background"]], ids=["background", "no-background"])
 def test_500_random_cuts_while_a_task_runs(mode: list[str], checkpoints: Checkpoints, tmp_path: Path) -> None:
@@ -263,6 +268,7 @@ def test_500_random_cuts_while_a_task_runs(mode: list[str], checkpoints: Checkpo
                 restored.check_all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("server_dies", [False, True], ids=["server stays", "server dies"])
 def test_a_network_that_goes_away(server_dies: bool, checkpoints: Checkpoints, tmp_path: Path) -> None:
     """Nothing arrives any more, and nobody is told: the task waits, and goes on when the network is back.
@@ -281,7 +287,8 @@ def test_a_network_that_goes_away(server_dies: bool, checkpoints: Checkpoints, t
         restored = stack.enter_context(lazy_restore(checkpoint, daemon, tmp_path, images))
         source.run("ip", "route", "add", "blackhole", f"{destination.address}/32")
         restored.go()
-        time.sleep(4)  # longer than silence is taken for slowness
+        wait_for("word of the silence", lambda: "silent for" in restored.server.story(), 60)
+        wait_for_faults(checkpoint.pid)
         assert restored.reports() == []
         if server_dies:
             first.signal(signal.SIGKILL)

@@ -8,34 +8,18 @@ import re
 import signal
 import socket
 import subprocess
-import time
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 
-from tests.support.fake import (
-    compile_restored,
-    restored_tasks,
-    serve,
-    serve_command,
-    serve_held,
-    serving,
-    write_images,
-)
+from tests.support.fake import restored_tasks, serve, serve_command, serve_held, served_tasks, write_images
 from tests.support.kernel import CAN_POISON
 from tests.support.processes import Server, wait_for
 
 PAGES = 600
 LOOPS = ["uvloop", "asyncio", "trio"]
-
-
-@pytest.fixture(scope="module")
-def program() -> Iterator[Path]:
-    with TemporaryDirectory(prefix="lazypages-restored-") as folder:
-        yield compile_restored(Path(folder))
 
 
 def stats_of(directory: Path) -> dict[str, Any]:
@@ -46,10 +30,10 @@ def stats_of(directory: Path) -> dict[str, Any]:
 @pytest.mark.every_kernel
 @pytest.mark.parametrize("loop", LOOPS)
 @pytest.mark.parametrize("background", [True, False])
-def test_a_tree(loop: str, background: bool, program: Path, tmp_path: Path) -> None:
+def test_a_tree(loop: str, background: bool, restored_program: Path, tmp_path: Path) -> None:
     """Three tasks and a zombie; faults before the finish message are answered, each page is given once."""
     options = ["--loop", loop] + ([] if background else ["--no-background"])
-    with restored_tasks(program, 3, PAGES) as tasks:
+    with restored_tasks(restored_program, 3, PAGES) as tasks:
         write_images(tmp_path, tasks.pids, PAGES, dead=[999999])
         with serve(tmp_path, *options) as server:
             server.wait_ready()
@@ -71,21 +55,21 @@ def test_a_tree(loop: str, background: bool, program: Path, tmp_path: Path) -> N
         assert task["faults"]["total"] >= 3  # readahead brings some of the five
 
 
+@pytest.mark.loop("uvloop")
 @pytest.mark.parametrize("loop", LOOPS)
-def test_many_tasks(loop: str, program: Path, tmp_path: Path) -> None:
-    with restored_tasks(program, 200, 64) as tasks, serving(tmp_path, tasks, 64, "--loop", loop) as server:
-        tasks.say("finish")
+def test_many_tasks(loop: str, restored_program: Path, tmp_path: Path) -> None:
+    with served_tasks(restored_program, tmp_path, 200, 64, "--loop", loop) as (tasks, server):
         tasks.say("check")
         assert tasks.statuses() == [0] * 200
         assert server.wait() == 0
     assert stats_of(tmp_path)["pages_copied"] == 200 * 64
 
 
-def test_background_is_fair(program: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_background_is_fair(restored_program: Path, tmp_path: Path) -> None:
     """No task waits until another one is complete."""
     pages = 16384
-    with restored_tasks(program, 3, pages) as tasks, serving(tmp_path, tasks, pages) as server:
-        tasks.say("finish")
+    with served_tasks(restored_program, tmp_path, 3, pages) as (_, server):
         assert server.wait() == 0
     seconds = sorted(task["seconds"] for task in stats_of(tmp_path)["tasks"])
     # each is served in turns of 8 MiB of its 64: the last turns are all near the end
@@ -93,31 +77,25 @@ def test_background_is_fair(program: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("loop", LOOPS)
-def test_no_finish_message(loop: str, program: Path, tmp_path: Path) -> None:
+def test_no_finish_message(loop: str, restored_program: Path, tmp_path: Path) -> None:
     """The restorer goes away: faults are answered on, nothing else is brought, and the status says it."""
-    with (
-        restored_tasks(program, 1, PAGES) as tasks,
-        serving(tmp_path, tasks, PAGES, "--loop", loop) as server,
-    ):
+    with served_tasks(restored_program, tmp_path, 1, PAGES, "--loop", loop, finish=False) as (tasks, server):
         tasks.say("close")
         tasks.say("touch 7")
-        time.sleep(0.3)
+        wait_for("the message", lambda: "the restore failed" in server.story())
+        tasks.say("touch 8")
         assert server.process.poll() is None
         os.kill(tasks.pids[0], signal.SIGKILL)
         assert tasks.statuses() == [137]
         assert server.wait() == 1
     stats = stats_of(tmp_path)
-    assert 7 <= stats["pages_copied"] < 20  # with readahead
+    assert 8 <= stats["pages_copied"] < 20  # with readahead
     assert not stats["restore_finished"]
 
 
-def test_killed_while_it_faults(program: Path, tmp_path: Path) -> None:
+def test_killed_while_it_faults(restored_program: Path, tmp_path: Path) -> None:
     """One task dies, the others are served on; that it was killed is told."""
-    with (
-        restored_tasks(program, 3, PAGES) as tasks,
-        serving(tmp_path, tasks, PAGES, "--no-background") as server,
-    ):
-        tasks.say("finish")
+    with served_tasks(restored_program, tmp_path, 3, PAGES, "--no-background") as (tasks, server):
         tasks.say("touch 3")
         os.kill(server.pid, signal.SIGSTOP)
         tasks.say("check")  # all of them fault now, and wait
@@ -128,9 +106,9 @@ def test_killed_while_it_faults(program: Path, tmp_path: Path) -> None:
     assert sorted(task["state"] for task in stats_of(tmp_path)["tasks"]) == ["complete", "complete", "died"]
 
 
-def test_killed_before_the_restore_is_finished(program: Path, tmp_path: Path) -> None:
+def test_killed_before_the_restore_is_finished(restored_program: Path, tmp_path: Path) -> None:
     """It is out of service when the news comes that all tasks go on."""
-    with restored_tasks(program, 3, PAGES) as tasks, serving(tmp_path, tasks, PAGES, "-v3") as server:
+    with served_tasks(restored_program, tmp_path, 3, PAGES, "-v3", finish=False) as (tasks, server):
         os.kill(tasks.pids[1], signal.SIGKILL)
         wait_for("the end of its service", lambda: f"task {tasks.pids[1]}: died" in server.story())
         tasks.say("finish")
@@ -138,25 +116,25 @@ def test_killed_before_the_restore_is_finished(program: Path, tmp_path: Path) ->
     assert sorted(task["state"] for task in stats_of(tmp_path)["tasks"]) == ["complete", "complete", "died"]
 
 
-def test_interrupt_before_a_restore(program: Path, tmp_path: Path) -> None:
-    with restored_tasks(program, 1, PAGES) as tasks:
-        write_images(tmp_path, tasks.pids, PAGES)
-        with serve(tmp_path) as server:
-            server.wait_ready()
-            server.signal(signal.SIGINT)
-            assert server.wait() == 1
+def test_interrupt_before_a_restore(tmp_path: Path) -> None:
+    write_images(tmp_path, [4242], PAGES)
+    with serve(tmp_path) as server:
+        server.wait_ready()
+        server.signal(signal.SIGINT)
+        assert server.wait() == 1
     assert not (tmp_path / "lazy-pages.socket").exists()
 
 
 @pytest.mark.parametrize("loop", LOOPS)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupt_completes_the_tasks(loop: str, number: int, program: Path, tmp_path: Path) -> None:
+def test_interrupt_completes_the_tasks(
+    loop: str, number: int, restored_program: Path, tmp_path: Path
+) -> None:
     """Even with --no-background: what nobody has touched is brought before the daemon ends."""
-    with (
-        restored_tasks(program, 2, PAGES) as tasks,
-        serving(tmp_path, tasks, PAGES, "--no-background", "--loop", loop) as server,
+    with served_tasks(restored_program, tmp_path, 2, PAGES, "--no-background", "--loop", loop) as (
+        tasks,
+        server,
     ):
-        tasks.say("finish")
         tasks.say("touch 10")
         server.signal(number)
         assert server.wait() == 0
@@ -207,9 +185,9 @@ AFTER_READY = (
 )
 
 
-def test_start_imports_nothing_in_vain(program: Path, tmp_path: Path) -> None:
+def test_start_imports_nothing_in_vain(restored_program: Path, tmp_path: Path) -> None:
     """A restore waits for it, and importing is most of what it does."""
-    with restored_tasks(program, 1, PAGES) as tasks:
+    with restored_tasks(restored_program, 1, PAGES) as tasks:
         write_images(tmp_path, tasks.pids, PAGES)
         executable, *rest = serve_command(tmp_path, "--loop", "uvloop")
         with Server([executable, "-X", "importtime", *rest], output=tmp_path / "out") as server:
@@ -236,31 +214,29 @@ def imported(text: str) -> set[str]:
 # A restore may begin before the event loop is there.
 
 
-def test_interrupted_before_its_event_loop_is_there(program: Path, tmp_path: Path) -> None:
-    with restored_tasks(program, 1, PAGES) as tasks:
-        write_images(tmp_path, tasks.pids, PAGES)
-        with serve_held(tmp_path, tmp_path / "go") as server:
-            server.wait_ready()
-            server.signal(signal.SIGTERM)
-            (tmp_path / "go").touch()
-            assert server.wait() == 1
-            assert "ended before a restore connected" in server.story()
+def test_interrupted_before_its_event_loop_is_there(tmp_path: Path) -> None:
+    write_images(tmp_path, [4242], PAGES)
+    with serve_held(tmp_path, go=tmp_path / "go") as server:
+        server.wait_ready()
+        server.signal(signal.SIGTERM)
+        (tmp_path / "go").touch()
+        assert server.wait() == 1
+        assert "ended before a restore connected" in server.story()
     assert not (tmp_path / "lazy-pages.socket").exists()
 
 
-def test_interrupted_when_a_restore_has_begun_before_that(program: Path, tmp_path: Path) -> None:
+def test_interrupted_when_a_restore_has_begun_before_that(restored_program: Path, tmp_path: Path) -> None:
     """The tasks are completed first: what they have sent must not be closed."""
-    with restored_tasks(program, 2, PAGES) as tasks:
-        write_images(tmp_path, tasks.pids, PAGES)
-        with serve_held(tmp_path, tmp_path / "go", "--no-background") as server:
-            server.wait_ready()
-            tasks.say(f"connect {tmp_path}/lazy-pages.socket")
-            tasks.say("finish")
-            server.signal(signal.SIGTERM)
-            (tmp_path / "go").touch()
-            tasks.say("check")
-            assert tasks.statuses() == [0, 0]
-            assert server.wait() == 0
+    start = partial(serve_held, go=tmp_path / "go")
+    with served_tasks(restored_program, tmp_path, 2, PAGES, "--no-background", start=start) as (
+        tasks,
+        server,
+    ):
+        server.signal(signal.SIGTERM)
+        (tmp_path / "go").touch()
+        tasks.say("check")
+        assert tasks.statuses() == [0, 0]
+        assert server.wait() == 0
     assert stats_of(tmp_path)["pages_copied"] == 2 * PAGES
 
 
@@ -282,12 +258,9 @@ def test_a_loop_that_is_not_installed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("loop", LOOPS)
-def test_second_interrupt_kills(loop: str, program: Path, tmp_path: Path) -> None:
+def test_second_interrupt_kills(loop: str, restored_program: Path, tmp_path: Path) -> None:
     """Before the finish message nothing can be completed: the second signal ends all, and no task reads zeros."""
-    with (
-        restored_tasks(program, 2, PAGES) as tasks,
-        serving(tmp_path, tasks, PAGES, "--loop", loop) as server,
-    ):
+    with served_tasks(restored_program, tmp_path, 2, PAGES, "--loop", loop, finish=False) as (tasks, server):
         tasks.say("touch 10")
         server.signal(signal.SIGINT)
         wait_for("the first signal", lambda: "still miss" in server.story())
@@ -297,9 +270,9 @@ def test_second_interrupt_kills(loop: str, program: Path, tmp_path: Path) -> Non
     assert {task["state"] for task in stats_of(tmp_path)["tasks"]} == {"killed"}
 
 
-def test_unknown_task_is_killed(program: Path, tmp_path: Path) -> None:
+def test_unknown_task_is_killed(restored_program: Path, tmp_path: Path) -> None:
     """A task that the images do not know: its restore fails, and it does not go on with zeros."""
-    with restored_tasks(program, 2, PAGES) as tasks:
+    with restored_tasks(restored_program, 2, PAGES) as tasks:
         write_images(tmp_path, tasks.pids[:1], PAGES)
         with serve(tmp_path, "--no-background") as server:
             server.wait_ready()
@@ -312,13 +285,9 @@ def test_unknown_task_is_killed(program: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.every_kernel
-def test_truncated_pages_file_while_serving(program: Path, tmp_path: Path) -> None:
+def test_truncated_pages_file_while_serving(restored_program: Path, tmp_path: Path) -> None:
     """Pages that can't be read any more are poisoned; the task dies of SIGBUS rather than read zeros."""
-    with (
-        restored_tasks(program, 1, PAGES) as tasks,
-        serving(tmp_path, tasks, PAGES, "--no-background") as server,
-    ):
-        tasks.say("finish")
+    with served_tasks(restored_program, tmp_path, 1, PAGES, "--no-background") as (tasks, server):
         tasks.say("touch 3")
         os.truncate(tmp_path / "pages-1.img", 100 * 4096 + 5)
         tasks.say("touch 90")

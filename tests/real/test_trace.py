@@ -6,18 +6,14 @@ import json
 import os
 import signal
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
-
-import pytest
 
 from lazypages.engine._uffd import lib
 from lazypages.engine.events import TaskEventKind
 from lazypages.engine.trace import Ring
 from lazypages.observe.tracing import REMOTE, ZERO, Kind, Record, Trace, read_trace
 from tests.support.criu import Criu
-from tests.support.fake import BASE, PAGE, compile_restored, restored_tasks, serve, serving, write_images
+from tests.support.fake import BASE, PAGE, restored_tasks, serve, served_tasks, write_images
 from tests.support.processes import wait_for
 from tests.support.restore import Checkpoints, lazy_restore, our_daemon
 from tests.support.uffd import BASE as OTHER_BASE
@@ -25,12 +21,6 @@ from tests.support.uffd import RANDOM, PagesFile, Service
 
 PAGES = 600
 REMOTE_SOURCE = 0xFFFFFFFE  # csrc/common/extent.h
-
-
-@pytest.fixture(scope="module")
-def restored_program() -> Iterator[Path]:
-    with TemporaryDirectory(prefix="lazypages-restored-") as folder:
-        yield compile_restored(Path(folder))
 
 
 def faults_and_answers(records: list[Record]) -> tuple[Counter[tuple[int, int]], Counter[tuple[int, int]]]:
@@ -41,11 +31,10 @@ def faults_and_answers(records: list[Record]) -> tuple[Counter[tuple[int, int]],
 
 
 def test_every_fault_of_every_task_is_in_the_trace(restored_program: Path, tmp_path: Path) -> None:
-    with (
-        restored_tasks(restored_program, 3, PAGES) as tasks,
-        serving(tmp_path, tasks, PAGES, "--no-background", "--trace", "trace") as server,
+    with served_tasks(restored_program, tmp_path, 3, PAGES, "--no-background", "--trace", "trace") as (
+        tasks,
+        server,
     ):
-        tasks.say("finish")
         tasks.say("check")
         assert tasks.statuses() == [0, 0, 0]
         assert server.wait() == 0
@@ -78,11 +67,10 @@ def test_every_fault_of_every_task_is_in_the_trace(restored_program: Path, tmp_p
 
 
 def test_background_transfer_is_in_the_trace(restored_program: Path, tmp_path: Path) -> None:
-    with (
-        restored_tasks(restored_program, 2, PAGES) as tasks,
-        serving(tmp_path, tasks, PAGES, "--trace", str(tmp_path / "elsewhere")) as server,
+    with served_tasks(restored_program, tmp_path, 2, PAGES, "--trace", str(tmp_path / "elsewhere")) as (
+        tasks,
+        server,
     ):
-        tasks.say("finish")
         assert server.wait() == 0
         tasks.say("check")
         assert tasks.statuses() == [0, 0]
@@ -116,11 +104,10 @@ def test_real_criu_restore(checkpoints: Checkpoints, tmp_path: Path) -> None:
 
 def test_what_was_written_before_a_kill_is_readable(restored_program: Path, tmp_path: Path) -> None:
     path = tmp_path / "trace"
-    with (
-        restored_tasks(restored_program, 1, PAGES) as tasks,
-        serving(tmp_path, tasks, PAGES, "--no-background", "--trace", "trace") as server,
+    with served_tasks(restored_program, tmp_path, 1, PAGES, "--no-background", "--trace", "trace") as (
+        tasks,
+        server,
     ):
-        tasks.say("finish")
         tasks.say("touch 5")
         wait_for("an answer in the file", lambda: any(r.kind == Kind.ANSWERED for r in read_trace(path)))
         os.kill(tasks.pids[0], signal.SIGKILL)  # it would read zeros

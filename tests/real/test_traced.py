@@ -57,6 +57,7 @@ def check_images(checkpoint: Checkpoint, images: Path, work: Path) -> None:
         restored.check_all()
 
 
+@pytest.mark.loop("tree-criu-4.2")
 @both
 @pytest.mark.parametrize(
     ("scenario", "told"),
@@ -161,6 +162,7 @@ def onlooked(criu: Criu, folder: Path, daemon: Daemon, prefix: Sequence[str] = (
             yield Onlooked(process.pid, out, folder, server, before)
 
 
+@pytest.mark.loop("criu-4.2")
 @both
 def test_what_ps_shows(criu: Criu, tmp_path: Path) -> None:
     with onlooked(criu, tmp_path, LAZY) as task:
@@ -168,6 +170,7 @@ def test_what_ps_shows(criu: Criu, tmp_path: Path) -> None:
         assert "traces it" not in task.log
 
 
+@pytest.mark.loop("criu-4.2")
 @both
 def test_a_debugger_sees_all(criu: Criu, tmp_path: Path) -> None:
     with onlooked(criu, tmp_path, LAZY) as task:

@@ -34,14 +34,14 @@ def wait(service: Service, ready: Callable[[], object]) -> None:
 def do(service: Service, task: Task, command: str, *args: int) -> None:
     """Raises BrokenError."""
     task.tell(command, *args)
-    wait(service, lambda: not task.busy(0.005))
+    wait(service, task.replied)
     task.reply()
 
 
 def fork(service: Service, task: Task) -> Task:
     """Raises BrokenError."""
     task.tell("fork", 0)
-    wait(service, lambda: not task.busy(0.005))
+    wait(service, task.replied)
     return service.adopt(task.forked())
 
 
@@ -55,7 +55,7 @@ class Checks:
     def __call__(self, task: Task, page: int, pages: int, first_id: int, threads: int = 1) -> None:
         def settled() -> bool:
             self._meanwhile()
-            return not task.busy(0.005)
+            return task.replied()
 
         task.tell_check(BASE + page * PAGE, pages, first_id, order=RANDOM, threads=threads)
         wait(self._service, settled)

@@ -7,7 +7,7 @@ import select
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,20 +16,16 @@ import pytest
 from images_spec import images, pagemap
 from images_spec.images import Kind
 from images_spec.messages import CoreEntry, InventoryEntry, Machine, MmEntry, PstreeEntry, TaskState
-from tests.support.processes import Server, end
+from tests.support.compiling import compiled
+from tests.support.processes import Server, end, nothing_left
 
 BASE = 0x100000000000
 PAGE = 4096
 WORDS = PAGE // 8
 
 
-def compile_restored(folder: Path) -> Path:
-    program = folder / "restored"
-    source = Path(__file__).with_name("restored.c")
-    subprocess.run(
-        ["gcc", "-O2", "-Wall", "-Wextra", "-Werror", "-o", program, source], check=True, timeout=60
-    )
-    return program
+def compile_restored() -> Path:
+    return compiled(Path(__file__).with_name("restored.c"))
 
 
 def page_bytes(task: int, page: int) -> bytes:
@@ -156,13 +152,42 @@ def serve(images_dir: Path, *options: str) -> Server:
 
 
 @contextmanager
-def serving(images_dir: Path, tasks: Restored, pages: int, *options: str) -> Iterator[Server]:
-    """A daemon that has images of the tasks, of so many pages each, and has been given all of them."""
+def serving(
+    images_dir: Path, tasks: Restored, pages: int, *options: str, start: Callable[..., Server] = serve
+) -> Iterator[Server]:
+    """A daemon that has images of the tasks, of so many pages each, and has been given all of them.
+
+    ``start``: called with the directory and the options, instead of :func:`serve`.
+    """
     write_images(images_dir, tasks.pids, pages)
-    with serve(images_dir, *options) as server:
+    with start(images_dir, *options) as server:
         server.wait_ready()
         tasks.say(f"connect {images_dir}/lazy-pages.socket")
         yield server
+
+
+@contextmanager
+def served_tasks(
+    program: Path,
+    images_dir: Path,
+    tasks: int,
+    pages: int,
+    *options: str,
+    finish: bool = True,
+    start: Callable[..., Server] = serve,
+) -> Iterator[tuple[Restored, Server]]:
+    """Restored tasks, and the daemon that serves them; their restore is finished unless the test does that.
+
+    On the way out they are ended, with all else that was started meanwhile.
+    """
+    with (
+        nothing_left(),
+        restored_tasks(program, tasks, pages) as restored,
+        serving(images_dir, restored, pages, *options, start=start) as server,
+    ):
+        if finish:
+            restored.say("finish")
+        yield restored, server
 
 
 #: As sitecustomize: whoever imports the event loop waits until the file is there, and fails if it has anything in it.
@@ -180,7 +205,13 @@ sys.meta_path.insert(0, Held())
 """
 
 
-def serve_held(images_dir: Path, go: Path, *options: str) -> Server:
+def write_at_once(path: Path, text: str) -> None:
+    """So that nobody finds it empty."""
+    path.with_suffix(".new").write_text(text)
+    path.with_suffix(".new").rename(path)
+
+
+def serve_held(images_dir: Path, *options: str, go: Path) -> Server:
     """Ready, but without its event loop until `go` exists; if that is not empty by then, it never gets one."""
     site = images_dir / "site"
     site.mkdir()

@@ -6,60 +6,33 @@ import random
 import socket
 import threading
 from contextlib import suppress
-from types import TracebackType
-from typing import Self
+from functools import partial
 
 from lazypages.net import wire
 from lazypages.net.wire import PAGE_SIZE, Command, Features, Header, Layout, PageFlags, ServerCodec
+from tests.support.listener import Listener, Work
 from tests.support.pages import Contents
 
 LIES = ["address", "task", "more", "command", "flags", "unasked", "stale", "short", "nothing"]
 
 
-class Liar:
-    """Listens on loopback (`port`) as our own server would. `lies`: how many answers are wrong, at random."""
+class Liar(Listener):
+    """Serves as our own server would. `lies`: how many answers are wrong, at random. `told`: which kinds were."""
 
     def __init__(self, contents: Contents, lies: int) -> None:
+        super().__init__()
         self._contents, self._left = contents, lies
         self._chance = random.Random(11)
-        self._lock = threading.Lock()
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port: int = self._listener.getsockname()[1]
+        self._choice = threading.Lock()
         self.told: set[str] = set()
-        self._clients: list[socket.socket] = []
-        self._threads = [threading.Thread(target=self._accept)]
-
-    def __enter__(self) -> Self:
-        self._threads[0].start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for end in (self._listener, *self._clients):
-            with suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
-        for thread in self._threads:
-            thread.join(30)
-            assert not thread.is_alive()
-        for end in (self._listener, *self._clients):
-            end.close()
 
     @property
     def truthful(self) -> bool:
         """Whether all lies have been told."""
         return self._left == 0
 
-    def _accept(self) -> None:
-        while True:
-            try:
-                client, _ = self._listener.accept()
-            except OSError:
-                return
-            self._clients.append(client)
-            thread = threading.Thread(target=self._serve, args=(client,))
-            self._threads.append(thread)
-            thread.start()
+    def accepted(self, client: socket.socket) -> list[Work]:
+        return [partial(self._serve, client)]
 
     def _serve(self, client: socket.socket) -> None:
         codec, before = ServerCodec(), b""
@@ -81,7 +54,7 @@ class Liar:
                             client.sendall(wire.answer_close())
 
     def _answer(self, asked: Header, before: bytes) -> bytes:
-        with self._lock:
+        with self._choice:
             lie = ""
             if self._left and self._chance.random() < 0.5:
                 lie, self._left = self._chance.choice(LIES), self._left - 1

@@ -6,7 +6,9 @@ import socket
 import threading
 import time
 from contextlib import suppress
-from typing import Self
+from functools import partial
+
+from tests.support.listener import Listener, Work
 
 CHUNK = 16 << 10
 BUFFER = 64 << 10  # bytes that wait in a socket: a slow link is no deep queue
@@ -27,59 +29,34 @@ class TokenBucket:
             time.sleep(wait)
 
 
-class SlowLink:
-    """Listens on loopback (`port`) for clients of `target`. `crossed`: bytes that have come from the server."""
+class SlowLink(Listener):
+    """For clients of `target`. `crossed`: bytes that have come from the server.
+
+    A link of hosts.py has a rate as well, but counts headers and what TCP sends again, too.
+    """
 
     def __init__(self, target: tuple[str, int], rate: float) -> None:
+        super().__init__()
         self._target, self._bucket = target, TokenBucket(rate)
-        self._listener = socket.create_server(("127.0.0.1", 0))
         self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER)  # inherited
-        self.port: int = self._listener.getsockname()[1]
+        self._counting = threading.Lock()
         self.crossed = 0
-        self._lock = threading.Lock()
-        self._ends: list[socket.socket] = []
-        self._threads = [threading.Thread(target=self._accept)]
 
-    def __enter__(self) -> Self:
-        self._threads[0].start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            for end in (self._listener, *self._ends):
-                with suppress(OSError):
-                    end.shutdown(socket.SHUT_RDWR)
-        self._threads[0].join(30)
-        for thread in self._threads[1:]:
-            thread.join(30)
-        assert not any(thread.is_alive() for thread in self._threads)
-        for end in (self._listener, *self._ends):
-            end.close()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                client, _ = self._listener.accept()
-            except OSError:
-                return
-            server = socket.socket()
-            server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER)
-            server.connect(self._target)
-            for end in (client, server):
-                end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            with self._lock:
-                self._ends += [client, server]
-            for source, sink in ((client, server), (server, client)):
-                thread = threading.Thread(target=self._pump, args=(source, sink, source is server))
-                self._threads.append(thread)
-                thread.start()
+    def accepted(self, client: socket.socket) -> list[Work]:
+        server = socket.socket()
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER)
+        server.connect(self._target)
+        self.connected(server)
+        for end in (client, server):
+            end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return [partial(self._pump, client, server, False), partial(self._pump, server, client, True)]
 
     def _pump(self, source: socket.socket, sink: socket.socket, limited: bool) -> None:
         with suppress(OSError):
             while data := source.recv(CHUNK):
                 if limited:
                     self._bucket.take(len(data))
-                    with self._lock:
+                    with self._counting:
                         self.crossed += len(data)
                 sink.sendall(data)
             sink.shutdown(socket.SHUT_WR)

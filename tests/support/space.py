@@ -287,12 +287,18 @@ class Space:
         unclear = ffi.new("bool[]", len(changes) + 1)
         if lib.lp_unclear(self._space, _rows(changes), len(changes), unclear):
             self.times_unclear += 1
-        for change, is_unclear in zip(changes, unclear, strict=False):
-            if is_unclear:
-                for place in {change.start, change.to if change.kind == "LP_REMAPPED" else change.start}:
-                    self._lose(place, place + change.length)
-                    lib.lp_space_mark_doubts_lost(self._space, place, place + change.length)
-                    self.unsure.append((place, place + change.length))
+        places = [
+            (place, place + change.length)
+            for change, is_unclear in zip(changes, unclear, strict=False)
+            if is_unclear
+            for place in {change.start, change.to if change.kind == "LP_REMAPPED" else change.start}
+        ]
+        if not any(lib.lp_space_matters(self._space, start, end) for start, end in places):
+            return
+        for start, end in places:
+            self._lose(start, end)
+            lib.lp_space_mark_doubts_lost(self._space, start, end)
+            self.unsure.append((start, end))
 
     def make(
         self,

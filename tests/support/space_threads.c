@@ -14,7 +14,9 @@
 #include <stdio.h>
 #include <stdlib.h>
 
+#ifndef PAGES
 #define PAGES 20000
+#endif
 #define THREADS 4
 
 static struct lp_space *space;

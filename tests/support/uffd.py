@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import atexit
 import os
 import select
-import shutil
 import socket
 import struct
 import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
-from functools import cache
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -27,8 +24,11 @@ from lazypages.engine.events import TaskEvent, TaskEventKind
 from lazypages.engine.memory import MappedFile, TaskMemory
 from lazypages.engine.task import ServedTask
 from lazypages.observe.tracing import Ring
+from tests.support.blocked import POLLS, misses_a_page, sleeps_in
+from tests.support.compiling import compiled
 
 PAGE = 4096
+SOURCE = Path(__file__).with_name("uffd_child.c")
 
 #: What CRIU's restore asks for (docs/criu.md, "Userfaultfds and lazy mappings"): EVENT_FORK, _REMAP, _REMOVE, _UNMAP.
 FEATURES = 1 << 1 | 1 << 2 | 1 << 3 | 1 << 6
@@ -39,18 +39,6 @@ BASE = 0x1000_0000_0000
 MREMAP_MAYMOVE, MREMAP_FIXED, MREMAP_DONTUNMAP = 1, 2, 4
 FORWARD, BACKWARD, RANDOM = range(3)
 ENOENT, EEXIST, EFAULT, SIGBUS = 2, 17, 14, 7
-
-
-@cache
-def _program() -> Path:
-    folder = tempfile.mkdtemp(prefix="lazypages-uffd-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    program, source = Path(folder) / "uffd_child", Path(__file__).with_name("uffd_child.c")
-    subprocess.run(
-        ["gcc", "-std=gnu11", "-O1", "-Wall", "-Wextra", "-Werror", "-pthread", source, "-o", program],
-        check=True,
-    )
-    return program
 
 
 class ExtentTable:
@@ -102,12 +90,16 @@ class Task:
         self.process = process
         self.uffd = -1
         """The one that it has handed over last; not its owner."""
+        self.engine: threading.Thread | None = None
+        """The thread that serves it, or will, if that is one of ours."""
 
     @classmethod
     def start(cls) -> Task:
         ours, theirs = socket.socketpair()
         with theirs:
-            process = subprocess.Popen([_program(), str(theirs.fileno())], pass_fds=[theirs.fileno()])
+            process = subprocess.Popen(
+                [compiled(SOURCE, "-O1"), str(theirs.fileno())], pass_fds=[theirs.fileno()]
+            )
         return cls(ours, process.pid, process)
 
     def tell(self, command: str, *args: int) -> None:
@@ -133,9 +125,27 @@ class Task:
         self.tell(command, *args)
         return self.reply(timeout)
 
-    def busy(self, seconds: float = 0.2) -> bool:
-        """Whether it says nothing for so long."""
-        return not select.select([self._control], [], [], seconds)[0]
+    def replied(self) -> bool:
+        """Whether there is something to be read for :meth:`reply`."""
+        return bool(select.select([self._control], [], [], 0)[0])
+
+    def busy(self) -> bool:
+        """Whether the command can't go on: a thread sleeps in its userfaultfd, and the engine has nothing to do.
+
+        False: it has replied. Fails when neither becomes true.
+        """
+
+        def both_sleep() -> bool:
+            engine = self.engine and self.engine.native_id
+            return misses_a_page(self.pid) and (
+                not engine or sleeps_in(Path(f"/proc/self/task/{engine}"), POLLS)
+            )
+
+        # Twice: between the looks at task and engine, the engine may have answered, and the task faulted again.
+        until(
+            "a reply, or a fault without an answer", lambda: self.replied() or (both_sleep() and both_sleep())
+        )
+        return not self.replied()
 
     def _receive_fd(self) -> int:
         self._control.settimeout(60)
@@ -273,11 +283,11 @@ class Service:
 
     def task(self) -> Task:
         """A task that is ended with the service."""
-        task = Task.start()
-        self._tasks.append(task)
-        return task
+        return self.adopt(Task.start())
 
     def adopt(self, task: Task) -> Task:
+        """Ends a task that was forked, or is served elsewhere first, with the service."""
+        task.engine = self._thread
         self._tasks.append(task)
         return task
 
@@ -308,6 +318,23 @@ class Service:
             tag=tag,
         )
 
+    def mapped(
+        self, file: PagesFile, *places: tuple[int, int], known: bool = False, **options: Any
+    ) -> tuple[Task, ServedTask]:
+        """A task that has registered these places, (address, pages), and is served: one after the other from the file.
+
+        ``known``: by its pid as well. ``options``: of :meth:`serve`.
+        """
+        task = self.task()
+        uffd = task.open_uffd()
+        task.map(*places)
+        extents, offset = [], 0
+        for start, pages in places:
+            extents.append((start, pages, offset, 0))
+            offset += pages * PAGE
+        pid = task.pid if known else 0
+        return task, self.serve(uffd, extents, places, file, pid=pid, **options)
+
     def transfer(self, task: ServedTask, chunk: int = 64 << 10, pause: float = 0.0) -> Transfer:
         transfer = Transfer(task, chunk, pause)
         self._transfers.append(transfer)
@@ -328,6 +355,29 @@ class Service:
             if time.monotonic() > deadline:
                 pytest.fail(f"no {kind.name} in {timeout:g} s, but {self.events}")
             select.select([self.engine.event_fd], [], [], 1)
+
+
+def needs_while_it_churns(
+    service: Service, task: Task, served: ServedTask, file: PagesFile, pages: int
+) -> Iterator[list[TaskEvent]]:
+    """The layout of a task in turmoil, all of whose pages are remote; until it has found every byte right.
+
+    Each turn yields what is needed since the last one. Nothing may be lost.
+    """
+    task.tell("churn", BASE, pages, file.first_id, 5, 400, 100, 3)
+    deadline = time.monotonic() + 60
+    while not task.replied():
+        assert time.monotonic() < deadline
+        events = list(service.look())
+        service.events.clear()
+        assert {event.kind for event in events} <= {
+            TaskEventKind.NEED,
+            TaskEventKind.ESCALATE,
+            TaskEventKind.COMPLETE,
+        }
+        yield [event for event in events if event.kind is TaskEventKind.NEED]
+    task.reply()
+    assert served.lost == 0
 
 
 def until(what: str, ready: Callable[[], object], timeout: float = 60) -> None:

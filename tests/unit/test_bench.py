@@ -290,6 +290,7 @@ def test_json_has_rounds_medians_and_ratios(programs: Programs) -> None:
     assert limit["ours_by_it"]["p50"] == {"median": 1.5, "low": 1.0, "high": 2.0}
 
 
+@pytest.mark.loop(".png")
 @pytest.mark.parametrize("suffix", [".png", ".html"])
 def test_plots_are_drawn(suffix: str, tmp_path: Path) -> None:
     row = Row(suite.RANDOM, {OURS: [run_with()], LIMIT: [run_with()]})

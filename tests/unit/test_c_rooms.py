@@ -16,7 +16,7 @@ SERVE = CSRC / "serve"
 FLOORS = (
     {
         *("space_extents", "space_regions", "space_wiped", "ranges", "readahead", "faults", "lock", "level"),
-        *("uffd_ops", "smaps", "trace", "follow", "channel", "exits", "proc_connector"),
+        *("uffd_ops", "smaps", "trace", "follow", "channel", "exits", "proc_connector", "calls"),
     },
     {"space_pages", "old_length", "guard_takeover", "guarded", "wake", "tracers"},
     {"space_doubts", "fault_plan", "deferred", "guard"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import resource
 import socket
@@ -9,6 +10,7 @@ import stat
 import struct
 import subprocess
 import sys
+import termios
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import aclosing
 from pathlib import Path
@@ -138,18 +140,25 @@ def test_the_finish_message_has_these_bytes() -> None:
     assert struct.pack("=I", FINISH) == bytes.fromhex("46 54 53 52")
 
 
+def unread(end: socket.socket) -> int:
+    """How much of what was sent the other end has not received (unix(7), SIOCOUTQ)."""
+    return int.from_bytes(fcntl.ioctl(end, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+
+
 def test_messages_may_come_in_pieces(run: Run, control: ControlSocket, peer: socket.socket) -> None:
-    """Byte by byte, with pauses: what follows a pid is never read with it."""
+    """Byte by byte, each when the one before has been read: what follows a pid is never read with it."""
     reader, writer = os.pipe()
 
+    async def send(data: bytes) -> None:
+        for byte in data:
+            peer.sendall(bytes([byte]))
+            while unread(peer):
+                await anyio.sleep(0.001)
+
     async def speak() -> None:
-        for byte in word(5):
-            peer.sendall(bytes([byte]))
-            await anyio.sleep(0.01)
+        await send(word(5))
         send_fds(peer, writer)
-        for byte in word(-6) + word(FINISH):
-            peer.sendall(bytes([byte]))
-            await anyio.sleep(0.01)
+        await send(word(-6) + word(FINISH))
         peer.close()
 
     async def both() -> list[Event]:
@@ -200,10 +209,11 @@ def test_reset_by_a_killed_restorer(run: Run, control: ControlSocket) -> None:
     """A peer that goes away with unread data on its side resets the connection; that is an end as well."""
 
     async def receive_then_reset() -> list[Event]:
-        connection = await accept(control)
-        with connection:
-            connection._peer.send(b"never read")
-            peer.close()
+        caller = control.take()
+        assert caller is not None
+        caller[0].send(b"never read")
+        peer.close()
+        with Connection(*caller) as connection:
             return [event async for event in connection.events()]
 
     peer = connect(control.path)

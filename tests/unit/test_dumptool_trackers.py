@@ -218,7 +218,7 @@ def test_this_kernel_and_soft_dirty_bits() -> None:
 def test_asking_for_soft_dirty_bits_where_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracking, "soft_dirty_works", lambda: False)
     with pytest.raises(DumpError, match="no soft-dirty"):
-        tracking._make(task(), SimpleNamespace(), Method.SOFT_DIRTY)  # type: ignore[arg-type]
+        tracking.make_tracker(task(), SimpleNamespace(), Method.SOFT_DIRTY)  # type: ignore[arg-type]
 
 
 def test_the_huge_zero_page_counts_as_written(tmp_path: Path) -> None:
@@ -234,5 +234,5 @@ def test_the_huge_zero_page_counts_as_written(tmp_path: Path) -> None:
     ):
         runs.append(start, end, flags)
     with pagemap.open("rb") as file:
-        memory._doubt_huge_zeros(file.fileno(), runs, 0)
+        memory.doubt_huge_zeros(file.fileno(), runs, 0)
     assert [flags for _, _, flags in runs] == [huge, huge | lib.LP_PAGE_SOFT_DIRTY, huge, 0]

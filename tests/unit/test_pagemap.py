@@ -98,7 +98,7 @@ unknown_parts = st.just(b"") | st.sampled_from(
 )
 
 
-@settings(max_examples=400)
+@settings(max_examples=max(400, settings().max_examples))
 @given(st.lists(st.tuples(unknown_parts, messages(), unknown_parts), max_size=6))
 def test_agrees_with_protobuf_on_whole_messages(parts: list[tuple[bytes, PagemapEntry, bytes]]) -> None:
     bodies = [before + message.SerializeToString() + after for before, message, after in parts]
@@ -135,7 +135,8 @@ def broken_images(draw: st.DrawFn) -> bytes:
 garbage = st.binary(max_size=100)
 
 
-@settings(max_examples=1500)
+@pytest.mark.slow
+@settings(max_examples=max(1500, settings().max_examples))
 @given(broken_images() | garbage | garbage.map(framed) | garbage.map(lambda body: framed(HEAD, body)))
 def test_never_takes_what_protobuf_refuses_and_never_reads_it_differently(data: bytes) -> None:
     offset: int | None = 0
@@ -357,6 +358,7 @@ def test_is_written_in_bounded_memory(tmp_path: Path) -> None:
         assert peak() < 1 << 19 < (tmp_path / "pagemap-1.img").stat().st_size
 
 
+@pytest.mark.slow
 def test_a_million_entries_stay_small(tmp_path: Path) -> None:
     """Under 64 bytes an entry, while it is loaded and after."""
     path, count = tmp_path / "pagemap-1.img", 1_000_000

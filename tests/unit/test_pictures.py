@@ -53,6 +53,7 @@ def plot(*arguments: object) -> tuple[int, str]:
     return result.exit_code, result.output
 
 
+@pytest.mark.loop(".png")
 @pytest.mark.parametrize("suffix", MAGIC)
 def test_all_kinds_of_records_are_drawn(suffix: str, tmp_path: Path) -> None:
     write(tmp_path / "trace", everything())

@@ -148,7 +148,7 @@ def sorted_spans(draw: st.DrawFn) -> list[Span]:
     return spans
 
 
-@settings(max_examples=600)
+@settings(max_examples=max(600, settings().max_examples))
 @given(chains, st.booleans())
 def test_agrees_with_page_dict(levels: list[Entries | None], remote: bool) -> None:
     extents = list(table(levels, remote=remote))
@@ -167,7 +167,7 @@ def counted(places: Sequence[Place], nr_levels: int) -> PageCounts:
     return PageCounts(tuple(map(row, range(nr_levels))), row(SOURCE_REMOTE), row(SOURCE_LOST))
 
 
-@settings(max_examples=300)
+@settings(max_examples=max(300, settings().max_examples))
 @given(chains, st.booleans(), sorted_spans())
 def test_counts_agree_with_page_dict(levels: list[Entries | None], remote: bool, spans: list[Span]) -> None:
     placed, places = table(levels, remote=remote), model(levels, remote=remote)
@@ -179,7 +179,7 @@ def test_counts_agree_with_page_dict(levels: list[Entries | None], remote: bool,
     assert placed.counts_within(spans) == [counted(part, len(levels)) for part in inside]
 
 
-@settings(max_examples=300)
+@settings(max_examples=max(300, settings().max_examples))
 @given(chains, st.booleans(), sorted_spans())
 def test_exclusion_agrees_with_page_dict(
     levels: list[Entries | None], remote: bool, spans: list[Span]
@@ -195,7 +195,7 @@ def test_exclusion_agrees_with_page_dict(
         assert not continues(first, second)
 
 
-@settings(max_examples=300)
+@settings(max_examples=max(300, settings().max_examples))
 @given(levels_of_pages(), sorted_spans())
 def test_coverage_agrees_with_page_dict(entries: Entries, spans: list[Span]) -> None:
     placed = table([entries])
@@ -297,6 +297,7 @@ def test_address_is_of_the_array_that_csrc_declares() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_a_million_fragments_five_levels_deep(tmp_path: Path) -> None:
     """Every second page, alternately in the top level and in the lowest one."""
     count = 1_000_000

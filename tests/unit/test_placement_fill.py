@@ -11,7 +11,7 @@ from images_spec.placement import SOURCE_REMOTE
 from tests.unit.test_placement import Entries, as_pages, chains, continues, table
 
 
-@settings(max_examples=600)
+@settings(max_examples=max(600, settings().max_examples))
 @given(chains, chains, st.booleans())
 def test_agrees_with_page_dict(
     levels: list[Entries | None], others: list[Entries | None], remote: bool

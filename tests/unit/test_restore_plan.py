@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import struct
+import subprocess
 from pathlib import Path
 from typing import ClassVar
 
@@ -10,6 +12,7 @@ import pytest
 
 from images_spec.errors import ImageError
 from images_spec.messages import MmEntry, ThreadInfoX86, UserX86FpregsEntry, VmaEntry
+from lazypages.cli.restore import RESTORER
 from lazypages.restore import registers
 from lazypages.restore.errors import RestoreError
 from lazypages.restore.machine import Machine, Special
@@ -152,3 +155,21 @@ def test_layout() -> None:
         b"/x\0",
     )
     assert len(data) % 8 == 0
+
+
+CRASHES = sorted((Path(__file__).parents[1] / "fuzz/corpus/plan").glob("crash-*"))
+
+
+@pytest.mark.parametrize("path", CRASHES, ids=[path.name for path in CRASHES])
+def test_a_plan_that_fits_nowhere_is_refused(path: Path) -> None:
+    """What fuzzing has found (tests/fuzz/plan.c): the restorer says so before it does anything."""
+    plan = os.memfd_create("plan")
+    try:
+        os.write(plan, path.read_bytes())
+        done = subprocess.run(
+            [RESTORER, str(plan)], pass_fds=[plan], capture_output=True, text=True, timeout=60, check=False
+        )
+    finally:
+        os.close(plan)
+    assert done.returncode == 1
+    assert done.stderr == "lazypages restore: restorer: reading the plan: Invalid argument\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import random
 import subprocess
 from dataclasses import dataclass, field
@@ -498,6 +499,7 @@ def test_what_has_no_source_stays_lost() -> None:
     assert space.claim(0, 2) == 0
 
 
+@pytest.mark.slow
 def test_claims_of_many_threads(tmp_path: Path) -> None:
     """No page has two holders at a time, and each arrives once. In C: Python's threads hardly ever meet."""
     root = Path(__file__).parents[2]
@@ -505,6 +507,8 @@ def test_claims_of_many_threads(tmp_path: Path) -> None:
     serve = root / "csrc/serve"
     sources = [root / "tests/support/space_threads.c", serve / "address_space.c", *serve.glob("space_*.c")]
     flags = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread", f"-I{root / 'csrc'}"]
+    if sanitizer := os.environ.get("LAZYPAGES_SANITIZER"):  # .ci/sanitize
+        flags += [*sanitizer.split(), "-DPAGES=1000"]
     subprocess.run(["gcc", *flags, *sources, "-o", program], check=True)
     subprocess.run([program], check=True, timeout=60)
 
@@ -527,6 +531,7 @@ def million() -> Space:
     return Space(extents, [(3 * i * PAGE, (3 * i + 2) * PAGE) for i in range(N)])
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(60)
 def test_questions_about_a_million(million: Space) -> None:
     million.index()

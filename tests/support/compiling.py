@@ -1,0 +1,29 @@
+"""The tests' C programs, compiled when they are first needed."""
+
+from __future__ import annotations
+
+import atexit
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+#: Those that tasks under test run.
+PROGRAMS = Path(__file__).parent / "programs"
+FLAGS = ("-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread")
+
+
+@cache
+def _folder() -> Path:
+    folder = tempfile.mkdtemp(prefix="lazypages-programs-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
+
+
+@cache
+def compiled(source: Path, *flags: str, compiler: str = "gcc") -> Path:
+    """The program of that source, with these flags behind the usual ones. It is there as long as this process."""
+    program = Path(tempfile.mkdtemp(dir=_folder())) / source.stem
+    subprocess.run([compiler, *FLAGS, *flags, "-o", program, source], check=True, timeout=120)
+    return program
