@@ -90,7 +90,7 @@ engine = module(
                     "fault_plan",
                     "faults",
                 ),
-                *("guarded", "guard", "exits", "trace", "channel", "tracers", "level", "engine"),
+                *("guarded", "guard", "exits", "trace", "pace", "channel", "tracers", "level", "engine"),
             )
         ),
     ],

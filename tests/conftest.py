@@ -33,7 +33,7 @@ settings.load_profile(os.environ.get("LAZYPAGES_HYPOTHESIS", "lazypages"))
 
 
 #: Quick ones first.
-ORDER = ["unit", "real", "kernels"]
+ORDER = ["unit", "fuzz", "real", "kernels"]
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m is looked at

@@ -12,16 +12,10 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "common/page_protocol.h"
 #include "common/pages_file.h"
 
 #define PAGE_SIZE UINT64_C(4096)
-#define OLD_HEADER 24u
-#define NEW_HEADER 32u
-
-#define CMD_GET 7u
-#define CMD_ADD_F 6u
-#define FLAG_PRESENT (4u << 16)
-#define FLAG_ZERO (0x100u << 16)
 
 #define PIECES 256 /* limit of one answer */
 
@@ -34,10 +28,6 @@
 #define POLL_MIN_NS UINT64_C(10000)
 #define POLL_MAX_NS UINT64_C(80000)
 #define YIELD_NS UINT64_C(20000) /* a longer sched_yield() has let another thread run */
-
-struct request {
-	uint64_t nr_pages, vaddr, pid;
-};
 
 static uint64_t now_ns(void)
 {
@@ -114,39 +104,12 @@ size_t lp_find_pages(const struct lp_served *served, uint64_t pid, uint64_t vadd
 	return found;
 }
 
-/* Parses the message at `at`; false unless it is a valid GET. */
-static bool parse(const struct lp_client *client, const uint8_t *at, struct request *request)
+/* Parses the message at `at`; false unless it is a valid GET, without flags. */
+static bool parse(const struct lp_client *client, const uint8_t *at, struct lp_header *request)
 {
-	uint32_t command, count;
-
-	memcpy(&command, at, sizeof(command));
-	if (command != CMD_GET)
-		return false;
-	if (client->header_size == OLD_HEADER) {
-		memcpy(&count, at + 4, sizeof(count));
-		request->nr_pages = count;
-	} else {
-		memcpy(&request->nr_pages, at + 8, 8);
-	}
-	memcpy(&request->vaddr, at + client->header_size - 16, 8);
-	memcpy(&request->pid, at + client->header_size - 8, 8);
-	return request->nr_pages && request->vaddr % PAGE_SIZE == 0 &&
+	*request = lp_header_read(client->header_size, at);
+	return request->command == LP_COMMAND_GET && !request->flags && request->nr_pages && request->vaddr % PAGE_SIZE == 0 &&
 	       request->nr_pages - 1 <= (UINT64_MAX - request->vaddr) / PAGE_SIZE;
-}
-
-static void put_header(const struct lp_client *client, uint8_t *at, const struct request *request, uint32_t flags,
-		       uint64_t nr_pages)
-{
-	uint32_t command = CMD_ADD_F | flags, count = (uint32_t)nr_pages;
-
-	memset(at, 0, client->header_size);
-	memcpy(at, &command, sizeof(command));
-	if (client->header_size == OLD_HEADER)
-		memcpy(at + 4, &count, sizeof(count));
-	else
-		memcpy(at + 8, &nr_pages, 8);
-	memcpy(at + client->header_size - 16, &request->vaddr, 8);
-	memcpy(at + client->header_size - 8, &request->pid, 8);
 }
 
 static bool all_zero(const uint8_t *data, size_t size)
@@ -217,11 +180,11 @@ static int send_all(int fd, struct iovec *iov, size_t count, bool more)
 }
 
 /* Answers one GET. 1: answered; 0: the first page is not here or can't be read; -errno. */
-static int answer(struct lp_client *client, const struct lp_served *served, const struct request *request)
+static int answer(struct lp_client *client, const struct lp_served *served, const struct lp_header *request)
 {
 	uint64_t wanted = request->nr_pages < client->max_pages ? request->nr_pages : client->max_pages, bytes = 0;
 	struct lp_piece pieces[PIECES];
-	uint8_t header[NEW_HEADER], *buffer = client->buffer;
+	uint8_t header[LP_HEADER_NEW], *buffer = client->buffer;
 	struct iovec iov[2] = {{header, client->header_size}, {buffer, 0}};
 	struct reading at;
 	bool zero, damaged = false;
@@ -229,7 +192,7 @@ static int answer(struct lp_client *client, const struct lp_served *served, cons
 	uint64_t size;
 	int error;
 
-	count = lp_find_pages(served, request->pid, request->vaddr, wanted, pieces, PIECES);
+	count = lp_find_pages(served, request->dst_id, request->vaddr, wanted, pieces, PIECES);
 	if (!count)
 		return 0;
 	for (size_t i = 0; i < count; i++) {
@@ -256,7 +219,14 @@ static int answer(struct lp_client *client, const struct lp_served *served, cons
 		bytes = zero ? bytes - at.left : size;
 		at.left = 0;
 	}
-	put_header(client, header, request, zero ? FLAG_ZERO : FLAG_PRESENT, bytes / PAGE_SIZE);
+	lp_header_write(client->header_size, header,
+			(struct lp_header){
+				.command = LP_COMMAND_ADD_F,
+				.flags = zero ? LP_PAGES_ZERO : LP_PAGES_PRESENT,
+				.nr_pages = bytes / PAGE_SIZE,
+				.vaddr = request->vaddr,
+				.dst_id = request->dst_id,
+			});
 	iov[1].iov_len = size;
 	error = send_all(client->fd, iov, zero ? 1 : 2, at.left);
 	while (!error && at.left) {
@@ -352,7 +322,7 @@ int lp_answer_gets(struct lp_client *client, const struct lp_served *served)
 		ssize_t got;
 
 		while (client->end - client->start >= client->header_size) {
-			struct request request;
+			struct lp_header request;
 			int done = 0;
 
 			if (parse(client, client->requests + client->start, &request))

@@ -15,67 +15,25 @@
 #include <unistd.h>
 
 #include "common/page.h"
+#include "common/page_protocol.h"
+#include "pace.h"
 
 #define NS 1000000000ull
 #define BUFFER ((size_t)256 << 10) /* bytes that are received, and placed, at once */
 #define RECEIVE_MOST ((size_t)256 << 10) /* bytes received before faults are looked at again */
 #define ZERO_PAGES 64ull		 /* placed at once */
 #define PARKED_MOST ((size_t)4 << 20)	 /* bytes: then channels wait for the task that can't take them */
-#define COMMAND_ADD 1u
-#define COMMAND_ADD_F 6u
-#define COMMAND_GET 7u
-#define COMMAND_CLOSE 0x1023u
-#define COMMAND_FORCE_CLOSE 0x1024u
-#define COMMAND_COMPLETED 0x4C02u /* wire.Command.COMPLETED */
-#define FLAG_PRESENT 4u
-#define FLAG_ZERO 0x100u /* wire.PageFlags.ZERO */
-#define MAX_HEADER 32
 /* Room for these is always there: the turn is over, nothing is outstanding, the channel is closed, it has ended. */
 #define LAST_EVENTS 4
 /* What the taking in of one piece of an answer may say: pages have come, others are refused. */
 #define PIECE_EVENTS 2
 #define MIN_PAGES 4ull /* of a background request */
-#define MIN_LIMIT ((uint64_t)64 << 10)
-#define MAX_LIMIT ((uint64_t)16 << 20)
 /*
  * While faults share the channel: two requests, so that the server always has one.  A fault waits for them; with less, it
  * finds its page there already less often, and all of it takes longer (measured with CRIU's server on loopback).
  */
 #define BUSY_LIMIT ((uint64_t)512 << 10)
 #define BUSY_NS (2 * NS / 1000)		 /* how long after a fault it counts as shared */
-#define SHORTEST_NS 200000ull		 /* shorter round trips are reckoned as this: schedulers matter more there */
-#define ROUND_TRIP_MEMORY (5 * NS)
-#define RATE_MEMORY NS
-
-/* The smallest value of late: between one and two times `memory` back. */
-struct lowest {
-	uint64_t begun;
-	double now, before;
-};
-
-/*
- * How much may be on its way: twice what the connection holds, the best rate of late times the shortest round trip of
- * late.  As lazypages/sources/window.py.
- */
-struct pace {
-	uint64_t limit, delivered, smoothed;
-	struct lowest round_trip, slowness; /* ns; ns a byte */
-};
-
-struct header_short {
-	uint32_t command, nr_pages;
-	uint64_t vaddr, dst_id;
-};
-
-struct header_long {
-	uint32_t command, padding;
-	uint64_t nr_pages, vaddr, dst_id;
-};
-
-struct answer {
-	uint32_t command, flags;
-	uint64_t nr_pages, vaddr, dst_id;
-};
 
 struct lp_channel {
 	struct lp_channels *channels;
@@ -104,7 +62,7 @@ struct lp_channel {
 	_Atomic uint64_t urgent; /* read without the lock, too */
 	uint64_t background, heard, last_urgent;
 	uint64_t nr_requests, nr_pages, nr_bytes;
-	struct pace pace;
+	struct lp_pace pace;
 	struct lp_task *turn;
 	uint64_t turn_left, turn_asked; /* pages */
 	struct lp_channel_event *events;
@@ -147,34 +105,6 @@ static void signal_fd(int fd)
 	(void)rc;
 }
 
-/* ---- pace ---- */
-
-static double lowest_of(struct lowest *l, uint64_t now, double value, uint64_t memory)
-{
-	if (now - l->begun > memory) {
-		l->before = now - l->begun > 2 * memory ? value : l->now;
-		l->now = value;
-		l->begun = now;
-	} else if (value < l->now) {
-		l->now = value;
-	}
-	return l->now < l->before ? l->now : l->before;
-}
-
-static void pace_answered(struct pace *p, const struct lp_request *request, uint64_t now, uint64_t bytes)
-{
-	uint64_t elapsed = now > request->sent ? now - request->sent : 1;
-	double shortest = lowest_of(&p->round_trip, now, (double)elapsed, ROUND_TRIP_MEMORY), limit;
-
-	p->delivered += bytes;
-	p->smoothed = p->smoothed ? (p->smoothed * 7 + elapsed) / 8 : elapsed;
-	if (p->delivered == request->delivered)
-		return;
-	limit = 2 * (shortest > SHORTEST_NS ? shortest : SHORTEST_NS) /
-		lowest_of(&p->slowness, now, (double)elapsed / (double)(p->delivered - request->delivered), RATE_MEMORY);
-	p->limit = limit < MIN_LIMIT ? MIN_LIMIT : limit > MAX_LIMIT ? MAX_LIMIT : (uint64_t)limit;
-}
-
 /* ---- what is outstanding (lock held) ---- */
 
 static struct lp_request *request_at(struct lp_channel *l, size_t i)
@@ -198,22 +128,13 @@ static bool room_to_ask(struct lp_channel *l)
 		l->first = 0;
 		l->cap = cap;
 	}
-	return grow(&l->out, l->out_nr + MAX_HEADER, &l->out_cap, 1);
+	return grow(&l->out, l->out_nr + LP_HEADER_NEW, &l->out_cap, 1);
 }
 
 /* (There is room: room_to_ask.) */
-static void send_later(struct lp_channel *l, uint32_t command, uint64_t nr_pages, uint64_t vaddr, uint64_t dst_id)
+static void send_later(struct lp_channel *l, struct lp_header header)
 {
-	union {
-		struct header_short s;
-		struct header_long l;
-	} header = {0};
-
-	if (l->options.header_size == sizeof(header.s))
-		header.s = (struct header_short){command, (uint32_t)nr_pages, vaddr, dst_id};
-	else
-		header.l = (struct header_long){command, 0, nr_pages, vaddr, dst_id};
-	memcpy(l->out + l->out_nr, &header, l->options.header_size);
+	lp_header_write(l->options.header_size, l->out + l->out_nr, header);
 	l->out_nr += l->options.header_size;
 }
 
@@ -243,7 +164,13 @@ static bool ask(struct lp_channel *l, uint64_t tag, uint64_t image, uint64_t nr_
 		l->background += nr_pages << LP_PAGE_SHIFT;
 	}
 	l->nr_requests++;
-	send_later(l, COMMAND_GET, nr_pages, image, tag);
+	send_later(l, (struct lp_header){
+			      .command = LP_COMMAND_GET,
+			      .flags = l->options.compress && !urgent ? LP_PAGES_ZSTD : 0,
+			      .nr_pages = nr_pages,
+			      .vaddr = image,
+			      .dst_id = tag,
+		      });
 	return true;
 }
 
@@ -363,7 +290,7 @@ static void answer_complete(struct lp_channel *l)
 
 	pthread_mutex_lock(&l->lock);
 	rest = *request_at(l, 0);
-	pace_answered(&l->pace, &rest, now_ns(), l->answered << LP_PAGE_SHIFT);
+	lp_pace_answered(&l->pace, rest.sent, rest.delivered, now_ns(), l->answered << LP_PAGE_SHIFT);
 	come(l, rest.nr_pages);
 	l->first = (l->first + 1) & (l->cap - 1);
 	l->nr--;
@@ -410,33 +337,20 @@ static int place(struct lp_channel *l, uint64_t nr_pages, const char *bytes)
 	return 0;
 }
 
-static struct answer read_header(const struct lp_channel *l)
-{
-	struct header_short s;
-	struct header_long g;
-
-	if (l->options.header_size == sizeof(s)) {
-		memcpy(&s, l->buffer + l->start, sizeof(s));
-		return (struct answer){s.command & 0xFFFF, s.command >> 16, s.nr_pages, s.vaddr, s.dst_id};
-	}
-	memcpy(&g, l->buffer + l->start, sizeof(g));
-	return (struct answer){g.command & 0xFFFF, g.command >> 16, g.nr_pages, g.vaddr, g.dst_id};
-}
-
 /* Whether it answers the oldest request. */
-static bool begin_answer(struct lp_channel *l, const struct answer *a)
+static bool begin_answer(struct lp_channel *l, const struct lp_header *a)
 {
 	struct lp_request asked;
 
 	pthread_mutex_lock(&l->lock);
 	asked = *request_at(l, 0);
 	pthread_mutex_unlock(&l->lock);
-	l->zeros = l->options.zeros && a->flags == FLAG_ZERO;
+	l->zeros = l->options.zeros && a->flags == LP_PAGES_ZERO;
 	if (a->vaddr != asked.image || a->dst_id != asked.tag || a->nr_pages > asked.nr_pages)
 		return false;
-	if (a->command != COMMAND_ADD_F && (a->command != COMMAND_ADD || a->nr_pages))
+	if (a->command != LP_COMMAND_ADD_F && (a->command != LP_COMMAND_ADD || a->nr_pages))
 		return false;
-	if (a->nr_pages && a->flags != FLAG_PRESENT && !l->zeros)
+	if (a->nr_pages && a->flags != LP_PAGES_PRESENT && !l->zeros)
 		return false;
 	l->missing = l->answered = a->nr_pages;
 	return true;
@@ -447,7 +361,7 @@ static bool digest(struct lp_channel *l)
 {
 	for (;;) {
 		size_t there = l->end - l->start;
-		struct answer answer;
+		struct lp_header answer;
 		int32_t status;
 		size_t nr;
 		bool closing, room;
@@ -484,9 +398,9 @@ static bool digest(struct lp_channel *l)
 		if (nr) {
 			if (there < l->options.header_size)
 				return true;
-			answer = read_header(l);
+			answer = lp_header_read(l->options.header_size, l->buffer + l->start);
 			if (!begin_answer(l, &answer)) {
-				end_channel(l, answer.command == COMMAND_COMPLETED ? ESTALE : EPROTO);
+				end_channel(l, answer.command == LP_COMMAND_COMPLETED ? ESTALE : EPROTO);
 				return false;
 			}
 			l->start += l->options.header_size;
@@ -498,7 +412,7 @@ static bool digest(struct lp_channel *l)
 			return true;
 		memcpy(&status, l->buffer + l->start, sizeof(status));
 		if (!closing) { /* what nobody asked for */
-			end_channel(l, status == COMMAND_COMPLETED ? ESTALE : EPROTO);
+			end_channel(l, status == LP_COMMAND_COMPLETED ? ESTALE : EPROTO);
 			return false;
 		}
 		l->start += sizeof(status);
@@ -531,7 +445,7 @@ static void receive(struct lp_channel *l)
 		if (l->start == l->end) {
 			/* pages that follow a header are aligned then */
 			l->start = l->end = LP_PAGE_SIZE - (l->missing ? 0 : l->options.header_size);
-		} else if (BUFFER - l->end < LP_PAGE_SIZE + MAX_HEADER) {
+		} else if (BUFFER - l->end < LP_PAGE_SIZE + LP_HEADER_NEW) {
 			memmove(l->buffer + LP_PAGE_SIZE, l->buffer + l->start, l->end - l->start);
 			l->end = LP_PAGE_SIZE + l->end - l->start;
 			l->start = LP_PAGE_SIZE;
@@ -888,7 +802,7 @@ struct lp_channel *lp_channel_new(struct lp_channels *channels, int fd, const st
 	pthread_mutex_init(&l->lock, NULL);
 	l->channels = channels;
 	l->options = *options;
-	l->pace.limit = MIN_LIMIT;
+	lp_pace_init(&l->pace);
 	l->heard = now_ns();
 	l->fd = fcntl(fd, F_DUPFD_CLOEXEC, 0);
 	l->eventfd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
@@ -986,7 +900,7 @@ void lp_channel_finish(struct lp_channel *l, bool force, uint32_t flags)
 	l->finishing = true;
 	turn_over(l);
 	if (room_to_ask(l))
-		send_later(l, (force ? COMMAND_FORCE_CLOSE : COMMAND_CLOSE) | flags << 16, 0, 0, 0);
+		send_later(l, (struct lp_header){.command = force ? LP_COMMAND_FORCE_CLOSE : LP_COMMAND_CLOSE, .flags = flags});
 	else
 		fail(l);
 	pthread_mutex_unlock(&l->lock);

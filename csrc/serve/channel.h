@@ -20,11 +20,12 @@ struct lp_channel;
 struct lp_channels;
 
 struct lp_channel_options {
-	uint32_t header_size; /* 24 or 32: the two layouts in docs/criu.md, "Page server protocol" */
+	uint32_t header_size; /* LP_HEADER_NEW; LP_HEADER_OLD for CRIU up to 4.1.1 (docs/architecture.md) */
 	uint32_t max_pages;   /* of one request that is not the owner's */
 	uint64_t floor;	      /* bytes of background that may be on their way at least: where faults have other channels; or 0 */
 	bool zeros;	      /* pages of zeros may be answered without bytes (wire.Features.ZERO) */
 	bool background;      /* besides faults */
+	bool compress;	      /* requests of the background say that they may be answered compressed: a relay is at the other side */
 };
 
 /* Pages of a task, by its tag and their address at dump time. */

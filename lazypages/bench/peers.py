@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from lazypages.bench import certificates
 from lazypages.bench.checkpoints import BASE, Checkpoint
 from lazypages.bench.errors import BenchError
 from lazypages.bench.programs import Programs
@@ -99,7 +100,7 @@ class LazyPages(Peer):
 
     def command(self, checkpoint: Checkpoint, work: Path, port: int | None) -> list[str]:
         command = [*self.program, "serve", *_directories(checkpoint, work), *self.options]
-        command += [*_remote(port), "--stats-json", str(stats_path(work))]
+        command += [*_remote(port, work), "--stats-json", str(stats_path(work))]
         return command if port is None else [*command, "--page-server-protocol", self.protocol]
 
 
@@ -119,7 +120,7 @@ class CriuDaemon(Peer):
 
     def command(self, checkpoint: Checkpoint, work: Path, port: int | None) -> list[str]:
         log = ["-v1"]
-        return [str(self.program), "lazy-pages", *_directories(checkpoint, work), *log, *_remote(port)]
+        return [str(self.program), "lazy-pages", *_directories(checkpoint, work), *log, *_remote(port, work)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,11 +207,14 @@ def _directories(checkpoint: Checkpoint, work: Path) -> list[str]:
 
 def _serve_pages(program: list[str], images: Path, work: Path, port: int) -> list[str]:
     command = [*program, "page-server", "--lazy-pages", "-D", str(images), "-W", str(work), "-v1"]
-    return [*command, "--address", "127.0.0.1", "--port", str(port)]
+    return [*command, "--address", "127.0.0.1", "--port", str(port), *certificates.options(work)]
 
 
-def _remote(port: int | None) -> list[str]:
-    return [] if port is None else ["--page-server", "--address", "127.0.0.1", "--port", str(port)]
+def _remote(port: int | None, work: Path) -> list[str]:
+    if port is None:
+        return []
+    where = ["--page-server", "--address", "127.0.0.1", "--port", str(port)]
+    return [*where, *certificates.options(work)]
 
 
 def find_criu(given: Sequence[Path]) -> list[tuple[str, Path]]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lazypages.bench import certificates
 from lazypages.bench.checkpoints import BASE, Checkpoint
 from lazypages.bench.daemons import Daemon
 from lazypages.bench.errors import BenchError
@@ -60,6 +61,8 @@ def run(
     with ExitStack() as stack:
         port = None
         if peer.takes_remote and workload.layout.source is Source.REMOTE:
+            if workload.layout.tls:
+                certificates.write(work)
             server = peer.server(criu, checkpoint.served, work)
             port = stack.enter_context(page_server(server, work, programs, workload.layout.round_trip))
         daemon = stack.enter_context(Daemon(peer.command(checkpoint, work, port), work / "daemon.out"))

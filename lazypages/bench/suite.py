@@ -27,9 +27,15 @@ def _pages(mib: int) -> int:
 
 
 def _idle(
-    name: str, mib: int, *, cold: bool = False, depth: int = 0, source: Source = Source.LOCAL
+    name: str,
+    mib: int,
+    *,
+    cold: bool = False,
+    depth: int = 0,
+    source: Source = Source.LOCAL,
+    tls: bool = False,
 ) -> Workload:
-    layout = Layout(_pages(mib), depth=depth, source=source)
+    layout = Layout(_pages(mib), depth=depth, source=source, tls=tls)
     return Workload(name, layout, Order.RANDOM, 1, background=True, cold=cold)
 
 
@@ -90,6 +96,7 @@ REAL_REMOTE = Workload(
     real=True,
 )
 REMOTE = _random("remote: random, 64 MiB", 64, source=Source.REMOTE)
+REMOTE_TLS = _random("remote, TLS: random, 64 MiB", 64, source=Source.REMOTE, tls=True)
 ONE_TASK = _tasks("1 task, in turns", 1, turns=True)
 THOUSAND_TASKS = _tasks("1000 tasks, in turns", 1000, turns=True)
 FEW_ENTRIES = Workload("4 entries, 4 GB, random", Layout(_MILLION, sparse=True), Order.RANDOM, 300)
@@ -140,6 +147,8 @@ DEFAULT = (
     _idle("idle, 1 GiB, cold", 1024, cold=True),
     REMOTE,
     _idle("remote: idle, 256 MiB", 256, source=Source.REMOTE),
+    REMOTE_TLS,
+    _idle("remote, TLS: idle, 256 MiB", 256, source=Source.REMOTE, tls=True),
     *_far(1, 1000, 128),
     *_far(20, 100, 32),
     REAL,

@@ -39,7 +39,7 @@ class Layout:
     ``pages``: pages with data of each task. ``stride``: 2: every other page of the mapping was never touched.
     ``depth``: number of parents in the chain. ``sparse``: only pages that will be touched have their data, and the rest
     of the pages file is a hole; for checkpoints that are not transferred as a whole. ``round_trip``: round-trip time in
-    ms that the link to a remote source adds to that of loopback.
+    ms that the link to a remote source adds to that of loopback. ``tls``: that link is encrypted.
     """
 
     pages: int
@@ -49,6 +49,7 @@ class Layout:
     source: Source = Source.LOCAL
     sparse: bool = False
     round_trip: int = 0
+    tls: bool = False
 
     @property
     def span(self) -> int:

@@ -15,7 +15,7 @@ from lazypages.net.tls_defaults import DEFAULT_CACERT, DEFAULT_CERT, DEFAULT_KEY
 if TYPE_CHECKING:
     from lazypages.net.tls import TlsFiles
     from lazypages.net.url import PageServerAddress
-    from lazypages.sources.remote import RemoteOptions
+    from lazypages.sources.page_server import RemoteOptions
 
 DEFAULT_ADDRESS = "127.0.0.1"
 
@@ -145,7 +145,7 @@ def sources_of(options: dict[str, Any]) -> Sources:
     # These modules are slow to import, and needed only for other sources.
     from lazypages.net.url import LocalSource, parse_source  # noqa: PLC0415
     from lazypages.net.wire import Layout  # noqa: PLC0415
-    from lazypages.sources.remote import RemoteOptions  # noqa: PLC0415
+    from lazypages.sources.page_server import RemoteOptions  # noqa: PLC0415
 
     directories: list[Path] = []
     servers: list[PageServerAddress] = []

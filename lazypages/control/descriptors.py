@@ -22,9 +22,9 @@ T = TypeVar("T")
 #: Descriptors for one task: its userfaultfd and its pidfd.
 PER_TASK = 2
 
-#: Descriptors for one page server: two connections, which the engine duplicates, an eventfd for each, and two more
-#: while a connection is being replaced.
-PER_SERVER = 8
+#: Descriptors for one page server: two connections, which the engine duplicates, an eventfd for each, a socket pair
+#: where a relay stands between, and two more while a connection is being replaced.
+PER_SERVER = 12
 
 #: Descriptors for the daemon itself, beside those that are open when the images have been read: control socket, guard,
 #: engine, event loop.

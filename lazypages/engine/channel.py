@@ -70,6 +70,9 @@ class Channel:
     """
 
     _BATCH = 64
+    #: The library that has the channels.
+    _ffi: Any = ffi
+    _lib: Any = lib
 
     def __init__(
         self,
@@ -81,22 +84,25 @@ class Channel:
         zeros: bool,
         background: bool,
         floor: int,
+        compress: bool,
     ) -> None:
-        options = ffi.new("struct lp_channel_options *", (header_size, max_pages, floor, zeros, background))
-        self._handle = lib.lp_channel_new(channels, fd, options)
-        if self._handle == ffi.NULL:
-            raise OSError(ffi.errno, os.strerror(ffi.errno))
-        self._events = ffi.new("struct lp_channel_event[]", self._BATCH)
-        self._state = ffi.new("struct lp_channel_state *")
+        options = self._ffi.new(
+            "struct lp_channel_options *", (header_size, max_pages, floor, zeros, background, compress)
+        )
+        self._handle = self._lib.lp_channel_new(channels, fd, options)
+        if self._handle == self._ffi.NULL:
+            raise OSError(self._ffi.errno, os.strerror(self._ffi.errno))
+        self._events = self._ffi.new("struct lp_channel_event[]", self._BATCH)
+        self._state = self._ffi.new("struct lp_channel_state *")
 
     @property
     def event_fd(self) -> int:
         """Readable when :meth:`events` has something to say. The channel owns it."""
-        return int(lib.lp_channel_event_fd(self._handle))
+        return int(self._lib.lp_channel_event_fd(self._handle))
 
     def events(self) -> list[ChannelEvent]:
         """Takes what has happened since the last call, in order; does not block."""
-        nr = lib.lp_channel_events(self._handle, self._events, self._BATCH)
+        nr = self._lib.lp_channel_events(self._handle, self._events, self._BATCH)
         return [
             ChannelEvent(
                 ChannelEventKind(raw.kind),
@@ -113,26 +119,26 @@ class Channel:
 
     def ask(self, tag: int, image: int, nr_pages: int, *, urgent: bool) -> None:
         """Asks for pages; ARRIVED tells of them."""
-        lib.lp_channel_ask(self._handle, tag, image, nr_pages, urgent)
+        self._lib.lp_channel_ask(self._handle, tag, image, nr_pages, urgent)
 
     def hold(self, *, held: bool) -> None:
         """While it is held, the channel sends nothing of its own accord."""
-        lib.lp_channel_hold(self._handle, held)
+        self._lib.lp_channel_hold(self._handle, held)
 
     def turn(self, task: ServedTask, max_bytes: int) -> None:
         """Brings pages of `task` in the background, until TURN_OVER; one task at a time."""
-        lib.lp_channel_turn(self._handle, task.handle, max_bytes)
+        self._lib.lp_channel_turn(self._handle, task.handle, max_bytes)
 
     def finish(self, *, force: bool, flags: int = 0) -> None:
         """Tells the server that this is the end, with wire.CloseFlags; CLOSED is its answer."""
-        lib.lp_channel_finish(self._handle, force, flags)
+        self._lib.lp_channel_finish(self._handle, force, flags)
 
     def outstanding(self) -> list[ChannelRequest]:
         """What has not come yet, the oldest first; from now on its arrival is told."""
         room = 64
         while True:
-            requests = ffi.new("struct lp_request[]", room)
-            nr = lib.lp_channel_outstanding(self._handle, requests, room)
+            requests = self._ffi.new("struct lp_request[]", room)
+            nr = self._lib.lp_channel_outstanding(self._handle, requests, room)
             if nr <= room:
                 return [
                     ChannelRequest(raw.tag, raw.image, raw.nr_pages, raw.since, raw.urgent, raw.told)
@@ -141,9 +147,9 @@ class Channel:
             room = nr + 64
 
     def state(self) -> ChannelState:
-        lib.lp_channel_state(self._handle, self._state)
+        self._lib.lp_channel_state(self._handle, self._state)
         return ChannelState(*(int(getattr(self._state, name)) for name in ChannelState._fields))
 
     def close(self) -> None:
         """Hangs up. What is outstanding does not come any more."""
-        lib.lp_channel_close(self._handle)
+        self._lib.lp_channel_close(self._handle)

@@ -86,7 +86,15 @@ class Engine:
         return self._adopt(handle)
 
     def channel(
-        self, fd: int, *, header_size: int, max_pages: int, zeros: bool, background: bool, floor: int = 0
+        self,
+        fd: int,
+        *,
+        header_size: int,
+        max_pages: int,
+        zeros: bool,
+        background: bool,
+        floor: int = 0,
+        compress: bool = False,
     ) -> Channel:
         """A channel on the connected stream socket `fd`, which it duplicates.
 
@@ -102,6 +110,7 @@ class Engine:
             zeros=zeros,
             background=background,
             floor=floor,
+            compress=compress,
         )
 
     @property

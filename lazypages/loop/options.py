@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from lazypages.engine.trace import Ring
     from lazypages.net.url import PageServerAddress
-    from lazypages.sources.remote import RemoteOptions
+    from lazypages.sources.page_server import RemoteOptions
 
 
 class ServeOptions(NamedTuple):

@@ -143,10 +143,9 @@ class Server:
                     self._remote = await stack.enter_async_context(
                         open_remote(
                             self._options.page_servers,
-                            self._pages_arrived,
                             self._pages_lost,
                             self._options.remote,
-                            engine,
+                            engine=engine,
                         )
                     )
                 async with anyio.create_task_group() as helpers:
@@ -225,12 +224,7 @@ class Server:
 
     # The page servers.
 
-    async def _pages_arrived(self, pid: int, image: int, data: memoryview) -> None:
-        """For the task and for what it has forked: whoever waits for these pages gets them."""
-        for service in tuple(self._families.get(pid, ())):
-            await service.pages_arrived(image, data)
-
-    async def _pages_lost(self, pid: int, image: int, nr_pages: int, reason: str) -> None:
+    def _pages_lost(self, pid: int, image: int, nr_pages: int, reason: str) -> None:
         for service in tuple(self._families.get(pid, ())):
             service.pages_lost(image, nr_pages, reason)
 

@@ -38,9 +38,6 @@ LONG_QUANTUM = 64 << 20
 #: Seconds between two searches for pages that were claimed for a page server and have been given back.
 GIVEN_BACK_PAUSE = 1.0
 
-#: Pages that the background of a task requests from a page server before the next task has its turn.
-REMOTE_QUANTUM = 256
-
 #: Seconds between two searches for pages that another thread has claimed and may give back.
 CLAIMED_PAUSE = 0.1
 
@@ -50,9 +47,6 @@ BUSY_TRIES = 500
 
 #: Number of attempts to bring ranges that observers read (Seen) while a layout event is under way.
 SEEN_TRIES = 20
-
-#: Most bytes that have arrived for a task whose layout is changing, and are kept apart from their connection.
-PARKED_MOST = 4 << 20
 
 #: Seconds between two checks how a task ended whose memory is gone, and their number. It exits shortly after that.
 END_PAUSE = 0.01
@@ -107,7 +101,6 @@ class TaskService:
         self._background = False
         self._urgent = False
         self._exited = False
-        self._parked = 0  # bytes
         self._group: TaskGroup | None = None  # not None while run() can start tasks in it
         self._ended = anyio.Event()
         self._closed = anyio.Event()
@@ -252,9 +245,8 @@ class TaskService:
         for _ in range(int(self._turns.total_tokens)):
             group.start_soon(self._transfer, self._turns)
         if self._remote:
-            group.start_soon(self._fetch, self._remote)
             for _ in self._remote.stats():
-                group.start_soon(self._fetch_by_turns, self._remote)
+                group.start_soon(self._fetch, self._remote)
 
     def _prioritise(self, group: TaskGroup) -> None:
         """Transfer without waiting for a turn."""
@@ -304,55 +296,10 @@ class TaskService:
             quantum = QUANTUM if turns.statistics().tasks_waiting else LONG_QUANTUM
 
     async def _fetch(self, remote: RemotePages) -> None:
-        """As _transfer, for what page servers have: asks for as much as does not keep faults waiting."""
-        cursor = 0
-        while True:
-            room = await remote.wait_for_room()
-            image, nr_pages, following = self._served.claim_remote(cursor, min(room, REMOTE_QUANTUM))
-            if nr_pages:
-                remote.request([(self.identity.pid, image, nr_pages)], urgent=False)
-                await anyio.lowlevel.checkpoint()  # the other tasks' turn
-            elif not cursor:
-                await anyio.sleep(GIVEN_BACK_PAUSE)  # all is asked for; some may be given back
-            cursor = following
-
-    async def _fetch_by_turns(self, remote: RemotePages) -> None:
-        """As _fetch, over connections on which the engine asks by itself: it is told how much, and the pages never come
-        by here."""
+        """As _transfer, for what page servers have; the engine asks for it and places it, and is told how much."""
         while True:
             if not await remote.bring(self._served, QUANTUM):
                 await anyio.sleep(GIVEN_BACK_PAUSE)
-
-    async def pages_arrived(self, image: int, data: memoryview) -> None:
-        """Pages that a page server gave: `data` was at `image`. Returns when `data` is not needed any more.
-
-        What the task can't take at the moment is put aside, within bounds: more than that waits, and with it
-        whatever comes behind it on its connection.
-        """
-        if self._delivered(image, data):
-            return
-        if self._group and self._parked + len(data) <= PARKED_MOST:
-            self._parked += len(data)
-            self._group.start_soon(self._deliver, image, bytes(data))
-        else:
-            while not self._delivered(image, data):
-                await anyio.sleep(BUSY_PAUSE)
-
-    async def _deliver(self, image: int, data: bytes) -> None:
-        while not self._delivered(image, data):
-            await anyio.sleep(BUSY_PAUSE)
-        self._parked -= len(data)
-
-    def _delivered(self, image: int, data: memoryview | bytes) -> bool:
-        """Whether there is nothing more to be done about these pages."""
-        try:
-            if not self._final:
-                self._served.deliver(image, data)
-        except BusyError:
-            return False
-        except TaskGoneError:
-            pass
-        return True
 
     def pages_lost(self, image: int, nr_pages: int, reason: str) -> None:
         """No page server gives these."""

@@ -51,10 +51,18 @@ class Link:
         except OSError as error:
             raise LinkError(_reason(error)) from None
 
+    def fileno(self) -> int:
+        return self._sock.fileno()
+
     @property
-    def plain_fd(self) -> int | None:
-        """The file descriptor; None with TLS, where what goes through it is not what is said."""
-        return None if isinstance(self._sock, ssl.SSLSocket) else self._sock.fileno()
+    def encrypted(self) -> bool:
+        """With TLS, what goes through the file descriptor is not what is said."""
+        return isinstance(self._sock, ssl.SSLSocket)
+
+    @property
+    def pending(self) -> bool:
+        """Whether recv_into has something to say although nothing is to be read from the file descriptor."""
+        return isinstance(self._sock, ssl.SSLSocket) and self._sock.pending() > 0
 
     @property
     def within_host(self) -> bool:
@@ -69,7 +77,7 @@ class Link:
 
     async def wait_readable(self) -> None:
         """Until recv_into has something to say."""
-        if isinstance(self._sock, ssl.SSLSocket) and self._sock.pending():
+        if self.pending:
             await anyio.lowlevel.checkpoint()
         else:
             await anyio.wait_readable(self._sock)

@@ -26,8 +26,8 @@ for the other 8 and then answers (observed with `dump --lazy-pages` and `page-se
 command, and answers at once with what it can do beyond CRIU (`Features`); from then on both sides use the
 criu-4.2 layout with those extras, on this connection only. What the extras are is in docs/protocol.md.
 
-In TLS a message in two pieces is two records, which a server of CRIU 4.2 does not put together (observed with 4.2.1: it
-ends). There the layout is a guess, unless somebody says it (`GUESSED`).
+In TLS a message in two pieces is two records, which a server of CRIU's does not put together (docs/criu.md). There the
+layout is a guess, unless somebody says it (`GUESSED`).
 """
 
 from __future__ import annotations
@@ -394,6 +394,11 @@ class ClientCodec(_ReceiveBuffer):
     def oldest(self) -> Get | None:
         """The request that is answered first."""
         return self._asked[0] if self._asked else None
+
+    @property
+    def answering(self) -> Answered | None:
+        """The answer whose pages are coming."""
+        return self._answer
 
     @property
     def at_boundary(self) -> bool:

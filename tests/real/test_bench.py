@@ -45,6 +45,14 @@ WORKLOADS = (
     Workload("fragmented background", Layout(PAGES, stride=2), Order.RANDOM, 200, background=True),
     Workload("cold", Layout(PAGES), Order.RANDOM, 1, background=True, cold=True),
     Workload("remote", Layout(PAGES, source=Source.REMOTE), Order.RANDOM, 200),
+    Workload("remote, TLS", Layout(PAGES, source=Source.REMOTE, tls=True), Order.RANDOM, 200),
+    Workload(
+        "remote background, TLS",
+        Layout(PAGES, source=Source.REMOTE, tls=True),
+        Order.RANDOM,
+        200,
+        background=True,
+    ),
     Workload("far", Layout(PAGES, source=Source.REMOTE, round_trip=20), Order.RANDOM, 10),
     Workload(
         "far background", Layout(PAGES, source=Source.REMOTE, round_trip=1), Order.RANDOM, 1, background=True

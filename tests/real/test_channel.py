@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import anyio
 import pytest
@@ -27,8 +27,11 @@ import pytest
 from lazypages.engine.channel import Channel, ChannelEvent, ChannelEventKind
 from lazypages.engine.events import TaskEventKind
 from lazypages.engine.task import ServedTask
-from lazypages.net.url import UnixServer
-from lazypages.sources.remote import RemoteOptions, RemotePages, _Channel
+from lazypages.errors import LazyPagesError
+from lazypages.net.wire import Features
+from lazypages.sources.base import Connected
+from lazypages.sources.pool import Pool
+from lazypages.sources.remote import RemotePages
 from tests.support.uffd import BASE, PAGE, RANDOM, PagesFile, Service, Task, needs_while_it_churns, until
 
 GIB = 1 << 30
@@ -36,7 +39,7 @@ PAGES = 64
 REMOTE = 0xFFFFFFFE  # csrc/common/extent.h
 TAG = 4711
 GET, ADD_F, CLOSE = 7, 6, 0x1023
-PRESENT, ZERO = 4, 0x100
+PRESENT, ZERO, ZSTD = 4, 0x100, 0x200
 MADV_DONTNEED = 4
 HEADERS = {24: struct.Struct("=IIQQ"), 32: struct.Struct("=I4xQQQ")}  # docs/criu.md, "Page server protocol"
 
@@ -54,25 +57,15 @@ class Get(NamedTuple):
     tag: int
 
 
-class Source:
+class Peer:
     """The other end of a channel."""
 
-    def __init__(self, service: Service, *, size: int = 24, zeros: bool = False, max_pages: int = 16) -> None:
-        self._end, channels = socket.socketpair()
+    def __init__(self, end: socket.socket, *, size: int) -> None:
+        self._end = end
         self._header = HEADERS[size]
-        with channels:
-            self.channel: Channel = service.engine.channel(
-                channels.fileno(), header_size=size, max_pages=max_pages, zeros=zeros, background=True
-            )
-        self._events: list[ChannelEvent] = []
         self._end.settimeout(60)
 
     def hang_up(self) -> None:
-        self._end.close()
-
-    def close(self) -> None:
-        """Both ends."""
-        self.channel.close()
         self._end.close()
 
     def command(self) -> tuple[int, Get]:
@@ -103,6 +96,24 @@ class Source:
 
     def send(self, data: bytes) -> None:
         self._end.sendall(data)
+
+
+class Source(Peer):
+    """A channel and its other end."""
+
+    def __init__(self, service: Service, *, size: int = 24, zeros: bool = False, max_pages: int = 16) -> None:
+        end, channels = socket.socketpair()
+        super().__init__(end, size=size)
+        with channels:
+            self.channel: Channel = service.engine.channel(
+                channels.fileno(), header_size=size, max_pages=max_pages, zeros=zeros, background=True
+            )
+        self._events: list[ChannelEvent] = []
+
+    def close(self) -> None:
+        """Both ends."""
+        self.channel.close()
+        self._end.close()
 
     def event(self, kind: ChannelEventKind) -> ChannelEvent:
         """The next one of this kind."""
@@ -321,44 +332,97 @@ def test_a_page_that_the_server_has_not(file: PagesFile) -> None:
         source.close()
 
 
+class Ready:
+    """A source that is connected already."""
+
+    name, once = "a test", False
+
+    def __init__(self, end: socket.socket) -> None:
+        self._end = end
+        self.failure: LazyPagesError | None = None
+        self.at_boundary = True
+        self.compressed_pages = self.compressed_bytes = 0
+
+    async def connect(self, **_: object) -> Connected:
+        return Connected(self, features=Features.MISSING, answered=True)
+
+    def fileno(self) -> int:
+        return self._end.fileno()
+
+    async def aclose(self) -> None:
+        self._end.close()
+
+
+class Recorded:
+    """The engine, and the last channel that it has made."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self.made: Channel | None = None
+
+    def channel(self, fd: int, **options: Any) -> Channel:
+        self.made = self._service.engine.channel(fd, **options)
+        return self.made
+
+
 def test_a_refusal_that_nobody_has_heard(file: PagesFile) -> None:
-    """A channel is given up for another one before its events have been read: the page is wanted all the same."""
+    """A channel is given up before its events have been read: the page is wanted all the same."""
+    ours, theirs = socket.socketpair()
+    peer = Peer(ours, size=32)
 
-    async def nothing(*_: object) -> None:
-        pytest.fail("nothing comes, nothing is lost")
+    def lost(*_: object) -> None:
+        pytest.fail("nothing is lost")
 
-    async def give_up(service: Service, source: Source) -> None:
+    async def give_up(engine: Recorded, task: Task) -> Pool:
         async with anyio.create_task_group() as group:
-            remote = RemotePages(
-                [UnixServer(Path("/nowhere"))],
-                RemoteOptions(),
-                nothing,
-                nothing,
-                group=group,
-                engine=service.engine,
-            )
-            (server,) = remote._servers
-            channel = _Channel(server, urgent_only=False, second=False, engine=source.channel, up=True)
-            server.channels.append(channel)
-            remote._channel_ended(channel, "given up for another connection")
-            assert [(wanted.pid, wanted.start, wanted.nr_pages) for wanted in remote._backlog] == [
-                (TAG, BASE, 1)
-            ]
-            assert remote._backlog.queued_pages(urgent=True) == 0
-            assert [wanted.refused for wanted in remote._backlog.refused] == [{server}]
+            remote = RemotePages([Ready(theirs)], lost, group=group, engine=engine)
+            group.start_soon(remote.run)
+            while not remote.pool.servers[0].connected:
+                await anyio.sleep(0.001)
+            channel = engine.made
+            assert channel
+            # From here on the event loop does nothing.
+            task.tell_check(BASE, 1, file.first_id)
+            peer.send(peer.header(peer.asked()._replace(nr_pages=0), flags=0))
+            until("the refusal to be read", lambda: not channel.state().outstanding)
+            group.cancel_scope.cancel()
+        return remote.pool
 
     with remote_task() as (service, task, _served):
-        first, second = Source(service, size=32), Source(service)
+        second = Source(service)
         second.channel.hold(held=True)
-        task.tell_check(BASE, 1, file.first_id)
-        first.send(first.header(first.asked()._replace(nr_pages=0), flags=0))
-        until("the refusal to be read", lambda: not first.channel.state().outstanding)
-        anyio.run(give_up, service, first)
-        first.hang_up()
+        pool = anyio.run(give_up, Recorded(service), task)
+        assert [(wanted.pid, wanted.start, wanted.nr_pages) for wanted in pool.backlog] == [(TAG, BASE, 1)]
+        assert pool.backlog.queued_pages(urgent=True) == 0
+        assert [wanted.refused for wanted in pool.backlog.refused] == [{pool.servers[0]}]
+        peer.hang_up()
         second.channel.ask(TAG, BASE, 1, urgent=True)
         second.send(second.answer(file, second.asked()))
         task.reply()
         second.close()
+
+
+def test_requests_that_may_be_compressed(file: PagesFile) -> None:
+    """Those of the background say so, to a relay; those of faults never do."""
+    with remote_task() as (service, task, served):
+        end, channels = socket.socketpair()
+        peer = Peer(end, size=32)
+        with channels:
+            channel = service.engine.channel(
+                channels.fileno(), header_size=32, max_pages=16, zeros=False, background=True, compress=True
+            )
+        task.tell_check(BASE + 40 * PAGE, 1, file.first_id + 40)
+        command, get = peer.command()
+        assert command == GET
+        peer.send(peer.answer(file, get))
+        task.reply()
+        channel.turn(served, 16 * PAGE)
+        command, get = peer.command()
+        assert command == GET | ZSTD << 16
+        peer.send(peer.answer(file, get))
+        counted(served, remote=1 + get.nr_pages)
+        channel.close()
+        peer.hang_up()
 
 
 def test_zeros(file: PagesFile) -> None:
@@ -583,7 +647,10 @@ def test_a_task_that_can_take_nothing_keeps_nothing_from_others(file: PagesFile)
 def test_parking(tmp_path: Path) -> None:
     """As above, with more than there is room for, and a server that hangs up meanwhile: in C, turn by turn."""
     root = Path(__file__).parents[2]
-    sources = [root / "tests/support/channel_deferred.c", root / "csrc/serve/channel.c"]
+    sources = [
+        root / name
+        for name in ("tests/support/channel_deferred.c", "csrc/serve/channel.c", "csrc/serve/pace.c")
+    ]
     flags = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread", f"-I{root / 'csrc'}"]
     flags += os.environ.get("LAZYPAGES_SANITIZER", "").split()  # .ci/sanitize
     subprocess.run(["gcc", *flags, *sources, "-o", tmp_path / "channel_deferred"], check=True)

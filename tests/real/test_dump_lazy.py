@@ -20,7 +20,7 @@ import pytest
 from images_spec.flags import PAGE_SIZE, PE_LAZY
 from lazypages.net.url import PageServerAddress, TcpServer, UnixServer
 from lazypages.net.wire import Command, Header, Layout
-from lazypages.sources.remote import RemoteOptions
+from lazypages.sources.page_server import RemoteOptions
 from tests.real.test_criu_namespace import restore
 from tests.real.test_pageserver_criu import remote_daemon
 from tests.support.certificates import Authority

@@ -19,7 +19,7 @@ from lazypages.net import wire
 from lazypages.net.tls import TlsError
 from lazypages.net.url import TcpServer
 from lazypages.net.wire import PAGE_SIZE, Command, Header, Layout
-from lazypages.sources.remote import RemoteOptions
+from lazypages.sources.page_server import RemoteOptions
 from tests.support.certificates import Authority
 from tests.support.pages import (
     BASE,

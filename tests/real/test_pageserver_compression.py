@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 from images_spec import pagemap
+from lazypages.net.trial import PHASE_BYTES
 from lazypages.net.url import TcpServer
 from lazypages.net.wire import PAGE_SIZE
-from lazypages.sources.remote import RemoteOptions, ServerStats
-from lazypages.sources.trial import PHASE_BYTES
+from lazypages.sources.page_server import RemoteOptions
+from lazypages.sources.remote import ServerStats
 from tests.support.certificates import Authority
 from tests.support.fake import BASE as BASE_OF_TASKS
 from tests.support.fake import restored_tasks, serve_command, write_images
@@ -51,13 +52,13 @@ def fetch_slowly(
     """All pages over the slow link: bytes that crossed it, and what the client has counted."""
     told, options = RemoteOptions(), ["--lazy-pages"]
     if authority is not None:
-        mine = authority.issue("both")
+        mine = authority.issue("both", f"IP:127.0.0.1,IP:{SlowLink.host}")
         told = RemoteOptions(tls=authority.files(mine))
         options += ["--address", "127.0.0.1", *authority.options(mine)]
     with page_server(images, *options, output=tmp_path / "out") as server:
         server.wait_ready()
         with SlowLink(("127.0.0.1", server.port), RATE) as link:
-            address = TcpServer("127.0.0.1", link.port, tls=authority is not None)
+            address = TcpServer(link.host, link.port, tls=authority is not None)
             fetched = fetch([address], list(contents), options=told, faults=200)
             crossed = link.crossed
     fetched.check(contents)

@@ -18,7 +18,7 @@ import pytest
 
 from lazypages.net.url import TcpServer
 from lazypages.net.wire import PAGE_SIZE, Command, Header, ImageType, Layout, encode_dst_id
-from lazypages.sources.remote import RemoteOptions
+from lazypages.sources.page_server import RemoteOptions
 from tests.real.test_remote_criu import free_port, layout_of, lazy_pages, read_memory
 from tests.support.certificates import Authority
 from tests.support.criu import Criu, all_criu, raised_pipe_limit

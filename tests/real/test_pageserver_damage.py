@@ -19,7 +19,9 @@ from images_spec.flags import PE_LAZY
 from lazypages.net import wire
 from lazypages.net.url import TcpServer
 from lazypages.net.wire import PAGE_SIZE, ClientCodec, Command, Features, Header, Layout
-from lazypages.sources.remote import DENIED, RemoteOptions, open_remote
+from lazypages.sources.page_server import RemoteOptions
+from lazypages.sources.pool import DENIED
+from lazypages.sources.remote import open_remote
 from tests.real.test_dump_lazy import lazy_dump
 from tests.support import fake
 from tests.support.bad_disk import bad_disk
@@ -27,6 +29,7 @@ from tests.support.certificates import Authority
 from tests.support.dumptool import pages, task
 from tests.support.pages import BASE, Contents, fetch, page_server, write_images
 from tests.support.processes import nothing_left, wait_for
+from tests.support.sink import Sink
 
 PAGES = 1500
 #: 40 pages: alone, side by side, the first and the last, at both sides of a 256 KiB buffer
@@ -184,22 +187,19 @@ def test_a_client_told_the_layout(tmp_path: Path) -> None:
         came: Contents = {}
         told = RemoteOptions(layout=Layout.CRIU_4_1)
 
+        def on_pages(pid: int, address: int, data: bytes) -> None:
+            for offset in range(0, len(data), PAGE_SIZE):
+                came[pid, address + offset] = data[offset : offset + PAGE_SIZE]
+
+        def on_lost(*_: object) -> None:
+            pytest.fail("there is no deadline")
+
         async def run() -> int:
-            done = anyio.Event()
-
-            async def on_pages(pid: int, address: int, data: memoryview) -> None:
-                for offset in range(0, len(data), PAGE_SIZE):
-                    came[pid, address + offset] = bytes(data[offset : offset + PAGE_SIZE])
-                if len(came) == len(contents):
-                    done.set()
-
-            async def on_lost(*_: object) -> None:
-                pytest.fail("there is no deadline")
-
-            with anyio.fail_after(60):
-                async with open_remote([server.address], on_pages, on_lost, told) as remote:
+            with anyio.fail_after(60), Sink(on_pages) as sink:
+                async with open_remote([server.address], on_lost, told, engine=sink) as remote:
                     remote.request([(77, BASE, 600)], urgent=False)
-                    await done.wait()
+                    while len(came) < len(contents):
+                        await anyio.sleep(0.005)
                     return remote.stats()[0].connections
 
         assert anyio.run(run) < 100

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import random
-import select
 import socket
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-import anyio
 import pytest
 
 from lazypages.net.url import ConnectedSocket, TcpServer, UnixServer
 from lazypages.net.wire import PAGE_SIZE, Layout
-from lazypages.sources import remote as remote_pages
-from lazypages.sources.remote import RemoteOptions, open_remote
+from lazypages.sources.remote import RemoteOptions
+from tests.support.certificates import Authority
 from tests.support.liar import LIES, Liar
 from tests.support.pages import (
     BASE,
@@ -128,6 +125,26 @@ def test_cut_anywhere(
         assert proxy.connections > len(boundaries)
 
 
+@pytest.mark.parametrize("how", ["close", "reset", "garbage"])
+def test_cut_anywhere_with_tls(how: str, images: tuple[Path, Contents], tmp_path: Path) -> None:
+    """In the handshake, in the first messages, in the middle of records and between them: behind a relay."""
+    authority = Authority(tmp_path / "pki")
+    mine = authority.issue("both")
+    some = dict(list(images[1].items())[:400])
+    cuts = [0, 100, 1000, *range(1500, 4000, 100), 6000, 20_000, 20_001, 100_000, 300_000]
+    told = RemoteOptions(tls=authority.files(mine))
+    options = [*KEEP_SERVING, "--address", "127.0.0.1", *authority.options(mine)]
+
+    def plan(number: int) -> Fault | None:
+        return Fault(cuts[number], how) if number < len(cuts) else None
+
+    with page_server(images[0], *options, output=tmp_path / "out") as server:
+        server.wait_ready()
+        with Proxy(("127.0.0.1", server.port), plan) as proxy:
+            while proxy.connections < len(cuts):
+                fetch([TcpServer("127.0.0.1", proxy.port, tls=True)], list(some), options=told).check(some)
+
+
 def check_bytes(pages: Contents, expected: Contents, how: str) -> None:
     assert pages.keys() == expected.keys()
     if how != "garbage":  # noise in place of a page's bytes can't be told from them, only noise in headers
@@ -231,61 +248,6 @@ def test_silent_server_is_kept(images: tuple[Path, Contents], server: PageServer
         proceed.set()
         thread.join()
         timer.join()
-
-
-def test_who_waits_for_a_task_is_not_silent(
-    images: tuple[Path, Contents], server: PageServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Found silent while the task can't take a page, when all answers are here already: the connection is good."""
-    monkeypatch.setattr(remote_pages, "SILENCE", 0.2)
-    monkeypatch.setattr(remote_pages, "SILENT_ROUND_TRIPS", 0)
-    known = list(images[1])
-    batches = [[known[0], known[5]], [known[9]]]  # while the first one waits, the other is on its way
-    came: list[tuple[int, int]] = []
-
-    async def run(address: UnixServer) -> None:
-        one = anyio.Event()
-
-        async def on_pages(pid: int, address: int, data: memoryview) -> None:
-            while not any(channel.silent for channel in remote._servers[0].channels) and not came:
-                await anyio.sleep(0.01)
-            came.append((pid, address))
-            one.set()
-
-        async def on_lost(*_: object) -> None:
-            pytest.fail("nothing is lost")
-
-        with anyio.fail_after(60):
-            async with open_remote([address], on_pages, on_lost) as remote:
-                for batch in batches:
-                    for place in batch:
-                        remote.request([(*place, 1)], urgent=True)
-                    while not set(batch) <= set(came):
-                        one = anyio.Event()
-                        await one.wait()
-                assert remote.stats()[0].connections == 1
-
-    with TemporaryDirectory(prefix="lazypages-relay-") as folder, socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(f"{folder}/socket")
-        listener.listen(1)
-        relay = threading.Thread(target=relay_one, args=(listener, server.port))
-        relay.start()
-        anyio.run(run, UnixServer(Path(folder) / "socket"))
-        relay.join()
-    assert set(came) == {place for batch in batches for place in batch}
-
-
-def relay_one(listener: socket.socket, port: int) -> None:
-    """One connection and no other, as CRIU's servers."""
-    client, _ = listener.accept()
-    listener.close()
-    with client, socket.create_connection(("127.0.0.1", port)) as upstream:
-        ends = {client: upstream, upstream: client}
-        while True:
-            for end in select.select(list(ends), [], [])[0]:
-                if not (data := end.recv(1 << 16)):
-                    return
-                ends[end].sendall(data)
 
 
 def test_server_that_comes_later(images: tuple[Path, Contents], tmp_path: Path) -> None:

@@ -15,8 +15,10 @@ Work = Callable[[], object]
 class Listener(ABC):
     """Listens at `port` while its context lasts. Then all its connections are shut down and its threads joined."""
 
+    host = "127.0.0.1"
+
     def __init__(self) -> None:
-        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._listener = socket.create_server((self.host, 0))
         self.port: int = self._listener.getsockname()[1]
         self.stopping = threading.Event()
         self._lock = threading.Lock()

@@ -32,8 +32,11 @@ class TokenBucket:
 class SlowLink(Listener):
     """For clients of `target`. `crossed`: bytes that have come from the server.
 
+    Not at 127.0.0.1, from where clients connect: so both ends have different addresses, as those of different hosts.
     A link of hosts.py has a rate as well, but counts headers and what TCP sends again, too.
     """
+
+    host = "127.0.0.2"
 
     def __init__(self, target: tuple[str, int], rate: float) -> None:
         super().__init__()

@@ -1,17 +1,14 @@
-"""What waits for page servers, against a dictionary of pages; and how much may be on its way."""
+"""What waits for page servers, against a dictionary of pages."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-import pytest
-from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from lazypages.net.wire import PAGE_SIZE
 from lazypages.sources.backlog import Backlog, Wanted
-from lazypages.sources.window import MAX_WINDOW, MIN_WINDOW, SHORTEST, Window
 
 SPACE = 24  # pages of each task, few enough for everything to collide
 pids = st.integers(1, 2)
@@ -164,53 +161,3 @@ def test_hurry() -> None:
     assert hurried is not None
     assert (hurried.start, hurried.nr_pages) == (50 * PAGE_SIZE, 1)
     assert backlog.queued_pages(urgent=False) == 99
-
-
-# -- window --------------------------------------------------------------------------------------------------
-
-
-def simulate(window: Window, *, rate: float, delay: float, seconds: float, start: float = 0.0) -> float:
-    """Keep `window` full on a link of `rate` (bytes/s) and `delay` (s, there and back); the end, s."""
-    now, link_free = start, start
-    flying: list[tuple[float, object, int]] = []
-    in_flight = 0
-    while now < start + seconds:
-        while in_flight < window.limit:
-            size = max(4 * PAGE_SIZE, window.limit // 4)
-            link_free = max(link_free, now + delay / 2) + size / rate
-            flying.append((link_free + delay / 2, window.send(now), size))
-            in_flight += size
-        now, sent, size = flying.pop(0)
-        window.answered(now, sent, size)  # type: ignore[arg-type]
-        in_flight -= size
-    return now
-
-
-@pytest.mark.parametrize("rate", [12.5e6, 125e6, 1.25e9])
-@pytest.mark.parametrize("delay", [50e-6, 1e-3, 20e-3])
-def test_window_fits_the_link(rate: float, delay: float) -> None:
-    """It fills the link, and what is on its way delays a fault by no more than about a round trip."""
-    window = Window()
-    simulate(window, rate=rate, delay=delay, seconds=100 * max(delay, 1e-3))
-    capacity = min(rate * delay, MAX_WINDOW)
-    assert window.limit >= 0.9 * capacity
-    piece = max(MIN_WINDOW, rate * SHORTEST)
-    assert window.limit <= 3 * (rate * delay + piece)
-
-
-def test_window_shrinks_with_the_rate() -> None:
-    window = Window()
-    end = simulate(window, rate=1e9, delay=1e-3, seconds=0.5)
-    fast = window.limit
-    simulate(window, rate=1e7, delay=1e-3, seconds=5, start=end + 0.1)
-    assert window.limit < fast / 5
-
-
-@given(st.lists(st.tuples(st.floats(1e-6, 10), st.integers(0, 1 << 22)), max_size=50))
-def test_window_stays_in_its_bounds(answers: list[tuple[float, int]]) -> None:
-    window, now = Window(), 0.0
-    for elapsed, size in answers:
-        sent = window.send(now)
-        now += elapsed
-        window.answered(now, sent, size)
-        assert MIN_WINDOW <= window.limit <= MAX_WINDOW

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lazypages.sources.trial import Trial
+from lazypages.net.trial import Trial
 
 BATCH = 256 << 10
 DEPTH = 4  # requests on their way

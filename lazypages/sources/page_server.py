@@ -1,0 +1,156 @@
+"""A page server as a source, CRIU's or ours: connects, and finds out who answers and what that one speaks.
+
+No page is taken from a server of ours that has not said that it has this very checkpoint; CRIU's can't say it, and what
+protects there is in docs/protocol.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Final, TypeVar
+
+import anyio
+
+from images_spec.identity import Identity
+from lazypages.net import wire
+from lazypages.net.link import Link, LinkError, connect
+from lazypages.net.relay import Direct, Relay
+from lazypages.net.tls import TlsFiles
+from lazypages.net.trial import Trial
+from lazypages.net.url import ConnectedSocket, PageServerAddress, TcpServer
+from lazypages.net.wire import ClientCodec, Features, Layout
+from lazypages.sources.base import Carrier, Connected
+
+T = TypeVar("T")
+
+CONNECT_TIMEOUT: Final = 10.0  # s
+# How long a server of the old layout may take to answer the probe before it counts as new: the images were
+# written by a new CRIU, or by an old one or nobody knows.
+PROBE_PATIENCE: Final = {Layout.CRIU_4_2: 0.5, Layout.CRIU_4_1: 5.0, None: 2.0}
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteOptions:
+    """``layout``: of the header, when the user has said it. ``written_by``: the layout of the CRIU that wrote the
+    images, a hint for finding out. ``deadline``: seconds after which pages that can't be had are lost; None: never.
+    ``checkpoint``: which one the pages must be of; None, for tests: of any.
+    """
+
+    layout: Layout | None = None
+    written_by: Layout | None = None
+    deadline: float | None = None
+    tls: TlsFiles | None = None
+    checkpoint: Identity | None = None
+
+
+class CheckpointError(LinkError):
+    """The server has another checkpoint, or can't say which one it has."""
+
+
+class PageServerSource:
+    """``client``: the same number on all connections of this destination and no other's."""
+
+    def __init__(self, address: PageServerAddress, options: RemoteOptions, client: int) -> None:
+        self.name = str(address)
+        self.once = isinstance(address, ConnectedSocket)
+        self._address = address
+        self._options = options
+        self._client = client
+        self._agreed = False  # it has had our checkpoint: who answers there from now on must have it, too
+
+    async def connect(self, *, spare: bool, urgent_only: bool, reached: Callable[[], None]) -> Connected:
+        """Raises LinkError, TlsError, RemoteProtocolError."""
+        link = await _within(CONNECT_TIMEOUT, connect(self._address, self._options.tls), "connection")
+        try:
+            reached()
+            # A first one may take its time: a server of CRIU's has no other.
+            limit = CONNECT_TIMEOUT if spare else float("inf")
+            greeted = await _within(limit, self._greet(link, spare=spare), "answer")
+        except BaseException:
+            link.close()
+            raise
+        codec, answered = greeted
+        compresses = bool(codec.features & Features.COMPRESSED) and not urgent_only and not link.within_host
+        carrier: Carrier
+        if link.encrypted or compresses:
+            carrier, layout = Relay(link, codec, Trial()), Layout.CRIU_4_2
+        else:
+            carrier, layout = Direct(link), codec.layout
+        return Connected(carrier, layout, codec.features, answered, compresses)
+
+    async def _greet(self, link: Link, *, spare: bool) -> tuple[ClientCodec, bool]:
+        """Finds out who answers, and how: see wire; and whether anybody has answered.
+
+        A server that the user has named is taken for it: CRIU's holds its answer back for 200 ms (it corks its socket,
+        and only pages uncork it; seen with strace, 4.1.1).
+        """
+        told, checkpoint = self._options.layout, self._options.checkpoint
+        must_agree = self._agreed or bool(checkpoint and checkpoint.by_dumptool)
+        if told and not (must_agree or spare):
+            return ClientCodec(told), False
+        guessed = told is None and isinstance(self._address, TcpServer) and self._address.tls
+        if guessed:  # see wire; the images' word has to do, and the old layout without it
+            told = self._options.written_by or Layout.CRIU_4_1
+        wanted = wire.ALL_FEATURES | (Features.CHECKPOINT if checkpoint else wire.NO_FEATURES)
+        await _send_all(
+            link, wire.probe_first(wanted) + (wire.PROBE_REST if told is Layout.CRIU_4_2 else b"")
+        )
+        answer = bytearray()
+        layout = told or Layout.CRIU_4_1
+        if told is None:
+            patience = PROBE_PATIENCE[self._options.written_by] + 8 * (link.round_trip() or 0.0)
+            with anyio.move_on_after(patience):
+                await _receive_all(link, answer)
+            if not answer:
+                await _send_all(link, wire.PROBE_REST)
+                layout = Layout.CRIU_4_2
+        try:
+            await _receive_all(link, answer)
+        except LinkError as error:
+            if guessed:
+                raise LinkError(f"{error}; {wire.GUESSED.format(layout=layout)}") from None
+            raise
+        features = wire.probe_answer(bytes(answer))
+        if checkpoint and (features is not None or must_agree):
+            await self._agree(link, checkpoint, features or wire.NO_FEATURES)
+            self._agreed = True
+        if features is None:
+            return ClientCodec(layout), True
+        return ClientCodec(Layout.CRIU_4_2, features), True
+
+    async def _agree(self, link: Link, checkpoint: Identity, features: Features) -> None:
+        """Raises CheckpointError unless the server has this checkpoint."""
+        if not features & Features.CHECKPOINT:
+            raise CheckpointError("can't say which dump it has the pages of: none is taken from it")
+        theirs = bytearray()
+        await _receive_all(link, theirs, wire.IDENTITY_SIZE)
+        await _send_all(link, wire.checkpoint_message(checkpoint.digest, self._client))
+        if theirs != checkpoint.digest:
+            raise CheckpointError(
+                f"has the pages of another dump ({theirs.hex()}; the images: {checkpoint.digest.hex()}): "
+                "none is taken from it"
+            )
+
+
+async def _within(seconds: float, doing: Awaitable[T], what: str) -> T:
+    """Raises LinkError when it takes longer."""
+    with anyio.move_on_after(seconds):
+        return await doing
+    raise LinkError(f"no {what} within {seconds:g} s")
+
+
+async def _send_all(link: Link, data: bytes) -> None:
+    while data := data[link.send(data) :]:
+        await link.wait_writable()
+
+
+async def _receive_all(link: Link, answer: bytearray, size: int = wire.PROBE_ANSWER_SIZE) -> None:
+    """The rest of an answer to the probe. What has arrived is in `answer` also when this is cancelled."""
+    room = memoryview(bytearray(size))
+    while missing := size - len(answer):
+        await link.wait_readable()
+        count = link.recv_into(room[:missing])
+        if count == 0:
+            raise LinkError("closed by the server before it answered")
+        answer += room[: count or 0]

@@ -1,0 +1,135 @@
+"""The engine's channels (csrc/serve/channel.c) without tasks: whoever asks for pages gets them in Python."""
+
+from __future__ import annotations
+
+import atexit
+import importlib.util
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from cffi import FFI
+
+from lazypages.engine.channel import Channel
+
+ROOT = Path(__file__).parents[2]
+
+_DECLARATIONS = """
+typedef int (*lp_sink_place)(void *arg, uint64_t tag, uint64_t image, uint64_t nr_pages, const void *bytes);
+struct lp_sink;
+struct lp_channels;
+struct lp_channel;
+struct lp_task;
+struct lp_sink *lp_sink_new(lp_sink_place place, void *arg);
+struct lp_channels *lp_sink_channels(struct lp_sink *sink);
+void lp_sink_run(struct lp_sink *sink);
+void lp_sink_stop(struct lp_sink *sink);
+void lp_sink_free(struct lp_sink *sink);
+
+struct lp_channel_options { uint32_t header_size, max_pages; uint64_t floor; bool zeros, background, compress; };
+struct lp_request { uint64_t tag, image, nr_pages, since; bool urgent, told; ...; };
+struct lp_channel_event {
+    uint32_t kind; int32_t status; bool at_boundary, told; uint64_t tag, image, nr_pages, since;
+};
+struct lp_channel_state {
+    uint64_t outstanding, urgent, background, limit, heard, oldest, requests, pages, bytes, round_trip;
+};
+struct lp_channel *lp_channel_new(struct lp_channels *channels, int fd, const struct lp_channel_options *options);
+void lp_channel_close(struct lp_channel *channel);
+int lp_channel_event_fd(const struct lp_channel *channel);
+size_t lp_channel_events(struct lp_channel *channel, struct lp_channel_event *events, size_t max);
+void lp_channel_ask(struct lp_channel *channel, uint64_t tag, uint64_t image, uint64_t nr_pages, bool urgent);
+void lp_channel_hold(struct lp_channel *channel, bool held);
+void lp_channel_turn(struct lp_channel *channel, struct lp_task *task, uint64_t max_bytes);
+void lp_channel_finish(struct lp_channel *channel, bool force, uint32_t flags);
+size_t lp_channel_outstanding(struct lp_channel *channel, struct lp_request *requests, size_t max);
+void lp_channel_state(struct lp_channel *channel, struct lp_channel_state *state);
+"""
+
+
+@cache
+def _library() -> Any:
+    folder = tempfile.mkdtemp(prefix="lazypages-sink-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    builder = FFI()
+    builder.cdef(_DECLARATIONS)
+    builder.set_source(
+        "lazypages_sink",
+        '#include "sink.h"',
+        sources=[
+            str(ROOT / name) for name in ("tests/support/sink.c", "csrc/serve/channel.c", "csrc/serve/pace.c")
+        ],
+        include_dirs=[str(ROOT / "csrc"), str(ROOT / "tests/support")],
+        extra_compile_args=["-std=gnu11", "-O2"],
+    )
+    path = builder.compile(tmpdir=folder)
+    spec = importlib.util.spec_from_file_location("lazypages_sink", path)
+    assert spec
+    assert spec.loader
+    library = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(library)
+    return library
+
+
+class _SinkChannel(Channel):
+    def __init__(self, channels: Any, fd: int, **options: Any) -> None:
+        self._ffi, self._lib = _library().ffi, _library().lib
+        super().__init__(channels, fd, **options)
+
+
+class Sink:
+    """Makes channels, as the engine does.
+
+    `on_pages(pid, address, data)` is called for pages as they come, in a thread.
+    """
+
+    def __init__(self, on_pages: Callable[[int, int, bytes], None]) -> None:
+        self._ffi, self._lib = _library().ffi, _library().lib
+
+        def place(_: Any, tag: int, image: int, nr_pages: int, data: Any) -> int:
+            on_pages(tag, image, bytes(self._ffi.buffer(data, nr_pages * 4096)))
+            return 0
+
+        self._place = self._ffi.callback("lp_sink_place", place)
+        self._handle = self._lib.lp_sink_new(self._place, self._ffi.NULL)
+        self._thread = threading.Thread(target=self._lib.lp_sink_run, args=(self._handle,), daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._lib.lp_sink_stop(self._handle)
+        self._thread.join(60)
+        assert not self._thread.is_alive()
+        self._lib.lp_sink_free(self._handle)
+
+    def channel(
+        self,
+        fd: int,
+        *,
+        header_size: int,
+        max_pages: int,
+        zeros: bool,
+        background: bool,
+        floor: int = 0,
+        compress: bool = False,
+    ) -> Channel:
+        """As Engine.channel."""
+        return _SinkChannel(
+            self._lib.lp_sink_channels(self._handle),
+            fd,
+            header_size=header_size,
+            max_pages=max_pages,
+            zeros=zeros,
+            background=background,
+            floor=floor,
+            compress=compress,
+        )
