@@ -119,7 +119,10 @@ static bool is_unclear(const struct lp_space *s, const struct lp_change *changes
 		return false;
 	if (p.unknown)
 		return true;
-	return before && !changes[move].awaited && (before > 1 || (departures > 1 && early != 1));
+	/* an mremap that reports no departure of its own (MREMAP_DONTUNMAP) had returned when it was looked who waits */
+	if (changes[move].awaited && mates[move] < nr)
+		return false;
+	return before && (before > 1 || (departures > 1 && early != 1));
 }
 
 static bool is_unclear_somewhere(const struct lp_space *s, const struct lp_change *changes, const size_t *mates, size_t nr,

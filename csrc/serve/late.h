@@ -8,9 +8,9 @@
  *
  *   - A thread that leaves with what an mremap has brought does so after that mremap has returned, and this is after its last
  *     event has been read.  What is reported before that has left before.
- *   - If the late thread is known to have queued its event before that last event was read (`awaited`), it is reported before
- *     anything that what has arrived does: events are read in the order in which they were queued (fs/userfaultfd.c,
- *     userfaultfd_ctx_read).
+ *   - If a thread was seen to wait for its report of leaving the place to be read, after the move had been read and before that last
+ *     event was (`awaited`), it is the late one: what has arrived could not have been moved on yet.  Its report is read before any
+ *     of what has arrived, since events are read in the order in which they were queued (fs/userfaultfd.c, userfaultfd_ctx_read).
  *
  * Where neither holds it is unclear, and what has been in the places concerned is lost: neither zeros nor old bytes.  Likewise where
  * more has left a place than is known to have been there: memory that has grown.  Events that are reported in the order of what

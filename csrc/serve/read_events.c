@@ -116,6 +116,16 @@ static bool someone_is_late(struct lp_task *t, size_t first)
 	return false;
 }
 
+/* Whether the mremap of change i has reported all: its thread may have gone on, and left what it has moved. */
+static bool has_returned(const struct lp_task *t, size_t i)
+{
+	for (size_t k = i + 1; k < t->nr_changes; k++)
+		if (t->changes[k].kind == LP_UNMAPPED && t->changes[k].start == t->changes[i].start &&
+		    t->changes[k].len == t->changes[i].len)
+			return true;
+	return false;
+}
+
 /* Looks whether the late thread waits for its event to be read. */
 static bool is_still_late(struct lp_task *t)
 {
@@ -129,7 +139,7 @@ static bool is_still_late(struct lp_task *t)
 	}
 	for (size_t i = t->nr_changes; i-- && rc == 1;)
 		if (t->changes[i].kind == LP_REMAPPED && t->changes[i].to == t->late.start) {
-			t->changes[i].awaited = true;
+			t->changes[i].awaited = !has_returned(t, i);
 			break;
 		}
 	t->late_until = 0;
@@ -156,21 +166,22 @@ bool lp_read_events(struct lp_task *t)
 {
 	struct uffd_msg msgs[MESSAGES];
 	uint64_t now = 0;
+	size_t first, want;
 	bool late = false;
 	int error = 0;
-	size_t first;
 	ssize_t n;
 
 	if (t->late_until && is_still_late(t))
 		return false;
 	do {
 		first = t->nr_changes;
+		want = (t->changes_layout ? 1 : MESSAGES) * sizeof(*msgs);
 		if (!reserve_messages(t)) {
 			error = ENOMEM;
 			break;
 		}
 		lp_count(&t->stats.reads, 1);
-		n = read(t->uffd, msgs, sizeof(msgs));
+		n = read(t->uffd, msgs, want);
 		if (n < 0) {
 			error = errno == EINTR || errno == EAGAIN ? 0 : errno;
 			if (errno == EINTR)
@@ -182,6 +193,7 @@ bool lp_read_events(struct lp_task *t)
 
 			if (msgs[i].event != UFFD_EVENT_PAGEFAULT) {
 				keep_change(t, &msgs[i]);
+				t->changes_layout = true;
 				continue;
 			}
 			if (!now)
@@ -193,7 +205,7 @@ bool lp_read_events(struct lp_task *t)
 		}
 		late = someone_is_late(t, first);
 		/* a read that got faults does not say that the event behind them can't be read (fs/userfaultfd.c, userfaultfd_read) */
-	} while (!late && (n < 0 || n == sizeof(msgs) || t->read_error));
+	} while (!late && (n < 0 || (size_t)n == want || t->read_error));
 	if (now)
 		atomic_store_explicit(&t->engine->last_fault, now, memory_order_relaxed);
 	if (t->nr_changes)

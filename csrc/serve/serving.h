@@ -8,7 +8,7 @@
  *     constant once the task is linked     engine, space (the pointer), remote, is_child, total, pid, pidfd, tag, number,
  *                                          nr_levels, levels
  *     lock (shared to read, alone to       uffd, what is in space, unsure, changes, nr_changes, cap_changes, fork, reported,
- *     write)                               late, late_until, layout
+ *     write)                               changes_layout, late, late_until, layout
  *     lock (alone)                         unreported_lost
  *     the serving thread only              faults, deferred, deferred_most, to_wake, sweep, batching, claims_released, readahead,
  *                                          look, next_retry, awaits_retry, read_error, next_try, pause, channel_cursor,
@@ -94,6 +94,7 @@ struct lp_task {
 	size_t nr_changes, cap_changes;
 	struct lp_fork fork;	 /* empty, but for a fork that has to wait */
 	uint64_t reported;	 /* events that were not faults */
+	bool changes_layout;	 /* such an event was read: from then on each is read alone, so that no thread gets ahead */
 	struct lp_range late;	 /* left by a thread that has not reported it (csrc/serve/late.h); nothing is read before it has, */
 	uint64_t late_until;	 /* or before this time, ns; 0: no thread is late */
 	struct lp_faults faults; /* to be answered */

@@ -103,8 +103,12 @@ def test_who_waits_to_tell_that_a_place_was_left(call: str) -> None:
         assert not tells(PLACE - PAGE, 1)
         assert not tells(PLACE, PAGES + 1)
         assert not tells(OTHER)
-        while task.busy(0.01):
+
+        def replied() -> bool:
             with suppress(BlockingIOError):
                 os.read(uffd, 32)
+            return task.replied()
+
+        until("the call to return", replied)
         task.reply()
         assert not tells(PLACE)

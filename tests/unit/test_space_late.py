@@ -109,3 +109,9 @@ def test_what_is_lost_because_nobody_knows_where_it_is_does_not_come_back() -> N
     lost = space.lost
     assert lost
     assert (space.regain(), space.lost) == (0, lost)
+
+
+def test_awaited_beside_an_mremap_that_reports_no_departure() -> None:
+    """MREMAP_DONTUNMAP has returned once its move is read, so it may be its own thread that waits in PLACE."""
+    told = [moved(OTHER, PLACE, awaited=True), moved(PLACE, ONWARD), gone(PLACE), gone(PLACE)]
+    assert not check([*told], {OTHER: ONWARD, PLACE: None})
