@@ -46,8 +46,8 @@ static void pause_ns(uint64_t ns)
 }
 
 /*
- * Sleeps while the serving thread does not give way.  A thread that gives way and makes no progress may be kept from its CPU by another thread than
- * the thread that it has woken: it gets its old rank, and every CPU to run at.
+ * Sleeps while the serving thread does not give way.  When that gives way and makes no progress, another thread than the one that
+ * it has woken may keep it from its CPU: it gets its old scheduling class, and every CPU to run on.
  */
 static void *watch(void *arg)
 {

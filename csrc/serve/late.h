@@ -34,8 +34,8 @@ bool lp_someone_is_late(const struct lp_space *space, const struct lp_change *ch
 			struct lp_range *late);
 
 /*
- * While the layout is quiescent, before any of the changes is made: unclear[i]: change i is about places where it is unclear what left first.  With it all
- * changes whose places meet those.  How many, or -ENOMEM.
+ * While the layout is quiescent, before any of the changes is made: unclear[i]: change i is about places where it is unclear what
+ * left first.  With it all changes whose places meet those.  How many, or -ENOMEM.
  */
 int lp_unclear(const struct lp_space *space, const struct lp_change *changes, size_t nr, bool *unclear);
 
