@@ -171,7 +171,7 @@ struct lp_space *lp_space_clone(struct lp_space *s, struct lp_counts *dropped)
 		return NULL;
 	for (size_t i = 0; i < c->nr_wiped; i++)
 		lp_drop_dumped(c, c->wiped[i].start, c->wiped[i].end, dropped);
-	/* of what is unmapped already, nobody will tell the child's */
+	/* the event that this is unmapped is still to come, for the parent; none will for the child */
 	for (size_t i = 0; i < s->nr_left; i++)
 		lp_cut_empty(c, s->left[i].start, s->left[i].end);
 	return c;

@@ -1,6 +1,6 @@
 /*
  * The address space of one restored task: what every page of it is still
- * waiting for.  Pure logic: no file descriptor, no system call.
+ * waiting for.  Pure: no file descriptor, no system call.
  *
  * Two tables and three bitmaps:
  *
@@ -12,9 +12,9 @@
  *            [dump_addr, dump_addr + end - start) when the task was dumped.  mremap
  *            moves regions, munmap cuts them.  From LP_NO_DUMP_ADDR on, dump_addr
  *            addresses mean nothing: the range is the task's, but empty, as
- *            what mremap leaves until the kernel tells that it is unmapped.
+ *            what mremap leaves until the kernel reports that it is unmapped.
  *   pending  the page has data that the task does not have yet
- *   claimed  somebody is bringing it at this moment (a copy under way, or a
+ *   claimed  a thread is bringing it at this moment (a copy under way, or a
  *            request to a remote source)
  *   lost     no source could give it; it is still pending
  *
@@ -53,7 +53,7 @@ enum lp_change_kind {
 	LP_QUESTION, /* not an event: something is in doubt (struct lp_doubt) */
 };
 
-/* A layout event, as the kernel tells it. */
+/* A layout event, as the kernel reports it. */
 struct lp_change {
 	uint32_t kind;	      /* enum lp_change_kind */
 	int32_t uffd;	      /* LP_FORKED: of the child */
@@ -85,7 +85,7 @@ enum lp_kind {
 	LP_CLAIMED, /* pending, on its way */
 };
 
-/* The answer for an address, and for how many pages from there it holds. */
+/* Pages that follow each other, and what is known of them. */
 struct lp_run {
 	uint32_t kind;     /* enum lp_kind */
 	uint32_t source;   /* level, for LP_DATA */
@@ -133,7 +133,7 @@ const struct lp_region *lp_space_regions(const struct lp_space *space);
 
 /* At most max_pages from the page at addr (page aligned), all of one kind and source, contiguous in task and dump. */
 struct lp_run lp_space_lookup(const struct lp_space *space, uint64_t addr, uint64_t max_pages);
-/* How many of the max_pages pages before addr have the same answer, running into it. */
+/* How many of the max_pages pages before the run continue it. */
 uint64_t lp_space_lookback(const struct lp_space *space, const struct lp_run *at, uint64_t max_pages);
 /*
  * The next run that waits to be brought (LP_DATA; LP_REMOTE instead when asked for), at or after cursor.
@@ -153,42 +153,44 @@ void lp_space_index(struct lp_space *space);
 uint64_t lp_space_claim(struct lp_space *space, uint64_t index, uint64_t nr);
 /* Claimed pages that have arrived. Returns how many were still pending. */
 uint64_t lp_space_commit(struct lp_space *space, uint64_t index, uint64_t nr);
-/* Claimed pages that have not; the caller wakes who may wait for them. */
+/* Claimed pages that have not arrived; the caller wakes threads that may wait for them. */
 void lp_space_release(struct lp_space *space, uint64_t index, uint64_t nr);
 /* Claimed pages that no source can give; what has arrived all the same, from another one, is not lost. */
 void lp_space_mark_lost(struct lp_space *space, uint64_t index, uint64_t nr);
 /* Claimed or not, where they are in the task is not known, and will not be. */
 void lp_space_mark_lost_for_good(struct lp_space *space, uint64_t index, uint64_t nr);
-/* Makes lost pages pending as before, but for those that never had a source or are lost for good: one has come back. Returns how many. */
+/*
+ * A source has come back: makes lost pages pending as before, but for those that never had a source or are lost for good.  Returns
+ * how many.
+ */
 uint64_t lp_space_retry_lost(struct lp_space *space);
 /* Those of the pages dumped at [dump_addr, +nr_pages) that are lost are not waited for any more. (exclusive) */
 void lp_space_forget(struct lp_space *space, uint64_t dump_addr, uint64_t nr_pages, struct lp_counts *dropped);
 
 /*
- * Which of the changes that the kernel has told is to be made next; `changes` is in the order in which it told them.
- * nr: none before the layout is at rest, that is, before all that has begun has been told.  Only then can be asked whether what
- * was to be unmapped is unmapped, and only then all events of an mremap are there, and all that another thread has done while one
- * forked.  Forks come last: their children have been asked by then what they have (csrc/serve/doubt.h).
+ * Which of the changes that the kernel has reported is to be made next; `changes` is in the order in which it reported them.
+ * nr: none before the layout is quiescent, that is, before all that has begun has been reported.  Only then it can be asked whether
+ * what was to be unmapped is unmapped, and only then all events of an mremap are there, and all that another thread has done while
+ * one forked.  Forks come last: their children have been asked by then what they have (csrc/serve/doubt.h).
  *
- * Changes are not always told in the order in which they happened: an event is queued when the change has been made and the
- * mmap lock been dropped, and mremap tells where things went before it tells that the old place is unmapped.  Meanwhile
+ * Changes are not always reported in the order in which they happened: an event is queued when the change has been made and the
+ * mmap lock been dropped, and mremap reports where memory went before it reports that the old place is unmapped.  Meanwhile
  * another thread can move other memory to the place that is free now, and its event may come first.  (fs/userfaultfd.c and
  * mm/mremap.c; seen with Linux 6.18: tests/real/test_engine_order.py.)  But memory can only move to where nothing is. So
- * what moves to a place that is still taken waits until it is told who has left it, and the changes told later wait too.
+ * a move to a place that is still taken waits until a departure from there is reported, and the changes reported later wait too.
  *
- * One thing can't be told: when what has arrived leaves as well before the first that left has told so.  Then the one that
- * tells first is taken for the first.  For that to be wrong, a thread must be preempted between dropping the mmap lock and
- * queueing its event, while another thread's mremap gets the very place, is told, wakes up, leaves, and is told again.  The same
- * holds, while the layout does not come to rest, for memory that nobody knows of, since it has grown, and for memory whose
- * unmapping has failed before it moved away, when another thread moves memory to where it was.
+ * Known ambiguity: if memory that has just moved to X leaves X before the earlier departure from X is reported, the two reports
+ * can't be told apart here; csrc/serve/late.h finds such changes before any of them is made.  For that to happen, a thread must be
+ * preempted between dropping the mmap lock and queueing its event, while another thread's mremap gets the very place, is reported,
+ * wakes up, leaves, and is reported again.
  */
 size_t lp_space_next_change(const struct lp_space *space, const struct lp_change *changes, size_t nr, bool quiescent);
 /*
- * For kernels before about 6.15, at rest: their REMAP events of a move that shrinks have the length from before
+ * For kernels before about 6.15, while the layout is quiescent: their REMAP events of a move that shrinks have the length from before
  * (mm/mremap.c, mremap_userfaultfd_complete with old_len).  The true one is what the same call reports as unmapped, from `from` on.
  */
 void lp_true_lengths(struct lp_change *changes, size_t nr);
-/* The layout is at rest, all changes are made: what mremap has left and nobody has told to be unmapped stays. (exclusive) */
+/* The layout is quiescent, all changes are made: what mremap has left and no event reports as unmapped stays. (exclusive) */
 void lp_space_quiescent(struct lp_space *space);
 
 /* Changes. (exclusive) 0 or -ENOMEM. */

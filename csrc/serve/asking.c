@@ -7,7 +7,10 @@
 #include "stats.h"
 #include "wake.h"
 
-/* -ENOENT only when it is so at rest: the kernel looks for the mapping before it looks whether the layout is changing. */
+/*
+ * -ENOENT only when it is so while the layout is quiescent: the kernel looks for the mapping before it looks whether the layout is
+ * changing.
+ */
 static int answer_when_quiescent(struct lp_task *t, struct lp_result result)
 {
 	if (result.outcome == LP_LATER ||

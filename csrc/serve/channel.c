@@ -22,8 +22,8 @@
 #define BUFFER ((size_t)256 << 10) /* bytes that are received, and placed, at once */
 #define RECEIVE_MOST ((size_t)256 << 10) /* bytes received before faults are looked at again */
 #define ZERO_PAGES 64ull		 /* placed at once */
-#define PARKED_MOST ((size_t)4 << 20)	 /* bytes: then channels wait for the task that can't take them */
-/* Room for these is always there: the turn is over, nothing is outstanding, the channel is closed, it has ended. */
+#define DEFERRED_MOST ((size_t)4 << 20)	 /* bytes: then channels wait for the task that can't take them */
+/* Room for these is always there: the budget is spent, nothing is outstanding, the channel is closed, it has ended. */
 #define LAST_EVENTS 4
 /* What the taking in of one piece of an answer may say: pages have come, others are refused. */
 #define PIECE_EVENTS 2
@@ -48,11 +48,11 @@ struct lp_channel {
 	uint64_t missing, answered; /* of the answer that is coming: pages to come, pages in all */
 	bool zeros;		/* it has no bytes */
 	bool stalled;		/* what came can't be placed at the moment */
-	bool claim_later;	/* what comes next in the turn can't be told at the moment */
+	bool claim_later;	/* what comes next is not known at the moment */
 	uint32_t events_wanted; /* of epoll */
 
 	pthread_mutex_t lock; /* of what follows */
-	_Atomic bool held, ended, finishing; /* read without the lock, too */
+	_Atomic bool paused, ended, finishing; /* read without the lock, too */
 	_Atomic bool failed; /* there was no memory for a request of the owner's: the channel ends */
 	bool closed;
 	struct lp_request *requests; /* a ring; the oldest is answered first */
@@ -63,8 +63,8 @@ struct lp_channel {
 	uint64_t background, heard, last_urgent;
 	uint64_t nr_requests, nr_pages, nr_bytes;
 	struct lp_pace pace;
-	struct lp_task *turn;
-	uint64_t turn_left, turn_asked; /* pages */
+	struct lp_task *spender;
+	uint64_t budget_left, budget_asked; /* pages */
 	struct lp_channel_event *events;
 	size_t nr_events, cap_events;
 };
@@ -139,7 +139,7 @@ static void send_later(struct lp_channel *l, struct lp_header header)
 }
 
 /* False: there is no memory, nothing has been asked. */
-static bool ask(struct lp_channel *l, uint64_t tag, uint64_t image, uint64_t nr_pages, uint64_t since, bool urgent, bool told)
+static bool ask(struct lp_channel *l, uint64_t tag, uint64_t dump_addr, uint64_t nr_pages, uint64_t since, bool urgent, bool reported)
 {
 	uint64_t now = now_ns();
 
@@ -149,13 +149,13 @@ static bool ask(struct lp_channel *l, uint64_t tag, uint64_t image, uint64_t nr_
 		l->heard = now;
 	*request_at(l, l->nr++) = (struct lp_request){
 		.tag = tag,
-		.image = image,
+		.dump_addr = dump_addr,
 		.nr_pages = nr_pages,
 		.since = since,
 		.sent = now,
 		.delivered = l->pace.delivered,
 		.urgent = urgent,
-		.told = told,
+		.reported = reported,
 	};
 	if (urgent) {
 		l->urgent += nr_pages << LP_PAGE_SHIFT;
@@ -168,7 +168,7 @@ static bool ask(struct lp_channel *l, uint64_t tag, uint64_t image, uint64_t nr_
 			      .command = LP_COMMAND_GET,
 			      .flags = l->options.compress && !urgent ? LP_PAGES_ZSTD : 0,
 			      .nr_pages = nr_pages,
-			      .vaddr = image,
+			      .vaddr = dump_addr,
 			      .dst_id = tag,
 		      });
 	return true;
@@ -191,19 +191,19 @@ static void add_event(struct lp_channel *l, struct lp_channel_event event)
 		signal_fd(l->eventfd);
 }
 
-static void turn_over(struct lp_channel *l)
+static void budget_spent(struct lp_channel *l)
 {
-	if (!l->turn)
+	if (!l->spender)
 		return;
-	l->turn = NULL;
-	add_event(l, (struct lp_channel_event){.kind = LP_CHANNEL_TURN_OVER, .nr_pages = l->turn_asked});
+	l->spender = NULL;
+	add_event(l, (struct lp_channel_event){.kind = LP_CHANNEL_BUDGET_SPENT, .nr_pages = l->budget_asked});
 }
 
 static void end_channel(struct lp_channel *l, int status)
 {
 	pthread_mutex_lock(&l->lock);
 	l->ended = true;
-	turn_over(l);
+	budget_spent(l);
 	add_event(l, (struct lp_channel_event){
 			     .kind = LP_CHANNEL_ENDED,
 			     .status = status,
@@ -213,58 +213,58 @@ static void end_channel(struct lp_channel *l, int status)
 	epoll_ctl(l->channels->epfd, EPOLL_CTL_DEL, l->fd, NULL);
 }
 
-/* ---- parking ---- */
+/* ---- deferred pages ---- */
 
 /* What one task can't take, while its layout changes, must not keep from the others what comes behind it. */
-struct lp_parked {
-	struct lp_parked *next;
-	uint64_t tag, image, nr_pages;
+struct lp_deferred_pages {
+	struct lp_deferred_pages *next;
+	uint64_t tag, dump_addr, nr_pages;
 	bool zeros; /* no bytes */
 	_Alignas(16) char bytes[];
 };
 
 /* 0, or -EAGAIN: there is no room. */
-static int park(struct lp_channels *channels, uint64_t tag, uint64_t image, uint64_t nr_pages, const char *bytes)
+static int defer(struct lp_channels *channels, uint64_t tag, uint64_t dump_addr, uint64_t nr_pages, const char *bytes)
 {
 	size_t size = bytes == zero_pages ? 0 : nr_pages << LP_PAGE_SHIFT;
-	struct lp_parked *p = NULL;
+	struct lp_deferred_pages *p = NULL;
 
-	if (channels->parked_bytes + sizeof(*p) + size <= PARKED_MOST)
+	if (channels->deferred_bytes + sizeof(*p) + size <= DEFERRED_MOST)
 		p = malloc(sizeof(*p) + size);
 	if (!p)
 		return -EAGAIN;
-	*p = (struct lp_parked){.tag = tag, .image = image, .nr_pages = nr_pages, .zeros = !size};
+	*p = (struct lp_deferred_pages){.tag = tag, .dump_addr = dump_addr, .nr_pages = nr_pages, .zeros = !size};
 	memcpy(p->bytes, bytes, size);
-	channels->parked_bytes += sizeof(*p) + size;
-	*channels->last_parked = p;
-	channels->last_parked = &p->next;
+	channels->deferred_bytes += sizeof(*p) + size;
+	*channels->last_deferred = p;
+	channels->last_deferred = &p->next;
 	return 0;
 }
 
-static void unpark(struct lp_channels *channels, struct lp_parked **link)
+static void drop_deferred(struct lp_channels *channels, struct lp_deferred_pages **link)
 {
-	struct lp_parked *p = *link;
+	struct lp_deferred_pages *p = *link;
 
 	*link = p->next;
 	if (!p->next)
-		channels->last_parked = link;
-	channels->parked_bytes -= sizeof(*p) + (p->zeros ? 0 : p->nr_pages << LP_PAGE_SHIFT);
+		channels->last_deferred = link;
+	channels->deferred_bytes -= sizeof(*p) + (p->zeros ? 0 : p->nr_pages << LP_PAGE_SHIFT);
 	free(p);
 }
 
 /* Those that can be placed by now; the others of a task that can't take one are not tried. */
-static void place_parked(struct lp_channels *channels)
+static void place_deferred(struct lp_channels *channels)
 {
-	const struct lp_parked *refused = NULL;
-	struct lp_parked **link = &channels->parked, *p;
+	const struct lp_deferred_pages *refused = NULL;
+	struct lp_deferred_pages **link = &channels->deferred, *p;
 
 	while ((p = *link)) {
 		if ((refused && refused->tag == p->tag) ||
-		    channels->tasks.place(channels->tasks.arg, p->tag, p->image, p->nr_pages, p->zeros ? zero_pages : p->bytes)) {
+		    channels->tasks.place(channels->tasks.arg, p->tag, p->dump_addr, p->nr_pages, p->zeros ? zero_pages : p->bytes)) {
 			refused = p;
 			link = &p->next;
 		} else {
-			unpark(channels, link);
+			drop_deferred(channels, link);
 		}
 	}
 }
@@ -276,7 +276,7 @@ static void come(struct lp_channel *l, uint64_t nr_pages)
 {
 	struct lp_request *head = request_at(l, 0);
 
-	head->image += nr_pages << LP_PAGE_SHIFT;
+	head->dump_addr += nr_pages << LP_PAGE_SHIFT;
 	head->nr_pages -= nr_pages;
 	if (head->urgent)
 		l->urgent -= nr_pages << LP_PAGE_SHIFT;
@@ -297,21 +297,21 @@ static void answer_complete(struct lp_channel *l)
 	if (!l->answered)
 		add_event(l, (struct lp_channel_event){
 				     .kind = LP_CHANNEL_REFUSED,
-				     .told = rest.told,
+				     .reported = rest.reported,
 				     .tag = rest.tag,
-				     .image = rest.image,
+				     .dump_addr = rest.dump_addr,
 				     .nr_pages = rest.nr_pages,
 				     .since = rest.since,
 			     });
 	else if (rest.nr_pages) /* the server had no more in one piece; there is room, that of the one that is answered */
-		ask(l, rest.tag, rest.image, rest.nr_pages, rest.since, rest.urgent, rest.told);
-	if (!l->nr && l->held)
+		ask(l, rest.tag, rest.dump_addr, rest.nr_pages, rest.since, rest.urgent, rest.reported);
+	if (!l->nr && l->paused)
 		add_event(l, (struct lp_channel_event){.kind = LP_CHANNEL_QUIET});
 	pthread_mutex_unlock(&l->lock);
 }
 
 /* Places the next pages of the answer, from bytes, or has it done later; 0 or -EAGAIN. */
-static int place(struct lp_channel *l, uint64_t nr_pages, const char *bytes)
+static int place_answer(struct lp_channel *l, uint64_t nr_pages, const char *bytes)
 {
 	struct lp_request head;
 	int rc;
@@ -319,18 +319,18 @@ static int place(struct lp_channel *l, uint64_t nr_pages, const char *bytes)
 	pthread_mutex_lock(&l->lock);
 	head = *request_at(l, 0);
 	pthread_mutex_unlock(&l->lock);
-	rc = l->channels->tasks.place(l->channels->tasks.arg, head.tag, head.image, nr_pages, bytes);
+	rc = l->channels->tasks.place(l->channels->tasks.arg, head.tag, head.dump_addr, nr_pages, bytes);
 	if (rc)
-		rc = park(l->channels, head.tag, head.image, nr_pages, bytes);
+		rc = defer(l->channels, head.tag, head.dump_addr, nr_pages, bytes);
 	if (rc)
 		return rc;
 	l->missing -= nr_pages;
 	pthread_mutex_lock(&l->lock);
 	l->nr_pages += nr_pages;
-	if (request_at(l, 0)->told)
+	if (request_at(l, 0)->reported)
 		add_event(l, (struct lp_channel_event){.kind = LP_CHANNEL_ARRIVED,
 						    .tag = head.tag,
-						    .image = head.image,
+						    .dump_addr = head.dump_addr,
 						    .nr_pages = nr_pages});
 	come(l, nr_pages);
 	pthread_mutex_unlock(&l->lock);
@@ -346,7 +346,7 @@ static bool begin_answer(struct lp_channel *l, const struct lp_header *a)
 	asked = *request_at(l, 0);
 	pthread_mutex_unlock(&l->lock);
 	l->zeros = l->options.zeros && a->flags == LP_PAGES_ZERO;
-	if (a->vaddr != asked.image || a->dst_id != asked.tag || a->nr_pages > asked.nr_pages)
+	if (a->vaddr != asked.dump_addr || a->dst_id != asked.tag || a->nr_pages > asked.nr_pages)
 		return false;
 	if (a->command != LP_COMMAND_ADD_F && (a->command != LP_COMMAND_ADD || a->nr_pages))
 		return false;
@@ -381,7 +381,7 @@ static bool digest(struct lp_channel *l)
 				pages = l->missing;
 			if (!pages)
 				return true;
-			if (place(l, pages, l->zeros ? zero_pages : l->buffer + l->start)) {
+			if (place_answer(l, pages, l->zeros ? zero_pages : l->buffer + l->start)) {
 				l->stalled = true;
 				return false;
 			}
@@ -430,7 +430,7 @@ static void heard(struct lp_channel *l, size_t bytes)
 	pthread_mutex_lock(&l->lock);
 	l->heard = now;
 	l->nr_bytes += bytes;
-	if (l->held)
+	if (l->paused)
 		add_event(l, (struct lp_channel_event){.kind = LP_CHANNEL_HEARD});
 	pthread_mutex_unlock(&l->lock);
 }
@@ -507,44 +507,44 @@ static uint64_t room(const struct lp_channel *l, uint64_t now)
 	return pages < MIN_PAGES ? MIN_PAGES : pages;
 }
 
-/* Asks for what the turn of a task still may. */
+/* Asks for as much of the background as the budget allows. */
 static void go_on(struct lp_channel *l)
 {
 	const struct lp_channel_tasks *tasks = &l->channels->tasks;
-	uint64_t now = now_ns(), tag, image;
+	uint64_t now = now_ns(), tag, dump_addr;
 
 	for (;;) {
-		struct lp_task *turn;
+		struct lp_task *spender;
 		uint64_t pages;
 		int64_t nr;
 
 		pthread_mutex_lock(&l->lock);
-		turn = l->held || l->ended || l->finishing ? NULL : l->turn;
-		pages = turn ? room(l, now) : 0;
-		if (pages > l->turn_left)
-			pages = l->turn_left;
+		spender = l->paused || l->ended || l->finishing ? NULL : l->spender;
+		pages = spender ? room(l, now) : 0;
+		if (pages > l->budget_left)
+			pages = l->budget_left;
 		pthread_mutex_unlock(&l->lock);
 		if (!pages)
 			return;
-		nr = tasks->claim(tasks->arg, turn, pages, &tag, &image);
+		nr = tasks->claim(tasks->arg, spender, pages, &tag, &dump_addr);
 		if (nr == -EAGAIN) {
 			l->claim_later = true;
 			return;
 		}
 		pthread_mutex_lock(&l->lock);
-		if (nr > 0 && (l->held || l->finishing || !ask(l, tag, image, (uint64_t)nr, 0, false, false))) {
-			l->claim_later = !l->held && !l->finishing; /* there was no memory */
+		if (nr > 0 && (l->paused || l->finishing || !ask(l, tag, dump_addr, (uint64_t)nr, 0, false, false))) {
+			l->claim_later = !l->paused && !l->finishing; /* there was no memory */
 			pthread_mutex_unlock(&l->lock);
-			tasks->give_back(tasks->arg, turn, image, (uint64_t)nr);
+			tasks->give_back(tasks->arg, spender, dump_addr, (uint64_t)nr);
 			return;
 		}
-		/* another turn may have begun meanwhile */
-		if (nr > 0 && l->turn == turn && l->turn_left >= (uint64_t)nr) {
-			l->turn_left -= (uint64_t)nr;
-			l->turn_asked += (uint64_t)nr;
+		/* another budget may have been set meanwhile */
+		if (nr > 0 && l->spender == spender && l->budget_left >= (uint64_t)nr) {
+			l->budget_left -= (uint64_t)nr;
+			l->budget_asked += (uint64_t)nr;
 		}
-		if (l->turn == turn && (nr <= 0 || !l->turn_left))
-			turn_over(l);
+		if (l->spender == spender && (nr <= 0 || !l->budget_left))
+			budget_spent(l);
 		pthread_mutex_unlock(&l->lock);
 	}
 }
@@ -561,7 +561,7 @@ static void listen_for(struct lp_channel *l)
 	event.events = wanted;
 	if (l->ended || wanted == l->events_wanted)
 		return;
-	/* that the other side has hung up is told whether it is wanted or not (epoll_ctl(2)): then not even that */
+	/* that the other side has hung up is reported, wanted or not, (epoll_ctl(2)): then not even that */
 	if (epoll_ctl(l->channels->epfd,
 		      !wanted		 ? EPOLL_CTL_DEL
 		      : l->events_wanted ? EPOLL_CTL_MOD
@@ -576,7 +576,7 @@ static void listen_for(struct lp_channel *l)
 void lp_channels_init(struct lp_channels *channels, int epfd, int wakefd, const struct lp_channel_tasks *tasks)
 {
 	*channels = (struct lp_channels){.epfd = epfd, .wakefd = wakefd, .tasks = *tasks};
-	channels->last_parked = &channels->parked;
+	channels->last_deferred = &channels->deferred;
 }
 
 static void channel_free(struct lp_channel *l)
@@ -606,11 +606,11 @@ void lp_channels_free(struct lp_channels *channels)
 		channel_free(l);
 	}
 	channels->channels = NULL;
-	while (channels->parked)
-		unpark(channels, &channels->parked);
+	while (channels->deferred)
+		drop_deferred(channels, &channels->deferred);
 }
 
-static void take_over(struct lp_channels *channels)
+static void adopt_new(struct lp_channels *channels)
 {
 	struct lp_channel *l, *next;
 
@@ -631,33 +631,33 @@ static void take_over(struct lp_channels *channels)
 /* beside: another channel is for faults alone, perhaps to the same server */
 static bool takes_faults(const struct lp_channel *l, bool beside)
 {
-	return !(beside && l->options.floor) && !l->held && !l->ended && !l->finishing && !atomic_load(&l->dead);
+	return !(beside && l->options.floor) && !l->paused && !l->ended && !l->finishing && !atomic_load(&l->dead);
 }
 
-/* Whether any channel is bringing the page at image already, and how far from there; else how far none is. (no lock held) */
-static bool under_way(struct lp_channels *channels, uint64_t tag, uint64_t image, uint64_t *end, uint64_t since)
+/* Whether any channel is bringing the page at dump_addr already, and how far from there; else how far none is. (no lock held) */
+static bool under_way(struct lp_channels *channels, uint64_t tag, uint64_t dump_addr, uint64_t *end, uint64_t since)
 {
-	for (const struct lp_parked *p = channels->parked; p; p = p->next) {
-		uint64_t until = p->image + (p->nr_pages << LP_PAGE_SHIFT);
+	for (const struct lp_deferred_pages *p = channels->deferred; p; p = p->next) {
+		uint64_t until = p->dump_addr + (p->nr_pages << LP_PAGE_SHIFT);
 
-		if (p->tag != tag || until <= image || p->image >= *end)
+		if (p->tag != tag || until <= dump_addr || p->dump_addr >= *end)
 			continue;
-		if (p->image <= image && until < *end)
+		if (p->dump_addr <= dump_addr && until < *end)
 			*end = until;
-		if (p->image <= image)
+		if (p->dump_addr <= dump_addr)
 			return true;
-		*end = p->image;
+		*end = p->dump_addr;
 	}
 	for (struct lp_channel *l = channels->channels; l; l = l->next) {
 		pthread_mutex_lock(&l->lock);
 		for (size_t i = 0; i < l->nr && !l->ended; i++) {
 			struct lp_request *r = request_at(l, i);
-			uint64_t until = r->image + (r->nr_pages << LP_PAGE_SHIFT);
+			uint64_t until = r->dump_addr + (r->nr_pages << LP_PAGE_SHIFT);
 
-			if (r->tag != tag || r->told || until <= image || r->image >= *end)
+			if (r->tag != tag || r->reported || until <= dump_addr || r->dump_addr >= *end)
 				continue;
-			if (r->image > image) {
-				*end = r->image;
+			if (r->dump_addr > dump_addr) {
+				*end = r->dump_addr;
 				continue;
 			}
 			if (until < *end)
@@ -672,11 +672,11 @@ static bool under_way(struct lp_channels *channels, uint64_t tag, uint64_t image
 	return false;
 }
 
-bool lp_channels_hurry(struct lp_channels *channels, uint64_t tag, uint64_t image, uint64_t since)
+bool lp_channels_escalate(struct lp_channels *channels, uint64_t tag, uint64_t dump_addr, uint64_t since)
 {
-	uint64_t end = image + LP_PAGE_SIZE;
+	uint64_t end = dump_addr + LP_PAGE_SIZE;
 
-	return under_way(channels, tag, image, &end, since);
+	return under_way(channels, tag, dump_addr, &end, since);
 }
 
 /* How long an answer to what is asked now will take, roughly, ns. */
@@ -692,13 +692,13 @@ static uint64_t expected_wait(struct lp_channel *l)
 	return wait;
 }
 
-bool lp_channels_fault(struct lp_channels *channels, uint64_t tag, uint64_t image, uint64_t nr_pages, uint64_t since)
+bool lp_channels_fault(struct lp_channels *channels, uint64_t tag, uint64_t dump_addr, uint64_t nr_pages, uint64_t since)
 {
-	uint64_t end = image + (nr_pages << LP_PAGE_SHIFT), best_wait = 0;
+	uint64_t end = dump_addr + (nr_pages << LP_PAGE_SHIFT), best_wait = 0;
 	struct lp_channel *best = NULL;
 	bool beside = false;
 
-	take_over(channels);
+	adopt_new(channels);
 	for (struct lp_channel *l = channels->channels; l; l = l->next)
 		beside |= !l->options.background && takes_faults(l, false);
 	for (struct lp_channel *l = channels->channels; l; l = l->next) {
@@ -714,32 +714,32 @@ bool lp_channels_fault(struct lp_channels *channels, uint64_t tag, uint64_t imag
 	}
 	if (!best)
 		return false;
-	while (image < end) {
-		uint64_t most = image + ((uint64_t)best->options.max_pages << LP_PAGE_SHIFT);
+	while (dump_addr < end) {
+		uint64_t most = dump_addr + ((uint64_t)best->options.max_pages << LP_PAGE_SHIFT);
 		uint64_t stop = end < most ? end : most;
 
-		if (!under_way(channels, tag, image, &stop, since)) {
+		if (!under_way(channels, tag, dump_addr, &stop, since)) {
 			bool takes;
 
 			pthread_mutex_lock(&best->lock);
 			takes = takes_faults(best, false) &&
-				ask(best, tag, image, (stop - image) >> LP_PAGE_SHIFT, since, true, false);
+				ask(best, tag, dump_addr, (stop - dump_addr) >> LP_PAGE_SHIFT, since, true, false);
 			pthread_mutex_unlock(&best->lock);
 			if (!takes)
 				return false;
 		}
-		image = stop;
+		dump_addr = stop;
 	}
 	return true;
 }
 
 void lp_channels_forget(struct lp_channels *channels, const struct lp_task *task)
 {
-	take_over(channels); /* one that is new may have a turn of it already */
+	adopt_new(channels); /* one that is new may have its budget already */
 	for (struct lp_channel *l = channels->channels; l; l = l->next) {
 		pthread_mutex_lock(&l->lock);
-		if (l->turn == task)
-			turn_over(l);
+		if (l->spender == task)
+			budget_spent(l);
 		pthread_mutex_unlock(&l->lock);
 	}
 }
@@ -763,8 +763,8 @@ bool lp_channels_round(struct lp_channels *channels)
 	struct lp_channel **link, *l;
 	bool again = false;
 
-	take_over(channels);
-	place_parked(channels);
+	adopt_new(channels);
+	place_deferred(channels);
 	for (link = &channels->channels; (l = *link);) {
 		if (atomic_load(&l->dead)) {
 			*link = l->next;
@@ -783,7 +783,7 @@ bool lp_channels_round(struct lp_channels *channels)
 		again |= l->stalled || l->claim_later;
 		link = &l->next;
 	}
-	return again || channels->parked;
+	return again || channels->deferred;
 }
 
 /* ---- owner ---- */
@@ -863,33 +863,33 @@ static void fail(struct lp_channel *l)
 	shutdown(l->fd, SHUT_RDWR);
 }
 
-void lp_channel_ask(struct lp_channel *l, uint64_t tag, uint64_t image, uint64_t nr_pages, bool urgent)
+void lp_channel_ask(struct lp_channel *l, uint64_t tag, uint64_t dump_addr, uint64_t nr_pages, bool urgent)
 {
 	pthread_mutex_lock(&l->lock);
-	if (!ask(l, tag, image, nr_pages, 0, urgent, true))
+	if (!ask(l, tag, dump_addr, nr_pages, 0, urgent, true))
 		fail(l);
 	pthread_mutex_unlock(&l->lock);
 	signal_fd(l->channels->wakefd);
 }
 
-void lp_channel_hold(struct lp_channel *l, bool held)
+void lp_channel_pause(struct lp_channel *l, bool paused)
 {
 	pthread_mutex_lock(&l->lock);
-	l->held = held;
-	if (held)
-		turn_over(l);
+	l->paused = paused;
+	if (paused)
+		budget_spent(l);
 	pthread_mutex_unlock(&l->lock);
 	signal_fd(l->channels->wakefd);
 }
 
-void lp_channel_turn(struct lp_channel *l, struct lp_task *task, uint64_t max_bytes)
+void lp_channel_set_budget(struct lp_channel *l, struct lp_task *task, uint64_t max_bytes)
 {
 	pthread_mutex_lock(&l->lock);
-	l->turn = task;
-	l->turn_left = (max_bytes + LP_PAGE_SIZE - 1) >> LP_PAGE_SHIFT;
-	l->turn_asked = 0;
-	if (l->ended || l->held)
-		turn_over(l);
+	l->spender = task;
+	l->budget_left = (max_bytes + LP_PAGE_SIZE - 1) >> LP_PAGE_SHIFT;
+	l->budget_asked = 0;
+	if (l->ended || l->paused)
+		budget_spent(l);
 	pthread_mutex_unlock(&l->lock);
 	signal_fd(l->channels->wakefd);
 }
@@ -898,7 +898,7 @@ void lp_channel_finish(struct lp_channel *l, bool force, uint32_t flags)
 {
 	pthread_mutex_lock(&l->lock);
 	l->finishing = true;
-	turn_over(l);
+	budget_spent(l);
 	if (room_to_ask(l))
 		send_later(l, (struct lp_header){.command = force ? LP_COMMAND_FORCE_CLOSE : LP_COMMAND_CLOSE, .flags = flags});
 	else
@@ -916,7 +916,7 @@ size_t lp_channel_outstanding(struct lp_channel *l, struct lp_request *requests,
 	for (size_t i = 0; i < nr && i < max; i++) {
 		requests[i] = *request_at(l, i);
 		if (nr <= max)
-			request_at(l, i)->told = true;
+			request_at(l, i)->reported = true;
 	}
 	pthread_mutex_unlock(&l->lock);
 	return nr;

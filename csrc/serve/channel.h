@@ -1,6 +1,6 @@
 /*
- * A channel: a connection to a page server on which the serving thread itself asks for the pages of faults, and brings
- * pages in the background as far as it is told to.
+ * A channel: a connection to a page server on which the serving thread itself asks for the pages of faults, and for pages of the
+ * background within a budget.
  *
  * Its owner has connected it, and knows what the server speaks.  The answers come in the order of the requests and are
  * held against them; one that does not fit ends the channel.  What needs a decision goes to the owner as an event: pages
@@ -30,19 +30,19 @@ struct lp_channel_options {
 
 /* Pages of a task, by its tag and their address at dump time. */
 struct lp_request {
-	uint64_t tag, image, nr_pages;
+	uint64_t tag, dump_addr, nr_pages;
 	uint64_t since; /* CLOCK_MONOTONIC ns when a thread began to wait for it; 0: none does */
 	uint64_t sent;	/* when it was asked for */
 	uint64_t delivered; /* bytes that had come by then */
-	bool urgent, told;  /* told: the owner knows of it */
+	bool urgent, reported; /* reported: its arrival is */
 };
 
 enum lp_channel_event_kind {
 	LP_CHANNEL_ARRIVED = 1, /* pages that the owner knows of have come, and are in their place or will be as soon as they can */
 	LP_CHANNEL_REFUSED,     /* the server has not the first of these */
-	LP_CHANNEL_HEARD,	     /* a held channel says something */
-	LP_CHANNEL_QUIET,	     /* nothing is outstanding on a held channel any more */
-	LP_CHANNEL_TURN_OVER,   /* of the background: nr_pages were asked for */
+	LP_CHANNEL_HEARD,	     /* bytes have come on a paused channel */
+	LP_CHANNEL_QUIET,	     /* nothing is outstanding on a paused channel any more */
+	LP_CHANNEL_BUDGET_SPENT,   /* of the background: nr_pages were asked for */
 	LP_CHANNEL_CLOSED,	     /* the answer to lp_channel_finish: status */
 	LP_CHANNEL_ENDED,	     /* nothing comes any more; status: errno, 0 at the end of the stream, EPROTO for garbage,
 				ESTALE when another destination has completed (wire.Command.COMPLETED) */
@@ -52,8 +52,8 @@ struct lp_channel_event {
 	uint32_t kind;
 	int32_t status;
 	bool at_boundary; /* LP_CHANNEL_ENDED: what came is whole answers */
-	bool told;	  /* LP_CHANNEL_REFUSED: the owner knew of it */
-	uint64_t tag, image, nr_pages, since;
+	bool reported;	  /* LP_CHANNEL_REFUSED: the owner knew of it */
+	uint64_t tag, dump_addr, nr_pages, since;
 };
 
 struct lp_channel_state {
@@ -78,15 +78,15 @@ void lp_channel_close(struct lp_channel *channel);
 /* Readable when there are events. */
 int lp_channel_event_fd(const struct lp_channel *channel);
 size_t lp_channel_events(struct lp_channel *channel, struct lp_channel_event *events, size_t max);
-/* Asks for pages that the owner wants, as lp_request.told. */
-void lp_channel_ask(struct lp_channel *channel, uint64_t tag, uint64_t image, uint64_t nr_pages, bool urgent);
-/* A held channel gets no request but those of lp_channel_ask. */
-void lp_channel_hold(struct lp_channel *channel, bool held);
-/* Background for this task, until max_bytes have been asked for or nothing is left: LP_CHANNEL_TURN_OVER. One at a time. */
-void lp_channel_turn(struct lp_channel *channel, struct lp_task *task, uint64_t max_bytes);
+/* Asks for pages that the owner wants, as lp_request.reported. */
+void lp_channel_ask(struct lp_channel *channel, uint64_t tag, uint64_t dump_addr, uint64_t nr_pages, bool urgent);
+/* On a paused channel only lp_channel_ask makes requests. */
+void lp_channel_pause(struct lp_channel *channel, bool paused);
+/* Asks for the background of this task, until max_bytes have been asked for or nothing is left: LP_CHANNEL_BUDGET_SPENT.  One at a time. */
+void lp_channel_set_budget(struct lp_channel *channel, struct lp_task *task, uint64_t max_bytes);
 /* Tells the server that this is the end; flags: wire.CloseFlags. */
 void lp_channel_finish(struct lp_channel *channel, bool force, uint32_t flags);
-/* What has not come yet, the oldest first; all of it is `told` from then on.  Returns how many there are. */
+/* What has not come yet, the oldest first; the arrival of all of it is reported from then on.  Returns how many there are. */
 size_t lp_channel_outstanding(struct lp_channel *channel, struct lp_request *requests, size_t max);
 void lp_channel_state(struct lp_channel *channel, struct lp_channel_state *state);
 
@@ -97,33 +97,33 @@ void lp_channel_state(struct lp_channel *channel, struct lp_channel_state *state
 struct lp_channel_tasks {
 	void *arg;
 	/* Places pages that have come: 0, or -EAGAIN when that has to be tried again with the same. */
-	int (*place)(void *arg, uint64_t tag, uint64_t image, uint64_t nr_pages, const void *bytes);
-	/* Claims up to max_pages of a task for the background: 0 when nothing is left, -EAGAIN when it can't be told now. */
-	int64_t (*claim)(void *arg, struct lp_task *task, uint64_t max_pages, uint64_t *tag, uint64_t *image);
+	int (*place)(void *arg, uint64_t tag, uint64_t dump_addr, uint64_t nr_pages, const void *bytes);
+	/* Claims up to max_pages of a task for the background: 0 when nothing is left, -EAGAIN when it can't be reported now. */
+	int64_t (*claim)(void *arg, struct lp_task *task, uint64_t max_pages, uint64_t *tag, uint64_t *dump_addr);
 	/* What was claimed is not asked for after all. */
-	void (*give_back)(void *arg, struct lp_task *task, uint64_t image, uint64_t nr_pages);
+	void (*give_back)(void *arg, struct lp_task *task, uint64_t dump_addr, uint64_t nr_pages);
 };
 
 /* Pages that have come and can't be placed at the moment. */
-struct lp_parked;
+struct lp_deferred_pages;
 
 /* All channels of an engine. */
 struct lp_channels {
 	int epfd, wakefd;
 	struct lp_channel_tasks tasks;
-	struct lp_channel *_Atomic fresh; /* made by the owner, not taken over yet */
+	struct lp_channel *_Atomic fresh; /* made by the owner, not adopted yet */
 	struct lp_channel *channels;
-	struct lp_parked *parked; /* oldest first; no channel's, since they outlive it */
-	struct lp_parked **last_parked;
-	size_t parked_bytes;
+	struct lp_deferred_pages *deferred; /* oldest first; no channel's, since they outlive it */
+	struct lp_deferred_pages **last_deferred;
+	size_t deferred_bytes;
 };
 
 void lp_channels_init(struct lp_channels *channels, int epfd, int wakefd, const struct lp_channel_tasks *tasks);
 void lp_channels_free(struct lp_channels *channels);
 /* Asks for the pages of a fault, those that are not on their way already.  False: no channel can. */
-bool lp_channels_fault(struct lp_channels *channels, uint64_t tag, uint64_t image, uint64_t nr_pages, uint64_t since);
-/* A thread waits for a page that somebody has claimed: whether a channel is bringing it. */
-bool lp_channels_hurry(struct lp_channels *channels, uint64_t tag, uint64_t image, uint64_t since);
+bool lp_channels_fault(struct lp_channels *channels, uint64_t tag, uint64_t dump_addr, uint64_t nr_pages, uint64_t since);
+/* A thread waits for a page that is claimed already: whether a channel is bringing it. */
+bool lp_channels_escalate(struct lp_channels *channels, uint64_t tag, uint64_t dump_addr, uint64_t since);
 /* The task is about to be freed. */
 void lp_channels_forget(struct lp_channels *channels, const struct lp_task *task);
 /* What epoll says of a channel. */
@@ -131,7 +131,7 @@ void lp_channel_ready(struct lp_channel *channel);
 /* Whether a page server may answer a fault any moment. */
 bool lp_channels_expect(const struct lp_channels *channels);
 /*
- * Once a round: takes over new channels, buries closed ones, sends.  True when something has to be tried again soon.
+ * Once a round: adopts new channels, frees closed ones, sends.  True when something has to be tried again soon.
  */
 bool lp_channels_round(struct lp_channels *channels);
 

@@ -175,7 +175,7 @@ static int copy_unguarded(struct lp_task *t, const struct lp_run *run, const voi
 			continue;
 		}
 		lp_drop_pages(t, run, done, nr);
-		lp_wake(t, guard.start, nr); /* who waits there: it was no guard then */
+		lp_wake(t, guard.start, nr); /* threads that wait there: it was no guard then */
 		done += nr;
 	}
 	lp_guarded_give(g, t, fd);

@@ -136,7 +136,7 @@ static bool overlap(uint64_t a, uint64_t b, uint64_t len)
 	return a < b + len && b < a + len;
 }
 
-/* Whether move i was made before the child was forked: 1, 0, -EAGAIN, -ESRCH.  *tangled: that can't be told. */
+/* Whether move i was made before the child was forked: 1, 0, -EAGAIN, -ESRCH.  *tangled: it is not known. */
 static int has_moved(const struct lp_change *changes, size_t nr, size_t i, const struct lp_ask *ask,
 		     const struct lp_ask *ask_parent, bool *tangled)
 {
@@ -154,7 +154,7 @@ static int has_moved(const struct lp_change *changes, size_t nr, size_t i, const
 		return rc < 0 ? rc : 1;
 	/*
 	 * Both: what was at `to` before may be there still, or the child has moved something there.  Or other memory has grown to
-	 * where this was: then its parent has that as well, for nobody has told of its leaving.
+	 * where this was: then its parent has that as well, because no departure of it is reported.
 	 */
 	*tangled |= is_within(ask_parent, move->start, move->start + LP_PAGE_SIZE) == 1;
 	return 0;
@@ -218,7 +218,7 @@ static void lose_touched(const struct lp_change *changes, size_t nr, const struc
 	}
 }
 
-int lp_replay(struct lp_space *s, const struct lp_change *changes, size_t nr, uint64_t told, bool again,
+int lp_replay(struct lp_space *s, const struct lp_change *changes, size_t nr, uint64_t reported, bool again,
 	      const struct lp_ask *ask, const struct lp_ask *ask_parent, struct lp_counts *dropped, bool *tangled)
 {
 	bool *unmade = calloc(nr + 1, sizeof(*unmade));
@@ -232,7 +232,7 @@ int lp_replay(struct lp_space *s, const struct lp_change *changes, size_t nr, ui
 
 		switch (change->kind) {
 		case LP_REMOVED:
-			if (change->to < told && !after_a_move(changes, i, unmade, change))
+			if (change->to < reported && !after_a_move(changes, i, unmade, change))
 				rc = lp_space_remove_from_child(s, change->start, end, dropped);
 			break;
 		case LP_UNMAPPED:
@@ -243,7 +243,7 @@ int lp_replay(struct lp_space *s, const struct lp_change *changes, size_t nr, ui
 			unmade[i] = rc != 1;
 			if (rc < 0)
 				break;
-			/* what nobody knew of need not have been there at the fork: what was in its way may be */
+			/* memory that the space did not know need not have been there at the fork: what was in its way may be */
 			if (!rc)
 				lp_space_refill(s, change->to, change->to + change->len);
 			else if (!lp_space_knows(s, change->start, end))

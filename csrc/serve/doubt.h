@@ -3,12 +3,12 @@
  * succeeds (mm/vma.c, vms_gather_munmap_vmas; mm/mmap.c before 6.12): a munmap of memory that is sealed in part, or an mmap in
  * the place of other memory that exceeds a limit, leaves everything as it was.  Each call unmaps all of its range or nothing.
  *
- * The question can be asked when the layout is at rest, and the thread that made the call may run on before it is asked.  It can
+ * The question can be asked when the layout is quiescent, and the thread that made the call may run on before it is asked.  It can
  * report no change without an event, but memory that grows in place (mremap, a stack) is registered and not reported.  So what
  * is mapped there may be new, and zero.  The rule, lp_verdict, knows these facts (kernel sources and versions: docs/kernel.md):
  *
  *   - Nothing registered there: it is gone.
- *   - A page is there that was not missing before: nobody but us gives pages, so nothing has been unmapped.
+ *   - A page is there that was not missing before: only we place pages, so nothing has been unmapped.
  *   - The call splits mappings where its range begins, and a failing one leaves them split.  Memory that has grown over the
  *     range is one mapping with what lies below.
  *   - Memory that has grown and been split from what is below it since (mprotect, madvise) differs from that.
@@ -40,7 +40,7 @@ enum lp_verdict {
 
 enum lp_verdict lp_verdict(const struct lp_doubt *doubt, const struct lp_evidence *evidence);
 
-/* How to ask. Answers are 0 or -errno; -EAGAIN: the layout is not at rest. */
+/* How to ask. Answers are 0 or -errno; -EAGAIN: the layout is not quiescent. */
 struct lp_ask {
 	void *arg;
 	/* 0: all of [start, end) is in one registered mapping; -ENOENT: not */
@@ -61,12 +61,13 @@ int lp_settle(struct lp_space *space, const struct lp_ask *ask, struct lp_counts
 /*
  * Makes the changes, of which each may or may not have been made before a fork, in the space of the child: a FORK event may be
  * reported after changes that another thread has made since, or before some that had been made already (kernel/fork.c, dup_mmap,
- * queues it with the mmap lock dropped).  What the child has registered tells.  Only a REMOVE event comes before what it reports
- * (mm/madvise.c, madvise_dontneed_free): if it was reported after the fork, which was event number `told`, the child has the
- * pages.  Sometimes what is registered does not tell enough (*tangled: a place that a move has taken or left is taken or left again).  Then what is pending in the places that the changes have touched is lost, and what the
- * space does not know there must not be taken for zero.  again: it has been tried before.  0; -EAGAIN: the child is changing already, and the space is spoilt; -ENOMEM.
+ * queues it with the mmap lock dropped).  What the child has registered decides.  Only a REMOVE event comes before what it reports
+ * (mm/madvise.c, madvise_dontneed_free): if it was reported after the fork, which was event number `reported`, the child has the
+ * pages.  Sometimes what is registered does not say enough (*tangled: a place that a move has taken or left is taken or left again).
+ * Then what is pending in the places that the changes have touched is lost, and what the space does not know there must not be
+ * taken for zero.  again: it has been tried before.  0; -EAGAIN: the child is changing already, and the space is spoilt; -ENOMEM.
  */
-int lp_replay(struct lp_space *child, const struct lp_change *changes, size_t nr, uint64_t told, bool again,
+int lp_replay(struct lp_space *child, const struct lp_change *changes, size_t nr, uint64_t reported, bool again,
 	      const struct lp_ask *ask, const struct lp_ask *ask_parent, struct lp_counts *dropped, bool *tangled);
 
 #endif

@@ -88,7 +88,7 @@ int lp_engine_run(struct lp_engine *e)
 	struct epoll_event events[EVENTS];
 	int rc = 0;
 
-	lp_tells_old_length(); /* found out while this thread has no special priority, and no task waits */
+	lp_reports_old_length(); /* found out while this thread has no special priority, and no task waits */
 	lp_follow_init(&e->follow);
 	atomic_store(&lp_spins, e->follow.able ? LP_SPINS : LP_SPINS_ONE_CPU);
 	while (!rc && !atomic_load(&e->stop)) {
@@ -104,7 +104,7 @@ int lp_engine_run(struct lp_engine *e)
 			rc = -errno;
 		e->ready = n;
 		if (!n && !e->retries)
-			lp_follow_nobody(&e->follow);
+			lp_follow_none(&e->follow);
 		for (int i = 0; i < n; i++) {
 			if (events[i].data.u64 & 1)
 				lp_channel_ready((struct lp_channel *)(uintptr_t)(events[i].data.u64 & ~1ull));

@@ -1,29 +1,23 @@
 /*
- * Serving faults: what runs once per fault and once per chunk.
+ * Serving faults: what runs once per fault and once per chunk.  docs/architecture.md draws the files that do it.
  *
- * An engine watches the uffds of many tasks.  One thread drives it
- * (lp_engine_run); other threads may at the same time transfer pages of any
- * task in the background (lp_task_transfer), hand over pages that came from
- * elsewhere (lp_task_deliver), and so on.  What needs a decision goes to the
- * owner as a event; the engine decides nothing.
+ * An engine watches the uffds of many tasks.  One thread drives it (lp_engine_run).  Other threads may at the same time transfer
+ * pages of any task in the background (lp_task_transfer), deliver pages that came from elsewhere (lp_task_deliver), and so on.  The
+ * engine decides what must be decided for each fault; all else it reports to its owner as an event.
  *
- * Why a lock around reading the uffd: a layout event (REMOVE, UNMAP, REMAP,
- * FORK) holds its thread until it is read.  From then on the task goes on and
- * may, for example, find the range that it gave away zeroed.  A copy that
- * began before and lands after would put old bytes there.  So: events are
- * read with the task's lock held exclusively, copies are made with it shared.
- * The kernel hands out faults before the events that are already queued
- * (fs/userfaultfd.c, userfaultfd_ctx_read), so all that can be read is read
- * and the events are settled before any fault is answered.  The events of
- * several threads are told out of order (lp_space_next_change), an mremap has
- * up to four, and UNMAP is told before it is known whether it succeeds
- * (csrc/serve/doubt.h): so nothing is answered until all that has begun has been
- * told, which the kernel would refuse with EAGAIN anyway.
+ * Why a lock around reading the uffd: a layout event (REMOVE, UNMAP, REMAP, FORK) blocks its thread until the event is read.  From
+ * then on the task goes on and may, for example, find the range that it gave away zeroed.  A copy that began before and lands after
+ * would put old bytes there.  So events are read with the task's lock held alone, and copies are made with it shared.
  *
- * No fault is lost: the serving thread keeps those on pages that the background
- * has claimed, and answers them when it hears that the claim was given back.
- * Whoever else claims a page and does not bring it wakes its range: a thread
- * that waits there faults again, and the fault is seen anew.
+ * The kernel delivers faults before events that were queued earlier (fs/userfaultfd.c, userfaultfd_ctx_read), so all that can be
+ * read is read, and the events are applied, before any fault is answered.  The events of several threads are reported out of
+ * order (lp_space_next_change), an mremap has up to four, and UNMAP is reported before it is known whether it succeeds
+ * (csrc/serve/doubt.h).  So no fault is answered until all that has begun has been reported; the kernel would refuse it with EAGAIN
+ * anyway.
+ *
+ * No fault is lost: the serving thread defers those on pages that the background has claimed, and answers them when the claim is
+ * released.  Any other thread that claims a page and does not bring it wakes its range: a thread that waits there faults again, and
+ * that fault is read anew.
  */
 #ifndef LAZYPAGES_ENGINE_H
 #define LAZYPAGES_ENGINE_H
@@ -45,18 +39,18 @@ struct lp_trace;
 
 enum lp_event_kind {
 	LP_EVENT_FORKED = 1, /* task is new, the child of one with the same tag, and served already */
-	LP_EVENT_NEED,	      /* pages [dump_addr, +nr_pages) are wanted from a remote source, a thread waits for one */
-	LP_EVENT_ESCALATE,      /* a thread waits for a page that is on its way */
+	LP_EVENT_NEED,	     /* pages [dump_addr, +nr_pages) must come from a remote source; a thread waits for one */
+	LP_EVENT_ESCALATE,   /* a thread waits for a page that is on its way */
 	/*
-	 * pages [dump_addr, +nr_pages), now at addr, can't be had: error is why. ESTALE: they may be there, but zeros; EADDRNOTAVAIL:
-	 * whether they have been unmapped is not known
+	 * Pages [dump_addr, +nr_pages), now at addr, can't be brought: error says why.  ESTALE: they may have come as zeros;
+	 * EADDRNOTAVAIL: it is not known whether they have been unmapped.
 	 */
 	LP_EVENT_LOST,
-	LP_EVENT_COMPLETE,   /* nothing is pending any more */
-	LP_EVENT_GONE,	      /* the task's memory does not exist any more */
-	LP_EVENT_FAILED,     /* an operation on the uffd failed in a way that should not be: error */
-	LP_EVENT_BROKEN,     /* what the task misses is not known any more: error is why. It is to be killed, and what it has forked */
-	LP_EVENT_UNSEEN,     /* guards that the task installs can't be seen, and may be copied over: error is why */
+	LP_EVENT_COMPLETE, /* nothing is pending any more */
+	LP_EVENT_GONE,	   /* the task's memory does not exist any more */
+	LP_EVENT_FAILED,   /* an operation on the uffd failed in a way that should not be: error */
+	LP_EVENT_BROKEN,   /* what the task misses is not known any more: error says why.  It and its descendants must be killed */
+	LP_EVENT_UNSEEN,   /* guards that the task installs can't be seen, and may be copied over: error says why */
 };
 
 struct lp_event {
@@ -73,9 +67,9 @@ struct lp_stats {
 	uint64_t faults;	/* page fault messages read */
 	uint64_t faults_zero;	/* answered with a zero page */
 	uint64_t faults_served; /* answered with data, by us at once or when it came */
-	uint64_t retried;	/* faults whose answer was put off because a layout event was under way, once each */
+	uint64_t retried;	/* faults that could not be answered at once because a layout event was under way, once each */
 	uint64_t zero_pages;	/* UFFDIO_ZEROPAGE that placed one */
-	uint64_t present;	/* pages found there already (EEXIST) */
+	uint64_t present;	/* pages that were there already (EEXIST) */
 	uint64_t copies;	/* UFFDIO_COPY calls */
 	uint64_t reads;		/* read(2) of the uffd */
 	uint64_t wakes;		/* UFFDIO_WAKE calls */
@@ -84,25 +78,25 @@ struct lp_stats {
 	uint64_t service_max;	/* ns */
 };
 
-/* guard: told of the uffds; may be NULL.  NULL with errno set */
+/* guard: is informed of the uffds; may be NULL.  NULL with errno set. */
 struct lp_engine *lp_engine_new(struct lp_guard *guard);
 /* Closes the tasks that there still are, as lp_task_close does. */
 void lp_engine_free(struct lp_engine *engine);
 /* Readable when there are events. */
 int lp_engine_event_fd(const struct lp_engine *engine);
 size_t lp_engine_events(struct lp_engine *engine, struct lp_event *events, size_t max);
-/* Whether any task is not closed, those that nobody has been told of yet among them. */
+/* Whether any task is not closed, those that have not been reported yet among them. */
 bool lp_engine_has_tasks(struct lp_engine *engine);
 /* Serves until lp_engine_stop. 0 or -errno. */
 int lp_engine_run(struct lp_engine *engine);
 void lp_engine_stop(struct lp_engine *engine);
 /* Its channels to page servers (csrc/serve/channel.h). */
 struct lp_channels *lp_engine_channels(struct lp_engine *engine);
-/* Before it has tasks: what happens to them is put there. The trace must outlive the engine. */
+/* To be called before it has tasks: what happens to them is recorded there.  The trace must outlive the engine. */
 void lp_engine_trace(struct lp_engine *engine, struct lp_trace *trace);
 
 /*
- * What a task's memory is made of.  It is told before the task comes, since with a million extents that takes its time.  NULL
+ * What a task's memory is made of.  It is made before the task comes, since with a million extents that takes time.  NULL
  * with errno: EINVAL when an extent reaches past its level, or as for lp_space_new.
  */
 struct lp_memory *lp_memory_new(const struct lp_extent *extents, size_t nr_extents, const struct lp_range *vmas,
@@ -110,28 +104,28 @@ struct lp_memory *lp_memory_new(const struct lp_extent *extents, size_t nr_exten
 				const struct lp_level *levels, uint32_t nr_levels);
 void lp_memory_free(struct lp_memory *memory);
 /*
- * A task, served from now on if lp_engine_run runs.  Takes over uffd and memory, also when it fails (NULL, errno): then the
- * uffd stays open to the end if anything is missing, for closed it would let the task run on zeros.  The mapped levels must
- * stay until the engine is freed.  pid, pidfd: the process here, 0 and -1 if it is not known; pidfd stays the caller's, and open
+ * A task, served from now on if lp_engine_run runs.  Owns uffd and memory from here, also when it fails (NULL, errno): then the
+ * uffd stays open to the end if pages are pending, because closing it makes the kernel serve zeros.  The levels must stay until
+ * the engine is freed.  pid, pidfd: the process here, 0 and -1 if it is not known; pidfd stays the caller's, and open
  * as long as the task is.  tag: the owner's, for this task and all that it forks.
  */
 struct lp_task *lp_task_new(struct lp_engine *engine, int uffd, struct lp_memory *memory, uint64_t max_readahead, pid_t pid,
 			    int pidfd, uint64_t tag);
 /*
- * Ends the service, and closes the uffd if nothing is missing, or if the task is gone.  Else it stays open, as what is
- * missing would be zero for the task then: whoever faults waits for ever.  No event about it is given any more, and the
- * pointer is no longer valid.  True if there was one, not taken yet, that a page may have come with zeros (LP_EVENT_LOST with
- * ESTALE): the task must not go on.
+ * Ends the service, and closes the uffd if nothing is missing, or if the task is gone.  Else it stays open, because closing it
+ * makes the kernel serve zeros: a thread that faults waits for ever.  No event is about the task any more, and the pointer is no
+ * longer valid.  True if an event that was not taken yet said that a page may have come as zeros (LP_EVENT_LOST with ESTALE): the
+ * task must not go on.
  */
 bool lp_task_close(struct lp_task *task);
 
 /*
- * Brings pages that wait, from the lowest address on, round again at the end; gives way to faults.  At most max_bytes, rounded up to pages.
- * Returns bytes brought; 0 when there is nothing to bring at the moment; -EAGAIN when a layout event is in the way; -ESRCH.
+ * Brings pages that wait, from the lowest address on, round again at the end; gives way to faults.  At most max_bytes, rounded up
+ * to pages.  Returns bytes brought; 0 when there is nothing to bring at the moment; -EAGAIN when a layout event is in the way; -ESRCH.
  */
 int64_t lp_task_transfer(struct lp_task *task, uint64_t max_bytes);
 /*
- * Brings what waits in [start, end) now.  For what a remote source must give there is a event, as for a fault (LP_EVENT_NEED).
+ * Brings what waits in [start, end) now.  What a remote source must give is reported as for a fault (LP_EVENT_NEED).
  * 0, or -EAGAIN when a layout event is in the way, or -ESRCH.
  */
 int lp_task_bring(struct lp_task *task, uint64_t start, uint64_t end);
@@ -145,7 +139,7 @@ uint64_t lp_task_claim_remote(struct lp_task *task, uint64_t cursor, uint64_t ma
 int64_t lp_task_deliver(struct lp_task *task, uint64_t dump_addr, uint64_t nr_pages, const void *buffer);
 /* The claimed pages won't come: ask again (lost false) or say that no source has them. */
 void lp_task_fail_remote(struct lp_task *task, uint64_t dump_addr, uint64_t nr_pages, bool lost);
-/* A source has come back: lost pages are wanted again. */
+/* A source has come back: lost pages are pending as before. */
 void lp_task_retry_lost(struct lp_task *task);
 /* Poisons what is pending (all) or lost: a touch raises SIGBUS. Returns pages, or -errno (EINVAL: this kernel can't). */
 int64_t lp_task_poison(struct lp_task *task, bool all);
@@ -154,7 +148,7 @@ int64_t lp_task_poison(struct lp_task *task, bool all);
  * more. (By address at dump time: what is at their address may be something else by now.)
  */
 void lp_task_forget(struct lp_task *task, uint64_t dump_addr, uint64_t nr_pages);
-/* 0 while the task has its memory, -ESRCH when it is gone, -EAGAIN when that can't be told now. */
+/* 0 while the task has its memory, -ESRCH when it is gone, -EAGAIN when that is not known now. */
 int lp_task_probe(struct lp_task *task);
 
 uint64_t lp_task_tag(const struct lp_task *task);

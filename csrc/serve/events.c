@@ -22,7 +22,7 @@ static bool more_events(struct lp_engine *e)
 }
 
 /*
- * Called when there is no memory to queue a event.  Kinds that come once for a task are kept as a bit.  Lost pages would never
+ * Called when there is no memory to queue an event.  Kinds that come once for a task are kept as a bit.  Lost pages would never
  * be reported: then the task must not go on.  Only a request for pages can be made again: false.
  */
 static bool post_without_memory(struct lp_engine *e, const struct lp_event *event)

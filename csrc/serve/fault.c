@@ -173,7 +173,7 @@ static int escalate(struct lp_task *t, const struct lp_run *page, const struct l
 
 	lp_task_trace(t, LP_TRACE_LEFT, LP_TRACE_REMOTE, fault->addr, 1, 0);
 	lp_begin_wait(t, (struct lp_waiter){page->dump_addr, fault->since, page->addr, 1});
-	if (lp_channels_hurry(&t->engine->channels, t->tag, page->dump_addr, fault->since))
+	if (lp_channels_escalate(&t->engine->channels, t->tag, page->dump_addr, fault->since))
 		return 0;
 	rc = report(t, LP_EVENT_ESCALATE, page, fault);
 	if (rc)

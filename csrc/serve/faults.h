@@ -1,7 +1,7 @@
 /*
- * Faults that wait for an answer, oldest first, one for each page: when a page is placed the kernel wakes all threads that
- * wait for it, so a second fault on it that has been read before needs no answer of its own.  With thousands of threads the
- * same pages are asked for again and again.
+ * Faults that wait for an answer, oldest first, one for each page: when a page is placed the kernel wakes all threads that wait
+ * for it, so a second fault on it that has been read before needs no answer of its own.  With thousands of threads there are many
+ * of these.
  */
 #ifndef LAZYPAGES_FAULTS_H
 #define LAZYPAGES_FAULTS_H

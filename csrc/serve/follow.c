@@ -27,7 +27,7 @@
 #define WATCH_NS (8 * MS)	 /* giving way without progress for so long, or for twice that, is ended */
 #define PENALTY (100 * MS)	 /* how long not to give way after that; doubled each time */
 #define PENALTY_MAX (3200 * MS)
-#define BACKGROUND_NICE 3	 /* not more: who waits for what it has locked would wait long on a busy machine */
+#define BACKGROUND_NICE 3	 /* not more: threads that wait for what it has locked would wait long on a busy machine */
 
 /* ---- giving way ---- */
 
@@ -46,8 +46,8 @@ static void pause_ns(uint64_t ns)
 }
 
 /*
- * Sleeps while nobody gives way.  A thread that gives way and makes no progress may be kept from its CPU by somebody else than
- * the thread that it has woken: it gets its old rank, and every CPU to run at.
+ * Sleeps while the serving thread does not give way.  When that gives way and makes no progress, another thread than the one that
+ * it has woken may keep it from its CPU: it gets its old scheduling class, and every CPU to run on.
  */
 static void *watch(void *arg)
 {
@@ -123,7 +123,7 @@ static void pay(struct lp_follow *f, uint64_t now)
 {
 	if (!atomic_exchange(&f->rescued, false))
 		return;
-	lp_follow_nobody(f);
+	lp_follow_none(f);
 	f->penalty = now < f->not_before + 2 * f->penalty ? f->penalty * 2 : PENALTY;
 	if (f->penalty > PENALTY_MAX)
 		f->penalty = PENALTY_MAX;
@@ -178,7 +178,7 @@ void lp_follow_init(struct lp_follow *f)
 
 void lp_follow_end(struct lp_follow *f)
 {
-	lp_follow_nobody(f);
+	lp_follow_none(f);
 	if (f->watched) {
 		atomic_store(&f->stop, true);
 		wake_watcher(f);
@@ -190,7 +190,7 @@ void lp_follow_end(struct lp_follow *f)
 	f->stat_fd = -1;
 }
 
-void lp_follow_nobody(struct lp_follow *f)
+void lp_follow_none(struct lp_follow *f)
 {
 	lp_follow_insist(f);
 	if (atomic_exchange(&f->cpu, -1) >= 0)
@@ -226,7 +226,7 @@ void lp_follow_fault(struct lp_follow *f, pid_t pid, uint64_t now, int at_once)
 	f->last_pid = pid;
 	if (at_once > CPU_COUNT(&f->home)) {
 		/* every CPU has somebody to run: where there is room, the scheduler knows */
-		lp_follow_nobody(f);
+		lp_follow_none(f);
 		f->next_look = f->looked = now + LOOK_CROWD; /* the others' looks are from then on, too */
 		return;
 	}
@@ -236,7 +236,7 @@ void lp_follow_fault(struct lp_follow *f, pid_t pid, uint64_t now, int at_once)
 	cpu = pid ? cpu_of(f, pid) : -1;
 	if (cpu < 0 || !CPU_ISSET(cpu, &f->home) || (cpu != atomic_load(&f->cpu) && soon && f->tries == MOVE_TRIES)) {
 		/* nothing is known, or it changes too quickly */
-		lp_follow_nobody(f);
+		lp_follow_none(f);
 		f->next_look = now + (cpu < 0 ? LOOK_SELDOM : next_interval(f));
 	} else if (cpu == atomic_load(&f->cpu)) {
 		f->next_look = now + next_interval(f);

@@ -4,11 +4,11 @@
  * times as much.  CRIU does not ask for thread ids in fault messages, so the CPU is looked up
  * in /proc now and then.
  *
- * Being there is not enough: the thread that is woken finds its CPU taken, by us, and while another one is idle the scheduler
- * puts it there (select_idle_sibling in kernel/sched/fair.c; seen with perf sched: at every first answer after we had moved).
- * But a CPU that runs nothing beside SCHED_IDLE counts as idle.  So the serving thread is SCHED_IDLE while it wakes the only
- * thread that waits: that takes its CPU back at once, and we go on there when it sleeps in the next fault.  Others that want
- * this CPU could then keep us from it for long: a second thread watches, and ends that state when we make no progress in it.
+ * Pinning is not enough: the woken thread finds its CPU busy (with us), and select_idle_sibling() (kernel/sched/fair.c) moves it
+ * to an idle one (seen with perf sched: at every first answer after we had moved).  But a CPU that runs nothing beside SCHED_IDLE
+ * counts as idle.  So the serving thread is SCHED_IDLE while it wakes the only thread that waits: that thread takes its CPU back at
+ * once, and we go on there when it sleeps in the next fault.  Other threads that want this CPU could then keep us from it for long:
+ * a watcher thread ends that state when we make no progress in it.
  */
 #ifndef LAZYPAGES_FOLLOW_H
 #define LAZYPAGES_FOLLOW_H
@@ -20,14 +20,14 @@
 #include <sys/types.h>
 
 struct lp_follow {
-	cpu_set_t home;	      /* where the thread may run when it follows nobody */
+	cpu_set_t home;	      /* where the thread may run when it follows no task */
 	bool able;	      /* there is more than one CPU to choose from */
 	_Atomic int cpu;      /* the one that is followed; -1: none */
 	uint64_t next_look, interval, moved; /* CLOCK_MONOTONIC and durations, ns */
 	int tries; /* moves that came soon after the one before */
 	uint64_t looked;
 	pid_t last_pid;	      /* of the last fault */
-	pid_t pid;	      /* whom stat_fd tells about */
+	pid_t pid;	      /* of the process that stat_fd is about */
 	int stat_fd;
 	/* giving way */
 	pid_t tid;
@@ -50,7 +50,7 @@ void lp_follow_yield(struct lp_follow *follow, uint64_t now);
 /* There is more to do than that, or nothing. */
 void lp_follow_insist(struct lp_follow *follow);
 /* Back to all CPUs. */
-void lp_follow_nobody(struct lp_follow *follow);
+void lp_follow_none(struct lp_follow *follow);
 
 /*
  * For threads that work in the background: last in line, and away from the CPU that is followed while there are faults.  Then

@@ -67,7 +67,7 @@ static bool space_before(struct lp_task *t, struct lp_new_child *u)
 }
 
 /* Finds out what the child has, by asking the kernel: 0; -EAGAIN: its layout is changing; -ENOMEM. */
-static int ask_child(struct lp_task *t, struct lp_new_child *u, uint64_t told)
+static int ask_child(struct lp_task *t, struct lp_new_child *u, uint64_t reported)
 {
 	const struct lp_ask of_child = lp_asking(u->task), of_parent = lp_asking(t);
 	struct lp_fork *fork_events = &t->fork;
@@ -76,7 +76,7 @@ static int ask_child(struct lp_task *t, struct lp_new_child *u, uint64_t told)
 	if (!space_before(t, u))
 		return -ENOMEM;
 	u->asked = true;
-	return lp_replay(u->task->space, fork_events->made, fork_events->nr_made, told, again, &of_child, &of_parent, &u->dropped,
+	return lp_replay(u->task->space, fork_events->made, fork_events->nr_made, reported, again, &of_child, &of_parent, &u->dropped,
 			 &fork_events->tangled) ?
 		       -EAGAIN :
 		       0;
@@ -101,7 +101,7 @@ static int mark_all_lost(struct lp_task *t, struct lp_new_child *u)
  * Makes the address space of a child, by what it has; u->dropped: what it has not.  If that can't be found out, all is lost.  0;
  * -EAGAIN: to be tried again; -ENOMEM.
  */
-static int replay(struct lp_task *t, struct lp_new_child *u, uint64_t told)
+static int replay(struct lp_task *t, struct lp_new_child *u, uint64_t reported)
 {
 	struct lp_task *child = u->task;
 	int rc = -EAGAIN;
@@ -112,7 +112,7 @@ static int replay(struct lp_task *t, struct lp_new_child *u, uint64_t told)
 			sched_yield(); /* it may need this CPU */
 		}
 		if (lp_is_quiescent(child))
-			rc = ask_child(t, u, told);
+			rc = ask_child(t, u, reported);
 	}
 	if (rc == -EAGAIN && lp_now_ns() < u->until)
 		return rc;

@@ -4,8 +4,8 @@
  * The kernel gives zeros for all that is missing when the last file
  * descriptor of a userfaultfd is closed (userfaultfd(2)), and SIGKILL closes
  * those of a daemon without asking it.  So a second process shares its table
- * of file descriptors (CLONE_FILES, clone(2)): whatever the daemon holds it
- * holds as well, without being told, and when the daemon is gone it kills the
+ * of file descriptors (CLONE_FILES, clone(2)): it has every descriptor that the
+ * daemon has, without being informed.  When the daemon is gone it kills the
  * tasks that still miss pages, and closes nothing before they are gone.
  */
 #ifndef LAZYPAGES_GUARD_H
@@ -15,13 +15,13 @@
 
 struct lp_guard;
 
-/* Descriptors from 0 on that it looks after: who uses it sees to it that there is none above (RLIMIT_NOFILE). */
+/* It looks after descriptors below this number; the daemon's RLIMIT_NOFILE must not be higher. */
 #define LP_GUARD_FDS (1 << 20)
 
 /* Starts the second process, which says on log_fd what it had to do.  NULL with errno set. */
 struct lp_guard *lp_guard_start(int log_fd);
 /*
- * If the second process has ended, as its pidfd tells, starts another that knows all that it knew.  0 or -errno: then there is
+ * If the second process has ended, as its pidfd shows, starts another that knows all that it knew.  0 or -errno: then there is
  * none, and the pidfd is -1.  Other threads may run meanwhile; one at a time calls this.
  */
 int lp_guard_restart(struct lp_guard *guard);

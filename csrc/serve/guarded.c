@@ -99,7 +99,7 @@ void lp_guarded_end(struct lp_guarded *g)
 	pthread_mutex_destroy(&g->lock);
 }
 
-/* Of those that nobody uses, an empty place or the one that was not used for longest; LP_GUARDED_OPEN: none. (locked) */
+/* Of those not in use, an empty place or the one that was not used for longest; LP_GUARDED_OPEN: none. (locked) */
 static size_t free_place(const struct lp_guarded *g, bool open)
 {
 	size_t best = LP_GUARDED_OPEN;

@@ -1,7 +1,7 @@
 /*
- * Guard regions (madvise(2), MADV_GUARD_INSTALL, Linux 6.13): pages that raise SIGSEGV when they are touched.  No event tells
- * of them, and UFFDIO_COPY puts a page where a guard is, as if nothing were there (Linux 6.18; 7.2 says EEXIST; docs/kernel.md).
- * So who copies to pages on which no thread has just faulted looks first, where the kernel is such a one.
+ * Guard regions (madvise(2), MADV_GUARD_INSTALL, Linux 6.13): pages that raise SIGSEGV when they are touched.  No event reports
+ * them, and UFFDIO_COPY puts a page where a guard is, as if nothing were there (Linux 6.18; 7.2 says EEXIST; docs/kernel.md).
+ * So on such kernels a copy to pages on which no thread has just faulted is preceded by a look.
  *
  * A task's page tables are seen through /proc/PID/pagemap.  A few of those are kept open for all tasks together, since
  * descriptors are few and tasks many.
@@ -28,7 +28,7 @@ struct lp_guarded {
 	pthread_mutex_t lock;
 	uint64_t uses;
 	struct {
-		const void *owner; /* NULL: nobody's */
+		const void *owner; /* NULL: none */
 		int fd;		   /* -1 */
 		unsigned users;
 		uint64_t used; /* when, in uses */
@@ -56,7 +56,7 @@ struct lp_guarded_task {
 	const void *unreadable; /* for lp_uffd_probe */
 };
 
-/* Finds out whether this kernel's copies overwrite guards, and how guards are told. */
+/* Finds out whether this kernel's copies overwrite guards, and how guards are recognised. */
 void lp_guarded_init(struct lp_guarded *g);
 void lp_guarded_end(struct lp_guarded *g);
 
@@ -66,7 +66,7 @@ void lp_guarded_end(struct lp_guarded *g);
  */
 int lp_guarded_take(struct lp_guarded *g, const struct lp_guarded_task *task);
 void lp_guarded_give(struct lp_guarded *g, const void *owner, int fd);
-/* The task is done: nothing of it is kept. Nobody has its page tables. */
+/* The task is freed: nothing of it is kept.  No thread has its page tables. */
 void lp_guarded_forget(struct lp_guarded *g, const void *owner);
 #endif
 

@@ -81,7 +81,7 @@ bool lp_someone_is_late(const struct lp_space *s, const struct lp_change *change
 	uint64_t start = changes[move].to, end = start + changes[move].len;
 	int here = is_taken(s, start);
 
-	/* mremap reports one departure twice: nobody is waited for then, which costs certainty, not correctness */
+	/* mremap reports one departure twice: nothing is waited for then, which costs certainty, not correctness */
 	for (size_t i = 0; i < nr; i++)
 		if (arrives(&changes[i], start))
 			here += i < move;

@@ -142,7 +142,7 @@ static void settle(struct lp_task *t)
 
 /*
  * Poisons what is missing in the unsure ranges.  A fault there is refused as long as the task is served; once it is complete
- * nobody would refuse it.  Poison moves with the memory.  If the layout is not quiescent any more, a question is kept, as above.
+ * it would not be refused.  Poison moves with the memory.  If the layout is not quiescent any more, a question is kept, as above.
  */
 static void poison_unsure(struct lp_task *t)
 {
@@ -193,7 +193,7 @@ void lp_make_changes(struct lp_task *t, bool quiescent)
 	if (quiescent && !fork_events->child) {
 		for (size_t i = 0; i < nr; i++)
 			if (changes[i].kind == LP_REMAPPED) {
-				if (lp_tells_old_length())
+				if (lp_reports_old_length())
 					lp_true_lengths(changes, nr);
 				mark_unclear_lost(t);
 				break;

@@ -23,7 +23,7 @@ void lp_task_retry_lost(struct lp_task *t)
 
 /*
  * One range; pages that are there already count as done.  So do those that are not registered, for nothing can be done about
- * them; the owner is told. Returns pages settled or -errno.
+ * them; that is reported. Returns pages settled or -errno.
  */
 static int64_t poison_range(struct lp_task *t, const struct lp_run *run)
 {
@@ -70,7 +70,7 @@ int64_t lp_task_poison(struct lp_task *t, bool all)
 
 	lp_lock_alone(&t->lock);
 	if (t->uffd >= 0 && atomic_load(&t->broken))
-		rc = -ESRCH; /* nobody knows what there is to poison */
+		rc = -ESRCH; /* what there is to poison is not known */
 	else if (t->uffd >= 0 && t->nr_changes)
 		rc = -EAGAIN; /* what is lost may be elsewhere by now */
 	for (size_t r = 0; t->uffd >= 0 && rc >= 0 && r < lp_space_nr_regions(t->space); r++) {

@@ -14,7 +14,7 @@
 
 #define PATIENCE_MS 1000 /* for a thread that does nothing but one mremap */
 
-static bool tells_old_length = true;
+static bool reports_old_length = true;
 
 /* Pages 0 and 1 are moved, shrunk to one, to page 2. */
 static void *shrink_and_move(void *at)
@@ -43,7 +43,7 @@ static void find_out(void)
 
 	if (uffd < 0 || at == MAP_FAILED || !lp_uffd_register(uffd, at, 2) || pthread_create(&thread, NULL, shrink_and_move, at))
 		goto out;
-	tells_old_length = reported_length(uffd) != LP_PAGE_SIZE;
+	reports_old_length = reported_length(uffd) != LP_PAGE_SIZE;
 	/* ends the wait of a thread whose event has not been read */
 	close(uffd);
 	uffd = -1;
@@ -55,10 +55,10 @@ out:
 		close(uffd);
 }
 
-bool lp_tells_old_length(void)
+bool lp_reports_old_length(void)
 {
 	static pthread_once_t once = PTHREAD_ONCE_INIT;
 
 	pthread_once(&once, find_out);
-	return tells_old_length;
+	return reports_old_length;
 }

@@ -3,8 +3,8 @@
  * Pure.  A task has a few streams; a fault that continues one doubles its
  * window, any other fault brings one page and starts a stream anew.
  */
-#ifndef LAZYPAGES_PLAN_H
-#define LAZYPAGES_PLAN_H
+#ifndef LAZYPAGES_READAHEAD_H
+#define LAZYPAGES_READAHEAD_H
 
 #include <stdint.h>
 

@@ -79,7 +79,7 @@ struct lp_task {
 	bool closed; /* by its owner: no event is about it any more */
 	bool remote, is_child;
 	/*
-	 * Where it could not be told what left first (csrc/serve/late.h), or in a child that was forked while what had been reported
+	 * Where it is not known what left first (csrc/serve/late.h), or in a child that was forked while what had been reported
 	 * was tangled (csrc/serve/doubt.h): what is there that the space does not know, and what moves from there, need not be zero.
 	 */
 	struct lp_ranges unsure;
@@ -111,7 +111,7 @@ struct lp_task {
 	bool awaits_retry;
 	uint64_t layout;     /* how often it has changed */
 	int read_error;	     /* while the uffd can't be read */
-	uint64_t next_try;   /* then, and while the layout does not come to rest: not before, unless there is more to read */
+	uint64_t next_try;   /* then, and while the layout does not become quiescent: not before, unless there is more to read */
 	uint64_t pause;	     /* before that, ns */
 	_Atomic bool released; /* in engine->released */
 	struct lp_task *next_released, *next, *next_closed, *next_of_family;

@@ -1,4 +1,4 @@
-/* What only /proc/PID/smaps tells of a task's mappings. */
+/* What only /proc/PID/smaps shows of a task's mappings. */
 #ifndef LAZYPAGES_SMAPS_H
 #define LAZYPAGES_SMAPS_H
 

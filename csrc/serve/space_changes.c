@@ -121,7 +121,7 @@ int lp_space_question(struct lp_space *s, uint64_t start, uint64_t end)
 			d.unsure |= lp_unsettles(&s->gone[i], &d);
 		if (!lp_space_in_doubt(s, &d))
 			continue;
-		/* who brings such a page meanwhile finds it wanted again, or gone */
+		/* a thread that brings such a page meanwhile finds it wanted again, or gone */
 		from = lp_page_from(s->extents, d.dump_addr);
 		lp_clear_bits(s->claimed, from, lp_page_from(s->extents, d.dump_addr + (d.end - d.start)) - from);
 		s->doubts[s->nr_doubts++] = d;

@@ -1,6 +1,6 @@
 /*
- * The address space's own types and the functions that its rooms have in common: space_*.c and address_space.c
- * Others know csrc/serve/address_space.h.
+ * The address space's own types, and the functions that space_*.c and address_space.c have in common.  Others know
+ * csrc/serve/address_space.h.
  */
 #ifndef LAZYPAGES_SPACE_INNER_H
 #define LAZYPAGES_SPACE_INNER_H
@@ -20,11 +20,11 @@ struct lp_space {
 	lp_word *pending, *claimed, *lost;
 	lp_word *unknown; /* lost for good: where they are is not known */
 	_Atomic uint64_t nr_pending, nr_lost;
-	struct lp_range *left; /* by mremap; that these are unmapped is told later, unless they stay */
+	struct lp_range *left; /* by mremap; that these are unmapped is reported later, unless they stay */
 	size_t nr_left, cap_left;
 	struct lp_doubt *doubts; /* in no order */
 	size_t nr_doubts, cap_doubts;
-	struct lp_range *gone; /* what changes have left since the layout was at rest */
+	struct lp_range *gone; /* what changes have left since the layout was quiescent */
 	size_t nr_gone, cap_gone;
 };
 

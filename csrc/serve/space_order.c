@@ -16,20 +16,20 @@ static bool leaves(const struct lp_space *s, const struct lp_change *change, uin
 }
 
 /*
- * Which of the first nr changes, of all, leaves [start, end), where something is; nr when none of these tells so.  Not change
+ * Which of the first nr changes, of all, leaves [start, end), where something is; nr when none of these does.  Not change
  * `but`, which moves there.
  */
-static size_t who_leaves(const struct lp_space *s, const struct lp_change *changes, size_t nr, size_t all, size_t but,
+static size_t next_departure(const struct lp_space *s, const struct lp_change *changes, size_t nr, size_t all, size_t but,
 			 uint64_t start, uint64_t end, bool quiescent)
 {
-	/* what a move has left is unmapped by the same mremap, not by who moves there next */
+	/* what a move has left is unmapped by the same mremap, not by the thread that moves there next */
 	for (size_t left = 0; left < s->nr_left; left++) {
 		const struct lp_range *range = &s->left[left];
 
 		if (lp_first_empty(s, range->start > start ? range->start : start, lp_min(range->end, end)) ==
 		    s->nr_regions)
 			continue;
-		/* if there is none for this mremap, who moves the rest away has unmapped it */
+		/* if there is none for this mremap, the thread that moves the rest away has unmapped it */
 		size_t unmaps = all, moves = all;
 		int more = 0; /* unmapped than moved away since */
 
@@ -39,12 +39,12 @@ static size_t who_leaves(const struct lp_space *s, const struct lp_change *chang
 			if (changes[i].kind == LP_UNMAPPED) {
 				unmaps = i;
 				more++;
-			} else if (changes[i].kind == LP_REMAPPED && i != but && unmaps < all) { /* told before */
+			} else if (changes[i].kind == LP_REMAPPED && i != but && unmaps < all) { /* reported before */
 				moves = i;
 				more--;
 			}
 		}
-		/* only what has been told before the first of them */
+		/* only what has been reported before the first of them */
 		for (size_t i = unmaps; moves < all && i < all; i++)
 			if (changes[i].kind == LP_REMAPPED && i != but && changes[i].start == range->start &&
 			    changes[i].len == range->end - range->start)
@@ -66,14 +66,14 @@ static size_t who_leaves(const struct lp_space *s, const struct lp_change *chang
 	return nr;
 }
 
-/* Whether a change has to wait for rest: what it tells may not be so, or not all there is to it. */
+/* Whether a change has to wait until the layout is quiescent: what it reports may not be so, or not be all. */
 static bool must_wait(const struct lp_space *s, const struct lp_change *change)
 {
 	return change->kind == LP_FORKED || change->kind == LP_REMAPPED || change->kind == LP_QUESTION ||
 	       (change->kind == LP_UNMAPPED && lp_space_matters(s, change->start, change->start + change->len));
 }
 
-/* Of the changes told so far; nr: none before more is told. */
+/* Of the changes reported so far; nr: none before more is reported. */
 static size_t next_so_far(const struct lp_space *s, const struct lp_change *changes, size_t nr, size_t all, bool quiescent)
 {
 	size_t next = 0, first;
@@ -87,12 +87,12 @@ static size_t next_so_far(const struct lp_space *s, const struct lp_change *chan
 
 		if (change->kind != LP_REMAPPED || !taken(s, change->to, change->to + change->len))
 			return next;
-		before = who_leaves(s, changes, nr, all, next, change->to, change->to + change->len, quiescent);
+		before = next_departure(s, changes, nr, all, next, change->to, change->to + change->len, quiescent);
 		if (before == nr)
 			return quiescent ? next : nr;
 		next = before;
 	}
-	return first; /* each waits for another: not what a kernel tells */
+	return first; /* each waits for another: no kernel reports that */
 }
 
 /* An mremap to a given place unmaps what is there first, and reports that before the move (mm/mremap.c, mremap_to). */
@@ -110,10 +110,10 @@ size_t lp_space_next_change(const struct lp_space *s, const struct lp_change *ch
 
 	if (!quiescent)
 		return nr && !must_wait(s, &changes[0]) ? 0 : nr;
-	/* what could be made when only so much had been told */
-	for (size_t told = 1; told <= nr; told++) {
-		next = next_so_far(s, changes, told, nr, false);
-		if (next < told)
+	/* what could be made when only so many had been reported */
+	for (size_t reported = 1; reported <= nr; reported++) {
+		next = next_so_far(s, changes, reported, nr, false);
+		if (next < reported)
 			return or_what_clears_its_place(changes, next);
 	}
 	next = next_so_far(s, changes, nr, nr, true);

@@ -98,7 +98,7 @@ bool lp_space_next(const struct lp_space *s, uint64_t cursor, uint64_t max_pages
 						  max_pages);
 			if (answer->kind == LP_DATA || answer->kind == LP_REMOTE)
 				return true;
-			d++; /* somebody was faster */
+			d++; /* another thread was faster */
 		}
 	}
 	return false;
@@ -165,8 +165,8 @@ uint64_t lp_space_claim(struct lp_space *s, uint64_t index, uint64_t nr)
 		uint64_t claimed = atomic_load(&s->claimed[word]), want, length;
 
 		/*
-		 * Compare-and-swap: no page may look claimed, not even for a moment, by someone who does not bring it
-		 * or wakes those who wait for it.
+		 * Compare-and-swap: no page may look claimed, not even for a moment, by a thread that does not bring it
+		 * or wake the threads that wait for it.
 		 */
 		do {
 			want = atomic_load(&s->pending[word]) & ~claimed & ~atomic_load(&s->lost[word]) & mask;

@@ -139,7 +139,7 @@ static int write_all(int fd, const void *data, size_t size)
 
 int64_t lp_trace_drain(struct lp_trace *trace, int fd)
 {
-	/* no more than was there when we came: who puts faster than we write can't keep us here */
+	/* no more than was there when we came: threads that put faster than we write can't keep us here */
 	uint64_t end = atomic_load_explicit(&trace->head, memory_order_acquire);
 	int64_t total = 0;
 

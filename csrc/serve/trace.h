@@ -20,11 +20,11 @@ enum lp_trace_kind {
 	LP_TRACE_PUT_OFF,    /* a fault: the layout is changing */
 	LP_TRACE_BROUGHT,    /* in the background; the copy took `detail` ns */
 	LP_TRACE_WANTED,     /* asked of a remote source, for a fault; detail: address at dump time */
-	LP_TRACE_FETCHED,    /* the same, for nobody yet */
+	LP_TRACE_FETCHED,    /* the same, while no thread waits */
 	LP_TRACE_ARRIVED,    /* from a remote source, and placed, which took `detail` ns; pages as they came */
 	LP_TRACE_LOST,	     /* no source has them; detail: errno */
 	LP_TRACE_POISONED,
-	LP_TRACE_FORKED,     /* the layout of the task changed: told by the kernel, made here */
+	LP_TRACE_FORKED,     /* the layout of the task changed: reported by the kernel, made here */
 	LP_TRACE_REMOVED,
 	LP_TRACE_UNMAPPED,
 	LP_TRACE_REMAPPED,   /* detail: where to */

@@ -1,12 +1,8 @@
 #define _GNU_SOURCE
 #include "tracers.h"
 
-#include <arpa/inet.h>
 #include <errno.h>
 #include <linux/cn_proc.h>
-#include <linux/connector.h>
-#include <linux/filter.h>
-#include <linux/netlink.h>
 #include <poll.h>
 #include <pthread.h>
 #include <sched.h>
@@ -17,16 +13,14 @@
 #include <sys/eventfd.h>
 #include <sys/inotify.h>
 #include <sys/ptrace.h>
-#include <sys/socket.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "proc_connector.h"
+#include "wakeup_fd.h"
+
 /* Pids end here at the latest: PID_MAX_LIMIT, proc_sys_kernel(5). A bit each; what is not touched takes no memory. */
 #define PIDS (UINT32_C(1) << 22)
-
-/* How long the kernel may take to say that it tells us, ms. It does so before send(2) returns (cn_proc_mcast_ctl). */
-#define ACK_MS 100
-#define MESSAGE_MAX 512
 
 enum { HELD_MORE = 16 };
 
@@ -45,11 +39,11 @@ struct queue {
 /* A watch of inotify on /proc/PID; its number is the index. */
 struct look {
 	int32_t pid; /* 0: none */
-	int32_t tracer; /* who traced it at the last look */
+	int32_t tracer; /* its tracer at the last look */
 };
 
 struct lp_tracers {
-	int connector; /* -1: the kernel does not tell us */
+	int connector; /* -1: the kernel does not report to us */
 	int inotify; /* -1: not needed, or not to be had */
 	struct look *looks; /* under the lock */
 	size_t nr_looks;
@@ -58,29 +52,12 @@ struct lp_tracers {
 	_Atomic uint64_t *watched;
 	pthread_mutex_t lock;
 	struct queue orders; /* pid 0: release the tracer; else hold it */
-	struct queue told;
+	struct queue reported;
 	struct held *held; /* of the thread of lp_tracers_run */
 	size_t nr_held, cap_held;
 };
 
-static void signal_fd(int fd)
-{
-	uint64_t one = 1;
-
-	/* it can't fail: the counter would have to reach 2^64 - 1 */
-	if (write(fd, &one, sizeof(one)) < 0)
-		return;
-}
-
-static void clear_fd(int fd)
-{
-	uint64_t count;
-
-	if (read(fd, &count, sizeof(count)) < 0)
-		return;
-}
-
-/* False without memory: then the tracer is not held, or not told of, or never let go; the caller sees to it. */
+/* False without memory: then the tracer is not held, or not reported, or never let go; the caller sees to it. */
 static bool push(struct lp_tracers *t, struct queue *queue, struct lp_attach item)
 {
 	bool there;
@@ -116,83 +93,6 @@ static size_t pop(struct lp_tracers *t, struct queue *queue, struct lp_attach *i
 	pthread_mutex_unlock(&t->lock);
 	return nr;
 }
-
-/* ---- the process connector ---- */
-
-/*
- * Only what we want wakes us: each fork, exec and exit of the machine is told of as well.  At 36 bytes, after the headers of
- * netlink and connector, a message has the kind of its event; BPF loads big-endian.
- */
-static int filter(int fd)
-{
-	const unsigned int kind = NLMSG_LENGTH(sizeof(struct cn_msg)) + offsetof(struct proc_event, what);
-	struct sock_filter code[] = {
-		BPF_STMT(BPF_LD | BPF_W | BPF_ABS, kind),
-		BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, htonl(PROC_EVENT_PTRACE), 1, 0),
-		BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, htonl(PROC_EVENT_NONE), 0, 1), /* the answer to our own */
-		BPF_STMT(BPF_RET | BPF_K, UINT32_MAX),
-		BPF_STMT(BPF_RET | BPF_K, 0),
-	};
-	struct sock_fprog program = {.len = sizeof(code) / sizeof(code[0]), .filter = code};
-
-	return setsockopt(fd, SOL_SOCKET, SO_ATTACH_FILTER, &program, sizeof(program));
-}
-
-static int say(int fd, uint32_t operation)
-{
-	struct {
-		struct nlmsghdr netlink;
-		struct cn_msg connector;
-		uint32_t operation;
-	} __attribute__((packed)) message = {
-		.netlink = {.nlmsg_len = sizeof(message), .nlmsg_type = NLMSG_DONE},
-		.connector = {.id = {CN_IDX_PROC, CN_VAL_PROC}, .len = sizeof(operation)},
-		.operation = operation,
-	};
-
-	return send(fd, &message, sizeof(message), 0) == (ssize_t)sizeof(message) ? 0 : -1;
-}
-
-/* One event: 1, or 0 when there is none, or -errno. */
-static int receive(int fd, struct proc_event *event)
-{
-	char buffer[MESSAGE_MAX];
-	const size_t start = NLMSG_LENGTH(sizeof(struct cn_msg));
-	struct sockaddr_nl from = {0};
-	socklen_t length = sizeof(from);
-	ssize_t got;
-
-	do {
-		got = recvfrom(fd, buffer, sizeof(buffer), MSG_DONTWAIT, (struct sockaddr *)&from, &length);
-		if (got < 0)
-			return errno == EAGAIN || errno == EINTR ? 0 : -errno;
-	} while (from.nl_pid || (size_t)got < start + sizeof(event->what)); /* not the kernel */
-	memset(event, 0, sizeof(*event));
-	memcpy(event, buffer + start, (size_t)got - start < sizeof(*event) ? (size_t)got - start : sizeof(*event));
-	return 1;
-}
-
-/* The socket, or -1: in another namespace the kernel does not even refuse, it says nothing. */
-static int open_connector(void)
-{
-	struct sockaddr_nl address = {.nl_family = AF_NETLINK, .nl_groups = CN_IDX_PROC};
-	int fd = socket(AF_NETLINK, SOCK_DGRAM | SOCK_CLOEXEC, NETLINK_CONNECTOR);
-	struct proc_event event;
-
-	if (fd < 0)
-		return -1;
-	if (!filter(fd) && !bind(fd, (struct sockaddr *)&address, sizeof(address)) && !say(fd, PROC_CN_MCAST_LISTEN)) {
-		struct pollfd waiting = {.fd = fd, .events = POLLIN};
-
-		while (poll(&waiting, 1, ACK_MS) > 0 && receive(fd, &event) > 0)
-			if (event.what == PROC_EVENT_NONE && !event.event_data.ack.err)
-				return fd;
-	}
-	close(fd);
-	return -1;
-}
-
-/* ---- holding ---- */
 
 static struct held *find(struct lp_tracers *t, int32_t tracer)
 {
@@ -264,8 +164,8 @@ static void attached(struct lp_tracers *t, struct lp_attach attach)
 {
 	if (attach.pid && !attach.error)
 		attach.error = hold(t, attach.tracer);
-	if (push(t, &t->told, attach))
-		signal_fd(t->event);
+	if (push(t, &t->reported, attach))
+		lp_wakeup(t->event);
 	else if (!attach.error && attach.pid)
 		let_go(t, find(t, attach.tracer)); /* better than for ever */
 }
@@ -280,7 +180,7 @@ static bool is_watched(struct lp_tracers *t, int32_t pid)
 static void take_event(struct lp_tracers *t)
 {
 	struct proc_event event;
-	int rc = receive(t->connector, &event);
+	int rc = lp_connector_receive(t->connector, &event);
 
 	if (rc < 0) { /* ENOBUFS: events are lost */
 		attached(t, (struct lp_attach){0});
@@ -298,8 +198,6 @@ static void take_event(struct lp_tracers *t)
 		attached(t, attach);
 	}
 }
-
-/* ---- inotify ---- */
 
 /* What `ps` and `top` open says nothing, and "status" is what we open ourselves. */
 static bool is_a_look(const char *name)
@@ -395,7 +293,7 @@ static void obey(struct lp_tracers *t)
 {
 	struct lp_attach order;
 
-	clear_fd(t->wake);
+	lp_wakeup_clear(t->wake);
 	while (pop(t, &t->orders, &order, 1)) {
 		struct held *held = find(t, order.tracer);
 
@@ -436,8 +334,6 @@ int lp_tracers_run(struct lp_tracers *t)
 	return rc;
 }
 
-/* ---- the owner's side ---- */
-
 struct lp_tracers *lp_tracers_new(void)
 {
 	struct lp_tracers *t = calloc(1, sizeof(*t));
@@ -456,7 +352,7 @@ struct lp_tracers *lp_tracers_new(void)
 		errno = error;
 		return NULL;
 	}
-	t->connector = open_connector();
+	t->connector = lp_connector_open();
 	if (t->connector < 0)
 		t->inotify = inotify_init1(IN_CLOEXEC | IN_NONBLOCK);
 	return t;
@@ -466,7 +362,7 @@ void lp_tracers_free(struct lp_tracers *t)
 {
 	if (t->connector >= 0) {
 		/* before Linux 6.6 the kernel goes on making events when a socket is only closed */
-		say(t->connector, PROC_CN_MCAST_IGNORE);
+		lp_connector_say(t->connector, PROC_CN_MCAST_IGNORE);
 		close(t->connector);
 	}
 	if (t->inotify >= 0)
@@ -478,13 +374,13 @@ void lp_tracers_free(struct lp_tracers *t)
 	free(t->watched);
 	free(t->looks);
 	free(t->orders.items);
-	free(t->told.items);
+	free(t->reported.items);
 	free(t->held);
 	pthread_mutex_destroy(&t->lock);
 	free(t);
 }
 
-bool lp_tracers_told(const struct lp_tracers *t)
+bool lp_tracers_reported(const struct lp_tracers *t)
 {
 	return t->connector >= 0;
 }
@@ -508,13 +404,13 @@ void lp_tracers_watch(struct lp_tracers *t, int32_t pid, bool watched)
 void lp_tracers_report(struct lp_tracers *t, int32_t pid, int32_t tracer, int32_t owner)
 {
 	push(t, &t->orders, (struct lp_attach){.pid = pid, .tracer = tracer, .owner = owner});
-	signal_fd(t->wake);
+	lp_wakeup(t->wake);
 }
 
 void lp_tracers_release(struct lp_tracers *t, int32_t tracer)
 {
 	push(t, &t->orders, (struct lp_attach){.tracer = tracer});
-	signal_fd(t->wake);
+	lp_wakeup(t->wake);
 }
 
 int lp_tracers_event_fd(const struct lp_tracers *t)
@@ -526,15 +422,15 @@ size_t lp_tracers_take(struct lp_tracers *t, struct lp_attach *attaches, size_t 
 {
 	size_t nr;
 
-	clear_fd(t->event);
-	nr = pop(t, &t->told, attaches, max);
+	lp_wakeup_clear(t->event);
+	nr = pop(t, &t->reported, attaches, max);
 	if (nr == max)
-		signal_fd(t->event); /* there may be more */
+		lp_wakeup(t->event); /* there may be more */
 	return nr;
 }
 
 void lp_tracers_stop(struct lp_tracers *t)
 {
 	atomic_store(&t->stopped, true);
-	signal_fd(t->wake);
+	lp_wakeup(t->wake);
 }

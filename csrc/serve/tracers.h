@@ -1,11 +1,11 @@
 /*
- * Who begins to trace a process (ptrace), and having that one wait.
+ * Finds threads that begin to trace a process (ptrace), and holds them.
  *
- * The kernel tells of each PTRACE_ATTACH and PTRACE_SEIZE through the process connector (drivers/connector/cn_proc.c,
+ * The kernel reports each PTRACE_ATTACH and PTRACE_SEIZE through the process connector (drivers/connector/cn_proc.c,
  * PROC_EVENT_PTRACE; Linux 3.1 and later), to listeners in the first user, PID and network namespace that have
- * CAP_NET_ADMIN.  Elsewhere inotify tells when somebody opens a file in /proc/PID, as all do who are about to look at a
- * process, and /proc/PID/status whether it is traced then.  That needs no privilege, but that they use the same mount of /proc;
- * so the owner looks as well, now and then, and reports what it finds.
+ * CAP_NET_ADMIN.  Elsewhere inotify reports when a file in /proc/PID is opened, as tools do that are about to look at a process,
+ * and /proc/PID/status says whether it is traced then.  That needs no privilege, but works only for tools that use the same mount of
+ * /proc; so the owner looks as well, now and then, and reports what it finds.
  *
  * A tracer is held by tracing its thread ourselves and interrupting it: that is undone by the kernel when this process
  * ends, however it ends, and neither the tracer nor its parent sees it.
@@ -22,7 +22,7 @@
 struct lp_tracers;
 
 struct lp_attach {
-	int32_t pid;	/* the process that is traced; 0: there were more than could be told, look at all of them */
+	int32_t pid;	/* the process that is traced; 0: there were more than could be reported, look at all processes */
 	int32_t tracer; /* the thread that traces it */
 	int32_t owner;	/* that thread's process */
 	int32_t error;	/* 0: the tracer stands still until lp_tracers_release; else the errno of why it can't be had so */
@@ -31,11 +31,11 @@ struct lp_attach {
 /* NULL with errno */
 struct lp_tracers *lp_tracers_new(void);
 void lp_tracers_free(struct lp_tracers *tracers);
-/* Whether the kernel tells of every attach.  If not, look. */
-bool lp_tracers_told(const struct lp_tracers *tracers);
-/* Processes whose tracers are held at once (0: all there are).  The tracers of others are told of, with EAGAIN. */
+/* Whether the kernel reports every attach.  If not, look. */
+bool lp_tracers_reported(const struct lp_tracers *tracers);
+/* Processes whose tracers are held at once (0: all there are).  The tracers of others are reported with EAGAIN. */
 void lp_tracers_watch(struct lp_tracers *tracers, int32_t pid, bool watched);
-/* A tracer found in another way, or one told of with EAGAIN: hold it.  It is told of (again). */
+/* Holds a tracer that was found in another way, or reported with EAGAIN.  It is reported (again). */
 void lp_tracers_report(struct lp_tracers *tracers, int32_t pid, int32_t tracer, int32_t owner);
 /* Lets a tracer go on; as often as it was held. */
 void lp_tracers_release(struct lp_tracers *tracers, int32_t tracer);

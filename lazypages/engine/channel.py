@@ -19,7 +19,7 @@ class ChannelEventKind(enum.IntEnum):
     REFUSED = 2
     HEARD = 3
     QUIET = 4
-    TURN_OVER = 5
+    BUDGET_SPENT = 5
     CLOSED = 6
     ENDED = 7
 
@@ -30,9 +30,9 @@ class ChannelEvent(NamedTuple):
     kind: ChannelEventKind
     status: int
     at_boundary: bool
-    told: bool
+    reported: bool
     tag: int
-    image: int
+    dump_addr: int
     nr_pages: int
     since: int
 
@@ -41,11 +41,11 @@ class ChannelRequest(NamedTuple):
     """Pages of a task, by tag and address at dump time; ``since``: ns, 0 if no thread waits."""
 
     tag: int
-    image: int
+    dump_addr: int
     nr_pages: int
     since: int
     urgent: bool
-    told: bool
+    reported: bool
 
 
 class ChannelState(NamedTuple):
@@ -108,40 +108,40 @@ class Channel:
                 ChannelEventKind(raw.kind),
                 raw.status,
                 raw.at_boundary,
-                raw.told,
+                raw.reported,
                 raw.tag,
-                raw.image,
+                raw.dump_addr,
                 raw.nr_pages,
                 raw.since,
             )
             for raw in self._events[0:nr]
         ]
 
-    def ask(self, tag: int, image: int, nr_pages: int, *, urgent: bool) -> None:
+    def ask(self, tag: int, dump_addr: int, nr_pages: int, *, urgent: bool) -> None:
         """Asks for pages; ARRIVED tells of them."""
-        self._lib.lp_channel_ask(self._handle, tag, image, nr_pages, urgent)
+        self._lib.lp_channel_ask(self._handle, tag, dump_addr, nr_pages, urgent)
 
-    def hold(self, *, held: bool) -> None:
-        """While it is held, the channel sends nothing of its own accord."""
-        self._lib.lp_channel_hold(self._handle, held)
+    def pause(self, *, paused: bool) -> None:
+        """While it is paused, the channel sends nothing of its own accord."""
+        self._lib.lp_channel_pause(self._handle, paused)
 
-    def turn(self, task: ServedTask, max_bytes: int) -> None:
-        """Brings pages of `task` in the background, until TURN_OVER; one task at a time."""
-        self._lib.lp_channel_turn(self._handle, task.handle, max_bytes)
+    def set_budget(self, task: ServedTask, max_bytes: int) -> None:
+        """Brings pages of `task` in the background, until BUDGET_SPENT; one task at a time."""
+        self._lib.lp_channel_set_budget(self._handle, task.handle, max_bytes)
 
     def finish(self, *, force: bool, flags: int = 0) -> None:
         """Tells the server that this is the end, with wire.CloseFlags; CLOSED is its answer."""
         self._lib.lp_channel_finish(self._handle, force, flags)
 
     def outstanding(self) -> list[ChannelRequest]:
-        """What has not come yet, the oldest first; from now on its arrival is told."""
+        """What has not come yet, the oldest first; from now on its arrival is reported."""
         room = 64
         while True:
             requests = self._ffi.new("struct lp_request[]", room)
             nr = self._lib.lp_channel_outstanding(self._handle, requests, room)
             if nr <= room:
                 return [
-                    ChannelRequest(raw.tag, raw.image, raw.nr_pages, raw.since, raw.urgent, raw.told)
+                    ChannelRequest(raw.tag, raw.dump_addr, raw.nr_pages, raw.since, raw.urgent, raw.reported)
                     for raw in requests[0:nr]
                 ]
             room = nr + 64

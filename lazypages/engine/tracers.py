@@ -43,7 +43,7 @@ class Tracers:
     @property
     def told(self) -> bool:
         """Whether the kernel tells of every attach; if not, they are to be looked for, and reported."""
-        return bool(lib.lp_tracers_told(self._handle))
+        return bool(lib.lp_tracers_reported(self._handle))
 
     @property
     def event_fd(self) -> int:

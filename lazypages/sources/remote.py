@@ -167,7 +167,7 @@ class RemotePages:
                 await self._free.wait()
             connection.turn = turn = _Turn()
             assert connection.engine is not None
-            connection.engine.turn(task, max_bytes)
+            connection.engine.set_budget(task, max_bytes)
         await turn.over.wait()
         return turn.pages
 
@@ -275,7 +275,7 @@ class RemotePages:
             case planning.GiveUp(channel):
                 self._connections[channel].scope.cancel()
             case planning.Hold(channel, held):
-                self._channel_of(channel).hold(held=held)
+                self._channel_of(channel).pause(paused=held)
             case planning.Ask(channel, pid, start, nr_pages, urgent):
                 self._channel_of(channel).ask(pid, start, nr_pages, urgent=urgent)
             case planning.TakeOver(channel):
@@ -363,14 +363,14 @@ class RemotePages:
     def _heard(self, channel: Channel, connection: _Connection, event: ChannelEvent) -> None:
         match event.kind:
             case ChannelEventKind.ARRIVED:
-                self.pool.arrived(event.tag, event.image, event.nr_pages)
+                self.pool.arrived(event.tag, event.dump_addr, event.nr_pages)
             case ChannelEventKind.REFUSED:
                 since = event.since / NS_PER_S
-                pages = Outstanding(event.tag, event.image, event.nr_pages, since, event.told)
+                pages = Outstanding(event.tag, event.dump_addr, event.nr_pages, since, event.reported)
                 self.pool.refused(channel, pages, time.monotonic())
             case ChannelEventKind.HEARD:
                 self.pool.heard(channel)
-            case ChannelEventKind.TURN_OVER if connection.turn is not None:
+            case ChannelEventKind.BUDGET_SPENT if connection.turn is not None:
                 connection.turn.pages = event.nr_pages
                 connection.turn.over.set()
                 connection.turn = None
@@ -421,7 +421,7 @@ class RemotePages:
 
         Returns what should have come next.
         """
-        engine.hold(held=True)
+        engine.pause(paused=True)
         self.pool.adopt(channel, _outstanding(engine), time.monotonic())
         while events := engine.events():
             for event in events:
@@ -490,7 +490,7 @@ async def open_remote(
 def _outstanding(engine: EngineChannel) -> list[Outstanding]:
     """What has not come on a channel, the oldest first; from here on its arrival is told."""
     return [
-        Outstanding(one.tag, one.image, one.nr_pages, one.since / NS_PER_S, one.told)
+        Outstanding(one.tag, one.dump_addr, one.nr_pages, one.since / NS_PER_S, one.reported)
         for one in engine.outstanding()
     ]
 

@@ -45,7 +45,7 @@ static int server;
 static uint8_t asked[1 << 16]; /* what the server has received and not answered */
 static size_t nr_asked;
 
-static int64_t claim(void *arg, struct lp_task *task, uint64_t max_pages, uint64_t *tag, uint64_t *image)
+static int64_t claim(void *arg, struct lp_task *task, uint64_t max_pages, uint64_t *tag, uint64_t *dump_addr)
 {
 	uint64_t nr = 0;
 
@@ -53,29 +53,29 @@ static int64_t claim(void *arg, struct lp_task *task, uint64_t max_pages, uint64
 	*tag = 1;
 	while (background < PAGES && wanted[1][background])
 		background++;
-	*image = BASE + background * PAGE;
+	*dump_addr = BASE + background * PAGE;
 	for (; nr < max_pages && background < PAGES && !wanted[1][background]; nr++)
 		wanted[1][background++] = 1;
 	return (int64_t)nr;
 }
 
-static void give_back(void *arg, struct lp_task *task, uint64_t image, uint64_t nr_pages)
+static void give_back(void *arg, struct lp_task *task, uint64_t dump_addr, uint64_t nr_pages)
 {
 	(void)arg, (void)task;
 	for (uint64_t i = 0; i < nr_pages; i++)
-		wanted[1][(image - BASE) / PAGE + i]--;
+		wanted[1][(dump_addr - BASE) / PAGE + i]--;
 }
 
-static int place(void *arg, uint64_t tag, uint64_t image, uint64_t nr_pages, const void *bytes)
+static int place(void *arg, uint64_t tag, uint64_t dump_addr, uint64_t nr_pages, const void *bytes)
 {
 	const uint64_t *words = bytes;
 
 	(void)arg;
-	CHECK(tag < TAGS && image >= BASE && image % PAGE == 0 && nr_pages);
+	CHECK(tag < TAGS && dump_addr >= BASE && dump_addr % PAGE == 0 && nr_pages);
 	if (busy && !tag)
 		return -EAGAIN;
 	for (uint64_t i = 0; i < nr_pages; i++) {
-		uint64_t page = (image - BASE) / PAGE + i, word = words[i * PAGE / 8];
+		uint64_t page = (dump_addr - BASE) / PAGE + i, word = words[i * PAGE / 8];
 
 		CHECK(page < PAGES && wanted[tag][page]);
 		wanted[tag][page]--;
@@ -130,7 +130,7 @@ static void answer(struct input *in)
 	uint8_t how = take(in), nr = take(in) % (PAGES + 1), bytes[32] = {0};
 	uint32_t word = words[how & 7];
 	size_t size = options.header_size;
-	uint64_t image, tag, nr_pages = 0;
+	uint64_t dump_addr, tag, nr_pages = 0;
 	ssize_t got;
 
 	while (nr_asked < sizeof(asked) && (got = recv(server, asked + nr_asked, sizeof(asked) - nr_asked, MSG_DONTWAIT)) > 0)
@@ -138,7 +138,7 @@ static void answer(struct input *in)
 	if (nr_asked < size)
 		return;
 	memcpy(&nr_pages, asked + (size == 24 ? 4 : 8), size == 24 ? 4 : 8);
-	memcpy(&image, asked + size - 16, 8);
+	memcpy(&dump_addr, asked + size - 16, 8);
 	memcpy(&tag, asked + size - 8, 8);
 	nr_asked -= size;
 	memmove(asked, asked + size, nr_asked);
@@ -148,14 +148,14 @@ static void answer(struct input *in)
 		nr_pages = nr;
 	memcpy(bytes, &word, 4);
 	memcpy(bytes + (size == 24 ? 4 : 8), &nr_pages, size == 24 ? 4 : 8);
-	memcpy(bytes + size - 16, &image, 8);
+	memcpy(bytes + size - 16, &dump_addr, 8);
 	memcpy(bytes + size - 8, &tag, 8);
 	send_all(bytes, size);
 	if (word != words[0])
 		return;
 	for (uint64_t i = 0; i < nr_pages && i < PAGES; i++)
 		for (size_t w = 0; w < PAGE / 8; w++)
-			pages[i][w] = tag << 32 | ((image - BASE) / PAGE + i + 1);
+			pages[i][w] = tag << 32 | ((dump_addr - BASE) / PAGE + i + 1);
 	send_all(pages, nr_pages * PAGE);
 }
 
@@ -171,10 +171,10 @@ static void hear(void)
 			CHECK(events[i].kind >= LP_CHANNEL_ARRIVED && events[i].kind <= LP_CHANNEL_ENDED);
 			if (events[i].kind != LP_CHANNEL_REFUSED)
 				continue;
-			CHECK(events[i].tag < TAGS && events[i].image >= BASE && events[i].nr_pages <= PAGES);
+			CHECK(events[i].tag < TAGS && events[i].dump_addr >= BASE && events[i].nr_pages <= PAGES);
 			for (uint64_t k = 0; k < events[i].nr_pages; k++) {
-				CHECK(wanted[events[i].tag][(events[i].image - BASE) / PAGE + k]);
-				wanted[events[i].tag][(events[i].image - BASE) / PAGE + k]--;
+				CHECK(wanted[events[i].tag][(events[i].dump_addr - BASE) / PAGE + k]);
+				wanted[events[i].tag][(events[i].dump_addr - BASE) / PAGE + k]--;
 			}
 		}
 	lp_channel_state(channel, &state);
@@ -249,10 +249,10 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 			busy = !busy;
 			break;
 		case TURN:
-			lp_channel_turn(channel, (struct lp_task *)&channels, (1 + take(&in)) * PAGE);
+			lp_channel_set_budget(channel, (struct lp_task *)&channels, (1 + take(&in)) * PAGE);
 			break;
 		case HOLD:
-			lp_channel_hold(channel, take(&in) & 1);
+			lp_channel_pause(channel, take(&in) & 1);
 			break;
 		case TAKE:
 			hear();
@@ -270,7 +270,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	hear();
 	busy = false;
 	look();
-	CHECK(!channels.parked && !channels.parked_bytes);
+	CHECK(!channels.deferred && !channels.deferred_bytes);
 	close(server);
 	lp_channel_close(channel);
 	look();

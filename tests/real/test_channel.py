@@ -208,14 +208,14 @@ def test_cut(cut: int, pages: int, file: PagesFile) -> None:
     whole = max(0, cut - 24) // PAGE
     with remote_task(pages) as (service, task, served):
         source = Source(service)
-        source.channel.turn(served, pages * PAGE)
+        source.channel.set_budget(served, pages * PAGE)
         get = source.asked()
         assert get == (pages, BASE, TAG)
         source.send(source.answer(file, get)[:cut])
         source.hang_up()
         ended = source.event(ChannelEventKind.ENDED)
         assert (ended.status, ended.at_boundary) == (0, cut in {0, 24 + pages * PAGE})
-        left = [(one.image, one.nr_pages, one.told) for one in source.channel.outstanding()]
+        left = [(one.dump_addr, one.nr_pages, one.reported) for one in source.channel.outstanding()]
         assert left == ([(BASE + whole * PAGE, pages - whole, False)] if whole < pages else [])
         assert served.pending == pages - whole
         source.close()
@@ -227,7 +227,7 @@ def test_cut(cut: int, pages: int, file: PagesFile) -> None:
             second.channel.ask(TAG, BASE + whole * PAGE, pages - whole, urgent=True)
             second.send(second.answer(file, second.asked()))
             arrived = second.event(ChannelEventKind.ARRIVED)
-            assert (arrived.image, arrived.nr_pages) == (BASE + whole * PAGE, pages - whole)
+            assert (arrived.dump_addr, arrived.nr_pages) == (BASE + whole * PAGE, pages - whole)
             task.reply()
             second.close()
         counted(served, remote=pages)
@@ -255,7 +255,7 @@ def test_wrong_answers(what: str, size: int, file: PagesFile) -> None:
         source.send(wrong[what] + file.page_bytes(1, 2))
         ended = source.event(ChannelEventKind.ENDED)
         assert ended.status == errno.EPROTO
-        assert [(one.image, one.nr_pages) for one in source.channel.outstanding()] == [(BASE, 1)]
+        assert [(one.dump_addr, one.nr_pages) for one in source.channel.outstanding()] == [(BASE, 1)]
         assert source.channel.outstanding()[0].since > 0
         assert task.busy()
         assert served.pending == PAGES
@@ -323,7 +323,12 @@ def test_a_page_that_the_server_has_not(file: PagesFile) -> None:
         get = source.asked()
         source.send(source.header(get._replace(nr_pages=0), flags=0))
         refused = source.event(ChannelEventKind.REFUSED)
-        assert (refused.tag, refused.image, refused.nr_pages, refused.told) == (TAG, get.image, 1, False)
+        assert (refused.tag, refused.dump_addr, refused.nr_pages, refused.reported) == (
+            TAG,
+            get.image,
+            1,
+            False,
+        )
         assert refused.since > 0
         assert task.busy()
         source.channel.ask(TAG, get.image, 1, urgent=True)
@@ -390,7 +395,7 @@ def test_a_refusal_that_nobody_has_heard(file: PagesFile) -> None:
 
     with remote_task() as (service, task, _served):
         second = Source(service)
-        second.channel.hold(held=True)
+        second.channel.pause(paused=True)
         pool = anyio.run(give_up, Recorded(service), task)
         assert [(wanted.pid, wanted.start, wanted.nr_pages) for wanted in pool.backlog] == [(TAG, BASE, 1)]
         assert pool.backlog.queued_pages(urgent=True) == 0
@@ -416,7 +421,7 @@ def test_requests_that_may_be_compressed(file: PagesFile) -> None:
         assert command == GET
         peer.send(peer.answer(file, get))
         task.reply()
-        channel.turn(served, 16 * PAGE)
+        channel.set_budget(served, 16 * PAGE)
         command, get = peer.command()
         assert command == GET | ZSTD << 16
         peer.send(peer.answer(file, get))
@@ -443,7 +448,7 @@ def test_a_thread_waits_for_what_is_on_its_way(file: PagesFile) -> None:
     """It is not asked for again, nobody is bothered, and the fault is counted."""
     with remote_task() as (service, task, served):
         source = Source(service)
-        source.channel.turn(served, 16 * PAGE)
+        source.channel.set_budget(served, 16 * PAGE)
         gets = []
         while sum(get.nr_pages for get in gets) < 16:
             gets.append(source.asked())
@@ -464,14 +469,14 @@ def test_a_held_channel(file: PagesFile) -> None:
         source = Source(service)
         task.tell_check(BASE, 1, file.first_id)
         get = source.asked()
-        source.channel.hold(held=True)
+        source.channel.pause(paused=True)
         assert [one[:3] for one in source.channel.outstanding()] == [(TAG, BASE, 1)]
-        source.channel.turn(served, PAGE)
-        assert source.event(ChannelEventKind.TURN_OVER).nr_pages == 0
+        source.channel.set_budget(served, PAGE)
+        assert source.event(ChannelEventKind.BUDGET_SPENT).nr_pages == 0
         source.send(source.answer(file, get)[:100])
         source.event(ChannelEventKind.HEARD)
         source.send(source.answer(file, get)[100:])
-        assert source.event(ChannelEventKind.ARRIVED).image == BASE  # taken back, and come all the same
+        assert source.event(ChannelEventKind.ARRIVED).dump_addr == BASE  # taken back, and come all the same
         source.event(ChannelEventKind.QUIET)
         task.reply()
         task.tell_check(BASE + PAGE, 1, file.first_id + 1)
@@ -480,7 +485,7 @@ def test_a_held_channel(file: PagesFile) -> None:
         source.channel.ask(TAG, BASE + PAGE, 1, urgent=True)
         source.send(source.answer(file, source.asked()))
         task.reply()
-        source.channel.hold(held=False)
+        source.channel.pause(paused=False)
         task.tell_check(BASE + 2 * PAGE, 1, file.first_id + 2)
         source.send(source.answer(file, source.asked()))
         task.reply()
@@ -512,7 +517,7 @@ def test_layout_changes_while_pages_are_on_their_way(file: PagesFile) -> None:
     """What comes is placed where its memory is by now, in pieces, and nowhere if that is gone: never old bytes."""
     with remote_task() as (service, task, served):
         source = Source(service, max_pages=PAGES)
-        source.channel.turn(served, PAGES * PAGE)
+        source.channel.set_budget(served, PAGES * PAGE)
         gets: list[Get] = []
         while sum(get.nr_pages for get in gets) < 16:
             gets.append(source.asked())
@@ -529,7 +534,7 @@ def test_layout_changes_while_pages_are_on_their_way(file: PagesFile) -> None:
             get = source.asked()
             source.send(source.answer(file, get))
             left -= get.nr_pages
-        source.event(ChannelEventKind.TURN_OVER)
+        source.event(ChannelEventKind.BUDGET_SPENT)
         until("all to be there", lambda: served.pending == 0)
         task.check(BASE, 1, 0)
         task.check(BASE + 3 * PAGE, 3, file.first_id + 3)
@@ -545,7 +550,7 @@ def test_a_fork_while_a_page_is_on_its_way(file: PagesFile) -> None:
         task.tell_check(BASE + 2 * PAGE, 1, file.first_id + 2)
         get = source.asked()
         other = Source(service)  # the better one for whatever comes next, as it has nothing to do
-        source.channel.turn(served, 8 * PAGE)
+        source.channel.set_budget(served, 8 * PAGE)
         gets: list[Get] = []
         while sum(one.nr_pages for one in gets) < 7:
             gets.append(source.asked())
@@ -588,7 +593,7 @@ def test_a_task_that_ends_while_pages_are_on_their_way(file: PagesFile) -> None:
         other, second = another_task(service)
         task.tell_check(BASE, 1, file.first_id)
         gone = source.asked()
-        source.channel.turn(served, 8 * PAGE)
+        source.channel.set_budget(served, 8 * PAGE)
         gets: list[Get] = []
         while sum(get.nr_pages for get in gets) < 8:
             gets.append(source.asked())
@@ -596,13 +601,13 @@ def test_a_task_that_ends_while_pages_are_on_their_way(file: PagesFile) -> None:
         mine = source.asked()
         task.close()
         until("it to be gone", lambda: not served.probe())
-        source.channel.turn(served, 8 * PAGE)
+        source.channel.set_budget(served, 8 * PAGE)
         served.close()
         for get in (gone, *gets, mine):
             source.send(source.answer(file, get))
         other.reply()
-        assert source.event(ChannelEventKind.TURN_OVER).nr_pages == 8
-        source.event(ChannelEventKind.TURN_OVER)
+        assert source.event(ChannelEventKind.BUDGET_SPENT).nr_pages == 8
+        source.event(ChannelEventKind.BUDGET_SPENT)
         counted(second, remote=1)
         until("the answers to be settled", lambda: not source.channel.state().outstanding)
         source.close()
@@ -613,7 +618,7 @@ def test_a_task_that_can_take_nothing_keeps_nothing_from_others(file: PagesFile)
     with remote_task() as (service, task, served):
         source = Source(service)
         other, second = another_task(service)
-        source.channel.turn(served, 8 * PAGE)
+        source.channel.set_budget(served, 8 * PAGE)
         gets: list[Get] = []
         while sum(get.nr_pages for get in gets) < 8:
             gets.append(source.asked())
@@ -699,14 +704,14 @@ def test_turmoil(file: PagesFile) -> None:
             for need in needs:
                 served.fail_remote(need.dump_addr, need.nr_pages, lost=False)
             if not turn_taken:
-                source.channel.turn(served, 32 * PAGE)
+                source.channel.set_budget(served, 32 * PAGE)
                 turn_taken = True
             for event in source.channel.events():
-                if event.kind is ChannelEventKind.TURN_OVER:
+                if event.kind is ChannelEventKind.BUDGET_SPENT:
                     turn_taken = False
                 if event.kind is ChannelEventKind.ENDED:
                     for left in source.channel.outstanding():
-                        served.fail_remote(left.image, left.nr_pages, lost=False)
+                        served.fail_remote(left.dump_addr, left.nr_pages, lost=False)
                     source.close()
                     source = Source(service)
                     servers.append(Server(source, file, len(servers)))

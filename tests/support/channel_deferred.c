@@ -44,7 +44,7 @@ static uint64_t id_of(uint64_t tag, uint64_t page)
 	return tag << 32 | page;
 }
 
-static int place(void *arg, uint64_t tag, uint64_t image, uint64_t nr_pages, const void *bytes)
+static int place(void *arg, uint64_t tag, uint64_t dump_addr, uint64_t nr_pages, const void *bytes)
 {
 	const uint64_t *words = bytes;
 
@@ -52,7 +52,7 @@ static int place(void *arg, uint64_t tag, uint64_t image, uint64_t nr_pages, con
 	if (tag == BUSY && busy)
 		return -EAGAIN;
 	for (uint64_t i = 0; i < nr_pages; i++) {
-		uint64_t page = ((image - BASE) >> LP_PAGE_SHIFT) + i;
+		uint64_t page = ((dump_addr - BASE) >> LP_PAGE_SHIFT) + i;
 
 		CHECK(!placed[tag][page]);
 		placed[tag][page] = 1;
@@ -149,9 +149,9 @@ int main(void)
 		CHECK(look() >= 0 && looks < 100000);
 	CHECK(count(BUSY) == 0);
 	/* these are on their way still, and not asked for again */
-	CHECK(lp_channels_hurry(&channels, BUSY, BASE + (499 << LP_PAGE_SHIFT), 1));
-	CHECK(!lp_channels_hurry(&channels, BUSY, BASE + (500 << LP_PAGE_SHIFT), 1));
-	CHECK(!lp_channels_hurry(&channels, READY, BASE + (499 << LP_PAGE_SHIFT), 1));
+	CHECK(lp_channels_escalate(&channels, BUSY, BASE + (499 << LP_PAGE_SHIFT), 1));
+	CHECK(!lp_channels_escalate(&channels, BUSY, BASE + (500 << LP_PAGE_SHIFT), 1));
+	CHECK(!lp_channels_escalate(&channels, READY, BASE + (499 << LP_PAGE_SHIFT), 1));
 
 	/* beyond them: the channel waits, also when the other side has hung up, and not by being told so all the time */
 	for (uint64_t page = 500; page < 3000; page++)
@@ -167,7 +167,7 @@ int main(void)
 	for (int i = 0; i < 50; i++)
 		CHECK(look() == 0);
 	CHECK(count(BUSY) == 0 && count(READY) == 500);
-	CHECK(channels.parked_bytes <= 4 << 20);
+	CHECK(channels.deferred_bytes <= 4 << 20);
 
 	/* the first can take them: all is there, and only then the channel has ended */
 	busy = 0;
@@ -176,7 +176,7 @@ int main(void)
 	while (!lp_channel_events(channel, events, 8))
 		CHECK(look() >= 0 && looks < 200000);
 	CHECK(events[0].kind == LP_CHANNEL_ENDED && events[0].status == 0 && events[0].at_boundary);
-	CHECK(!channels.parked && !channels.parked_bytes);
+	CHECK(!channels.deferred && !channels.deferred_bytes);
 
 	lp_channel_close(channel);
 	look();

@@ -128,14 +128,14 @@ class Owner:
                 self._wanted.append((event.dump_addr, event.nr_pages))
                 self._ask(event.dump_addr, event.nr_pages)
         if any(event.kind is ChannelEventKind.ENDED for event in self._source.channel.events()):
-            self._wanted += [(one.image, one.nr_pages) for one in self._source.channel.outstanding()]
+            self._wanted += [(one.dump_addr, one.nr_pages) for one in self._source.channel.outstanding()]
             self._source.close()
             self._connect()
             for image, nr_pages in self._wanted:
                 self._ask(image, nr_pages)
 
     def bring(self, served: object) -> None:
-        self._source.channel.turn(served, 8 * PAGE)  # type: ignore[arg-type]
+        self._source.channel.set_budget(served, 8 * PAGE)  # type: ignore[arg-type]
 
     def close(self) -> None:
         self._source.close()

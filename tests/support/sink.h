@@ -5,7 +5,7 @@
 
 struct lp_sink;
 
-typedef int (*lp_sink_place)(void *arg, uint64_t tag, uint64_t image, uint64_t nr_pages, const void *bytes);
+typedef int (*lp_sink_place)(void *arg, uint64_t tag, uint64_t dump_addr, uint64_t nr_pages, const void *bytes);
 
 struct lp_sink *lp_sink_new(lp_sink_place place, void *arg);
 struct lp_channels *lp_sink_channels(struct lp_sink *sink);

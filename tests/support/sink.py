@@ -20,7 +20,7 @@ from lazypages.engine.channel import Channel
 ROOT = Path(__file__).parents[2]
 
 _DECLARATIONS = """
-typedef int (*lp_sink_place)(void *arg, uint64_t tag, uint64_t image, uint64_t nr_pages, const void *bytes);
+typedef int (*lp_sink_place)(void *arg, uint64_t tag, uint64_t dump_addr, uint64_t nr_pages, const void *bytes);
 struct lp_sink;
 struct lp_channels;
 struct lp_channel;
@@ -32,9 +32,9 @@ void lp_sink_stop(struct lp_sink *sink);
 void lp_sink_free(struct lp_sink *sink);
 
 struct lp_channel_options { uint32_t header_size, max_pages; uint64_t floor; bool zeros, background, compress; };
-struct lp_request { uint64_t tag, image, nr_pages, since; bool urgent, told; ...; };
+struct lp_request { uint64_t tag, dump_addr, nr_pages, since; bool urgent, reported; ...; };
 struct lp_channel_event {
-    uint32_t kind; int32_t status; bool at_boundary, told; uint64_t tag, image, nr_pages, since;
+    uint32_t kind; int32_t status; bool at_boundary, reported; uint64_t tag, dump_addr, nr_pages, since;
 };
 struct lp_channel_state {
     uint64_t outstanding, urgent, background, limit, heard, oldest, requests, pages, bytes, round_trip;
@@ -43,9 +43,9 @@ struct lp_channel *lp_channel_new(struct lp_channels *channels, int fd, const st
 void lp_channel_close(struct lp_channel *channel);
 int lp_channel_event_fd(const struct lp_channel *channel);
 size_t lp_channel_events(struct lp_channel *channel, struct lp_channel_event *events, size_t max);
-void lp_channel_ask(struct lp_channel *channel, uint64_t tag, uint64_t image, uint64_t nr_pages, bool urgent);
-void lp_channel_hold(struct lp_channel *channel, bool held);
-void lp_channel_turn(struct lp_channel *channel, struct lp_task *task, uint64_t max_bytes);
+void lp_channel_ask(struct lp_channel *channel, uint64_t tag, uint64_t dump_addr, uint64_t nr_pages, bool urgent);
+void lp_channel_pause(struct lp_channel *channel, bool paused);
+void lp_channel_set_budget(struct lp_channel *channel, struct lp_task *task, uint64_t max_bytes);
 void lp_channel_finish(struct lp_channel *channel, bool force, uint32_t flags);
 size_t lp_channel_outstanding(struct lp_channel *channel, struct lp_request *requests, size_t max);
 void lp_channel_state(struct lp_channel *channel, struct lp_channel_state *state);

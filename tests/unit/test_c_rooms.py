@@ -16,10 +16,10 @@ SERVE = CSRC / "serve"
 FLOORS = (
     {
         *("space_extents", "space_regions", "space_wiped", "ranges", "readahead", "faults", "lock", "level"),
-        *("uffd_ops", "smaps", "trace", "follow", "pace", "exits", "tracers", "calls"),
+        *("uffd_ops", "smaps", "trace", "follow", "pace", "exits", "proc_connector", "calls"),
     },
-    {"space_pages", "old_length", "guard", "guarded", "wake", "channel"},
-    {"space_doubts", "fault_plan", "deferred"},
+    {"space_pages", "old_length", "guard_takeover", "guarded", "wake", "tracers", "channel"},
+    {"space_doubts", "fault_plan", "deferred", "guard"},
     {"space_changes", "address_space"},
     {"space_order", "doubt", "late", "memory", "stats", "events"},
     {"asking", "copy", "lost", "wiped"},
@@ -51,7 +51,7 @@ LINKER = {"_GLOBAL_OFFSET_TABLE_", "__errno_location", "__stack_chk_fail", "__po
 IOCTLS = {"uffd_ops", "guarded", "exits"}
 
 #: They work without the engine's types (serving.h).
-LEAVES = FLOORS[0] | PURE | {"old_length", "guard", "guarded", "channel"}
+LEAVES = FLOORS[0] | PURE | {"old_length", "guard", "guard_takeover", "guarded", "tracers", "channel"}
 
 
 @pytest.fixture(scope="module")
