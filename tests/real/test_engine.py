@@ -575,7 +575,7 @@ def test_generations_that_part(file: PagesFile) -> None:
 def test_fork_storm(file: PagesFile, background: bool) -> None:
     """200 children, forked while threads of the parent fault. During a fork the kernel refuses all copies.
 
-    Nearly all pages are missing in each child: some 190,000 faults, of which an emulated machine has 7,000 answered a
+    Nearly all pages are missing in each child: some 190,000 faults, of which an emulated machine has 6,500 answered a
     second when it has two processors to itself.
     """
     pages = 1024
@@ -601,7 +601,6 @@ def threads_that_report(pid: int) -> int:
     )
 
 
-@pytest.mark.every_kernel
 @pytest.mark.parametrize("closed", [False, True], ids=["served", "closed"])
 def test_a_fork_that_has_to_wait(file: PagesFile, closed: bool) -> None:
     """What has been unmapped with it is asked of the child, whose layout does not come to rest. Another task does not

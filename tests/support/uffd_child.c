@@ -763,16 +763,22 @@ static void late(uint64_t place, uint64_t aside, size_t pages, uint64_t id, size
 
 /* ---- a child that changes its layout before it can be asked what it has ---- */
 
-#define TURNERS 8 /* one of them is always told of, or has to run before the kernel counts it no more */
+/*
+ * One of them is always told of, or has to run before the kernel counts it no more.  Those of the child have hardly any right to
+ * their CPU, which another thread has from "settle" on.
+ */
+#define TURNERS 8
 
 struct turner {
 	_Atomic bool *calm;
 	char *page;
+	bool in_child;
 };
 
 static struct {
 	struct turner turners[TURNERS];
 	pthread_t threads[TURNERS];
+	pthread_t hog;
 	_Atomic int turning;
 	struct {
 		_Atomic bool parent, child;
@@ -782,8 +788,14 @@ static struct {
 
 static void *turn(void *arg)
 {
+	const struct sched_param param = {0};
 	struct turner *me = arg;
 
+	if (me->in_child) {
+		pin(0);
+		if (sched_setscheduler(0, SCHED_IDLE, &param))
+			_exit(6);
+	}
 	for (bool first = true; !*me->calm; first = false) {
 		if (madvise(me->page, PAGE, MADV_DONTNEED))
 			_exit(5);
@@ -792,10 +804,19 @@ static void *turn(void *arg)
 	return NULL;
 }
 
-static void begin_turning(_Atomic bool *calm, char *at)
+static void *hog(void *arg)
+{
+	(void)arg;
+	pin(0);
+	while (!restless.calm->child)
+		;
+	return NULL;
+}
+
+static void begin_turning(_Atomic bool *calm, char *at, bool in_child)
 {
 	for (int i = 0; i < TURNERS; i++) {
-		restless.turners[i] = (struct turner){calm, at + (size_t)i * PAGE};
+		restless.turners[i] = (struct turner){calm, at + (size_t)i * PAGE, in_child};
 		if (pthread_create(&restless.threads[i], NULL, turn, &restless.turners[i]))
 			_exit(4);
 	}
@@ -812,7 +833,7 @@ static void begin_unrest(char *at)
 	restless.calm = mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
 	if (restless.calm == MAP_FAILED)
 		_exit(7);
-	begin_turning(&restless.calm->parent, at);
+	begin_turning(&restless.calm->parent, at, false);
 	while (restless.turning < TURNERS)
 		usleep(100);
 }
@@ -850,7 +871,7 @@ static void fork_restless(uint64_t at, uint64_t unmapped, uint64_t kept, size_t 
 		_exit(7);
 	if (fork_in_unrest())
 		return;
-	begin_turning(&restless.calm->child, (char *)at + TURNERS * PAGE);
+	begin_turning(&restless.calm->child, (char *)at + TURNERS * PAGE, true);
 	end_turning();
 	if (readable((char *)unmapped))
 		_exit(20);
@@ -874,6 +895,8 @@ static void fork_runaway(uint64_t at, uint64_t from, uint64_t to, uint64_t onwar
 
 static void settle(void)
 {
+	if (pthread_create(&restless.hog, NULL, hog, NULL))
+		_exit(4);
 	restless.calm->parent = true;
 	end_turning();
 	say("ok");
@@ -884,6 +907,7 @@ static void calm_down(void)
 	int status;
 
 	restless.calm->child = true;
+	pthread_join(restless.hog, NULL);
 	if (waitpid(restless.child, &status, 0) != restless.child)
 		_exit(7);
 	say(status ? "no a child ended with %#x" : "ok", status);
