@@ -3,7 +3,6 @@
 
 #include <errno.h>
 #include <fcntl.h>
-#include <linux/ioctl.h>
 #include <pthread.h>
 #include <string.h>
 #include <sys/ioctl.h>
@@ -11,25 +10,26 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
+#include <linux/fs.h>
+
+#include "common/linux_compat.h"
 #include "common/pages_file.h"
 #include "common/write_all.h"
 
 #define MAX_IOVS 512
 #define PARENT_PAGES 16 /* read from a parent at once */
 
-/* struct pm_scan_arg of linux/fs.h, which is missing in headers before Linux 6.7. */
-struct scan_arg {
-	uint64_t size, flags, start, end, walk_end, vec, vec_len, max_pages;
-	uint64_t category_inverted, category_mask, category_anyof_mask, return_mask;
-};
-#define SCAN_PAGEMAP _IOWR('f', 16, struct scan_arg)
+_Static_assert(LP_PAGE_WPALLOWED == PAGE_IS_WPALLOWED && LP_PAGE_WRITTEN == PAGE_IS_WRITTEN && LP_PAGE_FILE == PAGE_IS_FILE &&
+		       LP_PAGE_PRESENT == PAGE_IS_PRESENT && LP_PAGE_SWAPPED == PAGE_IS_SWAPPED &&
+		       LP_PAGE_PFNZERO == PAGE_IS_PFNZERO && LP_PAGE_HUGE == PAGE_IS_HUGE &&
+		       LP_PAGE_SOFT_DIRTY == PAGE_IS_SOFT_DIRTY && LP_PAGE_GUARD == PAGE_IS_GUARD,
+	       "categories of PAGEMAP_SCAN");
+
 /*
  * With more room the kernel works in several steps. When the last step reaches the end, walk_end is left as the step
  * before set it, so that the next call would find the same pages again (observed with Linux 6.18).
  */
 #define SCAN_MAX 512
-#define SCAN_PROTECT 1	     /* PM_SCAN_WP_MATCHING */
-#define SCAN_CHECK_ASYNC 2   /* PM_SCAN_CHECK_WPASYNC */
 
 /* An entry of /proc/<pid>/pagemap (Documentation/admin-guide/mm/pagemap.rst). */
 #define ENTRY_PFN ((1ULL << 55) - 1) /* 0 without CAP_SYS_ADMIN */
@@ -124,9 +124,9 @@ int lp_scan_pages(int pagemap_fd, const struct lp_scan *scan, uint64_t *next, ui
 {
 	*count = 0;
 	while (*next < end && *count < room) {
-		struct scan_arg arg = {
+		struct pm_scan_arg arg = {
 			.size = sizeof(arg),
-			.flags = scan->protect ? SCAN_PROTECT | SCAN_CHECK_ASYNC : 0,
+			.flags = scan->protect ? PM_SCAN_WP_MATCHING | PM_SCAN_CHECK_WPASYNC : 0,
 			.start = *next,
 			.end = end,
 			.vec = (uintptr_t)(out + *count),
@@ -136,7 +136,7 @@ int lp_scan_pages(int pagemap_fd, const struct lp_scan *scan, uint64_t *next, ui
 			.category_anyof_mask = scan->any,
 			.return_mask = scan->wanted,
 		};
-		int found = ioctl(pagemap_fd, SCAN_PAGEMAP, &arg);
+		int found = ioctl(pagemap_fd, PAGEMAP_SCAN, &arg);
 
 		if (found < 0) {
 			if (errno == EINTR)

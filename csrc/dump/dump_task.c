@@ -12,11 +12,12 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <linux/fs.h>
+
+#include "common/linux_compat.h"
 #include "common/probe.h"
 
 #define SIGINFO_SIZE 128
-#define GET_RSEQ_CONFIGURATION 0x420f /* PTRACE_GET_RSEQ_CONFIGURATION, ptrace(2) */
-#define GET_SYSCALL_USER_DISPATCH_CONFIG 0x4211 /* linux/ptrace.h, since Linux 6.4 */
 
 _Static_assert(LP_SAME_FILE == KCMP_FILE && LP_SAME_VM == KCMP_VM && LP_SAME_FILES == KCMP_FILES &&
 		       LP_SAME_FS == KCMP_FS && LP_SAME_SIGHAND == KCMP_SIGHAND,
@@ -121,7 +122,7 @@ int lp_rseq(pid_t tid, struct lp_rseq *rseq)
 	} got;
 
 	memset(rseq, 0, sizeof(*rseq));
-	if (ptrace(GET_RSEQ_CONFIGURATION, tid, (void *)sizeof(got), &got) < 0)
+	if (ptrace(PTRACE_GET_RSEQ_CONFIGURATION, tid, (void *)sizeof(got), &got) < 0)
 		return errno == EIO || errno == EINVAL ? 0 : -errno; /* before Linux 5.13, or without CONFIG_RSEQ */
 	rseq->address = got.address;
 	rseq->size = got.size;
@@ -136,7 +137,7 @@ int lp_dispatches_syscalls(pid_t tid, int *on)
 	} got;
 
 	*on = 0;
-	if (ptrace(GET_SYSCALL_USER_DISPATCH_CONFIG, tid, (void *)sizeof(got), &got) < 0)
+	if (ptrace(PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG, tid, (void *)sizeof(got), &got) < 0)
 		return errno == EIO ? 0 : -errno; /* before Linux 6.4: unknown; if it is on, an injected call fails, -EIO */
 	*on = got.mode != 0; /* PR_SYS_DISPATCH_OFF */
 	return 0;
