@@ -885,11 +885,15 @@ void lp_channel_pause(struct lp_channel *l, bool paused)
 void lp_channel_set_budget(struct lp_channel *l, struct lp_task *task, uint64_t max_bytes)
 {
 	pthread_mutex_lock(&l->lock);
-	l->spender = task;
-	l->budget_left = (max_bytes + LP_PAGE_SIZE - 1) >> LP_PAGE_SHIFT;
-	l->budget_asked = 0;
-	if (l->ended || l->paused)
-		budget_spent(l);
+	if (room_for_events(l, 1)) { /* each budget is reported as spent, and those before it may not have been taken yet */
+		l->spender = task;
+		l->budget_left = (max_bytes + LP_PAGE_SIZE - 1) >> LP_PAGE_SHIFT;
+		l->budget_asked = 0;
+		if (l->ended || l->paused)
+			budget_spent(l);
+	} else {
+		fail(l);
+	}
 	pthread_mutex_unlock(&l->lock);
 	signal_fd(l->channels->wakefd);
 }
