@@ -300,6 +300,23 @@ class SpaceAgainstPages(RuleBasedStateMachine):
         self.dropping(model, model.lost & set(range(first, first + length)))
         space.forget(self.addr(first), length * self.pages)
 
+    @rule(which=st.integers(0, 9), unit=UNITS, length=LENGTHS)
+    def guard(self, which: int, unit: int, length: int) -> None:
+        """Guards are seen there, which no event has reported: what is missing is dropped, and zero from then on."""
+        space, model = self.pick(which)
+        for i in range(unit, unit + length):
+            image = model.image.get(i)
+            if image is None or self.kind(model, image) not in {Kind.DATA, Kind.REMOTE}:
+                continue
+            dense = self.units[image].dense
+            assert space.claim(dense, self.pages) == self.pages
+            assert space.commit(dense, self.pages) == self.pages
+            model.drop({image})
+            for source, count in enumerate(self.by_source({image})):
+                self.expected_dropped[self.which][source] += count
+                space.dropped[source] += count
+            assert space.lookup(self.addr(i), self.pages).kind is Kind.ZERO
+
     # Layout.
 
     @rule(which=st.integers(0, 9), unit=UNITS, length=LENGTHS)
