@@ -5,7 +5,7 @@
 #include <stdint.h>
 #include <time.h>
 
-#define LP_NS 1000000000ull /* in a second */
+#define LP_NS 1000000000ull /* per second */
 
 static inline uint64_t lp_now_ns(void)
 {

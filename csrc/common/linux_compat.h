@@ -1,6 +1,6 @@
 /*
- * What Debian 12's kernel headers (Linux 6.1) lack.  To be included after the kernel's own header of each: where that has the
- * definition it is used.
+ * Definitions that Debian 12's kernel headers (Linux 6.1) lack.  Include this file after the kernel's headers: their definitions
+ * take precedence.
  */
 #ifndef LAZYPAGES_LINUX_COMPAT_H
 #define LAZYPAGES_LINUX_COMPAT_H
@@ -54,7 +54,7 @@ struct pm_scan_arg {
 #define MADV_GUARD_INSTALL 102
 #endif
 
-/* linux/pidfd.h, Linux 6.13; the exit code 6.15.  The structure's first version: newer kernels take that, too. */
+/* linux/pidfd.h, Linux 6.13; exit_code: 6.15.  This is the first version of the structure; newer kernels accept it, too. */
 #ifndef PIDFD_GET_INFO
 struct pidfd_info {
 	uint64_t mask, cgroupid;

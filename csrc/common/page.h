@@ -1,4 +1,4 @@
-/* Pages are 4 KiB on every machine that this project runs on (x86-64; CRIU's images count in them). */
+/* The page size of x86-64, the only supported architecture; also the unit of page counts in CRIU's images. */
 #ifndef LAZYPAGES_PAGE_H
 #define LAZYPAGES_PAGE_H
 

@@ -1,7 +1,7 @@
 /*
- * Headers of the page server's protocol, as in lazypages/net/wire.py and docs/protocol.md; native-endian.
+ * Headers of the page server protocol, as in lazypages/net/wire.py and docs/protocol.md; native-endian.
  *
- * There are two layouts: of 24 bytes, up to CRIU 4.1.1, and of 32 bytes, from CRIU 4.2 and between our own client and server.
+ * There are two layouts: 24 bytes, up to CRIU 4.1.1, and 32 bytes, from CRIU 4.2 on and between our own client and server.
  */
 #ifndef LAZYPAGES_PAGE_PROTOCOL_H
 #define LAZYPAGES_PAGE_PROTOCOL_H
@@ -21,14 +21,14 @@ enum lp_command {
 enum lp_page_flags {
 	LP_PAGES_PRESENT = 4,
 	LP_PAGES_ZERO = 0x100, /* ours: no bytes follow */
-	LP_PAGES_ZSTD = 0x200, /* ours, in a GET: they may come compressed */
+	LP_PAGES_ZSTD = 0x200, /* ours, in a GET: the answer may be compressed */
 };
 
 #define LP_HEADER_OLD 24u
 #define LP_HEADER_NEW 32u
 
 struct lp_header {
-	uint32_t command; /* an lp_command, or anything that the other side says */
+	uint32_t command; /* an lp_command, or an unknown value from the peer */
 	uint32_t flags;
 	uint64_t nr_pages, vaddr;
 	uint64_t dst_id; /* in a GET and its answer: the task */
@@ -46,7 +46,7 @@ struct lp_header_new {
 
 _Static_assert(sizeof(struct lp_header_old) == LP_HEADER_OLD && sizeof(struct lp_header_new) == LP_HEADER_NEW, "no padding");
 
-/* What `size` (LP_HEADER_OLD or LP_HEADER_NEW) bytes say. */
+/* Decodes a header of `size` (LP_HEADER_OLD or LP_HEADER_NEW) bytes. */
 static inline struct lp_header lp_header_read(uint32_t size, const void *bytes)
 {
 	struct lp_header_old old;
@@ -60,6 +60,7 @@ static inline struct lp_header lp_header_read(uint32_t size, const void *bytes)
 	return (struct lp_header){new.word & 0xFFFF, new.word >> 16, new.nr_pages, new.vaddr, new.dst_id};
 }
 
+/* Encodes a header to `size` (LP_HEADER_OLD or LP_HEADER_NEW) bytes. */
 static inline void lp_header_write(uint32_t size, void *bytes, struct lp_header header)
 {
 	uint32_t word = header.command | header.flags << 16;

@@ -1,10 +1,10 @@
 /*
- * Reading pages files. A page counts as present only if the file contains all 4096 bytes of it.
+ * Reading pages files.  A page counts as present only if the file contains all 4096 bytes of it.
  *
- * A file may be truncated after its size has been checked.  In a mapping, pages behind the end then can't be read, but
- * the page with the end in it can: the kernel fills it up with zeros (mmap(2)).  So a reader checks the file's size: for a
- * mapping before it takes a page, and for every file afterwards.  Truncation changes the size before it clears bytes
- * (truncate_setsize() in mm/truncate.c), so a page is good if the file was found long enough after the page was taken.
+ * A file may be truncated after its size has been checked.  In a mapping, pages after the end of the file then can't be read,
+ * but the page that contains the end can: the kernel fills it with zeros (mmap(2)).  So a reader checks the file's size after
+ * it has copied a page; for a mapping, also before.  Truncation changes the size before it clears bytes (truncate_setsize() in
+ * mm/truncate.c), so a page is valid if the file was still long enough after the copy.
  */
 #ifndef LAZYPAGES_PAGES_FILE_H
 #define LAZYPAGES_PAGES_FILE_H
@@ -16,8 +16,8 @@
 #define LP_FILE_PAGE UINT64_C(4096)
 
 /*
- * The number of pages at offset, up to nr_pages, that the file contains.  (Called twice for every fault, hence lseek: 120 ns,
- * where fstat takes 200.  Nothing here uses the file position.)
+ * The number of pages at offset, up to nr_pages, that the file contains.  Called twice per fault, hence lseek, which takes
+ * 120 ns; fstat takes 200.  No code here uses the file position.
  */
 static inline uint64_t lp_pages_held(int fd, uint64_t offset, uint64_t nr_pages)
 {
@@ -31,11 +31,11 @@ static inline uint64_t lp_pages_held(int fd, uint64_t offset, uint64_t nr_pages)
 }
 
 /*
- * Reads pages at offset.  Returns the number of pages, from the first one on, that the file contains and that can be read;
- * -errno if the first can't.
+ * Reads pages at offset.  Returns the number of pages, from the first one on, that the file contains and that are readable;
+ * -errno if the first one is not readable.
  *
- * A read of many pages may fail because of one of them (FUSE and network file systems fail the whole request).  Then
- * the pages are read one by one.
+ * A read of many pages may fail because of one of them: FUSE and network file systems fail the whole request.  Then the
+ * pages are read one by one.
  */
 static inline int64_t lp_pages_read(int fd, void *buffer, uint64_t offset, uint64_t nr_pages)
 {

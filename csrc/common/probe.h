@@ -11,12 +11,11 @@
 
 #include <linux/userfaultfd.h>
 
-#define LP_ANYWHERE ((uint64_t)1 << 38) /* an address within every task's address space */
+#define LP_ANYWHERE ((uint64_t)1 << 38) /* an address in every task's address space, mapped or not */
 
 /*
- * The error of a copy to this page: EAGAIN if the layout is changing or an event has not been read, else ENOENT
- * if the page is not registered (any more), ESRCH if the task has exited.  nowhere: an unreadable page, so nothing is
- * copied.
+ * The errno of a copy to this page.  EAGAIN: the layout is changing, or an event has not been read.  ENOENT: the page is not
+ * registered.  ESRCH: the task has exited.  nowhere: an unreadable page, so that nothing is copied.
  */
 static inline int lp_probe(int uffd, const void *nowhere, uint64_t addr)
 {
@@ -28,8 +27,8 @@ static inline int lp_probe(int uffd, const void *nowhere, uint64_t addr)
 }
 
 /*
- * The same for all pages of [start, end) at once: 0 if they are within one registered mapping.  Source address 0 is
- * unreadable for any length; EEXIST is returned for what a huge page maps.
+ * The same for all pages of [start, end) at once.  Returns 0 if they are in one registered mapping.  Source address 0 is
+ * unreadable for any length.  A copy to a range that a huge page maps fails with EEXIST.
  */
 static inline int lp_probe_range(int uffd, uint64_t start, uint64_t end)
 {
@@ -42,6 +41,7 @@ static inline int lp_probe_range(int uffd, uint64_t start, uint64_t end)
 	return error == EFAULT || error == EEXIST ? 0 : error;
 }
 
+/* Whether a copy's errno shows that the task has exited: ESRCH; ENOSPC in Linux 4.11 to 4.12 (ioctl_userfaultfd(2)). */
 static inline bool lp_means_gone(int error)
 {
 	return error == ESRCH || error == ENOSPC;

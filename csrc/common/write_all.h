@@ -8,7 +8,7 @@
 #include <stddef.h>
 #include <unistd.h>
 
-/* 0 or -errno; -ENOSPC if the file takes nothing. */
+/* Returns 0 or -errno; -ENOSPC if write(2) returns 0. */
 static inline int lp_write_all(int fd, const void *data, size_t size)
 {
 	const char *at = data;

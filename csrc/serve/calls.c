@@ -11,7 +11,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-/* A small file of a thread, as a string; -errno. */
+/* Reads a small file of a thread as a string.  Returns 0 or -errno. */
 static int read_text(int tasks, const char *tid, const char *name, char *text, size_t size)
 {
 	char path[64];
@@ -31,7 +31,7 @@ static int read_text(int tasks, const char *tid, const char *name, char *text, s
 	return n < 0 ? (int)n : 0;
 }
 
-/* Not for the mmap lock, or anything else.  Kernels that don't say where a thread waits say "0". */
+/* Whether the thread waits in userfaultfd, and not, say, for the mmap lock.  Kernels without that information report "0". */
 static bool waits_for_a_reader(int tasks, const char *tid)
 {
 	char where[64];
@@ -39,8 +39,8 @@ static bool waits_for_a_reader(int tasks, const char *tid)
 	return !read_text(tasks, tid, "wchan", where, sizeof(where)) && (strstr(where, "userfaultfd") || !strcmp(where, "0"));
 }
 
-/* 1, 0, -errno */
-static int has_left(int tasks, const char *tid, uint64_t start, uint64_t end)
+/* Whether the thread's call unmaps [start, end) and waits for a reader: 1, 0, or -errno. */
+static int reports_departure(int tasks, const char *tid, uint64_t start, uint64_t end)
 {
 	uint64_t addr, len;
 	char text[256];
@@ -66,7 +66,7 @@ int lp_reports_departure(pid_t pid, int pidfd, uint64_t start, uint64_t end)
 	tasks = opendir(path);
 	if (!tasks)
 		return -errno;
-	/* from here on it is about the process that it was then: the right one? */
+	/* The open directory refers to this process from now on, also if its pid is reused.  Is it the one of pidfd? */
 	if (pidfd >= 0 && syscall(SYS_pidfd_send_signal, pidfd, 0, NULL, 0))
 		error = -errno;
 	while (!error && !found && (entry = readdir(tasks))) {
@@ -74,7 +74,7 @@ int lp_reports_departure(pid_t pid, int pidfd, uint64_t start, uint64_t end)
 
 		if (entry->d_name[0] == '.')
 			continue;
-		rc = has_left(dirfd(tasks), entry->d_name, start, end);
+		rc = reports_departure(dirfd(tasks), entry->d_name, start, end);
 		found = rc == 1;
 		seen += rc >= 0;
 		if (rc < 0 && rc != -ENOENT && rc != -ESRCH) /* else the thread has ended */

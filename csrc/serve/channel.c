@@ -19,43 +19,44 @@
 #include "pace.h"
 
 #define NS 1000000000ull
-#define BUFFER ((size_t)256 << 10) /* bytes that are received, and placed, at once */
-#define RECEIVE_MOST ((size_t)256 << 10) /* bytes received before faults are looked at again */
-#define ZERO_PAGES 64ull		 /* placed at once */
-#define DEFERRED_MOST ((size_t)4 << 20)	 /* bytes: then channels wait for the task that can't take them */
-/* Room for these is always there: the budget is spent, nothing is outstanding, the channel is closed, it has ended. */
+#define BUFFER ((size_t)256 << 10) /* bytes of the receive buffer */
+#define RECEIVE_MOST ((size_t)256 << 10) /* bytes received from one channel before the serving thread handles faults again */
+#define ZERO_PAGES 64ull		 /* pages of zeros that are placed at once */
+#define DEFERRED_MOST ((size_t)4 << 20)	 /* bytes of deferred pages; above, the channels stop receiving */
+/* Reserved for BUDGET_SPENT, QUIET, CLOSED and ENDED, which must not fail for lack of memory. */
 #define LAST_EVENTS 4
-/* What the taking in of one piece of an answer may say: pages have come, others are refused. */
+/* Events of one piece of an answer: ARRIVED and REFUSED. */
 #define PIECE_EVENTS 2
 #define MIN_PAGES 4ull /* of a background request */
 /*
- * While faults share the channel: two requests, so that the server always has one.  A fault waits for them; with less, it
- * finds its page there already less often, and all of it takes longer (measured with CRIU's server on loopback).
+ * Bytes of background in flight while faults share the channel: two requests, so that the server always has one.  A fault waits
+ * for them.  With a smaller limit fewer faults find their page already there, and the transfer takes longer (measured with CRIU's
+ * server on loopback).
  */
 #define BUSY_LIMIT ((uint64_t)512 << 10)
-#define BUSY_NS (2 * NS / 1000)		 /* how long after a fault it counts as shared */
+#define BUSY_NS (2 * NS / 1000)		 /* the channel counts as shared for so long after a fault */
 
 struct lp_channel {
 	struct lp_channels *channels;
 	struct lp_channel *next;
 	int fd, eventfd;
 	struct lp_channel_options options;
-	_Atomic bool dead; /* the owner has let it go */
+	_Atomic bool dead; /* lp_channel_close was called */
 
-	/* The serving thread's. */
+	/* Used by the serving thread only. */
 	char *buffer;
-	size_t start, end;	/* of what was received and not digested */
-	uint64_t missing, answered; /* of the answer that is coming: pages to come, pages in all */
-	bool zeros;		/* it has no bytes */
-	bool stalled;		/* what came can't be placed at the moment */
-	bool claim_later;	/* what comes next is not known at the moment */
+	size_t start, end;	/* of the received bytes that have not been parsed */
+	uint64_t missing, answered; /* pages of the current answer: not yet placed, in all */
+	bool zeros;		/* the current answer has no bytes */
+	bool stalled;		/* received pages can be neither placed nor deferred at the moment */
+	bool claim_later;	/* the next background pages can't be claimed at the moment */
 	uint32_t events_wanted; /* of epoll */
 
-	pthread_mutex_t lock; /* of what follows */
+	pthread_mutex_t lock; /* protects all that follows */
 	_Atomic bool paused, ended, finishing; /* read without the lock, too */
-	_Atomic bool failed; /* there was no memory for a request of the owner's: the channel ends */
+	_Atomic bool failed; /* no memory for a request of the owner's: the channel ends with ENOMEM */
 	bool closed;
-	struct lp_request *requests; /* a ring; the oldest is answered first */
+	struct lp_request *requests; /* a ring, oldest first */
 	size_t first, nr, cap;
 	char *out;
 	size_t out_nr, out_cap;
@@ -79,7 +80,7 @@ static uint64_t now_ns(void)
 	return (uint64_t)ts.tv_sec * NS + (uint64_t)ts.tv_nsec;
 }
 
-/* Room for `nr` in an array: false if there is no memory; then it is as it was. */
+/* Makes room for nr elements in an array.  False: no memory, and the array is unchanged. */
 static bool grow(void *array_pointer, size_t nr, size_t *cap, size_t size)
 {
 	void **array = array_pointer, *more;
@@ -105,14 +106,14 @@ static void signal_fd(int fd)
 	(void)rc;
 }
 
-/* ---- what is outstanding (lock held) ---- */
+/* ---- outstanding requests (lock held) ---- */
 
 static struct lp_request *request_at(struct lp_channel *l, size_t i)
 {
 	return &l->requests[(l->first + i) & (l->cap - 1)];
 }
 
-/* Room for one more request, and for its bytes: false if there is no memory. */
+/* Makes room for one more request, and for its header.  False: no memory. */
 static bool room_to_ask(struct lp_channel *l)
 {
 	if (l->nr == l->cap) {
@@ -131,14 +132,14 @@ static bool room_to_ask(struct lp_channel *l)
 	return grow(&l->out, l->out_nr + LP_HEADER_NEW, &l->out_cap, 1);
 }
 
-/* (There is room: room_to_ask.) */
+/* The caller has made room with room_to_ask(). */
 static void send_later(struct lp_channel *l, struct lp_header header)
 {
 	lp_header_write(l->options.header_size, l->out + l->out_nr, header);
 	l->out_nr += l->options.header_size;
 }
 
-/* False: there is no memory, nothing has been asked. */
+/* Adds a request.  False: no memory, and nothing was changed. */
 static bool ask(struct lp_channel *l, uint64_t tag, uint64_t dump_addr, uint64_t nr_pages, uint64_t since, bool urgent, bool reported)
 {
 	uint64_t now = now_ns();
@@ -183,7 +184,7 @@ static void add_event(struct lp_channel *l, struct lp_channel_event event)
 {
 	if (event.kind == LP_CHANNEL_HEARD && l->nr_events && l->events[l->nr_events - 1].kind == LP_CHANNEL_HEARD)
 		return;
-	/* all others have room; that something comes is said again when more comes */
+	/* Room for all other kinds was reserved before.  HEARD may be dropped: the next received bytes report it again. */
 	if (event.kind == LP_CHANNEL_HEARD && !room_for_events(l, 1))
 		return;
 	l->events[l->nr_events++] = event;
@@ -215,7 +216,7 @@ static void end_channel(struct lp_channel *l, int status)
 
 /* ---- deferred pages ---- */
 
-/* What one task can't take, while its layout changes, must not keep from the others what comes behind it. */
+/* While the layout of a task changes, its received pages are deferred, so that the following pages reach the other tasks. */
 struct lp_deferred_pages {
 	struct lp_deferred_pages *next;
 	uint64_t tag, dump_addr, nr_pages;
@@ -223,7 +224,7 @@ struct lp_deferred_pages {
 	_Alignas(16) char bytes[];
 };
 
-/* 0, or -EAGAIN: there is no room. */
+/* Returns 0, or -EAGAIN if there is no room. */
 static int defer(struct lp_channels *channels, uint64_t tag, uint64_t dump_addr, uint64_t nr_pages, const char *bytes)
 {
 	size_t size = bytes == zero_pages ? 0 : nr_pages << LP_PAGE_SHIFT;
@@ -252,7 +253,7 @@ static void drop_deferred(struct lp_channels *channels, struct lp_deferred_pages
 	free(p);
 }
 
-/* Those that can be placed by now; the others of a task that can't take one are not tried. */
+/* Places the deferred pages of the tasks that accept them now.  After a failure the other pages of that task are not tried. */
 static void place_deferred(struct lp_channels *channels)
 {
 	const struct lp_deferred_pages *refused = NULL;
@@ -271,8 +272,8 @@ static void place_deferred(struct lp_channels *channels)
 
 /* ---- receiving ---- */
 
-/* Pages of the oldest request are not on their way any more (lock held). */
-static void come(struct lp_channel *l, uint64_t nr_pages)
+/* Removes the first pages of the oldest request from the pages in flight (lock held). */
+static void remove_in_flight(struct lp_channel *l, uint64_t nr_pages)
 {
 	struct lp_request *head = request_at(l, 0);
 
@@ -284,14 +285,15 @@ static void come(struct lp_channel *l, uint64_t nr_pages)
 		l->background -= nr_pages << LP_PAGE_SHIFT;
 }
 
+/* Removes the oldest request.  Reports a refusal, and requests the missing pages of a short answer again. */
 static void answer_complete(struct lp_channel *l)
 {
-	struct lp_request rest; /* what has not come */
+	struct lp_request rest; /* the pages that the answer lacks */
 
 	pthread_mutex_lock(&l->lock);
 	rest = *request_at(l, 0);
 	lp_pace_answered(&l->pace, rest.sent, rest.delivered, now_ns(), l->answered << LP_PAGE_SHIFT);
-	come(l, rest.nr_pages);
+	remove_in_flight(l, rest.nr_pages);
 	l->first = (l->first + 1) & (l->cap - 1);
 	l->nr--;
 	if (!l->answered)
@@ -303,14 +305,14 @@ static void answer_complete(struct lp_channel *l)
 				     .nr_pages = rest.nr_pages,
 				     .since = rest.since,
 			     });
-	else if (rest.nr_pages) /* the server had no more in one piece; there is room, that of the one that is answered */
+	else if (rest.nr_pages) /* a short answer; the slot of the answered request is free */
 		ask(l, rest.tag, rest.dump_addr, rest.nr_pages, rest.since, rest.urgent, rest.reported);
 	if (!l->nr && l->paused)
 		add_event(l, (struct lp_channel_event){.kind = LP_CHANNEL_QUIET});
 	pthread_mutex_unlock(&l->lock);
 }
 
-/* Places the next pages of the answer, from bytes, or has it done later; 0 or -EAGAIN. */
+/* Places or defers the next pages of the answer.  Returns 0 or -EAGAIN. */
 static int place_answer(struct lp_channel *l, uint64_t nr_pages, const char *bytes)
 {
 	struct lp_request head;
@@ -332,12 +334,12 @@ static int place_answer(struct lp_channel *l, uint64_t nr_pages, const char *byt
 						    .tag = head.tag,
 						    .dump_addr = head.dump_addr,
 						    .nr_pages = nr_pages});
-	come(l, nr_pages);
+	remove_in_flight(l, nr_pages);
 	pthread_mutex_unlock(&l->lock);
 	return 0;
 }
 
-/* Whether it answers the oldest request. */
+/* Begins an answer.  False: it does not match the oldest request. */
 static bool begin_answer(struct lp_channel *l, const struct lp_header *a)
 {
 	struct lp_request asked;
@@ -356,17 +358,17 @@ static bool begin_answer(struct lp_channel *l, const struct lp_header *a)
 	return true;
 }
 
-/* Takes in what has been received.  False: not all of it can be taken in now, or the channel has ended. */
-static bool digest(struct lp_channel *l)
+/* Parses the received bytes, and places their pages.  False: the channel is stalled, or has ended. */
+static bool process_received(struct lp_channel *l)
 {
 	for (;;) {
-		size_t there = l->end - l->start;
+		size_t available = l->end - l->start;
 		struct lp_header answer;
 		int32_t status;
 		size_t nr;
 		bool closing, room;
 
-		/* what has come is not to be forgotten, so it is not taken in before there is room to tell of it */
+		/* Received pages must be reported, so make room for the events first. */
 		pthread_mutex_lock(&l->lock);
 		room = room_for_events(l, PIECE_EVENTS) && room_to_ask(l);
 		pthread_mutex_unlock(&l->lock);
@@ -375,7 +377,7 @@ static bool digest(struct lp_channel *l)
 			return false;
 		}
 		if (l->missing) {
-			uint64_t pages = l->zeros ? ZERO_PAGES : there >> LP_PAGE_SHIFT;
+			uint64_t pages = l->zeros ? ZERO_PAGES : available >> LP_PAGE_SHIFT;
 
 			if (pages > l->missing)
 				pages = l->missing;
@@ -396,7 +398,7 @@ static bool digest(struct lp_channel *l)
 		closing = l->finishing && !l->closed;
 		pthread_mutex_unlock(&l->lock);
 		if (nr) {
-			if (there < l->options.header_size)
+			if (available < l->options.header_size)
 				return true;
 			answer = lp_header_read(l->options.header_size, l->buffer + l->start);
 			if (!begin_answer(l, &answer)) {
@@ -408,10 +410,10 @@ static bool digest(struct lp_channel *l)
 				answer_complete(l);
 			continue;
 		}
-		if (there < sizeof(status))
+		if (available < sizeof(status))
 			return true;
 		memcpy(&status, l->buffer + l->start, sizeof(status));
-		if (!closing) { /* what nobody asked for */
+		if (!closing) { /* data without a request */
 			end_channel(l, status == LP_COMMAND_COMPLETED ? ESTALE : EPROTO);
 			return false;
 		}
@@ -423,7 +425,7 @@ static bool digest(struct lp_channel *l)
 	}
 }
 
-static void heard(struct lp_channel *l, size_t bytes)
+static void note_received(struct lp_channel *l, size_t bytes)
 {
 	uint64_t now = now_ns();
 
@@ -435,15 +437,15 @@ static void heard(struct lp_channel *l, size_t bytes)
 	pthread_mutex_unlock(&l->lock);
 }
 
-/* Receives, and takes in. */
+/* Receives and processes up to RECEIVE_MOST bytes. */
 static void receive(struct lp_channel *l)
 {
 	size_t got = 0;
 	ssize_t n;
 
-	while (!l->ended && digest(l) && got < RECEIVE_MOST) {
+	while (!l->ended && process_received(l) && got < RECEIVE_MOST) {
 		if (l->start == l->end) {
-			/* pages that follow a header are aligned then */
+			/* so that pages that follow a header are page-aligned */
 			l->start = l->end = LP_PAGE_SIZE - (l->missing ? 0 : l->options.header_size);
 		} else if (BUFFER - l->end < LP_PAGE_SIZE + LP_HEADER_NEW) {
 			memmove(l->buffer + LP_PAGE_SIZE, l->buffer + l->start, l->end - l->start);
@@ -461,7 +463,7 @@ static void receive(struct lp_channel *l)
 		}
 		l->end += (size_t)n;
 		got += (size_t)n;
-		heard(l, (size_t)n);
+		note_received(l, (size_t)n);
 	}
 }
 
@@ -485,12 +487,12 @@ static void flush(struct lp_channel *l)
 		memmove(l->out, l->out + n, l->out_nr);
 	}
 	if (error && error != EAGAIN)
-		l->out_nr = 0; /* what there is to receive still is; then the end is found */
+		l->out_nr = 0; /* receive() finds the error, after the data that has already arrived */
 	pthread_mutex_unlock(&l->lock);
 }
 
-/* Pages that the background may ask for now (lock held). */
-static uint64_t room(const struct lp_channel *l, uint64_t now)
+/* The number of pages of the next background request; 0: the window is full (lock held). */
+static uint64_t background_room(const struct lp_channel *l, uint64_t now)
 {
 	bool shared = l->urgent || now - l->last_urgent < BUSY_NS;
 	uint64_t limit = l->pace.limit, pages;
@@ -507,8 +509,8 @@ static uint64_t room(const struct lp_channel *l, uint64_t now)
 	return pages < MIN_PAGES ? MIN_PAGES : pages;
 }
 
-/* Asks for as much of the background as the budget allows. */
-static void go_on(struct lp_channel *l)
+/* Requests background pages, as many as the budget and the window allow. */
+static void request_background(struct lp_channel *l)
 {
 	const struct lp_channel_tasks *tasks = &l->channels->tasks;
 	uint64_t now = now_ns(), tag, dump_addr;
@@ -520,7 +522,7 @@ static void go_on(struct lp_channel *l)
 
 		pthread_mutex_lock(&l->lock);
 		spender = l->paused || l->ended || l->finishing ? NULL : l->spender;
-		pages = spender ? room(l, now) : 0;
+		pages = spender ? background_room(l, now) : 0;
 		if (pages > l->budget_left)
 			pages = l->budget_left;
 		pthread_mutex_unlock(&l->lock);
@@ -533,12 +535,12 @@ static void go_on(struct lp_channel *l)
 		}
 		pthread_mutex_lock(&l->lock);
 		if (nr > 0 && (l->paused || l->finishing || !ask(l, tag, dump_addr, (uint64_t)nr, 0, false, false))) {
-			l->claim_later = !l->paused && !l->finishing; /* there was no memory */
+			l->claim_later = !l->paused && !l->finishing; /* ask() found no memory: try again */
 			pthread_mutex_unlock(&l->lock);
 			tasks->give_back(tasks->arg, spender, dump_addr, (uint64_t)nr);
 			return;
 		}
-		/* another budget may have been set meanwhile */
+		/* The owner may have set another budget meanwhile. */
 		if (nr > 0 && l->spender == spender && l->budget_left >= (uint64_t)nr) {
 			l->budget_left -= (uint64_t)nr;
 			l->budget_asked += (uint64_t)nr;
@@ -549,7 +551,7 @@ static void go_on(struct lp_channel *l)
 	}
 }
 
-static void listen_for(struct lp_channel *l)
+static void update_epoll(struct lp_channel *l)
 {
 	struct epoll_event event = {.data.u64 = (uintptr_t)l | 1};
 	uint32_t wanted = l->stalled ? 0 : EPOLLIN;
@@ -561,7 +563,7 @@ static void listen_for(struct lp_channel *l)
 	event.events = wanted;
 	if (l->ended || wanted == l->events_wanted)
 		return;
-	/* that the other side has hung up is reported, wanted or not, (epoll_ctl(2)): then not even that */
+	/* epoll always reports EPOLLHUP and EPOLLERR (epoll_ctl(2)); if no event is wanted, remove the fd. */
 	if (epoll_ctl(l->channels->epfd,
 		      !wanted		 ? EPOLL_CTL_DEL
 		      : l->events_wanted ? EPOLL_CTL_MOD
@@ -628,14 +630,17 @@ static void adopt_new(struct lp_channels *channels)
 	}
 }
 
-/* beside: another channel is for faults alone, perhaps to the same server */
+/* beside: another channel is for faults only, perhaps to the same server.  A channel with a floor then takes no faults. */
 static bool takes_faults(const struct lp_channel *l, bool beside)
 {
 	return !(beside && l->options.floor) && !l->paused && !l->ended && !l->finishing && !atomic_load(&l->dead);
 }
 
-/* Whether any channel is bringing the page at dump_addr already, and how far from there; else how far none is. (no lock held) */
-static bool under_way(struct lp_channels *channels, uint64_t tag, uint64_t dump_addr, uint64_t *end, uint64_t since)
+/*
+ * Whether the page at dump_addr is in flight or deferred.  Shortens *end to the end of the run of pages from there for which the
+ * result is the same.  (no lock held)
+ */
+static bool in_flight(struct lp_channels *channels, uint64_t tag, uint64_t dump_addr, uint64_t *end, uint64_t since)
 {
 	for (const struct lp_deferred_pages *p = channels->deferred; p; p = p->next) {
 		uint64_t until = p->dump_addr + (p->nr_pages << LP_PAGE_SHIFT);
@@ -676,18 +681,18 @@ bool lp_channels_escalate(struct lp_channels *channels, uint64_t tag, uint64_t d
 {
 	uint64_t end = dump_addr + LP_PAGE_SIZE;
 
-	return under_way(channels, tag, dump_addr, &end, since);
+	return in_flight(channels, tag, dump_addr, &end, since);
 }
 
-/* How long an answer to what is asked now will take, roughly, ns. */
+/* An estimate of the time until the answer to a request sent now, ns. */
 static uint64_t expected_wait(struct lp_channel *l)
 {
-	uint64_t in_flight, limit, wait;
+	uint64_t bytes, limit, wait;
 
 	pthread_mutex_lock(&l->lock);
-	in_flight = l->urgent + l->background;
+	bytes = l->urgent + l->background;
 	limit = l->pace.limit;
-	wait = l->pace.smoothed + l->pace.smoothed * in_flight / limit;
+	wait = l->pace.smoothed + l->pace.smoothed * bytes / limit;
 	pthread_mutex_unlock(&l->lock);
 	return wait;
 }
@@ -718,7 +723,7 @@ bool lp_channels_fault(struct lp_channels *channels, uint64_t tag, uint64_t dump
 		uint64_t most = dump_addr + ((uint64_t)best->options.max_pages << LP_PAGE_SHIFT);
 		uint64_t stop = end < most ? end : most;
 
-		if (!under_way(channels, tag, dump_addr, &stop, since)) {
+		if (!in_flight(channels, tag, dump_addr, &stop, since)) {
 			bool takes;
 
 			pthread_mutex_lock(&best->lock);
@@ -735,7 +740,7 @@ bool lp_channels_fault(struct lp_channels *channels, uint64_t tag, uint64_t dump
 
 void lp_channels_forget(struct lp_channels *channels, const struct lp_task *task)
 {
-	adopt_new(channels); /* one that is new may have its budget already */
+	adopt_new(channels); /* a new channel may have a budget already */
 	for (struct lp_channel *l = channels->channels; l; l = l->next) {
 		pthread_mutex_lock(&l->lock);
 		if (l->spender == task)
@@ -777,9 +782,9 @@ bool lp_channels_round(struct lp_channels *channels)
 			receive(l);
 		}
 		l->claim_later = false;
-		go_on(l);
+		request_background(l);
 		flush(l);
-		listen_for(l);
+		update_epoll(l);
 		again |= l->stalled || l->claim_later;
 		link = &l->next;
 	}
@@ -856,7 +861,7 @@ size_t lp_channel_events(struct lp_channel *l, struct lp_channel_event *events, 
 	return nr;
 }
 
-/* The channel comes to its end, and what is outstanding back to the owner. */
+/* Makes receive() end the channel; the owner then takes the outstanding requests. */
 static void fail(struct lp_channel *l)
 {
 	atomic_store(&l->failed, true);

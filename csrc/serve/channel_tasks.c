@@ -7,7 +7,7 @@
 #include "deliver.h"
 #include "stats.h"
 
-/* In the task and in what it has forked. */
+/* Places pages in the task and in its forked descendants. */
 static int place_in_family(void *arg, uint64_t tag, uint64_t dump_addr, uint64_t nr_pages, const void *bytes)
 {
 	struct lp_engine *e = arg;
@@ -36,7 +36,7 @@ static int place_in_family(void *arg, uint64_t tag, uint64_t dump_addr, uint64_t
 		lp_follow_yield(&e->follow, lp_now_ns());
 	else
 		lp_follow_insist(&e->follow);
-	/* Again for all of them after EAGAIN: a task that has the pages does not wait for them. */
+	/* After -EAGAIN the caller repeats the call for all tasks: those that have the pages skip them. */
 	for (size_t i = 0; i < nr; i++)
 		if (lp_task_deliver(e->family[i], dump_addr, nr_pages, bytes) == -EAGAIN)
 			rc = -EAGAIN;

@@ -4,7 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* The region that holds addr, or the next one above; nr_regions when there is none. */
+/* The index of the region that contains addr, or of the next one above; nr_regions if there is none. */
 static size_t region_from(const struct lp_space *s, uint64_t addr)
 {
 	const struct lp_region *regions = lp_space_regions(s);
@@ -43,7 +43,7 @@ static bool arrives(const struct lp_change *change, uint64_t addr)
 	return change->kind == LP_REMAPPED && holds(change->to, change->len, addr);
 }
 
-/* mates[i]: which UNMAP an mremap has sent for what it has left, and the other way round; nr: none. */
+/* mates[i]: the index of the UNMAP event that the mremap i has sent for its source range, and vice versa; nr: none. */
 static void find_mates(const struct lp_change *changes, size_t nr, size_t *mates)
 {
 	for (size_t i = 0; i < nr; i++)
@@ -57,9 +57,10 @@ static void find_mates(const struct lp_change *changes, size_t nr, size_t *mates
 			}
 }
 
+/* The contents of one address, according to the reports. */
 struct place {
-	int here;	/* how much is there: more than 1: someone is late */
-	bool unknown;	/* more has left than was known to be there, after something had arrived */
+	int here;	/* number of memories there; more than 1: the report of a departure is late */
+	bool unknown;	/* after an arrival, more has departed than was known to be there */
 	bool arrived;
 };
 
@@ -69,19 +70,19 @@ static void follow(struct place *p, const struct lp_change *changes, const size_
 		p->here++;
 		p->arrived = true;
 	} else if (departs(&changes[i], addr) && (changes[i].kind == LP_REMAPPED) == (mates[i] < nr)) {
-		/* an mremap without its own UNMAP has left something there (MREMAP_DONTUNMAP) */
+		/* An mremap without its UNMAP event has kept the source range (MREMAP_DONTUNMAP). */
 		p->unknown |= !p->here && p->arrived;
 		p->here -= p->here > 0;
 	}
 }
 
-bool lp_someone_is_late(const struct lp_space *s, const struct lp_change *changes, size_t nr, size_t move,
+bool lp_departure_is_late(const struct lp_space *s, const struct lp_change *changes, size_t nr, size_t move,
 			struct lp_range *late)
 {
 	uint64_t start = changes[move].to, end = start + changes[move].len;
 	int here = is_taken(s, start);
 
-	/* mremap reports one departure twice: nothing is waited for then, which costs certainty, not correctness */
+	/* An mremap reports its departure twice, so this may miss a late one: then the order may stay unclear, but not wrong. */
 	for (size_t i = 0; i < nr; i++)
 		if (arrives(&changes[i], start))
 			here += i < move;
@@ -93,14 +94,14 @@ bool lp_someone_is_late(const struct lp_space *s, const struct lp_change *change
 	return here > 0;
 }
 
-/* Whether it is unclear what of what has been at addr left first, when change `move` has arrived there. */
+/* Whether the order of the departures from addr is unclear, after change `move` has arrived there. */
 static bool is_unclear(const struct lp_space *s, const struct lp_change *changes, const size_t *mates, size_t nr,
 		       size_t move, uint64_t addr)
 {
 	struct place p = {.here = is_taken(s, addr)};
 	size_t returns = mates[move] < nr ? mates[move] : move;
 	size_t departures = 0, early = 0, last = nr;
-	bool differ = false; /* the departures, in more than when */
+	bool differ = false; /* the departures differ in more than their time */
 	int before = 0;
 
 	for (size_t i = 0; i < nr; i++) {
@@ -119,7 +120,7 @@ static bool is_unclear(const struct lp_space *s, const struct lp_change *changes
 		return false;
 	if (p.unknown)
 		return true;
-	/* an mremap that reports no departure of its own (MREMAP_DONTUNMAP) had returned when it was looked who waits */
+	/* An mremap without an UNMAP event (MREMAP_DONTUNMAP) had returned when the waiting threads were checked. */
 	if (changes[move].awaited && mates[move] < nr)
 		return false;
 	return before && (before > 1 || (departures > 1 && early != 1));
@@ -160,7 +161,7 @@ static bool overlap(uint64_t a, uint64_t a_len, uint64_t b, uint64_t b_len)
 	return a < b + b_len && b < a + a_len;
 }
 
-/* Whether the places of two changes meet. */
+/* Whether the ranges of two changes overlap. */
 static bool meet(const struct lp_change *a, const struct lp_change *b)
 {
 	uint64_t a_to = a->kind == LP_REMAPPED ? a->to : a->start, b_to = b->kind == LP_REMAPPED ? b->to : b->start;
@@ -182,7 +183,7 @@ int lp_unclear(const struct lp_space *s, const struct lp_change *changes, size_t
 			unclear[i] = true;
 			next[found++] = i;
 		}
-	/* what follows from a wrong answer there is wrong as well */
+	/* A wrong order of one change would make the overlapping changes wrong, too. */
 	for (size_t k = 0; k < found; k++)
 		for (size_t i = 0; i < nr; i++)
 			if (!unclear[i] && changes[i].kind != LP_FORKED && changes[i].kind != LP_QUESTION &&

@@ -18,10 +18,10 @@
 #include "uffd_ops.h"
 #include "wake.h"
 
-/* A thread whose event has been read has to run before the layout is quiescent: some 50 us. */
+/* Reads before giving up on a quiescent layout: a thread whose event has been read must run first, which takes some 50 us. */
 #define QUIESCENT_TRIES 32
 
-/* Makes one change in the space.  False: not yet. */
+/* Applies one change to the address space.  False: it has to wait. */
 static bool make_change(struct lp_task *t, struct lp_change *change)
 {
 	uint64_t counters[16] = {0};
@@ -67,11 +67,11 @@ out:
 	if (by_source != counters)
 		free(by_source);
 	if (rc)
-		lp_mark_broken(t, -rc); /* with an unknown layout every answer could be wrong */
+		lp_mark_broken(t, -rc); /* the layout is not known, so any page could be placed wrongly */
 	return made;
 }
 
-/* Whether a fork is among the changes, and something that it may have come before or after. */
+/* Whether the changes include a fork and a change whose order relative to the fork matters. */
 static bool needs_history(const struct lp_task *t)
 {
 	bool forks = false, others = lp_space_nr_doubts(t->space);
@@ -85,7 +85,7 @@ static bool needs_history(const struct lp_task *t)
 	return forks && others;
 }
 
-/* Where it is unclear what has left first, no page is brought any more, and no zeros. */
+/* Marks the ranges with an unclear order of departures lost (csrc/serve/late.h): they get neither pages nor zeros. */
 static void mark_unclear_lost(struct lp_task *t)
 {
 	bool *unclear = malloc(t->nr_changes + 1);
@@ -97,7 +97,7 @@ static void mark_unclear_lost(struct lp_task *t)
 			   (lp_space_matters(t->space, t->changes[i].start, t->changes[i].start + t->changes[i].len) ||
 			    (t->changes[i].kind == LP_REMAPPED &&
 			     lp_space_matters(t->space, t->changes[i].to, t->changes[i].to + t->changes[i].len)));
-	/* else all that is missing there is zero, in either order */
+	/* Otherwise all missing pages there are zero in either order. */
 	for (size_t i = 0; i < t->nr_changes && found > 0 && matters; i++) {
 		const struct lp_change *change = &t->changes[i];
 		const uint64_t places[] = {change->start, change->to};
@@ -124,7 +124,7 @@ static void begin_history(struct lp_task *t)
 		lp_mark_broken(t, ENOMEM);
 }
 
-/* Asks the kernel what unmapping has done.  If the layout is not quiescent any more the question is kept: no fault is answered. */
+/* Probes what the unmaps have removed.  If the layout is no longer quiescent, an LP_QUESTION stays: no fault is answered. */
 static void settle(struct lp_task *t)
 {
 	struct lp_counts dropped = {calloc(t->nr_levels + 2, sizeof(uint64_t)), t->nr_levels};
@@ -141,8 +141,8 @@ static void settle(struct lp_task *t)
 }
 
 /*
- * Poisons what is missing in the unsure ranges.  A fault there is refused as long as the task is served; once it is complete
- * it would not be refused.  Poison moves with the memory.  If the layout is not quiescent any more, a question is kept, as above.
+ * Poisons the missing pages of the unsure ranges.  Faults there are refused only while the task is served; poison stays after that,
+ * and moves with the memory.  If the layout is no longer quiescent, an LP_QUESTION stays pending, as above.
  */
 static void poison_unsure(struct lp_task *t)
 {
@@ -173,7 +173,7 @@ static void poison_unsure(struct lp_task *t)
 			   (result.outcome == LP_UNREGISTERED && nr == 1 && lp_probe_page(t, LP_ANYWHERE) != LP_CHANGING)) {
 			lp_wake(t, range->start, 1);
 			range->start += LP_PAGE_SIZE;
-		} else if (result.outcome == LP_UNREGISTERED && nr > 1) { /* not all of it in one mapping */
+		} else if (result.outcome == LP_UNREGISTERED && nr > 1) { /* not all in one mapping: try the halves */
 			range->end = range->start + (nr / 2 << LP_PAGE_SHIFT);
 			if (!lp_ranges_add(&t->unsure, range->end, end))
 				lp_mark_broken(t, ENOMEM);
@@ -239,7 +239,7 @@ void lp_catch_up(struct lp_task *t)
 	enum lp_outcome outcome = LP_CHANGING;
 
 	if (t->fork.child) {
-		lp_make_changes(t, true); /* they were read while it was quiescent */
+		lp_make_changes(t, true); /* these were read while the layout was quiescent */
 		if (t->fork.child)
 			return;
 		lp_watch(t, true);
@@ -252,11 +252,11 @@ void lp_catch_up(struct lp_task *t)
 			return;
 		outcome = lp_probe_page(t, LP_ANYWHERE);
 		if (outcome == LP_CHANGING)
-			sched_yield(); /* the threads that change it may need this CPU */
+			sched_yield(); /* the threads that change the layout may need this CPU */
 	}
 	if (outcome == LP_TASK_GONE)
 		lp_mark_gone(t);
 	lp_make_changes(t, true);
 	if (t->fork.child)
-		lp_watch(t, false); /* it may be readable, and is tried again later */
+		lp_watch(t, false); /* the uffd may be readable; the task is tried again later */
 }

@@ -2,8 +2,8 @@
 
 #include <float.h>
 
-#define ROUND_TRIP_MEMORY UINT64_C(5000000000) /* ns */
-#define RATE_MEMORY UINT64_C(1000000000)
+#define ROUND_TRIP_MEMORY UINT64_C(5000000000) /* memory period of the shortest round trip, ns */
+#define RATE_MEMORY UINT64_C(1000000000)       /* of the best rate, ns */
 
 static double lowest_of(struct lp_lowest *l, uint64_t now, double value, uint64_t memory)
 {

@@ -1,9 +1,9 @@
 /*
- * How many bytes of the background may be on their way on a connection, so that a fault never waits long behind them: twice
- * what the connection holds, the best rate of late times the shortest round trip of late.
+ * Limits the bytes of background in flight on a connection, so that no fault waits long behind them.  The limit is twice the
+ * bandwidth-delay product: the best recent rate times the shortest recent round trip.
  *
- * So there is always enough on its way to keep the connection busy, and what is asked for now waits for about one round
- * trip's worth of data.  A moment in which somebody else has the CPU changes neither.
+ * So the connection is always busy, and a new request waits for about one round trip's worth of data.  A single preempted or
+ * delayed answer changes neither value.
  */
 #ifndef LAZYPAGES_PACE_H
 #define LAZYPAGES_PACE_H
@@ -12,9 +12,9 @@
 
 #define LP_PACE_MIN (UINT64_C(64) << 10) /* bytes: below this, headers and round trips cost more than the wait is worth */
 #define LP_PACE_MAX (UINT64_C(16) << 20)
-#define LP_PACE_SHORTEST UINT64_C(200000) /* ns: shorter round trips are reckoned as this: schedulers matter more there */
+#define LP_PACE_SHORTEST UINT64_C(200000) /* ns: shorter round trips count as this, since scheduling delays dominate them */
 
-/* The smallest value of late: between one and two times as far back as it is remembered. */
+/* The smallest recent value: over the last one to two memory periods. */
 struct lp_lowest {
 	uint64_t begun; /* ns */
 	double now, before;
@@ -22,13 +22,13 @@ struct lp_lowest {
 
 struct lp_pace {
 	uint64_t limit;	    /* bytes */
-	uint64_t delivered; /* bytes, ever: to be remembered of a request when it is sent */
+	uint64_t delivered; /* bytes received since the start; the caller stores it with each request */
 	uint64_t smoothed;  /* round trip, ns; 0: not known */
 	struct lp_lowest round_trip, slowness; /* ns; ns a byte */
 };
 
 void lp_pace_init(struct lp_pace *pace);
-/* An answer of so many bytes has come to what was sent at `sent`, when `delivered` was the above.  Times in ns. */
+/* An answer of `bytes` has come to a request that was sent at `sent`, when pace->delivered was `delivered`.  Times in ns. */
 void lp_pace_answered(struct lp_pace *pace, uint64_t sent, uint64_t delivered, uint64_t now, uint64_t bytes);
 
 #endif

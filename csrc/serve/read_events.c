@@ -15,9 +15,9 @@
 #include "task_trace.h"
 #include "wiped.h"
 
-#define MESSAGES 128 /* taken by one read */
-#define LATE_NS (2 * LP_NS)	/* for a thread that is about to report; it may hardly ever get a CPU */
-#define LATE_LOOK_NS 100000 /* between two looks at what it does, but at least four times what a look takes */
+#define MESSAGES 128 /* of one read */
+#define LATE_NS (2 * LP_NS)	/* longest wait for a late event; its thread may hardly ever get a CPU */
+#define LATE_LOOK_NS 100000 /* between two checks for a late thread, but at least four times the duration of a check */
 
 void lp_append_change(struct lp_task *t, struct lp_change change)
 {
@@ -73,7 +73,7 @@ void lp_watch(struct lp_task *t, bool listen)
 	epoll_ctl(t->engine->epfd, EPOLL_CTL_MOD, t->uffd, &event);
 }
 
-/* As when there is no fd left for the uffd of a forked child, or no memory: the task waits, and is tried again later. */
+/* Handles a failed read, such as no free fd for the uffd of a forked child, or no memory: the task waits for the next try. */
 static void read_failed(struct lp_task *t, int error)
 {
 	if (!t->read_error && !t->unreported_lost) /* a child that is not linked reports it when it is read again */
@@ -83,14 +83,14 @@ static void read_failed(struct lp_task *t, int error)
 	t->next_try = lp_now_ns() + LP_READ_RETRY_NS;
 }
 
-static void read_works(struct lp_task *t)
+static void read_succeeded(struct lp_task *t)
 {
 	if (t->read_error)
 		lp_watch(t, true);
 	t->read_error = 0;
 }
 
-static void look_later(struct lp_task *t, uint64_t pause)
+static void read_later(struct lp_task *t, uint64_t pause)
 {
 	lp_watch(t, false);
 	t->read_error = EBUSY;
@@ -98,25 +98,25 @@ static void look_later(struct lp_task *t, uint64_t pause)
 }
 
 /*
- * Whether one of the changes from `first` on shows that a thread is late (csrc/serve/late.h).  The other threads don't go on before
- * more is read.  So once the late thread waits for its event to be read as well, that is read before what the others do next.
+ * Whether one of the changes from `first` on shows that the event of a departure is late (csrc/serve/late.h).  The other threads
+ * stay blocked until more is read.  So once the late thread waits for its event to be read, that event precedes their next ones.
  */
-static bool someone_is_late(struct lp_task *t, size_t first)
+static bool departure_is_late(struct lp_task *t, size_t first)
 {
 	if (!t->pid)
 		return false;
 	for (size_t i = t->nr_changes; i-- > first;) {
 		if (t->changes[i].kind != LP_REMAPPED ||
-		    !lp_someone_is_late(t->space, t->changes, t->nr_changes, i, &t->late))
+		    !lp_departure_is_late(t->space, t->changes, t->nr_changes, i, &t->late))
 			continue;
 		t->late_until = lp_now_ns() + LATE_NS;
-		look_later(t, 0);
+		read_later(t, 0);
 		return true;
 	}
 	return false;
 }
 
-/* Whether the mremap of change i has reported all: its thread may have gone on, and left what it has moved. */
+/* Whether all events of the mremap of change i were read: its thread may have continued, and unmapped what it has moved. */
 static bool has_returned(const struct lp_task *t, size_t i)
 {
 	for (size_t k = i + 1; k < t->nr_changes; k++)
@@ -126,7 +126,7 @@ static bool has_returned(const struct lp_task *t, size_t i)
 	return false;
 }
 
-/* Looks whether the late thread waits for its event to be read. */
+/* Whether to wait longer for a late event: its thread does not wait for a reader yet. */
 static bool is_still_late(struct lp_task *t)
 {
 	uint64_t before = lp_now_ns(), after;
@@ -134,7 +134,7 @@ static bool is_still_late(struct lp_task *t)
 
 	after = lp_now_ns();
 	if (!rc && after < t->late_until) {
-		look_later(t, LATE_LOOK_NS > 4 * (after - before) ? LATE_LOOK_NS : 4 * (after - before));
+		read_later(t, LATE_LOOK_NS > 4 * (after - before) ? LATE_LOOK_NS : 4 * (after - before));
 		return true;
 	}
 	for (size_t i = t->nr_changes; i-- && rc == 1;)
@@ -143,11 +143,11 @@ static bool is_still_late(struct lp_task *t)
 			break;
 		}
 	t->late_until = 0;
-	read_works(t);
+	read_succeeded(t);
 	return false;
 }
 
-/* What has been read is never to be lost. */
+/* Makes room for the messages of one read, so that no message is lost for lack of memory. */
 static bool reserve_messages(struct lp_task *t)
 {
 	if (t->cap_changes - t->nr_changes < MESSAGES) {
@@ -203,8 +203,8 @@ bool lp_read_events(struct lp_task *t)
 				lp_task_trace_at(t, now, LP_TRACE_FAULT, LP_TRACE_NO_SOURCE, addr, 1, 0);
 			lp_faults_push(&t->faults, (struct lp_fault){.addr = addr, .since = now, .times = 1});
 		}
-		late = someone_is_late(t, first);
-		/* a read that got faults does not say that the event behind them can't be read (fs/userfaultfd.c, userfaultfd_read) */
+		late = departure_is_late(t, first);
+		/* A read that returned faults hides an error of the event behind them (fs/userfaultfd.c, userfaultfd_read). */
 	} while (!late && (n < 0 || (size_t)n == want || t->read_error));
 	if (now)
 		atomic_store_explicit(&t->engine->last_fault, now, memory_order_relaxed);
@@ -213,6 +213,6 @@ bool lp_read_events(struct lp_task *t)
 	if (error)
 		read_failed(t, error);
 	else if (!late)
-		read_works(t);
+		read_succeeded(t);
 	return !error && !late;
 }

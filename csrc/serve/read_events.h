@@ -6,11 +6,11 @@
 
 #include "serving.h"
 
-/* Reads all that there is.  False: there is more, which can't be read now.  (lock held alone) */
+/* Reads all messages.  False: some remain, and are read later.  (lock held for writing) */
 bool lp_read_events(struct lp_task *t);
-/* (lock held alone) */
+/* Appends a change; marks the task broken if there is no memory.  (lock held for writing) */
 void lp_append_change(struct lp_task *t, struct lp_change change);
-/* Whether epoll names the task when its uffd is readable. */
+/* Sets whether epoll reports a readable uffd of the task. */
 void lp_watch(struct lp_task *t, bool watched);
 
 #endif

@@ -1,4 +1,4 @@
-"""A connection to a page server on which the engine itself asks for pages; see csrc/serve/channel.h."""
+"""Binding of csrc/serve/channel.h: a connection to a page server on which the engine requests pages."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class ChannelEventKind(enum.IntEnum):
-    """What a channel has to tell (``enum lp_channel_event_kind``, csrc/serve/channel.h)."""
+    """``enum lp_channel_event_kind`` of csrc/serve/channel.h."""
 
     ARRIVED = 1
     REFUSED = 2
@@ -25,7 +25,8 @@ class ChannelEventKind(enum.IntEnum):
 
 
 class ChannelEvent(NamedTuple):
-    """``struct lp_channel_event`` of csrc/serve/channel.h: what each kind means, and what of the rest it has."""
+    """``struct lp_channel_event`` of csrc/serve/channel.h, which says which fields each kind uses. ``dump_addr`` in
+    bytes, ``since`` in ns."""
 
     kind: ChannelEventKind
     status: int
@@ -38,7 +39,8 @@ class ChannelEvent(NamedTuple):
 
 
 class ChannelRequest(NamedTuple):
-    """Pages of a task, by tag and address at dump time; ``since``: ns, 0 if no thread waits."""
+    """Requested pages of a task, by its tag and their address at dump time. ``since``: when a thread began to wait,
+    CLOCK_MONOTONIC in ns; 0: no thread waits. ``reported``: ARRIVED is reported for them."""
 
     tag: int
     dump_addr: int
@@ -49,7 +51,8 @@ class ChannelRequest(NamedTuple):
 
 
 class ChannelState(NamedTuple):
-    """``struct lp_channel_state``: requests, bytes, ns."""
+    """``struct lp_channel_state`` of csrc/serve/channel.h. ``outstanding``, ``requests``: numbers of requests;
+    ``urgent``, ``background``, ``limit``, ``bytes``: bytes; ``heard``, ``oldest``, ``round_trip``: ns."""
 
     outstanding: int
     urgent: int
@@ -64,13 +67,13 @@ class ChannelState(NamedTuple):
 
 
 class Channel:
-    """A connected socket to a page server on which the engine itself asks for pages; see csrc/serve/channel.h.
+    """A connected socket to a page server on which the engine requests pages; see csrc/serve/channel.h.
 
-    For the event loop's thread, until :meth:`close`.
+    Only for the event loop's thread; unusable after :meth:`close`. The constructor raises OSError.
     """
 
     _BATCH = 64
-    #: The library that has the channels.
+    #: The library with the functions of csrc/serve/channel.h.
     _ffi: Any = ffi
     _lib: Any = lib
 
@@ -97,11 +100,11 @@ class Channel:
 
     @property
     def event_fd(self) -> int:
-        """Readable when :meth:`events` has something to say. The channel owns it."""
+        """Readable when :meth:`events` has events to return. The channel owns it."""
         return int(self._lib.lp_channel_event_fd(self._handle))
 
     def events(self) -> list[ChannelEvent]:
-        """Takes what has happened since the last call, in order; does not block."""
+        """Takes up to 64 events, oldest first; does not block."""
         nr = self._lib.lp_channel_events(self._handle, self._events, self._BATCH)
         return [
             ChannelEvent(
@@ -118,23 +121,26 @@ class Channel:
         ]
 
     def ask(self, tag: int, dump_addr: int, nr_pages: int, *, urgent: bool) -> None:
-        """Asks for pages; ARRIVED tells of them."""
+        """Requests pages; ARRIVED reports them. ``dump_addr`` in bytes."""
         self._lib.lp_channel_ask(self._handle, tag, dump_addr, nr_pages, urgent)
 
     def pause(self, *, paused: bool) -> None:
-        """While it is paused, the channel sends nothing of its own accord."""
+        """Pauses or resumes the channel. On a paused channel only :meth:`ask` sends requests."""
         self._lib.lp_channel_pause(self._handle, paused)
 
     def set_budget(self, task: ServedTask, max_bytes: int) -> None:
-        """Brings pages of `task` in the background, until BUDGET_SPENT; one task at a time."""
+        """Lets the channel request up to ``max_bytes`` of `task` in the background, until BUDGET_SPENT.
+
+        One task at a time: a new budget replaces the previous one.
+        """
         self._lib.lp_channel_set_budget(self._handle, task.handle, max_bytes)
 
     def finish(self, *, force: bool, flags: int = 0) -> None:
-        """Tells the server that this is the end, with wire.CloseFlags; CLOSED is its answer."""
+        """Sends CLOSE (FORCE_CLOSE with ``force``) with ``flags`` (wire.CloseFlags); CLOSED reports the answer."""
         self._lib.lp_channel_finish(self._handle, force, flags)
 
     def outstanding(self) -> list[ChannelRequest]:
-        """What has not come yet, the oldest first; from now on its arrival is reported."""
+        """The unanswered requests, oldest first; from now on ARRIVED is reported for their pages."""
         room = 64
         while True:
             requests = self._ffi.new("struct lp_request[]", room)
@@ -147,9 +153,10 @@ class Channel:
             room = nr + 64
 
     def state(self) -> ChannelState:
+        """The channel's counters."""
         self._lib.lp_channel_state(self._handle, self._state)
         return ChannelState(*(int(getattr(self._state, name)) for name in ChannelState._fields))
 
     def close(self) -> None:
-        """Hangs up. What is outstanding does not come any more."""
+        """Closes the connection. Outstanding pages are dropped, without an event."""
         self._lib.lp_channel_close(self._handle)

@@ -1,8 +1,7 @@
-"""The engine: tasks under userfaultfd, served with the GIL released.
+"""The engine: serves tasks under userfaultfd, with the GIL released.
 
-An :class:`Engine` is driven by one thread (:meth:`Engine.run`); everything else may be called from any thread. What
-needs a decision is reported as :class:`TaskEvent`. See ``csrc/serve/engine.h`` for how faults, layout events and copies
-are kept in order.
+One thread calls :meth:`Engine.run`; all other methods may be called from any thread. The engine reports what needs a
+decision as :class:`TaskEvent`. ``csrc/serve/engine.h`` describes how faults, layout events and copies are ordered.
 """
 
 from __future__ import annotations
@@ -23,9 +22,9 @@ if TYPE_CHECKING:
 
 
 class Engine:
-    """Watches the uffds of many tasks. Use as a context manager; :meth:`run` must have returned before it ends.
+    """Serves the uffds of many tasks. A context manager; :meth:`run` must have returned before its exit.
 
-    ``trace``: gets a record of everything; it must outlive the engine.
+    ``trace``: receives the engine's records, and must outlive it. The constructor raises OSError.
     """
 
     _BATCH = 256
@@ -51,14 +50,15 @@ class Engine:
 
     @property
     def event_fd(self) -> int:
-        """Readable when :meth:`events` has something to say. The engine owns it."""
+        """Readable when :meth:`events` has events to return. The engine owns it."""
         return int(lib.lp_engine_event_fd(self._handle))
 
     def run(self) -> None:
-        """Serves until :meth:`stop`; for one thread of its own. Raises OSError if epoll fails."""
+        """Serves until :meth:`stop`; blocks its thread. Raises OSError if epoll fails."""
         check(int(lib.lp_engine_run(self._handle)))
 
     def stop(self) -> None:
+        """Makes :meth:`run` return."""
         lib.lp_engine_stop(self._handle)
 
     def add(
@@ -70,12 +70,12 @@ class Engine:
         pidfd: int = -1,
         tag: int = 0,
     ) -> ServedTask:
-        """Serves a task from now on. Owns uffd from here, also if it fails.
+        """Begins to serve a task. Takes ownership of uffd, also on failure.
 
-        ``pid``, ``pidfd``: the process, where known; pidfd stays the caller's, and open as long as the task is.
+        ``pid``, ``pidfd``: the process, if known. The caller keeps pidfd, and must not close it before the task.
 
-        Raises OSError, as PreparedMemory does; and when the uffd can't be watched. Then it stays open to the end, for
-        closed it would let the task run on zeros.
+        Raises OSError, as PreparedMemory does, and if epoll can't watch the uffd. The uffd then stays open until this
+        process exits: if it were closed, the kernel would serve zeros to the task.
         """
         if isinstance(memory, TaskMemory):
             memory = PreparedMemory(memory)
@@ -96,7 +96,7 @@ class Engine:
         floor: int = 0,
         compress: bool = False,
     ) -> Channel:
-        """A channel on the connected stream socket `fd`, which it duplicates.
+        """Makes a channel on a duplicate of the connected stream socket `fd`.
 
         The options are those of ``struct lp_channel_options``.
 
@@ -115,17 +115,17 @@ class Engine:
 
     @property
     def has_tasks(self) -> bool:
-        """Whether any task is not closed, those that no event has told of yet among them."""
+        """Whether any task is not closed, including forked tasks whose event has not been taken yet."""
         return bool(lib.lp_engine_has_tasks(self._handle))
 
     def leftovers(self) -> list[ServedTask]:
-        """All tasks that are not closed. Takes the events that there are."""
+        """All tasks that are not closed. Takes the pending events, and adds the tasks of forks."""
         while self.events():
             pass
         return list(self._tasks.values())
 
     def events(self) -> list[TaskEvent]:
-        """Takes what has happened since the last call, in order; does not block. Never about a closed task."""
+        """Takes up to 256 events, oldest first, none about a closed task; does not block."""
         nr = lib.lp_engine_events(self._handle, self._events, self._BATCH)
         result = []
         for raw in self._events[0:nr]:

@@ -1,4 +1,4 @@
-"""What calls of the engine raise."""
+"""Exceptions of the engine, and the conversion of C's return values to them."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from lazypages.errors import LazyPagesError
 
 
 class TaskGoneError(LazyPagesError):
-    """The task's memory does not exist any more: it exited, was killed, or called execve. Routine."""
+    """The task's memory no longer exists: it exited, was killed, or called execve. Not an error of the daemon."""
 
 
 class BusyError(LazyPagesError):
-    """A layout event of the task (fork, mremap, munmap, madvise) is under way; try again in a moment."""
+    """A layout event of the task (fork, mremap, munmap, madvise) is not finished; try again later."""
 
 
 def check(rc: int) -> int:
-    """What C returns, unless it is -errno: then TaskGoneError, BusyError or OSError is raised."""
+    """Returns `rc` unless it is negative. Raises TaskGoneError for -ESRCH, BusyError for -EAGAIN, else OSError."""
     if rc >= 0:
         return rc
     if rc == -errno.ESRCH:
-        raise TaskGoneError("the task is gone")
+        raise TaskGoneError("the task no longer exists")
     if rc == -errno.EAGAIN:
-        raise BusyError("a layout event of the task is under way")
+        raise BusyError("a layout event of the task is not finished")
     raise OSError(-rc, os.strerror(-rc))
 
 
 def check_errno(rc: int) -> None:
-    """Raises OSError for what C returns as -errno."""
+    """Raises OSError if `rc` is -errno."""
     if rc < 0:
         raise OSError(-rc, os.strerror(-rc))

@@ -1,4 +1,4 @@
-"""What the engine reports about tasks, and does not decide."""
+"""Events that the engine reports about tasks, for the caller to decide."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 class TaskEventKind(enum.IntEnum):
-    """Why the engine asks for a decision (``enum lp_event_kind``)."""
+    """``enum lp_event_kind`` of csrc/serve/engine.h."""
 
     FORKED = 1
     NEED = 2
@@ -24,11 +24,11 @@ class TaskEventKind(enum.IntEnum):
 
 
 class TaskEvent(NamedTuple):
-    """Something about `task` that the engine does not decide. For FORKED, `task` is the child.
+    """An event of `task`. For FORKED, `task` is the child.
 
-    ``dump_addr``, ``addr``, ``nr_pages``: the pages it is about, by address at dump time and by address now.
-    ``error``: an errno or 0; LOST with ESTALE: the pages may have come as zeros. ``since``: CLOCK_MONOTONIC in ns of
-    the fault that waits, or 0.
+    ``dump_addr``, ``addr``, ``nr_pages``: the pages concerned, by address at dump time and by current address, in
+    bytes. ``error``: an errno or 0; LOST with ESTALE: the task may have read zeros there. ``since``: CLOCK_MONOTONIC in
+    ns of the waiting fault, or 0.
     """
 
     kind: TaskEventKind

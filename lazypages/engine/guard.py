@@ -1,4 +1,4 @@
-"""The process that kills tasks which miss pages when this one is killed; see csrc/serve/guard.h."""
+"""Binding of csrc/serve/guard.h: a process that kills the tasks with missing pages if this process dies."""
 
 from __future__ import annotations
 
@@ -9,15 +9,18 @@ from lazypages.engine.errors import check_errno
 
 
 class Guard:
-    """A second process that holds this one's file descriptors, and so the uffds, when this one is killed.
+    """A second process that keeps the uffds open if this process is killed.
 
-    Tasks that miss pages would read zeros where they are missing then; it kills them first, and says so on
-    `log_fd`. Forked tasks, whose processes are not known, it keeps waiting. It is begun while there is one thread
-    only, and shares the table of file descriptors from then on (see csrc/serve/guard.h). It ends with the context
-    unless tasks that miss pages are left then: with these it deals as soon as this process has ended. Raises OSError.
+    Without it the kernel would then serve zeros for missing pages. The guard kills the tasks with missing pages before
+    it closes their uffds, and logs that to `log_fd`. It can't kill a forked task whose process is not known: the task's
+    uffd stays open, and its faults wait.
+
+    Start it while this process has a single thread: the two share the table of file descriptors (csrc/serve/guard.h).
+    A context manager. The guard exits with the context, unless a task misses pages then: it handles such tasks as soon
+    as this process has exited. The constructor raises OSError.
     """
 
-    #: It looks after descriptors below this number only: see to it that there are no others (RLIMIT_NOFILE).
+    #: The guard handles descriptors below this number only; limit the others with RLIMIT_NOFILE.
     MAX_FDS = int(lib.LP_GUARD_FDS)
 
     def __init__(self, log_fd: int) -> None:
@@ -27,15 +30,19 @@ class Guard:
 
     @property
     def pid(self) -> int:
+        """Of the guard's process."""
         return int(lib.lp_guard_pid(self.handle))
 
     @property
     def pidfd(self) -> int:
-        """Readable when that process has ended, though it should not; -1: there is none."""
+        """Readable when the guard's process has died unexpectedly; -1: there is no such process."""
         return int(lib.lp_guard_pidfd(self.handle))
 
     def restart(self) -> None:
-        """If it has ended, begins another one, which knows what it knew. Raises OSError: there is none then."""
+        """If the guard's process has died, starts another one for the same tasks.
+
+        Raises OSError: then there is no guard.
+        """
         check_errno(int(lib.lp_guard_restart(self.handle)))
 
     def __enter__(self) -> Guard:

@@ -1,4 +1,4 @@
-"""Whether this kernel lets this process use userfaultfd."""
+"""Tests whether this process may use userfaultfd."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ NO_USERFAULTFD = "this kernel has no userfaultfd: it must be built with CONFIG_U
 
 
 def try_userfaultfd() -> int:
-    """Tries to make one that sees faults inside the kernel too, as a restore needs it: 0, or an errno.
+    """Creates and closes a userfaultfd that reports faults inside the kernel, too, as a restore needs it.
 
-    EPERM: neither root (CAP_SYS_PTRACE) nor vm.unprivileged_userfaultfd=1, or a seccomp filter forbids it, as
-    container runtimes' default does (userfaultfd(2)).
+    Returns 0 or an errno. EPERM: the process has no CAP_SYS_PTRACE and vm.unprivileged_userfaultfd is 0
+    (userfaultfd(2)), or a seccomp filter forbids the call, as the default of container runtimes does.
     """
     fd = int(lib.syscall(lib.SYS_userfaultfd, ffi.cast("int", os.O_CLOEXEC | os.O_NONBLOCK)))
     if fd < 0:

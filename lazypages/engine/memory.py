@@ -1,4 +1,4 @@
-"""What a task's memory is made of, as the engine wants it."""
+"""The engine's input for a task: its extents, VMAs and mapped pages files."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ PAGE_SIZE = 4096
 
 MAP_FAILED: Any = ffi.cast("void *", -1)
 
-#: Pages that a fault may bring beside its own when faults run on in one direction.
+#: Pages that sequential faults may read ahead, at most.
 MAX_READAHEAD = 128
 
 
 class ExtentArray(Protocol):
-    """A C array of ``struct lp_extent`` that somebody keeps alive (images_spec.placement.ExtentTable)."""
+    """A C array of ``struct lp_extent``, valid as long as this object (images_spec.placement.ExtentTable)."""
 
     @property
     def address(self) -> int: ...
@@ -27,7 +27,8 @@ class ExtentArray(Protocol):
 
 
 class MappedFile:
-    """The first ``size`` bytes of a pages file, mapped; and the file, open: the engine asks how long it still is."""
+    """The first ``size`` bytes of a pages file, mapped, and its file descriptor, with which the engine detects
+    truncation."""
 
     def __init__(self, path: str | os.PathLike[str], size: int) -> None:
         """Raises OSError."""
@@ -41,10 +42,11 @@ class MappedFile:
 
 
 class TaskMemory(NamedTuple):
-    """What a task's memory is made of, as the engine wants it.
+    """A task's memory at dump time.
 
-    ``vmas``: lazy-capable VMAs as (start, end), sorted. ``wiped``: ranges that a forked child finds zeroed.
-    ``levels``: the pages file of each level of the chain (None: it has none); they must outlive the engine.
+    ``vmas``: lazy-capable VMAs as (start, end) in bytes, sorted. ``wiped``: ranges that are zero in a forked child
+    (MADV_WIPEONFORK). ``levels``: the pages file of each level of the image chain (None: it has none); they must
+    outlive the engine. ``max_readahead``: in pages.
     """
 
     extents: ExtentArray
@@ -59,12 +61,12 @@ def _ranges(ranges: Sequence[tuple[int, int]]) -> Any:
 
 
 class PreparedMemory:
-    """The memory of one task, ready to be served: made before the task comes, so that it need not wait for that."""
+    """The engine's representation of the memory of one task, made before the task arrives to shorten its wait."""
 
     def __init__(self, memory: TaskMemory) -> None:
-        """Raises OSError: EINVAL when extents, VMAs and pages files do not fit together."""
+        """Raises OSError: EINVAL if extents, VMAs and pages files are inconsistent."""
         self.max_readahead = memory.max_readahead
-        #: The levels; they must outlive the engine.
+        #: The pages files; they must outlive the engine.
         self.files = [file for file in memory.levels if file]
         levels = ffi.new("struct lp_level[]", max(1, len(memory.levels)))
         for index, file in enumerate(memory.levels):
@@ -85,9 +87,9 @@ class PreparedMemory:
         self._handle = ffi.gc(handle, lib.lp_memory_free)
 
     def take(self) -> Any:
-        """The C object, which is the caller's from here on. Only once."""
+        """Transfers ownership of the C object to the caller. Raises ValueError on a second call."""
         handle, self._handle = self._handle, None
         if handle is None:
-            raise ValueError("the memory is in service already")
+            raise ValueError("the memory is already in use by a task")
         ffi.gc(handle, None)
         return handle

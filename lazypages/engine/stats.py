@@ -1,4 +1,4 @@
-"""Numbers about one task."""
+"""Statistics of one task."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from lazypages.engine._uffd import ffi, lib
 
 
 class Stats(NamedTuple):
-    """Counters of one task (``struct lp_stats``); ``service_max`` in ns."""
+    """Counters of one task (``struct lp_stats``); ``service_max``, the longest service time of a fault, in ns."""
 
     faults: int = 0
     faults_zero: int = 0
@@ -28,7 +28,7 @@ class Stats(NamedTuple):
 
 
 class SourcePages(NamedTuple):
-    """Pages by where they come from: one count a level of the image chain, then remote, then lost."""
+    """Numbers of pages by source: one per level of the image chain, then remote, then lost."""
 
     levels: tuple[int, ...]
     remote: int
@@ -40,10 +40,11 @@ class SourcePages(NamedTuple):
 
     @classmethod
     def of(cls, counts: Any, nr_levels: int) -> SourcePages:
+        """From a C array of nr_levels + 2 ``uint64_t``."""
         values = ffi.unpack(counts, nr_levels + 2)
         return cls(tuple(values[:nr_levels]), values[nr_levels], values[nr_levels + 1])
 
 
 def histogram_bound(bucket: int) -> int:
-    """The longest service time that a bucket of :meth:`ServedTask.histogram` counts, ns."""
+    """The longest service time that belongs to a bucket of :meth:`ServedTask.histogram`, ns."""
     return int(lib.lp_histogram_bound(bucket))

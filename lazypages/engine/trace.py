@@ -1,4 +1,4 @@
-"""The ring in memory into which the engine puts records of what it does (csrc/serve/trace.h)."""
+"""Binding of csrc/serve/trace.h: the ring buffer of the engine's trace records."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import os
 
 from lazypages.engine._uffd import ffi, lib
 
-#: Records that wait to be written: 1 MiB of memory, some hundredths of a second at full speed.
+#: Capacity of the ring: 1 MiB, enough for some 10 ms at full speed.
 RING_RECORDS = 1 << 14
 
 
 class Ring:
-    """Records on their way to a file. `records` is a power of two; what does not fit is dropped, and counted."""
+    """A ring of `records` (a power of two) trace records. Records that do not fit are dropped, and counted.
+
+    The constructor raises OSError.
+    """
 
     def __init__(self, records: int = RING_RECORDS) -> None:
         handle = lib.lp_trace_new(records)
@@ -21,8 +24,10 @@ class Ring:
 
     @property
     def written(self) -> int:
+        """Number of records written to the ring."""
         return int(lib.lp_trace_written(self.handle))
 
     @property
     def dropped(self) -> int:
+        """Number of records dropped."""
         return int(lib.lp_trace_dropped(self.handle))

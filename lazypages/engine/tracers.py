@@ -1,4 +1,4 @@
-"""The typed face of csrc/serve/tracers.c: who begins to trace a process, and having that one wait."""
+"""Binding of csrc/serve/tracers.h: detects a ptrace attach to a process, and stops the tracer."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from lazypages.engine._uffd import ffi, lib
 
 
 class Attach(NamedTuple):
-    """A process ``pid`` is traced by the thread ``tracer`` of the process ``owner``.
+    """The thread ``tracer`` of the process ``owner`` traces the process ``pid``.
 
-    ``error``: 0 when that thread stands still, until :meth:`Tracers.release`; else the errno of why it does not
-    (EAGAIN: the process is none of those that are watched). ``pid`` 0: some attaches are not known.
+    ``error``: 0: the tracer is stopped, until :meth:`Tracers.release`; else the errno of the failed stop (EAGAIN: the
+    process is not watched). ``pid`` 0: some attaches were missed.
     """
 
     pid: int
@@ -22,7 +22,7 @@ class Attach(NamedTuple):
 
 
 class Tracers:
-    """A context manager; :meth:`run` must have returned before it ends."""
+    """Detects ptrace attaches. A context manager; :meth:`run` must have returned before its exit."""
 
     _BATCH = 64
 
@@ -42,36 +42,37 @@ class Tracers:
 
     @property
     def told(self) -> bool:
-        """Whether the kernel tells of every attach; if not, they are to be looked for, and reported."""
+        """Whether the kernel reports every attach. If not, the caller must detect them, and :meth:`report` them."""
         return bool(lib.lp_tracers_reported(self._handle))
 
     @property
     def event_fd(self) -> int:
-        """Readable when there is something to :meth:`take`."""
+        """Readable when :meth:`take` has attaches to return."""
         return int(lib.lp_tracers_event_fd(self._handle))
 
     def run(self) -> None:
-        """For one thread of its own, until :meth:`stop`; lets go whom it holds at the end. Raises OSError."""
+        """Runs until :meth:`stop`; blocks its thread. Releases the stopped tracers at the end. Raises OSError."""
         rc = int(lib.lp_tracers_run(self._handle))
         if rc:
             raise OSError(-rc, os.strerror(-rc))
 
     def stop(self) -> None:
+        """Makes :meth:`run` return."""
         lib.lp_tracers_stop(self._handle)
 
     def watch(self, pid: int, *, watched: bool) -> None:
-        """From now on whoever attaches to the process (0: to any) is held at once."""
+        """Sets whether a tracer that attaches to the process (0: to any process) is stopped at once."""
         lib.lp_tracers_watch(self._handle, pid, watched)
 
     def report(self, pid: int, tracer: int, owner: int) -> None:
-        """Holds a tracer that was found otherwise; :meth:`take` tells of it."""
+        """Stops a tracer that the caller has detected; :meth:`take` reports it."""
         lib.lp_tracers_report(self._handle, pid, tracer, owner)
 
     def release(self, tracer: int) -> None:
-        """Lets a tracer go on, once for each Attach that held it."""
+        """Resumes a tracer; call it once for each Attach that stopped it."""
         lib.lp_tracers_release(self._handle, tracer)
 
     def take(self) -> list[Attach]:
-        """What has happened since the last call; does not block."""
+        """Takes up to 64 attaches; does not block."""
         nr = lib.lp_tracers_take(self._handle, self._attaches, self._BATCH)
         return [Attach(raw.pid, raw.tracer, raw.owner, raw.error) for raw in self._attaches[0:nr]]

@@ -1,4 +1,4 @@
-"""A connected stream socket for an event loop, plain or TLS, that receives into memory of the caller's."""
+"""A connected stream socket for an event loop, plain or TLS, that receives into the caller's memory."""
 
 from __future__ import annotations
 
@@ -15,24 +15,27 @@ from lazypages.errors import LazyPagesError
 from lazypages.net.tls import TlsFiles
 from lazypages.net.url import ConnectedSocket, PageServerAddress, TcpServer, UnixServer
 
-# A peer that is gone without a word is found out by the kernel after about half a minute (tcp(7)).
+# With these the kernel detects a silent dead peer after about 30 s (tcp(7)); times in s.
 KEEPALIVE: Final = {socket.TCP_KEEPIDLE: 10, socket.TCP_KEEPINTVL: 5, socket.TCP_KEEPCNT: 4}
 USER_TIMEOUT: Final = 30_000  # ms that sent bytes may stay unacknowledged
 
 
 class LinkError(LazyPagesError):
-    """The connection can't be made, or is lost."""
+    """The connection failed or was lost."""
 
 
 class Link:
-    """Made by `connect`. send and recv_into never block: None says "not now"."""
+    """A connection made by `connect`. send and recv_into never block."""
 
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(False)
         self._sock = sock
 
     def recv_into(self, room: memoryview) -> int | None:
-        """Bytes received; 0 at the end. Raises LinkError."""
+        """Receives; returns the number of bytes, 0 at the end of the stream, None if nothing is there yet.
+
+        Raises LinkError.
+        """
         try:
             return self._sock.recv_into(room)
         except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
@@ -43,7 +46,7 @@ class Link:
             raise LinkError(_reason(error)) from None
 
     def send(self, data: bytes | bytearray | memoryview) -> int:
-        """Bytes that were taken; 0: none at the moment. Raises LinkError."""
+        """Sends a first part of `data`; returns its number of bytes, 0 if the socket is full. Raises LinkError."""
         try:
             return self._sock.send(data)
         except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
@@ -56,12 +59,12 @@ class Link:
 
     @property
     def encrypted(self) -> bool:
-        """With TLS, what goes through the file descriptor is not what is said."""
+        """Whether the link is TLS: the bytes of the file descriptor are encrypted."""
         return isinstance(self._sock, ssl.SSLSocket)
 
     @property
     def pending(self) -> bool:
-        """Whether recv_into has something to say although nothing is to be read from the file descriptor."""
+        """Whether TLS has buffered data: recv_into returns it although the file descriptor may not be readable."""
         return isinstance(self._sock, ssl.SSLSocket) and self._sock.pending() > 0
 
     @property
@@ -73,28 +76,28 @@ class Link:
                 or self._sock.getpeername()[0] == self._sock.getsockname()[0]
             )
         except OSError:
-            return False  # closed meanwhile, which others find
+            return False  # the peer has closed; the next recv_into reports it
 
     async def wait_readable(self) -> None:
-        """Until recv_into has something to say."""
+        """Waits until recv_into has something to return."""
         if self.pending:
             await anyio.lowlevel.checkpoint()
         else:
             await anyio.wait_readable(self._sock)
 
     async def wait_writable(self) -> None:
-        """Until send takes something."""
+        """Waits until send accepts data."""
         await anyio.wait_writable(self._sock)
 
     def close(self) -> None:
-        """With TLS, say good-bye first. Nobody may be waiting for the link any more."""
+        """Closes the connection; with TLS, sends close_notify first. No caller may be waiting for the link."""
         if isinstance(self._sock, ssl.SSLSocket):
             with suppress(OSError, ValueError):
                 self._sock.unwrap()
         self._sock.close()
 
     def round_trip(self) -> float | None:
-        """Seconds that the kernel measured, for TCP; it knows since the handshake."""
+        """The kernel's smoothed round trip in seconds, measured since the handshake; None if the link is not TCP."""
         with suppress(OSError):
             info = self._sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
             return int.from_bytes(info[68:72], "little") / 1e6  # struct tcp_info, tcpi_rtt
@@ -102,9 +105,9 @@ class Link:
 
 
 async def connect(address: PageServerAddress, tls: TlsFiles | None) -> Link:
-    """A link to `address`. `tls` is needed for tls:// only. Raises LinkError, TlsError.
+    """Connects to `address`. `tls` is needed for tls:// only. Raises LinkError, TlsError.
 
-    One address of a name after the other, never two at once: a server of CRIU's takes one connection in all.
+    Tries the addresses of a name one after the other: a server of CRIU's accepts a single connection in its life.
     """
     sock = await _connect(address)
     try:
@@ -125,7 +128,7 @@ async def _connect(address: PageServerAddress) -> socket.socket:
                 sock = socket.socket(fileno=fd)
                 sock.getpeername()
             except OSError as error:
-                raise LinkError(f"no connected socket: {_reason(error)}") from None
+                raise LinkError(f"not a connected socket: {_reason(error)}") from None
             return sock
         case TcpServer(host, port):
             try:

@@ -1,12 +1,11 @@
-"""Carries a connection that the engine can't use as it is: TLS, and compressed answers.
+"""Translates a connection that the engine can't read itself (TLS, compressed answers) to the canonical stream.
 
-The engine speaks one canonical stream: the 32-byte header, uncompressed. A relay has the connection at one side and a
-socket pair at the other, and a thread in between that decrypts, decompresses and writes canonical headers. The thread
-never waits for the event loop. Each answer is checked against its request twice: here by the codec, and by the engine.
+The canonical stream has the 32-byte header and is uncompressed. A relay is a thread between the connection and a socket
+pair: it decrypts, decompresses and writes canonical headers. It never waits for the event loop. Both the codec here and
+the engine check each answer against its request.
 
-The kernel could decrypt instead (kTLS), and nothing would have to be copied through Python. Python's ssl can ask for
-that from 3.12 on (``OP_ENABLE_KTLS``), if its OpenSSL was built for it and the kernel has the module ``tls``; we
-support 3.11.
+The kernel could decrypt instead (kTLS), without a copy through Python. Python's ssl supports that from 3.12 on
+(``OP_ENABLE_KTLS``), if its OpenSSL was built for it and the kernel has the module ``tls``; we support 3.11.
 """
 
 from __future__ import annotations
@@ -36,14 +35,14 @@ from lazypages.net.wire import (
     ServerCodec,
 )
 
-COMPRESSED_MIN_PAGES: Final = 16  # of a background request that is worth compressing
-RECORD: Final = 16 << 10  # bytes of a full TLS record, the most that one receive gives (RFC 8446, 5.1)
-AT_ONCE: Final = 128 << 10  # bytes that are received before they are passed on
-REQUESTS: Final = 64 << 10  # bytes of requests that are read at once
+COMPRESSED_MIN_PAGES: Final = 16  # of a background request whose answer may be compressed
+RECORD: Final = 16 << 10  # bytes of a full TLS record, the most that one receive returns (RFC 8446, 5.1)
+AT_ONCE: Final = 128 << 10  # bytes that are received before they are forwarded
+REQUESTS: Final = 64 << 10  # bytes of the buffer for requests
 
 
 class Direct:
-    """A plain connection: the engine uses it as it is."""
+    """A plain connection: the engine uses it without translation."""
 
     def __init__(self, link: Link) -> None:
         self._link = link
@@ -59,9 +58,9 @@ class Direct:
 
 
 class Relay:
-    """Between `link` and the engine.
+    """A translator between `link` and the engine.
 
-    ``codec``: what the server speaks; no request may be on its way yet. ``trial``: whether compression pays.
+    ``codec``: for the server's protocol, without outstanding requests. ``trial``: measures whether compression pays.
     """
 
     def __init__(self, link: Link, codec: ClientCodec, trial: Trial) -> None:
@@ -69,7 +68,9 @@ class Relay:
         self.codec = codec
         self._requests = ServerCodec(Layout.CRIU_4_2, size=REQUESTS)
         self._trial = trial
-        self._background: deque[bool] = deque()  # of each request on its way: whether it may be compressed
+        self._background: deque[bool] = (
+            deque()
+        )  # per outstanding request: whether the answer may be compressed
         self._unsent = bytearray()
         self._closing = False
         self._inner, self._engine_end = socket.socketpair()
@@ -84,7 +85,7 @@ class Relay:
 
     @property
     def alive(self) -> bool:
-        """Whether its thread still runs."""
+        """Whether the relay's thread is running."""
         return self._thread.is_alive()
 
     async def aclose(self) -> None:
@@ -98,22 +99,22 @@ class Relay:
             self._pump()
         except LazyPagesError as error:
             self.failure = error
-        except OSError as error:  # of the engine's side, which is gone then
+        except OSError as error:  # the engine has closed its end
             self.failure = LinkError(error.strerror or str(error))
         finally:
             self.at_boundary = self.codec.at_boundary
-            self._inner.close()  # the engine looks at the rest when it sees this
+            self._inner.close()  # the event loop reads `failure` and `at_boundary` at the end of the stream
             self._link.close()
 
     def _pump(self) -> None:
-        """Until either side is at its end. Raises LinkError, RemoteProtocolError, OSError."""
+        """Forwards in both directions until either side ends. Raises LinkError, RemoteProtocolError, OSError."""
         inner, outer = self._inner.fileno(), self._link.fileno()
         poll = select.poll()
         poll.register(inner, select.POLLIN)
         poll.register(outer, select.POLLIN)
         sending = False
-        # CRIU's servers do not put together what comes in two records (docs/criu.md).
-        together = RECORD // self.codec.layout.header_size * self.codec.layout.header_size
+        # Send whole headers in each record: CRIU's servers do not join a message from two records (docs/criu.md).
+        most = RECORD // self.codec.layout.header_size * self.codec.layout.header_size
         while True:
             waits = bool(self._unsent)
             if waits is not sending:
@@ -123,12 +124,12 @@ class Relay:
             if inner in ready and not self._take_requests():
                 return
             if self._unsent:
-                del self._unsent[: self._link.send(self._unsent[:together])]
+                del self._unsent[: self._link.send(self._unsent[:most])]
             if (outer in ready or self._link.pending) and not self._take_answers():
                 return
 
     def _take_requests(self) -> bool:
-        """What the engine asks for; False when it has hung up."""
+        """Translates the engine's requests; False if it has closed its end."""
         try:
             data = self._inner.recv(REQUESTS // 2, socket.MSG_DONTWAIT)
         except BlockingIOError:
@@ -142,7 +143,7 @@ class Relay:
 
     def _translated(self, header: Header) -> bytes:
         if self._closing:
-            return b""  # the rest of a short answer, which the engine asks for by itself; no server answers it any more
+            return b""  # the engine requests the missing pages of a short answer again; after CLOSE no server answers
         if header.command is not Command.GET:
             self._closing, force = True, header.command is Command.FORCE_CLOSE
             return self.codec.close(force=force, flags=CloseFlags(header.flags))
@@ -152,7 +153,7 @@ class Relay:
         return self.codec.get(header.dst_id, header.vaddr, header.nr_pages, compress=compress)
 
     def _take_answers(self) -> bool:
-        """What the server says; False at its end."""
+        """Translates the server's answers; False at the end of the stream."""
         got = 0
         while got < AT_ONCE:
             count = self._link.recv_into(self.codec.writable())
@@ -185,7 +186,7 @@ class Relay:
                         return False
             return True
         finally:
-            self._pass_on(parts)
+            self._forward(parts)
 
     def _answered(self, asked: wire.Get, nr_pages: int, frame: int) -> None:
         if self._background.popleft():
@@ -195,9 +196,9 @@ class Relay:
             self.compressed_pages += nr_pages
             self.compressed_bytes += frame
 
-    def _pass_on(self, parts: list[bytes | memoryview]) -> None:
-        """Waits while the engine takes nothing: then no answer to a later request could reach it either."""
-        for first in range(0, len(parts), 512):  # as many as the kernel takes at once are 1024 (UIO_MAXIOV)
+    def _forward(self, parts: list[bytes | memoryview]) -> None:
+        """Sends to the engine. May block: answers are in order, so a later one can't overtake."""
+        for first in range(0, len(parts), 512):  # the kernel accepts up to 1024 (UIO_MAXIOV)
             some = parts[first : first + 512]
             sent = self._inner.sendmsg(some)
             if sent < sum(map(len, some)):

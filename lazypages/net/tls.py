@@ -1,8 +1,7 @@
 """TLS with certificates on both sides, as in CRIU (`--tls*`; docs/criu.md, "Page server protocol").
 
-Both sides show a certificate and verify the other's chain, against revocations too if there is a list. Whether
-the other side's certificate names the address that was given with `--address` is checked on *both* sides, as
-CRIU does, unless `--tls-no-cn-verify`.
+Both sides send a certificate and verify the peer's chain, and its revocation if there is a list. Both sides also check
+that the peer's certificate names the address given with `--address`, as CRIU does, unless `--tls-no-cn-verify`.
 """
 
 from __future__ import annotations
@@ -18,14 +17,14 @@ from lazypages.net.tls_defaults import DEFAULT_CACERT, DEFAULT_CACRL, DEFAULT_CE
 
 
 class TlsError(LazyPagesError):
-    """Certificates that can't be used, or a peer that can't be trusted."""
+    """Our certificates can't be used, or the peer's verification failed."""
 
 
 class TlsFiles(NamedTuple):
     """The options: files (PEM), and whether a certificate must name the address (``check_name``).
 
-    Without ``cacert``, DEFAULT_CACERT is used if it can be read, else what the system trusts; without
-    ``cacrl``, DEFAULT_CACRL if it can be read.
+    Without ``cacert``, DEFAULT_CACERT is used if it is readable, else the system's certificates; without ``cacrl``,
+    DEFAULT_CACRL if it is readable.
     """
 
     cacert: Path | None = None
@@ -35,21 +34,21 @@ class TlsFiles(NamedTuple):
     check_name: bool = True
 
     def client_context(self) -> ssl.SSLContext:
-        """For the side that connects. Raises TlsError."""
+        """The context of the side that connects. Raises TlsError."""
         return self._context(ssl.PROTOCOL_TLS_CLIENT)
 
     def server_context(self) -> ssl.SSLContext:
-        """For the side that accepts. Raises TlsError."""
+        """The context of the side that accepts. Raises TlsError."""
         context = self._context(ssl.PROTOCOL_TLS_SERVER)
-        # Nobody resumes a session, and to CRIU's dump a ticket is no answer: GnuTLS has nothing to read then, says
-        # EAGAIN, and the dump fails (observed with CRIU 4.1.1 and 4.2.1).
+        # No client of ours resumes sessions. CRIU's dump fails on a ticket: GnuTLS finds no data in it and returns
+        # EAGAIN (observed with CRIU 4.1.1 and 4.2.1).
         context.num_tickets = 0
         return context
 
     def _context(self, protocol: int) -> ssl.SSLContext:
         context = ssl.SSLContext(protocol)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
-        context.check_hostname = False  # verify_peer does, the same way on both sides
+        context.check_hostname = False  # verify_peer checks it, the same way on both sides
         context.verify_mode = ssl.CERT_REQUIRED
         cacert = self.cacert or (DEFAULT_CACERT if os.access(DEFAULT_CACERT, os.R_OK) else None)
         cacrl = self.cacrl or (DEFAULT_CACRL if os.access(DEFAULT_CACRL, os.R_OK) else None)
@@ -68,22 +67,22 @@ class TlsFiles(NamedTuple):
         return context
 
     def verify_peer(self, certificate: dict[str, Any] | None, address: str | None) -> None:
-        """Whether the peer's certificate (SSLSocket.getpeercert()) names `address`. Raises TlsError.
+        """Raises TlsError unless the peer's certificate (SSLSocket.getpeercert()) names `address`.
 
-        Nothing is checked with --tls-no-cn-verify, or when no address was given.
+        Does nothing with --tls-no-cn-verify, or if `address` is None.
         """
         if not self.check_name or address is None:
             return
         names = certificate_names(certificate or {})
         if not any(_matches(kind, name, address) for kind, name in names):
-            found = ", ".join(name for _, name in names) or "nobody"
+            found = ", ".join(name for _, name in names) or "no name"
             raise TlsError(
-                f"the other side's certificate is for {found}, not for {address} (--tls-no-cn-verify lets it pass)"
+                f"the peer's certificate is for {found}, not for {address} (--tls-no-cn-verify skips this check)"
             )
 
 
 def certificate_names(certificate: dict[str, Any]) -> list[tuple[str, str]]:
-    """Whom a certificate is for: ("DNS" or "IP Address", name); the common name if there is nothing better."""
+    """The names in a certificate, as ("DNS" or "IP Address", name); the common name if it has no subjectAltName."""
     names = [
         (kind, name) for kind, name in certificate.get("subjectAltName", ()) if kind in {"DNS", "IP Address"}
     ]
@@ -104,9 +103,9 @@ def _matches(kind: str, name: str, address: str) -> bool:
         if kind != "DNS":
             return False
         name, address = name.rstrip(".").lower(), address.rstrip(".").lower()
-        first, _, rest = address.partition(".")
+        first, _, parent = address.partition(".")
         # RFC 6125: a wildcard stands for exactly one label, the first, of a name with at least two more
-        return name == address or (bool(first) and name == f"*.{rest}" and "." in rest)
+        return name == address or (bool(first) and name == f"*.{parent}" and "." in parent)
     try:
         return ipaddress.ip_address(name) == wanted
     except ValueError:
@@ -117,6 +116,6 @@ def _load(option: str, path: Path, load: Any) -> None:
     try:
         load()
     except ssl.SSLError as error:
-        raise TlsError(f"{option} {path}: not what it should be: {error.reason or error}") from None
+        raise TlsError(f"{option} {path}: cannot be used: {error.reason or error}") from None
     except OSError as error:
         raise TlsError(f"{option} {path}: {error.strerror}") from None

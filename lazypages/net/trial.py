@@ -1,35 +1,35 @@
-"""Whether compression pays on a connection: tried out, and tried again now and then."""
+"""Measures whether compression pays on a connection, and repeats the measurement from time to time."""
 
 from __future__ import annotations
 
-FAST = 300e6  # bytes of pages a second: no compressor keeps up with that
-GAIN = 1.2  # compression must bring pages so many times as fast
-PHASE_BYTES = 1 << 20  # a rate is measured over so much, at least,
-PHASE_ANSWERS = 4  # and so many answers
+FAST = 300e6  # bytes of pages per second from which on compression is not tried: the compressor would be the limit
+GAIN = 1.2  # least ratio of the rates with and without compression
+PHASE_BYTES = 1 << 20  # a rate is measured over at least so many bytes of pages
+PHASE_ANSWERS = 4  # and over at least so many answers
 PLAIN_AGAIN = 10.0  # s of compression after which plain pages are tried again
-PAUSE = (1.0, 60.0)  # s until compression is tried again that did not pay: first and longest
+PAUSE = (1.0, 60.0)  # s before compression is tried again after it did not pay: first and longest
 
 
 class Trial:
-    """`compress` is what the next large request should ask for.
+    """`compress`: whether the next large request should ask for a compressed answer.
 
-    Rates are those of pages, from one answer to the next, while answers are due all the time. So what compression
-    costs on either side counts, and a slow reader does not make a fast link look slow for long. Pure: times in
-    seconds come from the caller.
+    A rate is pages per time, from one answer to the next, while further answers are outstanding. So it includes the
+    cost of compression on both sides, and a slow reader does not make a fast link look slow for long. Pure: the caller
+    passes times, in seconds.
     """
 
     def __init__(self) -> None:
         self.compress = False
         self._plain_rate = 0.0
         self._pause = PAUSE[0]
-        self._again = 0.0  # when the other way is to be tried
+        self._again = 0.0  # time at which the alternative is tried
         self._began: float | None = None
         self._bytes = self._answers = 0
 
     def answered(self, now: float, size: int, *, compress: bool, idle: bool) -> None:
         """`size` bytes of pages have come for a large request.
 
-        `compress`: what it asked for. `idle`: no more answers are due.
+        `compress`: whether it asked for compression. `idle`: no further answer is outstanding.
         """
         if compress is self.compress:
             if self._began is None:

@@ -1,4 +1,4 @@
-"""Where pages come from, as text: ``local:DIR``, ``tcp://HOST:PORT``, ``tls://HOST:PORT``, ``unix:PATH``, ``fd:N``."""
+"""Sources as text: ``local:DIR``, ``tcp://HOST:PORT``, ``tls://HOST:PORT``, ``unix:PATH``, ``fd:N``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lazypages.net.names import FORMS
 
 
 class SourceError(LazyPagesError):
-    """The text names no source."""
+    """The text is not a source."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class UnixServer:
 
 @dataclass(frozen=True, slots=True)
 class ConnectedSocket:
-    """A stream socket that is connected to a page server already (`--ps-socket`). It can't be made again."""
+    """An inherited stream socket that is connected to a page server (`--ps-socket`). It can't be reconnected."""
 
     fd: int
 
@@ -73,7 +73,7 @@ def parse_source(text: str) -> Source:
             return ConnectedSocket(int(rest))
         if scheme in {"tcp", "tls"} and rest.startswith("//"):
             return _tcp(text, tls=scheme == "tls")
-    raise SourceError(f"{text!r} is no source: {FORMS}")
+    raise SourceError(f"{text!r} is not a source: {FORMS}")
 
 
 def _tcp(text: str, *, tls: bool) -> TcpServer:
@@ -81,7 +81,7 @@ def _tcp(text: str, *, tls: bool) -> TcpServer:
         parts = urlsplit(text)
         host, port = parts.hostname, parts.port
     except ValueError as error:
-        raise SourceError(f"{text!r} is no source: {error}") from None
+        raise SourceError(f"{text!r} is not a source: {error}") from None
     if not host or not port or parts.path or parts.query or parts.fragment or parts.username is not None:
-        raise SourceError(f"{text!r} is no source: it should be {parts.scheme}://HOST:PORT")
+        raise SourceError(f"{text!r} is not a source: expected {parts.scheme}://HOST:PORT")
     return TcpServer(host, port, tls)

@@ -1,4 +1,4 @@
-"""The page server's protocol as CRIU speaks it, without I/O: bytes in, events out, and bytes to send.
+"""Codec of CRIU's page server protocol, without I/O: bytes in; events, and bytes to send, out.
 
 Both layouts of the header (docs/criu.md, "Page server protocol"), native-endian:
 
@@ -9,25 +9,24 @@ criu-4.1   24     u32  -          u32       u64    u64     CRIU up to 4.1.1
 criu-4.2   32     u32  u32        u64       u64    u64     CRIU from 4.2
 =========  =====  ===  =========  ========  =====  ======  =================
 
-A codec owns its receive buffer, so that pages go from the socket to their reader without a copy::
+A codec owns its receive buffer, so that the reader gets pages without a copy::
 
     n = sock.recv_into(codec.writable())
     codec.received(n)  # 0: the peer has closed
     while (event := codec.next_event()) is not None:
-        ...  # a memoryview in an event is good until writable() is called again
+        ...  # a memoryview in an event is valid until writable() is called again
 
-**Which layout?** CRIU does not negotiate, and a server of CRIU's takes one connection in its life, so
-nothing can be tried out on another one. A *server* can always tell from the first 24 bytes
-(`detect_layout`). A *client* can ask a harmless question that can be put in both layouts at once, in two
-pieces (`PROBE_FIRST`, `PROBE_REST`): PARENT ("has your parent directory this image?"), which only looks.
-Its first 24 bytes are a whole message in the old layout and are answered; a server of the new layout waits
-for the other 8 and then answers (observed with `dump --lazy-pages` and `page-server --lazy-pages` of CRIU
-4.1.1 and 4.2.1). Our own server knows the probe by its `vaddr`, which CRIU does not look at in this
-command, and answers at once with what it can do beyond CRIU (`Features`); from then on both sides use the
-criu-4.2 layout with those extras, on this connection only. What the extras are is in docs/protocol.md.
+**Detection of the layout.** CRIU does not negotiate, and a server of CRIU's accepts one connection in its life, so a
+second connection can't be used for trials. A *server* detects the layout from the first 24 bytes (`detect_layout`).
+A *client* sends a query without side effects, PARENT ("does your parent directory have this image?"), that is valid in
+both layouts, in two pieces (`PROBE_FIRST`, `PROBE_REST`). Its first 24 bytes are a whole message in the old layout, so
+a server of the old layout answers them; a server of the new layout answers after the other 8 (observed with
+`dump --lazy-pages` and `page-server --lazy-pages` of CRIU 4.1.1 and 4.2.1). Our own server recognises the probe by its
+`vaddr`, which CRIU ignores in this command. It answers at once with its extensions (`Features`); from then on both
+sides use the criu-4.2 layout with these, on this connection only. docs/protocol.md describes the extensions.
 
-In TLS a message in two pieces is two records, which a server of CRIU's does not put together (docs/criu.md). There the
-layout is a guess, unless somebody says it (`GUESSED`).
+Over TLS the two pieces are two records, which a server of CRIU's does not join (docs/criu.md). There the layout is a
+guess, unless the user names it (`GUESSED`).
 """
 
 from __future__ import annotations
@@ -43,11 +42,11 @@ from lazypages.net.compression import CompressionError, decompress
 
 PAGE_SIZE = mmap.PAGESIZE
 ADDRESS_SPACE = 1 << 64  # bytes; no range may reach past it
-BUFFER_SIZE = 512 << 10  # bytes that are received at once, at most
+BUFFER_SIZE = 512 << 10  # bytes of a receive buffer
 
 
 class RemoteProtocolError(LazyPagesError):
-    """The peer broke the page server's protocol. The connection can't be used any more."""
+    """The peer broke the page server's protocol. The connection is unusable."""
 
 
 class Command(enum.IntEnum):
@@ -56,13 +55,13 @@ class Command(enum.IntEnum):
     ADD = 1  # old: pages follow
     HOLE = 2  # old: pages are in the parent
     OPEN = 3  # old: OPEN2 without an answer
-    OPEN2 = 4  # begin an image; answered with one byte: has it a parent
-    PARENT = 5  # has the parent directory this image; answered with an int32
+    OPEN2 = 4  # begin an image; answered with one byte: whether it has a parent
+    PARENT = 5  # does the parent directory have this image; answered with an int32
     ADD_F = 6  # pages with pagemap flags; they follow if the flags say PRESENT
     GET = 7  # answered with ADD_F and the pages
     CLOSE = 0x1023  # answered with an int32 status
     FORCE_CLOSE = 0x1024
-    CHECKPOINT = 0x4C01  # ours: the client says which checkpoint it means; no answer
+    CHECKPOINT = 0x4C01  # ours: the client identifies its checkpoint; no answer
     COMPLETED = 0x4C02  # ours, from the server: another destination has all of this dump
 
 
@@ -81,8 +80,8 @@ class PageFlags(enum.IntFlag):
     ZSTD = 0x200
 
 
-#: Others may say that pages are not sent plainly, or not wanted so (images_spec/unknown.md). CRIU leaves them out of
-#: all other commands, where they mean nothing.
+#: An unknown flag may mean another encoding of the pages, so it is refused (images_spec/unknown.md). In all other
+#: commands CRIU sends no flags, and they have no meaning.
 _KNOWN_FLAGS = {
     Command.ADD_F: PageFlags.PARENT | PageFlags.LAZY | PageFlags.PRESENT,
     Command.GET: PageFlags.ZSTD,
@@ -90,30 +89,30 @@ _KNOWN_FLAGS = {
 
 
 class Features(enum.IntFlag):
-    """What our own server and client can do beyond CRIU; asked for and granted in the probe."""
+    """Extensions of our own server and client; requested and granted in the probe."""
 
-    MISSING = 1  # a page that the server hasn't got is answered with nr_pages 0; CRIU's closes instead
+    MISSING = 1  # the answer for a page that the server lacks has nr_pages 0; CRIU's server closes instead
     CONNECTIONS = 2  # any number of connections at once
-    ZERO = 4  # pages of nothing but zeros are answered with flags ZERO, and no bytes
-    # A GET with flags ZSTD may be answered with flags ZSTD: then a u32 follows, and as many bytes of a zstd frame,
-    # fewer than the pages have.
+    ZERO = 4  # the answer for pages of zeros has flags ZERO, and no bytes
+    # The answer to a GET with flags ZSTD may have flags ZSTD: then a u32 follows, and so many bytes of a zstd frame,
+    # fewer than the size of the pages.
     COMPRESSED = 8
-    # Both say which checkpoint they mean before any page: the server's identity follows its answer to the probe, and
-    # the client's first message is CHECKPOINT with its own. CLOSE says how it went (CloseFlags), the server may say
+    # Both sides identify their checkpoint before any page: the server's identity follows its answer to the probe, and
+    # the client's first message is CHECKPOINT with its own. CLOSE reports the outcome (CloseFlags), the server may send
     # COMPLETED. Only between a client that has images and a server that has an identity.
     CHECKPOINT = 0x80
 
 
 NO_FEATURES = Features(0)
 ALL_FEATURES = Features.MISSING | Features.CONNECTIONS | Features.ZERO | Features.COMPRESSED
-"""All that need nothing but code."""
+"""The features that need no configuration: all but CHECKPOINT."""
 
 
 class CloseFlags(enum.IntFlag):
-    """In the high 16 bits of CLOSE's cmd, after Features.CHECKPOINT was granted. None: nobody knows how it went."""
+    """In the high 16 bits of CLOSE's cmd, after Features.CHECKPOINT was granted. No flag: the outcome is not known."""
 
     COMPLETE = 1  # every task has all its memory, or has exited by itself
-    UNUSED = 2  # no restore has come: nothing runs at this destination
+    UNUSED = 2  # no restore has come: no task runs at this destination
 
 
 NO_CLOSE_FLAGS = CloseFlags(0)
@@ -171,7 +170,7 @@ class Header(NamedTuple):
 
 
 class ImageType(enum.Enum):
-    """What a dst_id names, in all commands but GET. The value is the type byte in use since CRIU 3.3."""
+    """The image that a dst_id names, in all commands but GET. The value is the type byte in use since CRIU 3.3."""
 
     TASK = 1  # pagemap-<pid>.img
     SHMEM = 2  # pagemap-shmem-<shmid>.img
@@ -189,22 +188,25 @@ def encode_dst_id(kind: ImageType, number: int) -> int:
 
 
 def decode_dst_id(dst_id: int) -> tuple[ImageType, int]:
-    """The kind and the number (pid or shmid) of an image; type bytes of old releases are known too."""
+    """The kind and the number (pid or shmid) of an image; accepts the type bytes of old releases, too.
+
+    Raises RemoteProtocolError.
+    """
     kind = _IMAGE_TYPES.get(dst_id & 0xFF)
     if kind is None:
-        raise RemoteProtocolError(f"the peer names an image of the unknown type {dst_id & 0xFF}")
+        raise RemoteProtocolError(f"the peer names an image of unknown type {dst_id & 0xFF}")
     return kind, dst_id >> 8
 
 
-# The probe. No task can have the pid it asks for, and the low 16 bits of PROBE_REST are no command, so that
-# neither an old server nor ours can take them for a message.
-_PROBE_MAGIC = 0x6C617A7970616765  # in vaddr; as nr_pages of the other layout it is out of all bounds
+# The probe. No task can have its pid, and the low 16 bits of PROBE_REST are no command, so that neither an old server
+# nor ours mistakes them for a message.
+_PROBE_MAGIC = 0x6C617A7970616765  # in vaddr; an impossible nr_pages in the other layout
 _PROBE_DST_ID = encode_dst_id(ImageType.TASK, 0x7FFFFFFF)
 _PROBE_ANSWER = 0x4C50 << 16  # plus Features
 
 
 def probe_first(features: Features = ALL_FEATURES) -> bytes:
-    """The first piece of a probe that asks for `features`."""
+    """The first piece of a probe that requests `features`."""
     return _STRUCTS[Layout.CRIU_4_1].pack(Command.PARENT, features, _PROBE_MAGIC, _PROBE_DST_ID)
 
 
@@ -213,41 +215,44 @@ PROBE_REST = struct.pack("=Q", _PROBE_DST_ID)
 PROBE_ANSWER_SIZE = _STATUS.size
 
 GUESSED = (
-    "with TLS it can't be found out which CRIU's protocol a page server speaks, and {layout.value} was a guess: "
-    "say it with --page-server-protocol"
+    "a page server's protocol can't be detected over TLS, and {layout.value} was a guess: "
+    "name it with --page-server-protocol"
 )
-"""For whom a server has closed the connection; for ``str.format``."""
+"""Added to the error when a server has closed the connection after a guess; for ``str.format``."""
 
 
 def probe_answer(data: bytes) -> Features | None:
-    """What the server's answer to the probe (PROBE_ANSWER_SIZE bytes) says: None for a server of CRIU's."""
+    """The features in the server's answer to the probe (PROBE_ANSWER_SIZE bytes); None for a server of CRIU's.
+
+    Raises RemoteProtocolError.
+    """
     (value,) = _STATUS.unpack(data)
     if value & ~0xFFFF == _PROBE_ANSWER:
         return Features(value & 0xFFFF)
     if value in {0, 1}:
         return None
-    raise RemoteProtocolError(f"the page server answers {value:#x} when asked for a parent image, not 0 or 1")
+    raise RemoteProtocolError(f"the page server answered PARENT with {value:#x} instead of 0 or 1")
 
 
 def checkpoint_message(identity: bytes, client: int) -> bytes:
-    """The client's first message once Features.CHECKPOINT is granted. `client`: a number of 64 bits, the same on all
-    connections of this destination and no other's."""
+    """The client's first message once Features.CHECKPOINT is granted. `identity`: IDENTITY_SIZE bytes. `client`: a
+    number of 64 bits that identifies this destination, the same on all its connections."""
     first, second = struct.unpack("=QQ", identity)
     return Layout.CRIU_4_2.pack(Header(Command.CHECKPOINT, client, first, second))
 
 
 def completed_message() -> bytes:
-    """What a server says, instead of an answer or of nothing, before it closes: COMPLETED."""
+    """COMPLETED: sent by a server before it closes, instead of an answer or without a request."""
     return Layout.CRIU_4_2.pack(Header(Command.COMPLETED))
 
 
 def detect_layout(first: bytes | bytearray | memoryview) -> Layout:
-    """The layout that a client uses, from the first 24 bytes it sends.
+    """The layout that a client uses, from the first 24 bytes that it sends.
 
-    The word at byte 16 is the dst_id in the old layout, the vaddr in the new one. A dst_id has a type in its
-    low byte, which no page-aligned vaddr has. In a GET it is a plain pid: at most 4194304 (PID_MAX_LIMIT,
-    proc_sys_kernel(5)), and the word at byte 8 is the old layout's vaddr or the new one's nr_pages. Tasks
-    have nothing to ask for in their lowest 4 MiB but by exotic arrangement; the alignment decides then.
+    The word at byte 16 is the dst_id in the old layout, the vaddr in the new one. A dst_id has a type in its low byte,
+    which is 0 in every page-aligned vaddr. In a GET the dst_id is a plain pid, at most 4194304 (PID_MAX_LIMIT,
+    proc_sys_kernel(5)), and the word at byte 8 is the old layout's vaddr or the new one's nr_pages. A vaddr below 4 MiB
+    is rare; there the alignment of the word at byte 8 decides.
     """
     command, _, second, third = _STRUCTS[Layout.CRIU_4_1].unpack_from(first)
     if command & 0xFFFF != Command.GET:
@@ -258,39 +263,39 @@ def detect_layout(first: bytes | bytearray | memoryview) -> Layout:
 
 
 class Eof(NamedTuple):
-    """The peer has closed; `complete` is false when that cut a message short."""
+    """The peer has closed; `complete` is false if a message was incomplete."""
 
     complete: bool
 
 
 class _ReceiveBuffer:
-    """Bytes received and not yet consumed, in one piece of memory that is used over and over."""
+    """Bytes received and not yet consumed, in one buffer that is reused."""
 
     def __init__(self, size: int) -> None:
         self._memory = memoryview(bytearray(size))
         self._start = self._end = 0
-        self._eof = self._eof_told = False
+        self._eof = self._eof_reported = False
 
     def __len__(self) -> int:
         return self._end - self._start
 
     def writable(self) -> memoryview:
-        """Where to receive into. Ends the life of all views that events have handed out."""
+        """The free part of the buffer. Invalidates the views in all earlier events."""
         length = self._end - self._start
         if self._start:
             self._memory[:length] = self._memory[self._start : self._end]
             self._start, self._end = 0, length
         if length == len(self._memory):
-            raise RuntimeError("the buffer is full: take the events out before receiving more")
+            raise RuntimeError("the buffer is full: call next_event() before receiving more")
         return self._memory[length:]
 
     def received(self, count: int) -> None:
-        """`count` bytes were put at the beginning of writable(); 0: there will be no more."""
+        """`count` bytes were written to the beginning of writable(); 0: the end of the stream."""
         self._end += count
         self._eof = self._eof or not count
 
     def receive(self, data: bytes | bytearray | memoryview) -> int:
-        """Copy as much of `data` in as there is room for; how much that was."""
+        """Copy as much of `data` as there is room for. Returns the number of bytes."""
         room = self.writable()
         count = min(len(room), len(data))
         room[:count] = data[:count]
@@ -298,8 +303,8 @@ class _ReceiveBuffer:
         return count
 
     def _end_of_file(self, *, complete: bool) -> Eof | None:
-        if self._eof and not self._eof_told:
-            self._eof_told = True
+        if self._eof and not self._eof_reported:
+            self._eof_reported = True
             return Eof(complete)
         return None
 
@@ -318,7 +323,7 @@ def _check_range(what: str, vaddr: int, nr_pages: int) -> None:
 
 
 class Get(NamedTuple):
-    """A request for pages: `vaddr` is the address at dump time. `compress`: they may come compressed."""
+    """A request for pages. `vaddr`: address at dump time. `compress`: the answer may be compressed."""
 
     pid: int
     vaddr: int
@@ -327,7 +332,7 @@ class Get(NamedTuple):
 
 
 class Pages(NamedTuple):
-    """Whole pages of an answer, as they arrive. The view is good until writable() is called again."""
+    """Whole pages of an answer, as they arrive. The view is valid until writable() is called again."""
 
     pid: int
     vaddr: int
@@ -335,7 +340,7 @@ class Pages(NamedTuple):
 
 
 class ZeroPages(NamedTuple):
-    """Pages that the server says hold nothing but zeros (only after Features.ZERO was granted)."""
+    """Pages of zeros, as reported by the server (only after Features.ZERO was granted)."""
 
     pid: int
     vaddr: int
@@ -343,10 +348,10 @@ class ZeroPages(NamedTuple):
 
 
 class Answered(NamedTuple):
-    """The oldest request has its whole answer: the first `nr_pages` of it, the rest is to be asked again.
+    """The answer to the oldest request is complete. It has the first `nr_pages`; the others must be requested again.
 
-    0 means that the server hasn't got the first page; a server of CRIU's closes the connection instead.
-    `frame`: bytes of the zstd frame that they came in; 0: in none.
+    0: the server lacks the first page; a server of CRIU's closes the connection instead. `frame`: size in bytes of the
+    zstd frame of the answer; 0: not compressed.
     """
 
     request: Get
@@ -355,20 +360,20 @@ class Answered(NamedTuple):
 
 
 class Closed(NamedTuple):
-    """The server's answer to close(): 0 when all is well."""
+    """The server's answer to close(): 0 on success."""
 
     status: int
 
 
 class Completed(NamedTuple):
-    """Another destination has all of the dump, whose tasks run there; the server has no page for us any more."""
+    """Another destination has all of the dump and runs its tasks; the server gives us no more pages."""
 
 
 class ClientCodec(_ReceiveBuffer):
-    """Our side of a connection to a server that answers GETs (`page-server --lazy-pages` and the like).
+    """The client's side of a connection to a server that answers GETs, such as `page-server --lazy-pages`.
 
-    Answers come in the order of the requests and are held against them: an answer that nobody asked for,
-    to another address or pid, or with more pages than asked raises RemoteProtocolError.
+    Answers come in the order of the requests and are checked against them: an answer without a request, with another
+    address or pid, or with more pages than requested raises RemoteProtocolError.
     """
 
     def __init__(self, layout: Layout, features: Features = NO_FEATURES, *, size: int = BUFFER_SIZE) -> None:
@@ -379,38 +384,41 @@ class ClientCodec(_ReceiveBuffer):
         self._asked: deque[Get] = deque()
         self._answer: Answered | None = None  # being received
         self._next = 0  # address of the next page of the answer
-        self._missing = 0  # bytes of the answer that are still to come
-        self._compressed = False  # the answer is; then these count, and not _missing:
+        self._missing = 0  # bytes of the answer that have not arrived
+        self._compressed = False  # the answer is compressed: the next two apply instead of _missing
         self._frame_size = 0  # 0: not known yet
         self._frame = bytearray()
         self._closing = self._closed = False
 
     @property
     def outstanding(self) -> int:
-        """Requests that have no complete answer yet."""
+        """Number of requests without a complete answer."""
         return len(self._asked)
 
     @property
     def oldest(self) -> Get | None:
-        """The request that is answered first."""
+        """The oldest request without a complete answer."""
         return self._asked[0] if self._asked else None
 
     @property
     def answering(self) -> Answered | None:
-        """The answer whose pages are coming."""
+        """The answer that is being received."""
         return self._answer
 
     @property
     def at_boundary(self) -> bool:
-        """Whether what was received ends with a whole answer."""
+        """Whether the received bytes end with a complete answer."""
         return not len(self) and not self._missing and not self._compressed
 
     def get(self, pid: int, vaddr: int, nr_pages: int, *, compress: bool = False) -> bytes:
-        """The bytes that ask for `nr_pages` (> 0) pages from `vaddr` on. `compress` needs Features.COMPRESSED."""
+        """The bytes that request `nr_pages` (> 0) pages from `vaddr` on. `compress` needs Features.COMPRESSED.
+
+        Raises ValueError for an invalid request, RuntimeError after close().
+        """
         if self._closing:
             raise RuntimeError("no request can follow close()")
         if not 0 < nr_pages <= self.layout.max_pages or vaddr % PAGE_SIZE:
-            raise ValueError(f"{nr_pages} pages at {vaddr:#x} can't be asked for")
+            raise ValueError(f"{nr_pages} pages at {vaddr:#x} can't be requested")
         if compress and not self.features & Features.COMPRESSED:
             raise ValueError("the server can't compress")
         self._asked.append(Get(pid, vaddr, nr_pages, compress))
@@ -419,15 +427,18 @@ class ClientCodec(_ReceiveBuffer):
         )
 
     def close(self, *, force: bool = False, flags: CloseFlags = NO_CLOSE_FLAGS) -> bytes:
-        """The bytes that end the session; Closed is the last event, after all answers. `flags` need CHECKPOINT."""
+        """The bytes that end the session; Closed is the last event, after all answers. `flags` need CHECKPOINT.
+
+        Raises ValueError.
+        """
         if flags and not self.features & Features.CHECKPOINT:
-            raise ValueError("the server would not know what that means")
+            raise ValueError("flags need Features.CHECKPOINT")
         self._closing = True
         command = Command.FORCE_CLOSE if force else Command.CLOSE
         return self._struct.pack(command | flags << 16, 0, 0, 0)
 
     def next_event(self) -> Pages | ZeroPages | Answered | Closed | Completed | Eof | None:
-        """What comes next in the bytes received so far; None: receive more. Raises RemoteProtocolError."""
+        """The next event in the bytes received so far; None: receive more. Raises RemoteProtocolError."""
         if self._missing:
             count = min(len(self), self._missing) // PAGE_SIZE * PAGE_SIZE
             if count:
@@ -449,11 +460,11 @@ class ClientCodec(_ReceiveBuffer):
                 self._closed = True
                 return Closed(*_STATUS.unpack(self._take(_STATUS.size)))
         elif len(self):
-            return self._unasked()
+            return self._unrequested()
         return self._end_of_file(complete=self.at_boundary)
 
-    def _unasked(self) -> Completed | None:
-        """Bytes that are no answer."""
+    def _unrequested(self) -> Completed | None:
+        """Handles bytes that arrive while no request is outstanding."""
         size = self._struct.size
         if self.features & Features.CHECKPOINT and len(self) < size and not self._eof:
             return None
@@ -461,7 +472,7 @@ class ClientCodec(_ReceiveBuffer):
             self._take(len(self))
             return Completed()
         raise RemoteProtocolError(
-            f"the page server sends what nobody asked for: {bytes(self._peek(min(len(self), 32))).hex()}"
+            f"the page server sent data without a request: {bytes(self._peek(min(len(self), 32))).hex()}"
         )
 
     def _says_completed(self, word: int) -> bool:
@@ -483,8 +494,8 @@ class ClientCodec(_ReceiveBuffer):
             or (nr_pages and not known)
         ):
             raise RemoteProtocolError(
-                f"asked for {asked.nr_pages} pages of task {asked.pid} at {asked.vaddr:#x},"
-                f" the page server answers command {word:#x}, {nr_pages} pages of {dst_id} at {vaddr:#x}"
+                f"requested {asked.nr_pages} pages of task {asked.pid} at {asked.vaddr:#x},"
+                f" the page server answered command {word:#x}, {nr_pages} pages of {dst_id} at {vaddr:#x}"
             )
         self._answer = Answered(asked, nr_pages)
         if zero and nr_pages:
@@ -501,7 +512,7 @@ class ClientCodec(_ReceiveBuffer):
             (self._frame_size,) = _FRAME_SIZE.unpack(self._take(_FRAME_SIZE.size))
             if not 0 < self._frame_size < nr_pages * PAGE_SIZE:
                 raise RemoteProtocolError(
-                    f"the page server sends {nr_pages} pages compressed to {self._frame_size} bytes"
+                    f"the page server sent {nr_pages} pages compressed to {self._frame_size} bytes"
                 )
         if self._frame_size:
             self._frame += self._take(min(len(self), self._frame_size - len(self._frame)))
@@ -517,13 +528,13 @@ class ClientCodec(_ReceiveBuffer):
 
 
 class Probed(NamedTuple):
-    """A client of ours asks what we can do beyond CRIU; answer with ServerCodec.answer_probe()."""
+    """A client of ours requests extensions; answer with ServerCodec.answer_probe()."""
 
     features: Features
 
 
 class Agreement(NamedTuple):
-    """A client says which checkpoint it means, before anything else (only after Features.CHECKPOINT was granted).
+    """A client identifies its checkpoint, in its first message (only after Features.CHECKPOINT was granted).
 
     `client`: the same number on all connections of one destination.
     """
@@ -533,9 +544,9 @@ class Agreement(NamedTuple):
 
 
 class Payload(NamedTuple):
-    """Some bytes of the pages that belong to the Header before, as they arrive; `missing` are to come.
+    """Some bytes of the pages that follow a Header, as they arrive; `missing` bytes have not arrived.
 
-    The view is good until writable() is called again.
+    The view is valid until writable() is called again.
     """
 
     data: memoryview
@@ -543,52 +554,48 @@ class Payload(NamedTuple):
 
 
 class ServerCodec(_ReceiveBuffer):
-    """A server's side of a connection: all commands, of dumps that are written and of pages that are read.
+    """The server's side of a connection: the commands that write a dump, and those that read pages.
 
-    Without a `layout`, it is taken from the first message.
+    Without a `layout`, it is detected from the first message.
     """
 
     def __init__(self, layout: Layout | None = None, *, size: int = BUFFER_SIZE) -> None:
         super().__init__(max(size, 64))
         self.layout = layout
         self.features = NO_FEATURES
-        self._missing = 0  # bytes of pages that are still to come
+        self._missing = 0  # bytes of pages that have not arrived
         self._after_probe = False
-        self._unagreed = False  # which checkpoint the client means must come next
+        self._unagreed = False  # the next message must be CHECKPOINT
         self._closed = False
 
     @property
     def settled(self) -> bool:
-        """Whether all that comes next is a whole message in `layout`."""
+        """Whether the next bytes begin a message in `layout`."""
         return self.layout is not None and not (
             self._after_probe or self._unagreed or self._missing or self._closed
         )
 
     @property
     def midway(self) -> bool:
-        """Whether a message has begun and is not complete, or the client has said CLOSE and not yet closed."""
+        """Whether a message is incomplete, or the client has sent CLOSE and not yet closed the connection."""
         return bool(len(self) or self._missing or self._closed)
 
     def take_rest(self) -> bytes:
-        """What was received of a message that is not complete; give it back with receive()."""
+        """Takes the bytes of an incomplete message; return them with receive()."""
         return bytes(self._take(len(self)))
 
     def next_event(self) -> Header | Payload | Probed | Agreement | Eof | None:
-        """What comes next in the bytes received so far; None: receive more. Raises RemoteProtocolError."""
+        """The next event in the bytes received so far; None: receive more. Raises RemoteProtocolError."""
         if self._missing:
             count = min(len(self), self._missing)
             if count:
                 self._missing -= count
                 return Payload(self._take(count), self._missing)
         elif self._closed:
-            self._take(
-                len(self)
-            )  # the rest of a CLOSE whose layout we could not know; nothing else counts now
+            self._take(len(self))  # the tail of a CLOSE whose layout was not known
         elif self._after_probe and len(self) >= len(PROBE_REST):
             self._after_probe = False
-            if (
-                self._peek(len(PROBE_REST)) == PROBE_REST
-            ):  # the client grew impatient before our answer was there
+            if self._peek(len(PROBE_REST)) == PROBE_REST:  # sent before our answer arrived
                 self._take(len(PROBE_REST))
             return self.next_event()
         elif len(self) >= (self.layout.header_size if self.layout else _SHORTEST):
@@ -606,7 +613,7 @@ class ServerCodec(_ReceiveBuffer):
                 self._after_probe = True
                 return Probed(Features(features & (ALL_FEATURES | Features.CHECKPOINT)))
             if word & 0xFFFF in {Command.CLOSE, Command.FORCE_CLOSE}:
-                layout = Layout.CRIU_4_1  # all zeros from here on in both: the shorter will do
+                layout = Layout.CRIU_4_1  # the other fields are zero in both layouts: take the shorter
             else:
                 self.layout = layout = detect_layout(first)
                 if len(self) < layout.header_size:
@@ -615,11 +622,11 @@ class ServerCodec(_ReceiveBuffer):
         command = _COMMANDS.get(word & 0xFFFF)
         if self._unagreed:
             if command is not Command.CHECKPOINT:
-                raise RemoteProtocolError("the client does not say which checkpoint it means")
+                raise RemoteProtocolError("the client did not identify its checkpoint")
             self._unagreed = False
             return Agreement(nr_pages, struct.pack("=QQ", vaddr, dst_id))
         if command in {None, Command.CHECKPOINT, Command.COMPLETED}:
-            raise RemoteProtocolError(f"the client sends the unknown command {word & 0xFFFF:#x}")
+            raise RemoteProtocolError(f"the client sent the unknown command {word & 0xFFFF:#x}")
         header = Header(command, nr_pages, vaddr, dst_id, word >> 16)
         if unknown := header.flags & ~_KNOWN_FLAGS.get(command, 0xFFFF):
             raise RemoteProtocolError(f"the client's {command.name} has flags {unknown:#x}, {_UNKNOWN}")
@@ -630,29 +637,35 @@ class ServerCodec(_ReceiveBuffer):
         return header
 
     def answer_get(self, request: Header, nr_pages: int, *, zero: bool = False) -> bytes:
-        """The header before `nr_pages` pages, at most as many as were asked for; `zero`: no pages follow."""
+        """The header before `nr_pages` pages, at most as many as requested; `zero`: no pages follow.
+
+        Raises ValueError.
+        """
         if nr_pages > request.nr_pages or (zero and not self.features & Features.ZERO):
-            raise ValueError("more than the client has asked for")
+            raise ValueError("more than the client has requested")
         assert self.layout is not None
         flags = PageFlags.ZERO if zero else PageFlags.PRESENT
         return self.layout.pack(request._replace(command=Command.ADD_F, nr_pages=nr_pages, flags=flags))
 
     def answer_compressed(self, request: Header, nr_pages: int, frame: bytes) -> bytes:
-        """A whole answer: `frame` (compression.Compressor) holds `nr_pages` pages. Only where may_compress()."""
+        """A whole answer: `frame` (compression.Compressor) contains `nr_pages` pages. Only if may_compress().
+
+        Raises ValueError.
+        """
         if nr_pages > request.nr_pages or not self.may_compress(request):
-            raise ValueError("not what the client has asked for")
+            raise ValueError("not what the client has requested")
         assert self.layout is not None
         header = request._replace(command=Command.ADD_F, nr_pages=nr_pages, flags=PageFlags.ZSTD)
         return self.layout.pack(header) + _FRAME_SIZE.pack(len(frame)) + frame
 
     def may_compress(self, request: Header) -> bool:
-        """Whether the client has asked for that, and may."""
+        """Whether the client allows a compressed answer, and Features.COMPRESSED was granted."""
         return bool(self.features & Features.COMPRESSED and request.flags & PageFlags.ZSTD)
 
     def answer_probe(self, features: Features, identity: bytes = b"") -> bytes:
-        """Grant `features` from here on; `identity`: of the checkpoint, with CHECKPOINT."""
+        """The answer that grants `features`. `identity`: of the checkpoint, with CHECKPOINT. Raises ValueError."""
         if len(identity) != (IDENTITY_SIZE if features & Features.CHECKPOINT else 0):
-            raise ValueError("an identity goes with CHECKPOINT")
+            raise ValueError("CHECKPOINT needs an identity, and nothing else does")
         self.features = features
         self._unagreed = bool(identity)
         return _STATUS.pack(_PROBE_ANSWER | features) + identity

@@ -1,1 +1,1 @@
-"""Where pages come from."""
+"""Sources of pages: local images and page servers."""

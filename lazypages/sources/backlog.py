@@ -1,6 +1,6 @@
-"""Pages that were asked for and have not come: who waits, in what order they are sent, what is sent already.
+"""Requests for pages that have not been answered: their order, their state, and the connection that each was sent on.
 
-Pure: no clock, no socket. No object per page; one per range that is on its way.
+Pure: no clock, no socket. One object per range of pages, never one per page.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from lazypages.net.wire import PAGE_SIZE
 
 @dataclass(slots=True, eq=False)
 class Wanted:
-    """The pages [start, end) of a task, addresses at dump time; `since`: when they were first asked for, s.
+    """The pages [start, end) of a task, addresses at dump time in bytes; `since`: time of the first request, s.
 
-    `owner`: the connection that they were asked of; None while they are queued or refused.
+    `owner`: the connection on which the request was sent; None while the range is queued or refused.
     """
 
     pid: int
@@ -26,12 +26,12 @@ class Wanted:
     urgent: bool
     since: float
     owner: object = None
-    suspect: bool = False  # a server seems not to have its first page: it is asked for alone
-    refused: set[object] = field(default_factory=set)  # the servers that seem not to have it
-    denied: set[object] = field(default_factory=set)  # those that have said so
-    attempts: int = 0  # times that all servers have refused it
-    not_before: float = 0.0  # s: refused pages wait until then
-    gone: bool = False  # not waited for any more; may still lie about in a queue
+    suspect: bool = False  # a server seems to lack its first page: a request covers this page only
+    refused: set[object] = field(default_factory=set)  # servers that seem to lack it
+    denied: set[object] = field(default_factory=set)  # servers that have reported that they lack it
+    attempts: int = 0  # rounds in which all servers have refused it
+    not_before: float = 0.0  # s: earliest time of the next request after a refusal
+    gone: bool = False  # removed from the backlog; a queue may still contain it
 
     @property
     def nr_pages(self) -> int:
@@ -47,16 +47,17 @@ def _end(wanted: Wanted) -> int:
 
 
 class Backlog:
-    """All ranges that are waited for; those of one task are disjoint.
+    """All requested ranges; those of one task are disjoint.
 
-    A range is queued (urgent or background, each first come, first served), owned by a connection, or refused.
+    A range is queued (in the urgent or the background queue, both first in, first out), owned by a connection, or
+    refused.
     """
 
     def __init__(self) -> None:
         self._tasks: dict[int, list[Wanted]] = {}  # sorted by address
         self._queues: dict[bool, deque[Wanted]] = {True: deque(), False: deque()}
         self._queued_pages = {True: 0, False: 0}
-        self.refused: dict[Wanted, None] = {}  # in this order
+        self.refused: dict[Wanted, None] = {}  # an ordered set, oldest refusal first
 
     def __bool__(self) -> bool:
         return bool(self._tasks)
@@ -66,13 +67,14 @@ class Backlog:
             yield from list(ranges)
 
     def queued_pages(self, *, urgent: bool) -> int:
-        """Pages that wait to be sent."""
+        """Pages whose request has not been sent."""
         return self._queued_pages[urgent]
 
     def add(self, pid: int, start: int, end: int, *, urgent: bool, now: float, owner: object = None) -> None:
-        """Want [start, end). What is waited for already is not asked for twice, but queued pages are hurried.
+        """Adds a request for [start, end). Pages that are in the backlog already keep their request; an urgent request
+        escalates it.
 
-        `owner`: the connection that has been asked for it without our doing.
+        `owner`: the connection on which the engine has sent the request already.
         """
         place = start
         for known in self._overlapping(pid, start, end):
@@ -80,7 +82,7 @@ class Backlog:
                 self._add(Wanted(pid, place, known.start, urgent, now, owner))
             place = known.end
             if urgent and not known.urgent:
-                self._hurry(known, start, end)
+                self._escalate(known, start, end)
         if place < end:
             self._add(Wanted(pid, place, end, urgent, now, owner))
 
@@ -90,7 +92,7 @@ class Backlog:
             self._enqueue(wanted)
 
     def take(self, max_pages: int, owner: object, *, urgent: bool) -> Wanted | None:
-        """The next range to send, at most `max_pages`, now owned; queued neighbours are made one with it."""
+        """Dequeues the next range, of at most `max_pages`, for `owner`. Merges queued neighbours into it."""
         wanted = self._pop(urgent)
         if wanted is None:
             return None
@@ -116,7 +118,7 @@ class Backlog:
         return wanted
 
     def arrived(self, pid: int, start: int, end: int) -> list[tuple[int, int]]:
-        """The pages [start, end) are there; returns the parts of them that were waited for."""
+        """Removes the pages [start, end), which have arrived; returns the parts of them that were in the backlog."""
         pieces = []
         for known in self._overlapping(pid, start, end):
             first, last = max(start, known.start), min(end, known.end)
@@ -124,8 +126,8 @@ class Backlog:
             if known.owner is None and known not in self.refused:
                 self._queued_pages[known.urgent] -= (last - first) // PAGE_SIZE
             if last < known.end:
-                rest = known if first == known.start else self._split_owned(known, last)
-                if rest is known:
+                tail = known if first == known.start else self._split_owned(known, last)
+                if tail is known:
                     known.start = last
                     continue
             if first > known.start:
@@ -135,11 +137,11 @@ class Backlog:
         return pieces
 
     def owned(self, owner: object, pid: int, start: int, end: int) -> list[Wanted]:
-        """What of [start, end) `owner` has been asked for and has not brought."""
+        """The unanswered ranges in [start, end) that were requested on `owner`."""
         return [wanted for wanted in self._overlapping(pid, start, end) if wanted.owner is owner]
 
     def again(self, wanted: Wanted) -> None:
-        """`wanted` was asked for in vain; it is the next to be sent."""
+        """Puts `wanted` at the head of its queue: its request will not be answered."""
         wanted.owner = None
         if wanted.suspect:
             self.refused[wanted] = None
@@ -147,14 +149,15 @@ class Backlog:
             self._enqueue(wanted, first=True)
 
     def give_back(self, owner: object) -> None:
-        """All that `owner` has been asked for was asked in vain."""
+        """Queues again all unanswered ranges that were requested on `owner`."""
         for wanted in reversed(list(self)):
             if wanted.owner is owner:
                 self.again(wanted)
 
     def refuse(self, wanted: Wanted, server: object, *, said: bool = False) -> None:
-        """`server` seems not to have the first page of the owned `wanted`, or has said so; the rest of it is queued
-        again.
+        """Marks the first page of the owned `wanted` refused by `server`, and queues the other pages again.
+
+        `said`: the server has reported that it lacks the page; otherwise it has closed the connection.
         """
         if wanted.nr_pages > 1:
             self.again(self._split(wanted, wanted.start + PAGE_SIZE))
@@ -166,18 +169,18 @@ class Backlog:
         self.refused[wanted] = None
 
     def retake(self, wanted: Wanted, owner: object) -> None:
-        """A refused range is sent once more."""
+        """Gives a refused range to `owner`, which requests it once more."""
         del self.refused[wanted]
         wanted.owner = owner
 
     def drop(self, wanted: Wanted) -> None:
-        """Nobody waits for it any more."""
+        """Removes a range whose task does not need it any more."""
         if wanted.owner is None and wanted not in self.refused:
             self._queued_pages[wanted.urgent] -= wanted.nr_pages
         self._remove(wanted)
 
     def drop_task(self, pid: int) -> None:
-        """Nobody waits for any page of this task any more."""
+        """Removes all ranges of this task."""
         for wanted in list(self._tasks.get(pid, ())):
             self.drop(wanted)
 
@@ -202,28 +205,28 @@ class Backlog:
         queue = self._queues[urgent]
         while queue:
             wanted = queue.popleft()
-            # Hurried, owned or gone in the meantime: it is in another queue then, or in none.
+            # Skip stale entries: a range that was escalated, requested or removed since it was queued here.
             if wanted.urgent is urgent and wanted.owner is None and not wanted.gone and not wanted.suspect:
                 self._queued_pages[urgent] -= wanted.nr_pages
                 return wanted
         return None
 
     def _split(self, wanted: Wanted, place: int) -> Wanted:
-        """Cut `wanted` at `place`: the rest, in no queue."""
-        rest = Wanted(wanted.pid, place, wanted.end, wanted.urgent, wanted.since, wanted.owner)
+        """Cuts `wanted` at `place`. Returns the second part, which is in no queue."""
+        tail = Wanted(wanted.pid, place, wanted.end, wanted.urgent, wanted.since, wanted.owner)
         wanted.end = place
-        return self._insert(rest)
+        return self._insert(tail)
 
     def _split_owned(self, wanted: Wanted, place: int) -> Wanted:
-        """As _split; the rest is queued if `wanted` is."""
-        rest = self._split(wanted, place)
-        if rest.owner is None:
-            self._queued_pages[rest.urgent] -= rest.nr_pages
-            self._enqueue(rest)
-        return rest
+        """As _split; the second part is queued if `wanted` is."""
+        tail = self._split(wanted, place)
+        if tail.owner is None:
+            self._queued_pages[tail.urgent] -= tail.nr_pages
+            self._enqueue(tail)
+        return tail
 
-    def _hurry(self, wanted: Wanted, start: int, end: int) -> None:
-        """The part of a background range that lies in [start, end) is urgent now."""
+    def _escalate(self, wanted: Wanted, start: int, end: int) -> None:
+        """Makes the part of a background range that is in [start, end) urgent."""
         if wanted.owner is not None or wanted.suspect:
             wanted.urgent = True
             return

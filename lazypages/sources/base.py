@@ -1,9 +1,9 @@
-"""What a source of remote pages is: something that can be connected to and then answers GETs on a canonical stream.
+"""Interface of a source of remote pages: it can be connected to, and then answers GETs on a canonical stream.
 
 The canonical stream is CRIU's protocol with the 32-byte header, uncompressed (lazypages/net/wire.py,
-docs/protocol.md). A source that speaks something else translates: ``lazypages/net/relay.py`` does so for TLS and
-compression. A new kind of source is one file with a class that has ``connect``; it gives the engine one end of a
-socket pair and answers at the other. Neither the loop nor the engine learns of it.
+docs/protocol.md). A source that speaks another protocol translates: ``lazypages/net/relay.py`` does so for TLS and
+compression. A new kind of source is one file with a class that has ``connect``: it gives the engine one end of a
+socket pair and answers at the other. The loop and the engine need no change.
 """
 
 from __future__ import annotations
@@ -17,31 +17,31 @@ from lazypages.net.wire import NO_FEATURES, Features, Layout
 
 
 class Carrier(Protocol):
-    """What carries a canonical stream: a plain socket, or a socket pair with a translator behind it."""
+    """The transport of a canonical stream: a plain socket, or a socket pair with a translator behind it."""
 
-    #: Why the stream ended, where its end alone does not say that.
+    #: Why the stream ended, if the engine's errno does not show it.
     failure: LazyPagesError | None
-    #: Whether the stream ended between two answers, as far as the engine can't see that.
+    #: Whether the translator's input ended between two answers; always True without a translator.
     at_boundary: bool
-    #: Pages that crossed the network compressed, and the bytes that they took there.
+    #: Pages that crossed the network compressed, and their size there in bytes.
     compressed_pages: int
     compressed_bytes: int
 
     def fileno(self) -> int:
-        """The engine's end."""
+        """The file descriptor of the engine's end."""
 
     async def aclose(self) -> None:
-        """Hangs up. Returns when nothing is left of it."""
+        """Closes the connection, and waits for the end of the translator's thread."""
 
 
 @dataclass(frozen=True, slots=True)
 class Connected:
     """A source that is ready for requests.
 
-    ``layout``: of the header; CRIU_4_2 but for a plain connection to a server of CRIU up to 4.1.1, the one exception
-    from the canonical stream (docs/architecture.md). ``features``: what the server can do beyond CRIU; none for a
-    server of CRIU's. ``answered``: whether the other side has said anything, so that it is known to be a page server.
-    ``compresses``: whether what the background asks for may cross the network compressed.
+    ``layout``: of the header. CRIU_4_2, except on a plain connection to a server of CRIU up to 4.1.1: the one exception
+    from the canonical stream (docs/architecture.md). ``features``: the server's extensions of CRIU's protocol; none
+    for a server of CRIU's. ``answered``: whether the peer has sent anything, and so is known to be a page server.
+    ``compresses``: whether pages of the background may cross the network compressed.
     """
 
     carrier: Carrier
@@ -54,15 +54,15 @@ class Connected:
 class Source(Protocol):
     """One of several places with the same pages."""
 
-    #: How it is called in messages.
+    #: Its name in messages.
     name: str
-    #: Whether it can be connected to only once, ever.
+    #: Whether it accepts a single connection in its life.
     once: bool
 
     async def connect(self, *, spare: bool, urgent_only: bool, reached: Callable[[], None]) -> Connected:
-        """``spare``: there is another connection, which may come back to life; this one must show first that it is
-        better. ``urgent_only``: it is for faults alone. ``reached`` is called when the other side has accepted, before
-        it has said anything.
+        """``spare``: another connection to this source exists and may recover. The new one must have an answer before
+        it replaces the other. ``urgent_only``: the connection is for faults only. ``reached``: called when the peer has
+        accepted, before it has sent anything.
 
         Raises LinkError, TlsError, RemoteProtocolError.
         """

@@ -1,4 +1,4 @@
-"""What the daemon knows of a checkpoint before any of its tasks comes back."""
+"""Reads a checkpoint before any of its tasks is restored."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("lazypages")
 
-#: Reads images; gives ranges of a task, in bytes.
+#: Reads images; yields ranges of a task as (start, end), in bytes.
 Seen = Callable[[], Iterator[tuple[int, int]]]
 
 
@@ -31,7 +31,7 @@ class Expected(NamedTuple):
     ``sources``: names of the levels, as in summaries: ``local``, ``parent-1``, ``parent-2``, ..., then
     ``local:DIR`` for directories beside the checkpoint.
 
-    ``seen``: ranges to bring first, since others look at them.
+    ``seen``: ranges to bring first, because other processes read them.
     """
 
     pid: int
@@ -46,10 +46,12 @@ def level_names(count: int) -> tuple[str, ...]:
 
 
 def expect(images_dir: Path, *, remote: bool, others: Sequence[Path] = ()) -> dict[int, Expected]:
-    """Reads and checks all of a checkpoint, maps its pages; by pid. Raises ImageError, before anything is served.
+    """Reads and checks a whole checkpoint, and maps its pages. Returns its tasks by pid.
 
-    ``others``: image directories of the same dump to look into for lazy pages that this one lacks, in this order. Pages
-    that no source has are refused here: a restore that needs them can't end well.
+    ``remote``: whether a page server may have lazy pages. ``others``: image directories of the same dump, searched in
+    this order for lazy pages that this one lacks.
+
+    Raises ImageError, also if no source has a lazy page: a restore that needs it would fail later.
     """
     checkpoint = open_checkpoint(images_dir)
     _check_same_dump(images_dir, others)
@@ -62,28 +64,30 @@ def expect(images_dir: Path, *, remote: bool, others: Sequence[Path] = ()) -> di
 
 
 def _check_same_dump(images_dir: Path, others: Sequence[Path]) -> None:
-    """Raises ImageError: what another dump has of the same addresses is memory of another moment."""
+    """Raises ImageError if a directory is of another dump: its pages are memory of another moment."""
     if not others:
         return
     from images_spec.identity import identify  # noqa: PLC0415 - only needed beside other directories
 
     for directory in others:
         if identify(directory) != identify(images_dir):
-            raise ImageError(directory, f"is not of the same dump as {images_dir}: no page is taken from it")
+            raise ImageError(directory, f"is not of the same dump as {images_dir}: not using its pages")
 
 
 def written_by(images_dir: Path) -> Layout | None:
-    """Which CRIU wrote the images, by how its pagemaps count pages: a hint at the protocol of its page server.
+    """The protocol of the CRIU that wrote the images, by the field in which its pagemaps count pages. A hint at the
+    protocol of its page server.
 
-    None when nothing tells. Raises ImageError.
+    None if the images do not show it. Raises ImageError.
     """
-    from images_spec.pagemap_pb2 import PagemapEntry  # noqa: PLC0415 - as below
-    from lazypages.net.wire import Layout  # noqa: PLC0415 - slow to import, and only needed with a page server
+    # slow to import, and only needed with a page server
+    from images_spec.pagemap_pb2 import PagemapEntry  # noqa: PLC0415
+    from lazypages.net.wire import Layout  # noqa: PLC0415
 
     for task in open_checkpoint(images_dir).tasks:
         path = images_dir / Kind.PAGEMAP.file_name(task.pid)
         if not path.exists():
-            continue  # of a zombie
+            continue  # a zombie
         for message in image_files.iter(path, Kind.PAGEMAP):
             if isinstance(message, PagemapEntry):
                 if not message.HasField("nr_pages"):
@@ -120,7 +124,7 @@ def _expect_task(
         prepared = PreparedMemory(memory)
     except OSError as error:
         path = checkpoint.directory / f"pagemap-{images.pid}.img"
-        raise ImageError(path, f"the pages of the task can't be laid out: {error.strerror}") from error
+        raise ImageError(path, f"cannot prepare the memory of the task: {error.strerror}") from error
     return Expected(
         images.pid,
         prepared,
@@ -134,7 +138,7 @@ def _seen(checkpoint: Checkpoint, images: TaskImages) -> Iterator[tuple[int, int
     yield from images.seen
     try:
         yield from checkpoint.thread_stacks(images.pid)
-    except ImageError as error:  # nobody needs them to be right
+    except ImageError as error:  # these ranges only set the order of transfer
         log.warning("%s", error)
 
 
@@ -144,6 +148,6 @@ def _lost_text(images: TaskImages, lost: int) -> str:
     else:
         where = "not in this image, which has no parent"
     return (
-        f"{lost} lazy pages are {where}; if they were left at the source (dump --lazy-pages), name its page "
+        f"{lost} lazy pages are {where}; if they are still at the source (dump --lazy-pages), name its page "
         "server with --page-server --address --port"
     )

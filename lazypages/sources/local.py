@@ -1,7 +1,7 @@
 """Pages from the local disk: the task's own image and its parents, mapped.
 
-The engine copies straight from the mapping into the task; what can't be read (a file cut short, an I/O error) is lost,
-never zeros: csrc/common/pages_file.h.
+The engine copies from the mapping into the task. A page that can't be read (truncated file, I/O error) is lost, never
+zeros: csrc/common/pages_file.h.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from lazypages.engine.memory import MappedFile
 
 
 class MappedPages:
-    """The pages files of a checkpoint, each mapped once. They stay mapped as long as anyone holds them."""
+    """The pages files of a checkpoint, each mapped once. A file stays mapped while its MappedFile is referenced."""
 
     def __init__(self) -> None:
         self._mapped: dict[Path, MappedFile] = {}
 
     def map(self, path: Path | None, size: int) -> MappedFile | None:
-        """The file of one level, `size` bytes as when it was checked. None for no file, or an empty one.
+        """Maps the first `size` bytes, the file's size when it was checked. None if there is no file or it is empty.
 
         Raises ImageError.
         """
@@ -29,5 +29,5 @@ class MappedPages:
             try:
                 self._mapped[path] = MappedFile(path, size)
             except OSError as error:
-                raise ImageError(path, f"can't be mapped: {error.strerror}") from None
+                raise ImageError(path, f"cannot be mapped: {error.strerror}") from None
         return self._mapped[path]

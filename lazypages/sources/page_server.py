@@ -1,7 +1,7 @@
-"""A page server as a source, CRIU's or ours: connects, and finds out who answers and what that one speaks.
+"""A page server as a source, CRIU's or ours: connects, and detects the server's kind and its protocol.
 
-No page is taken from a server of ours that has not said that it has this very checkpoint; CRIU's can't say it, and what
-protects there is in docs/protocol.md.
+A server of ours must identify its checkpoint before any page is requested from it. CRIU's can't identify theirs;
+docs/protocol.md describes what protects against another dump there.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from lazypages.sources.base import Carrier, Connected
 T = TypeVar("T")
 
 CONNECT_TIMEOUT: Final = 10.0  # s
-# How long a server of the old layout may take to answer the probe before it counts as new: the images were
-# written by a new CRIU, or by an old one or nobody knows.
+# s that a server of the old layout may take to answer the probe before it counts as new, by the layout of the CRIU that
+# wrote the images (None: not known).
 PROBE_PATIENCE: Final = {Layout.CRIU_4_2: 0.5, Layout.CRIU_4_1: 5.0, None: 2.0}
 
 
 @dataclass(frozen=True, slots=True)
 class RemoteOptions:
-    """``layout``: of the header, when the user has said it. ``written_by``: the layout of the CRIU that wrote the
-    images, a hint for finding out. ``deadline``: seconds after which pages that can't be had are lost; None: never.
-    ``checkpoint``: which one the pages must be of; None, for tests: of any.
+    """``layout``: of the header, if the user has named it. ``written_by``: the layout of the CRIU that wrote the
+    images, a hint for the detection. ``deadline``: seconds after which pages that no server gives are lost; None:
+    never. ``checkpoint``: the one that the pages must be of; None (in tests): any.
     """
 
     layout: Layout | None = None
@@ -45,11 +45,11 @@ class RemoteOptions:
 
 
 class CheckpointError(LinkError):
-    """The server has another checkpoint, or can't say which one it has."""
+    """The server has another checkpoint, or does not identify its own."""
 
 
 class PageServerSource:
-    """``client``: the same number on all connections of this destination and no other's."""
+    """``client``: a number that identifies this destination, the same on all its connections."""
 
     def __init__(self, address: PageServerAddress, options: RemoteOptions, client: int) -> None:
         self.name = str(address)
@@ -57,14 +57,16 @@ class PageServerSource:
         self._address = address
         self._options = options
         self._client = client
-        self._agreed = False  # it has had our checkpoint: who answers there from now on must have it, too
+        self._agreed = (
+            False  # a server at this address had our checkpoint: any later one there must have it, too
+        )
 
     async def connect(self, *, spare: bool, urgent_only: bool, reached: Callable[[], None]) -> Connected:
         """Raises LinkError, TlsError, RemoteProtocolError."""
         link = await _within(CONNECT_TIMEOUT, connect(self._address, self._options.tls), "connection")
         try:
             reached()
-            # A first one may take its time: a server of CRIU's has no other.
+            # No time-out for a first connection: a server of CRIU's accepts no second one.
             limit = CONNECT_TIMEOUT if spare else float("inf")
             greeted = await _within(limit, self._greet(link, spare=spare), "answer")
         except BaseException:
@@ -80,25 +82,28 @@ class PageServerSource:
         return Connected(carrier, layout, codec.features, answered, compresses)
 
     async def _greet(self, link: Link, *, spare: bool) -> tuple[ClientCodec, bool]:
-        """Finds out who answers, and how: see wire; and whether anybody has answered.
+        """Detects the server's protocol (see wire). Returns a codec for it, and whether the server has answered.
 
-        A server that the user has named is taken for it: CRIU's holds its answer back for 200 ms (it corks its socket,
-        and only pages uncork it; seen with strace, 4.1.1).
+        A layout that the user has named needs no probe, unless identities must be compared or the connection is a
+        spare: CRIU's server delays its answer by 200 ms (it corks its socket, and only pages uncork it; seen with
+        strace, 4.1.1).
+
+        Raises LinkError, TlsError, RemoteProtocolError.
         """
-        told, checkpoint = self._options.layout, self._options.checkpoint
+        layout, checkpoint = self._options.layout, self._options.checkpoint
         must_agree = self._agreed or bool(checkpoint and checkpoint.by_dumptool)
-        if told and not (must_agree or spare):
-            return ClientCodec(told), False
-        guessed = told is None and isinstance(self._address, TcpServer) and self._address.tls
-        if guessed:  # see wire; the images' word has to do, and the old layout without it
-            told = self._options.written_by or Layout.CRIU_4_1
+        if layout and not (must_agree or spare):
+            return ClientCodec(layout), False
+        guessed = layout is None and isinstance(self._address, TcpServer) and self._address.tls
+        if guessed:  # detection is impossible over TLS (see wire): use the images' layout, else the old one
+            layout = self._options.written_by or Layout.CRIU_4_1
         wanted = wire.ALL_FEATURES | (Features.CHECKPOINT if checkpoint else wire.NO_FEATURES)
         await _send_all(
-            link, wire.probe_first(wanted) + (wire.PROBE_REST if told is Layout.CRIU_4_2 else b"")
+            link, wire.probe_first(wanted) + (wire.PROBE_REST if layout is Layout.CRIU_4_2 else b"")
         )
         answer = bytearray()
-        layout = told or Layout.CRIU_4_1
-        if told is None:
+        if layout is None:
+            layout = Layout.CRIU_4_1
             patience = PROBE_PATIENCE[self._options.written_by] + 8 * (link.round_trip() or 0.0)
             with anyio.move_on_after(patience):
                 await _receive_all(link, answer)
@@ -120,21 +125,21 @@ class PageServerSource:
         return ClientCodec(Layout.CRIU_4_2, features), True
 
     async def _agree(self, link: Link, checkpoint: Identity, features: Features) -> None:
-        """Raises CheckpointError unless the server has this checkpoint."""
+        """Compares identities with the server. Raises CheckpointError unless it has this checkpoint."""
         if not features & Features.CHECKPOINT:
-            raise CheckpointError("can't say which dump it has the pages of: none is taken from it")
+            raise CheckpointError("does not identify its dump: not using its pages")
         theirs = bytearray()
         await _receive_all(link, theirs, wire.IDENTITY_SIZE)
         await _send_all(link, wire.checkpoint_message(checkpoint.digest, self._client))
         if theirs != checkpoint.digest:
             raise CheckpointError(
                 f"has the pages of another dump ({theirs.hex()}; the images: {checkpoint.digest.hex()}): "
-                "none is taken from it"
+                "not using its pages"
             )
 
 
 async def _within(seconds: float, doing: Awaitable[T], what: str) -> T:
-    """Raises LinkError when it takes longer."""
+    """Awaits `doing`. Raises LinkError if that takes longer than `seconds`."""
     with anyio.move_on_after(seconds):
         return await doing
     raise LinkError(f"no {what} within {seconds:g} s")
@@ -146,7 +151,10 @@ async def _send_all(link: Link, data: bytes) -> None:
 
 
 async def _receive_all(link: Link, answer: bytearray, size: int = wire.PROBE_ANSWER_SIZE) -> None:
-    """The rest of an answer to the probe. What has arrived is in `answer` also when this is cancelled."""
+    """Receives until `answer` has `size` bytes. If this is cancelled, `answer` has the bytes received so far.
+
+    Raises LinkError.
+    """
     room = memoryview(bytearray(size))
     while missing := size - len(answer):
         await link.wait_readable()

@@ -1,17 +1,18 @@
-"""Plans what becomes of pages, servers and connections. Pure: no socket, no clock; events in, actions out.
+"""Plans connections to page servers, and the requests that the engine can't handle alone.
 
-The engine asks for the pages of faults and of the background by itself, on every *channel* (a connection to a server)
-that is good (csrc/serve/channel.h). What comes here is what it can't settle: a fault while no channel is good, pages
-that a server refuses, silence, the end of a channel. Time is given with each event, in seconds.
+Pure: no socket, no clock; events in, actions out. The caller passes the time with each event, in seconds.
 
-CRIU's servers take one connection in their whole life, and end a task that they keep frozen when it closes; so a
-channel that has gone silent is given up only for another one of which the server has answered the first question. Our
-own servers take any number: faults get a channel of their own.
+The engine requests the pages of faults and of the background on every usable *channel* (a connection to a server):
+csrc/serve/channel.h. It reports the rest here: a fault while no channel is usable, a page that a server refuses, a
+silent channel, the end of a channel.
 
-What can't be had at the moment waits, and is asked for again: of the other servers at once, of the same one after
-a pause that grows. Pages are lost when every server has said, again and again, that it can't give them (a server of
-CRIU's only closes the connection, for whatever reason), or after a deadline, if there is one; nothing here ever makes
-them zeros.
+CRIU's server accepts one connection in its life, and ends its frozen tasks when that closes (unless dumped with -R). So
+a silent channel is closed only after the server has answered on another one. Our own server accepts any number of
+connections: faults get a channel of their own.
+
+A refused page is requested again: from the other servers at once, from the same server after a growing pause. A page
+is lost when every server has reported several times that it can't give it (CRIU's server does not report, it closes
+the connection), or after the deadline, if there is one. No page ever becomes zeros here.
 """
 
 from __future__ import annotations
@@ -32,34 +33,37 @@ log = logging.getLogger("lazypages")
 # CAP_SYS_RESOURCE it fails past the 16th page of a pipe (docs/criu.md, "Page server protocol").
 CRIU_MAX_PAGES: Final = 64
 OUR_MAX_PAGES: Final = 256
-URGENT_MAX_PAGES: Final = 16  # neighbouring faults that are asked for as one
+URGENT_MAX_PAGES: Final = 16  # pages of neighbouring faults in one request
 MIN_PAGES: Final = 4  # of a background request
-ALONE_WINDOW: Final = 1 << 20  # bytes of background on a channel without faults, at least
-URGENT_WINDOW: Final = 4 << 20  # bytes of faults on their way on one channel
+ALONE_WINDOW: Final = 1 << 20  # bytes: least background window of a channel without faults
+URGENT_WINDOW: Final = 4 << 20  # bytes of faults in flight on one channel, at most
 
-SILENCE: Final = 3.0  # s without a byte, while answers are due, that make a channel suspect
-SILENT_ROUND_TRIPS: Final = 20  # and so many round trips
+# A channel with unanswered requests is silent after SILENCE seconds without a byte, and at least so many round trips.
+SILENCE: Final = 3.0
+SILENT_ROUND_TRIPS: Final = 20
 BACKOFF: Final = (0.02, 5.0)  # s: first and longest pause before a server is tried again
 REFUSED_BACKOFF: Final = (0.2, 10.0)  # the same for a page that all servers refuse
-# Rounds after which a page is lost that every server has said it has not, or can't read: what was wrong with a disk, or
-# with the memory of a frozen task, may pass. By the pauses above that is about 3 s.
+# Rounds of refusals by all servers after which a page is lost: an error of a disk, or of reading a frozen task, may be
+# temporary. With the pauses above that is about 3 s.
 DENIED_ROUNDS: Final = 5
-# s for which a new connection that has brought nothing is not risked for a refused page
+# s in which no refused page is requested on a new connection that has delivered nothing: the server may close it.
 SUSPECT_PAUSE: Final = 0.5
-LOOK: Final = 2e-6  # s that it takes to look at a refused page
-REFUSED_WINDOW: Final = 256  # requests for refused pages that are on their way on one channel
+LOOK: Final = 2e-6  # s that the check of one refused page takes
+REFUSED_WINDOW: Final = 256  # requests for refused pages in flight on one channel
 WARN_INTERVAL: Final = 30.0  # s
-TICK: Final = 0.1  # s between looks at channels and at what waits, while there is any
-SHORTEST_TICK: Final = 0.01  # s, at least
+TICK: Final = 0.1  # s between two checks, while there are channels or requests
+SHORTEST_TICK: Final = 0.01  # s between two checks, at least
 
 DENIED: Final = "no page server can give it; their logs say why"
 
 
 class Load(NamedTuple):
-    """What a channel has on its way: requests, bytes of faults, of the background, of the background that may be.
+    """Traffic of a channel. ``requests``: unanswered. ``urgent``, ``background``: bytes in flight for faults and for
+    the background. ``limit``: bytes of background that may be in flight.
 
-    ``round_trip``: s, 0 if not known. ``heard``: when the last byte came, or the first of what is due was asked for.
-    ``oldest``: since when a thread waits for any of it; 0: none does. ``pages``: that have come, ever.
+    ``round_trip``: s, 0 if not known. ``heard``: time of the last byte, or of the oldest unanswered request if that is
+    later, s. ``oldest``: earliest time since which a thread waits for one of the pages, s; 0: no thread waits.
+    ``pages``: received since the start.
     """
 
     requests: int = 0
@@ -74,21 +78,21 @@ class Load(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class Channel:
-    """One connection to a server, from the attempt to connect until its end. ``load`` is told from outside."""
+    """One connection to a server, from the attempt to connect until its end. The caller updates ``load``."""
 
     server: Server
     urgent_only: bool
-    spare: bool  # there is another one already that may come back to life
+    spare: bool  # another channel to the server exists, and may recover
     heard: float
     load: Load = field(default_factory=Load)
     features: Features = wire.NO_FEATURES
-    greeted: bool = False  # it is known what the server speaks
-    answered: bool = False  # the server has said something, so it is one
+    greeted: bool = False  # the server's protocol is known
+    answered: bool = False  # the peer has sent something, so it is a page server
     up: bool = False
     silent: bool = False
-    held: bool = False
+    paused: bool = False
     up_since: float = 0.0
-    # a refused page that goes alone: nothing else suffers if the server closes
+    # a refused page that is requested alone, so that no other request fails if the server closes
     reserved: Wanted | None = None
 
     @property
@@ -101,12 +105,12 @@ class Channel:
 
     @property
     def agreed(self) -> bool:
-        """Whether the server has said that it has our checkpoint."""
+        """Whether the server has confirmed that it has our checkpoint."""
         return bool(self.features & Features.CHECKPOINT)
 
     @property
     def used_up(self) -> bool:
-        """Whether this was the one connection that a server of CRIU's takes."""
+        """Whether this is the single connection that a server of CRIU's accepts."""
         return self.greeted and not self.ours and self.has_answered
 
     @property
@@ -115,14 +119,14 @@ class Channel:
 
     @property
     def expected_wait(self) -> float:
-        """Seconds until an answer to what is asked now, roughly."""
+        """Estimated seconds until the answer to a request sent now."""
         load = self.load
         return load.round_trip * (1 + (load.urgent + load.background) / load.limit)
 
 
 @dataclass(slots=True)
 class _Attempts:
-    """To connect to a server, for the background or for faults."""
+    """Attempts to connect to a server: one count for its background channel, one for its channel for faults."""
 
     failures: int = 0
     retry_at: float = 0.0
@@ -130,15 +134,15 @@ class _Attempts:
 
 @dataclass(eq=False)
 class Server:
-    """``once``: it can be connected to only once, ever."""
+    """A page server. ``once``: it accepts a single connection in its life."""
 
     name: str
     once: bool = False
     channels: list[Channel] = field(default_factory=list)
-    connections: int = 0  # that were good
-    many: bool = False  # takes more than one connection
-    used_up: bool = False  # CRIU's, and it has had its connection
-    given_up: bool = False  # therefore, and that has been said
+    connections: int = 0  # established since the start
+    many: bool = False  # accepts more than one connection
+    used_up: bool = False  # a server of CRIU's that has had its single connection
+    given_up: bool = False  # not connected to again because of that; logged
     complained: float = float("-inf")
     attempts: dict[bool, _Attempts] = field(default_factory=lambda: {False: _Attempts(), True: _Attempts()})
 
@@ -148,14 +152,13 @@ class Server:
 
     @property
     def over(self) -> bool:
-        """Whether it is never connected to again."""
+        """Whether no further connection will be attempted."""
         return self.given_up or (self.once and self.connections > 0)
 
 
 class Outstanding(NamedTuple):
-    """Pages that the engine has asked for on a channel: `since`: when a thread began to wait for them, s; 0: none does.
-
-    ``known``: they are in our books.
+    """Pages that the engine has requested on a channel. ``since``: when a thread began to wait for them, s; 0: no
+    thread waits. ``known``: they are in the backlog.
     """
 
     pid: int
@@ -166,32 +169,32 @@ class Outstanding(NamedTuple):
 
 
 class Connect(NamedTuple):
-    """Connect this new channel; then say `reached`, `connected` or `ended`."""
+    """Connect this new channel; then call `reached`, `connected` or `ended`."""
 
     channel: Channel
 
 
 class GiveUp(NamedTuple):
-    """Hang up; then say `ended`."""
+    """Close the connection; then call `ended`."""
 
     channel: Channel
 
 
-class Hold(NamedTuple):
-    """The engine sends of its own accord on it, or does not."""
+class Pause(NamedTuple):
+    """Pause or resume the channel: on a paused one, the engine sends only the requests of `Ask`."""
 
     channel: Channel
-    held: bool
+    paused: bool
 
 
 class TakeOver(NamedTuple):
-    """Say what is outstanding on it: `took_over`."""
+    """Call `took_over` with the unanswered requests of the channel."""
 
     channel: Channel
 
 
 class Ask(NamedTuple):
-    """Have the engine ask for these; then say `arrived` or `refused`."""
+    """Request these pages on the channel; then call `arrived` or `refused`."""
 
     channel: Channel
     pid: int
@@ -201,7 +204,7 @@ class Ask(NamedTuple):
 
 
 class Lost(NamedTuple):
-    """Nobody gives these."""
+    """No server gives these pages."""
 
     pid: int
     start: int
@@ -209,15 +212,15 @@ class Lost(NamedTuple):
     reason: str
 
 
-Action = Connect | GiveUp | Hold | TakeOver | Ask | Lost
+Action = Connect | GiveUp | Pause | TakeOver | Ask | Lost
 
 
 class Pool:
-    """Servers with the same content, their channels, and the pages that wait. Addresses: at dump time, in bytes.
+    """Servers with the same content, their channels, and the backlog of requests. Addresses: at dump time, in bytes.
 
-    ``checked``: a connection to a server of CRIU's that has ended is not made again, since who listens there may have
-    another dump. ``deadline``: seconds after which pages that can't be had are lost; None: never. ``chance``: between
-    0 and 1.
+    ``checked``: after the connection to a server of CRIU's has ended, do not connect to its address again: the next
+    server there may have another dump. ``deadline``: seconds after which pages that no server gives are lost; None:
+    never. ``chance``: returns a random number between 0 and 1.
     """
 
     def __init__(
@@ -235,13 +238,13 @@ class Pool:
         self._checked = checked
         self._chance = chance
         self._actions: list[Action] = []
-        self._refused_at = 0.0  # when refused pages are looked at next
+        self._refused_at = 0.0  # time of the next check of refused pages
         self._warned = now
         self._ticked = now
         self._closing = False
 
     def actions(self) -> list[Action]:
-        """What is to be done, in this order; each is given once."""
+        """Takes the actions that the caller must carry out, in this order."""
         actions, self._actions = self._actions, []
         return actions
 
@@ -252,7 +255,7 @@ class Pool:
             moments += [
                 max(server.attempts[urgent_only].retry_at, self._ticked + SHORTEST_TICK)
                 for urgent_only in ((False, True) if server.many else (False,))
-                if not server.over and not self._purpose(server, urgent_only=urgent_only)
+                if not server.over and not self._channels_for(server, urgent_only=urgent_only)
             ]
         return max(min(moments) - now, 0.0) if moments else None
 
@@ -266,7 +269,7 @@ class Pool:
     # -- events ---------------------------------------------------------------------------------------------
 
     def want(self, ranges: Iterable[tuple[int, int, int]], now: float, *, urgent: bool) -> None:
-        """Ranges of (pid, address, pages) are wanted; what is on its way already is not asked for again."""
+        """Adds requests for ranges of (pid, address, pages). Pages that are in the backlog are not requested twice."""
         if not self.backlog:
             self._warned = now
         for pid, address, nr_pages in ranges:
@@ -274,15 +277,15 @@ class Pool:
         self.plan(now)
 
     def forget(self, pid: int) -> None:
-        """Nobody waits for any page of this task any more."""
+        """Removes all requests of this task."""
         self.backlog.drop_task(pid)
 
     def reached(self, channel: Channel, now: float) -> None:
-        """The other side has accepted; it has said nothing yet."""
+        """The peer has accepted the connection, and has sent nothing yet."""
         channel.heard = now
 
     def connected(self, channel: Channel, features: Features, now: float, *, answered: bool) -> None:
-        """The channel is good; it is known what the server can do."""
+        """The channel is connected, and the server's features are known."""
         channel.up, channel.greeted, channel.answered = True, True, answered
         channel.features = features
         channel.heard = channel.up_since = now
@@ -290,23 +293,23 @@ class Pool:
         channel.server.connections += 1
 
     def arrived(self, pid: int, start: int, nr_pages: int) -> None:
-        """Pages that were in our books are in their place."""
+        """Pages of the backlog have arrived in their task."""
         self.backlog.arrived(pid, start, start + nr_pages * PAGE_SIZE)
 
     def refused(self, channel: Channel, pages: Outstanding, now: float) -> None:
-        """The server has said that it can't give the first of these."""
+        """The server has reported that it can't give the first of these pages."""
         self.adopt(channel, [pages], now)
         if channel.reserved is not None and channel.reserved.owner is channel:
             channel.reserved = None
-        for rest in self._owned(channel, pages):
-            self._refuse(channel, rest, said=True)
+        for wanted in self._owned(channel, pages):
+            self._refuse(channel, wanted, said=True)
 
     def heard(self, channel: Channel) -> None:
-        """A byte has come on a held channel."""
+        """A byte has come on a paused channel."""
         channel.silent = False
 
     def adopt(self, channel: Channel, outstanding: Iterable[Outstanding], now: float) -> None:
-        """The engine has asked `channel` for these; from here on it is our business that they come."""
+        """Adds requests that the engine has sent on `channel` by itself to the backlog."""
         for pages in outstanding:
             if not pages.known:
                 end = pages.start + pages.nr_pages * PAGE_SIZE
@@ -314,7 +317,7 @@ class Pool:
                 self.backlog.add(pages.pid, pages.start, end, urgent=urgent, now=since, owner=channel)
 
     def took_over(self, channel: Channel, outstanding: Iterable[Outstanding], now: float) -> None:
-        """The answer to TakeOver: from here on it is our business that these come."""
+        """The answer to TakeOver: adds these to the backlog, and queues them again if the channel is silent."""
         self.adopt(channel, outstanding, now)
         if channel.silent:
             self.backlog.give_back(channel)
@@ -329,10 +332,10 @@ class Pool:
         oldest: Outstanding | None = None,
         hung_up: bool = False,
     ) -> None:
-        """A channel, connected or not, is no more; `oldest` should have come next on it.
+        """A channel, connected or not, has ended. ``oldest``: its oldest unanswered request.
 
-        ``hung_up``: the server has closed between two answers: so a server of CRIU's says that it has not the page that
-        it was asked for first.
+        ``hung_up``: the server has closed between two answers, as CRIU's does when it lacks the page of the oldest
+        request.
         """
         server, answered = channel.server, channel.has_answered
         was_up, was_good, channel.up = channel.up, channel.up and not channel.silent, False
@@ -347,11 +350,13 @@ class Pool:
         attempts = server.attempts[channel.urgent_only]
         if was_up and answered:
             attempts.failures = 0
-        if was_good and not any(other.up for other in self._purpose(server, urgent_only=channel.urgent_only)):
+        if was_good and not any(
+            other.up for other in self._channels_for(server, urgent_only=channel.urgent_only)
+        ):
             attempts.retry_at = now + self._pause(BACKOFF, attempts.failures)
 
     def tick(self, now: float) -> None:
-        """Notices what lasts too long: silence, pages that are refused, pages past the deadline."""
+        """Checks for silent channels, for pages that all servers refuse, and for pages past the deadline."""
         self._ticked = now
         for channel in self.channels():
             if channel.up:
@@ -360,25 +365,23 @@ class Pool:
             if self._deadline is not None and oldest and now - oldest > self._deadline:
                 self._actions.append(TakeOver(channel))
         for wanted in [wanted for wanted in self.backlog.refused if self._denied(wanted)]:
-            self._lose(wanted, DENIED)
+            self._mark_lost(wanted, DENIED)
         if self._deadline is not None:
             for wanted in [wanted for wanted in self.backlog if now - wanted.since > self._deadline]:
-                self._lose(wanted, f"no page server gave it within {self._deadline:g} s")
+                self._mark_lost(wanted, f"no page server gave it within {self._deadline:g} s")
         oldest = min((wanted.since for wanted in self.backlog), default=now)
         if now - max(oldest, self._warned) > WARN_INTERVAL:
             self._warned = now
             pages = sum(wanted.nr_pages for wanted in self.backlog)
-            log.warning(
-                "%d pages are awaited from page servers, for up to %.0f s; still trying", pages, now - oldest
-            )
+            log.warning("still waiting for %d pages, longest %.0f s", pages, now - oldest)
         self.plan(now)
 
     def close(self) -> None:
-        """Nothing is connected any more; the end of a channel is nothing to complain about."""
+        """Makes no further connections, and does not log the end of a channel."""
         self._closing = True
 
     def plan(self, now: float) -> None:
-        """Connections that are needed, and requests that may be sent. To be called after any event."""
+        """Plans connections and requests. The caller must call it after any event."""
         if not self._closing:
             for server in self.servers:
                 for urgent_only in (False, True):
@@ -388,8 +391,8 @@ class Pool:
     # -- connections -------------------------------------------------------------------------------------------
 
     def _plan_connections(self, server: Server, now: float, *, urgent_only: bool) -> None:
-        """See to it that there is one good channel (or a second one, for faults only)."""
-        channels = self._purpose(server, urgent_only=urgent_only)
+        """Keeps one good channel to the server (or a second one, for faults only)."""
+        channels = self._channels_for(server, urgent_only=urgent_only)
         good = [channel for channel in channels if channel.up and not channel.silent]
         attempts = server.attempts[urgent_only]
         if good:
@@ -410,18 +413,17 @@ class Pool:
         attempts.retry_at = now + self._pause(BACKOFF, attempts.failures)
 
     def _is_used_up(self, server: Server) -> bool:
-        """Whether it has been CRIU's, which takes one connection in its life: who answers there now has another dump.
+        """Whether the server is CRIU's and has had its single connection: a server there now has another dump.
 
-        A connection would even be the only one of that server, and the end of it the end of its dump, which fails.
+        That server would take our connection for its single one, and its dump would fail when we close it.
         """
         if not self._checked:
             return False
         if not server.channels and server.used_up and not server.given_up:
             server.given_up = True
             log.error(
-                "page server %s: a page server of CRIU's takes one connection, and that has ended. Whoever listens "
-                "there now may have another dump: not connecting again. Pages that are still missing must come from "
-                "elsewhere (--source)",
+                "page server %s: CRIU's page server accepts one connection, which has ended; a new server there may "
+                "have another dump: not connecting again. Missing pages must come from another source (--source)",
                 server.name,
             )
         return server.used_up or any(channel.used_up for channel in server.channels)
@@ -432,15 +434,15 @@ class Pool:
         patience = max(SILENCE, SILENT_ROUND_TRIPS * load.round_trip)
         silent = load.requests > 0 and now - channel.heard > patience
         if channel.silent and not silent:
-            # All answers had come before it was found silent, and waited for a task: no byte will tell.
+            # All answers had arrived before it was found silent, and were waiting for a task: no byte will come.
             channel.silent = False
         elif silent and not channel.silent:
             log.warning("page server %s: silent for %.1f s", channel.server.name, now - channel.heard)
             channel.silent = True
-            channel.reserved = None  # another one may take the page
+            channel.reserved = None  # the page may be requested on another channel
             if channel.has_answered:
                 channel.server.attempts[channel.urgent_only].failures = 0
-            self._hold(channel)
+            self._update_pause(channel)
             self._actions.append(TakeOver(channel))
 
     def _complain(self, server: Server, reason: str, now: float, *, was_up: bool) -> None:
@@ -448,7 +450,7 @@ class Pool:
         level = logging.INFO
         if was_up or now - server.complained > WARN_INTERVAL:
             level, server.complained = logging.WARNING, now
-        again = f"; {waiting} requests wait, trying again" if waiting else ""
+        again = f"; {waiting} requests pending, trying again" if waiting else ""
         log.log(level, "page server %s: %s%s", server.name, reason, again)
 
     # -- requests ----------------------------------------------------------------------------------------------
@@ -458,13 +460,13 @@ class Pool:
         for channel in self.channels():
             if channel.reserved is not None and channel.reserved.gone:
                 channel.reserved = None
-            self._hold(channel)
+            self._update_pause(channel)
         while backlog.queued_pages(urgent=True) and (fastest := self._urgent_channel()):
             if (wanted := backlog.take(URGENT_MAX_PAGES, fastest, urgent=True)) is None:
                 break
             self._ask(fastest, wanted)
         if backlog.refused and now >= self._refused_at:
-            # A file that was cut short may cost thousands: looking at them is not to take all our time.
+            # A truncated file may cost thousands of pages: limit the share of the time that the checks take.
             self._refused_at = now + LOOK * max(0, len(backlog.refused) - 100)
             self._plan_refused(now)
         if backlog.queued_pages(urgent=False):
@@ -482,8 +484,8 @@ class Pool:
         return best
 
     def _background_limit(self, channel: Channel) -> int:
-        """Bytes of background that may be on their way: little while a fault waits on the same channel, and more than
-        needed where faults have a channel of their own."""
+        """Bytes of background that may be in flight: few while a fault waits on the same channel; at least ALONE_WINDOW
+        if faults have a channel of their own."""
         if any(other.urgent_only and other.up for other in channel.server.channels):
             return max(channel.load.limit, ALONE_WINDOW)
         return MIN_PAGES * PAGE_SIZE if channel.load.urgent else channel.load.limit
@@ -498,9 +500,9 @@ class Pool:
             self._ask(channel, wanted)
 
     def _plan_refused(self, now: float) -> None:
-        """Pages that a server has refused go to a server that has not; alone, if it may close for them, too."""
+        """Requests refused pages from servers that have not refused them; each alone if the server may close for it."""
         up = [server for server in self.servers if server.connected]
-        # that answer when a page is missing, and how much they may be sent
+        # servers that report a missing page; below, the number of requests that each may be sent
         answering: dict[Server, Channel] = {}
         for channel in self.background_channels():
             if channel.features & Features.MISSING:
@@ -513,12 +515,12 @@ class Pool:
                 break
             candidates = [server for server in up if server not in wanted.refused]
             if up and not candidates:
-                wanted.refused.clear()  # refused by all: each gets another chance, later
+                wanted.refused.clear()  # refused by all: try all again later
                 wanted.not_before = now + self._pause(REFUSED_BACKOFF, wanted.attempts)
                 wanted.attempts += 1
                 continue
-            if told := [answering[server] for server in candidates if server in answering]:
-                channel = max(told, key=lambda channel: room[channel])
+            if reporting := [answering[server] for server in candidates if server in answering]:
+                channel = max(reporting, key=lambda channel: room[channel])
                 if room[channel] > 0:
                     room[channel] -= 1
                     self.backlog.retake(wanted, channel)
@@ -527,18 +529,22 @@ class Pool:
             self._plan_alone(wanted, candidates, now)
 
     def _plan_alone(self, wanted: Wanted, candidates: Sequence[Server], now: float) -> None:
-        """First what else a connection is good for: if each began with such a page, nothing else would ever come."""
+        """Requests a page on a channel without other requests, since the server may close for it.
+
+        Uses only channels that have delivered pages, or are older than SUSPECT_PAUSE: if each new connection began with
+        such a page, no other page would ever come.
+        """
         channels = [
             channel
             for server in candidates
             for channel in server.channels
             if not channel.urgent_only and (channel.load.pages or now - channel.up_since > SUSPECT_PAUSE)
         ]
-        channels.sort(key=lambda channel: channel.reserved is None)  # the one that is kept free for it
+        channels.sort(key=lambda channel: channel.reserved is None)  # reserved channels first
         for channel in channels:
             if channel.reserved is wanted or channel.usable:
                 channel.reserved = wanted
-                self._hold(channel)
+                self._update_pause(channel)
                 if not channel.load.requests:
                     self.backlog.retake(wanted, channel)
                     self._ask(channel, wanted)
@@ -553,12 +559,12 @@ class Pool:
         )
         self._actions.append(Ask(channel, wanted.pid, wanted.start, wanted.nr_pages, wanted.urgent))
 
-    def _hold(self, channel: Channel) -> None:
-        """The engine sends of its own accord only on a channel that is good for all."""
-        held = not channel.usable
-        if channel.up and held is not channel.held:
-            channel.held = held
-            self._actions.append(Hold(channel, held))
+    def _update_pause(self, channel: Channel) -> None:
+        """Pauses the channel unless it is usable: the engine sends requests of its own only on usable channels."""
+        paused = not channel.usable
+        if channel.up and paused is not channel.paused:
+            channel.paused = paused
+            self._actions.append(Pause(channel, paused))
 
     # -- pages -------------------------------------------------------------------------------------------------
 
@@ -571,17 +577,17 @@ class Pool:
         self.backlog.refuse(wanted, channel.server, said=said)
 
     def _denied(self, wanted: Wanted) -> bool:
-        """Whether every server has said that it can't give the page, often enough."""
+        """Whether every server has reported that it can't give the page, in DENIED_ROUNDS rounds."""
         return wanted.attempts >= DENIED_ROUNDS and wanted.denied.issuperset(self.servers)
 
-    def _lose(self, wanted: Wanted, reason: str) -> None:
+    def _mark_lost(self, wanted: Wanted, reason: str) -> None:
         self.backlog.drop(wanted)
         self._actions.append(Lost(wanted.pid, wanted.start, wanted.nr_pages, reason))
 
-    def _purpose(self, server: Server, *, urgent_only: bool) -> list[Channel]:
+    def _channels_for(self, server: Server, *, urgent_only: bool) -> list[Channel]:
         return [channel for channel in server.channels if channel.urgent_only is urgent_only]
 
     def _pause(self, limits: tuple[float, float], attempt: int) -> float:
-        """Seconds: twice as long each time, up to a limit, give or take a half."""
+        """Seconds: doubles with each attempt up to a limit, times a random factor between 0.5 and 1.5."""
         first, longest = limits
         return min(longest, first * (1 << min(attempt, 16))) * (0.5 + self._chance())

@@ -1,7 +1,7 @@
-"""Pages from page servers, one or several with the same content: carries out what pool.py plans.
+"""Pages from one or several page servers with the same content: carries out the actions that pool.py plans.
 
-A connection to a server becomes a channel of the engine's, which asks for the pages of faults and of the background,
-and places them. What it can't settle comes here as an event, and goes to the pool; what the pool says is done here.
+A connection to a server becomes a channel of the engine's, which requests the pages of faults and of the background,
+and places them. The channel's events (csrc/serve/channel.h) go to the pool.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ CLOSED: Final = "closed by the server"
 CUT_SHORT: Final = "closed in the middle of an answer"
 ELSEWHERE: Final = "another destination has completed this dump and runs it"
 
-#: Pages that can't be had: the task's pid, the address at dump time, how many, why.
+#: Called for lost pages: the task's pid, the address at dump time, the number of pages, the reason.
 OnLost = Callable[[int, int, int, str], None]
 
 
 class Channels(Protocol):
-    """What makes channels: the engine."""
+    """A factory of channels: the engine."""
 
     def channel(
         self,
@@ -61,11 +61,11 @@ class Channels(Protocol):
 
 
 class CompletedError(LinkError):
-    """The server says that another destination has completed."""
+    """The server has reported that another destination has completed."""
 
 
 class _Ending(enum.Enum):
-    """What servers are told at the end."""
+    """What CLOSE reports to the servers."""
 
     COMPLETE = "complete"
     UNUSED = "unused"
@@ -74,8 +74,8 @@ class _Ending(enum.Enum):
 
 @dataclass(slots=True)
 class ServerStats:
-    """What one server has given: counts since the start; ``bytes`` are those of ``pages``; ``round_trip`` in seconds,
-    None before the first answer."""
+    """Counts of one server since the start. ``bytes``: size of ``pages``. ``round_trip``: seconds, None before the
+    first answer."""
 
     address: str
     connected: bool = False
@@ -84,28 +84,30 @@ class ServerStats:
     pages: int = 0
     bytes: int = 0
     compressed_pages: int = 0  # of ``pages``
-    compressed_bytes: int = 0  # that these took on the wire
+    compressed_bytes: int = 0  # their size on the wire
     round_trip: float | None = None
 
 
 @dataclass(slots=True, eq=False)
-class _Turn:
-    """Of a task's background on a channel."""
+class _Budget:
+    """Permission for a task to transfer background pages on a channel. ``pages``: those that were requested with it."""
 
-    over: anyio.Event = field(default_factory=anyio.Event)
+    spent: anyio.Event = field(default_factory=anyio.Event)
     pages: int = 0
 
 
 @dataclass(slots=True, eq=False)
 class _Connection:
-    """What a channel of the pool's is in the engine, and on the network."""
+    """The engine's channel and the network connection of a channel of the pool's."""
 
     scope: anyio.CancelScope = field(default_factory=anyio.CancelScope)
     carrier: Carrier | None = None
     engine: EngineChannel | None = None
-    turn: _Turn | None = None
-    hung_up: bool = False  # the other side, between two answers
-    closed: anyio.Event = field(default_factory=anyio.Event)  # it has said how it went, or is no more
+    budget: _Budget | None = None
+    hung_up: bool = False  # the peer has closed between two answers
+    closed: anyio.Event = field(
+        default_factory=anyio.Event
+    )  # the answer to CLOSE has come, or the channel has ended
 
 
 class RemotePages:
@@ -123,18 +125,18 @@ class RemotePages:
         engine: Channels,
         deadline: float | None = None,
         checked: bool = False,
-        told_at_the_end: bool = False,
+        by_dumptool: bool = False,
     ) -> None:
         self._engine = engine
         self._on_lost = on_lost
         self._group = group
-        self._told_at_the_end = told_at_the_end
+        self._by_dumptool = by_dumptool
         servers = [Server(source.name, source.once) for source in sources]
         self.pool = Pool(servers, time.monotonic(), deadline=deadline, checked=checked)
         self._sources = dict(zip(servers, sources, strict=True))
-        self._past = {server: ServerStats(server.name) for server in servers}  # of channels that are no more
+        self._past = {server: ServerStats(server.name) for server in servers}  # of channels that have ended
         self._connections: dict[Channel, _Connection] = {}
-        self._line = anyio.Lock()  # of those who wait for a channel, first come, first served
+        self._queue = anyio.Lock()  # callers of `bring` wait for a channel first in, first out
         self._free = anyio.Event()
         self._happened = anyio.Event()
         self._ending = _Ending.COMPLETE
@@ -143,68 +145,69 @@ class RemotePages:
     # -- for the tasks ---------------------------------------------------------------------------------------
 
     def request(self, ranges: Iterable[tuple[int, int, int]], *, urgent: bool) -> None:
-        """Ask for ranges of (pid, address, pages) that the engine could not ask for by itself.
+        """Request ranges of (pid, address, pages) that the engine could not request by itself.
 
-        Faults are `urgent`: they go out before all others. Give what belongs together in one call, so that
-        neighbours become one request.
+        Requests of faults are `urgent`: they are sent before all others. Pass neighbouring ranges in one call, so that
+        they become one request.
         """
         with self._planning():
             self.pool.want(ranges, time.monotonic(), urgent=urgent)
 
     def forget(self, pid: int) -> None:
-        """Nobody waits for any page of this task any more."""
+        """Remove all requests of this task."""
         with self._planning():
             self.pool.forget(pid)
 
     async def bring(self, task: ServedTask, max_bytes: int) -> int:
-        """Bring pages of `task` in the background; waits until it is this task's turn.
+        """Transfer up to `max_bytes` of pages of `task` in the background; waits for a free channel.
 
-        Returns pages that were asked for, all of them if they are `max_bytes`; 0: nothing is left at the moment.
+        Returns the number of pages requested. Fewer than `max_bytes` (0 at the end): no more were pending at that time,
+        or the channel was paused or ended.
         """
-        async with self._line:
+        async with self._queue:
             while (connection := self._free_connection()) is None:
                 self._free = anyio.Event()
                 await self._free.wait()
-            connection.turn = turn = _Turn()
+            connection.budget = budget = _Budget()
             assert connection.engine is not None
             connection.engine.set_budget(task, max_bytes)
-        await turn.over.wait()
-        return turn.pages
+        await budget.spent.wait()
+        return budget.pages
 
     def stats(self) -> list[ServerStats]:
-        """Counts per server, in the order in which they were given."""
+        """Counts per server, in the order of `sources`."""
         return [self._counted(server) for server in self.pool.servers]
 
     # -- the end ---------------------------------------------------------------------------------------------
 
     def abandon(self) -> None:
-        """At the end only hang up: a server that hears CLOSE ends the task whose pages it has."""
+        """At the end only close the connections: CLOSE would make a server end the frozen task whose pages it has."""
         self._ending = _Ending.ABANDONED
 
     def unused(self) -> None:
-        """At the end say that no restore has come; who can't be told that is hung up on."""
+        """At the end report that no restore has come. A server that does not know that report gets no CLOSE."""
         self._ending = _Ending.UNUSED
 
     async def wait_completed_elsewhere(self) -> None:
-        """Until a server says that another destination has all of the dump."""
+        """Waits until a server reports that another destination has all of the dump."""
         await self._completed.wait()
 
     @property
     def can_be_told(self) -> bool:
-        """Whether a server that must hear the end can hear it now: dumptool's. Others only must have been there."""
-        if self._told_at_the_end:
+        """Whether the end can be reported. dumptool's server must be connected now; others must have been connected."""
+        if self._by_dumptool:
             return any(channel.up for channel in self.pool.channels())
         return any(server.connections for server in self.pool.servers)
 
     @property
     def completed_elsewhere(self) -> bool:
-        """Whether a server has said that; the last word comes when all is closed."""
+        """Whether a server has reported that; final only after `close`."""
         return self._completed.is_set()
 
     # -- for open_remote -------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Until it is cancelled."""
+        """Runs the pool's timers until it is cancelled."""
         while True:
             self._happened = anyio.Event()
             due = self.pool.due(time.monotonic())
@@ -217,29 +220,29 @@ class RemotePages:
                     await self._happened.wait()
 
     async def close(self) -> None:
-        """Tell all servers that this is the end, and wait a little for their answers."""
+        """Send CLOSE to all servers, and wait up to CLOSE_TIMEOUT for their answers."""
         self.pool.close()
         if self._ending is _Ending.ABANDONED:
             return
-        told = CloseFlags.COMPLETE if self._ending is _Ending.COMPLETE else CloseFlags.UNUSED
+        outcome = CloseFlags.COMPLETE if self._ending is _Ending.COMPLETE else CloseFlags.UNUSED
         channels = [channel for channel in self.pool.channels() if channel.up]
         if self._ending is _Ending.UNUSED:
             channels = [channel for channel in channels if channel.agreed]
         connections = [self._connections[channel] for channel in channels]
         for channel, connection in zip(channels, connections, strict=True):
             assert connection.engine is not None
-            flags = told if channel.agreed else wire.NO_CLOSE_FLAGS
+            flags = outcome if channel.agreed else wire.NO_CLOSE_FLAGS
             connection.engine.finish(force=channel.server.once, flags=flags)
         with anyio.move_on_after(CLOSE_TIMEOUT, shield=True):
             for connection in connections:
                 await connection.closed.wait()
 
-    # -- what the pool says ----------------------------------------------------------------------------------
+    # -- the pool's actions ----------------------------------------------------------------------------------
 
     @contextmanager
     def _planning(self) -> Iterator[None]:
-        """Something happens in the block; what follows from it is done at its end."""
-        self._look()
+        """The block passes events to the pool; at its end, plans and carries out the pool's actions."""
+        self._update_loads()
         yield
         self.pool.plan(time.monotonic())
         while actions := self.pool.actions():
@@ -249,8 +252,8 @@ class RemotePages:
             self._free.set()
         self._happened.set()
 
-    def _look(self) -> None:
-        """What the engine says of the channels."""
+    def _update_loads(self) -> None:
+        """Copies the state of the engine's channels to those of the pool."""
         for channel, connection in self._connections.items():
             if connection.engine is not None:
                 state = connection.engine.state()
@@ -274,8 +277,8 @@ class RemotePages:
                 self._group.start_soon(self._run_channel, channel)
             case planning.GiveUp(channel):
                 self._connections[channel].scope.cancel()
-            case planning.Hold(channel, held):
-                self._channel_of(channel).pause(paused=held)
+            case planning.Pause(channel, paused):
+                self._channel_of(channel).pause(paused=paused)
             case planning.Ask(channel, pid, start, nr_pages, urgent):
                 self._channel_of(channel).ask(pid, start, nr_pages, urgent=urgent)
             case planning.TakeOver(channel):
@@ -290,22 +293,22 @@ class RemotePages:
     def _free_connection(self) -> _Connection | None:
         for channel in self.pool.background_channels():
             connection = self._connections[channel]
-            if connection.turn is None:
+            if connection.budget is None:
                 return connection
         return None
 
     # -- channels --------------------------------------------------------------------------------------------
 
     async def _run_channel(self, channel: Channel) -> None:
-        """Connect, and serve as a channel until the connection ends."""
+        """Connects, and handles the channel's events until the connection ends."""
         connection = self._connections[channel]
         reason = ""
         try:
             with connection.scope:
                 await self._connect(channel, connection)
-                await self._hear(channel, connection)
+                await self._handle_events(channel, connection)
             if connection.scope.cancelled_caught:
-                reason = "given up for another connection"
+                reason = "replaced by another connection"
         except CompletedError as error:
             reason = str(error)
             self._completed.set()
@@ -341,13 +344,13 @@ class RemotePages:
                 compress=found.compresses,
             )
         except OSError as error:
-            raise LinkError(f"no channel: {error.strerror}") from None
-        log.info("page server %s: connected (%s)", channel.server.name, _who(found))
+            raise LinkError(f"cannot open a channel: {error.strerror}") from None
+        log.info("page server %s: connected (%s)", channel.server.name, _describe(found))
         with self._planning():
             self.pool.connected(channel, features, time.monotonic(), answered=found.answered)
 
-    async def _hear(self, channel: Channel, connection: _Connection) -> None:
-        """What the engine tells of a channel, until the connection ends. Raises LinkError, RemoteProtocolError."""
+    async def _handle_events(self, channel: Channel, connection: _Connection) -> None:
+        """Handles a channel's events until the connection ends. Raises LinkError, RemoteProtocolError."""
         assert connection.engine is not None
         while True:
             await anyio.wait_readable(connection.engine.event_fd)
@@ -356,11 +359,11 @@ class RemotePages:
                     if event.kind is ChannelEventKind.ENDED:
                         self._raise_end(connection, event)
                     if event.kind is ChannelEventKind.CLOSED:
-                        self._hear_status(channel, event.status)
+                        self._handle_status(channel, event.status)
                         return
-                    self._heard(channel, connection, event)
+                    self._handle_event(channel, connection, event)
 
-    def _heard(self, channel: Channel, connection: _Connection, event: ChannelEvent) -> None:
+    def _handle_event(self, channel: Channel, connection: _Connection, event: ChannelEvent) -> None:
         match event.kind:
             case ChannelEventKind.ARRIVED:
                 self.pool.arrived(event.tag, event.dump_addr, event.nr_pages)
@@ -370,10 +373,10 @@ class RemotePages:
                 self.pool.refused(channel, pages, time.monotonic())
             case ChannelEventKind.HEARD:
                 self.pool.heard(channel)
-            case ChannelEventKind.BUDGET_SPENT if connection.turn is not None:
-                connection.turn.pages = event.nr_pages
-                connection.turn.over.set()
-                connection.turn = None
+            case ChannelEventKind.BUDGET_SPENT if connection.budget is not None:
+                connection.budget.pages = event.nr_pages
+                connection.budget.spent.set()
+                connection.budget = None
 
     def _raise_end(self, connection: _Connection, event: ChannelEvent) -> None:
         assert connection.carrier is not None
@@ -381,7 +384,7 @@ class RemotePages:
         if event.status == errno.ESTALE:
             raise CompletedError(ELSEWHERE)
         if event.status == errno.EPROTO:
-            raise RemoteProtocolError("the page server answers what it was not asked for")
+            raise RemoteProtocolError("the page server's answer does not match the request")
         failure = connection.carrier.failure
         reset = os.strerror(errno.ECONNRESET)
         reason = os.strerror(event.status) if event.status else str(failure or "")
@@ -390,47 +393,46 @@ class RemotePages:
             raise failure
         raise LinkError(reason or (CLOSED if at_boundary else CUT_SHORT))
 
-    def _hear_status(self, channel: Channel, status: int) -> None:
-        """Of the answer to CLOSE."""
+    def _handle_status(self, channel: Channel, status: int) -> None:
+        """Handles the status in the answer to CLOSE."""
         if status == wire.ELSEWHERE:
             self._completed.set()
         elif status:
-            log.warning("%s: status %d at the end", channel.server.name, status)
+            log.warning("page server %s: answered CLOSE with status %d", channel.server.name, status)
 
     def end(self, channel: Channel, reason: str) -> None:
-        """A channel is no more, or is not to be: the pool has what it leaves unanswered."""
+        """Closes a channel, connected or not, and returns its unanswered requests to the pool."""
         connection = self._connections[channel]
         with self._planning():
             oldest = None
             if connection.engine is not None:
-                oldest = self._last_words(channel, connection, connection.engine)
+                oldest = self._drain(channel, connection, connection.engine)
             now = time.monotonic()
             self.pool.ended(channel, reason, now, oldest=oldest, hung_up=connection.hung_up)
             self._past[channel.server] = self._counted(channel.server, [connection])
             del self._connections[channel]
-        if connection.turn is not None:
-            connection.turn.over.set()
+        if connection.budget is not None:
+            connection.budget.spent.set()
         if connection.engine is not None:
             connection.engine.close()
         connection.closed.set()
 
-    def _last_words(
-        self, channel: Channel, connection: _Connection, engine: EngineChannel
-    ) -> Outstanding | None:
-        """What it leaves, and what it has said of pages and nobody has heard: nothing else tells of a refused one.
+    def _drain(self, channel: Channel, connection: _Connection, engine: EngineChannel) -> Outstanding | None:
+        """Takes over the unanswered requests of a channel, and handles the events of pages that are still queued:
+        a refusal is reported only once.
 
-        Returns what should have come next.
+        Returns the oldest unanswered request.
         """
         engine.pause(paused=True)
         self.pool.adopt(channel, _outstanding(engine), time.monotonic())
         while events := engine.events():
             for event in events:
                 if event.kind in {ChannelEventKind.ARRIVED, ChannelEventKind.REFUSED}:
-                    self._heard(channel, connection, event)
+                    self._handle_event(channel, connection, event)
         return next(iter(_outstanding(engine)), None)
 
     def _counted(self, server: Server, connections: Iterable[_Connection] | None = None) -> ServerStats:
-        """What has come on channels that are no more, and on `connections`; None: on all that there are."""
+        """Counts of the channels that have ended and of `connections`; None: of all of the server's connections."""
         if connections is None:
             connections = [self._connections[channel] for channel in server.channels]
         stats = replace(self._past[server], connected=server.connected, connections=server.connections)
@@ -448,7 +450,7 @@ class RemotePages:
 
 
 def check_certificates(servers: Sequence[PageServerAddress], options: RemoteOptions | None) -> None:
-    """Raises TlsError when a server wants certificates, and ours can't be used."""
+    """Raises TlsError if a server needs TLS and our certificates can't be used."""
     if any(isinstance(server, TcpServer) and server.tls for server in servers):
         ((options and options.tls) or TlsFiles()).client_context()
 
@@ -461,10 +463,9 @@ async def open_remote(
     *,
     engine: Channels,
 ) -> AsyncIterator[RemotePages]:
-    """Connections to `servers`, all with the same content, while the context lasts; any event loop of anyio's.
+    """Keeps connections to `servers`, all with the same content, while the context lasts; any event loop of anyio's.
 
-    A server that can't be reached is tried again and again; nothing is raised for it. Raises TlsError when the
-    certificates can't be used.
+    An unreachable server raises nothing and is tried again. Raises TlsError if the certificates can't be used.
     """
     options = options or RemoteOptions()
     check_certificates(servers, options)
@@ -479,7 +480,7 @@ async def open_remote(
             engine=engine,
             deadline=options.deadline,
             checked=checkpoint is not None,
-            told_at_the_end=bool(checkpoint and checkpoint.by_dumptool),
+            by_dumptool=bool(checkpoint and checkpoint.by_dumptool),
         )
         group.start_soon(remote.run)
         yield remote
@@ -488,12 +489,12 @@ async def open_remote(
 
 
 def _outstanding(engine: EngineChannel) -> list[Outstanding]:
-    """What has not come on a channel, the oldest first; from here on its arrival is told."""
+    """The unanswered requests of a channel, oldest first; from now on the engine reports the arrival of their pages."""
     return [
         Outstanding(one.tag, one.dump_addr, one.nr_pages, one.since / NS_PER_S, one.reported)
         for one in engine.outstanding()
     ]
 
 
-def _who(found: Connected) -> str:
+def _describe(found: Connected) -> str:
     return "lazypages" if found.features else found.layout.value

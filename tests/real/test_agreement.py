@@ -92,7 +92,7 @@ def test_a_dump_of_criu_at_the_address_of_one_of_ours(release: str, program: Pro
             criu.lazy_dump(victim.pid, second, *options) as source,
         ):
             source.wait_ready()
-            wait_for("the refusal", lambda: "can't say which dump it has" in old.server.story())
+            wait_for("the refusal", lambda: "does not identify its dump" in old.server.story())
             old.give_up()
             assert old.stats()["page_servers"][0]["pages"] == 0
             assert old.stats()["pages_copied"] == 0
@@ -182,7 +182,7 @@ def test_a_page_server_without_an_inventory(
         destination(victim, ours(port), program, tmp_path / "work", wait=False) as restored,
     ):
         assert "without it the server can't identify this dump" in server.story()
-        wait_for("the refusal", lambda: "can't say which dump it has" in restored.server.story())
+        wait_for("the refusal", lambda: "does not identify its dump" in restored.server.story())
         server.process.terminate()
         assert server.wait() == 0
         shutil.copy(checkpoint.images / "inventory.img", bare)

@@ -258,7 +258,7 @@ def test_tls_and_a_protocol_that_nobody_has_named(
         result = run("dump", "-t", running.pid, "-D", tmp_path / "here", "-R", *to_it)
         assert server.wait() == 1
     assert result.returncode == 1
-    assert result.stderr.endswith("and criu-4.1 was a guess: say it with --page-server-protocol\n")
+    assert result.stderr.endswith("and criu-4.1 was a guess: name it with --page-server-protocol\n")
     assert len(result.stderr.splitlines()) == 1
     running.ends_right()
 

@@ -106,7 +106,7 @@ def test_tls_and_a_protocol_that_nobody_has_named(
         fetched = fetch([TcpServer("127.0.0.1", port, tls=True)], wanted, options=told, faults=1)
         assert server.wait() == 1
     assert set(fetched.lost) == set(wanted)
-    assert "and criu-4.1 was a guess: say it with --page-server-protocol" in caplog.text
+    assert "and criu-4.1 was a guess: name it with --page-server-protocol" in caplog.text
 
 
 # -- receive mode --------------------------------------------------------------------------------------------

@@ -24,10 +24,10 @@ from lazypages.sources.pool import (
     Channel,
     Connect,
     GiveUp,
-    Hold,
     Load,
     Lost,
     Outstanding,
+    Pause,
     Pool,
     Server,
     TakeOver,
@@ -186,7 +186,7 @@ def test_nobody_is_called_while_nothing_is_due() -> None:
     world.end(channel)
     assert world.pool.due(world.now) is None  # it can't be connected to again
     world.want(1)
-    assert world.pool.due(world.now) is not None  # for the deadline, and to say that pages are awaited
+    assert world.pool.due(world.now) is not None  # for the deadline, and to report that pages are missing
     assert world.connecting == []
 
 
@@ -219,7 +219,7 @@ def test_silence_moves_what_is_outstanding() -> None:
     world.at_engine[first] = [Outstanding(PID, 0, 1, world.now, False)]
     world.load(second)
     actions = silent(world, first)
-    assert kinds(actions)[:2] == [Hold, TakeOver]
+    assert kinds(actions)[:2] == [Pause, TakeOver]
     assert asks(actions) == [(second, 0, 1)]
     assert first.silent
     assert Connect in kinds(actions)  # another one to the same server, which is to show that it is better
@@ -244,7 +244,7 @@ def test_a_channel_that_speaks_again() -> None:
     (spare,) = world.connecting
     world.pool.heard(first)
     actions = world.act()
-    assert Hold(first, False) in actions
+    assert Pause(first, False) in actions
     assert GiveUp(spare) in actions
 
 
@@ -256,7 +256,7 @@ def test_who_waits_for_a_task_is_not_silent() -> None:
     world.load(channel, requests=0, heard=channel.load.heard)
     actions = world.tick(TICK)
     assert not channel.silent
-    assert Hold(channel, False) in actions
+    assert Pause(channel, False) in actions
     assert channel in world.servers[0].channels
 
 
@@ -351,11 +351,11 @@ def test_a_suspect_page_goes_alone() -> None:
     assert asks(world.act()) == []
     world.run(SUSPECT_PAUSE + 0.3)
     assert channel.reserved is not None
-    assert Hold(channel, True) in world.done
+    assert Pause(channel, True) in world.done
     world.load(channel, pages=1)
     assert asks(world.run(1)) == [(channel, 3, 1)]
     world.pool.arrived(PID, 3 * PAGE_SIZE, 1)
-    assert Hold(channel, False) in world.act()
+    assert Pause(channel, False) in world.act()
 
 
 def test_deadline() -> None:
@@ -386,9 +386,9 @@ def test_it_says_that_pages_are_awaited(caplog: pytest.LogCaptureFixture) -> Non
     world.want(1, 2)
     with caplog.at_level(logging.WARNING):
         world.run(planning.WARN_INTERVAL - 1)
-        assert "awaited" not in caplog.text
+        assert "still waiting" not in caplog.text
         world.run(2)
-    assert "2 pages are awaited" in caplog.text
+    assert "still waiting for 2 pages, longest " in caplog.text
 
 
 def test_forgotten_pages_are_not_asked_for() -> None:

@@ -1,4 +1,4 @@
-"""Sources as text, and whom a certificate is for."""
+"""Sources as text, and the names in a certificate."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_sources(text: str, source: Source) -> None:
     ],
 )
 def test_no_sources(text: str) -> None:
-    with pytest.raises(SourceError, match="is no source"):
+    with pytest.raises(SourceError, match="is not a source"):
         parse_source(text)
 
 

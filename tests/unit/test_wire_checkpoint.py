@@ -59,7 +59,7 @@ def test_agreement(impatient: bytes) -> None:
 
 @pytest.mark.parametrize("said", [GET, NEW.pack(Header(Command.CLOSE)), NEW.pack(Header(Command.PARENT))])
 def test_nothing_comes_before_the_agreement(said: bytes) -> None:
-    with pytest.raises(RemoteProtocolError, match="does not say which checkpoint"):
+    with pytest.raises(RemoteProtocolError, match="did not identify its checkpoint"):
         feed(granted(), said)
 
 
@@ -74,7 +74,7 @@ def test_it_is_no_message_without_the_feature() -> None:
 
 def test_an_identity_goes_with_the_feature() -> None:
     for features, identity in ((ALL, b""), (wire.ALL_FEATURES, IDENTITY), (ALL, IDENTITY[1:])):
-        with pytest.raises(ValueError, match="goes with"):
+        with pytest.raises(ValueError, match="needs an identity"):
             ServerCodec().answer_probe(features, identity)
 
 
@@ -85,7 +85,7 @@ def test_how_it_ends(flags: CloseFlags, force: bool) -> None:
     feed(codec, wire.checkpoint_message(IDENTITY, CLIENT))
     (header,) = feed(codec, client().close(force=force, flags=flags))
     assert header == Header(Command.FORCE_CLOSE if force else Command.CLOSE, flags=flags)
-    with pytest.raises(ValueError, match="would not know"):
+    with pytest.raises(ValueError, match="flags need"):
         ClientCodec(OLD).close(flags=CloseFlags.COMPLETE)
 
 
@@ -116,7 +116,7 @@ def test_an_answer_comes_first() -> None:
 
 def test_who_may_not_say_so() -> None:
     """A server that has not agreed, and one that is cut off in the middle."""
-    with pytest.raises(RemoteProtocolError, match="nobody asked for"):
+    with pytest.raises(RemoteProtocolError, match="without a request"):
         feed(ClientCodec(NEW, wire.ALL_FEATURES), wire.completed_message())
-    with pytest.raises(RemoteProtocolError, match="nobody asked for"):
+    with pytest.raises(RemoteProtocolError, match="without a request"):
         feed(client(), wire.completed_message()[:-1], eof=True)
