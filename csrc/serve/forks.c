@@ -22,10 +22,11 @@
 #define CHILD_NS (10 * LP_NS) /* after that what is not known of a child whose layout never is quiescent is lost */
 #define POISON_TRIES 1000 /* for a page that takes the place of poison, which must not be seen */
 
+/* Or touch: what is next to a place is evidence about it, too. */
 static bool overlap(const struct lp_change *a, uint64_t start, uint64_t len)
 {
-	return (a->start < start + len && start < a->start + a->len) ||
-	       (a->kind == LP_REMAPPED && a->to < start + len && start < a->to + a->len);
+	return (a->start <= start + len && start <= a->start + a->len) ||
+	       (a->kind == LP_REMAPPED && a->to <= start + len && start <= a->to + a->len);
 }
 
 /* Whether a child has unmapped or moved something itself, since it was forked, where its parent has. */
@@ -202,14 +203,26 @@ static void inherit_guards(struct lp_task *t, struct lp_task *child)
 	lp_guarded_give(g, t, fd);
 }
 
+static bool any_matters(const struct lp_space *before, const struct lp_change *changes, size_t nr)
+{
+	for (size_t i = 0; i < nr; i++)
+		if (lp_space_matters(before, changes[i].start, changes[i].start + changes[i].len) ||
+		    (changes[i].kind == LP_REMAPPED &&
+		     lp_space_matters(before, changes[i].to, changes[i].to + changes[i].len)))
+			return true;
+	return false;
+}
+
 static bool inherit_unsure(const struct lp_task *t, struct lp_task *child, const struct lp_fork *fork_events)
 {
+	/* where nothing was missing, all that is missing is zero, whatever has moved */
+	bool tangled = fork_events->before && fork_events->tangled &&
+		       (t->unsure.nr || any_matters(fork_events->before, fork_events->made, fork_events->nr_made));
+
 	for (size_t i = 0; i < t->unsure.nr; i++)
 		if (!lp_ranges_add(&child->unsure, t->unsure.at[i].start, t->unsure.at[i].end))
 			return false;
-	if (!fork_events->before || !fork_events->tangled)
-		return true;
-	for (size_t i = 0; i < fork_events->nr_made; i++) {
+	for (size_t i = 0; i < fork_events->nr_made && tangled; i++) {
 		const struct lp_change *change = &fork_events->made[i];
 
 		if (!lp_ranges_add(&child->unsure, change->start, change->start + change->len) ||
@@ -217,7 +230,9 @@ static bool inherit_unsure(const struct lp_task *t, struct lp_task *child, const
 		     !lp_ranges_add(&child->unsure, change->to, change->to + change->len)))
 			return false;
 	}
-	return true;
+	if (child->unsure.nr)
+		lp_append_change(child, (struct lp_change){.kind = LP_QUESTION}); /* they are poisoned once it is quiescent */
+	return !atomic_load(&child->broken);
 }
 
 /* NULL: no memory */
@@ -253,8 +268,6 @@ static void publish_child(struct lp_task *t, struct lp_new_child *u)
 	child->unreported_lost = NULL;
 	child->read_error = 0;
 	child->next_try = 0;
-	if (child->unsure.nr)
-		lp_append_change(child, (struct lp_change){.kind = LP_QUESTION}); /* unsure ranges are poisoned once it is quiescent */
 	child->total = lp_space_pending(child->space);
 	for (uint32_t i = 0; i < t->nr_levels + 2; i++)
 		child->total += u->dropped.by_source[i];
