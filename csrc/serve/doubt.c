@@ -156,7 +156,9 @@ static int has_moved(const struct lp_change *changes, size_t nr, size_t i, const
 	 * Both: what was at `to` before may be there still, or the child has moved something there.  Or other memory has grown to
 	 * where this was: then its parent has that as well, because no departure of it is reported.
 	 */
-	*tangled |= is_within(ask_parent, move->start, move->start + LP_PAGE_SIZE) != 0; /* or the parent can't say */
+	rc = is_within(ask_parent, move->start, move->start + LP_PAGE_SIZE);
+	/* The parent may have ended, or be changing its layout: then only what is mapped can be seen. */
+	*tangled |= rc == 1 || rc == -ESRCH || (rc == -EAGAIN && ask_parent->mapped(ask_parent->arg, move->start));
 	return 0;
 }
 

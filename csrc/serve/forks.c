@@ -22,28 +22,32 @@
 #define CHILD_NS (10 * LP_NS) /* after that what is not known of a child whose layout never is quiescent is lost */
 #define POISON_TRIES 1000 /* for a page that takes the place of poison, which must not be seen */
 
-/* Or touch: what is next to a place is evidence about it, too. */
-static bool overlap(const struct lp_change *a, uint64_t start, uint64_t len)
+static bool overlap(uint64_t start, uint64_t other, uint64_t len, uint64_t other_len)
 {
-	return (a->start <= start + len && start <= a->start + a->len) ||
-	       (a->kind == LP_REMAPPED && a->to <= start + len && start <= a->to + a->len);
+	return start < other + other_len && other < start + len;
 }
 
-/* Whether a child has unmapped or moved something itself, since it was forked, where its parent has. */
+/*
+ * Whether a change that a child has made itself since the fork makes what it has registered no evidence about a change of its
+ * parent: it has left a place that the parent's change has left or taken, or moved memory to a place that this has left.  Memory
+ * that it moved to a place that the parent's change has taken hides nothing: what was there has left first.
+ */
+static bool hides(const struct lp_change *own, const struct lp_change *made)
+{
+	if (own->kind == LP_FORKED || own->kind == LP_REMOVED || made->kind == LP_REMOVED) /* the child is not asked about REMOVE */
+		return false;
+	return overlap(own->start, made->start, own->len, made->len) ||
+	       (made->kind == LP_REMAPPED && overlap(own->start, made->to, own->len, made->len)) ||
+	       (own->kind == LP_REMAPPED && overlap(own->to, made->start, own->len, made->len));
+}
+
+/* Whether a child has changed its layout since the fork so that it does not show any more what it was forked with. */
 static bool has_gone_on(const struct lp_task *child, const struct lp_fork *fork_events)
 {
-	for (size_t i = 0; i < child->nr_changes; i++) {
-		const struct lp_change *own = &child->changes[i];
-
-		for (size_t k = 0; k < fork_events->nr_made && own->kind != LP_FORKED && own->kind != LP_REMOVED; k++) {
-			const struct lp_change *made = &fork_events->made[k];
-
-			if (made->kind != LP_REMOVED && /* the child is not asked about that */
-			    (overlap(made, own->start, own->len) ||
-			     (own->kind == LP_REMAPPED && overlap(made, own->to, own->len))))
+	for (size_t i = 0; i < child->nr_changes; i++)
+		for (size_t k = 0; k < fork_events->nr_made; k++)
+			if (hides(&child->changes[i], &fork_events->made[k]))
 				return true;
-		}
-	}
 	return false;
 }
 
