@@ -15,6 +15,7 @@
 #include "task_trace.h"
 #include "wiped.h"
 
+#define ALONE_MOST 16 /* messages read one by one before other tasks have their turn */
 #define MESSAGES 128 /* of one read */
 #define LATE_NS (2 * LP_NS)	/* longest wait for a late event; its thread may hardly ever get a CPU */
 #define LATE_LOOK_NS 100000 /* between two checks for a late thread, but at least four times the duration of a check */
@@ -166,7 +167,7 @@ bool lp_read_events(struct lp_task *t)
 	struct uffd_msg msgs[MESSAGES];
 	uint64_t now = 0;
 	size_t first, want, taken = 0;
-	bool late = false, more;
+	bool late = false, alone, more = false;
 	int error = 0;
 	ssize_t n;
 
@@ -174,7 +175,8 @@ bool lp_read_events(struct lp_task *t)
 		return false;
 	do {
 		first = t->nr_changes;
-		want = (t->changes_layout ? 1 : MESSAGES) * sizeof(*msgs);
+		alone = t->changes_layout;
+		want = (alone ? 1 : MESSAGES) * sizeof(*msgs);
 		if (!reserve_messages(t)) {
 			error = ENOMEM;
 			break;
@@ -206,8 +208,8 @@ bool lp_read_events(struct lp_task *t)
 		late = departure_is_late(t, first);
 		/* A read that returned faults hides an error of the event behind them (fs/userfaultfd.c, userfaultfd_read). */
 		/* Threads that change the layout without a pause must not keep this thread from other tasks. */
-	} while (!late && taken < MESSAGES && (n < 0 || (size_t)n == want || t->read_error));
-	more = !error && !late && taken >= MESSAGES;
+		more = alone && taken >= ALONE_MOST;
+	} while (!late && !more && (n < 0 || (size_t)n == want || t->read_error));
 	if (now)
 		atomic_store_explicit(&t->engine->last_fault, now, memory_order_relaxed);
 	if (t->nr_changes)

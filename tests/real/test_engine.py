@@ -249,13 +249,14 @@ def test_a_layout_that_never_stops_changing_delays_no_other_task(file: PagesFile
     """Each event that is read has its thread go on, and make the next one: the engine must not read for ever."""
     threads = 32
     with Service() as service:
-        restless, moving = one_mapping(service, file, 2 * threads)
-        service.serve(moving, [(BASE, 2 * threads, 0, 0)], [(BASE, 2 * threads)], file)
-        other, uffd = one_mapping(service, file)
-        served = service.serve(uffd, [(BASE, PAGES, 0, 0)], [(BASE, PAGES)], file, max_readahead=1)
-        restless.do("shuttles", BASE, threads)
-        other.check(BASE, PAGES, file.first_id)
-        assert served.pending == 0
+        restless, moving = one_mapping(service, file, threads + 1)
+        service.serve(moving, [(BASE, threads + 1, 0, 0)], [(BASE, threads + 1)], file)
+        other, uffd = one_mapping(service, file, 32)
+        served = service.serve(uffd, [(BASE, 32, 0, 0)], [(BASE, 32)], file, max_readahead=1)
+        restless.do("munmap", BASE + threads * PAGE, 1)  # from this on each event is read alone
+        restless.do("discards", BASE, threads)
+        other.check(BASE, 32, file.first_id)
+        until("all of it", lambda: served.pending == 0)
 
 
 def test_a_page_that_somebody_places_without_waking(file: PagesFile) -> None:

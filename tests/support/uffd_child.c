@@ -1051,25 +1051,20 @@ static void leave(void)
 	syscall(SYS_exit_group, 0);
 }
 
-/* Moves a page to the next one and back, for ever: each move is an event, and so is what it has left. */
-static void *shuttle(void *arg)
+/* Each is an event that the thread waits for: it makes the next one as soon as that has been read. */
+static void *discard_for_ever(void *page)
 {
-	char *here = arg, *there = here + PAGE;
-
-	for (;;) {
-		if (mremap(here, PAGE, PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, there) != there ||
-		    mremap(there, PAGE, PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, here) != here)
-			_exit(4);
-	}
-	return NULL;
+	while (!madvise(page, PAGE, MADV_DONTNEED))
+		;
+	_exit(4);
 }
 
-static void begin_shuttles(char *at, size_t threads)
+static void begin_discarding(char *at, size_t threads)
 {
 	pthread_t thread;
 
 	for (size_t i = 0; i < threads; i++)
-		if (pthread_create(&thread, NULL, shuttle, at + 2 * i * PAGE) || pthread_detach(thread))
+		if (pthread_create(&thread, NULL, discard_for_ever, at + i * PAGE) || pthread_detach(thread))
 			_exit(4);
 	say("ok");
 }
@@ -1200,8 +1195,8 @@ static void obey(const char *name, const uint64_t *a)
 		fork_apart();
 	} else if (!strcmp(name, "leave")) {
 		leave();
-	} else if (!strcmp(name, "shuttles")) {
-		begin_shuttles(at, a[1]);
+	} else if (!strcmp(name, "discards")) {
+		begin_discarding(at, a[1]);
 	} else if (!strcmp(name, "drop")) {
 		close(uffd);
 		uffd = -1;
