@@ -18,7 +18,7 @@ from collections import deque
 from contextlib import suppress
 from typing import Final
 
-from anyio import CapacityLimiter, to_thread
+import anyio
 
 from lazypages.errors import LazyPagesError
 from lazypages.net import wire
@@ -39,6 +39,7 @@ COMPRESSED_MIN_PAGES: Final = 16  # of a background request whose answer may be 
 RECORD: Final = 16 << 10  # bytes of a full TLS record, the most that one receive returns (RFC 8446, 5.1)
 AT_ONCE: Final = 128 << 10  # bytes that are received before they are forwarded
 REQUESTS: Final = 64 << 10  # bytes of the buffer for requests
+JOIN_PAUSE: Final = 0.002  # s between two looks whether the thread has ended
 
 
 class Direct:
@@ -61,6 +62,8 @@ class Relay:
     """A translator between `link` and the engine.
 
     ``codec``: for the server's protocol, without outstanding requests. ``trial``: measures whether compression pays.
+
+    The relay owns `link`, and closes it if it can't start. Raises LinkError then.
     """
 
     def __init__(self, link: Link, codec: ClientCodec, trial: Trial) -> None:
@@ -73,12 +76,21 @@ class Relay:
         )  # per outstanding request: whether the answer may be compressed
         self._unsent = bytearray()
         self._closing = False
-        self._inner, self._engine_end = socket.socketpair()
         self.failure: LazyPagesError | None = None
         self.at_boundary = True
         self.compressed_pages = self.compressed_bytes = 0
         self._thread = threading.Thread(target=self._run, name="relay", daemon=True)
-        self._thread.start()
+        try:
+            self._inner, self._engine_end = socket.socketpair()
+        except OSError as error:
+            link.close()
+            raise LinkError(f"cannot open a socket pair: {error.strerror}") from None
+        try:
+            self._thread.start()
+        except (RuntimeError, MemoryError) as error:  # no thread can be started
+            for end in (link, self._inner, self._engine_end):
+                end.close()
+            raise LinkError(f"cannot start a thread: {error}") from None
 
     def fileno(self) -> int:
         return self._engine_end.fileno()
@@ -91,7 +103,10 @@ class Relay:
     async def aclose(self) -> None:
         with suppress(OSError):
             self._engine_end.shutdown(socket.SHUT_RDWR)
-        await to_thread.run_sync(self._thread.join, limiter=CapacityLimiter(1))
+        while (
+            self.alive
+        ):  # it ends at once; a thread that waits for it could not be started for lack of memory
+            await anyio.sleep(JOIN_PAUSE)
         self._engine_end.close()
 
     def _run(self) -> None:

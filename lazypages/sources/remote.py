@@ -314,6 +314,9 @@ class RemotePages:
             self._completed.set()
         except (LinkError, RemoteProtocolError, TlsError) as error:
             reason = str(error)
+        except Exception as error:  # the other connections and all tasks go on
+            reason = f"internal error: {error!r}"
+            log.exception("page server %s: %s", channel.server.name, reason)
         finally:
             self.end(channel, reason)
             if connection.carrier is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import random
 import socket
 import ssl
@@ -10,6 +11,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NoReturn
 
 import anyio
 import pytest
@@ -265,3 +267,18 @@ def test_an_engine_that_hangs_up() -> None:
         with suppress(ConnectionResetError):  # what it had not read of ours is lost
             while ends.server.recv(1 << 16):
                 pass
+
+
+@pytest.mark.parametrize("lacking", ["socket.socketpair", "threading.Thread.start"])
+def test_no_relay(lacking: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short of descriptors or threads: the connection fails, and is closed."""
+
+    def fail(*_: object) -> NoReturn:
+        raise OSError(errno.EMFILE, "no") if "socketpair" in lacking else RuntimeError("no")
+
+    server, theirs = socket.socketpair()
+    with server, monkeypatch.context() as patch:
+        patch.setattr(f"lazypages.net.relay.{lacking}", fail)
+        with pytest.raises(LinkError, match="no"):
+            Relay(Link(theirs), ClientCodec(Layout.CRIU_4_2), Trial())
+    assert theirs.fileno() == -1
