@@ -139,6 +139,7 @@ class Server:
     name: str
     once: bool = False
     channels: list[Channel] = field(default_factory=list)
+    tried: bool = False  # a connection was planned
     connections: int = 0  # established since the start
     many: bool = False  # accepts more than one connection
     used_up: bool = False  # a server of CRIU's that has had its single connection
@@ -152,8 +153,11 @@ class Server:
 
     @property
     def over(self) -> bool:
-        """Whether no further connection will be attempted."""
-        return self.given_up or (self.once and self.connections > 0)
+        """Whether no further connection will be attempted.
+
+        The number of an inherited socket is used once: later it may be that of another socket.
+        """
+        return self.given_up or (self.once and self.tried)
 
 
 class Outstanding(NamedTuple):
@@ -408,6 +412,7 @@ class Pool:
             return
         channel = Channel(server, urgent_only, spare=bool(channels), heard=now)
         server.channels.append(channel)
+        server.tried = True
         self._actions.append(Connect(channel))
         attempts.failures += 1
         attempts.retry_at = now + self._pause(BACKOFF, attempts.failures)
@@ -450,7 +455,8 @@ class Pool:
         level = logging.INFO
         if was_up or now - server.complained > WARN_INTERVAL:
             level, server.complained = logging.WARNING, now
-        again = f"; {waiting} requests pending, trying again" if waiting else ""
+        again = f"; {waiting} requests pending" if waiting else ""
+        again += ", trying again" if waiting and not server.over else ""
         log.log(level, "page server %s: %s%s", server.name, reason, again)
 
     # -- requests ----------------------------------------------------------------------------------------------

@@ -190,6 +190,22 @@ def test_nobody_is_called_while_nothing_is_due() -> None:
     assert world.connecting == []
 
 
+@pytest.mark.parametrize("answers", [True, False])
+def test_an_inherited_socket_is_used_once(answers: bool) -> None:
+    """Neither a slow answer nor none makes a second connection: the number may be that of another socket by then."""
+    world = World(once=True)
+    world.pool.reached(world.connecting[0], world.now)
+    assert Connect not in kinds(world.run(3 * SILENCE))
+    if answers:
+        channel = world.connect(NO_FEATURES)
+        world.load(channel)
+        assert asks(world.want(3)) == [(channel, 3, 1)]
+    else:
+        world.fail()
+        assert world.pool.due(world.now) is None
+        assert not world.run(60)
+
+
 def test_a_server_of_criu_takes_one_connection(caplog: pytest.LogCaptureFixture) -> None:
     """Whoever listens there afterwards may have another dump."""
     world = World(checked=True)
