@@ -138,10 +138,28 @@ class Relay:
             ready = dict(poll.poll(0 if self._link.pending else None))
             if inner in ready and not self._take_requests():
                 return
-            if self._unsent:
-                del self._unsent[: self._link.send(self._unsent[:most])]
+            # Receive first: a failure to send must not lose answers that have already come.
             if (outer in ready or self._link.pending) and not self._take_answers():
                 return
+            if self._unsent:
+                try:
+                    del self._unsent[: self._link.send(self._unsent[:most])]
+                except LinkError:
+                    if self._take_last_answers():
+                        raise
+                    return
+
+    def _take_last_answers(self) -> bool:
+        """After a failure to send: takes the answers that have come. False at the end of the stream.
+
+        Raises LinkError, RemoteProtocolError, OSError.
+        """
+        poll = select.poll()
+        poll.register(self._link.fileno(), select.POLLIN)
+        while self._link.pending or poll.poll(0):
+            if not self._take_answers():
+                return False
+        return True
 
     def _take_requests(self) -> bool:
         """Translates the engine's requests; False if it has closed its end."""
@@ -168,10 +186,17 @@ class Relay:
         return self.codec.get(header.dst_id, header.vaddr, header.nr_pages, compress=compress)
 
     def _take_answers(self) -> bool:
-        """Translates the server's answers; False at the end of the stream."""
-        got = 0
+        """Translates the server's answers; False at the end of the stream.
+
+        Raises LinkError, after the translation of what came before; RemoteProtocolError, OSError.
+        """
+        got, failure = 0, None
         while got < AT_ONCE:
-            count = self._link.recv_into(self.codec.writable())
+            try:
+                count = self._link.recv_into(self.codec.writable())
+            except LinkError as error:
+                failure = error
+                break
             if count is None:
                 break
             self.codec.received(count)
@@ -199,6 +224,8 @@ class Relay:
                         return False
                     case wire.Eof():
                         return False
+            if failure is not None:
+                raise failure
             return True
         finally:
             self._forward(parts)
