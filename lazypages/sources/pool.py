@@ -381,15 +381,16 @@ class Pool:
         self.plan(now)
 
     def close(self) -> None:
-        """Makes no further connections, and does not log the end of a channel."""
+        """Plans nothing more, and does not log the end of a channel: no server answers a request behind CLOSE."""
         self._closing = True
 
     def plan(self, now: float) -> None:
         """Plans connections and requests. The caller must call it after any event."""
-        if not self._closing:
-            for server in self.servers:
-                for urgent_only in (False, True):
-                    self._plan_connections(server, now, urgent_only=urgent_only)
+        if self._closing:
+            return
+        for server in self.servers:
+            for urgent_only in (False, True):
+                self._plan_connections(server, now, urgent_only=urgent_only)
         self._plan_requests(now)
 
     # -- connections -------------------------------------------------------------------------------------------

@@ -190,6 +190,18 @@ def test_nobody_is_called_while_nothing_is_due() -> None:
     assert world.connecting == []
 
 
+def test_nothing_is_asked_at_the_end() -> None:
+    """No server answers behind CLOSE."""
+    world = World()
+    channel = world.connect(NO_FEATURES)
+    world.load(channel)
+    world.pool.close()
+    assert world.want(3) == []
+    world.load(channel)
+    world.end(channel)
+    assert world.run(100) == []
+
+
 @pytest.mark.parametrize("answers", [True, False])
 def test_an_inherited_socket_is_used_once(answers: bool) -> None:
     """Neither a slow answer nor none makes a second connection: the number may be that of another socket by then."""
