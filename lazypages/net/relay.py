@@ -10,6 +10,7 @@ The kernel could decrypt instead (kTLS), without a copy through Python. Python's
 
 from __future__ import annotations
 
+import errno
 import select
 import socket
 import threading
@@ -63,7 +64,7 @@ class Relay:
 
     ``codec``: for the server's protocol, without outstanding requests. ``trial``: measures whether compression pays.
 
-    The relay owns `link`, and closes it if it can't start. Raises LinkError then.
+    The relay owns `link` unless it raises OSError: it can't start, and may be made again.
     """
 
     def __init__(self, link: Link, codec: ClientCodec, trial: Trial) -> None:
@@ -80,17 +81,13 @@ class Relay:
         self.at_boundary = True
         self.compressed_pages = self.compressed_bytes = 0
         self._thread = threading.Thread(target=self._run, name="relay", daemon=True)
-        try:
-            self._inner, self._engine_end = socket.socketpair()
-        except OSError as error:
-            link.close()
-            raise LinkError(f"cannot open a socket pair: {error.strerror}") from None
+        self._inner, self._engine_end = socket.socketpair()
         try:
             self._thread.start()
-        except (RuntimeError, MemoryError) as error:  # no thread can be started
-            for end in (link, self._inner, self._engine_end):
-                end.close()
-            raise LinkError(f"cannot start a thread: {error}") from None
+        except (RuntimeError, MemoryError) as error:  # threading's for EAGAIN of pthread_create
+            self._inner.close()
+            self._engine_end.close()
+            raise OSError(errno.EAGAIN, str(error)) from None
 
     def fileno(self) -> int:
         return self._engine_end.fileno()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import anyio
 import pytest
@@ -15,34 +18,42 @@ from lazypages.engine.channel import Channel
 from lazypages.engine.engine import Engine
 from lazypages.net.link import Link
 from lazypages.net.relay import Direct
-from lazypages.net.wire import Features
+from lazypages.net.url import UnixServer
+from lazypages.net.wire import Features, Layout
 from lazypages.sources.base import Connected
+from lazypages.sources.page_server import PageServerSource, RemoteOptions
 from lazypages.sources.remote import RemotePages
+from lazypages.sources.shortage import SHORTAGE
 from tests.support.pages import LOOP_NAMES, LOOPS
 
 every_loop = pytest.mark.parametrize("loop", LOOPS, ids=LOOP_NAMES)
 
 
 class Source:
-    """Raises `failures`, one at each attempt; then it is connected, once."""
+    """Raises `failures`, one at each attempt; then it is connected."""
 
     name, once = "a test", False
 
     def __init__(self, *failures: Exception) -> None:
         self._failures = list(failures)
-        self.end, self._theirs = socket.socketpair()
-        self.end.settimeout(30)
+        self._ends: list[socket.socket] = []
         self.attempts = 0
-        self.carrier = Direct(Link(self._theirs))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for end in self._ends:
+            end.close()
 
     async def connect(self, *, reached: Callable[[], None], **_: object) -> Connected:
         self.attempts += 1
         reached()
         if self._failures:
             raise self._failures.pop(0)
-        if self.attempts > 8:
-            await anyio.sleep_forever()
-        return Connected(self.carrier, features=Features.MISSING, answered=True)
+        end, theirs = socket.socketpair()
+        self._ends.append(end)
+        return Connected(Direct(Link(theirs)), features=Features.MISSING, answered=True)
 
 
 class Short:
@@ -90,8 +101,51 @@ async def connected(source: Source, engine: Short, then: Callable[[], bool] | No
 @every_loop
 def test_what_nobody_expects(loop: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
     """It fails this attempt to connect, is logged, and the next attempt succeeds."""
-    source = Source(RuntimeError("can't start new thread"), OSError("something"), MemoryError())
-    with running() as engine, source.end:
+    failures = RuntimeError("can't start new thread"), OSError("something"), MemoryError()
+    with running() as engine, Source(*failures) as source:
         anyio.run(connected, source, Short(engine), **loop)
     assert source.attempts == 4
     assert "can't start new thread" in caplog.text
+
+
+@every_loop
+def test_no_descriptor_for_the_channel(loop: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    """The connection is kept meanwhile, and silence is no reason for a second one: CRIU's server accepts one."""
+    with running() as engine, Source() as source:
+        short = Short(engine, *(OSError(number, os.strerror(number)) for number in SHORTAGE))
+        anyio.run(connected, source, short, **loop)
+        assert not short.failures
+    assert source.attempts == 1
+    assert caplog.text.count("cannot make a channel") == 1
+
+
+def test_no_channel_for_another_reason() -> None:
+    """Then it is an attempt that has failed."""
+    with running() as engine, Source() as source:
+        anyio.run(connected, source, Short(engine, OSError(errno.EBADF, "bad")))
+    assert source.attempts == 2
+
+
+def test_no_descriptor_for_a_translator(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The same for one that needs a relay: TLS, for example."""
+    failures = [OSError(number, os.strerror(number)) for number in SHORTAGE]
+    path = tmp_path / "socket"
+
+    def relay(link: Link, *_: object) -> Direct:
+        if failures:
+            raise failures.pop(0)
+        return Direct(link)
+
+    async def main() -> None:
+        reached: list[bool] = []
+        source = PageServerSource(UnixServer(path), RemoteOptions(layout=Layout.CRIU_4_2), 1)
+        found = await source.connect(spare=False, urgent_only=False, reached=lambda: reached.append(True))
+        assert len(reached) == 1 + len(SHORTAGE)
+        await found.carrier.aclose()
+
+    monkeypatch.setattr(Link, "encrypted", True)
+    monkeypatch.setattr("lazypages.sources.page_server.Relay", relay)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(os.fspath(path))
+        listener.listen()
+        anyio.run(main)
