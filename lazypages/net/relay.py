@@ -11,6 +11,7 @@ The kernel could decrypt instead (kTLS), without a copy through Python. Python's
 from __future__ import annotations
 
 import errno
+import logging
 import select
 import socket
 import threading
@@ -35,6 +36,8 @@ from lazypages.net.wire import (
     PageFlags,
     ServerCodec,
 )
+
+log = logging.getLogger("lazypages")
 
 COMPRESSED_MIN_PAGES: Final = 16  # of a background request whose answer may be compressed
 RECORD: Final = 16 << 10  # bytes of a full TLS record, the most that one receive returns (RFC 8446, 5.1)
@@ -113,6 +116,9 @@ class Relay:
             self.failure = error
         except OSError as error:  # the engine has closed its end
             self.failure = LinkError(error.strerror or str(error))
+        except Exception as error:
+            log.exception("a translator failed")
+            self.failure = LinkError(f"internal error: {error!r}")
         finally:
             self.at_boundary = self.codec.at_boundary
             self._inner.close()  # the event loop reads `failure` and `at_boundary` at the end of the stream

@@ -394,7 +394,8 @@ class RemotePages:
             raise RemoteProtocolError("the page server's answer does not match the request")
         failure = connection.carrier.failure
         reset = os.strerror(errno.ECONNRESET)
-        reason = os.strerror(event.status) if event.status else str(failure or "")
+        # A translator's failure comes first: its end of the socket pair resets if it had unread requests.
+        reason = str(failure) if failure else os.strerror(event.status) if event.status else ""
         connection.hung_up = at_boundary and reason in {"", reset}
         if failure is not None:
             raise failure

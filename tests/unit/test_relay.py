@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -333,6 +334,23 @@ def test_an_engine_that_hangs_up() -> None:
         with suppress(ConnectionResetError):  # what it had not read of ours is lost
             while ends.server.recv(1 << 16):
                 pass
+
+
+def test_a_failure_that_nobody_expects(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is known, and in the log, before the engine sees the end."""
+
+    def fail(_: object) -> NoReturn:
+        raise MemoryError("no room")
+
+    with relay() as ends:
+        asked = ends.ask(0)
+        monkeypatch.setattr(ends.relay.codec, "next_event", partial(fail, None))
+        ends.server.sendall(ends.codec.answer_get(asked, 1))
+        assert ends.engine.recv(1) == b""
+        assert "no room" in str(ends.relay.failure)
+        assert "no room" in caplog.text
 
 
 @pytest.mark.parametrize("lacking", ["socket.socketpair", "threading.Thread.start"])

@@ -16,7 +16,7 @@ import pytest
 
 from lazypages.engine.channel import Channel
 from lazypages.engine.engine import Engine
-from lazypages.net.link import Link
+from lazypages.net.link import Link, LinkError
 from lazypages.net.relay import Direct
 from lazypages.net.url import UnixServer
 from lazypages.net.wire import Features, Layout
@@ -36,14 +36,15 @@ class Source:
 
     def __init__(self, *failures: Exception) -> None:
         self._failures = list(failures)
-        self._ends: list[socket.socket] = []
+        self.ends: list[socket.socket] = []
+        self.carriers: list[Direct] = []
         self.attempts = 0
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for end in self._ends:
+        for end in self.ends:
             end.close()
 
     async def connect(self, *, reached: Callable[[], None], **_: object) -> Connected:
@@ -52,8 +53,9 @@ class Source:
         if self._failures:
             raise self._failures.pop(0)
         end, theirs = socket.socketpair()
-        self._ends.append(end)
-        return Connected(Direct(Link(theirs)), features=Features.MISSING, answered=True)
+        self.ends.append(end)
+        self.carriers.append(Direct(Link(theirs)))
+        return Connected(self.carriers[-1], features=Features.MISSING, answered=True)
 
 
 class Short:
@@ -85,15 +87,13 @@ def lost(*_: object) -> None:
     pytest.fail("nothing is lost")
 
 
-async def connected(source: Source, engine: Short, then: Callable[[], bool] | None = None) -> None:
-    """Waits until the source is connected, and then until `then` is true."""
+async def connected(source: Source, engine: Short) -> None:
+    """Waits until the source is connected."""
     with anyio.fail_after(30):
         async with anyio.create_task_group() as group:
             remote = RemotePages([source], lost, group=group, engine=engine)
             group.start_soon(remote.run)
             while not remote.pool.servers[0].connected:
-                await anyio.sleep(0.001)
-            while then and not then():
                 await anyio.sleep(0.001)
             group.cancel_scope.cancel()
 
@@ -149,3 +149,30 @@ def test_no_descriptor_for_a_translator(monkeypatch: pytest.MonkeyPatch, tmp_pat
         listener.bind(os.fspath(path))
         listener.listen()
         anyio.run(main)
+
+
+@pytest.mark.parametrize("failure", ["Connection timed out", ""])
+def test_reason_of_a_relay(failure: str) -> None:
+    """Its own failure, and not the reset of its socket pair because of unread requests: only a server that closes may
+    lack the page."""
+    suspects: list[bool] = []
+
+    async def main(engine: Short, source: Source) -> None:
+        with anyio.fail_after(30):
+            async with anyio.create_task_group() as group:
+                remote = RemotePages([source], lost, group=group, engine=engine)
+                group.start_soon(remote.run)
+                while not remote.pool.servers[0].connected:
+                    await anyio.sleep(0.001)
+                remote.request([(1, 0x1000, 1)], urgent=True)
+                await anyio.wait_readable(source.ends[0])
+                source.carriers[0].failure = LinkError(failure) if failure else None
+                source.ends[0].close()  # unread: the engine gets ECONNRESET
+                while source.attempts < 2:
+                    await anyio.sleep(0.001)
+                suspects.extend(wanted.suspect for wanted in remote.pool.backlog)
+                group.cancel_scope.cancel()
+
+    with running() as engine, Source() as source:
+        anyio.run(main, Short(engine), source)
+    assert suspects == [not failure]
