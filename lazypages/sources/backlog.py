@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from lazypages.net.wire import PAGE_SIZE
@@ -27,9 +27,13 @@ class Wanted:
     since: float
     owner: object = None
     suspect: bool = False  # a server seems to lack its first page: a request covers this page only
-    refused: set[object] = field(default_factory=set)  # servers that seem to lack it
-    denied: set[object] = field(default_factory=set)  # servers that have reported that they lack it
-    attempts: int = 0  # rounds in which all servers have refused it
+    # A round lasts until all connected servers have refused the page; then all are asked again.
+    refused: set[object] = field(default_factory=set)  # servers that seem to lack it, of this round
+    denied: set[object] = field(
+        default_factory=set
+    )  # servers that have reported that they lack it, of this round
+    attempts: int = 0  # rounds so far
+    denials: int = 0  # rounds in which all servers, connected or not, have reported that they lack it
     not_before: float = 0.0  # s: earliest time of the next request after a refusal
     gone: bool = False  # removed from the backlog; a queue may still contain it
 
@@ -167,6 +171,21 @@ class Backlog:
         if said:
             wanted.denied.add(server)
         self.refused[wanted] = None
+
+    def end_round(self, wanted: Wanted, servers: Iterable[object], not_before: float) -> None:
+        """All connected servers have refused a page: they may be asked again, from `not_before` on."""
+        wanted.denials += wanted.denied.issuperset(servers)
+        wanted.attempts += 1
+        wanted.refused.clear()
+        wanted.denied.clear()
+        wanted.not_before = not_before
+
+    def ask_again(self, server: object) -> None:
+        """A server has been connected to again, perhaps another process: what it has reported no longer counts."""
+        for wanted in self:
+            if server in wanted.denied:
+                wanted.denied.discard(server)
+                wanted.refused.discard(server)
 
     def retake(self, wanted: Wanted, owner: object) -> None:
         """Gives a refused range to `owner`, which requests it once more."""

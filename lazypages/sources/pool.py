@@ -290,6 +290,8 @@ class Pool:
 
     def connected(self, channel: Channel, features: Features, now: float, *, answered: bool) -> None:
         """The channel is connected, and the server's features are known."""
+        if not channel.server.connected:
+            self.backlog.ask_again(channel.server)
         channel.up, channel.greeted, channel.answered = True, True, answered
         channel.features = features
         channel.heard = channel.up_since = now
@@ -522,9 +524,8 @@ class Pool:
                 break
             candidates = [server for server in up if server not in wanted.refused]
             if up and not candidates:
-                wanted.refused.clear()  # refused by all: try all again later
-                wanted.not_before = now + self._pause(REFUSED_BACKOFF, wanted.attempts)
-                wanted.attempts += 1
+                pause = self._pause(REFUSED_BACKOFF, wanted.attempts)
+                self.backlog.end_round(wanted, self.servers, now + pause)
                 continue
             if reporting := [answering[server] for server in candidates if server in answering]:
                 channel = max(reporting, key=lambda channel: room[channel])
@@ -585,7 +586,7 @@ class Pool:
 
     def _denied(self, wanted: Wanted) -> bool:
         """Whether every server has reported that it can't give the page, in DENIED_ROUNDS rounds."""
-        return wanted.attempts >= DENIED_ROUNDS and wanted.denied.issuperset(self.servers)
+        return wanted.denials >= DENIED_ROUNDS
 
     def _mark_lost(self, wanted: Wanted, reason: str) -> None:
         self.backlog.drop(wanted)
