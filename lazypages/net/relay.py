@@ -79,7 +79,6 @@ class Relay:
             deque()
         )  # per outstanding request: whether the answer may be compressed
         self._unsent = bytearray()
-        self._closing = False
         self.failure: LazyPagesError | None = None
         self.at_boundary = True
         self.compressed_pages = self.compressed_bytes = 0
@@ -178,10 +177,8 @@ class Relay:
         return True
 
     def _translated(self, header: Header) -> bytes:
-        if self._closing:
-            return b""  # the engine requests the missing pages of a short answer again; after CLOSE no server answers
-        if header.command is not Command.GET:
-            self._closing, force = True, header.command is Command.FORCE_CLOSE
+        if header.command is not Command.GET:  # the last one: the codec returns nothing after it
+            force = header.command is Command.FORCE_CLOSE
             return self.codec.close(force=force, flags=CloseFlags(header.flags))
         background = bool(header.flags & PageFlags.ZSTD) and header.nr_pages >= COMPRESSED_MIN_PAGES
         self._background.append(background)
