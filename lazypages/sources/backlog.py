@@ -9,8 +9,11 @@ from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Final
 
 from lazypages.net.wire import PAGE_SIZE
+
+MERGE_WITHIN: Final = 1.0  # s between two requests that may become one
 
 
 @dataclass(slots=True, eq=False)
@@ -96,12 +99,16 @@ class Backlog:
             self._enqueue(wanted)
 
     def take(self, max_pages: int, owner: object, *, urgent: bool) -> Wanted | None:
-        """Dequeues the next range, of at most `max_pages`, for `owner`. Merges queued neighbours into it."""
+        """Dequeues the next range, of at most `max_pages`, for `owner`.
+
+        Merges queued neighbours into it, but none much older or newer: the deadline of the oldest page is that of all.
+        """
         wanted = self._pop(urgent)
         if wanted is None:
             return None
         ranges = self._tasks[wanted.pid]
         following = bisect_right(ranges, wanted.start, key=_start)
+        first_since = wanted.since
         while wanted.nr_pages < max_pages and following < len(ranges):
             neighbour = ranges[following]
             if (
@@ -109,6 +116,7 @@ class Backlog:
                 or neighbour.owner is not None
                 or neighbour.suspect
                 or neighbour.urgent is not urgent
+                or abs(neighbour.since - first_since) > MERGE_WITHIN
             ):
                 break
             self._queued_pages[urgent] -= neighbour.nr_pages

@@ -361,6 +361,22 @@ def refuse_all(world: World, seconds: float) -> None:
         world.tick(TICK)
 
 
+def test_a_new_fault_keeps_its_own_deadline() -> None:
+    """Although its page is beside that of an old one."""
+    world = World(deadline=10)
+    world.want(3)
+    world.run(9)
+    world.want(4)
+    world.want(5)
+    channel = world.connect(NO_FEATURES)
+    assert asks(world.done) == [(channel, 3, 1), (channel, 4, 2)]
+    world.load(channel)
+    world.run(2)
+    assert [action for action in world.done if isinstance(action, Lost)] == [
+        Lost(PID, 3 * PAGE_SIZE, 1, "no page server gave it within 10 s")
+    ]
+
+
 def test_a_server_that_is_away_denies_nothing() -> None:
     """Its refusals do not count again in each round of the others."""
     world = World("one", "two")
