@@ -53,6 +53,13 @@ static bool ask_grows(void *arg, uint64_t addr)
 	return lp_mapping_grows(t->pid, t->pidfd, addr);
 }
 
+static bool ask_mapped(void *arg, uint64_t addr)
+{
+	const struct lp_task *t = arg;
+
+	return lp_is_mapped(t->pid, t->pidfd, addr);
+}
+
 void lp_mark_range_lost(struct lp_task *t, uint64_t start, uint64_t end)
 {
 	struct lp_run run;
@@ -82,5 +89,5 @@ static void range_stays(void *arg, uint64_t start, uint64_t end, bool known)
 
 struct lp_ask lp_asking(struct lp_task *t)
 {
-	return (struct lp_ask){t, ask_within, ask_zero, ask_alike, ask_grows, range_stays};
+	return (struct lp_ask){t, ask_within, ask_zero, ask_alike, ask_grows, ask_mapped, range_stays};
 }

@@ -156,7 +156,9 @@ static int has_moved(const struct lp_change *changes, size_t nr, size_t i, const
 	 * Both: what was at `to` before may be there still, or the child has moved something there.  Or other memory has grown to
 	 * where this was: then its parent has that as well, because no departure of it is reported.
 	 */
-	*tangled |= is_within(ask_parent, move->start, move->start + LP_PAGE_SIZE) == 1;
+	rc = is_within(ask_parent, move->start, move->start + LP_PAGE_SIZE);
+	/* The parent may have ended, or be changing its layout: then only what is mapped can be seen. */
+	*tangled |= rc == 1 || rc == -ESRCH || (rc == -EAGAIN && ask_parent->mapped(ask_parent->arg, move->start));
 	return 0;
 }
 
@@ -267,7 +269,7 @@ int lp_replay(struct lp_space *s, const struct lp_change *changes, size_t nr, ui
 				return rc;
 			/* what is there in the parent may be something else */
 			rc = e.here && !e.present ? gather(NULL, ask_parent, &d, &parent) : 0;
-			verdict = rc == -EAGAIN ? LP_UNKNOWN : verdict_of_child(&d, &e, &parent);
+			verdict = rc < 0 ? LP_UNKNOWN : verdict_of_child(&d, &e, &parent);
 		}
 		rc = answer(s, ask, &d, i, verdict, dropped);
 	}

@@ -33,7 +33,7 @@ static void serve_retries(struct lp_engine *e)
 	}
 	e->retry_soon = false;
 	for (t = e->retries; t && !e->retry_soon; t = t->next_retry)
-		e->retry_soon = !t->read_error;
+		e->retry_soon = !t->read_error || t->late_until;
 }
 
 /* ns until tasks are tried again; less often while that is in vain. */

@@ -156,6 +156,8 @@ uint32_t lp_task_nr_levels(const struct lp_task *task);
 uint64_t lp_task_total(const struct lp_task *task); /* pages pending at the start */
 uint64_t lp_task_pending(const struct lp_task *task);
 uint64_t lp_task_lost(const struct lp_task *task);
+/* Whether nothing is pending, and no page is left whose content is unclear: the uffd may be closed. */
+bool lp_task_complete(const struct lp_task *task);
 void lp_task_stats(const struct lp_task *task, struct lp_stats *stats);
 /* nr_levels + 2 counters each: pages copied, pages dropped, faults answered; by source. */
 void lp_task_sources(const struct lp_task *task, uint64_t *copied, uint64_t *dropped, uint64_t *faults);

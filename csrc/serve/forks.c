@@ -22,27 +22,32 @@
 #define CHILD_NS (10 * LP_NS) /* after that what is not known of a child whose layout never is quiescent is lost */
 #define POISON_TRIES 1000 /* for a page that takes the place of poison, which must not be seen */
 
-static bool overlap(const struct lp_change *a, uint64_t start, uint64_t len)
+static bool overlap(uint64_t start, uint64_t other, uint64_t len, uint64_t other_len)
 {
-	return (a->start < start + len && start < a->start + a->len) ||
-	       (a->kind == LP_REMAPPED && a->to < start + len && start < a->to + a->len);
+	return start < other + other_len && other < start + len;
 }
 
-/* Whether a child has unmapped or moved something itself, since it was forked, where its parent has. */
+/*
+ * Whether a change that a child has made itself since the fork makes what it has registered no evidence about a change of its
+ * parent: it has left a place that the parent's change has left or taken, or moved memory to a place that this has left.  Memory
+ * that it moved to a place that the parent's change has taken hides nothing: what was there has left first.
+ */
+static bool hides(const struct lp_change *own, const struct lp_change *made)
+{
+	if (own->kind == LP_FORKED || own->kind == LP_REMOVED || made->kind == LP_REMOVED) /* the child is not asked about REMOVE */
+		return false;
+	return overlap(own->start, made->start, own->len, made->len) ||
+	       (made->kind == LP_REMAPPED && overlap(own->start, made->to, own->len, made->len)) ||
+	       (own->kind == LP_REMAPPED && overlap(own->to, made->start, own->len, made->len));
+}
+
+/* Whether a child has changed its layout since the fork so that it does not show any more what it was forked with. */
 static bool has_gone_on(const struct lp_task *child, const struct lp_fork *fork_events)
 {
-	for (size_t i = 0; i < child->nr_changes; i++) {
-		const struct lp_change *own = &child->changes[i];
-
-		for (size_t k = 0; k < fork_events->nr_made && own->kind != LP_FORKED && own->kind != LP_REMOVED; k++) {
-			const struct lp_change *made = &fork_events->made[k];
-
-			if (made->kind != LP_REMOVED && /* the child is not asked about that */
-			    (overlap(made, own->start, own->len) ||
-			     (own->kind == LP_REMAPPED && overlap(made, own->to, own->len))))
+	for (size_t i = 0; i < child->nr_changes; i++)
+		for (size_t k = 0; k < fork_events->nr_made; k++)
+			if (hides(&child->changes[i], &fork_events->made[k]))
 				return true;
-		}
-	}
 	return false;
 }
 
@@ -202,14 +207,26 @@ static void inherit_guards(struct lp_task *t, struct lp_task *child)
 	lp_guarded_give(g, t, fd);
 }
 
+static bool any_matters(const struct lp_space *before, const struct lp_change *changes, size_t nr)
+{
+	for (size_t i = 0; i < nr; i++)
+		if (lp_space_matters(before, changes[i].start, changes[i].start + changes[i].len) ||
+		    (changes[i].kind == LP_REMAPPED &&
+		     lp_space_matters(before, changes[i].to, changes[i].to + changes[i].len)))
+			return true;
+	return false;
+}
+
 static bool inherit_unsure(const struct lp_task *t, struct lp_task *child, const struct lp_fork *fork_events)
 {
+	/* where nothing was missing, all that is missing is zero, whatever has moved */
+	bool tangled = fork_events->before && fork_events->tangled &&
+		       (t->unsure.nr || any_matters(fork_events->before, fork_events->made, fork_events->nr_made));
+
 	for (size_t i = 0; i < t->unsure.nr; i++)
 		if (!lp_ranges_add(&child->unsure, t->unsure.at[i].start, t->unsure.at[i].end))
 			return false;
-	if (!fork_events->before || !fork_events->tangled)
-		return true;
-	for (size_t i = 0; i < fork_events->nr_made; i++) {
+	for (size_t i = 0; i < fork_events->nr_made && tangled; i++) {
 		const struct lp_change *change = &fork_events->made[i];
 
 		if (!lp_ranges_add(&child->unsure, change->start, change->start + change->len) ||
@@ -217,7 +234,9 @@ static bool inherit_unsure(const struct lp_task *t, struct lp_task *child, const
 		     !lp_ranges_add(&child->unsure, change->to, change->to + change->len)))
 			return false;
 	}
-	return true;
+	if (child->unsure.nr)
+		lp_append_change(child, (struct lp_change){.kind = LP_QUESTION}); /* they are poisoned once it is quiescent */
+	return !atomic_load(&child->broken);
 }
 
 /* NULL: no memory */
@@ -253,8 +272,6 @@ static void publish_child(struct lp_task *t, struct lp_new_child *u)
 	child->unreported_lost = NULL;
 	child->read_error = 0;
 	child->next_try = 0;
-	if (child->unsure.nr)
-		lp_append_change(child, (struct lp_change){.kind = LP_QUESTION}); /* unsure ranges are poisoned once it is quiescent */
 	child->total = lp_space_pending(child->space);
 	for (uint32_t i = 0; i < t->nr_levels + 2; i++)
 		child->total += u->dropped.by_source[i];

@@ -85,6 +85,12 @@ static bool needs_history(const struct lp_task *t)
 	return forks && others;
 }
 
+/* Whether something is missing there that is not zero, or may not be. */
+static bool matters_at(const struct lp_task *t, uint64_t start, uint64_t len)
+{
+	return lp_space_matters(t->space, start, start + len) || lp_ranges_meet(&t->unsure, start, start + len);
+}
+
 /* Marks the ranges with an unclear order of departures lost (csrc/serve/late.h): they get neither pages nor zeros. */
 static void mark_unclear_lost(struct lp_task *t)
 {
@@ -93,10 +99,9 @@ static void mark_unclear_lost(struct lp_task *t)
 	bool matters = false;
 
 	for (size_t i = 0; i < t->nr_changes && found > 0; i++)
-		matters |= unclear[i] &&
-			   (lp_space_matters(t->space, t->changes[i].start, t->changes[i].start + t->changes[i].len) ||
-			    (t->changes[i].kind == LP_REMAPPED &&
-			     lp_space_matters(t->space, t->changes[i].to, t->changes[i].to + t->changes[i].len)));
+		matters |= unclear[i] && (matters_at(t, t->changes[i].start, t->changes[i].len) ||
+					  (t->changes[i].kind == LP_REMAPPED &&
+					   matters_at(t, t->changes[i].to, t->changes[i].len)));
 	/* Otherwise all missing pages there are zero in either order. */
 	for (size_t i = 0; i < t->nr_changes && found > 0 && matters; i++) {
 		const struct lp_change *change = &t->changes[i];
@@ -140,24 +145,39 @@ static void settle(struct lp_task *t)
 	free(dropped.by_source);
 }
 
+#define POISON_STEPS 4096 /* before other tasks have their turn */
+
 /*
- * Poisons the missing pages of the unsure ranges.  Faults there are refused only while the task is served; poison stays after that,
- * and moves with the memory.  If the layout is no longer quiescent, an LP_QUESTION stays pending, as above.
+ * Poisons the missing pages of the unsure ranges, except those with known data: memory that has come there since.  Faults in the
+ * ranges are refused only while the task is served; poison stays after that, and moves with the memory.  If the layout is no longer
+ * quiescent, an LP_QUESTION stays pending, as above.
  */
 static void poison_unsure(struct lp_task *t)
 {
-	while (t->unsure.nr && !atomic_load(&t->broken)) {
+	for (int steps = 0; t->unsure.nr && !atomic_load(&t->broken); steps++) {
 		struct lp_range *range = &t->unsure.at[t->unsure.nr - 1];
 		uint64_t nr = (range->end - range->start) >> LP_PAGE_SHIFT, end = range->end;
 		struct lp_result result;
+		struct lp_run run;
 
 		if (range->start >= range->end) {
 			t->unsure.nr--;
 			continue;
 		}
+		if (steps == POISON_STEPS) {
+			lp_append_change(t, (struct lp_change){.kind = LP_QUESTION});
+			return;
+		}
+		run = lp_space_lookup(t->space, range->start, nr);
+		nr = run.nr_pages;
+		if (run.kind != LP_ZERO && run.kind != LP_LOST) { /* memory that has come there since */
+			range->start += nr << LP_PAGE_SHIFT;
+			continue;
+		}
 		result = lp_uffd_poison(t->uffd, range->start, nr);
 		if (result.nr_pages) {
 			lp_count(&t->stats.poisoned, result.nr_pages);
+			lp_task_trace(t, LP_TRACE_POISONED, LP_TRACE_NO_SOURCE, range->start, result.nr_pages, 0);
 			lp_post(t->engine, (struct lp_event){.kind = LP_EVENT_LOST,
 							     .error = EADDRNOTAVAIL,
 							     .task = t,
@@ -167,8 +187,10 @@ static void poison_unsure(struct lp_task *t)
 		} else if (result.outcome == LP_TASK_GONE) {
 			lp_mark_gone(t);
 			return;
-		} else if (result.error == EINVAL) {
+		} else if (result.error == EINVAL && lp_probe_page(t, range->start) != LP_UNREGISTERED) {
 			lp_mark_broken(t, EADDRNOTAVAIL); /* Linux before 6.6 has no poison */
+		} else if (result.error == EINVAL && lp_probe_page(t, LP_ANYWHERE) != LP_CHANGING) {
+			range->start += LP_PAGE_SIZE;
 		} else if (result.outcome == LP_PRESENT ||
 			   (result.outcome == LP_UNREGISTERED && nr == 1 && lp_probe_page(t, LP_ANYWHERE) != LP_CHANGING)) {
 			lp_wake(t, range->start, 1);

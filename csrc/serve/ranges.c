@@ -4,6 +4,9 @@
 
 bool lp_ranges_add(struct lp_ranges *r, uint64_t start, uint64_t end)
 {
+	for (size_t i = 0; i < r->nr; i++)
+		if (r->at[i].start <= start && end <= r->at[i].end)
+			return true;
 	if (r->nr == r->cap) {
 		size_t cap = r->cap ? r->cap * 2 : 16;
 		struct lp_range *at = realloc(r->at, cap * sizeof(*at));

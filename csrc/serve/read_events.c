@@ -120,9 +120,8 @@ static bool departure_is_late(struct lp_task *t, size_t first)
 static bool has_returned(const struct lp_task *t, size_t i)
 {
 	for (size_t k = i + 1; k < t->nr_changes; k++)
-		if (t->changes[k].kind == LP_UNMAPPED && t->changes[k].start == t->changes[i].start &&
-		    t->changes[k].len == t->changes[i].len)
-			return true;
+		if (t->changes[k].kind == LP_UNMAPPED && t->changes[k].start == t->changes[i].start)
+			return true; /* whatever its length: kernels before about 6.15 may have reported that of the move wrongly */
 	return false;
 }
 
@@ -166,8 +165,8 @@ bool lp_read_events(struct lp_task *t)
 {
 	struct uffd_msg msgs[MESSAGES];
 	uint64_t now = 0;
-	size_t first, want;
-	bool late = false;
+	size_t first, want, taken = 0;
+	bool late = false, more;
 	int error = 0;
 	ssize_t n;
 
@@ -188,12 +187,13 @@ bool lp_read_events(struct lp_task *t)
 				continue;
 			break;
 		}
+		taken += (size_t)n / sizeof(*msgs);
 		for (size_t i = 0; i < (size_t)n / sizeof(*msgs); i++) {
 			uint64_t addr = msgs[i].arg.pagefault.address & ~(LP_PAGE_SIZE - 1);
 
 			if (msgs[i].event != UFFD_EVENT_PAGEFAULT) {
 				keep_change(t, &msgs[i]);
-				t->changes_layout = true;
+				t->changes_layout |= msgs[i].event == UFFD_EVENT_REMAP || msgs[i].event == UFFD_EVENT_UNMAP;
 				continue;
 			}
 			if (!now)
@@ -205,14 +205,16 @@ bool lp_read_events(struct lp_task *t)
 		}
 		late = departure_is_late(t, first);
 		/* A read that returned faults hides an error of the event behind them (fs/userfaultfd.c, userfaultfd_read). */
-	} while (!late && (n < 0 || (size_t)n == want || t->read_error));
+		/* Threads that change the layout without a pause must not keep this thread from other tasks. */
+	} while (!late && taken < MESSAGES && (n < 0 || (size_t)n == want || t->read_error));
+	more = !error && !late && taken >= MESSAGES;
 	if (now)
 		atomic_store_explicit(&t->engine->last_fault, now, memory_order_relaxed);
 	if (t->nr_changes)
 		atomic_store_explicit(&t->last_change, lp_now_ns(), memory_order_relaxed);
 	if (error)
 		read_failed(t, error);
-	else if (!late)
+	else if (!late && !more)
 		read_succeeded(t);
-	return !error && !late;
+	return !error && !late && !more;
 }

@@ -167,3 +167,10 @@ bool lp_mapping_grows(pid_t pid, int pidfd, uint64_t addr)
 
 	return !pid || each_mapping(pid, pidfd, look_at_page, &page) || !page.found || page.grows;
 }
+
+bool lp_is_mapped(pid_t pid, int pidfd, uint64_t addr)
+{
+	struct page page = {.addr = addr};
+
+	return !pid || each_mapping(pid, pidfd, look_at_page, &page) || page.found;
+}

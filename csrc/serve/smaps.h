@@ -26,5 +26,7 @@ int lp_each_mapping(pid_t pid, int pidfd, void (*found)(void *arg, uint64_t star
 bool lp_mappings_alike(pid_t pid, int pidfd, uint64_t edge, uint64_t start, uint64_t end);
 /* Whether the mapping of the page at addr may grow downwards ("gd"); true when it is not known. */
 bool lp_mapping_grows(pid_t pid, int pidfd, uint64_t addr);
+/* Whether there is a mapping of the page at addr; true when it is not known. */
+bool lp_is_mapped(pid_t pid, int pidfd, uint64_t addr);
 
 #endif

@@ -122,6 +122,11 @@ uint64_t lp_task_pending(const struct lp_task *t)
 	return lp_space_pending(t->space);
 }
 
+bool lp_task_complete(const struct lp_task *t)
+{
+	return atomic_load(&t->complete);
+}
+
 uint64_t lp_task_lost(const struct lp_task *t)
 {
 	return lp_space_lost(t->space);

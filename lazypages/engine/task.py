@@ -33,6 +33,14 @@ class ServedTask:
         return int(lib.lp_task_pending(self.handle))
 
     @property
+    def complete(self) -> bool:
+        """Whether nothing is pending, and no page is left whose content is unclear.
+
+        docs/kernel.md, "What can't be told apart".
+        """
+        return bool(lib.lp_task_complete(self.handle))
+
+    @property
     def lost(self) -> int:
         """Number of pending pages that no source has."""
         return int(lib.lp_task_lost(self.handle))

@@ -206,7 +206,7 @@ class TaskService:
                 pass  # handled by the server
 
     def _check_complete(self) -> None:
-        if self._may_close and not self._final and self._served.pending == 0:
+        if self._may_close and not self._final and self._served.complete:
             self._end(State.COMPLETE)
 
     def _end(self, state: State) -> None:
@@ -419,7 +419,8 @@ class TaskService:
 
     async def give_up(self) -> None:
         """Poison the missing pages of the task and kill it, so that it does not read zeros."""
-        if self._state is State.SERVING and not self._gone and (pending := self._served.pending):
+        pending = self._served.pending
+        if self._state is State.SERVING and not self._gone and not self._served.complete:
             self._state = State.KILLED
             await self._poison(everything=True)
             if not self.identity.forked:
@@ -435,7 +436,7 @@ class TaskService:
                 self._final = self._final._replace(state=State.KILLED)
 
     def _close(self) -> None:
-        if self._served.pending and not self._gone and self._state is not State.KILLED:
+        if not self._served.complete and not self._gone and self._state is not State.KILLED:
             # Only after an error of the daemon. The uffd stays open until the task is dead, or it would read zeros.
             self._state = State.KILLED
             if (self.process and not self.identity.forked) or not poison_now(self._served):
@@ -444,7 +445,7 @@ class TaskService:
             self._end(State.ENDED)
         self._log_end()
         report = self._measure()
-        self.holds_uffd = (report.pending > 0 or self._state is State.KILLED) and not self._gone
+        self.holds_uffd = (not self._served.complete or self._state is State.KILLED) and not self._gone
         if self._served.close():
             self._spoilt()
         self._final = report._replace(state=self._state)

@@ -140,7 +140,7 @@ def test_memory_that_is_prepared_is_for_one_task(file: PagesFile) -> None:
     with Service() as service:
         task, uffd = one_mapping(service, file, 4)
         served = service.engine.add(uffd, memory)
-        with pytest.raises(ValueError, match="in service"):
+        with pytest.raises(ValueError, match="in use by a task"):
             memory.take()
         task.check(BASE, 4, file.first_id)
         service.wait(TaskEventKind.COMPLETE, served)
@@ -245,6 +245,19 @@ def test_pages_that_the_task_has_placed_itself(file: PagesFile, background: bool
             task.check(BASE + first * PAGE, last - first, file.first_id + first)
         assert served.stats().present >= 1
         assert served.lost == 0
+
+
+def test_a_layout_that_never_stops_changing_delays_no_other_task(file: PagesFile) -> None:
+    """Each event that is read has its thread go on, and make the next one: the engine must not read for ever."""
+    threads = 32
+    with Service() as service:
+        restless, moving = one_mapping(service, file, 2 * threads)
+        service.serve(moving, [(BASE, 2 * threads, 0, 0)], [(BASE, 2 * threads)], file)
+        other, uffd = one_mapping(service, file)
+        served = service.serve(uffd, [(BASE, PAGES, 0, 0)], [(BASE, PAGES)], file, max_readahead=1)
+        restless.do("shuttles", BASE, threads)
+        other.check(BASE, PAGES, file.first_id)
+        assert served.pending == 0
 
 
 def test_a_page_that_somebody_places_without_waking(file: PagesFile) -> None:

@@ -69,10 +69,23 @@ class Memory(Protocol):
     """What a kernel has, to be asked as by ``struct lp_ask``."""
 
     def within(self, start: int, end: int) -> bool:
-        """Whether all of it is in one registered mapping."""
+        """Whether all of it is in one registered mapping. Raises OSError when that can't be asked."""
 
     def zero(self, addr: int) -> bool:
         """Puts a page of zeros, unless a page is there already: then False."""
+
+
+@dataclass(frozen=True)
+class Silent:
+    """It can't be asked: EAGAIN, its layout is changing; ESRCH, it has ended."""
+
+    error: int
+
+    def within(self, start: int, end: int) -> bool:
+        raise OSError(self.error, "")
+
+    def zero(self, addr: int) -> bool:
+        raise AssertionError
 
 
 class Nothing:
@@ -245,14 +258,18 @@ class Space:
             if not known:
                 self._lose(start, end)
 
+        def within(_: Any, start: int, end: int) -> int:
+            try:
+                return 0 if memory.within(start, end) else -errno.ENOENT
+            except OSError as error:
+                return -(error.errno or 0)
+
         callbacks = [
-            ffi.callback(
-                "int(void *, uint64_t, uint64_t)",
-                lambda _, start, end: 0 if memory.within(start, end) else -errno.ENOENT,
-            ),
+            ffi.callback("int(void *, uint64_t, uint64_t)", within),
             ffi.callback("int(void *, uint64_t)", lambda _, addr: 0 if memory.zero(addr) else -errno.EEXIST),
             ffi.callback("bool(void *, uint64_t, uint64_t, uint64_t)", lambda *_: True),
             ffi.callback("bool(void *, uint64_t)", lambda *_: False),
+            ffi.callback("bool(void *, uint64_t)", lambda *_: True),
             ffi.callback("void(void *, uint64_t, uint64_t, bool)", stays),
         ]
         return ffi.new("struct lp_ask *", [ffi.NULL, *callbacks]), callbacks

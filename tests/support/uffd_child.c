@@ -1051,6 +1051,29 @@ static void leave(void)
 	syscall(SYS_exit_group, 0);
 }
 
+/* Moves a page to the next one and back, for ever: each move is an event, and so is what it has left. */
+static void *shuttle(void *arg)
+{
+	char *here = arg, *there = here + PAGE;
+
+	for (;;) {
+		if (mremap(here, PAGE, PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, there) != there ||
+		    mremap(there, PAGE, PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, here) != here)
+			_exit(4);
+	}
+	return NULL;
+}
+
+static void begin_shuttles(char *at, size_t threads)
+{
+	pthread_t thread;
+
+	for (size_t i = 0; i < threads; i++)
+		if (pthread_create(&thread, NULL, shuttle, at + 2 * i * PAGE) || pthread_detach(thread))
+			_exit(4);
+	say("ok");
+}
+
 struct checker {
 	pthread_t thread;
 	char stack[STACK] __attribute__((aligned(4096)));
@@ -1177,6 +1200,8 @@ static void obey(const char *name, const uint64_t *a)
 		fork_apart();
 	} else if (!strcmp(name, "leave")) {
 		leave();
+	} else if (!strcmp(name, "shuttles")) {
+		begin_shuttles(at, a[1]);
 	} else if (!strcmp(name, "drop")) {
 		close(uffd);
 		uffd = -1;

@@ -6,12 +6,14 @@ are there, or none.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import combinations
 
 import pytest
 
-from tests.support.space import PAGE, Change, Extent, Kind, Nothing, Space
+from tests.support.space import PAGE, Change, Extent, Kind, Memory, Nothing, Silent, Space
 
 PLACE, OTHER, ASIDE, ONWARD = (0x100000 * i for i in range(1, 5))
 LENGTH = 4 * PAGE
@@ -115,3 +117,37 @@ def test_awaited_beside_an_mremap_that_reports_no_departure() -> None:
     """MREMAP_DONTUNMAP has returned once its move is read, so it may be its own thread that waits in PLACE."""
     told = [moved(OTHER, PLACE, awaited=True), moved(PLACE, ONWARD), gone(PLACE), gone(PLACE)]
     assert not check([*told], {OTHER: ONWARD, PLACE: None})
+
+
+@dataclass(frozen=True)
+class Mapped:
+    """These ranges are registered, each of them one mapping, with nothing missing that could be seen."""
+
+    ranges: tuple[tuple[int, int], ...]
+
+    def within(self, start: int, end: int) -> bool:
+        return any(first <= start and end <= last for first, last in self.ranges)
+
+    def zero(self, addr: int) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("error", [0, errno.EAGAIN, errno.ESRCH])
+def test_a_child_whose_parent_can_not_be_asked(error: int) -> None:
+    """PLACE was moved to ASIDE, other memory grew to PLACE, and the child has both; reported with its fork."""
+    both = Mapped(((PLACE, PLACE + LENGTH), (ASIDE, ASIDE + LENGTH)))
+    parent: Memory = Silent(error) if error else both
+    child = Space([Extent(PLACE, 4)], [(PLACE, PLACE + LENGTH)]).clone()
+    child.replay([moved(PLACE, ASIDE), gone(PLACE)], 5, both, parent)
+    assert child.lookup(PLACE, 4).kind is Kind.LOST
+    assert (ASIDE, ASIDE + LENGTH) in child.unsure
+
+
+@pytest.mark.parametrize("error", [0, errno.EAGAIN, errno.ESRCH])
+def test_a_child_with_grown_memory_whose_parent_can_not_be_asked(error: int) -> None:
+    """PLACE was unmapped, and what lies below it grew over it."""
+    grown = Mapped(((PLACE - LENGTH, PLACE + LENGTH),))
+    parent: Memory = Silent(error) if error else grown
+    child = Space([Extent(PLACE, 4)], [(PLACE, PLACE + LENGTH)]).clone()
+    child.replay([gone(PLACE)], 5, grown, parent)
+    assert child.lookup(PLACE, 4).kind is Kind.LOST
