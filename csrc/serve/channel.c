@@ -285,7 +285,10 @@ static void remove_in_flight(struct lp_channel *l, uint64_t nr_pages)
 		l->background -= nr_pages << LP_PAGE_SHIFT;
 }
 
-/* Removes the oldest request.  Reports a refusal, and requests the missing pages of a short answer again. */
+/*
+ * Removes the oldest request.  Reports a refusal, and requests the missing pages of a short answer again; not after CLOSE: no
+ * server answers then, and the status would be taken for an answer.
+ */
 static void answer_complete(struct lp_channel *l)
 {
 	struct lp_request rest; /* the pages that the answer lacks */
@@ -305,7 +308,7 @@ static void answer_complete(struct lp_channel *l)
 				     .nr_pages = rest.nr_pages,
 				     .since = rest.since,
 			     });
-	else if (rest.nr_pages) /* a short answer; the slot of the answered request is free */
+	else if (rest.nr_pages && !l->finishing) /* a short answer; the slot of the answered request is free */
 		ask(l, rest.tag, rest.dump_addr, rest.nr_pages, rest.since, rest.urgent, rest.reported);
 	if (!l->nr && l->paused)
 		add_event(l, (struct lp_channel_event){.kind = LP_CHANNEL_QUIET});
@@ -871,7 +874,7 @@ static void fail(struct lp_channel *l)
 void lp_channel_ask(struct lp_channel *l, uint64_t tag, uint64_t dump_addr, uint64_t nr_pages, bool urgent)
 {
 	pthread_mutex_lock(&l->lock);
-	if (!ask(l, tag, dump_addr, nr_pages, 0, urgent, true))
+	if (!l->finishing && !ask(l, tag, dump_addr, nr_pages, 0, urgent, true))
 		fail(l);
 	pthread_mutex_unlock(&l->lock);
 	signal_fd(l->channels->wakefd);
@@ -894,7 +897,7 @@ void lp_channel_set_budget(struct lp_channel *l, struct lp_task *task, uint64_t 
 		l->spender = task;
 		l->budget_left = (max_bytes + LP_PAGE_SIZE - 1) >> LP_PAGE_SHIFT;
 		l->budget_asked = 0;
-		if (l->ended || l->paused)
+		if (l->ended || l->paused || l->finishing)
 			budget_spent(l);
 	} else {
 		fail(l);

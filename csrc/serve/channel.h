@@ -88,7 +88,10 @@ void lp_channel_pause(struct lp_channel *channel, bool paused);
  * or of the pages.  A channel has one budget at a time.
  */
 void lp_channel_set_budget(struct lp_channel *channel, struct lp_task *task, uint64_t max_bytes);
-/* Sends CLOSE (force: FORCE_CLOSE) to the server; flags: wire.CloseFlags. */
+/*
+ * Sends CLOSE (force: FORCE_CLOSE) to the server; flags: wire.CloseFlags.  From then on nothing is requested, and the pages that a
+ * short answer lacks are dropped.
+ */
 void lp_channel_finish(struct lp_channel *channel, bool force, uint32_t flags);
 /*
  * Copies the outstanding requests, oldest first.  Returns their number; if that is above max, call again with a larger array, else

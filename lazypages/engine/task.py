@@ -8,7 +8,6 @@ from typing import Any
 
 from lazypages.engine._uffd import ffi, lib
 from lazypages.engine.errors import check
-from lazypages.engine.memory import PAGE_SIZE
 from lazypages.engine.stats import SourcePages, Stats
 
 
@@ -63,31 +62,9 @@ class ServedTask:
         """
         check(int(lib.lp_task_bring(self.handle, start, end)))
 
-    def claim_remote(self, cursor: int, max_pages: int) -> tuple[int, int, int]:
-        """Claims the next run of pages of a remote source, from the current address `cursor` on.
-
-        Returns (address at dump time in bytes, number of pages, next cursor); 0 pages if there is none.
-        """
-        dump_addr, following = ffi.new("uint64_t *"), ffi.new("uint64_t *")
-        nr_pages = lib.lp_task_claim_remote(self.handle, cursor, max_pages, dump_addr, following)
-        return int(dump_addr[0]), int(nr_pages), int(following[0])
-
-    def deliver(self, dump_addr: int, data: Any) -> int:
-        """Places pages from a remote source: `data` (a buffer of whole pages) was at `dump_addr` at dump time.
-
-        Returns the number of pages placed; present pages are skipped. Raises BusyError (repeat the call with the same
-        arguments), TaskGoneError.
-        """
-        buffer = ffi.from_buffer(data)
-        return check(int(lib.lp_task_deliver(self.handle, dump_addr, len(buffer) // PAGE_SIZE, buffer)))
-
     def fail_remote(self, dump_addr: int, nr_pages: int, *, lost: bool) -> None:
         """Releases claims: the pages are pending again or, with `lost`, are marked lost."""
         lib.lp_task_fail_remote(self.handle, dump_addr, nr_pages, lost)
-
-    def retry_lost(self) -> None:
-        """Makes lost pages pending again, since a source has recovered."""
-        lib.lp_task_retry_lost(self.handle)
 
     def poison(self, *, everything: bool) -> int:
         """Poisons lost pages, or with `everything` all pending ones: a touch raises SIGBUS. Returns their number.

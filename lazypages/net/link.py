@@ -105,7 +105,7 @@ class Link:
 
 
 async def connect(address: PageServerAddress, tls: TlsFiles | None) -> Link:
-    """Connects to `address`. `tls` is needed for tls:// only. Raises LinkError, TlsError.
+    """Connects to `address`. `tls` is needed for tls:// only. Raises LinkError (for any OSError), TlsError.
 
     Tries the addresses of a name one after the other: a server of CRIU's accepts a single connection in its life.
     """
@@ -114,6 +114,9 @@ async def connect(address: PageServerAddress, tls: TlsFiles | None) -> Link:
         if isinstance(address, TcpServer) and address.tls:
             sock = await _start_tls(sock, address.host, tls or TlsFiles())
         return Link(sock)
+    except OSError as error:  # such as a reset before the handshake
+        sock.close()
+        raise LinkError(_reason(error)) from None
     except BaseException:
         sock.close()
         raise
@@ -145,7 +148,10 @@ async def _connect(address: PageServerAddress) -> socket.socket:
 
 
 async def _try(family: int, where: object) -> socket.socket:
-    sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    except OSError as error:
+        raise LinkError(_reason(error)) from None
     try:
         sock.setblocking(False)
         if family != socket.AF_UNIX:
@@ -158,9 +164,9 @@ async def _try(family: int, where: object) -> socket.socket:
             sock.connect(where)  # type: ignore[arg-type]
         except BlockingIOError:
             await anyio.wait_writable(sock)
-            error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-            if error:
-                raise OSError(error, os.strerror(error)) from None
+            number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            if number:
+                raise OSError(number, os.strerror(number)) from None
     except OSError as error:
         sock.close()
         raise LinkError(_reason(error)) from None

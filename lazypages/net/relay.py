@@ -10,6 +10,8 @@ The kernel could decrypt instead (kTLS), without a copy through Python. Python's
 
 from __future__ import annotations
 
+import errno
+import logging
 import select
 import socket
 import threading
@@ -18,7 +20,7 @@ from collections import deque
 from contextlib import suppress
 from typing import Final
 
-from anyio import CapacityLimiter, to_thread
+import anyio
 
 from lazypages.errors import LazyPagesError
 from lazypages.net import wire
@@ -35,10 +37,13 @@ from lazypages.net.wire import (
     ServerCodec,
 )
 
+log = logging.getLogger("lazypages")
+
 COMPRESSED_MIN_PAGES: Final = 16  # of a background request whose answer may be compressed
 RECORD: Final = 16 << 10  # bytes of a full TLS record, the most that one receive returns (RFC 8446, 5.1)
 AT_ONCE: Final = 128 << 10  # bytes that are received before they are forwarded
 REQUESTS: Final = 64 << 10  # bytes of the buffer for requests
+JOIN_PAUSE: Final = 0.002  # s between two looks whether the thread has ended
 
 
 class Direct:
@@ -61,6 +66,8 @@ class Relay:
     """A translator between `link` and the engine.
 
     ``codec``: for the server's protocol, without outstanding requests. ``trial``: measures whether compression pays.
+
+    The relay owns `link` unless it raises OSError: it can't start, and may be made again.
     """
 
     def __init__(self, link: Link, codec: ClientCodec, trial: Trial) -> None:
@@ -72,13 +79,17 @@ class Relay:
             deque()
         )  # per outstanding request: whether the answer may be compressed
         self._unsent = bytearray()
-        self._closing = False
-        self._inner, self._engine_end = socket.socketpair()
         self.failure: LazyPagesError | None = None
         self.at_boundary = True
         self.compressed_pages = self.compressed_bytes = 0
         self._thread = threading.Thread(target=self._run, name="relay", daemon=True)
-        self._thread.start()
+        self._inner, self._engine_end = socket.socketpair()
+        try:
+            self._thread.start()
+        except (RuntimeError, MemoryError) as error:  # threading's for EAGAIN of pthread_create
+            self._inner.close()
+            self._engine_end.close()
+            raise OSError(errno.EAGAIN, str(error)) from None
 
     def fileno(self) -> int:
         return self._engine_end.fileno()
@@ -91,7 +102,10 @@ class Relay:
     async def aclose(self) -> None:
         with suppress(OSError):
             self._engine_end.shutdown(socket.SHUT_RDWR)
-        await to_thread.run_sync(self._thread.join, limiter=CapacityLimiter(1))
+        while (
+            self.alive
+        ):  # it ends at once; a thread that waits for it could not be started for lack of memory
+            await anyio.sleep(JOIN_PAUSE)
         self._engine_end.close()
 
     def _run(self) -> None:
@@ -101,6 +115,9 @@ class Relay:
             self.failure = error
         except OSError as error:  # the engine has closed its end
             self.failure = LinkError(error.strerror or str(error))
+        except Exception as error:
+            log.exception("a translator failed")
+            self.failure = LinkError(f"internal error: {error!r}")
         finally:
             self.at_boundary = self.codec.at_boundary
             self._inner.close()  # the event loop reads `failure` and `at_boundary` at the end of the stream
@@ -123,10 +140,28 @@ class Relay:
             ready = dict(poll.poll(0 if self._link.pending else None))
             if inner in ready and not self._take_requests():
                 return
-            if self._unsent:
-                del self._unsent[: self._link.send(self._unsent[:most])]
+            # Receive first: a failure to send must not lose answers that have already come.
             if (outer in ready or self._link.pending) and not self._take_answers():
                 return
+            if self._unsent:
+                try:
+                    del self._unsent[: self._link.send(self._unsent[:most])]
+                except LinkError:
+                    if self._take_last_answers():
+                        raise
+                    return
+
+    def _take_last_answers(self) -> bool:
+        """After a failure to send: takes the answers that have come. False at the end of the stream.
+
+        Raises LinkError, RemoteProtocolError, OSError.
+        """
+        poll = select.poll()
+        poll.register(self._link.fileno(), select.POLLIN)
+        while self._link.pending or poll.poll(0):
+            if not self._take_answers():
+                return False
+        return True
 
     def _take_requests(self) -> bool:
         """Translates the engine's requests; False if it has closed its end."""
@@ -142,10 +177,8 @@ class Relay:
         return True
 
     def _translated(self, header: Header) -> bytes:
-        if self._closing:
-            return b""  # the engine requests the missing pages of a short answer again; after CLOSE no server answers
-        if header.command is not Command.GET:
-            self._closing, force = True, header.command is Command.FORCE_CLOSE
+        if header.command is not Command.GET:  # the last one: the codec returns nothing after it
+            force = header.command is Command.FORCE_CLOSE
             return self.codec.close(force=force, flags=CloseFlags(header.flags))
         background = bool(header.flags & PageFlags.ZSTD) and header.nr_pages >= COMPRESSED_MIN_PAGES
         self._background.append(background)
@@ -153,10 +186,17 @@ class Relay:
         return self.codec.get(header.dst_id, header.vaddr, header.nr_pages, compress=compress)
 
     def _take_answers(self) -> bool:
-        """Translates the server's answers; False at the end of the stream."""
-        got = 0
+        """Translates the server's answers; False at the end of the stream.
+
+        Raises LinkError, after the translation of what came before; RemoteProtocolError, OSError.
+        """
+        got, failure = 0, None
         while got < AT_ONCE:
-            count = self._link.recv_into(self.codec.writable())
+            try:
+                count = self._link.recv_into(self.codec.writable())
+            except LinkError as error:
+                failure = error
+                break
             if count is None:
                 break
             self.codec.received(count)
@@ -184,6 +224,8 @@ class Relay:
                         return False
                     case wire.Eof():
                         return False
+            if failure is not None:
+                raise failure
             return True
         finally:
             self._forward(parts)

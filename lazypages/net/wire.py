@@ -396,11 +396,6 @@ class ClientCodec(_ReceiveBuffer):
         return len(self._asked)
 
     @property
-    def oldest(self) -> Get | None:
-        """The oldest request without a complete answer."""
-        return self._asked[0] if self._asked else None
-
-    @property
     def answering(self) -> Answered | None:
         """The answer that is being received."""
         return self._answer

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Final
 
 from lazypages.net.wire import PAGE_SIZE
+
+MERGE_WITHIN: Final = 1.0  # s between two requests that may become one
 
 
 @dataclass(slots=True, eq=False)
@@ -27,9 +30,13 @@ class Wanted:
     since: float
     owner: object = None
     suspect: bool = False  # a server seems to lack its first page: a request covers this page only
-    refused: set[object] = field(default_factory=set)  # servers that seem to lack it
-    denied: set[object] = field(default_factory=set)  # servers that have reported that they lack it
-    attempts: int = 0  # rounds in which all servers have refused it
+    # A round lasts until all connected servers have refused the page; then all are asked again.
+    refused: set[object] = field(default_factory=set)  # servers that seem to lack it, of this round
+    denied: set[object] = field(
+        default_factory=set
+    )  # servers that have reported that they lack it, of this round
+    attempts: int = 0  # rounds so far
+    denials: int = 0  # rounds in which all servers, connected or not, have reported that they lack it
     not_before: float = 0.0  # s: earliest time of the next request after a refusal
     gone: bool = False  # removed from the backlog; a queue may still contain it
 
@@ -92,12 +99,16 @@ class Backlog:
             self._enqueue(wanted)
 
     def take(self, max_pages: int, owner: object, *, urgent: bool) -> Wanted | None:
-        """Dequeues the next range, of at most `max_pages`, for `owner`. Merges queued neighbours into it."""
+        """Dequeues the next range, of at most `max_pages`, for `owner`.
+
+        Merges queued neighbours into it, but none much older or newer: the deadline of the oldest page is that of all.
+        """
         wanted = self._pop(urgent)
         if wanted is None:
             return None
         ranges = self._tasks[wanted.pid]
         following = bisect_right(ranges, wanted.start, key=_start)
+        first_since = wanted.since
         while wanted.nr_pages < max_pages and following < len(ranges):
             neighbour = ranges[following]
             if (
@@ -105,6 +116,7 @@ class Backlog:
                 or neighbour.owner is not None
                 or neighbour.suspect
                 or neighbour.urgent is not urgent
+                or abs(neighbour.since - first_since) > MERGE_WITHIN
             ):
                 break
             self._queued_pages[urgent] -= neighbour.nr_pages
@@ -167,6 +179,21 @@ class Backlog:
         if said:
             wanted.denied.add(server)
         self.refused[wanted] = None
+
+    def end_round(self, wanted: Wanted, servers: Iterable[object], not_before: float) -> None:
+        """All connected servers have refused a page: they may be asked again, from `not_before` on."""
+        wanted.denials += wanted.denied.issuperset(servers)
+        wanted.attempts += 1
+        wanted.refused.clear()
+        wanted.denied.clear()
+        wanted.not_before = not_before
+
+    def ask_again(self, server: object) -> None:
+        """A server has been connected to again, perhaps another process: what it has reported no longer counts."""
+        for wanted in self:
+            if server in wanted.denied:
+                wanted.denied.discard(server)
+                wanted.refused.discard(server)
 
     def retake(self, wanted: Wanted, owner: object) -> None:
         """Gives a refused range to `owner`, which requests it once more."""

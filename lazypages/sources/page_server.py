@@ -21,6 +21,7 @@ from lazypages.net.trial import Trial
 from lazypages.net.url import ConnectedSocket, PageServerAddress, TcpServer
 from lazypages.net.wire import ClientCodec, Features, Layout
 from lazypages.sources.base import Carrier, Connected
+from lazypages.sources.shortage import made
 
 T = TypeVar("T")
 
@@ -68,17 +69,19 @@ class PageServerSource:
             reached()
             # No time-out for a first connection: a server of CRIU's accepts no second one.
             limit = CONNECT_TIMEOUT if spare else float("inf")
-            greeted = await _within(limit, self._greet(link, spare=spare), "answer")
+            codec, answered = await _within(limit, self._greet(link, spare=spare), "answer")
+            compresses = (
+                bool(codec.features & Features.COMPRESSED) and not urgent_only and not link.within_host
+            )
+            carrier: Carrier
+            if link.encrypted or compresses:
+                carrier = await made(lambda: Relay(link, codec, Trial()), "a translator", self.name, reached)
+                layout = Layout.CRIU_4_2
+            else:
+                carrier, layout = Direct(link), codec.layout
         except BaseException:
             link.close()
             raise
-        codec, answered = greeted
-        compresses = bool(codec.features & Features.COMPRESSED) and not urgent_only and not link.within_host
-        carrier: Carrier
-        if link.encrypted or compresses:
-            carrier, layout = Relay(link, codec, Trial()), Layout.CRIU_4_2
-        else:
-            carrier, layout = Direct(link), codec.layout
         return Connected(carrier, layout, codec.features, answered, compresses)
 
     async def _greet(self, link: Link, *, spare: bool) -> tuple[ClientCodec, bool]:

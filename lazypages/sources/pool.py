@@ -139,6 +139,7 @@ class Server:
     name: str
     once: bool = False
     channels: list[Channel] = field(default_factory=list)
+    tried: bool = False  # a connection was planned
     connections: int = 0  # established since the start
     many: bool = False  # accepts more than one connection
     used_up: bool = False  # a server of CRIU's that has had its single connection
@@ -152,8 +153,11 @@ class Server:
 
     @property
     def over(self) -> bool:
-        """Whether no further connection will be attempted."""
-        return self.given_up or (self.once and self.connections > 0)
+        """Whether no further connection will be attempted.
+
+        The number of an inherited socket is used once: later it may be that of another socket.
+        """
+        return self.given_up or (self.once and self.tried)
 
 
 class Outstanding(NamedTuple):
@@ -286,6 +290,8 @@ class Pool:
 
     def connected(self, channel: Channel, features: Features, now: float, *, answered: bool) -> None:
         """The channel is connected, and the server's features are known."""
+        if not channel.server.connected:
+            self.backlog.ask_again(channel.server)
         channel.up, channel.greeted, channel.answered = True, True, answered
         channel.features = features
         channel.heard = channel.up_since = now
@@ -377,15 +383,16 @@ class Pool:
         self.plan(now)
 
     def close(self) -> None:
-        """Makes no further connections, and does not log the end of a channel."""
+        """Plans nothing more, and does not log the end of a channel: no server answers a request behind CLOSE."""
         self._closing = True
 
     def plan(self, now: float) -> None:
         """Plans connections and requests. The caller must call it after any event."""
-        if not self._closing:
-            for server in self.servers:
-                for urgent_only in (False, True):
-                    self._plan_connections(server, now, urgent_only=urgent_only)
+        if self._closing:
+            return
+        for server in self.servers:
+            for urgent_only in (False, True):
+                self._plan_connections(server, now, urgent_only=urgent_only)
         self._plan_requests(now)
 
     # -- connections -------------------------------------------------------------------------------------------
@@ -408,6 +415,7 @@ class Pool:
             return
         channel = Channel(server, urgent_only, spare=bool(channels), heard=now)
         server.channels.append(channel)
+        server.tried = True
         self._actions.append(Connect(channel))
         attempts.failures += 1
         attempts.retry_at = now + self._pause(BACKOFF, attempts.failures)
@@ -450,7 +458,8 @@ class Pool:
         level = logging.INFO
         if was_up or now - server.complained > WARN_INTERVAL:
             level, server.complained = logging.WARNING, now
-        again = f"; {waiting} requests pending, trying again" if waiting else ""
+        again = f"; {waiting} requests pending" if waiting else ""
+        again += ", trying again" if waiting and not server.over else ""
         log.log(level, "page server %s: %s%s", server.name, reason, again)
 
     # -- requests ----------------------------------------------------------------------------------------------
@@ -515,9 +524,8 @@ class Pool:
                 break
             candidates = [server for server in up if server not in wanted.refused]
             if up and not candidates:
-                wanted.refused.clear()  # refused by all: try all again later
-                wanted.not_before = now + self._pause(REFUSED_BACKOFF, wanted.attempts)
-                wanted.attempts += 1
+                pause = self._pause(REFUSED_BACKOFF, wanted.attempts)
+                self.backlog.end_round(wanted, self.servers, now + pause)
                 continue
             if reporting := [answering[server] for server in candidates if server in answering]:
                 channel = max(reporting, key=lambda channel: room[channel])
@@ -578,7 +586,7 @@ class Pool:
 
     def _denied(self, wanted: Wanted) -> bool:
         """Whether every server has reported that it can't give the page, in DENIED_ROUNDS rounds."""
-        return wanted.attempts >= DENIED_ROUNDS and wanted.denied.issuperset(self.servers)
+        return wanted.denials >= DENIED_ROUNDS
 
     def _mark_lost(self, wanted: Wanted, reason: str) -> None:
         self.backlog.drop(wanted)

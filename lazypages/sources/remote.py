@@ -31,6 +31,7 @@ from lazypages.sources import pool as planning
 from lazypages.sources.base import Carrier, Connected, Source
 from lazypages.sources.page_server import PageServerSource, RemoteOptions
 from lazypages.sources.pool import Channel, Load, Outstanding, Pool, Server, log
+from lazypages.sources.shortage import made
 
 NS_PER_S: Final = 1e9
 CLOSE_TIMEOUT: Final = 5.0  # s for the servers' answers to CLOSE
@@ -314,6 +315,9 @@ class RemotePages:
             self._completed.set()
         except (LinkError, RemoteProtocolError, TlsError) as error:
             reason = str(error)
+        except Exception as error:  # the other connections and all tasks go on
+            reason = f"internal error: {error!r}"
+            log.exception("page server %s: %s", channel.server.name, reason)
         finally:
             self.end(channel, reason)
             if connection.carrier is not None:
@@ -322,15 +326,18 @@ class RemotePages:
 
     async def _connect(self, channel: Channel, connection: _Connection) -> None:
         """Raises LinkError, TlsError, RemoteProtocolError."""
+
+        def reached() -> None:
+            self.pool.reached(channel, time.monotonic())
+
         found = await self._sources[channel.server].connect(
-            spare=channel.spare,
-            urgent_only=channel.urgent_only,
-            reached=lambda: self.pool.reached(channel, time.monotonic()),
+            spare=channel.spare, urgent_only=channel.urgent_only, reached=reached
         )
         connection.carrier = found.carrier
         features = found.features
-        try:
-            connection.engine = self._engine.channel(
+
+        def open_channel() -> EngineChannel:
+            return self._engine.channel(
                 found.carrier.fileno(),
                 header_size=found.layout.header_size,
                 max_pages=planning.OUR_MAX_PAGES if features else planning.CRIU_MAX_PAGES,
@@ -343,8 +350,8 @@ class RemotePages:
                 ),
                 compress=found.compresses,
             )
-        except OSError as error:
-            raise LinkError(f"cannot open a channel: {error.strerror}") from None
+
+        connection.engine = await made(open_channel, "a channel", channel.server.name, reached)
         log.info("page server %s: connected (%s)", channel.server.name, _describe(found))
         with self._planning():
             self.pool.connected(channel, features, time.monotonic(), answered=found.answered)
@@ -387,7 +394,8 @@ class RemotePages:
             raise RemoteProtocolError("the page server's answer does not match the request")
         failure = connection.carrier.failure
         reset = os.strerror(errno.ECONNRESET)
-        reason = os.strerror(event.status) if event.status else str(failure or "")
+        # A translator's failure comes first: its end of the socket pair resets if it had unread requests.
+        reason = str(failure) if failure else os.strerror(event.status) if event.status else ""
         connection.hung_up = at_boundary and reason in {"", reset}
         if failure is not None:
             raise failure

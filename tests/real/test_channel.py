@@ -510,6 +510,23 @@ def test_the_end(size: int, file: PagesFile) -> None:
         source.hang_up()
 
 
+def test_a_short_answer_before_the_end(file: PagesFile) -> None:
+    """The rest is not asked for behind CLOSE: its status is what follows."""
+    with remote_task() as (service, _task, _served):
+        source = Source(service)
+        source.channel.ask(TAG, BASE, 4, urgent=False)
+        get = source.asked()
+        source.channel.finish(force=False)
+        source.channel.ask(TAG, BASE + 8 * PAGE, 4, urgent=False)
+        assert source.command()[0] == CLOSE
+        source.send(source.answer(file, get._replace(nr_pages=2)) + struct.pack("=i", 7))
+        assert source.event(ChannelEventKind.CLOSED).status == 7
+        source.channel.close()
+        with pytest.raises(EOFError):
+            source.command()
+        source.hang_up()
+
+
 # The task does something meanwhile.
 
 

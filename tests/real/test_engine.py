@@ -27,8 +27,10 @@ from lazypages.engine.errors import BusyError, TaskGoneError
 from lazypages.engine.events import TaskEventKind
 from lazypages.engine.memory import PreparedMemory, TaskMemory
 from lazypages.engine.task import ServedTask
+from tests.support import remote_task
 from tests.support.kernel import cannot_poison
 from tests.support.processes import end, start_as
+from tests.support.remote_task import claim_remote, retry_lost
 from tests.support.uffd import (
     BACKWARD,
     BASE,
@@ -412,7 +414,7 @@ def test_a_waiting_thread_gets_the_signal(file: PagesFile) -> None:
         event = service.wait(TaskEventKind.LOST, served)
         assert (event.error, event.addr, event.since > 0) == (0, BASE + PAGE, True)
         assert task.busy()
-        served.retry_lost()  # there is no source: still lost
+        retry_lost(served)  # there is no source: still lost
         assert task.busy()
         if cannot_poison(served, everything=False):
             assert task.busy()
@@ -968,7 +970,7 @@ def deliver(served: ServedTask, image: int, data: bytes) -> int:
     """Until the layout is at rest."""
     while True:
         try:
-            return served.deliver(image, data)
+            return remote_task.deliver(served, image, data)
         except BusyError:
             time.sleep(0.001)
 
@@ -984,9 +986,9 @@ def test_a_fault_that_a_remote_source_answers(file: PagesFile) -> None:
         assert deliver(served, need.dump_addr, file.page_bytes(5)) == 1
         task.reply()
         assert served.transfer(1 << 20) == 0  # the rest is not for the background to copy
-        image, count, cursor = served.claim_remote(0, 1000)
+        image, count, cursor = claim_remote(served, 0, 1000)
         assert (image, count, cursor) == (BASE, 5, BASE + 5 * PAGE)
-        assert served.claim_remote(cursor, 10)[:2] == (BASE + 6 * PAGE, 10)
+        assert claim_remote(served, cursor, 10)[:2] == (BASE + 6 * PAGE, 10)
         task.tell_check(BASE + 2 * PAGE, 1, file.first_id + 2)
         assert service.wait(TaskEventKind.ESCALATE, served).dump_addr == BASE + 2 * PAGE
         assert deliver(served, BASE, file.page_bytes(0, 5)) == 5
@@ -1009,7 +1011,7 @@ def test_a_remote_source_that_fails_and_comes_back(file: PagesFile) -> None:
         event = service.wait(TaskEventKind.LOST, served)
         assert (event.error, event.addr, served.lost) == (errno.ENODATA, BASE, 1)
         assert task.busy()
-        served.retry_lost()
+        retry_lost(served)
         need = service.wait(TaskEventKind.NEED, served)
         assert served.lost == 0
         assert deliver(served, need.dump_addr, file.page_bytes(0)) == 1
@@ -1022,7 +1024,7 @@ def test_layout_changes_while_pages_are_on_their_way(file: PagesFile) -> None:
     with Service() as service:
         task, uffd = one_mapping(service, file, 64)
         served = service.serve(uffd, [(BASE, 64, 0, REMOTE)], [(BASE, 64)])
-        assert served.claim_remote(0, 64)[1] == 64
+        assert claim_remote(served, 0, 64)[1] == 64
         assert task.mremap(BASE + 10 * PAGE, 10, BASE + GIB) == BASE + GIB
         assert task.do("madvise", BASE + 30 * PAGE, 10, MADV_DONTNEED) == "0"
         assert task.do("munmap", BASE + 50 * PAGE, 5) == "0"
@@ -1045,7 +1047,7 @@ def test_a_child_forked_while_pages_are_on_their_way(file: PagesFile) -> None:
     with Service() as service:
         task, uffd = one_mapping(service, file, 16)
         served = service.serve(uffd, [(BASE, 16, 0, REMOTE)], [(BASE, 16)], max_readahead=1)
-        assert served.claim_remote(0, 16)[1] == 16
+        assert claim_remote(served, 0, 16)[1] == 16
         child = adopt_fork(service, task)
         forked = service.wait(TaskEventKind.FORKED).task
         assert forked.pending == 16
@@ -1071,7 +1073,7 @@ def test_remote_turmoil(file: PagesFile) -> None:
         for turn, needs in enumerate(needs_while_it_churns(service, task, served, file, pages), 1):
             wanted += [(need.dump_addr, need.nr_pages) for need in needs]
             if turn % 4 == 0 and len(wanted) < 8:
-                image, count, cursor = served.claim_remote(cursor, 16)
+                image, count, cursor = claim_remote(served, cursor, 16)
                 if count:
                     wanted.append((image, count))
                 else:

@@ -19,6 +19,7 @@ from lazypages.engine.errors import BusyError
 from lazypages.engine.events import TaskEventKind
 from lazypages.engine.task import ServedTask
 from tests.support.guards import MADV_GUARD_INSTALL, MADV_GUARD_REMOVE, guards_of, has_guards
+from tests.support.remote_task import deliver
 from tests.support.uffd import BASE, FORWARD, PAGE, PagesFile, Service, Task, until
 
 pytestmark = pytest.mark.every_kernel
@@ -127,7 +128,7 @@ def test_delivery(once: bool, file: PagesFile) -> None:
         guard(task)
         step = PAGES if once else 1
         for page in range(0, PAGES, step):
-            served.deliver(BASE + page * PAGE, file.page_bytes(page, step))
+            deliver(served, BASE + page * PAGE, file.page_bytes(page, step))
         assert not served.pending
         check_fates(served)
         check(task, file)
@@ -147,7 +148,7 @@ def test_a_thread_that_waits_for_what_becomes_a_guard(file: PagesFile) -> None:
         os.kill(task.pid, signal.SIGUSR1)
         if has_guards():
             until("the guard", lambda: guards_of(task.pid, BASE, 1))
-        served.deliver(BASE, file.page_bytes(0))
+        deliver(served, BASE, file.page_bytes(0))
         assert task.reply() == (SIGSEGV if has_guards() else str(file.first_id))
 
 

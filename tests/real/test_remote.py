@@ -55,7 +55,7 @@ def server(images: tuple[Path, Contents]) -> Iterator[PageServer]:
 
 @every_loop
 def test_everything_once(loop: dict[str, Any], images: tuple[Path, Contents], server: PageServer) -> None:
-    fetched = fetch([server.address], list(images[1]), loop=loop)
+    fetched = fetch([server.address], list(images[1]), loop=loop, connections=2)
     fetched.check(images[1])
     assert fetched.stats[0].pages == len(images[1])
     assert fetched.stats[0].connections == 2  # faults have their own

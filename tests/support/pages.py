@@ -107,9 +107,13 @@ def fetch(
     options: RemoteOptions | None = None,
     loop: dict[str, Any] | None = None,
     faults: int = 7,
+    connections: int = 0,
     timeout: float = 60,
 ) -> Fetched:
-    """Ask for all `places`: each `faults`th as a fault, the rest in the background."""
+    """Ask for all `places`: each `faults`th as a fault, the rest in the background.
+
+    Then wait until the first server has had so many `connections`.
+    """
     fetched = Fetched()
     wanted = sorted(places)
 
@@ -132,6 +136,8 @@ def fetch(
                 background = [place for number, place in enumerate(wanted) if number % faults]
                 remote.request(((*place, 1) for place in background), urgent=False)
                 while len(fetched.pages.keys() | fetched.lost.keys()) < len(wanted):
+                    await anyio.sleep(0.005)
+                while remote.stats()[0].connections < connections:
                     await anyio.sleep(0.005)
                 fetched.stats = remote.stats()
 

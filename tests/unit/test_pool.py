@@ -190,6 +190,34 @@ def test_nobody_is_called_while_nothing_is_due() -> None:
     assert world.connecting == []
 
 
+def test_nothing_is_asked_at_the_end() -> None:
+    """No server answers behind CLOSE."""
+    world = World()
+    channel = world.connect(NO_FEATURES)
+    world.load(channel)
+    world.pool.close()
+    assert world.want(3) == []
+    world.load(channel)
+    world.end(channel)
+    assert world.run(100) == []
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_an_inherited_socket_is_used_once(answers: bool) -> None:
+    """Neither a slow answer nor none makes a second connection: the number may be that of another socket by then."""
+    world = World(once=True)
+    world.pool.reached(world.connecting[0], world.now)
+    assert Connect not in kinds(world.run(3 * SILENCE))
+    if answers:
+        channel = world.connect(NO_FEATURES)
+        world.load(channel)
+        assert asks(world.want(3)) == [(channel, 3, 1)]
+    else:
+        world.fail()
+        assert world.pool.due(world.now) is None
+        assert not world.run(60)
+
+
 def test_a_server_of_criu_takes_one_connection(caplog: pytest.LogCaptureFixture) -> None:
     """Whoever listens there afterwards may have another dump."""
     world = World(checked=True)
@@ -320,6 +348,67 @@ def test_a_page_that_all_refuse_is_lost_after_some_rounds() -> None:
     assert Lost(PID, 3 * PAGE_SIZE, 1, DENIED) in world.done
     assert refusals >= 2 * DENIED_ROUNDS
     assert world.now - began > 2
+
+
+def refuse_all(world: World, seconds: float) -> None:
+    """The servers report of each page that is requested that they can't give it."""
+    end = world.now + seconds
+    while world.now < end:
+        for channel, asked in list(world.asked.items()):
+            for ask in asked[:1]:
+                asked.clear()
+                world.refuse(channel, ask.start // PAGE_SIZE)
+        world.tick(TICK)
+
+
+def test_a_new_fault_keeps_its_own_deadline() -> None:
+    """Although its page is beside that of an old one."""
+    world = World(deadline=10)
+    world.want(3)
+    world.run(9)
+    world.want(4)
+    world.want(5)
+    channel = world.connect(NO_FEATURES)
+    assert asks(world.done) == [(channel, 3, 1), (channel, 4, 2)]
+    world.load(channel)
+    world.run(2)
+    assert [action for action in world.done if isinstance(action, Lost)] == [
+        Lost(PID, 3 * PAGE_SIZE, 1, "no page server gave it within 10 s")
+    ]
+
+
+def test_a_server_that_is_away_denies_nothing() -> None:
+    """Its refusals do not count again in each round of the others."""
+    world = World("one", "two")
+    two = [channel for channel in [world.connect() for _ in range(4)] if channel.server.name == "two"]
+    for channel in world.pool.channels():
+        world.load(channel)
+    world.want(3)
+    refuse_all(world, 1)
+    assert world.servers[1] in [ask.channel.server for ask in world.done if isinstance(ask, Ask)]
+    for channel in two:
+        world.end(channel)
+    refuse_all(world, 60)
+    assert not any(isinstance(action, Lost) for action in world.done)
+    world.load(world.connect())
+    refuse_all(world, 60)
+    assert Lost(PID, 3 * PAGE_SIZE, 1, DENIED) in world.done
+
+
+def test_a_server_that_comes_back_is_asked_again() -> None:
+    """It may be another process: at once, in the same round."""
+    world = World("one", "two")
+    one, two = world.connect(Features.MISSING), world.connect(Features.MISSING)
+    world.load(one, requests=planning.REFUSED_WINDOW, round_trip=1.0)  # takes no refused page at present
+    world.load(two)
+    assert asks(world.want(3)) == [(two, 3, 1)]
+    world.refuse(two, 3)
+    world.end(two)
+    while not world.connecting:
+        world.tick(TICK)
+    channel = world.connect(Features.MISSING)
+    world.load(channel)
+    assert asks([action for action in world.done if isinstance(action, Ask)][1:]) == [(channel, 3, 1)]
 
 
 def test_a_page_that_one_server_only_seems_not_to_have_is_never_lost_without_a_deadline() -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import random
 import socket
 import ssl
 import struct
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import anyio
 import pytest
@@ -45,9 +49,10 @@ def page(number: int) -> bytes:
 class Ends:
     """A relay between the engine's end and the server's."""
 
-    def __init__(self, layout: Layout, features: Features, trial: Trial) -> None:
+    def __init__(self, layout: Layout, features: Features, trial: Trial, link: type[Link]) -> None:
         self.server, theirs = socket.socketpair()
-        self.relay = Relay(Link(theirs), ClientCodec(layout, features), trial)
+        self.link = link(theirs)
+        self.relay = Relay(self.link, ClientCodec(layout, features), trial)
         self.engine = socket.socket(fileno=socket.dup(self.relay.fileno()))
         self.layout = layout
         self.codec = ServerCodec(layout)
@@ -90,9 +95,12 @@ class Ends:
 
 @contextmanager
 def relay(
-    layout: Layout = Layout.CRIU_4_2, features: Features = FEATURES, trial: Trial | None = None
+    layout: Layout = Layout.CRIU_4_2,
+    features: Features = FEATURES,
+    trial: Trial | None = None,
+    link: type[Link] = Link,
 ) -> Iterator[Ends]:
-    ends = Ends(layout, features, trial or Trial())
+    ends = Ends(layout, features, trial or Trial(), link)
     try:
         yield ends
     finally:
@@ -256,6 +264,67 @@ def test_a_connection_that_is_reset() -> None:
     anyio.run(relay.aclose)
 
 
+class Failing(Link):
+    """Fails as the test says: after all that has come by then, or when it sends for the second time."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        super().__init__(sock)
+        self.failed = threading.Event()
+        self.resets = False
+        self.sends = 0
+
+    def recv_into(self, room: memoryview) -> int | None:
+        if self.resets:
+            assert self.failed.wait(30)
+        count = super().recv_into(room)
+        if count is None and self.resets:
+            raise LinkError("reset")
+        return count
+
+    def send(self, data: bytes | bytearray | memoryview) -> int:
+        self.sends += 1
+        if self.sends == 2:
+            assert self.failed.wait(30)
+            raise LinkError("Broken pipe")
+        return super().send(data)
+
+
+def test_answers_before_a_reset() -> None:
+    """The engine gets all that came before."""
+    with relay(link=Failing) as ends:
+        link = ends.link
+        assert isinstance(link, Failing)
+        link.resets = True
+        asked = ends.ask(0, 16)
+        ends.server.sendall(ends.codec.answer_get(asked, 16) + TEXT[:PAGE_SIZE] * 16)
+        link.failed.set()
+        assert ends.read(32 + 16 * PAGE_SIZE) == ends.answer(asked, 16) + TEXT[:PAGE_SIZE] * 16
+        assert ends.engine.recv(1) == b""
+        assert str(ends.relay.failure) == "reset"
+        assert ends.relay.at_boundary
+
+
+@pytest.mark.parametrize("closed", [True, False])
+def test_answers_before_a_failure_to_send(closed: bool) -> None:
+    with relay(link=Failing) as ends:
+        link = ends.link
+        assert isinstance(link, Failing)
+        asked = ends.ask(0)
+        second = Header(Command.GET, 1, BASE + PAGE_SIZE, PID)
+        ends.engine.sendall(Layout.CRIU_4_2.pack(second))
+        while link.sends < 2:
+            time.sleep(0.001)
+        ends.server.sendall(ends.codec.answer_get(asked, 1) + page(0))
+        if closed:
+            ends.server.close()
+        link.failed.set()
+        assert ends.read(32 + PAGE_SIZE) == ends.answer(asked, 1) + page(0)
+        assert ends.engine.recv(1) == b""
+        assert ends.relay.at_boundary
+        # As on a plain connection, the end counts more than the failure to send.
+        assert (ends.relay.failure is None) is closed
+
+
 def test_an_engine_that_hangs_up() -> None:
     """In the middle of an answer that it does not read."""
     with relay() as ends:
@@ -265,3 +334,38 @@ def test_an_engine_that_hangs_up() -> None:
         with suppress(ConnectionResetError):  # what it had not read of ours is lost
             while ends.server.recv(1 << 16):
                 pass
+
+
+def test_a_failure_that_nobody_expects(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is known, and in the log, before the engine sees the end."""
+
+    def fail(_: object) -> NoReturn:
+        raise MemoryError("no room")
+
+    with relay() as ends:
+        asked = ends.ask(0)
+        monkeypatch.setattr(ends.relay.codec, "next_event", partial(fail, None))
+        ends.server.sendall(ends.codec.answer_get(asked, 1))
+        assert ends.engine.recv(1) == b""
+        assert "no room" in str(ends.relay.failure)
+        assert "no room" in caplog.text
+
+
+@pytest.mark.parametrize("lacking", ["socket.socketpair", "threading.Thread.start"])
+def test_no_relay(lacking: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short of descriptors or threads: another one can be made for the same connection."""
+
+    def fail(*_: object) -> NoReturn:
+        raise OSError(errno.EMFILE, "no") if "socketpair" in lacking else RuntimeError("no")
+
+    server, theirs = socket.socketpair()
+    link, codec = Link(theirs), ClientCodec(Layout.CRIU_4_2)
+    with monkeypatch.context() as patch:
+        patch.setattr(f"lazypages.net.relay.{lacking}", fail)
+        with pytest.raises(OSError, match="no"):
+            Relay(link, codec, Trial())
+    second = Relay(link, codec, Trial())
+    server.close()
+    anyio.run(second.aclose)

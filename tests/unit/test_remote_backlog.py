@@ -143,8 +143,8 @@ def test_order() -> None:
     """Urgent first come, first served; what was asked for in vain goes first; neighbours go together."""
     backlog = Backlog()
     backlog.add(1, 8 * PAGE_SIZE, 9 * PAGE_SIZE, urgent=True, now=1)
-    backlog.add(1, 4 * PAGE_SIZE, 5 * PAGE_SIZE, urgent=True, now=2)
-    backlog.add(1, 9 * PAGE_SIZE, 10 * PAGE_SIZE, urgent=True, now=3)
+    backlog.add(1, 4 * PAGE_SIZE, 5 * PAGE_SIZE, urgent=True, now=1.2)
+    backlog.add(1, 9 * PAGE_SIZE, 10 * PAGE_SIZE, urgent=True, now=1.3)
     first = backlog.take(16, "a", urgent=True)
     assert first is not None
     assert (first.start, first.end, first.since) == (8 * PAGE_SIZE, 10 * PAGE_SIZE, 1)
