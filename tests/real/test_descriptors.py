@@ -152,6 +152,7 @@ def test_forks_wait_for_descriptors(tmp_path: Path) -> None:
                 server.wait_ready()
                 hand_over(tmp_path, task, uffd)
                 wait_for("the restore to be finished", lambda: "restore finished" in server.story())
+                wait_for_rest(server.pid)  # and has closed the restorer's connection
                 none_free(server.pid)
                 children = [task.fork(orphan=True)]
                 message = "no file descriptor is free for a forked child"
