@@ -9,9 +9,9 @@
 #include <string.h>
 #include <sys/socket.h>
 #include <sys/uio.h>
-#include <time.h>
 #include <unistd.h>
 
+#include "common/clock.h"
 #include "common/page_protocol.h"
 #include "common/pages_file.h"
 
@@ -28,14 +28,6 @@
 #define POLL_MIN_NS UINT64_C(10000)
 #define POLL_MAX_NS UINT64_C(80000)
 #define YIELD_NS UINT64_C(20000) /* a longer sched_yield() has let another thread run */
-
-static uint64_t now_ns(void)
-{
-	struct timespec ts;
-
-	clock_gettime(CLOCK_MONOTONIC, &ts);
-	return (uint64_t)ts.tv_sec * UINT64_C(1000000000) + (uint64_t)ts.tv_nsec;
-}
 
 static const struct lp_task_pages *find_task(const struct lp_served *served, uint64_t pid)
 {
@@ -246,7 +238,7 @@ static int answer(struct lp_client *client, const struct lp_served *served, cons
 static ssize_t poll_socket(struct lp_client *client)
 {
 	uint8_t *room = client->requests + client->end;
-	uint64_t began = now_ns(), now = began;
+	uint64_t began = lp_now_ns(), now = began;
 
 	for (;;) {
 		ssize_t got = recv(client->fd, room, LP_REQUESTS_SIZE - client->end, MSG_DONTWAIT);
@@ -254,9 +246,9 @@ static ssize_t poll_socket(struct lp_client *client)
 
 		if (got >= 0 || errno != EAGAIN || now - began >= client->poll_ns)
 			return got;
-		before = now_ns();
+		before = lp_now_ns();
 		sched_yield();
-		now = now_ns();
+		now = lp_now_ns();
 		if (now - before > YIELD_NS) {
 			client->poll_ns = 0; /* another thread needs this CPU */
 			return recv(client->fd, room, LP_REQUESTS_SIZE - client->end, MSG_DONTWAIT);
@@ -269,7 +261,7 @@ static int wait_readable(int fd, uint64_t deadline)
 {
 	for (;;) {
 		struct pollfd one = {.fd = fd, .events = POLLIN};
-		uint64_t now = now_ns();
+		uint64_t now = lp_now_ns();
 		int ready = poll(&one, 1, now < deadline ? (int)((deadline - now) / 1000000 + 1) : 0);
 
 		if (ready > 0)
@@ -298,12 +290,12 @@ static ssize_t receive(struct lp_client *client, uint64_t deadline)
 		return got < 0 ? -errno : got;
 	}
 	if (got < 0 && errno == EAGAIN) {
-		uint64_t began = now_ns(), slept;
+		uint64_t began = lp_now_ns(), slept;
 
 		do
 			got = recv(client->fd, client->requests + client->end, LP_REQUESTS_SIZE - client->end, 0);
 		while (got < 0 && errno == EINTR);
-		slept = now_ns() - began;
+		slept = lp_now_ns() - began;
 		if (slept > POLL_MAX_NS)
 			client->poll_ns /= 2;
 		else if (client->poll_ns < POLL_MAX_NS)
@@ -336,7 +328,7 @@ int lp_answer_gets(struct lp_client *client, const struct lp_served *served)
 		if (client->start == client->end)
 			deadline = 0;
 		else if (client->start || !deadline)
-			deadline = now_ns() + client->patience_ns;
+			deadline = lp_now_ns() + client->patience_ns;
 		memmove(client->requests, client->requests + client->start, client->end - client->start);
 		client->end -= client->start;
 		client->start = 0;

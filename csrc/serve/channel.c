@@ -11,14 +11,14 @@
 #include <sys/eventfd.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
-#include <time.h>
 #include <unistd.h>
 
+#include "common/clock.h"
 #include "common/page.h"
 #include "common/page_protocol.h"
 #include "pace.h"
+#include "wakeup_fd.h"
 
-#define NS 1000000000ull
 #define BUFFER ((size_t)256 << 10) /* bytes of the receive buffer */
 #define RECEIVE_MOST ((size_t)256 << 10) /* bytes received from one channel before the serving thread handles faults again */
 #define ZERO_PAGES 64ull		 /* pages of zeros that are placed at once */
@@ -34,7 +34,7 @@
  * server on loopback).
  */
 #define BUSY_LIMIT ((uint64_t)512 << 10)
-#define BUSY_NS (2 * NS / 1000)		 /* the channel counts as shared for so long after a fault */
+#define BUSY_NS (2 * LP_NS / 1000)		 /* the channel counts as shared for so long after a fault */
 
 struct lp_channel {
 	struct lp_channels *channels;
@@ -72,14 +72,6 @@ struct lp_channel {
 
 static const char *zero_pages;
 
-static uint64_t now_ns(void)
-{
-	struct timespec ts;
-
-	clock_gettime(CLOCK_MONOTONIC, &ts);
-	return (uint64_t)ts.tv_sec * NS + (uint64_t)ts.tv_nsec;
-}
-
 /* Makes room for nr elements in an array.  False: no memory, and the array is unchanged. */
 static bool grow(void *array_pointer, size_t nr, size_t *cap, size_t size)
 {
@@ -96,14 +88,6 @@ static bool grow(void *array_pointer, size_t nr, size_t *cap, size_t size)
 	*array = more;
 	*cap = larger;
 	return true;
-}
-
-static void signal_fd(int fd)
-{
-	uint64_t one = 1;
-	ssize_t rc = write(fd, &one, sizeof(one));
-
-	(void)rc;
 }
 
 /* ---- outstanding requests (lock held) ---- */
@@ -142,7 +126,7 @@ static void send_later(struct lp_channel *l, struct lp_header header)
 /* Adds a request.  False: no memory, and nothing was changed. */
 static bool ask(struct lp_channel *l, uint64_t tag, uint64_t dump_addr, uint64_t nr_pages, uint64_t since, bool urgent, bool reported)
 {
-	uint64_t now = now_ns();
+	uint64_t now = lp_now_ns();
 
 	if (!room_to_ask(l))
 		return false;
@@ -189,7 +173,7 @@ static void add_event(struct lp_channel *l, struct lp_channel_event event)
 		return;
 	l->events[l->nr_events++] = event;
 	if (l->nr_events == 1)
-		signal_fd(l->eventfd);
+		lp_wakeup(l->eventfd);
 }
 
 static void budget_spent(struct lp_channel *l)
@@ -295,7 +279,7 @@ static void answer_complete(struct lp_channel *l)
 
 	pthread_mutex_lock(&l->lock);
 	rest = *request_at(l, 0);
-	lp_pace_answered(&l->pace, rest.sent, rest.delivered, now_ns(), l->answered << LP_PAGE_SHIFT);
+	lp_pace_answered(&l->pace, rest.sent, rest.delivered, lp_now_ns(), l->answered << LP_PAGE_SHIFT);
 	remove_in_flight(l, rest.nr_pages);
 	l->first = (l->first + 1) & (l->cap - 1);
 	l->nr--;
@@ -430,7 +414,7 @@ static bool process_received(struct lp_channel *l)
 
 static void note_received(struct lp_channel *l, size_t bytes)
 {
-	uint64_t now = now_ns();
+	uint64_t now = lp_now_ns();
 
 	pthread_mutex_lock(&l->lock);
 	l->heard = now;
@@ -516,7 +500,7 @@ static uint64_t background_room(const struct lp_channel *l, uint64_t now)
 static void request_background(struct lp_channel *l)
 {
 	const struct lp_channel_tasks *tasks = &l->channels->tasks;
-	uint64_t now = now_ns(), tag, dump_addr;
+	uint64_t now = lp_now_ns(), tag, dump_addr;
 
 	for (;;) {
 		struct lp_task *spender;
@@ -811,7 +795,7 @@ struct lp_channel *lp_channel_new(struct lp_channels *channels, int fd, const st
 	l->channels = channels;
 	l->options = *options;
 	lp_pace_init(&l->pace);
-	l->heard = now_ns();
+	l->heard = lp_now_ns();
 	l->fd = fcntl(fd, F_DUPFD_CLOEXEC, 0);
 	l->eventfd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	l->buffer = aligned_alloc(LP_PAGE_SIZE, BUFFER);
@@ -826,7 +810,7 @@ struct lp_channel *lp_channel_new(struct lp_channels *channels, int fd, const st
 	l->next = atomic_load(&channels->fresh);
 	while (!atomic_compare_exchange_weak(&channels->fresh, &l->next, l))
 		;
-	signal_fd(channels->wakefd);
+	lp_wakeup(channels->wakefd);
 	return l;
 }
 
@@ -836,7 +820,7 @@ void lp_channel_close(struct lp_channel *l)
 
 	shutdown(l->fd, SHUT_RDWR);
 	atomic_store(&l->dead, true);
-	signal_fd(wakefd);
+	lp_wakeup(wakefd);
 }
 
 int lp_channel_event_fd(const struct lp_channel *l)
@@ -846,20 +830,17 @@ int lp_channel_event_fd(const struct lp_channel *l)
 
 size_t lp_channel_events(struct lp_channel *l, struct lp_channel_event *events, size_t max)
 {
-	uint64_t count;
 	size_t nr;
-	ssize_t rc;
 
 	pthread_mutex_lock(&l->lock);
-	rc = read(l->eventfd, &count, sizeof(count));
-	(void)rc;
+	lp_wakeup_clear(l->eventfd);
 	nr = l->nr_events < max ? l->nr_events : max;
 	if (nr)
 		memcpy(events, l->events, nr * sizeof(*events));
 	memmove(l->events, l->events + nr, (l->nr_events - nr) * sizeof(*events));
 	l->nr_events -= nr;
 	if (l->nr_events)
-		signal_fd(l->eventfd);
+		lp_wakeup(l->eventfd);
 	pthread_mutex_unlock(&l->lock);
 	return nr;
 }
@@ -877,7 +858,7 @@ void lp_channel_ask(struct lp_channel *l, uint64_t tag, uint64_t dump_addr, uint
 	if (!l->finishing && !ask(l, tag, dump_addr, nr_pages, 0, urgent, true))
 		fail(l);
 	pthread_mutex_unlock(&l->lock);
-	signal_fd(l->channels->wakefd);
+	lp_wakeup(l->channels->wakefd);
 }
 
 void lp_channel_pause(struct lp_channel *l, bool paused)
@@ -887,7 +868,7 @@ void lp_channel_pause(struct lp_channel *l, bool paused)
 	if (paused)
 		budget_spent(l);
 	pthread_mutex_unlock(&l->lock);
-	signal_fd(l->channels->wakefd);
+	lp_wakeup(l->channels->wakefd);
 }
 
 void lp_channel_set_budget(struct lp_channel *l, struct lp_task *task, uint64_t max_bytes)
@@ -903,7 +884,7 @@ void lp_channel_set_budget(struct lp_channel *l, struct lp_task *task, uint64_t 
 		fail(l);
 	}
 	pthread_mutex_unlock(&l->lock);
-	signal_fd(l->channels->wakefd);
+	lp_wakeup(l->channels->wakefd);
 }
 
 void lp_channel_finish(struct lp_channel *l, bool force, uint32_t flags)
@@ -916,7 +897,7 @@ void lp_channel_finish(struct lp_channel *l, bool force, uint32_t flags)
 	else
 		fail(l);
 	pthread_mutex_unlock(&l->lock);
-	signal_fd(l->channels->wakefd);
+	lp_wakeup(l->channels->wakefd);
 }
 
 size_t lp_channel_outstanding(struct lp_channel *l, struct lp_request *requests, size_t max)

@@ -8,8 +8,9 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
-#include <time.h>
 #include <unistd.h>
+
+#include "common/clock.h"
 
 #define BATCH 1024	     /* records for one write(2) */
 #define PAUSE_MS 20	     /* between two looks at the ring: what a daemon that is killed has not written, at most */
@@ -95,14 +96,6 @@ bool lp_trace_put(struct lp_trace *trace, const struct lp_trace_record *record)
 	}
 }
 
-static uint64_t now_ns(void)
-{
-	struct timespec ts;
-
-	clock_gettime(CLOCK_MONOTONIC, &ts);
-	return (uint64_t)ts.tv_sec * 1000000000 + (uint64_t)ts.tv_nsec;
-}
-
 /* The next records, in order, at most `max` of them. */
 static size_t take(struct lp_trace *trace, struct lp_trace_record *records, size_t max)
 {
@@ -151,7 +144,7 @@ int64_t lp_trace_drain(struct lp_trace *trace, int fd)
 		nr = taken = take(trace, trace->batch, left < BATCH - 1 ? left : BATCH - 1);
 		if (dropped != trace->told_dropped) {
 			trace->batch[nr++] = (struct lp_trace_record){
-				.time = now_ns(), .kind = LP_TRACE_DROPPED, .source = LP_TRACE_NO_SOURCE, .pages = dropped};
+				.time = lp_now_ns(), .kind = LP_TRACE_DROPPED, .source = LP_TRACE_NO_SOURCE, .pages = dropped};
 			trace->told_dropped = dropped;
 		}
 		if (!nr)
@@ -183,7 +176,7 @@ int lp_trace_run(struct lp_trace *trace, int fd)
 		if (rc < 0)
 			return (int)rc;
 	} while (!last);
-	end.time = now_ns();
+	end.time = lp_now_ns();
 	end.pages = lp_trace_dropped(trace);
 	return write_all(fd, &end, sizeof(end));
 }
