@@ -224,14 +224,14 @@ static bool inherit_unsure(const struct lp_task *t, struct lp_task *child, const
 		       (t->unsure.nr || any_matters(fork_events->before, fork_events->made, fork_events->nr_made));
 
 	for (size_t i = 0; i < t->unsure.nr; i++)
-		if (!lp_ranges_add(&child->unsure, t->unsure.at[i].start, t->unsure.at[i].end))
+		if (!lp_ranges_include(&child->unsure, t->unsure.at[i].start, t->unsure.at[i].end))
 			return false;
 	for (size_t i = 0; i < fork_events->nr_made && tangled; i++) {
 		const struct lp_change *change = &fork_events->made[i];
 
-		if (!lp_ranges_add(&child->unsure, change->start, change->start + change->len) ||
+		if (!lp_ranges_include(&child->unsure, change->start, change->start + change->len) ||
 		    (change->kind == LP_REMAPPED &&
-		     !lp_ranges_add(&child->unsure, change->to, change->to + change->len)))
+		     !lp_ranges_include(&child->unsure, change->to, change->to + change->len)))
 			return false;
 	}
 	if (child->unsure.nr)

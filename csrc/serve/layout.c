@@ -54,7 +54,7 @@ static bool make_change(struct lp_task *t, struct lp_change *change)
 		lp_count(&t->stats.remaps, 1);
 		rc = lp_space_remap(t->space, change->start, change->to, change->len, &dropped);
 		if (!rc && lp_ranges_meet(&t->unsure, change->start, end) &&
-		    !lp_ranges_add(&t->unsure, change->to, change->to + change->len))
+		    !lp_ranges_include(&t->unsure, change->to, change->to + change->len))
 			rc = -ENOMEM;
 		break;
 	}
@@ -110,7 +110,7 @@ static void mark_unclear_lost(struct lp_task *t)
 		for (int k = 0; unclear[i] && k < (change->kind == LP_REMAPPED ? 2 : 1); k++) {
 			lp_mark_range_lost(t, places[k], places[k] + change->len);
 			lp_space_mark_doubts_lost(t->space, places[k], places[k] + change->len);
-			if (!lp_ranges_add(&t->unsure, places[k], places[k] + change->len))
+			if (!lp_ranges_include(&t->unsure, places[k], places[k] + change->len))
 				found = -ENOMEM;
 		}
 	}
@@ -197,7 +197,7 @@ static void poison_unsure(struct lp_task *t)
 			range->start += LP_PAGE_SIZE;
 		} else if (result.outcome == LP_UNREGISTERED && nr > 1) { /* not all in one mapping: try the halves */
 			range->end = range->start + (nr / 2 << LP_PAGE_SHIFT);
-			if (!lp_ranges_add(&t->unsure, range->end, end))
+			if (!lp_ranges_include(&t->unsure, range->end, end))
 				lp_mark_broken(t, ENOMEM);
 		} else {
 			lp_append_change(t, (struct lp_change){.kind = LP_QUESTION});

@@ -17,6 +17,8 @@ struct lp_ranges {
 
 /* False: no memory. */
 bool lp_ranges_add(struct lp_ranges *r, uint64_t start, uint64_t end);
+/* Adds the range unless one of them contains it.  Looks at each.  False: no memory. */
+bool lp_ranges_include(struct lp_ranges *r, uint64_t start, uint64_t end);
 /* Whether any of them has something in common with [start, end). */
 bool lp_ranges_meet(const struct lp_ranges *r, uint64_t start, uint64_t end);
 
