@@ -63,6 +63,19 @@ struct lp_change {
 	bool awaited;	      /* LP_REMAPPED: see csrc/serve/late.h */
 };
 
+static inline bool lp_overlap(uint64_t start, uint64_t len, uint64_t other, uint64_t other_len)
+{
+	return start < other + other_len && other < start + len;
+}
+
+/* The ranges that a change touches, for LP_REMAPPED also the one that it takes.  Returns their number. */
+static inline size_t lp_places(const struct lp_change *change, struct lp_range places[2])
+{
+	places[0] = (struct lp_range){change->start, change->start + change->len};
+	places[1] = (struct lp_range){change->to, change->to + change->len};
+	return change->kind == LP_REMAPPED ? 2 : 1;
+}
+
 /*
  * Memory that may have been unmapped: an UNMAP event is reported for calls that fail, too (csrc/serve/doubt.h).  It is in no region,
  * and its pages stay pending, until that is answered.

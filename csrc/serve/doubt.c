@@ -131,11 +131,6 @@ int lp_settle(struct lp_space *s, const struct lp_ask *ask, struct lp_counts *dr
 	return 0;
 }
 
-static bool overlap(uint64_t a, uint64_t b, uint64_t len)
-{
-	return a < b + len && b < a + len;
-}
-
 /* Whether move i was made before the child was forked: 1, 0, -EAGAIN, -ESRCH.  *tangled: it is not known. */
 static int has_moved(const struct lp_change *changes, size_t nr, size_t i, const struct lp_ask *ask,
 		     const struct lp_ask *ask_parent, bool *tangled)
@@ -174,7 +169,9 @@ static bool after_a_move(const struct lp_change *changes, size_t i, const bool *
 
 static bool meet(const struct lp_change *a, const struct lp_change *b)
 {
-	return overlap(a->start, b->start, a->len > b->len ? a->len : b->len);
+	uint64_t len = a->len > b->len ? a->len : b->len;
+
+	return lp_overlap(a->start, len, b->start, len);
 }
 
 /*
@@ -213,11 +210,11 @@ static bool are_tangled(const struct lp_change *changes, size_t nr)
 /* All that is pending where something has changed is lost. */
 static void lose_touched(const struct lp_change *changes, size_t nr, const struct lp_ask *ask)
 {
-	for (size_t i = 0; i < nr; i++) {
-		ask->stays(ask->arg, changes[i].start, changes[i].start + changes[i].len, false);
-		if (changes[i].kind == LP_REMAPPED)
-			ask->stays(ask->arg, changes[i].to, changes[i].to + changes[i].len, false);
-	}
+	struct lp_range places[2];
+
+	for (size_t i = 0; i < nr; i++)
+		for (size_t k = 0, n = lp_places(&changes[i], places); k < n; k++)
+			ask->stays(ask->arg, places[k].start, places[k].end, false);
 }
 
 int lp_replay(struct lp_space *s, const struct lp_change *changes, size_t nr, uint64_t reported, bool again,

@@ -22,11 +22,6 @@
 #define CHILD_NS (10 * LP_NS) /* after that what is not known of a child whose layout never is quiescent is lost */
 #define POISON_TRIES 1000 /* for a page that takes the place of poison, which must not be seen */
 
-static bool overlap(uint64_t start, uint64_t other, uint64_t len, uint64_t other_len)
-{
-	return start < other + other_len && other < start + len;
-}
-
 /*
  * Whether a change that a child has made itself since the fork makes what it has registered no evidence about a change of its
  * parent: it has left a place that the parent's change has left or taken, or moved memory to a place that this has left.  Memory
@@ -36,9 +31,9 @@ static bool hides(const struct lp_change *own, const struct lp_change *made)
 {
 	if (own->kind == LP_FORKED || own->kind == LP_REMOVED || made->kind == LP_REMOVED) /* the child is not asked about REMOVE */
 		return false;
-	return overlap(own->start, made->start, own->len, made->len) ||
-	       (made->kind == LP_REMAPPED && overlap(own->start, made->to, own->len, made->len)) ||
-	       (own->kind == LP_REMAPPED && overlap(own->to, made->start, own->len, made->len));
+	return lp_overlap(own->start, own->len, made->start, made->len) ||
+	       (made->kind == LP_REMAPPED && lp_overlap(own->start, own->len, made->to, made->len)) ||
+	       (own->kind == LP_REMAPPED && lp_overlap(own->to, own->len, made->start, made->len));
 }
 
 /* Whether a child has changed its layout since the fork so that it does not show any more what it was forked with. */
@@ -53,13 +48,11 @@ static bool has_gone_on(const struct lp_task *child, const struct lp_fork *fork_
 
 static void mark_made_lost(struct lp_task *child, const struct lp_fork *fork_events)
 {
-	for (size_t i = 0; i < fork_events->nr_made; i++) {
-		const struct lp_change *made = &fork_events->made[i];
+	struct lp_range places[2];
 
-		lp_mark_range_lost(child, made->start, made->start + made->len);
-		if (made->kind == LP_REMAPPED)
-			lp_mark_range_lost(child, made->to, made->to + made->len);
-	}
+	for (size_t i = 0; i < fork_events->nr_made; i++)
+		for (size_t k = 0, n = lp_places(&fork_events->made[i], places); k < n; k++)
+			lp_mark_range_lost(child, places[k].start, places[k].end);
 }
 
 static bool space_before(struct lp_task *t, struct lp_new_child *u)
@@ -209,11 +202,12 @@ static void inherit_guards(struct lp_task *t, struct lp_task *child)
 
 static bool any_matters(const struct lp_space *before, const struct lp_change *changes, size_t nr)
 {
+	struct lp_range places[2];
+
 	for (size_t i = 0; i < nr; i++)
-		if (lp_space_matters(before, changes[i].start, changes[i].start + changes[i].len) ||
-		    (changes[i].kind == LP_REMAPPED &&
-		     lp_space_matters(before, changes[i].to, changes[i].to + changes[i].len)))
-			return true;
+		for (size_t k = 0, n = lp_places(&changes[i], places); k < n; k++)
+			if (lp_space_matters(before, places[k].start, places[k].end))
+				return true;
 	return false;
 }
 
@@ -222,18 +216,15 @@ static bool inherit_unsure(const struct lp_task *t, struct lp_task *child, const
 	/* where nothing was missing, all that is missing is zero, whatever has moved */
 	bool tangled = fork_events->before && fork_events->tangled &&
 		       (t->unsure.nr || any_matters(fork_events->before, fork_events->made, fork_events->nr_made));
+	struct lp_range places[2];
 
 	for (size_t i = 0; i < t->unsure.nr; i++)
 		if (!lp_ranges_include(&child->unsure, t->unsure.at[i].start, t->unsure.at[i].end))
 			return false;
-	for (size_t i = 0; i < fork_events->nr_made && tangled; i++) {
-		const struct lp_change *change = &fork_events->made[i];
-
-		if (!lp_ranges_include(&child->unsure, change->start, change->start + change->len) ||
-		    (change->kind == LP_REMAPPED &&
-		     !lp_ranges_include(&child->unsure, change->to, change->to + change->len)))
-			return false;
-	}
+	for (size_t i = 0; i < fork_events->nr_made && tangled; i++)
+		for (size_t k = 0, n = lp_places(&fork_events->made[i], places); k < n; k++)
+			if (!lp_ranges_include(&child->unsure, places[k].start, places[k].end))
+				return false;
 	if (child->unsure.nr)
 		lp_append_change(child, (struct lp_change){.kind = LP_QUESTION}); /* they are poisoned once it is quiescent */
 	return !atomic_load(&child->broken);

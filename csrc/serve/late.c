@@ -156,18 +156,13 @@ static bool is_unclear_somewhere(const struct lp_space *s, const struct lp_chang
 	return false;
 }
 
-static bool overlap(uint64_t a, uint64_t a_len, uint64_t b, uint64_t b_len)
-{
-	return a < b + b_len && b < a + a_len;
-}
-
 /* Whether the ranges of two changes overlap. */
 static bool meet(const struct lp_change *a, const struct lp_change *b)
 {
 	uint64_t a_to = a->kind == LP_REMAPPED ? a->to : a->start, b_to = b->kind == LP_REMAPPED ? b->to : b->start;
 
-	return overlap(a->start, a->len, b->start, b->len) || overlap(a->start, a->len, b_to, b->len) ||
-	       overlap(a_to, a->len, b->start, b->len) || overlap(a_to, a->len, b_to, b->len);
+	return lp_overlap(a->start, a->len, b->start, b->len) || lp_overlap(a->start, a->len, b_to, b->len) ||
+	       lp_overlap(a_to, a->len, b->start, b->len) || lp_overlap(a_to, a->len, b_to, b->len);
 }
 
 int lp_unclear(const struct lp_space *s, const struct lp_change *changes, size_t nr, bool *unclear)

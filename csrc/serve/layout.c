@@ -85,35 +85,25 @@ static bool needs_history(const struct lp_task *t)
 	return forks && others;
 }
 
-/* Whether something is missing there that is not zero, or may not be. */
-static bool matters_at(const struct lp_task *t, uint64_t start, uint64_t len)
-{
-	return lp_space_matters(t->space, start, start + len) || lp_ranges_meet(&t->unsure, start, start + len);
-}
-
 /* Marks the ranges with an unclear order of departures lost (csrc/serve/late.h): they get neither pages nor zeros. */
 static void mark_unclear_lost(struct lp_task *t)
 {
 	bool *unclear = malloc(t->nr_changes + 1);
 	int found = unclear ? lp_unclear(t->space, t->changes, t->nr_changes, unclear) : -ENOMEM;
-	bool matters = false;
+	struct lp_range places[2];
+	bool matters = false; /* otherwise all missing pages there are zero in either order */
 
 	for (size_t i = 0; i < t->nr_changes && found > 0; i++)
-		matters |= unclear[i] && (matters_at(t, t->changes[i].start, t->changes[i].len) ||
-					  (t->changes[i].kind == LP_REMAPPED &&
-					   matters_at(t, t->changes[i].to, t->changes[i].len)));
-	/* Otherwise all missing pages there are zero in either order. */
-	for (size_t i = 0; i < t->nr_changes && found > 0 && matters; i++) {
-		const struct lp_change *change = &t->changes[i];
-		const uint64_t places[] = {change->start, change->to};
-
-		for (int k = 0; unclear[i] && k < (change->kind == LP_REMAPPED ? 2 : 1); k++) {
-			lp_mark_range_lost(t, places[k], places[k] + change->len);
-			lp_space_mark_doubts_lost(t->space, places[k], places[k] + change->len);
-			if (!lp_ranges_include(&t->unsure, places[k], places[k] + change->len))
+		for (size_t k = 0, n = unclear[i] ? lp_places(&t->changes[i], places) : 0; k < n; k++)
+			matters |= lp_space_matters(t->space, places[k].start, places[k].end) ||
+				   lp_ranges_meet(&t->unsure, places[k].start, places[k].end);
+	for (size_t i = 0; i < t->nr_changes && found > 0 && matters; i++)
+		for (size_t k = 0, n = unclear[i] ? lp_places(&t->changes[i], places) : 0; k < n; k++) {
+			lp_mark_range_lost(t, places[k].start, places[k].end);
+			lp_space_mark_doubts_lost(t->space, places[k].start, places[k].end);
+			if (!lp_ranges_include(&t->unsure, places[k].start, places[k].end))
 				found = -ENOMEM;
 		}
-	}
 	if (found < 0)
 		lp_mark_broken(t, -found);
 	free(unclear);
