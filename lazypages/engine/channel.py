@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import os
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NotRequired, TypedDict, Unpack
 
 from lazypages.engine._uffd import ffi, lib
 
@@ -50,6 +50,17 @@ class ChannelRequest(NamedTuple):
     reported: bool
 
 
+class ChannelOptions(TypedDict):
+    """``struct lp_channel_options`` of csrc/serve/channel.h."""
+
+    header_size: int
+    max_pages: int
+    zeros: bool
+    background: bool
+    floor: NotRequired[int]
+    compress: NotRequired[bool]
+
+
 class ChannelState(NamedTuple):
     """``struct lp_channel_state`` of csrc/serve/channel.h. ``outstanding``, ``requests``: numbers of requests;
     ``urgent``, ``background``, ``limit``, ``bytes``: bytes; ``heard``, ``oldest``, ``round_trip``: ns."""
@@ -77,22 +88,9 @@ class Channel:
     _ffi: Any = ffi
     _lib: Any = lib
 
-    def __init__(
-        self,
-        channels: Any,
-        fd: int,
-        *,
-        header_size: int,
-        max_pages: int,
-        zeros: bool,
-        background: bool,
-        floor: int,
-        compress: bool,
-    ) -> None:
-        options = self._ffi.new(
-            "struct lp_channel_options *", (header_size, max_pages, floor, zeros, background, compress)
-        )
-        self._handle = self._lib.lp_channel_new(channels, fd, options)
+    def __init__(self, channels: Any, fd: int, **options: Unpack[ChannelOptions]) -> None:
+        raw = self._ffi.new("struct lp_channel_options *", dict(options))
+        self._handle = self._lib.lp_channel_new(channels, fd, raw)
         if self._handle == self._ffi.NULL:
             raise OSError(self._ffi.errno, os.strerror(self._ffi.errno))
         self._events = self._ffi.new("struct lp_channel_event[]", self._BATCH)

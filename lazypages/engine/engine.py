@@ -7,10 +7,10 @@ decision as :class:`TaskEvent`. ``csrc/serve/engine.h`` describes how faults, la
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from lazypages.engine._uffd import ffi, lib
-from lazypages.engine.channel import Channel
+from lazypages.engine.channel import Channel, ChannelOptions
 from lazypages.engine.errors import check
 from lazypages.engine.events import TaskEvent, TaskEventKind
 from lazypages.engine.memory import MappedFile, PreparedMemory, TaskMemory
@@ -85,33 +85,12 @@ class Engine:
             raise OSError(ffi.errno, os.strerror(ffi.errno))
         return self._adopt(handle)
 
-    def channel(
-        self,
-        fd: int,
-        *,
-        header_size: int,
-        max_pages: int,
-        zeros: bool,
-        background: bool,
-        floor: int = 0,
-        compress: bool = False,
-    ) -> Channel:
+    def channel(self, fd: int, **options: Unpack[ChannelOptions]) -> Channel:
         """Makes a channel on a duplicate of the connected stream socket `fd`.
-
-        The options are those of ``struct lp_channel_options``.
 
         Raises OSError.
         """
-        return Channel(
-            lib.lp_engine_channels(self._handle),
-            fd,
-            header_size=header_size,
-            max_pages=max_pages,
-            zeros=zeros,
-            background=background,
-            floor=floor,
-            compress=compress,
-        )
+        return Channel(lib.lp_engine_channels(self._handle), fd, **options)
 
     @property
     def has_tasks(self) -> bool:

@@ -13,14 +13,14 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Final, Protocol
+from typing import Final, Protocol, Unpack
 
 import anyio
 import anyio.lowlevel
 from anyio.abc import TaskGroup
 
 from lazypages.engine.channel import Channel as EngineChannel
-from lazypages.engine.channel import ChannelEvent, ChannelEventKind
+from lazypages.engine.channel import ChannelEvent, ChannelEventKind, ChannelOptions
 from lazypages.engine.task import ServedTask
 from lazypages.net import wire
 from lazypages.net.link import LinkError
@@ -47,17 +47,7 @@ OnLost = Callable[[int, int, int, str], None]
 class Channels(Protocol):
     """A factory of channels: the engine."""
 
-    def channel(
-        self,
-        fd: int,
-        *,
-        header_size: int,
-        max_pages: int,
-        zeros: bool,
-        background: bool,
-        floor: int = 0,
-        compress: bool = False,
-    ) -> EngineChannel:
+    def channel(self, fd: int, **options: Unpack[ChannelOptions]) -> EngineChannel:
         """See Engine.channel."""
 
 

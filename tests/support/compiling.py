@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
+import runpy
 import shutil
 import subprocess
 import tempfile
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 #: Those that tasks under test run.
 PROGRAMS = Path(__file__).parent / "programs"
 FLAGS = ("-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread")
+
+
+@cache
+def csrc_modules() -> dict[str, Any]:
+    """What csrc/modules.py defines: the builders of the cffi modules, and `declarations` of a header."""
+    with contextlib.chdir(Path(__file__).parents[2]):
+        return runpy.run_path("csrc/modules.py")
 
 
 @cache

@@ -7,14 +7,14 @@ byte is right, or the engine says that the task can't go on (BROKEN), which cost
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-import runpy
 import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from tests.support.compiling import csrc_modules
 
 ROOT = Path(__file__).parents[2]
 NAME = "failing_uffd"
@@ -27,8 +27,7 @@ def build(folder: Path) -> None:
     """Compiles it into `folder`."""
     from cffi import FFI
 
-    with contextlib.chdir(ROOT):
-        engine = runpy.run_path("csrc/modules.py")["engine"]
+    engine = csrc_modules()["engine"]
     _, source, _, options = engine._assigned_source
     ffi = FFI()
     for cdef in engine._cdefsources:

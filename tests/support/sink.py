@@ -11,44 +11,23 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 from cffi import FFI
 
-from lazypages.engine.channel import Channel
+from lazypages.engine.channel import Channel, ChannelOptions
+from tests.support.compiling import csrc_modules
 
 ROOT = Path(__file__).parents[2]
 
 _DECLARATIONS = """
 typedef int (*lp_sink_place)(void *arg, uint64_t tag, uint64_t dump_addr, uint64_t nr_pages, const void *bytes);
 struct lp_sink;
-struct lp_channels;
-struct lp_channel;
-struct lp_task;
 struct lp_sink *lp_sink_new(lp_sink_place place, void *arg);
 struct lp_channels *lp_sink_channels(struct lp_sink *sink);
 void lp_sink_run(struct lp_sink *sink);
 void lp_sink_stop(struct lp_sink *sink);
 void lp_sink_free(struct lp_sink *sink);
-
-struct lp_channel_options { uint32_t header_size, max_pages; uint64_t floor; bool zeros, background, compress; };
-struct lp_request { uint64_t tag, dump_addr, nr_pages, since; bool urgent, reported; ...; };
-struct lp_channel_event {
-    uint32_t kind; int32_t status; bool at_boundary, reported; uint64_t tag, dump_addr, nr_pages, since;
-};
-struct lp_channel_state {
-    uint64_t outstanding, urgent, background, limit, heard, oldest, requests, pages, bytes, round_trip;
-};
-struct lp_channel *lp_channel_new(struct lp_channels *channels, int fd, const struct lp_channel_options *options);
-void lp_channel_close(struct lp_channel *channel);
-int lp_channel_event_fd(const struct lp_channel *channel);
-size_t lp_channel_events(struct lp_channel *channel, struct lp_channel_event *events, size_t max);
-void lp_channel_ask(struct lp_channel *channel, uint64_t tag, uint64_t dump_addr, uint64_t nr_pages, bool urgent);
-void lp_channel_pause(struct lp_channel *channel, bool paused);
-void lp_channel_set_budget(struct lp_channel *channel, struct lp_task *task, uint64_t max_bytes);
-void lp_channel_finish(struct lp_channel *channel, bool force, uint32_t flags);
-size_t lp_channel_outstanding(struct lp_channel *channel, struct lp_request *requests, size_t max);
-void lp_channel_state(struct lp_channel *channel, struct lp_channel_state *state);
 """
 
 
@@ -57,7 +36,7 @@ def _library() -> Any:
     folder = tempfile.mkdtemp(prefix="lazypages-sink-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     builder = FFI()
-    builder.cdef(_DECLARATIONS)
+    builder.cdef(csrc_modules()["declarations"]("serve/channel.h") + _DECLARATIONS)
     builder.set_source(
         "lazypages_sink",
         '#include "sink.h"',
@@ -77,7 +56,7 @@ def _library() -> Any:
 
 
 class _SinkChannel(Channel):
-    def __init__(self, channels: Any, fd: int, **options: Any) -> None:
+    def __init__(self, channels: Any, fd: int, **options: Unpack[ChannelOptions]) -> None:
         self._ffi, self._lib = _library().ffi, _library().lib
         super().__init__(channels, fd, **options)
 
@@ -111,25 +90,6 @@ class Sink:
         assert not self._thread.is_alive()
         self._lib.lp_sink_free(self._handle)
 
-    def channel(
-        self,
-        fd: int,
-        *,
-        header_size: int,
-        max_pages: int,
-        zeros: bool,
-        background: bool,
-        floor: int = 0,
-        compress: bool = False,
-    ) -> Channel:
+    def channel(self, fd: int, **options: Unpack[ChannelOptions]) -> Channel:
         """As Engine.channel."""
-        return _SinkChannel(
-            self._lib.lp_sink_channels(self._handle),
-            fd,
-            header_size=header_size,
-            max_pages=max_pages,
-            zeros=zeros,
-            background=background,
-            floor=floor,
-            compress=compress,
-        )
+        return _SinkChannel(self._lib.lp_sink_channels(self._handle), fd, **options)
