@@ -25,7 +25,7 @@ from images_spec.flags import PAGE_SIZE, PE_PRESENT
 from images_spec.images import Kind
 from images_spec.pagemap import PagemapWriter
 from lazypages.net import wire
-from lazypages.net.link import KEEPALIVE, USER_TIMEOUT
+from lazypages.net.link import tune_client
 from lazypages.net.tls import TlsFiles
 from lazypages.net.url import ConnectedSocket, PageServerAddress, TcpServer, UnixServer
 from lazypages.net.wire import Command, Header, ImageType, Layout, encode_dst_id
@@ -255,17 +255,9 @@ def _connect(server: PageServer) -> socket.socket:
             sock.getpeername()
         case TcpServer(host, port):
             sock = socket.create_connection((host, port), CONNECT_TIMEOUT)
-            _set_up(sock)
+            tune_client(sock)
     sock.settimeout(PATIENCE)
     return sock if server.tls is None else _start_tls(sock, server.tls, server.address)
-
-
-def _set_up(sock: socket.socket) -> None:
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, value in KEEPALIVE.items():
-        sock.setsockopt(socket.IPPROTO_TCP, option, value)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, USER_TIMEOUT)
 
 
 def _start_tls(sock: socket.socket, files: TlsFiles, address: PageServerAddress) -> ssl.SSLSocket:

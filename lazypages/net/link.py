@@ -20,6 +20,20 @@ KEEPALIVE: Final = {socket.TCP_KEEPIDLE: 10, socket.TCP_KEEPINTVL: 5, socket.TCP
 USER_TIMEOUT: Final = 30_000  # ms that sent bytes may stay unacknowledged
 
 
+def tune(sock: socket.socket) -> None:
+    """Has a TCP socket send small messages at once, and detect a silent dead peer. Raises OSError."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in KEEPALIVE.items():
+        sock.setsockopt(socket.IPPROTO_TCP, option, value)
+
+
+def tune_client(sock: socket.socket) -> None:
+    """As `tune`, and also detects a dead peer while sent bytes are not acknowledged. Raises OSError."""
+    tune(sock)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, USER_TIMEOUT)
+
+
 class LinkError(LazyPagesError):
     """The connection failed or was lost."""
 
@@ -155,11 +169,7 @@ async def _try(family: int, where: object) -> socket.socket:
     try:
         sock.setblocking(False)
         if family != socket.AF_UNIX:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            for option, value in KEEPALIVE.items():
-                sock.setsockopt(socket.IPPROTO_TCP, option, value)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, USER_TIMEOUT)
+            tune_client(sock)
         try:
             sock.connect(where)  # type: ignore[arg-type]
         except BlockingIOError:

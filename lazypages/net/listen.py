@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 from lazypages.errors import LazyPagesError
-from lazypages.net.link import KEEPALIVE
+from lazypages.net.link import tune
 from lazypages.net.peers import StrangerError, check_peer, get_ready
 from lazypages.net.tls import TlsError, TlsFiles
 
@@ -124,10 +124,7 @@ def prepare(sock: socket.socket, tls: TlsFiles | None, name: str | None, *, stra
     """
     if sock.family != socket.AF_UNIX:
         with suppress(OSError):  # if the client has disconnected, the first read reports it
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            for option, value in KEEPALIVE.items():
-                sock.setsockopt(socket.IPPROTO_TCP, option, value)
+            tune(sock)
     if tls is None:
         if not strangers:
             try:
