@@ -400,7 +400,7 @@ class TaskService:
                 return
             except OSError as error:
                 self._state = State.KILLED
-                self._kill(f"cannot poison its pages: {error.strerror}")
+                self._kill(f"its pages cannot be poisoned: {error.strerror}")
                 return
             else:
                 if pages:
