@@ -419,8 +419,8 @@ class TaskService:
 
     async def give_up(self) -> None:
         """Poison the missing pages of the task and kill it, so that it does not read zeros."""
-        pending = self._served.pending
         if self._state is State.SERVING and not self._gone and not self._served.complete:
+            pending = self._served.pending
             self._state = State.KILLED
             await self._poison(everything=True)
             if not self.identity.forked:
