@@ -53,6 +53,16 @@ static bool ask_grows(void *arg, uint64_t addr)
 	return lp_mapping_grows(t->pid, t->pidfd, addr);
 }
 
+static bool ask_arrived(void *arg, uint64_t addr)
+{
+	const struct lp_task *t = arg;
+
+	for (size_t i = 0; i < t->nr_changes; i++)
+		if (t->changes[i].kind == LP_REMAPPED && t->changes[i].to <= addr && addr - t->changes[i].to < t->changes[i].len)
+			return true;
+	return false;
+}
+
 static bool ask_mapped(void *arg, uint64_t addr)
 {
 	const struct lp_task *t = arg;
@@ -89,5 +99,5 @@ static void range_stays(void *arg, uint64_t start, uint64_t end, bool known)
 
 struct lp_ask lp_asking(struct lp_task *t)
 {
-	return (struct lp_ask){t, ask_within, ask_zero, ask_alike, ask_grows, ask_mapped, range_stays};
+	return (struct lp_ask){t, ask_within, ask_zero, ask_alike, ask_grows, ask_arrived, ask_mapped, range_stays};
 }

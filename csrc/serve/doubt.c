@@ -136,11 +136,14 @@ static int has_moved(const struct lp_change *changes, size_t nr, size_t i, const
 		     const struct lp_ask *ask_parent, bool *tangled)
 {
 	const struct lp_change *move = &changes[i];
-	bool unmaps = false;
+	bool unmaps = false, cleared = false;
 	int rc;
 
-	for (size_t k = 0; k < nr; k++)
+	for (size_t k = 0; k < nr; k++) {
 		unmaps |= changes[k].kind == LP_UNMAPPED && changes[k].start == move->start && changes[k].len == move->len;
+		cleared |= changes[k].kind == LP_UNMAPPED &&
+			   lp_overlap(changes[k].start, changes[k].len, move->to, move->len);
+	}
 	rc = is_within(ask, move->to, move->to + LP_PAGE_SIZE);
 	if (rc != 1 || !unmaps)
 		return rc;
@@ -148,11 +151,16 @@ static int has_moved(const struct lp_change *changes, size_t nr, size_t i, const
 	if (rc != 1)
 		return rc < 0 ? rc : 1;
 	/*
-	 * Both: what was at `to` before may be there still, or the child has moved something there.  Or other memory has grown to
-	 * where this was: then its parent has that as well, because no departure of it is reported.
+	 * Both: what was at `to` before may be there still, or the child has moved something there.  If neither explains it, the move
+	 * has brought what is there, and other memory has grown in the child to where that was.
+	 */
+	if (!cleared && !ask->arrived(ask->arg, move->to))
+		*tangled = true;
+	/*
+	 * Or it has grown there in the parent, before the fork: then the parent has that as well, because no departure of it is reported.
+	 * The parent may have ended, or be changing its layout: then only what is mapped can be seen.
 	 */
 	rc = is_within(ask_parent, move->start, move->start + LP_PAGE_SIZE);
-	/* The parent may have ended, or be changing its layout: then only what is mapped can be seen. */
 	*tangled |= rc == 1 || rc == -ESRCH || (rc == -EAGAIN && ask_parent->mapped(ask_parent->arg, move->start));
 	return 0;
 }

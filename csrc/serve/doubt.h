@@ -51,6 +51,8 @@ struct lp_ask {
 	bool (*alike)(void *arg, uint64_t edge, uint64_t start, uint64_t end);
 	/* whether the mapping of a page may grow downwards; true: not known */
 	bool (*grows)(void *arg, uint64_t addr);
+	/* whether the task has itself moved memory to a page by a change that is not made yet */
+	bool (*arrived)(void *arg, uint64_t addr);
 	/* whether there is a mapping of a page, registered or not; true: not known */
 	bool (*mapped)(void *arg, uint64_t addr);
 	/* whether [start, end) stays; if not known, what is pending there is lost */

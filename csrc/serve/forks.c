@@ -22,18 +22,30 @@
 #define CHILD_NS (10 * LP_NS) /* after that what is not known of a child whose layout never is quiescent is lost */
 #define POISON_TRIES 1000 /* for a page that takes the place of poison, which must not be seen */
 
+/* MREMAP_DONTUNMAP: the place that it has left stays registered, so only the one that it has taken is evidence. */
+static bool keeps_source(const struct lp_fork *fork_events, const struct lp_change *move)
+{
+	for (size_t k = 0; k < fork_events->nr_made; k++)
+		if (fork_events->made[k].kind == LP_UNMAPPED && fork_events->made[k].start == move->start &&
+		    fork_events->made[k].len == move->len)
+			return false;
+	return true;
+}
+
 /*
  * Whether a change that a child has made itself since the fork makes what it has registered no evidence about a change of its
  * parent: it has left a place that the parent's change has left or taken, or moved memory to a place that this has left.  Memory
- * that it moved to a place that the parent's change has taken hides nothing: what was there has left first.
+ * that it moved to a place that the parent's change has taken hides nothing if the place that this has left is asked about, too.
  */
-static bool hides(const struct lp_change *own, const struct lp_change *made)
+static bool hides(const struct lp_fork *fork_events, const struct lp_change *own, const struct lp_change *made)
 {
 	if (own->kind == LP_FORKED || own->kind == LP_REMOVED || made->kind == LP_REMOVED) /* the child is not asked about REMOVE */
 		return false;
 	return lp_overlap(own->start, own->len, made->start, made->len) ||
 	       (made->kind == LP_REMAPPED && lp_overlap(own->start, own->len, made->to, made->len)) ||
-	       (own->kind == LP_REMAPPED && lp_overlap(own->to, own->len, made->start, made->len));
+	       (own->kind == LP_REMAPPED && lp_overlap(own->to, own->len, made->start, made->len)) ||
+	       (own->kind == LP_REMAPPED && made->kind == LP_REMAPPED && lp_overlap(own->to, own->len, made->to, made->len) &&
+		keeps_source(fork_events, made));
 }
 
 /* Whether a child has changed its layout since the fork so that it does not show any more what it was forked with. */
@@ -41,7 +53,7 @@ static bool has_gone_on(const struct lp_task *child, const struct lp_fork *fork_
 {
 	for (size_t i = 0; i < child->nr_changes; i++)
 		for (size_t k = 0; k < fork_events->nr_made; k++)
-			if (hides(&child->changes[i], &fork_events->made[k]))
+			if (hides(fork_events, &child->changes[i], &fork_events->made[k]))
 				return true;
 	return false;
 }
@@ -225,9 +237,8 @@ static bool inherit_unsure(const struct lp_task *t, struct lp_task *child, const
 		for (size_t k = 0, n = lp_places(&fork_events->made[i], places); k < n; k++)
 			if (!lp_ranges_include(&child->unsure, places[k].start, places[k].end))
 				return false;
-	if (child->unsure.nr)
-		lp_append_change(child, (struct lp_change){.kind = LP_QUESTION}); /* they are poisoned once it is quiescent */
-	return !atomic_load(&child->broken);
+	/* they are poisoned once it is quiescent; its owner does not know it, so its break would not be reported */
+	return !child->unsure.nr || lp_try_append_change(child, (struct lp_change){.kind = LP_QUESTION});
 }
 
 /* NULL: no memory */

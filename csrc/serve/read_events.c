@@ -20,20 +20,25 @@
 #define LATE_NS (2 * LP_NS)	/* longest wait for a late event; its thread may hardly ever get a CPU */
 #define LATE_LOOK_NS 100000 /* between two checks for a late thread, but at least four times the duration of a check */
 
-void lp_append_change(struct lp_task *t, struct lp_change change)
+bool lp_try_append_change(struct lp_task *t, struct lp_change change)
 {
 	if (t->nr_changes == t->cap_changes) {
 		size_t cap = t->cap_changes ? t->cap_changes * 2 : 16;
 		struct lp_change *changes = realloc(t->changes, cap * sizeof(*changes));
 
-		if (!changes) {
-			lp_mark_broken(t, ENOMEM);
-			return;
-		}
+		if (!changes)
+			return false;
 		t->changes = changes;
 		t->cap_changes = cap;
 	}
 	t->changes[t->nr_changes++] = change;
+	return true;
+}
+
+void lp_append_change(struct lp_task *t, struct lp_change change)
+{
+	if (!lp_try_append_change(t, change))
+		lp_mark_broken(t, ENOMEM);
 }
 
 static void keep_change(struct lp_task *t, const struct uffd_msg *msg)
@@ -208,7 +213,7 @@ bool lp_read_events(struct lp_task *t)
 		late = departure_is_late(t, first);
 		/* A read that returned faults hides an error of the event behind them (fs/userfaultfd.c, userfaultfd_read). */
 		/* Threads that change the layout without a pause must not keep this thread from other tasks. */
-		more = alone && taken >= ALONE_MOST;
+		more = alone && taken >= ALONE_MOST && !t->read_error;
 	} while (!late && !more && (n < 0 || (size_t)n == want || t->read_error));
 	if (now)
 		atomic_store_explicit(&t->engine->last_fault, now, memory_order_relaxed);

@@ -269,6 +269,7 @@ class Space:
             ffi.callback("int(void *, uint64_t)", lambda _, addr: 0 if memory.zero(addr) else -errno.EEXIST),
             ffi.callback("bool(void *, uint64_t, uint64_t, uint64_t)", lambda *_: True),
             ffi.callback("bool(void *, uint64_t)", lambda *_: False),
+            ffi.callback("bool(void *, uint64_t)", lambda *_: False),
             ffi.callback("bool(void *, uint64_t)", lambda *_: True),
             ffi.callback("void(void *, uint64_t, uint64_t, bool)", stays),
         ]

@@ -1051,6 +1051,37 @@ static void leave(void)
 	syscall(SYS_exit_group, 0);
 }
 
+/* The parent moves without unmapping, since the fork; the child moves other memory to the same place. */
+static void fork_rivals(uint64_t at, uint64_t from, uint64_t to, uint64_t other, size_t pages, uint64_t id)
+{
+	begin_unrest((char *)at);
+	if (fork_in_unrest()) {
+		if (mremap((char *)from, pages * PAGE, pages * PAGE, MREMAP_MAYMOVE | MREMAP_FIXED | MREMAP_DONTUNMAP, (char *)to) ==
+		    MAP_FAILED)
+			_exit(7);
+		return;
+	}
+	if (mremap((char *)other, pages * PAGE, pages * PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, (char *)to) == MAP_FAILED)
+		_exit(7);
+	check_and_exit((char *)from, pages, id);
+}
+
+/* The parent moves, and forks; in the child other memory grows to where that was: all zeros there, the data at `to`. */
+static void fork_growing(uint64_t at, uint64_t from, uint64_t to, uint64_t other, size_t pages, uint64_t id)
+{
+	begin_unrest((char *)at);
+	if (mremap((char *)from, pages * PAGE, pages * PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, (char *)to) == MAP_FAILED)
+		_exit(7);
+	if (fork_in_unrest())
+		return;
+	if (mremap((char *)other, pages * PAGE, 2 * pages * PAGE, 0) == MAP_FAILED)
+		_exit(7);
+	for (size_t i = 0; i < pages; i++)
+		if (readable((char *)from + i * PAGE) && *(volatile uint64_t *)((char *)from + i * PAGE))
+			_exit(22);
+	check_and_exit((char *)to, pages, id);
+}
+
 /* Each is an event that the thread waits for: it makes the next one as soon as that has been read. */
 static void *discard_for_ever(void *page)
 {
@@ -1203,6 +1234,10 @@ static void obey(const char *name, const uint64_t *a)
 		say("ok");
 	} else if (!strcmp(name, "restless")) {
 		fork_restless(a[0], a[1], a[2], a[3], a[4]);
+	} else if (!strcmp(name, "rivals")) {
+		fork_rivals(a[0], a[1], a[2], a[3], a[4], a[5]);
+	} else if (!strcmp(name, "growing")) {
+		fork_growing(a[0], a[1], a[2], a[3], a[4], a[5]);
 	} else if (!strcmp(name, "runaway")) {
 		fork_runaway(a[0], a[1], a[2], a[3], a[4], a[5]);
 	} else if (!strcmp(name, "settle")) {
