@@ -204,8 +204,8 @@ class PageService:
     status_fd: int | None = None
     strangers: bool = False
 
-    def __call__(self, tree: FrozenTree, settings: Settings) -> None:
-        """Serves until a client has everything.
+    def __call__(self, tree: FrozenTree, settings: Settings) -> float | None:
+        """Serves until a client has everything. Returns when the first page was requested.
 
         Raises ``DumpError`` on SIGINT or SIGTERM, and if a frozen process is killed. If a client may have started the
         tasks, the tree then stays stopped.
@@ -236,6 +236,7 @@ class PageService:
             accept_all(self.listener, stop.fileno(), clients.serve, last_words=2 * LAST_WORDS)
             self.listener.close()
             clients.conclude()
+            return clients.first_request
 
 
 class _Clients:
@@ -263,6 +264,7 @@ class _Clients:
         self._unknown = False
         self._may_run: set[int] = set()  # numbers of other clients that may have started the tasks
         self._winner: _Client | None = None
+        self.first_request: float | None = None
         self._gone: SourceGoneError | None = None
 
     def serve(self, sock: socket.socket, name: str) -> None:
@@ -290,6 +292,8 @@ class _Clients:
             self._gone = error
             os.eventfd_write(self._ended, 1)
             raise
+        if found and self.first_request is None:
+            self.first_request = time.monotonic()
         if found and not self._unknown:
             with self._changing():
                 self._unknown = True

@@ -21,7 +21,7 @@ from images_spec.errors import ImageError
 from images_spec.identity import identify
 from images_spec.images import Kind
 from lazypages import logs
-from lazypages.cli.daemonize import daemonize, open_pidfile, report_ready
+from lazypages.cli.daemonize import check_status_fd, daemonize, open_pidfile, report_ready
 from lazypages.cli.options import verbosity_option
 from lazypages.errors import LazyPagesError
 from lazypages.logs import MESSAGE
@@ -176,6 +176,8 @@ def page_server_command(
 
     Replaces `criu page-server`; CRIU and lazypages can be on the other side.
     """
+    if status_fd is not None:
+        check_status_fd(status_fd)
     for option, path in (("-D", images_dir), ("-W", work_dir)):
         if path is not None and not path.is_dir():
             raise LazyPagesError(f"{option} {path} is not a directory")

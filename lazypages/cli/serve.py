@@ -18,7 +18,7 @@ import click
 
 from images_spec.errors import ImageError
 from lazypages import logs
-from lazypages.cli.daemonize import daemonize, open_pidfile, report_ready
+from lazypages.cli.daemonize import check_status_fd, daemonize, open_pidfile, report_ready
 from lazypages.cli.imports import importing
 from lazypages.cli.options import verbosity_option
 from lazypages.cli.remote_options import SOURCE_OPTIONS, add_options, sources_of
@@ -32,7 +32,9 @@ from lazypages.logs import MESSAGE
 from lazypages.loop.options import ServeOptions
 from lazypages.observe import summary
 from lazypages.observe.metrics import Summary
+from lazypages.outputs import check_output
 from lazypages.sources.checkpoint import Expected, expect, written_by
+from lazypages.wording import count, size
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -70,6 +72,8 @@ Exit status
   1  the daemon failed; or a task lost memory; or a task was killed while it
      missed memory; or it ended then and how it ended is unknown
   2  wrong command line
+  Statistics or a trace that can't be written at the end change nothing of it;
+  that is reported on standard error.
 """
 
 
@@ -93,7 +97,7 @@ class Places(NamedTuple):
         stats_json: Path | None,
         trace: Path | None,
     ) -> Places:
-        """Raises LazyPagesError if a directory or the inventory does not exist."""
+        """Raises LazyPagesError if a directory or the inventory does not exist, or the statistics can't be written."""
         _check_directory("-D", images_dir)
         if work_dir is not None:
             _check_directory("-W", work_dir)
@@ -101,6 +105,8 @@ class Places(NamedTuple):
             raise LazyPagesError(f"-D {images_dir} is not a checkpoint: inventory.img not found")
         work = (work_dir or images_dir).absolute()
         log_path = log_file and (log_file if log_file == logs.STDOUT else work / log_file)
+        if stats_json:
+            check_output("--stats-json", work / stats_json)
         return cls(
             images_dir.absolute(),
             work,
@@ -247,7 +253,7 @@ def _serve(
 ) -> Summary:
     """Everything that can be checked is checked before readiness is signalled to a restore."""
     if status_fd is not None:
-        _check_status_fd(status_fd)  # first, before a file that we open can get this number
+        check_status_fd(status_fd)  # first, before a file that we open can get this number
     expected = _expect(places, options, directories)
     if options.remote:
         from dataclasses import replace  # noqa: PLC0415 - slow to import
@@ -302,7 +308,7 @@ def _serve(
         for line in summary.lines(result):
             log.log(MESSAGE, "%s", line, extra=logs.NOT_ON_TERMINAL)
     if places.stats_json:
-        write_stats(places.stats_json, result)
+        _write_stats(places.stats_json, result)
     return result
 
 
@@ -327,7 +333,7 @@ def _invitation(places: Places, expected: Mapping[int, Expected]) -> str:
     if places.work_dir != places.images_dir:
         where += f" -W {places.work_dir}"
     return (
-        f"serving {summary.size(pages * PAGE_SIZE)} for {summary.count(len(alive), 'task')}; "
+        f"serving {size(pages * PAGE_SIZE)} for {count(len(alive), 'task')}; "
         f"waiting for: criu restore --lazy-pages {where}"
     )
 
@@ -414,19 +420,19 @@ def _discard_unwritten() -> None:
             os.close(null)
 
 
-def _check_status_fd(status_fd: int) -> None:
-    try:
-        os.fstat(status_fd)
-    except OSError as error:
-        raise LazyPagesError(f"--status-fd {status_fd}: {error.strerror}") from error
-
-
-def write_stats(path: Path, result: Summary) -> None:
-    """Write a summary as JSON. Raises LazyPagesError."""
+def _write_stats(path: Path, result: Summary) -> None:
+    """Write a summary as JSON. A failure is reported, and is not a failure of the restore."""
     import json  # noqa: PLC0415 - keeps the start short
 
     try:
         # On one line: indentation makes it ten times slower, which counts for a thousand tasks.
         path.write_text(json.dumps(result.as_dict()) + "\n")
     except OSError as error:
-        raise LazyPagesError(f"--stats-json {path}: {error.strerror}") from error
+        _report_late_error(f"--stats-json {path}: {error.strerror}; this concerns the statistics only")
+
+
+def _report_late_error(text: str) -> None:
+    """An error after the last task has ended: in the log, and on standard error wherever the log goes."""
+    log.error("%s", text, extra=logs.PRINTED)
+    with suppress(OSError):  # the terminal was closed
+        click.echo(f"lazypages: {text}", err=True)

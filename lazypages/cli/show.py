@@ -20,6 +20,7 @@ from images_spec.flags import PAGE_SIZE, lazy_capable
 from images_spec.images import Kind
 from images_spec.messages import CoreEntry, MmEntry, TaskState, VmaEntry
 from images_spec.placement import PageCount, PageCounts, Span, mappings
+from lazypages.wording import printable
 
 WIDE = 10_000
 """Width in columns, larger than any line."""
@@ -55,7 +56,7 @@ class _TaskReport:
 
     @property
     def title(self) -> str:
-        return f"{_printable(self.core.tc.comm)} ({self.task.pid})"
+        return f"{printable(self.core.tc.comm)} ({self.task.pid})"
 
 
 def show(directory: Path, console: Console) -> None:
@@ -103,13 +104,13 @@ def _file_names(directory: Path) -> dict[int, str]:
         files = images.read(directory / Kind.FILES.file_name(), Kind.FILES)
     except ImageMissingError:
         return {}
-    return {entry.id: _printable(entry.reg.name) for entry in files if entry.HasField("reg")}
+    return {entry.id: printable(entry.reg.name) for entry in files if entry.HasField("reg")}
 
 
 def _chain(checkpoint: Checkpoint) -> Table:
     table = _table("Chain of images", "level", "directory")
     for level, directory in enumerate(checkpoint.chain):
-        _add_row(table, f"{level} ({'parent' if level else 'own'})", _printable(os.fsencode(directory)))
+        _add_row(table, f"{level} ({'parent' if level else 'own'})", printable(os.fsencode(directory)))
     return table
 
 
@@ -258,9 +259,3 @@ def _size(nr_pages: int) -> str:
             return f"{size:.0f} {unit}" if unit in ("bytes", "KiB") else f"{size:.1f} {unit}"
         size /= 1024
     return f"{size:.1f} TiB"
-
-
-def _printable(name: bytes) -> str:
-    """A name that is safe to print: control characters and undecodable bytes are escaped."""
-    text = name.decode(errors="backslashreplace")
-    return "".join(letter if letter.isprintable() else f"\\x{ord(letter):02x}" for letter in text)

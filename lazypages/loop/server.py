@@ -36,8 +36,8 @@ from lazypages.loop.processes import Exits, Process
 from lazypages.loop.service import Identity, TaskService, poison_now
 from lazypages.loop.traced import TracedTasks
 from lazypages.observe.metrics import Summary
-from lazypages.observe.summary import count, size
 from lazypages.sources.checkpoint import Expected, Seen
+from lazypages.wording import count, size
 
 if TYPE_CHECKING:
     from lazypages.sources.remote import RemotePages

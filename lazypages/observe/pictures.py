@@ -5,11 +5,13 @@ from __future__ import annotations
 import html
 import io
 import math
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lazypages.errors import LazyPagesError
+from lazypages.outputs import check_output
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,9 +28,10 @@ class PictureError(LazyPagesError):
 
 
 def check_picture(option: str, path: Path) -> None:
-    """Raises PictureError if `path`, the value of `option`, can't be drawn. Call it before long work."""
+    """Raises LazyPagesError if `path`, the value of `option`, can't be drawn or written. Call it before long work."""
     if path.suffix not in SUFFIXES:
         raise PictureError(f"{option} {path}: the name must end in .png or .html")
+    check_output(option, path)
     new_figure(option=option)
 
 
@@ -37,7 +40,7 @@ def new_figure(*, option: str = "a picture", **options: Any) -> Figure:
     try:
         from matplotlib.figure import Figure  # noqa: PLC0415 - an extra
     except ImportError:
-        raise PictureError(f"{option} needs matplotlib: pip install 'lazypages[plot]'") from None
+        raise PictureError(f"{option} needs matplotlib: {sys.executable} -m pip install matplotlib") from None
     return Figure(**options)
 
 

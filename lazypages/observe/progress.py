@@ -16,7 +16,7 @@ import anyio
 from lazypages.engine.memory import PAGE_SIZE
 from lazypages.logs import MESSAGE
 from lazypages.observe.metrics import State, Summary, TaskReport
-from lazypages.observe.summary import count, size
+from lazypages.wording import count, size
 
 if TYPE_CHECKING:
     from rich.console import Console

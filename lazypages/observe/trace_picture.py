@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from lazypages.engine.memory import PAGE_SIZE
 from lazypages.observe.pictures import draw_slower, new_figure, slower_axis, write_picture
-from lazypages.observe.summary import count, size
 from lazypages.observe.tracing import NO_SOURCE, NOWHERE, RECORD, REMOTE, ZERO, Kind, Trace, TraceError
+from lazypages.wording import count, size
 
 Records = NDArray[Any]
 Points = tuple[NDArray[np.float64], NDArray[np.float64]]

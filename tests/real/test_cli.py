@@ -288,13 +288,38 @@ def test_what_can_t_be_had(restored_program: Path, tmp_path: Path, options: list
     assert not (tmp_path / SOCKET).exists()
 
 
-def test_stats_that_can_t_be_written(restored_program: Path, tmp_path: Path) -> None:
-    """The tasks are served all the same; the exit code says that something is missing."""
+@pytest.mark.parametrize("log", [[], ["-o", "serve.log"]], ids=["stderr", "log"])
+def test_stats_that_can_t_be_written(log: list[str], restored_program: Path, tmp_path: Path) -> None:
+    """An error of reporting is said wherever the log goes, and is not an error of the restore."""
     with restored(restored_program, tmp_path) as tasks:
-        options = ["--stats-json", "no/where"]
+        options = ["--stats-json", "/dev/full", *log]
         with Server(command(tmp_path, *options), output=tmp_path / "out") as server:
             server.wait_ready()
             connect(tasks, tmp_path)
             check(tasks)
-            assert server.wait() == 1
-    assert "--stats-json" in (tmp_path / "out").read_text()
+            assert server.wait() == 0
+    text = "--stats-json /dev/full: No space left on device; this concerns the statistics only"
+    assert (tmp_path / "out").read_text().count(text) == 1
+    if log:
+        assert (tmp_path / "serve.log").read_text().count(text) == 1
+
+
+def test_outputs_are_checked_before_a_restore_can_start(restored_program: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with restored(restored_program, tmp_path):
+        for name, text in (
+            ("no/stats", f"--stats-json {tmp_path}/no/stats: the directory {tmp_path}/no does not exist"),
+            ("file/stats", f"--stats-json {tmp_path}/file/stats: the directory {tmp_path}/file is not a dir"),
+            (".", f"--stats-json {tmp_path} is a directory: name a file"),
+            ("/proc/version", "--stats-json /proc/version can't be written: permission denied"),
+        ):
+            done = subprocess.run(
+                command(tmp_path, "--stats-json", name),
+                capture_output=True,
+                text=True,
+                timeout=60,
+                check=False,
+            )
+            assert done.returncode == 1
+            assert text in done.stderr
+            assert not (tmp_path / SOCKET).exists()
