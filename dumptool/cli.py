@@ -149,7 +149,8 @@ class _Commands(click.Group):
 
 
 def _report_error(text: str) -> None:
-    log.error("%s", text, extra=logs.PRINTED)
+    if log.handlers:  # else logging has not been set up, and would print it as well
+        log.error("%s", text, extra=logs.PRINTED)
     click.echo(f"dumptool: {text}", err=True)
 
 
