@@ -21,8 +21,11 @@ from images_spec.errors import ImageError
 from images_spec.identity import identify
 from images_spec.images import Kind
 from lazypages import logs
+from lazypages.cli.config_files import CRIU_OPTIONS, Configured, log_settings
+from lazypages.cli.config_files import EPILOG as CONFIG_EPILOG
 from lazypages.cli.daemonize import check_status_fd, daemonize, open_pidfile, report_ready
 from lazypages.cli.options import verbosity_option
+from lazypages.cli.remote_options import add_options
 from lazypages.errors import LazyPagesError
 from lazypages.logs import MESSAGE
 from lazypages.net.listen import (
@@ -74,7 +77,7 @@ Access
 _PATH = click.Path(path_type=Path)
 
 
-@click.command(epilog=EPILOG)
+@click.command(cls=Configured, epilog=EPILOG + CONFIG_EPILOG)
 @click.option(
     "-D", "--images-dir", metavar="DIR", type=_PATH, default=Path(), help="The images.  [default: .]"
 )
@@ -146,6 +149,7 @@ _PATH = click.Path(path_type=Path)
     is_flag=True,
     help="Without --tls: allow addresses that other hosts can reach, and other users of this host.",
 )
+@add_options(CRIU_OPTIONS)
 @click.pass_context
 def page_server_command(
     ctx: click.Context,
@@ -188,6 +192,7 @@ def page_server_command(
         _log_stream(log_file and (log_file if log_file == logs.STDOUT else work / log_file), daemon),
         None,
     )
+    log_settings(ctx)
     files = TlsFiles(tls_cacert, tls_cert, tls_key, tls_cacrl, not tls_no_cn_verify) if tls else None
     if files:
         files.server_context()  # fails now if the certificates can't be used

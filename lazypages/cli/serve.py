@@ -18,6 +18,8 @@ import click
 
 from images_spec.errors import ImageError
 from lazypages import logs
+from lazypages.cli.config_files import CRIU_OPTIONS, Configured, log_settings
+from lazypages.cli.config_files import EPILOG as CONFIG_EPILOG
 from lazypages.cli.daemonize import check_status_fd, daemonize, open_pidfile, report_ready
 from lazypages.cli.imports import importing
 from lazypages.cli.options import verbosity_option
@@ -123,7 +125,7 @@ def _check_directory(option: str, path: Path) -> None:
         raise LazyPagesError(f"{option} {path} {what}: use the same directory as for the restore")
 
 
-@click.command(epilog=EPILOG)
+@click.command(cls=Configured, epilog=EPILOG + CONFIG_EPILOG)
 @click.option(
     "-D",
     "--images-dir",
@@ -185,6 +187,7 @@ def _check_directory(option: str, path: Path) -> None:
     show_default=True,
     help="The event loop.",
 )
+@add_options(CRIU_OPTIONS)
 @click.pass_context
 def serve(
     ctx: click.Context,
@@ -219,6 +222,7 @@ def serve(
     terminal = _terminal() if verbosity >= PRINTS_MESSAGES and not daemon and sys.stderr.isatty() else None
     log_stream = _log_stream(places.log_file, terminal)
     logs.start(verbosity, log_stream, terminal)
+    log_settings(ctx)
     descriptors.raise_limit()
     try:
         result = _serve(
