@@ -45,6 +45,7 @@ from lazypages.net.page_connection import Gate, PageConnection
 from lazypages.net.peers import StrangerError
 from lazypages.net.tls import TlsError, TlsFiles
 from lazypages.net.wire import CloseFlags
+from lazypages.wording import count, size
 
 log = logging.getLogger("lazypages")
 
@@ -347,7 +348,7 @@ class _Clients:
                 _size(missing),
             )
             return
-        why = str(self._gone or f"ended by a signal, {_size(missing)} were never requested")
+        why = str(self._gone or f"ended by a signal, never requested: {_size(missing)}")
         error = SourceGoneError if self._gone else DumpError
         if self._tree.stays:
             raise error(f"{why}; {_ways_out(self._tree)}")
@@ -432,7 +433,7 @@ class _Client(Gate):
             )
         elif last:
             log.warning(
-                "%s: disconnected before it had everything, %s were never requested; the tasks stay frozen, waiting "
+                "%s: disconnected before it had everything, never requested: %s; the tasks stay frozen, waiting "
                 "for a client (Ctrl-C or SIGTERM ends the waiting)",
                 self._name,
                 _size(never_asked),
@@ -466,7 +467,7 @@ def _unacknowledged(sock: socket.socket) -> int:
 
 
 def _size(pages: int) -> str:
-    return f"{pages} pages ({pages * PAGE_SIZE / (1 << 20):.1f} MiB)"
+    return f"{count(pages, 'page')} ({size(pages * PAGE_SIZE)})"
 
 
 @contextmanager

@@ -46,12 +46,13 @@ def run(
 
     ``loop``: a key of LOOPS. ``terminal``: shows progress as bars instead of log lines. Raises EngineError.
     """
-    watch = TerminalWatch(terminal) if terminal else watch_in_log
+    background = options.background
+    terminal_watch = TerminalWatch(terminal, background=background) if terminal else None
 
     async def beside(server: Server) -> None:
         running()
         try:
-            await watch(server)
+            await (terminal_watch(server) if terminal_watch else watch_in_log(server, background=background))
         except Exception as error:  # a terminal can be closed at any time; that must not end the service
             log.warning("cannot show progress any more: %s", error)
 

@@ -327,8 +327,10 @@ class Server:
                 self._processes[event.pid] = process
                 self._held.add(event.pid)
             raise ControlError(f"cannot serve task {event.pid}: {error.strerror}") from error
-        identity = Identity(f"task {event.pid}", event.pid, False, expected.lazy_pages, expected.sources)
-        log.info("%s: %d pages are lazy", identity.name, expected.lazy_pages)
+        identity = Identity(
+            f"task {event.pid}", event.pid, False, expected.lazy_pages, expected.sources, expected.program
+        )
+        log.info("%s: %s", identity.name, count(expected.lazy_pages, "lazy page"))
         if process:
             self._processes[event.pid] = process
         self._start(served, identity, process, expected.seen)
@@ -389,7 +391,11 @@ class Server:
                 self._remote.forget(service.identity.pid)
         report = service.report()
         log.info(
-            "%s: %s, %d of %d pages copied", report.name, report.state, report.copied.total, report.total
+            "%s: %s, %d of %s copied",
+            report.name,
+            report.state,
+            report.copied.total,
+            count(report.total, "page"),
         )
 
     async def _probe(self) -> None:
@@ -425,9 +431,9 @@ class Server:
     def _forked(self, served: ServedTask) -> None:
         pid = served.tag
         self._forks[pid] += 1
-        identity = Identity(
-            f"task {pid}, fork {self._forks[pid]}", pid, True, served.total, self._expected[pid].sources
-        )
+        origin = self._expected[pid]
+        name = f"task {pid}, fork {self._forks[pid]}"
+        identity = Identity(name, pid, True, served.total, origin.sources, origin.program)
         self._start(served, identity, self._processes.get(pid))
 
     # Signals.
@@ -478,4 +484,5 @@ class Server:
 def _poison_leftovers(engine: Engine) -> None:
     for served in engine.leftovers():
         if served.pending and not poison_now(served):
-            log.error("a forked task misses %d pages, which it will never get: kill it", served.pending)
+            missing = count(served.pending, "page")
+            log.error("a forked task misses %s, which it will never get: kill it", missing)

@@ -80,7 +80,7 @@ def _leftover(task: TaskReport) -> str:
     missing = f"{count(task.pending, 'page')} missing" if task.pending else "no page missing"
     poisoned = f", {count(task.stats.poisoned, 'page')} poisoned" if task.stats.poisoned else ""
     how = f"killed by {signal_name(task.signal)}" if task.signal else _WORDS[task.state]
-    return f"{task.name}: {how}, {missing}{poisoned}"
+    return f"{task.title}: {how}, {missing}{poisoned}"
 
 
 def dropped(summary: Summary) -> str | None:

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple, Self
 from lazypages.engine._uffd import lib
 from lazypages.engine.trace import Ring
 from lazypages.errors import LazyPagesError
+from lazypages.wording import count
 
 log = logging.getLogger("lazypages")
 
@@ -117,9 +118,9 @@ class Tracer:
             log.error("--trace %s is incomplete: %s", self._path, os.strerror(self._error))
         elif dropped := self.ring.dropped:
             log.warning(
-                "--trace %s lacks %d records: they came faster than they could be written",
+                "--trace %s lacks %s: they came faster than they could be written",
                 self._path,
-                dropped,
+                count(dropped, "record"),
             )
 
     def _run(self) -> None:

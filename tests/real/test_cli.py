@@ -63,7 +63,7 @@ def test_live_progress_and_summary(restored_program: Path, tmp_path: Path) -> No
         terminal.wait_for(f"waiting for: criu restore --lazy-pages -D {tmp_path}")
         connect(tasks, tmp_path)
         tasks.say("touch 1")
-        for text in ("3 tasks", "to go", f"task {tasks.pids[2]}", "local 3"):
+        for text in ("3 tasks", "to go", f"task {tasks.pids[2]} (restored)", "local 3"):
             terminal.wait_for(text)
         check(tasks)
         assert terminal.wait() == 0
