@@ -164,7 +164,8 @@ def cli() -> None:
       criu dump -t PID -D DIR            dumptool dump -t PID -D DIR
       criu pre-dump -t PID -D DIR        dumptool pre-dump -t PID -D DIR
 
-    Pre-dumps work without soft-dirty bits, too (Linux 6.7). `dumptool COMMAND --help` explains each command.
+    Pre-dumps work without soft-dirty bits, too (Linux 6.7). Programs with sockets or epoll, as most servers are, can't
+    be dumped: for them use `criu dump`. `dumptool COMMAND --help` explains each command.
     """
 
 

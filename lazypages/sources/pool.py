@@ -26,6 +26,7 @@ from typing import Final, NamedTuple
 from lazypages.net import wire
 from lazypages.net.wire import PAGE_SIZE, Features
 from lazypages.sources.backlog import Backlog, Wanted
+from lazypages.wording import count
 
 log = logging.getLogger("lazypages")
 
@@ -379,7 +380,7 @@ class Pool:
         if now - max(oldest, self._warned) > WARN_INTERVAL:
             self._warned = now
             pages = sum(wanted.nr_pages for wanted in self.backlog)
-            log.warning("still waiting for %d pages, longest %.0f s", pages, now - oldest)
+            log.warning("still waiting for %s, longest %.0f s", count(pages, "page"), now - oldest)
         self.plan(now)
 
     def close(self) -> None:
@@ -458,7 +459,7 @@ class Pool:
         level = logging.INFO
         if was_up or now - server.complained > WARN_INTERVAL:
             level, server.complained = logging.WARNING, now
-        again = f"; {waiting} requests pending" if waiting else ""
+        again = f"; {count(waiting, 'request')} pending" if waiting else ""
         again += ", trying again" if waiting and not server.over else ""
         log.log(level, "page server %s: %s%s", server.name, reason, again)
 
