@@ -348,8 +348,9 @@ def _tracer(places: Places, expected: Mapping[int, Expected]) -> Tracer | None:
         return None
     from lazypages.observe.tracing import Tracer  # noqa: PLC0415 - keeps the start short
 
-    levels = {pid: task.sources for pid, task in expected.items() if task.memory is not None}
-    return Tracer(places.trace, places.images_dir, levels)
+    alive = {pid: task for pid, task in expected.items() if task.memory is not None}
+    levels = {pid: task.sources for pid, task in alive.items()}
+    return Tracer(places.trace, places.images_dir, levels, {pid: task.program for pid, task in alive.items()})
 
 
 def _check_userfaultfd() -> None:

@@ -340,6 +340,8 @@ class Server:
             log.warning("tasks missing from the restore: %s", ", ".join(map(str, sorted(self._awaited))))
         log.info("restore finished; the tasks run")
         self._finished = True
+        if self._options.trace:
+            self._options.trace.restore_finished()
         self._traced.restore_finished()
         for service in self._services:
             service.restore_finished()
