@@ -21,7 +21,7 @@
  *
  *   struct lp_engine
  *     constant while lp_engine_run runs    epfd, wakefd, eventfd, unreadable, guard, trace
- *     the serving thread only              channels (but for what csrc/serve/channel.h says), family, cap_family, ready, retries,
+ *     the serving thread only              channels (but for what csrc/serve/channel_requests.h says), family, cap_family, ready, retries,
  *                                          retry_soon, retry_ns, follow (but for follow.cpu)
  *     guarded.lock                         guarded
  *     lock                                 tasks, closed, families, events, nr_events, cap_events, any_unposted
@@ -36,7 +36,7 @@
 #include <stdatomic.h>
 
 #include "address_space.h"
-#include "channel.h"
+#include "channels.h"
 #include "engine.h"
 #include "faults.h"
 #include "follow.h"

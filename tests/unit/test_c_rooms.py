@@ -12,14 +12,17 @@ import pytest
 CSRC = Path(__file__).parents[2] / "csrc"
 SERVE = CSRC / "serve"
 
+CHANNEL = {"channel", "channel_receive", "channel_send"}
+
 #: From the ground up. A new file is put on the lowest floor that it can be on.
 FLOORS = (
     {
         *("space_extents", "space_regions", "space_wiped", "ranges", "readahead", "faults", "lock", "level"),
         *("uffd_ops", "smaps", "trace", "follow", "pace", "exits", "proc_connector", "calls"),
+        *("channel_requests", "deferred_pages"),
     },
-    {"space_pages", "old_length", "guard_takeover", "guarded", "wake", "tracers", "channel"},
-    {"space_doubts", "fault_plan", "deferred", "guard"},
+    {"space_pages", "old_length", "guard_takeover", "guarded", "wake", "tracers"} | CHANNEL,
+    {"space_doubts", "fault_plan", "deferred", "guard", "channels"},
     {"space_changes", "address_space"},
     {"space_order", "doubt", "late", "memory", "stats", "events"},
     {"asking", "copy", "lost", "wiped"},
@@ -51,7 +54,9 @@ LINKER = {"_GLOBAL_OFFSET_TABLE_", "__errno_location", "__stack_chk_fail", "__po
 IOCTLS = {"uffd_ops", "guarded", "exits"}
 
 #: They work without the engine's types (serving.h).
-LEAVES = FLOORS[0] | PURE | {"old_length", "guard", "guard_takeover", "guarded", "tracers", "channel"}
+LEAVES = (
+    FLOORS[0] | PURE | {"old_length", "guard", "guard_takeover", "guarded", "tracers", "channels"} | CHANNEL
+)
 
 
 @pytest.fixture(scope="module")
