@@ -19,7 +19,7 @@ FLOORS = (
     {
         *("space_extents", "space_regions", "space_wiped", "ranges", "readahead", "faults", "lock", "level"),
         *("uffd_ops", "smaps", "trace", "follow", "pace", "exits", "proc_connector", "calls"),
-        *("channel_requests", "deferred_pages"),
+        *("channel_requests", "deferred_pages", "cold"),
     },
     {"space_pages", "old_length", "guard_takeover", "guarded", "wake", "tracers"} | CHANNEL,
     {"space_doubts", "fault_plan", "deferred", "guard", "channels"},
@@ -35,7 +35,7 @@ FLOORS = (
 
 #: They decide by what they are given, and know no system call.
 SPACE = {"address_space", *(path.stem for path in SERVE.glob("space_*.c"))}
-PURE = SPACE | {"ranges", "readahead", "pace", "faults", "doubt", "late", "fault_plan"}
+PURE = SPACE | {"ranges", "readahead", "pace", "cold", "faults", "doubt", "late", "fault_plan"}
 MEMORY = {
     "malloc",
     "calloc",
