@@ -244,7 +244,7 @@ class TraceData:
         found = []
         for source in np.unique(answers["source"]).tolist():
             chosen = answers[answers["source"] == source]
-            label = f"{self._source(chosen)}: {_quantiles(chosen)}"
+            label = f"{self._source(chosen)}: {_quantiles(chosen).rpartition(', max')[0]}"
             found.append(Latency(label, fault_colour(source), np.sort(chosen["detail"])))
         return found
 

@@ -26,11 +26,19 @@ _STYLE = """
 body { font-family: sans-serif; margin: 1em; }
 h1 { font-size: 1.1em; overflow-wrap: anywhere; }
 h2 { font-size: 1em; margin: 1em 0 0; }
+h3 { font-size: 0.9em; font-weight: normal; margin: 0.5em 0 0; }
 .row { display: grid; grid-template-columns: minmax(0, 2.4fr) minmax(0, 1fr) minmax(0, 1fr); gap: 0.5em; }
 .part { height: 27em; min-width: 0; }
 @media (max-width: 1100px) { .row { grid-template-columns: minmax(0, 1fr); } }
 """
-_CONFIG = {"responsive": True, "scrollZoom": True, "displaylogo": False}
+_CONFIG = {
+    "responsive": True,
+    "scrollZoom": True,
+    "displaylogo": False,
+    # Nothing here is meant for plotly's servers.
+    "plotlyServerURL": "",
+    "modeBarButtonsToRemove": ["sendChartToCloud", "sendDataToCloud", "lasso2d", "select2d"],
+}
 
 
 def write_page(data: TraceData, path: Path) -> None:
@@ -45,11 +53,15 @@ def write_page(data: TraceData, path: Path) -> None:
     ]
     for row in data.rows():
         parts.append(f"<h2>{html.escape(row.title)}</h2><div class=row>")
-        for figure in (_places(row, data), _latencies(row), _progress(row, data)):
+        for name, figure in (
+            ("pages over time", _places(row, data)),
+            (row.latency_title, _latencies(row)),
+            (f"memory brought, of {size(row.wanted)}", _progress(row, data)),
+        ):
             part = figure.to_html(
                 full_html=False, include_plotlyjs=False, config=_CONFIG, default_height="100%"
             )
-            parts.append(f"<div class=part>{part}</div>")
+            parts.append(f"<div><h3>{html.escape(name)}</h3><div class=part>{part}</div></div>")
         parts.append("</div>")
     try:
         path.write_text("\n".join(parts) + "\n")
@@ -77,7 +89,7 @@ def _places(row: Row, data: TraceData) -> Figure:
     else:
         figure.update_yaxes(title="memory, in order of arrival", tickformat="d")
     figure.update_xaxes(range=data.span, title=f"{data.unit} since the first fault or transfer")
-    return _laid_out(figure, "")
+    return _laid_out(figure)
 
 
 def _add_marks(figure: Figure, marks: Marks, unit: str, *, legend: bool) -> None:
@@ -93,7 +105,7 @@ def _add_marks(figure: Figure, marks: Marks, unit: str, *, legend: bool) -> None
         "legendgroup": marks.label,
         "showlegend": legend,
         "hovertemplate": (
-            f"{marks.label}<br>%{{customdata[1]}} page(s) at 0x%{{customdata[0]:x}}{detail}<br>"
+            f"{marks.label}<br>0x%{{customdata[0]:x}}, pages: %{{customdata[1]:,}}{detail}<br>"
             f"at %{{x:.3f}} {unit}<extra></extra>"
         ),
     }
@@ -154,7 +166,7 @@ def _latencies(row: Row) -> Figure:
         )
     figure.update_xaxes(type="log", title="answered in, us", exponentformat="none", dtick=1)
     figure.update_yaxes(type="log", title="share that took longer", exponentformat="none", dtick=1)
-    return _laid_out(figure, row.latency_title)
+    return _laid_out(figure)
 
 
 def _progress(row: Row, data: TraceData) -> Figure:
@@ -175,14 +187,13 @@ def _progress(row: Row, data: TraceData) -> Figure:
         figure.add_hline(row.wanted / (1 << 20), line={"color": "gray", "dash": "dot", "width": 1})
     figure.update_xaxes(range=data.span, title=data.unit)
     figure.update_yaxes(title="MiB", rangemode="tozero")
-    return _laid_out(figure, f"memory brought, of {size(row.wanted)}")
+    return _laid_out(figure)
 
 
-def _laid_out(figure: Figure, title: str) -> Figure:
+def _laid_out(figure: Figure) -> Figure:
     figure.update_layout(
         template="plotly_white",
-        title={"text": title, "font": {"size": 13}},
-        margin={"l": 10, "r": 10, "t": 40, "b": 10},
+        margin={"l": 10, "r": 10, "t": 30, "b": 10},
         legend={"orientation": "h", "y": -0.15, "yanchor": "top", "font": {"size": 11}},
         font={"size": 11},
         dragmode="zoom",

@@ -88,7 +88,7 @@ def test_a_page_of_the_trace_has_the_numbers_of_the_summary(restored_program: Pa
         *((task["service_time"], task["faults"]["total"]) for task in stats["tasks"]),
     ]:
         p50, p99, longest = (duration(times[name] * 1000) for name in ("p50_us", "p99_us", "max_us"))
-        assert f'"text":"faults: {faults:,}, p50 {p50}, p99 {p99}, max {longest}"' in page
+        assert f"<h3>faults: {faults:,}, p50 {p50}, p99 {p99}, max {longest}</h3>" in page
     assert '"name":"restore finished"' in page
     assert f"task {tasks.pids[0]} (restored), memory" in page
 
