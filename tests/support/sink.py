@@ -31,8 +31,16 @@ void lp_sink_free(struct lp_sink *sink);
 """
 
 
-@cache
+_BUILDING = threading.Lock()
+
+
 def _library() -> Any:
+    with _BUILDING:  # tests use it from several threads, and `cache` alone would let each of them build it
+        return _built_library()
+
+
+@cache
+def _built_library() -> Any:
     folder = tempfile.mkdtemp(prefix="lazypages-sink-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     builder = FFI()
