@@ -223,7 +223,8 @@ def _find_pages(pagemap: Pagemap, directory: Path) -> TaskLevel:
         status = path.stat()
     except FileNotFoundError:
         if pagemap.present_pages:
-            promise = f"{pagemap.path.name} promises {pagemap.present_pages} pages"
+            promised = pagemap.present_pages
+            promise = f"{pagemap.path.name} promises {promised} page{'' if promised == 1 else 's'}"
             raise ImageMissingError(path, f"no such image, but {promise}") from None
         return TaskLevel(directory, None, 0)
     except OSError as error:
