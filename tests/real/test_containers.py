@@ -1,0 +1,155 @@
+"""The commands of docs/containers.md, taken from its text and executed: a real runc, CRIU, and Redis."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.support.criu import CRIU_DIR, raised_pipe_limit
+from tests.support.hosts import Host, Link, two_hosts
+from tests.support.processes import nothing_left, wait_for
+
+PAGE = Path(__file__).parents[2] / "docs" / "containers.md"
+DIGEST = re.compile(r"^[0-9a-f]{40}$", re.MULTILINE)
+RUNC = "runc: restore on the same host"
+MOVE = "runc: move to another host"
+
+
+def blocks(section: str, language: str = "sh") -> list[str]:
+    """The blocks of that language in a section of the page, in their order."""
+    text = PAGE.read_text().split(f"\n## {section}\n")[1].split("\n## ")[0]
+    found = re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    assert found
+    return found
+
+
+class Shell:
+    """A host's shell, in the directory of the test."""
+
+    def __init__(self, folder: Path, host: Host | None = None, *, path: Sequence[Path] = ()) -> None:
+        self._folder = folder
+        self._host = host or Host()
+        self.output = folder / f"output-{self._host.address}"
+        places = [*path, CRIU_DIR / "4.2", Path(sys.executable).parent, os.environ["PATH"]]
+        self._environment = {**os.environ, "PATH": ":".join(map(str, places))}
+
+    def start(self, text: str, **variables: str) -> subprocess.Popen[bytes]:
+        with self.output.open("wb") as output:
+            return subprocess.Popen(
+                self._host.command("bash", "-eu", "-o", "pipefail", "-c", text),
+                cwd=self._folder,
+                env={**self._environment, **variables},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+            )
+
+    def run(self, text: str, **variables: str) -> str:
+        """What the commands print; they must succeed."""
+        process = self.start(text, **variables)
+        try:
+            status = process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            status = -1
+        output = self.output.read_text()
+        logs = "".join(
+            f"--- {path}\n{path.read_text(errors='replace')[-3000:]}"
+            for path in (*self._folder.glob("*/*.log"), *self._folder.glob("*.log"))
+        )
+        assert status == 0, f"{text}\n--- {status}\n{output}\n{logs}"
+        return output
+
+
+def digest(output: str) -> str:
+    """Of all that Redis has in its memory."""
+    (found,) = DIGEST.findall(output)
+    assert set(found) != {"0"}, "it is not empty"
+    return str(found)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    """Where a test works. Its containers are gone afterwards."""
+    with nothing_left():
+        try:
+            yield tmp_path
+        finally:
+            for name in ("demo", "moved"):
+                subprocess.run(
+                    ["runc", "delete", "--force", name], capture_output=True, timeout=60, check=False
+                )
+
+
+def served(folder: Path) -> str:
+    """The end of the daemon's log."""
+    log = folder / "restored" / "serve.log"
+    wait_for("the daemon to be done", lambda: "1 complete" in log.read_text())
+    return log.read_text()
+
+
+@pytest.mark.parametrize("how", ["runc", "criu-shim", "runc-lazy"])
+def test_restore_on_the_same_host(how: str, folder: Path) -> None:
+    """Also with the shim in front of CRIU, and with the runtime that podman gets in place of the daemon's command."""
+    path = []
+    (commands,) = blocks(RUNC)
+    (wrapper,) = blocks("podman")
+    if how == "criu-shim":
+        (folder / "bin").mkdir()
+        Shell(folder).run(f"lazypages criu-shim --install bin --criu {CRIU_DIR}/4.2/criu")
+        path = [folder / "bin"]
+        commands, count = re.subn("lazypages serve", "criu -v4 lazy-pages", commands)
+        assert count == 1
+    shell = Shell(folder, path=path)
+    build, fill = blocks("A container to try it with")
+    before = digest(shell.run(build + fill))
+    if how == "runc-lazy":
+        shell.run(wrapper)
+        commands, count = re.subn(r"(?m)^lazypages serve.*\n", "", commands)
+        assert count == 1
+        commands, count = re.subn(
+            "runc restore --detach --lazy-pages", "./runc-lazy restore --detach", commands
+        )
+        assert count == 1
+    assert digest(shell.run(commands)) == before
+    assert "from local: " in served(folder)
+
+
+def test_move_to_another_host(folder: Path) -> None:
+    """Two network namespaces. The root file system and the images are already where they are to be copied to."""
+    with two_hosts(Link()) as (source, destination), raised_pipe_limit():
+        there, here = Shell(folder, source), Shell(folder, destination)
+        before = digest(there.run("".join(blocks("A container to try it with"))))
+        leave, arrive = blocks(MOVE)
+        leaving = there.start(leave + "echo copy\nwait %1\n", SOURCE=source.address)
+        try:
+            wait_for("the images", lambda: "copy" in there.output.read_text() or leaving.poll() is not None)
+            assert digest(here.run(arrive, SOURCE=source.address)) == before
+            assert leaving.wait(60) == 0
+        finally:
+            leaving.kill()
+            leaving.wait()
+        assert "from remote: " in served(folder)
+        assert "demo" not in there.run("runc list -q").split()
+
+
+def test_crun() -> None:
+    (text,) = blocks("crun", "console")
+    command, *output = text.splitlines()
+    done = subprocess.run(
+        command.removeprefix("$ ").split(), capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode
+    assert (done.stdout + done.stderr).splitlines() == output
+    version = subprocess.run(
+        ["crun", "--version"], capture_output=True, text=True, timeout=60, check=True
+    ).stdout
+    assert "+SECCOMP" in version
+    assert "+CRIU" not in version
