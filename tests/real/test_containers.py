@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,7 @@ from tests.support.processes import nothing_left, wait_for
 PAGE = Path(__file__).parents[2] / "docs" / "containers.md"
 DIGEST = re.compile(r"^[0-9a-f]{40}$", re.MULTILINE)
 RUNC = "runc: restore on the same host"
+DEMO = "A container to try it with"
 MOVE = "runc: move to another host"
 
 
@@ -67,6 +69,20 @@ class Shell:
         assert status == 0, f"{text}\n--- {status}\n{output}\n{logs}"
         return output
 
+    def check_refusal(self, text: str) -> None:
+        """A command, and the messages with which it fails."""
+        command, *output = text.splitlines()
+        done = subprocess.run(
+            command.removeprefix("$ ").split(),
+            env=self._environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode
+        assert (done.stdout + done.stderr).splitlines() == output
+
 
 def digest(output: str) -> str:
     """Of all that Redis has in its memory."""
@@ -82,51 +98,39 @@ def folder(tmp_path: Path) -> Iterator[Path]:
         try:
             yield tmp_path
         finally:
-            for name in ("demo", "moved"):
-                subprocess.run(
-                    ["runc", "delete", "--force", name], capture_output=True, timeout=60, check=False
-                )
+            for end in (["runc", "delete", "--force"], ["podman", "rm", "--force", "--time", "0"]):
+                for name in ("demo", "moved"):
+                    subprocess.run([*end, name], capture_output=True, timeout=60, check=False)
 
 
-def served(folder: Path) -> str:
-    """The end of the daemon's log."""
-    log = folder / "restored" / "serve.log"
+def served(work: Path) -> str:
+    """The daemon's log, when it is done."""
+    log = work / "serve.log"
     wait_for("the daemon to be done", lambda: "1 complete" in log.read_text())
     return log.read_text()
 
 
-@pytest.mark.parametrize("how", ["runc", "criu-shim", "runc-lazy"])
-def test_restore_on_the_same_host(how: str, folder: Path) -> None:
-    """Also with the shim in front of CRIU, and with the runtime that podman gets in place of the daemon's command."""
-    path = []
+@pytest.mark.parametrize("shim", [False, True], ids=["criu", "shim"])
+def test_runc_on_the_same_host(shim: bool, folder: Path) -> None:
+    """Also where `criu` is the shim, for runc and for the daemon."""
     (commands,) = blocks(RUNC)
-    (wrapper,) = blocks("podman")
-    if how == "criu-shim":
+    shell = Shell(folder)
+    if shim:
         (folder / "bin").mkdir()
-        Shell(folder).run(f"lazypages criu-shim --install bin --criu {CRIU_DIR}/4.2/criu")
-        path = [folder / "bin"]
+        shell.run("lazypages criu-shim --install bin")
+        shell = Shell(folder, path=[folder / "bin"])
         commands, count = re.subn("lazypages serve", "criu -v4 lazy-pages", commands)
         assert count == 1
-    shell = Shell(folder, path=path)
-    build, fill = blocks("A container to try it with")
-    before = digest(shell.run(build + fill))
-    if how == "runc-lazy":
-        shell.run(wrapper)
-        commands, count = re.subn(r"(?m)^lazypages serve.*\n", "", commands)
-        assert count == 1
-        commands, count = re.subn(
-            "runc restore --detach --lazy-pages", "./runc-lazy restore --detach", commands
-        )
-        assert count == 1
+    before = digest(shell.run("".join(blocks(DEMO))))
     assert digest(shell.run(commands)) == before
-    assert "from local: " in served(folder)
+    assert "from local: " in served(folder / "restored")
 
 
 def test_move_to_another_host(folder: Path) -> None:
     """Two network namespaces. The root file system and the images are already where they are to be copied to."""
     with two_hosts(Link()) as (source, destination), raised_pipe_limit():
         there, here = Shell(folder, source), Shell(folder, destination)
-        before = digest(there.run("".join(blocks("A container to try it with"))))
+        before = digest(there.run("".join(blocks(DEMO))))
         leave, arrive = blocks(MOVE)
         leaving = there.start(leave + "echo copy\nwait %1\n", SOURCE=source.address)
         try:
@@ -136,20 +140,33 @@ def test_move_to_another_host(folder: Path) -> None:
         finally:
             leaving.kill()
             leaving.wait()
-        assert "from remote: " in served(folder)
+        assert "from remote: " in served(folder / "restored")
         assert "demo" not in there.run("runc list -q").split()
 
 
-def test_crun() -> None:
+def test_podman(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its runtime adds the option. Limits of a container must not be above ours, without CAP_SYS_RESOURCE."""
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    limits = folder / "containers.conf"
+    limits.write_text(f'[containers]\ndefault_ulimits = ["nofile={files}:{files}", "nproc=32768:32768"]\n')
+    monkeypatch.setenv("CONTAINERS_CONF", str(limits))
+    shell = Shell(folder)
+    build, _fill = blocks(DEMO)
+    wrapper, fill, again = blocks("podman")
+    shell.run(build)
+    shell.run("podman create --name demo --rootfs demo/rootfs true")  # of crun
+    for text in blocks("podman", "console"):
+        shell.check_refusal(text)
+    shell.run("podman rm demo")
+    before = digest(shell.run(wrapper + fill))
+    place = Path(shell.run("podman inspect demo --format '{{.StaticDir}}'").strip())
+    assert digest(shell.run(again)) == before
+    assert "from local: " in served(place)
+
+
+def test_crun(tmp_path: Path) -> None:
     (text,) = blocks("crun", "console")
-    command, *output = text.splitlines()
-    done = subprocess.run(
-        command.removeprefix("$ ").split(), capture_output=True, text=True, timeout=60, check=False
-    )
-    assert done.returncode
-    assert (done.stdout + done.stderr).splitlines() == output
-    version = subprocess.run(
-        ["crun", "--version"], capture_output=True, text=True, timeout=60, check=True
-    ).stdout
-    assert "+SECCOMP" in version
-    assert "+CRIU" not in version
+    Shell(tmp_path).check_refusal(text)
+    version = subprocess.run(["crun", "--version"], capture_output=True, text=True, timeout=60, check=True)
+    assert "+SECCOMP" in version.stdout
+    assert "+CRIU" not in version.stdout
