@@ -133,11 +133,12 @@ def _is_registered(pid: int) -> bool:
 
 
 def _has_userfaultfd(pid: int) -> bool:
-    with suppress(OSError):
-        for name in os.listdir(f"/proc/{pid}/fd"):
-            with suppress(OSError):
-                if os.readlink(f"/proc/{pid}/fd/{name}") == UFFD_LINK:
-                    return True
+    for thread in _threads(pid):
+        with suppress(OSError):
+            for name in os.listdir(f"/proc/{pid}/task/{thread}/fd"):
+                with suppress(OSError):
+                    if os.readlink(f"/proc/{pid}/task/{thread}/fd/{name}") == UFFD_LINK:
+                        return True
     return False
 
 

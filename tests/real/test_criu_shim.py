@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from lazypages.cli.served import incomplete, wait_until_complete
+from tests.support.compiling import compiled
 from tests.support.criu import Criu
 from tests.support.processes import Server, descendants, nothing_left, reap, start, wait_for
 from tests.support.restore import Checkpoint, Checkpoints, Daemon, lazy_restore, our_daemon
@@ -227,13 +228,12 @@ def test_a_dump_waits_where_no_daemon_makes_it_wait(
 
 def test_signals_of_a_task_that_is_waited_for(tmp_path: Path) -> None:
     """It is traced meanwhile, and gets them all the same; it can be stopped and continued, and may end."""
-    program, said = tmp_path / "registered", tmp_path / "said"
-    subprocess.run(
-        ["gcc", "-O1", "-Wall", "-Wextra", "-Werror", "-o", program, SERVED], check=True, timeout=60
-    )
+    said = tmp_path / "said"
     wait = "from lazypages.cli.served import *; wait_until_complete(int(__import__('sys').argv[1]), print)"
     with nothing_left():
-        holder = start([program], output=said)  # it has the userfaultfd of a child, which is registered
+        holder = start(
+            [compiled(SERVED)], output=said
+        )  # it has the userfaultfd of a child, which is registered
         wait_for("the child", lambda: said.read_text().count("\n") == 1)
         child = int(said.read_text())
         assert incomplete(child) == [child]
@@ -254,6 +254,17 @@ def test_signals_of_a_task_that_is_waited_for(tmp_path: Path) -> None:
         os.kill(child, signal.SIGUSR1)
         wait_for("its signal", lambda: said.read_text().count("signal\n") == 7)
         assert "TracerPid:\t0\n" in Path(f"/proc/{child}/status").read_text()
+
+
+def test_a_process_whose_first_thread_has_exited(tmp_path: Path) -> None:
+    said = tmp_path / "said"
+    with nothing_left():
+        start([compiled(SERVED), "leave"], output=said)
+        wait_for("the child", lambda: said.read_text().count("\n") == 1)
+        child = int(said.read_text())
+        wait_for("the end of its thread", lambda: "\nState:\tZ" in Path(f"/proc/{child}/status").read_text())
+        assert not Path(f"/proc/{child}/smaps").read_text()
+        assert incomplete(child) == [child]
 
 
 def print_nothing(text: str) -> None:

@@ -1,7 +1,8 @@
 /* Has the userfaultfd of a child, whose memory is registered for missing pages.  Prints the child's pid.
- * The child prints "signal" for each SIGUSR1. */
+ * The child prints "signal" for each SIGUSR1.  With an argument, the child's first thread has exited, and another one is left. */
 #define _GNU_SOURCE
 #include <linux/userfaultfd.h>
+#include <pthread.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -19,8 +20,16 @@ static void on_signal(int signo)
 		_exit(1);
 }
 
-int main(void)
+static void *be_there(void *arg)
 {
+	for (;;)
+		pause();
+	return arg;
+}
+
+int main(int argc, char **argv)
+{
+	pthread_t thread;
 	int to_child[2], to_parent[2], from_child;
 	char byte;
 	pid_t child;
@@ -45,8 +54,11 @@ int main(void)
 		close(uffd);
 		printf("%d\n", getpid());
 		fflush(stdout);
-		for (;;)
-			pause();
+		if (argc > 1 && pthread_create(&thread, NULL, be_there, argv))
+			return 1;
+		if (argc > 1)
+			syscall(SYS_exit, 0);
+		be_there(NULL);
 	}
 	if (read(to_parent[0], &from_child, sizeof(from_child)) != sizeof(from_child))
 		return 1;
@@ -54,6 +66,5 @@ int main(void)
 		return 1;
 	if (write(to_child[1], ".", 1) != 1)
 		return 1;
-	for (;;)
-		pause();
+	be_there(NULL);
 }
