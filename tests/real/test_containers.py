@@ -110,6 +110,7 @@ def served(work: Path) -> str:
     return log.read_text()
 
 
+@pytest.mark.loop("criu")
 @pytest.mark.parametrize("shim", [False, True], ids=["criu", "shim"])
 def test_runc_on_the_same_host(shim: bool, folder: Path) -> None:
     """Also where `criu` is the shim, for runc and for the daemon."""
@@ -126,6 +127,7 @@ def test_runc_on_the_same_host(shim: bool, folder: Path) -> None:
     assert "from local: " in served(folder / "restored")
 
 
+@pytest.mark.slow
 def test_move_to_another_host(folder: Path) -> None:
     """Two network namespaces. The root file system and the images are already where they are to be copied to."""
     with two_hosts(Link()) as (source, destination), raised_pipe_limit():
@@ -144,6 +146,7 @@ def test_move_to_another_host(folder: Path) -> None:
         assert "demo" not in there.run("runc list -q").split()
 
 
+@pytest.mark.slow
 def test_podman(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its runtime adds the option. Limits of a container must not be above ours, without CAP_SYS_RESOURCE."""
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
