@@ -21,6 +21,7 @@ DIGEST = re.compile(r"^[0-9a-f]{40}$", re.MULTILINE)
 RUNC = "runc: restore on the same host"
 DEMO = "A container to try it with"
 MOVE = "runc: move to another host"
+NAMES = ("demo", "moved", "demo1", "demo2")
 
 
 def blocks(section: str, language: str = "sh") -> list[str]:
@@ -54,7 +55,10 @@ class Shell:
 
     def run(self, text: str, **variables: str) -> str:
         """What the commands print; they must succeed."""
-        process = self.start(text, **variables)
+        return self.finish(self.start(text, **variables), text)
+
+    def finish(self, process: subprocess.Popen[bytes], text: str) -> str:
+        """Waits for what was started."""
         try:
             status = process.wait(60)
         except subprocess.TimeoutExpired:
@@ -99,7 +103,7 @@ def folder(tmp_path: Path) -> Iterator[Path]:
             yield tmp_path
         finally:
             for end in (["runc", "delete", "--force"], ["podman", "rm", "--force", "--time", "0"]):
-                for name in ("demo", "moved"):
+                for name in NAMES:
                     subprocess.run([*end, name], capture_output=True, timeout=60, check=False)
 
 
@@ -125,6 +129,27 @@ def test_runc_on_the_same_host(shim: bool, folder: Path) -> None:
     before = digest(shell.run("".join(blocks(DEMO))))
     assert digest(shell.run(commands)) == before
     assert "from local: " in served(folder / "restored")
+
+
+@pytest.mark.slow
+def test_two_at_once(folder: Path) -> None:
+    """Each has its own daemon and its own memory."""
+    (commands,) = blocks(RUNC)
+    before, shells, texts = [], [], []
+    for number, name in enumerate(NAMES[2:]):
+        (folder / name).mkdir()
+        shells.append(Shell(folder / name))
+        build = re.sub(r"\bdemo\b", name, "".join(blocks(DEMO)).replace("key 400", f"key {number + 400}"))
+        texts.append(re.sub(r"\bdemo\b", name, commands))
+        before.append(digest(shells[-1].run(build)))
+    assert before[0] != before[1]
+    started = [shell.start(text) for shell, text in zip(shells, texts, strict=True)]
+    outputs = [
+        shell.finish(process, text) for shell, process, text in zip(shells, started, texts, strict=True)
+    ]
+    assert [digest(output) for output in outputs] == before
+    for name in NAMES[2:]:
+        assert "from local: " in served(folder / name / "restored")
 
 
 @pytest.mark.slow
