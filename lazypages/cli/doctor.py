@@ -232,7 +232,7 @@ def _tracking(features: int | None) -> Finding:
 
 COSTS = {
     Capability.SYS_ADMIN: "only CAP_CHECKPOINT_RESTORE gives restored tasks their pids; CRIU restores less with it",
-    Capability.SYS_PTRACE: "the daemon learns nothing of tasks of other users, and makes no tracer of theirs wait",
+    Capability.SYS_PTRACE: "the daemon can't look into tasks of other users, nor make their tracers wait",
     Capability.SYS_RESOURCE: "the OOM killer may end the daemon's guard; limits can't be raised",
     Capability.SYS_NICE: "on a busy machine faults are answered later",
 }
@@ -243,10 +243,12 @@ def _capabilities(capabilities: set[Capability]) -> Iterator[Finding]:
     if not missing:
         yield Finding("capabilities", State.OK, "all that are used")
     for capability in missing:
-        costs = COSTS[capability]
         if capability == Capability.SYS_ADMIN and Capability.CHECKPOINT_RESTORE not in capabilities:
-            costs = "nor CAP_CHECKPOINT_RESTORE: tasks can't get their pids, by CRIU or by lazypages restore"
-        yield Finding(f"CAP_{capability.name}", State.LESS, "missing", costs)
+            costs = "tasks can't get their pids, by CRIU or by lazypages restore"
+            found = "missing, and so is CAP_CHECKPOINT_RESTORE"
+            yield Finding(f"CAP_{capability.name}", State.NO, found, costs)
+        else:
+            yield Finding(f"CAP_{capability.name}", State.LESS, "missing", COSTS[capability])
 
 
 def _confinement() -> Finding:
