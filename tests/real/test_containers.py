@@ -21,6 +21,7 @@ DIGEST = re.compile(r"^[0-9a-f]{40}$", re.MULTILINE)
 RUNC = "runc: restore on the same host"
 DEMO = "A container to try it with"
 MOVE = "runc: move to another host"
+ATTEMPTS = 5
 NAMES = ("demo", "moved", "demo1", "demo2")
 
 
@@ -129,6 +130,27 @@ def test_runc_on_the_same_host(shim: bool, folder: Path) -> None:
     before = digest(shell.run("".join(blocks(DEMO))))
     assert digest(shell.run(commands)) == before
     assert "from local: " in served(folder / "restored")
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_a_container_that_misses_memory(folder: Path) -> None:
+    """By RPC, which the shim does not see: the daemon makes CRIU wait, or says that it was too late."""
+    (commands,) = blocks(RUNC)
+    checkpoint, lazily = commands.split("mkdir restored\n")
+    lazily = lazily.replace("lazypages serve", "lazypages serve --no-background").split("runc exec")[0]
+    eagerly = re.sub("(?m)^lazypages.*\n", "", lazily).replace("--lazy-pages ", "").replace("ckpt", "again")
+    again = checkpoint.replace("ckpt", "again")
+    shell = Shell(folder)
+    before = digest(shell.run("".join(blocks(DEMO)) + checkpoint))
+    for _ in range(ATTEMPTS):
+        shell.run(f"rm -rf restored again; mkdir restored\n{lazily}{again}")
+        log = served(folder / "restored")
+        if "Discard that dump" not in log:
+            break
+    else:
+        pytest.fail(f"CRIU was faster {ATTEMPTS} times")
+    assert "traces it and has to wait for" in log
+    assert digest(shell.run(eagerly + blocks(RUNC)[0].splitlines()[-1])) == before
 
 
 @pytest.mark.slow
