@@ -15,8 +15,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-#: Seconds between two looks at the tasks.
+#: Seconds between two looks at the tasks, at least.
 PAUSE = 0.02
+
+#: A look takes one of so many parts of the time: smaps counts all pages of a task.
+LOOK_SHARE = 5
 
 #: Seconds for which the tasks are traced, and then are not: a daemon that polls notices a new tracer only.
 TURN = 0.5
@@ -63,9 +66,14 @@ def wait_until_complete(root: int, say: Callable[[str], None]) -> None:
         with _traced(left) as pass_signals_on:
             end = time.monotonic() + TURN
             while left and time.monotonic() < end:
-                time.sleep(PAUSE)
-                pass_signals_on()
+                began = time.monotonic()
                 left = incomplete(root)
+                next_look = began + LOOK_SHARE * (time.monotonic() - began)
+                while True:
+                    time.sleep(PAUSE)
+                    pass_signals_on()
+                    if time.monotonic() >= next_look:
+                        break
         if left:
             time.sleep(PAUSE)
 

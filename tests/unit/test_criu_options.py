@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from lazypages.bench import peers
+from lazypages.bench.errors import BenchError
 from lazypages.cli.criu_options import Option, parse, translate, with_configuration
 from lazypages.cli.main import cli
 from lazypages.cli.page_server import page_server_command
@@ -163,3 +165,15 @@ class TestInstallation:
         assert "exists and is no shim" in output
         assert real.read_text() == "#!/bin/sh\n"
         assert "cannot write" in self.install("--install", tmp_path / "none", "--criu", real)[1]
+
+    def test_the_bench_does_not_take_it_for_criu(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It would compare us with ourselves."""
+        real = self.real(tmp_path / "real")
+        assert self.install("--install", tmp_path, "--criu", real)[0] == 0
+        monkeypatch.setattr(peers, "CRIU_DIR", tmp_path / "none")
+        monkeypatch.setenv("PATH", str(tmp_path))
+        monkeypatch.setenv("LAZYPAGES_CRIU", str(tmp_path / "criu"))
+        with pytest.raises(BenchError, match="no CRIU found"):
+            peers.find_criu(())
