@@ -262,7 +262,7 @@ def test_pidfile_needs_the_background(restored_program: Path, tmp_path: Path) ->
 
 @pytest.mark.parametrize("criu", all_criu())
 def test_configuration_files_are_those_of_criu(criu: Criu, tmp_path: Path) -> None:
-    """The same file decides for both where the log is. (The checkpoint is damaged, so both end there.)"""
+    """The same file decides for all where the log is. (The checkpoint is damaged, so they end there.)"""
     images, home = tmp_path / "images", tmp_path / "home"
     (home / ".criu").mkdir(parents=True)
     (home / ".criu" / "default.conf").write_text('# of this user\ntcp-established\nlog-file "home 1.log"\n')
@@ -285,7 +285,11 @@ def test_configuration_files_are_those_of_criu(criu: Criu, tmp_path: Path) -> No
         (["--config", str(tmp_path / "missing")], at_home | variable, ["env.log"]),
     ):
         environment = {name: value for name, value in os.environ.items() if name != "HOME"} | variables
-        for program in ([str(criu.path), "lazy-pages"], [sys.executable, "-m", "lazypages", "serve"]):
+        for program in (
+            [str(criu.path), "lazy-pages"],
+            [sys.executable, "-m", "lazypages", "serve"],
+            [sys.executable, "-m", "lazypages.cli.shim", "lazy-pages", str(criu.path), "lazy-pages"],
+        ):
             images.mkdir()
             (images / "inventory.img").touch()
             done = subprocess.run(
