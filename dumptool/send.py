@@ -26,7 +26,9 @@ from images_spec.images import Kind
 from images_spec.pagemap import PagemapWriter
 from lazypages.net import wire
 from lazypages.net.link import tune_client
+from lazypages.net.refused import why_closed
 from lazypages.net.tls import TlsFiles
+from lazypages.net.tls_errors import explain, explain_handshake
 from lazypages.net.url import ConnectedSocket, PageServerAddress, TcpServer, UnixServer
 from lazypages.net.wire import Command, Header, ImageType, Layout, encode_dst_id
 
@@ -58,12 +60,15 @@ class Sender:
     """
 
     def __init__(self, server: PageServer) -> None:
-        self._address = server.address
-        self._guessed = False  # the layout is a guess, and the server has not answered yet
+        self._address, self._tls = server.address, server.tls
+        self._guessed = False  # the layout is a guess
+        self._answered = False
+        self._layout = server.layout or Layout.CRIU_4_1
         with self._errors():
             self._sock = _connect(server)
         try:
-            self._layout = server.layout or self._find_layout()
+            if server.layout is None:
+                self._layout = self._find_layout()
         except BaseException:
             self._sock.close()
             raise
@@ -142,7 +147,7 @@ class Sender:
                 if not more:
                     raise self._closed()
                 data += more
-        self._guessed = False
+        self._answered = True
         return data
 
     def _send(self, pieces: list[bytes | memoryview]) -> None:
@@ -161,9 +166,11 @@ class Sender:
                     pieces[first] = memoryview(pieces[first])[sent:]
 
     def _closed(self) -> SendError:
-        if self._guessed:
-            hint = wire.GUESSED.format(layout=self._layout)
-            return SendError(f"page server {self._address}: has closed the connection; {hint}")
+        if not self._answered:
+            why = why_closed(self._address, self._tls, self._layout, guessed=self._guessed)
+            return SendError(
+                f"page server {self._address}: has closed the connection before it answered: {why}"
+            )
         return SendError(
             f"page server {self._address}: has closed the connection; see its log. What it has received is not an image"
         )
@@ -174,13 +181,10 @@ class Sender:
             yield
         except TimeoutError:
             raise SendError(f"page server {self._address}: no progress for {PATIENCE:g} s") from None
-        except ssl.SSLError as error:
-            what = getattr(error, "verify_message", None) or error.reason or error
-            raise SendError(f"page server {self._address}: TLS: {what}") from None
-        except (BrokenPipeError, ConnectionResetError):
+        except (BrokenPipeError, ConnectionResetError, ssl.SSLEOFError):
             raise self._closed() from None
         except OSError as error:
-            raise SendError(f"page server {self._address}: {error.strerror or error}") from None
+            raise SendError(f"page server {self._address}: {explain(error, 'server')}") from None
 
 
 class SentImage:
@@ -264,11 +268,17 @@ def _start_tls(sock: socket.socket, files: TlsFiles, address: PageServerAddress)
     assert isinstance(address, TcpServer)
     try:
         secure = files.client_context().wrap_socket(sock, server_hostname=address.host)
+    except TimeoutError:
+        sock.close()
+        raise
+    except OSError as error:
+        sock.close()
+        raise SendError(f"page server {address}: {explain_handshake(error, 'server')}") from None
     except BaseException:
         sock.close()
         raise
     try:
-        files.verify_peer(secure.getpeercert(), address.host)
+        files.verify_server(secure.getpeercert(), address.host)
     except BaseException:
         secure.close()
         raise

@@ -16,6 +16,7 @@ import pytest
 
 from lazypages.engine.channel import Channel
 from lazypages.engine.engine import Engine
+from lazypages.net import wire
 from lazypages.net.link import Link, LinkError
 from lazypages.net.relay import Direct
 from lazypages.net.url import UnixServer
@@ -148,7 +149,18 @@ def test_no_descriptor_for_a_translator(monkeypatch: pytest.MonkeyPatch, tmp_pat
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(os.fspath(path))
         listener.listen()
+
+        def answer() -> None:
+            """The probe, as CRIU's server does."""
+            peer, _ = listener.accept()
+            with peer:
+                peer.sendall(wire.answer_parent(has_parent=False))
+                peer.recv(1000)
+
+        thread = threading.Thread(target=answer)
+        thread.start()
         anyio.run(main)
+        thread.join()
 
 
 @pytest.mark.parametrize("failure", ["Connection timed out", ""])
