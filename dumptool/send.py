@@ -185,6 +185,8 @@ class Sender:
             raise self._closed() from None
         except OSError as error:
             raise SendError(f"page server {self._address}: {explain(error, 'server')}") from None
+        except UnicodeError:
+            raise SendError(f"page server {self._address}: not a host name") from None
 
 
 class SentImage:

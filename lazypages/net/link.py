@@ -162,6 +162,8 @@ async def _connect(address: PageServerAddress) -> socket.socket:
             except socket.gaierror as error:
                 kind = HopelessError if error.errno in NO_SUCH_NAME else LinkError
                 raise kind(f"cannot resolve {host}: {error.strerror}") from None
+            except UnicodeError:
+                raise HopelessError(f"cannot resolve {host}: not a host name") from None
             except OSError as error:
                 raise _lost(error) from None
             failure = LinkError("no address")

@@ -51,6 +51,8 @@ def listen(address: str | None, port: int, *, insecure: bool, tls: bool) -> tupl
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except OSError as error:
         raise ListenError(f"--address {host}: {error.strerror}") from None
+    except UnicodeError:
+        raise ListenError(f"--address {host}: not a host name") from None
     family, _, _, _, where = found[0]
     loopback = ipaddress.ip_address(str(where[0]).partition("%")[0]).is_loopback
     if not (loopback or insecure or tls):
