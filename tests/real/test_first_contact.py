@@ -159,6 +159,12 @@ HOPELESS = {
         "the page server uses TLS: connect with --tls",
         before_ready=False,
     ),
+    "no TLS here, CRIU's there": Case(
+        lambda given: criu_with_tls(given, "IP:127.0.0.1"),
+        plain,
+        "the page server uses TLS: connect with --tls",
+        before_ready=False,
+    ),
     "name": Case(
         lambda given: ours(given, *given.certificate("server", "DNS:other")),
         with_tls,
