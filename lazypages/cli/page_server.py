@@ -133,8 +133,22 @@ _PATH = click.Path(path_type=Path)
     help=f"Certificates of trusted authorities.  [default: {DEFAULT_CACERT}]",
 )
 @click.option("--tls-cacrl", metavar="FILE", type=_PATH, help="List of revoked certificates.")
-@click.option("--tls-cert", metavar="FILE", type=_PATH, default=DEFAULT_CERT, show_default=True)
-@click.option("--tls-key", metavar="FILE", type=_PATH, default=DEFAULT_KEY, show_default=True)
+@click.option(
+    "--tls-cert",
+    metavar="FILE",
+    type=_PATH,
+    default=DEFAULT_CERT,
+    show_default=True,
+    help="Our certificate; it must name the address that clients connect to.",
+)
+@click.option(
+    "--tls-key",
+    metavar="FILE",
+    type=_PATH,
+    default=DEFAULT_KEY,
+    show_default=True,
+    help="Its private key.",
+)
 @click.option(
     "--tls-no-cn-verify",
     is_flag=True,

@@ -149,6 +149,7 @@ class RemotePages:
         self._ending = _Ending.COMPLETE
         self._completed = anyio.Event()
         self._first = {server: _First() for server in servers}
+        self._began = time.monotonic()
         #: Set when no server can ever be used, unless the user changes something.
         self.hopeless = anyio.Event()
 
@@ -159,8 +160,9 @@ class RemotePages:
 
         Returns one line for each server that can't.
         """
+        self._began = time.monotonic()
         for server in self.pool.servers:
-            server.complained = time.monotonic()  # the caller reports the first failure
+            server.complained = self._began  # the caller reports the first failure
         with anyio.move_on_after(FIRST_ATTEMPTS):
             while not all(self._is_known(server) for server in self.pool.servers):
                 await anyio.sleep(0.002)
@@ -177,8 +179,9 @@ class RemotePages:
 
     def _is_known(self, server: Server) -> bool:
         first = self._first[server]
-        # dumptool's server answers at once
-        patience = FIRST_ATTEMPTS if self._by_dumptool else FIRST_ANSWER
+        # dumptool's server answers at once; the time to connect shows how far away a server is
+        near = FIRST_ANSWER + 2 * (first.reached - self._began)
+        patience = FIRST_ATTEMPTS if self._by_dumptool else near
         return bool(server.connections or first.reason or time.monotonic() - first.reached > patience)
 
     def _failed(self, server: Server, error: LazyPagesError) -> None:
