@@ -6,7 +6,7 @@
  * checked against them; an answer that does not match ends the channel.  Events report to the owner what needs a decision: a page
  * that the server lacks, the end.  The owner also watches for silence.  It then requests the outstanding pages elsewhere.
  *
- * At most two threads use a channel: the owner calls the functions under "owner", the thread of lp_engine_run all others.
+ * At most two threads use a channel: the owner calls these functions, the thread of lp_engine_run those of channels.h.
  */
 #ifndef LAZYPAGES_CHANNEL_H
 #define LAZYPAGES_CHANNEL_H
@@ -66,8 +66,6 @@ struct lp_channel_state {
 	uint64_t round_trip;  /* ns, smoothed; 0: not known */
 };
 
-/* ---- owner ---- */
-
 /*
  * Adds a channel to `channels` (lp_engine_channels).  It duplicates fd, a connected stream socket, which the caller must not use
  * for I/O any more.  Returns NULL and sets errno on failure.
@@ -100,48 +98,4 @@ void lp_channel_finish(struct lp_channel *channel, bool force, uint32_t flags);
 size_t lp_channel_outstanding(struct lp_channel *channel, struct lp_request *requests, size_t max);
 void lp_channel_state(struct lp_channel *channel, struct lp_channel_state *state);
 
-#ifndef LP_CFFI
-/* ---- the serving thread ---- */
-
-/* Operations on tasks, implemented by the engine.  The serving thread calls them without any channel's lock. */
-struct lp_channel_tasks {
-	void *arg;
-	/* Places received pages.  Returns 0, or -EAGAIN: call again later with the same arguments. */
-	int (*place)(void *arg, uint64_t tag, uint64_t dump_addr, uint64_t nr_pages, const void *bytes);
-	/* Claims up to max_pages background pages of a task.  Returns their number, 0 if none is pending, or -EAGAIN: try later. */
-	int64_t (*claim)(void *arg, struct lp_task *task, uint64_t max_pages, uint64_t *tag, uint64_t *dump_addr);
-	/* Releases a claim whose pages were not requested. */
-	void (*give_back)(void *arg, struct lp_task *task, uint64_t dump_addr, uint64_t nr_pages);
-};
-
-/* Received pages that can't be placed at the moment, because the task's layout is changing. */
-struct lp_deferred_pages;
-
-/* All channels of an engine. */
-struct lp_channels {
-	int epfd, wakefd;
-	struct lp_channel_tasks tasks;
-	struct lp_channel *_Atomic fresh; /* made by the owner, not yet known to the serving thread */
-	struct lp_channel *channels;
-	struct lp_deferred_pages *deferred; /* oldest first; they may outlive their channel */
-	struct lp_deferred_pages **last_deferred;
-	size_t deferred_bytes;
-};
-
-void lp_channels_init(struct lp_channels *channels, int epfd, int wakefd, const struct lp_channel_tasks *tasks);
-void lp_channels_free(struct lp_channels *channels);
-/* Requests the pages of a fault that are not in flight already.  False: no channel can request them. */
-bool lp_channels_fault(struct lp_channels *channels, uint64_t tag, uint64_t dump_addr, uint64_t nr_pages, uint64_t since);
-/* A thread waits for a page that is claimed already.  Returns whether the page is in flight on a channel or deferred. */
-bool lp_channels_escalate(struct lp_channels *channels, uint64_t tag, uint64_t dump_addr, uint64_t since);
-/* Withdraws the budgets of a task that is about to be freed. */
-void lp_channels_forget(struct lp_channels *channels, const struct lp_task *task);
-/* Handles an epoll event of a channel. */
-void lp_channel_ready(struct lp_channel *channel);
-/* Whether the answer to a fault is outstanding on any channel. */
-bool lp_channels_expect(const struct lp_channels *channels);
-/* To be called once per iteration of the serving loop: adds new channels, frees closed ones, sends.  True: call again soon. */
-bool lp_channels_round(struct lp_channels *channels);
-
-#endif
 #endif

@@ -1,5 +1,5 @@
 /*
- * The operations on tasks that channels use (struct lp_channel_tasks, csrc/serve/channel.h).
+ * The operations on tasks that channels use (struct lp_channel_tasks, csrc/serve/channels.h).
  */
 #ifndef LAZYPAGES_CHANNEL_TASKS_H
 #define LAZYPAGES_CHANNEL_TASKS_H

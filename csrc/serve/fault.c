@@ -107,6 +107,7 @@ static int place_zeros(struct lp_task *t, const struct lp_fault *fault)
 static int copy_run(struct lp_task *t, const struct lp_plan *plan, const struct lp_fault *fault)
 {
 	struct lp_run run;
+	uint64_t waited;
 	int rc;
 
 	if (!claim_run(t, plan, &run)) {
@@ -125,7 +126,8 @@ static int copy_run(struct lp_task *t, const struct lp_plan *plan, const struct 
 	if (!rc) {
 		lp_count(&t->stats.faults_served, fault->times);
 		lp_count(&t->served[run.source], fault->times);
-		lp_count_answered(t, fault->since, fault->times, lp_trace_source(run.source), run.addr, run.nr_pages);
+		waited = lp_count_answered(t, fault->since, fault->times, lp_trace_source(run.source), run.addr, run.nr_pages);
+		lp_cold_waited(&t->engine->cold, fault->since + waited, waited);
 	}
 	return rc;
 }

@@ -111,7 +111,8 @@ struct lp_engine *lp_engine_new(struct lp_guard *guard)
 	e->wakefd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	e->eventfd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	e->unreadable = mmap(NULL, LP_PAGE_SIZE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-	if (e->unreadable == MAP_FAILED || e->epfd < 0 || e->wakefd < 0 || e->eventfd < 0 ||
+	e->read_buffer = aligned_alloc(LP_PAGE_SIZE, LP_READ_PAGES << LP_PAGE_SHIFT);
+	if (!e->read_buffer || e->unreadable == MAP_FAILED || e->epfd < 0 || e->wakefd < 0 || e->eventfd < 0 ||
 	    epoll_ctl(e->epfd, EPOLL_CTL_ADD, e->wakefd, &event) || lp_mappings_reserve()) {
 		int saved = errno;
 
@@ -166,6 +167,7 @@ void lp_engine_free(struct lp_engine *e)
 	lp_channels_free(&e->channels);
 	lp_guarded_end(&e->guarded);
 	free(e->family);
+	free(e->read_buffer);
 	if (e->epfd >= 0)
 		close(e->epfd);
 	if (e->wakefd >= 0)

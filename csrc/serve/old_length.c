@@ -16,11 +16,10 @@
 
 static bool reports_old_length = true;
 
-/* Pages 0 and 1 are moved, shrunk to one, to page 2. */
+/* Pages 0 and 1 are moved, shrunk to one, to page 2.  From then on 0 and 1 may belong to any other thread of this process. */
 static void *shrink_and_move(void *at)
 {
-	mremap(at, 2 * LP_PAGE_SIZE, LP_PAGE_SIZE, MREMAP_MAYMOVE | MREMAP_FIXED, (char *)at + 2 * LP_PAGE_SIZE);
-	return NULL;
+	return mremap(at, 2 * LP_PAGE_SIZE, LP_PAGE_SIZE, MREMAP_MAYMOVE | MREMAP_FIXED, (char *)at + 2 * LP_PAGE_SIZE);
 }
 
 /* The length that is reported; 0: none is. */
@@ -40,14 +39,17 @@ static void find_out(void)
 	int uffd = lp_uffd_open(UFFD_FEATURE_EVENT_REMAP);
 	char *at = mmap(NULL, 3 * LP_PAGE_SIZE, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	pthread_t thread;
+	void *moved;
 
 	if (uffd < 0 || at == MAP_FAILED || !lp_uffd_register(uffd, at, 2) || pthread_create(&thread, NULL, shrink_and_move, at))
 		goto out;
 	reports_old_length = reported_length(uffd) != LP_PAGE_SIZE;
 	/* ends the wait of a thread whose event has not been read */
 	close(uffd);
-	uffd = -1;
-	pthread_join(thread, NULL);
+	pthread_join(thread, &moved);
+	if (moved != MAP_FAILED) /* else nobody knows which of the pages are still ours: they stay */
+		munmap(moved, LP_PAGE_SIZE);
+	return;
 out:
 	if (at != MAP_FAILED)
 		munmap(at, 3 * LP_PAGE_SIZE);

@@ -21,8 +21,8 @@
  *
  *   struct lp_engine
  *     constant while lp_engine_run runs    epfd, wakefd, eventfd, unreadable, guard, trace
- *     the serving thread only              channels (but for what csrc/serve/channel.h says), family, cap_family, ready, retries,
- *                                          retry_soon, retry_ns, follow (but for follow.cpu)
+ *     the serving thread only              channels (but for what csrc/serve/channel_requests.h says), family, cap_family, ready, cold,
+ *                                          read_buffer, retries, retry_soon, retry_ns, follow (but for follow.cpu)
  *     guarded.lock                         guarded
  *     lock                                 tasks, closed, families, events, nr_events, cap_events, any_unposted
  *     atomic                               stop, last_fault, last_single, released, nr_memories
@@ -36,7 +36,8 @@
 #include <stdatomic.h>
 
 #include "address_space.h"
-#include "channel.h"
+#include "channels.h"
+#include "cold.h"
 #include "engine.h"
 #include "faults.h"
 #include "follow.h"
@@ -45,6 +46,8 @@
 #include "ranges.h"
 #include "readahead.h"
 #include "uffd_ops.h"
+
+#define LP_READ_PAGES 128u /* of the serving thread's buffer: as many as readahead brings at once */
 
 typedef _Atomic uint64_t lp_counter;
 
@@ -154,6 +157,8 @@ struct lp_engine {
 	_Atomic uint64_t last_fault, last_single; /* ns; single: readahead brings nothing beside its page */
 	int ready; /* uffds and channels that the last epoll_wait has named */
 	struct lp_follow follow;
+	struct lp_cold cold;
+	char *read_buffer; /* LP_READ_PAGES pages */
 	struct lp_task *retries; /* tasks with faults that could not be answered yet */
 	bool retry_soon;	 /* some of these wait for a layout that is changing */
 	uint64_t retry_ns;	 /* until those are tried again */

@@ -25,7 +25,7 @@ uint64_t lp_histogram_bound(uint32_t bucket)
 	return ((8 + (uint64_t)(bucket % 8) + 1) << (exponent - 3)) - 1;
 }
 
-void lp_count_answered(struct lp_task *t, uint64_t since, uint32_t times, uint16_t source, uint64_t addr, uint64_t pages)
+uint64_t lp_count_answered(struct lp_task *t, uint64_t since, uint32_t times, uint16_t source, uint64_t addr, uint64_t pages)
 {
 	uint64_t now = lp_now_ns(), ns = now - since, max = atomic_load(&t->stats.service_max);
 
@@ -34,6 +34,7 @@ void lp_count_answered(struct lp_task *t, uint64_t since, uint32_t times, uint16
 	atomic_fetch_add_explicit(&t->histogram[bucket_of(ns)], times, memory_order_relaxed);
 	while (ns > max && !atomic_compare_exchange_weak(&t->stats.service_max, &max, ns))
 		;
+	return ns;
 }
 
 uint32_t lp_source_index(const struct lp_task *t, uint32_t source)

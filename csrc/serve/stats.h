@@ -8,8 +8,8 @@
 
 /* The index of a source in counters by source. */
 uint32_t lp_source_index(const struct lp_task *t, uint32_t source);
-/* `times` faults on one of the pages at addr have their page now; the first was read at `since`. */
-void lp_count_answered(struct lp_task *t, uint64_t since, uint32_t times, uint16_t source, uint64_t addr, uint64_t pages);
+/* `times` faults on one of the pages at addr have their page now; the first was read at `since`.  Returns how long ago, ns. */
+uint64_t lp_count_answered(struct lp_task *t, uint64_t since, uint32_t times, uint16_t source, uint64_t addr, uint64_t pages);
 /* Pages of each source have been dropped. */
 void lp_count_dropped(struct lp_task *t, const uint64_t *by_source);
 /* Pages [skip, skip + nr) of a claimed run are not waited for any more, though they were not copied. */

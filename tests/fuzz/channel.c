@@ -5,7 +5,7 @@
  * An input is a byte of options, then steps, each a byte and what it needs.
  */
 #define _GNU_SOURCE
-#include "serve/channel.h"
+#include "serve/channels.h"
 
 #include <errno.h>
 #include <sys/epoll.h>

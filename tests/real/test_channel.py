@@ -32,6 +32,7 @@ from lazypages.net.wire import Features
 from lazypages.sources.base import Connected
 from lazypages.sources.pool import Pool
 from lazypages.sources.remote import RemotePages
+from tests.support.compiling import CHANNEL_SOURCES
 from tests.support.uffd import BASE, PAGE, RANDOM, PagesFile, Service, Task, needs_while_it_churns, until
 
 GIB = 1 << 30
@@ -669,10 +670,7 @@ def test_a_task_that_can_take_nothing_keeps_nothing_from_others(file: PagesFile)
 def test_parking(tmp_path: Path) -> None:
     """As above, with more than there is room for, and a server that hangs up meanwhile: in C, turn by turn."""
     root = Path(__file__).parents[2]
-    sources = [
-        root / name
-        for name in ("tests/support/channel_deferred.c", "csrc/serve/channel.c", "csrc/serve/pace.c")
-    ]
+    sources = [root / "tests/support/channel_deferred.c", *CHANNEL_SOURCES]
     flags = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread", f"-I{root / 'csrc'}"]
     flags += os.environ.get("LAZYPAGES_SANITIZER", "").split()  # .ci/sanitize
     subprocess.run(["gcc", *flags, *sources, "-o", tmp_path / "channel_deferred"], check=True)

@@ -11,6 +11,7 @@ import errno
 import fcntl
 import mmap
 import os
+import re
 import resource
 import signal
 import struct
@@ -129,6 +130,26 @@ def test_a_scan_goes_on_past_pages_that_are_there(file: PagesFile, order: int) -
         service.wait(TaskEventKind.COMPLETE, served)
         assert served.sources()[0].total == PAGES  # each once
         assert served.stats().faults - before <= PAGES // 64 + 16
+
+
+def bytes_from_disks() -> int:
+    """That this process has read; 0 for ever if its files are in memory."""
+    return int(re.findall(r"^read_bytes: (\d+)", Path("/proc/self/io").read_text(), re.MULTILINE)[0])
+
+
+def test_a_fault_reads_no_more_from_a_disk_than_it_needs() -> None:
+    """A thread does not wait until a disk has read megabytes around its page, as a mapping would have it."""
+    pages, touches = 16384, 64
+    file = PagesFile(pages)
+    file.forget()
+    with Service() as service:
+        task, served = service.mapped(file, (BASE, pages), max_readahead=1)
+        before = bytes_from_disks()
+        for page in range(0, pages, pages // touches):
+            task.check(BASE + page * PAGE, 1, file.first_id + page)
+        assert bytes_from_disks() - before <= touches * 16 * PAGE
+        task.check(BASE, pages, file.first_id)
+        service.wait(TaskEventKind.COMPLETE, served)
 
 
 def test_memory_that_is_prepared_is_for_one_task(file: PagesFile) -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.compiling import CSRC, compiled
+
 KERNELS = Path(__file__).parents[1] / "kernels"
 KNOWN: dict[str, dict[str, str]] = tomllib.loads((KERNELS / "known.toml").read_text())
 
@@ -45,3 +47,11 @@ def test_situation(situation: str, probe: Path) -> None:
         if sorted(words.split()) in known.values():
             return
     pytest.fail(f"none of what is known of {', '.join(known)}: {words}")
+
+
+@pytest.mark.every_kernel
+def test_a_probe_unmaps_only_what_is_its_own() -> None:
+    """It makes a hole in the daemon's memory, into which another thread maps at once."""
+    source = Path(__file__).parents[1] / "support/probe_neighbour.c"
+    program = compiled(source, f"-I{CSRC}", str(CSRC / "serve/uffd_ops.c"))
+    subprocess.run([program], check=True, timeout=60)

@@ -1,10 +1,10 @@
 /*
- * A channel of csrc/serve/channel.c whose first task can't take its pages, and the second can: what comes for the second is placed
+ * A channel of csrc/serve/channels.h whose first task can't take its pages, and the second can: what comes for the second is placed
  * at once, as long as there is room for what the first can't take; nothing is placed twice, or never, or elsewhere; and
  * nobody waits for the channel by asking over and over again.  Exits 1 and says what is wrong.
  */
 #define _GNU_SOURCE
-#include "serve/channel.h"
+#include "serve/channels.h"
 
 #include <errno.h>
 #include <stdio.h>

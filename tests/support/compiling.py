@@ -14,6 +14,15 @@ from typing import Any
 
 #: Those that tasks under test run.
 PROGRAMS = Path(__file__).parent / "programs"
+CSRC = Path(__file__).parents[2] / "csrc"
+#: The channels, which work without the engine.
+CHANNEL_SOURCES = tuple(
+    str(CSRC / f"serve/{name}.c")
+    for name in (
+        *("channel", "channel_receive", "channel_requests", "channel_send", "channels"),
+        *("deferred_pages", "pace"),
+    )
+)
 FLAGS = ("-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread")
 
 

@@ -1,5 +1,5 @@
 /*
- * Channels of csrc/serve/channel.c without tasks: who asks for pages gets them through a callback, from a thread of its own.
+ * Channels of csrc/serve/channels.h without tasks: who asks for pages gets them through a callback, from a thread of its own.
  */
 #define _GNU_SOURCE
 #include "sink.h"

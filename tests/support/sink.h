@@ -1,7 +1,7 @@
 #ifndef LP_SINK_H
 #define LP_SINK_H
 
-#include "serve/channel.h"
+#include "serve/channels.h"
 
 struct lp_sink;
 

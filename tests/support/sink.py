@@ -1,4 +1,4 @@
-"""The engine's channels (csrc/serve/channel.c) without tasks: whoever asks for pages gets them in Python."""
+"""The engine's channels (csrc/serve/channels.h) without tasks: whoever asks for pages gets them in Python."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any, Self, Unpack
 from cffi import FFI
 
 from lazypages.engine.channel import Channel, ChannelOptions
-from tests.support.compiling import csrc_modules
+from tests.support.compiling import CHANNEL_SOURCES, csrc_modules
 
 ROOT = Path(__file__).parents[2]
 
@@ -40,9 +40,7 @@ def _library() -> Any:
     builder.set_source(
         "lazypages_sink",
         '#include "sink.h"',
-        sources=[
-            str(ROOT / name) for name in ("tests/support/sink.c", "csrc/serve/channel.c", "csrc/serve/pace.c")
-        ],
+        sources=[str(ROOT / "tests/support/sink.c"), *CHANNEL_SOURCES],
         include_dirs=[str(ROOT / "csrc"), str(ROOT / "tests/support")],
         extra_compile_args=["-std=gnu11", "-O2"],
     )

@@ -72,6 +72,11 @@ class PagesFile:
         """To ``size`` bytes."""
         os.truncate(self._fd, size)
 
+    def forget(self) -> None:
+        """The page cache has nothing of it any more, if it is on a disk."""
+        os.fdatasync(self._fd)
+        os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
     def page_bytes(self, page: int, count: int = 1) -> bytes:
         return os.pread(self._fd, count * PAGE, page * PAGE)
 

@@ -12,14 +12,17 @@ import pytest
 CSRC = Path(__file__).parents[2] / "csrc"
 SERVE = CSRC / "serve"
 
+CHANNEL = {"channel", "channel_receive", "channel_send"}
+
 #: From the ground up. A new file is put on the lowest floor that it can be on.
 FLOORS = (
     {
         *("space_extents", "space_regions", "space_wiped", "ranges", "readahead", "faults", "lock", "level"),
         *("uffd_ops", "smaps", "trace", "follow", "pace", "exits", "proc_connector", "calls"),
+        *("channel_requests", "deferred_pages", "cold"),
     },
-    {"space_pages", "old_length", "guard_takeover", "guarded", "wake", "tracers", "channel"},
-    {"space_doubts", "fault_plan", "deferred", "guard"},
+    {"space_pages", "old_length", "guard_takeover", "guarded", "wake", "tracers"} | CHANNEL,
+    {"space_doubts", "fault_plan", "deferred", "guard", "channels"},
     {"space_changes", "address_space"},
     {"space_order", "doubt", "late", "memory", "stats", "events"},
     {"asking", "copy", "lost", "wiped"},
@@ -32,7 +35,7 @@ FLOORS = (
 
 #: They decide by what they are given, and know no system call.
 SPACE = {"address_space", *(path.stem for path in SERVE.glob("space_*.c"))}
-PURE = SPACE | {"ranges", "readahead", "pace", "faults", "doubt", "late", "fault_plan"}
+PURE = SPACE | {"ranges", "readahead", "pace", "cold", "faults", "doubt", "late", "fault_plan"}
 MEMORY = {
     "malloc",
     "calloc",
@@ -51,7 +54,9 @@ LINKER = {"_GLOBAL_OFFSET_TABLE_", "__errno_location", "__stack_chk_fail", "__po
 IOCTLS = {"uffd_ops", "guarded", "exits"}
 
 #: They work without the engine's types (serving.h).
-LEAVES = FLOORS[0] | PURE | {"old_length", "guard", "guard_takeover", "guarded", "tracers", "channel"}
+LEAVES = (
+    FLOORS[0] | PURE | {"old_length", "guard", "guard_takeover", "guarded", "tracers", "channels"} | CHANNEL
+)
 
 
 @pytest.fixture(scope="module")

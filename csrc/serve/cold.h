@@ -1,0 +1,31 @@
+/*
+ * Whether pages are likely to come from a disk, and not from the page cache: known from how long reads take.
+ *
+ * A fault in a mapping of a file reads up to the disk's read_ahead_kb around its page, 8 MiB on some machines, and a thread waits
+ * for all of it (mm/filemap.c, do_sync_mmap_readahead).  read(2) reads what it is asked for, and more only if the reads before
+ * were of the pages before.  So as long as reads are slow, the pages of faults are read, and copied once more.
+ */
+#ifndef LAZYPAGES_COLD_H
+#define LAZYPAGES_COLD_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#define LP_COLD_READS 16u /* fast ones in a row: the pages are in the page cache */
+#define LP_COLD_TRIES 4u  /* the same after a fault has waited long, for whatever reason */
+
+/* All zeros: slow reads are expected. */
+struct lp_cold {
+	uint32_t fast;	     /* reads in a row */
+	uint64_t not_before; /* ns: a wait that was long means nothing until then */
+	uint64_t pause;	     /* ns */
+};
+
+/* Whether the next pages are to be read, rather than copied from the mapping. */
+bool lp_cold_expected(const struct lp_cold *c);
+/* A read of nr_pages has taken so many ns. */
+void lp_cold_read(struct lp_cold *c, uint64_t now, uint64_t ns, uint64_t nr_pages);
+/* The thread of a fault whose pages were copied from the mapping has waited so many ns. */
+void lp_cold_waited(struct lp_cold *c, uint64_t now, uint64_t ns);
+
+#endif
