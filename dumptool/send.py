@@ -7,6 +7,7 @@ files of all tasks to its own directory. As with CRIU, the small images stay her
 
 from __future__ import annotations
 
+import logging
 import mmap
 import os
 import socket
@@ -31,6 +32,8 @@ from lazypages.net.tls import TlsFiles
 from lazypages.net.tls_errors import explain, explain_handshake
 from lazypages.net.url import ConnectedSocket, PageServerAddress, TcpServer, UnixServer
 from lazypages.net.wire import Command, Header, ImageType, Layout, encode_dst_id
+
+log = logging.getLogger("lazypages")
 
 STEP_PAGES = 1024
 """Pages gathered before they are sent: 4 MiB. With ``BUFFER_PAGES`` more, the largest pagemap entry at the server."""
@@ -62,12 +65,14 @@ class Sender:
     def __init__(self, server: PageServer) -> None:
         self._address, self._tls = server.address, server.tls
         self._guessed = False  # the layout is a guess
+        self._named = server.layout
         self._answered = False
         self._layout = server.layout or Layout.CRIU_4_1
         with self._errors():
             self._sock = _connect(server)
         try:
-            if server.layout is None:
+            # A server from 4.2 on would wait for ever for the rest of a shorter header, while the tree is frozen.
+            if self._named is None or (self._named is Layout.CRIU_4_1 and not self._encrypted):
                 self._layout = self._find_layout()
         except BaseException:
             self._sock.close()
@@ -112,8 +117,12 @@ class Sender:
                 self._sock = self._sock.unwrap()
         self._sock.close()
 
+    @property
+    def _encrypted(self) -> bool:
+        return isinstance(self._sock, ssl.SSLSocket)
+
     def _find_layout(self) -> Layout:
-        if isinstance(self._sock, ssl.SSLSocket):
+        if self._encrypted:
             self._guessed = True
             return Layout.CRIU_4_1
         self._send([wire.PROBE_FIRST])
@@ -131,7 +140,14 @@ class Sender:
         elif not answer:
             raise self._closed()
         answer += self._receive(wire.PROBE_ANSWER_SIZE - len(answer))
-        return layout if wire.probe_answer(answer) is None else Layout.CRIU_4_2
+        if wire.probe_answer(answer) is not None:
+            return Layout.CRIU_4_2
+        if self._named not in {layout, None}:
+            log.warning(
+                "page server %s: speaks %s, not %s as --page-server-protocol says: using %s",
+                *(self._address, layout.value, self._named.value, layout.value),
+            )
+        return layout
 
     def _ask(self, header: Header, answer: str) -> int:
         self._send([self._layout.pack(header)])
@@ -167,7 +183,9 @@ class Sender:
 
     def _closed(self) -> SendError:
         if not self._answered:
-            why = why_closed(self._address, self._tls, self._layout, guessed=self._guessed)
+            why = why_closed(
+                *(self._address, self._tls, self._layout), guessed=self._guessed, named=bool(self._named)
+            )
             return SendError(
                 f"page server {self._address}: has closed the connection before it answered: {why}"
             )

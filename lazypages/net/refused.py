@@ -9,15 +9,23 @@ from lazypages.net.wire import Layout
 
 
 def why_closed(
-    address: PageServerAddress, tls: TlsFiles | None, layout: Layout, *, guessed: bool = False
+    address: PageServerAddress,
+    tls: TlsFiles | None,
+    layout: Layout,
+    *,
+    guessed: bool = False,
+    named: bool = False,
 ) -> str:
-    """What may be wrong, and which option changes it. `layout`: of our first message; `guessed`: nobody has named it.
+    """What may be wrong, and which option changes it.
+
+    `layout`: of our first message; it was `guessed`, or `named` by the user, or is that which every server understands.
 
     With TLS 1.3 a client has completed the handshake when the server checks its certificate, and CRIU's server sends no
     reason.
     """
     if not (isinstance(address, TcpServer) and address.tls):
-        return "it may need --tls, or refuse this client; see its log"
+        protocol = f"not speak {layout.value} (--page-server-protocol), " if named else ""
+        return f"it may need --tls, {protocol}or refuse this client; see its log"
     certificate = (tls or TlsFiles()).own_certificate()
     if certificate and not names_address(certificate, address.host):
         reason = (

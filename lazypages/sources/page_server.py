@@ -124,7 +124,8 @@ class PageServerSource:
         except LinkError as error:
             if answer or isinstance(error, HopelessError):
                 raise
-            why = why_closed(self._address, self._options.tls, layout or Layout.CRIU_4_1, guessed=guessed)
+            spoken = layout or Layout.CRIU_4_1
+            why = why_closed(self._address, self._options.tls, spoken, guessed=guessed, named=confirmed)
             raise (HopelessError if tls else LinkError)(f"{error}: {why}") from None
         features = wire.probe_answer(bytes(answer))
         if checkpoint and (features is not None or must_agree):

@@ -324,6 +324,23 @@ def test_why_it_is_refused(  # noqa: PLR0917 - a table
     running.ends_right()
 
 
+@pytest.mark.parametrize(("kind", "named"), [("criu-4.2", "criu-4.1"), ("criu-4.1", "criu-4.2")])
+def test_the_wrong_protocol_is_named(kind: str, named: str, running: Writer, tmp_path: Path) -> None:
+    """The old one is checked while the process still runs, and corrected; the new one makes the server close."""
+    with receiver(kind, tmp_path / "there") as (server, port):
+        told = ["--page-server-protocol", named]
+        result = run("dump", "-t", running.pid, "-D", tmp_path / "here", "-R", *to(port, *told))
+        assert server.wait() == (0 if named == "criu-4.1" else 1)
+    if named == "criu-4.1":
+        assert result.returncode == 0
+        assert f"speaks criu-4.2, not {named} as --page-server-protocol says" in result.stderr
+        assert len(pages(tmp_path / "there", running.pid)) > PAGES
+    else:
+        assert result.returncode == 1
+        assert "not speak criu-4.2 (--page-server-protocol)" in result.stderr
+    running.ends_right()
+
+
 @pytest.mark.loop("unix")
 @pytest.mark.parametrize("how", ["::1", "localhost", "unix", "ps-socket"])
 def test_addresses(how: str, running: Writer, tmp_path: Path) -> None:
