@@ -22,6 +22,7 @@ from lazypages.net.compression import Compressor
 from lazypages.net.patience import PatientReader, SlowPeerError
 from lazypages.net.refused import why_left
 from lazypages.net.tls import TlsFiles
+from lazypages.net.tls_errors import explain
 from lazypages.net.wire import PAGE_SIZE, Command, Features, Header, RemoteProtocolError, ServerCodec
 
 log = logging.getLogger("lazypages")
@@ -145,7 +146,7 @@ class PageConnection:
         except (LazyPagesError, ImageError) as error:
             log.error("%s: %s; closing", self._name, error)
         except OSError as error:
-            log.warning("%s: %s", self._name, error.strerror or error)
+            log.warning("%s: %s", self._name, explain(error, "client"))
         return False
 
     def _probed(self, features: Features) -> None:

@@ -25,6 +25,7 @@ from lazypages.net import wire
 from lazypages.net.patience import PatientReader, SlowPeerError
 from lazypages.net.refused import why_left
 from lazypages.net.tls import TlsFiles
+from lazypages.net.tls_errors import explain
 from lazypages.net.wire import PAGE_SIZE, Command, Header, ImageType, Layout, RemoteProtocolError, ServerCodec
 
 log = logging.getLogger("lazypages")
@@ -191,7 +192,7 @@ class ReceiveConnection:
             except OSError as error:
                 if closed:
                     return
-                raise ReceiveError(f"the dump's connection is lost: {error.strerror or error}") from None
+                raise ReceiveError(f"the dump's connection is lost: {explain(error, 'client')}") from None
             while (event := self._codec.next_event()) is not None:
                 self._spoke = self._spoke or not isinstance(event, wire.Eof)
                 match event:
