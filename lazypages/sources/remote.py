@@ -40,7 +40,7 @@ CLOSE_TIMEOUT: Final = 5.0  # s for the servers' answers to CLOSE
 # s until readiness is signalled whatever is known of the servers; and s that a server of CRIU's, which delays its first
 # answer by 200 ms, is waited for.
 FIRST_ATTEMPTS: Final = 3.0
-FIRST_ANSWER: Final = 0.05
+FIRST_ANSWER: Final = 0.02
 
 CLOSED: Final = "closed by the server"
 CUT_SHORT: Final = "closed in the middle of an answer"

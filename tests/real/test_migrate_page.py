@@ -180,7 +180,7 @@ def test_it_moves(criu: Criu, program: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_it_goes_back(program: Path, tmp_path: Path) -> None:
     """The process is killed at the destination while its memory arrives, and runs on at the source."""
-    with hosts(Criu("4.2"), program, tmp_path, Link(rate=2e6)) as both:
+    with hosts(Criu("4.2"), program, tmp_path, Link(rate=5e5)) as both:
         both.run(CERTIFICATES)
         freeze, copy, restore, _wait = blocks(MOVE)
         both.source.run(freeze[1])
