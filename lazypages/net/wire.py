@@ -241,7 +241,7 @@ def probe_answer(data: bytes) -> Features | None:
     if value in {0, 1}:
         return None
     raise RemoteProtocolError(
-        f"this is not a page server: it answered PARENT with {value & 0xFFFFFFFF:#x} instead of 0 or 1"
+        f"this is not a page server: it answered PARENT with {bytes(data)!r} instead of 0 or 1"
     )
 
 
