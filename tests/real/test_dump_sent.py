@@ -284,6 +284,7 @@ def test_a_server_that_is_not_trusted(authority: Authority, running: Writer, tmp
     running.ends_right()
 
 
+@pytest.mark.loop("no TLS here")
 @pytest.mark.parametrize(
     ("kind", "there", "here", "said"),
     [
@@ -324,6 +325,7 @@ def test_why_it_is_refused(  # noqa: PLR0917 - a table
     running.ends_right()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "named"), [("criu-4.2", "criu-4.1"), ("criu-4.1", "criu-4.2")])
 def test_the_wrong_protocol_is_named(kind: str, named: str, running: Writer, tmp_path: Path) -> None:
     """The old one is checked while the process still runs, and corrected; the new one makes the server close."""

@@ -266,6 +266,7 @@ def counted_as_by(criu: Criu, images: Path) -> None:
         image_files.write(path, Kind.PAGEMAP, messages)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("criu", all_criu())
 def test_the_wrong_protocol_is_named(criu: Criu, checkpoints: Checkpoints, tmp_path: Path) -> None:
     """The server is asked, because the images say otherwise; the restore goes on in the right one."""
@@ -283,6 +284,7 @@ def test_the_wrong_protocol_is_named(criu: Criu, checkpoints: Checkpoints, tmp_p
         assert f"speaks {right}, not {wrong} as --page-server-protocol says" in restored.server.story()
 
 
+@pytest.mark.slow
 def test_a_wrong_protocol_that_nothing_contradicts(
     checkpoints: Checkpoints, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

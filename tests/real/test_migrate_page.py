@@ -167,6 +167,7 @@ def test_every_block_is_executed() -> None:
     )
 
 
+@pytest.mark.loop("criu-4.2")
 @pytest.mark.parametrize("criu", all_criu())
 def test_it_moves(criu: Criu, program: Path, tmp_path: Path) -> None:
     with hosts(criu, program, tmp_path, Link()) as both:
@@ -192,6 +193,7 @@ def test_it_goes_back(program: Path, tmp_path: Path) -> None:
         ends_right(both.writer, both.writer.pid)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("criu", all_criu())
 def test_with_criu_at_the_source(criu: Criu, program: Path, tmp_path: Path) -> None:
     with hosts(criu, program, tmp_path, Link()) as both:
