@@ -379,7 +379,7 @@ class _Client(Gate):
         except (TlsError, StrangerError) as error:
             log.error("%s: %s", self._name, error)
             return
-        connection = PageConnection(sock, self, self._name, gate=self)
+        connection = PageConnection(sock, self, self._name, gate=self, tls=service.tls)
         clean = False
         try:
             clean = connection.run()

@@ -136,10 +136,26 @@ _PATH = click.Path(path_type=Path)
     help=f"Certificates of trusted authorities.  [default: {DEFAULT_CACERT}]",
 )
 @click.option("--tls-cacrl", metavar="FILE", type=_PATH, help="List of revoked certificates.")
-@click.option("--tls-cert", metavar="FILE", type=_PATH, default=DEFAULT_CERT, show_default=True)
-@click.option("--tls-key", metavar="FILE", type=_PATH, default=DEFAULT_KEY, show_default=True)
 @click.option(
-    "--tls-no-cn-verify", is_flag=True, help="Accept client certificates that do not name --address."
+    "--tls-cert",
+    metavar="FILE",
+    type=_PATH,
+    default=DEFAULT_CERT,
+    show_default=True,
+    help="Our certificate; it must name the address that clients connect to.",
+)
+@click.option(
+    "--tls-key",
+    metavar="FILE",
+    type=_PATH,
+    default=DEFAULT_KEY,
+    show_default=True,
+    help="Its private key.",
+)
+@click.option(
+    "--tls-no-cn-verify",
+    is_flag=True,
+    help="Without --tls-cacert: accept certificates of the system's authorities, whatever they name.",
 )
 @click.option(
     "--keep-serving", is_flag=True, help="With --lazy-pages: serve any number of clients, until a signal."
@@ -287,7 +303,7 @@ class _Server:
             log.error("%s: %s", name, error)
             return False
         answerer = None if self._tls else self.images.answerer(sock.fileno())
-        connection = PageConnection(sock, self.images, name, answerer, Gate(self.identity))
+        connection = PageConnection(sock, self.images, name, answerer, Gate(self.identity), tls=self._tls)
         if self._ending is not None:
             self._ending.connected(connection)
         clean = False
@@ -313,7 +329,7 @@ class _Server:
         clean = False
         with socket.socket(fileno=os.dup(sock.fileno())) as plain, _cut_off(plain, stop):
             try:
-                ReceiveConnection(sock, receiver).run()
+                ReceiveConnection(sock, receiver, self._tls).run()
                 clean = True
             finally:
                 hang_up(sock, clean=clean)

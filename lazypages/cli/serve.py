@@ -264,9 +264,11 @@ def _serve(
 
         from images_spec.identity import identify  # noqa: PLC0415 - only needed with a page server
 
-        remote = replace(options.remote, checkpoint=identify(places.images_dir))
-        if remote.layout is None:
-            remote = replace(remote, written_by=written_by(places.images_dir))
+        remote = replace(
+            options.remote,
+            checkpoint=identify(places.images_dir),
+            written_by=written_by(places.images_dir),
+        )
         options = options._replace(remote=remote)
     tracer = _tracer(places, expected)
     _check_userfaultfd()
@@ -292,7 +294,8 @@ def _serve(
             )  # before any thread starts, since threads inherit it
             with tracer or nullcontext():
                 options = options._replace(trace=tracer.ring if tracer else None)
-                _signal_readiness(ready)
+                if not options.page_servers:
+                    _signal_readiness(ready)
                 until_running.enter_context(importing())
                 from lazypages.loop.run import run  # noqa: PLC0415 - slow; runs while the restore starts
 
@@ -303,6 +306,7 @@ def _serve(
                     options,
                     guard,
                     terminal=terminal,
+                    begin=partial(_begin, ready) if options.page_servers else None,
                     running=until_running.close,
                 )
     if result.tasks or result.finished:
@@ -390,6 +394,15 @@ def _signals_blocked() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _begin(ready: Sequence[Callable[[], None]], problems: Sequence[str]) -> None:
+    """Signal that a restore can be started; before that, print the problems with page servers, wherever the log is."""
+    for problem in problems:
+        log.error("%s", problem, extra=logs.PRINTED)
+        if log.isEnabledFor(logging.ERROR):
+            click.echo(f"lazypages: {problem}", err=True)
+    _signal_readiness(ready)
 
 
 def _signal_readiness(ready: Sequence[Callable[[], None]]) -> None:

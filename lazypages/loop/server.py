@@ -6,7 +6,7 @@ import logging
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing
 from typing import TYPE_CHECKING, Any
 
@@ -63,8 +63,16 @@ SHORTAGE_PAUSE = 0.05
 GUARD_PAUSE = 0.1
 
 
+#: Called when a restore can be started, with the problems of page servers that are waited for.
+Begin = Callable[[Sequence[str]], None]
+
+
 class EngineError(LazyPagesError):
     """The engine has failed: faults can't be answered any more."""
+
+
+class SourcesError(LazyPagesError):
+    """No page server can ever be used, as known before a restore has connected."""
 
 
 class Server:
@@ -104,6 +112,7 @@ class Server:
         self._traced = TracedTasks(self._families, self._processes)
         self._remote: RemotePages | None = None
         self._failure: OSError | None = None
+        self._no_sources = ""
         self._turns = anyio.CapacityLimiter(TRANSFER_THREADS)
 
     def summary(self) -> Summary:
@@ -116,11 +125,16 @@ class Server:
             self._remote.stats() if self._remote else (),
         )
 
-    async def run(self, watch: Callable[[Server], Coroutine[Any, Any, None]] | None = None) -> Summary:
+    async def run(
+        self,
+        watch: Callable[[Server], Coroutine[Any, Any, None]] | None = None,
+        begin: Begin | None = None,
+    ) -> Summary:
         """Serve until every task is complete, gone or given up. `watch` runs meanwhile, once signals are handled.
 
+        `begin` is called when a restore can be started: when it is known whether the page servers can be used.
         Failures of the restorer and of tasks raise nothing; they are in the summary. Raises EngineError if
-        userfaultfds can't be read any more.
+        userfaultfds can't be read any more; SourcesError.
         """
         with Engine(self._options.trace, self._guard) as engine:
             async with AsyncExitStack() as stack:
@@ -148,6 +162,11 @@ class Server:
                             engine=engine,
                         )
                     )
+                if begin:
+                    problems = await self._remote.first_attempts() if self._remote else ()
+                    hopeless = self._remote is not None and self._remote.hopeless.is_set()
+                    if not hopeless or self._control.has_caller():
+                        begin(problems)
                 async with anyio.create_task_group() as helpers:
                     await helpers.start(self._handle_signals, helpers.cancel_scope)
                     helpers.start_soon(self._dispatch, engine)
@@ -158,6 +177,7 @@ class Server:
                     helpers.start_soon(self._traced.run)
                     if self._remote:
                         helpers.start_soon(self._await_completed, self._remote, helpers.cancel_scope)
+                        helpers.start_soon(self._await_hopeless, self._remote, helpers.cancel_scope)
                     if watch:
                         helpers.start_soon(watch, self)
                     async with anyio.create_task_group() as tasks:
@@ -172,6 +192,8 @@ class Server:
                 elif self._remote and not self.summary().ok:
                     # Tell the source that this restore has failed, so that it keeps the tasks.
                     self._remote.abandon()
+        if self._no_sources:
+            raise SourcesError(self._no_sources)
         if self._failure:
             raise EngineError(
                 f"cannot read userfaultfds any more ({self._failure.strerror}): tasks that miss pages are stuck"
@@ -237,6 +259,16 @@ class Server:
             self._end_twins()
         else:
             log.error("ended before a restore connected: another destination has completed this dump")
+            scope.cancel()
+
+    async def _await_hopeless(self, remote: RemotePages, scope: anyio.CancelScope) -> None:
+        """If no page server can ever be used, end before a restore connects: its tasks would wait for ever."""
+        await remote.hopeless.wait()
+        reason = "; ".join(remote.reasons())
+        if self._connected or self._control.has_caller():
+            log.error("%s; the tasks wait, and the attempts go on", reason)
+        else:
+            self._no_sources = reason
             scope.cancel()
 
     def _end_twins(self) -> None:

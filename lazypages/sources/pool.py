@@ -55,6 +55,10 @@ WARN_INTERVAL: Final = 30.0  # s
 TICK: Final = 0.1  # s between two checks, while there are channels or requests
 SHORTEST_TICK: Final = 0.01  # s between two checks, at least
 
+UNANSWERED: Final = (
+    "; it has answered nothing so far: if its CRIU is not the one that wrote the images, name its protocol with "
+    "--page-server-protocol"
+)
 DENIED: Final = "no page server can give it; their logs say why"
 
 
@@ -348,7 +352,8 @@ class Pool:
         was_up, was_good, channel.up = channel.up, channel.up and not channel.silent, False
         server.used_up = server.used_up or channel.used_up
         if reason and not self._closing:
-            self._complain(server, reason, now, was_up=was_up and answered)
+            hint = UNANSWERED if was_up and not answered else ""
+            self._complain(server, reason + hint, now, was_up=was_up and answered)
         if oldest is not None and answered and hung_up:
             for wanted in self._owned(channel, oldest)[:1]:
                 self._refuse(channel, wanted, said=False)
@@ -446,7 +451,8 @@ class Pool:
             # All answers had arrived before it was found silent, and were waiting for a task: no byte will come.
             channel.silent = False
         elif silent and not channel.silent:
-            log.warning("page server %s: silent for %.1f s", channel.server.name, now - channel.heard)
+            hint = "" if channel.has_answered else UNANSWERED
+            log.warning("page server %s: silent for %.1f s%s", channel.server.name, now - channel.heard, hint)
             channel.silent = True
             channel.reserved = None  # the page may be requested on another channel
             if channel.has_answered:

@@ -31,16 +31,16 @@ void lp_sink_free(struct lp_sink *sink);
 """
 
 
-_BUILDING = threading.Lock()
+_one_at_a_time = threading.Lock()
 
 
 def _library() -> Any:
-    with _BUILDING:  # tests use it from several threads, and `cache` alone would let each of them build it
-        return _built_library()
+    with _one_at_a_time:  # tests start sinks in several threads
+        return _compiled()
 
 
 @cache
-def _built_library() -> Any:
+def _compiled() -> Any:
     folder = tempfile.mkdtemp(prefix="lazypages-sink-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     builder = FFI()
