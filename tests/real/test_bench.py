@@ -61,7 +61,7 @@ WORKLOADS = (
 )
 
 
-@pytest.mark.loop("random")
+@pytest.mark.slow
 @pytest.mark.parametrize("workload", WORKLOADS, ids=[workload.name for workload in WORKLOADS])
 def test_every_peer_gives_the_right_memory(workload: Workload, programs: Programs, tmp_path: Path) -> None:
     criu = [(f"criu {release}", Criu(release).path) for release in RELEASES]

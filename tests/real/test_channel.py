@@ -667,6 +667,7 @@ def test_a_task_that_can_take_nothing_keeps_nothing_from_others(file: PagesFile)
         child.check(BASE, 8, file.first_id)
 
 
+@pytest.mark.slow
 def test_parking(tmp_path: Path) -> None:
     """As above, with more than there is room for, and a server that hangs up meanwhile: in C, turn by turn."""
     root = Path(__file__).parents[2]

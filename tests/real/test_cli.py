@@ -55,6 +55,7 @@ def command(images: Path, *options: str) -> list[str]:
 # On a terminal.
 
 
+@pytest.mark.slow
 def test_live_progress_and_summary(restored_program: Path, tmp_path: Path) -> None:
     with (
         restored(restored_program, tmp_path, 3) as tasks,
@@ -260,6 +261,7 @@ def test_pidfile_needs_the_background(restored_program: Path, tmp_path: Path) ->
 # Options and files of criu.
 
 
+@pytest.mark.loop("criu-4.2")
 @pytest.mark.parametrize("criu", all_criu())
 def test_configuration_files_are_those_of_criu(criu: Criu, tmp_path: Path) -> None:
     """The same file decides for all where the log is. (The checkpoint is damaged, so they end there.)"""

@@ -80,6 +80,7 @@ def break_parent(images: Path) -> str:
     return "nowhere"
 
 
+@pytest.mark.loop("break_parent-criu-4.2")
 @one
 @pytest.mark.parametrize(
     "damage", [rip_pages, rip_pagemap, lose_pagemap, lose_mm, garble_pstree, lose_inventory, break_parent]

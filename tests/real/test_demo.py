@@ -108,7 +108,7 @@ def runs(words: str) -> bool:
     return False
 
 
-@pytest.mark.loop("lazypages serve")
+@pytest.mark.slow
 @pytest.mark.parametrize("during", ["dump -t", "lazypages serve", "restore -D"])
 def test_ctrl_c_leaves_nothing(during: str, tmp_path: Path) -> None:
     """Whatever runs at that moment. The server may have only just been started: an interrupt is not for it."""
@@ -131,6 +131,7 @@ def test_ctrl_c_leaves_nothing(during: str, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_on_a_terminal(tmp_path: Path) -> None:
     """Summary as a table, and what the task says after it."""
     with OnTerminal(["env", f"TMPDIR={tmp_path}", *COMMAND]) as terminal:

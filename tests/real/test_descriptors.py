@@ -103,7 +103,7 @@ def waits_or_is_done(pid: int) -> bool:
     return misses_a_page(pid) or descendants().get(pid) == "Z"
 
 
-@pytest.mark.loop("1")
+@pytest.mark.slow
 @pytest.mark.parametrize("free", [0, 1, 2, 5])
 def test_tasks_that_arrive_wait_for_descriptors(free: int, restored_program: Path, tmp_path: Path) -> None:
     """The limit is lowered when the daemon runs. They have all sent what they have, finish message included."""

@@ -126,7 +126,7 @@ def contents(victim: Victim) -> Contents:
         return {(victim.pid, at): os.pread(memory.fileno(), PAGE_SIZE, at) for at in places}
 
 
-@pytest.mark.loop("ours-threads-criu-4.2")
+@pytest.mark.slow
 @both
 @pytest.mark.parametrize(
     ("client", "scenario"),
@@ -171,7 +171,7 @@ def test_both_layouts_and_the_bytes_of_the_frozen_task(criu: Criu, program: Prog
         assert victim.has_ended()
 
 
-@pytest.mark.loop("ours")
+@pytest.mark.slow
 @pytest.mark.parametrize("second", ["ours", "criu"])
 def test_a_client_is_killed(second: str, program: Program, tmp_path: Path) -> None:
     """Midway: nothing happens to the source, and the next client completes."""
@@ -230,6 +230,7 @@ def test_a_client_gives_up(program: Program, tmp_path: Path) -> None:
         victim.goes_on_when_told(source, tmp_path)
 
 
+@pytest.mark.loop("2")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_resumed_on_request(number: int, program: Program, tmp_path: Path) -> None:
     """A signal, while a client is in the middle: the tasks go on here, and nobody gets another page."""
@@ -264,6 +265,7 @@ def test_leave_running(program: Program, tmp_path: Path) -> None:
         victim.goes_on_here(tmp_path)
 
 
+@pytest.mark.loop("Layout.CRIU_4_1")
 @pytest.mark.parametrize("layout", Layout)
 def test_a_client_that_never_asked(layout: Layout, program: Program, tmp_path: Path) -> None:
     """A daemon that is ended before anybody restored says CLOSE as well: it has got nothing, so nothing ends.
@@ -339,7 +341,7 @@ def test_migration_with_tls(criu: Criu, program: Program, tmp_path: Path) -> Non
         assert victim.has_ended()
 
 
-@pytest.mark.loop("unix")
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["::1", "localhost", "unix"])
 def test_addresses(how: str, program: Program, tmp_path: Path) -> None:
     path = tmp_path / "socket"

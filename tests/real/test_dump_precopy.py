@@ -117,6 +117,7 @@ def test_unchanged_pages_come_lazily_from_the_parents(release: str, running: Wri
         assert server.wait() == 0
 
 
+@pytest.mark.slow
 def test_a_dump_that_is_left_running_can_be_the_parent(running: Writer, tmp_path: Path) -> None:
     """--track-mem --leave-running: a full dump, and then only what has changed since."""
     check("dump", "-t", running.pid, "-D", tmp_path / "0", "-R", "--track-mem")
@@ -129,6 +130,7 @@ def test_a_dump_that_is_left_running_can_be_the_parent(running: Writer, tmp_path
     running.ends_right()
 
 
+@pytest.mark.slow
 def test_lazy_pages_are_left_out(running: Writer, tmp_path: Path) -> None:
     """`dump --lazy-pages`: LAZY without data for what has changed. A signal while it serves: the task goes on."""
     check("pre-dump", "-t", running.pid, "-D", tmp_path / "0")

@@ -91,6 +91,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.loop("timerfd")
 @pytest.mark.parametrize("what", [name for name, (_, reason) in REFUSED.items() if reason])
 def test_named_and_left_alone(what: str, tmp_path: Path) -> None:
     code, reason = REFUSED[what]
@@ -119,6 +120,7 @@ def test_strict_seccomp(tmp_path: Path) -> None:
         is_unharmed(pid)
 
 
+@pytest.mark.loop("True-dump")
 @pytest.mark.parametrize("command", ["dump", "pre-dump"])
 @pytest.mark.parametrize("thread", [False, True])
 def test_syscall_user_dispatch(command: str, thread: bool, tmp_path: Path) -> None:

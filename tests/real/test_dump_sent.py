@@ -109,7 +109,7 @@ def stopped_tree(root: int) -> list[int]:
     return members
 
 
-@pytest.mark.loop("ours-tree-auto")
+@pytest.mark.slow
 @pytest.mark.parametrize("protocol", ["auto", "told"])
 @pytest.mark.parametrize("scenario", ["tree", "protection"])
 @each_receiver
@@ -263,6 +263,7 @@ def test_tls_and_a_protocol_that_nobody_has_named(
     running.ends_right()
 
 
+@pytest.mark.slow
 def test_a_server_that_is_not_trusted(authority: Authority, running: Writer, tmp_path: Path) -> None:
     """By its certificate, or by somebody else's authority: refused before anything is stopped or written."""
     ours, theirs = authority.issue("client"), authority.issue("elsewhere", "DNS:elsewhere")
@@ -343,7 +344,7 @@ def test_the_wrong_protocol_is_named(kind: str, named: str, running: Writer, tmp
     running.ends_right()
 
 
-@pytest.mark.loop("unix")
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["::1", "localhost", "unix", "ps-socket"])
 def test_addresses(how: str, running: Writer, tmp_path: Path) -> None:
     there, output = tmp_path / "there", tmp_path / "server.out"

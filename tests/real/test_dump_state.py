@@ -46,6 +46,7 @@ def test_restored_as_it_was(criu: Criu, program: Path, tmp_path: Path) -> None:
         assert verdict(pid, output) == "ready\nall as before\n"
 
 
+@pytest.mark.slow
 def test_left_running_as_it_was(program: Path, tmp_path: Path) -> None:
     """After pre-dumps and a dump too nothing about it has changed, and no system call was disturbed."""
     output = tmp_path / "output"

@@ -108,7 +108,7 @@ def tracked_by(pid: int) -> str:
     return tracker.record.method
 
 
-@pytest.mark.loop("ours-auto")
+@pytest.mark.slow
 @pytest.mark.parametrize("method", methods())
 @pytest.mark.parametrize("restorer", [*newest_on_every_kernel(), pytest.param(OurRestore("4.1"), id="ours")])
 def test_every_byte(restorer: Criu, method: str, mover: Mover, tmp_path: Path) -> None:

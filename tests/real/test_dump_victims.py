@@ -20,7 +20,7 @@ def dumps(program: Program) -> Iterator[Checkpoints]:
         yield Checkpoints(Path(folder), program)
 
 
-@pytest.mark.loop("single-4.2", "tree-4.2")
+@pytest.mark.loop("single-4.2")
 @pytest.mark.parametrize("release", RELEASES)
 @pytest.mark.parametrize(
     "scenario", ["single", "threads", "fragments", "stack", "heap", "protection", "tree", "interpreter"]
@@ -42,7 +42,7 @@ def test_restored_lazily_by_criu(release: str, scenario: str, dumps: Checkpoints
         restored.check_all()
 
 
-@pytest.mark.loop("tree-4.2")
+@pytest.mark.slow
 @pytest.mark.parametrize("release", RELEASES)
 @pytest.mark.parametrize("scenario", ["threads", "tree"])
 def test_chain_restored_lazily_by_us(release: str, scenario: str, program: Program, tmp_path: Path) -> None:

@@ -101,6 +101,7 @@ def test_faults(file: PagesFile, order: int, writes: bool, threads: int, togethe
         task.check(BASE, PAGES, file.first_id)
 
 
+@pytest.mark.loop("1")
 @pytest.mark.parametrize("hogs", [0, 1, 3])
 def test_faults_of_a_task_that_is_followed(file: PagesFile, hogs: int) -> None:
     """The serving thread gives way on the task's CPU; others that want that CPU as well do not stop it for good."""
@@ -137,6 +138,7 @@ def bytes_from_disks() -> int:
     return int(re.findall(r"^read_bytes: (\d+)", Path("/proc/self/io").read_text(), re.MULTILINE)[0])
 
 
+@pytest.mark.slow
 def test_a_fault_reads_no_more_from_a_disk_than_it_needs() -> None:
     """A thread does not wait until a disk has read megabytes around its page, as a mapping would have it."""
     pages, touches = 32768, 128
@@ -467,6 +469,7 @@ def test_poisoning_what_is_not_registered_is_told(file: PagesFile) -> None:
 # Layout.
 
 
+@pytest.mark.loop("4")
 @pytest.mark.every_kernel
 @pytest.mark.parametrize("seed", range(1, 5))
 def test_layout_in_turmoil(file: PagesFile, seed: int) -> None:

@@ -59,6 +59,7 @@ def test_memory_that_arrives_where_other_memory_is_just_leaving(
             assert any(notice.kind is TaskEventKind.LOST for notice in service.look())
 
 
+@pytest.mark.loop("4")
 @pytest.mark.every_kernel
 @pytest.mark.parametrize("seed", range(1, 5))
 def test_threads_that_reallocate_memory_of_their_own(seed: int) -> None:

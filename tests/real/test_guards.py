@@ -76,7 +76,7 @@ def test_installed_while_all_is_missing(
         check_counts(restored)
 
 
-@pytest.mark.loop("guarded-no-background")
+@pytest.mark.slow
 @modes
 @pytest.mark.parametrize("scenario", GUARDED)
 def test_dumped_by_criu(scenario: str, mode: str, checkpoints: Checkpoints, tmp_path: Path) -> None:

@@ -192,7 +192,7 @@ def dumps(
     return get
 
 
-@pytest.mark.loop("counter-serve-dumptool-lazypages", "sqlite-serve-criu-criu")
+@pytest.mark.loop("counter-serve-dumptool-lazypages")
 @pytest.mark.parametrize("restored_by", ["criu", "lazypages"])
 @pytest.mark.parametrize("dumped_by", ["criu", "dumptool"])
 @pytest.mark.parametrize("mode", list(MODES))

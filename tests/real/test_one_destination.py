@@ -132,7 +132,7 @@ def completes(victim: Victim, source: LazyDump, program: Program, work: Path) ->
         restored.check_memory()
 
 
-@pytest.mark.loop("ours-ours-11")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("client", "restorer", "number"),
     [
@@ -179,7 +179,7 @@ def test_a_task_that_the_oom_killer_ends(program: Program, tmp_path: Path) -> No
         completes(victim, source, program, tmp_path / "second")
 
 
-@pytest.mark.loop("ours")
+@pytest.mark.slow
 @pytest.mark.parametrize("client", ["ours", "ours by faults"])
 def test_a_task_that_exits_by_itself(client: str, program: Program, tmp_path: Path) -> None:
     """It does not need the rest, wherever that is: the source ends."""

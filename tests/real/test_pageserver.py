@@ -212,6 +212,7 @@ def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.loop("arguments2-cannot listen at 203.0.113.1")
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -330,6 +331,7 @@ def test_no_room_for_what_is_received(tmp_path: Path) -> None:
 # -- TLS -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.loop("trio")
 @pytest.mark.parametrize("loop", LOOPS, ids=LOOP_NAMES)
 def test_tls(
     loop: dict[str, str], images: tuple[Path, Contents], authority: Authority, tmp_path: Path
@@ -387,7 +389,7 @@ REFUSALS = {
 }
 
 
-@pytest.mark.loop("name")
+@pytest.mark.slow
 @pytest.mark.parametrize("case", REFUSALS)
 def test_tls_refuses(
     case: str, images: tuple[Path, Contents], tmp_path: Path, caplog: pytest.LogCaptureFixture

@@ -138,6 +138,7 @@ def test_keep_serving_is_no_word_for_a_receiver(tmp_path: Path) -> None:
 # -- receive mode with TLS ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_failed_handshake_costs_only_its_connection(tmp_path: Path) -> None:
     """Clients without TLS, with a foreign certificate, or that stay silent: the dump that comes then is taken."""
     authority, foreign = Authority(tmp_path / "pki"), Authority(tmp_path / "other", "stranger")
@@ -329,6 +330,7 @@ def socket_of(user: int, family: int, where: object, *, device: bytes = b"") -> 
         return sock
 
 
+@pytest.mark.loop("::1-::1-")
 @pytest.mark.parametrize("device", [b"", b"lo"], ids=["", "bound to a device"])
 @pytest.mark.parametrize(
     ("address", "to"),
@@ -379,6 +381,7 @@ def unix_folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.loop("-tcp")
 @pytest.mark.parametrize("how", ["tcp", "unix"])
 @pytest.mark.parametrize("insecure", [False, True], ids=["", "insecure"])
 def test_pages_for_whom(how: str, insecure: bool, images: tuple[Path, Contents], tmp_path: Path) -> None:

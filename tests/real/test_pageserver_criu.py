@@ -40,7 +40,7 @@ def remote_daemon(criu: Criu, port: int, *options: str) -> Daemon:
     return Daemon("criu", (*command, *options), ours=False)
 
 
-@pytest.mark.loop("tree-criu-4.2")
+@pytest.mark.slow
 @both
 @pytest.mark.parametrize("scenario", ["single", "tree", "fragments", "heap"])
 def test_restore(criu: Criu, scenario: str, checkpoints: Checkpoints, tmp_path: Path) -> None:
@@ -69,7 +69,7 @@ def test_restore_with_tls(criu: Criu, checkpoints: Checkpoints, authority: Autho
         assert "disconnected after" in (tmp_path / "server.out").read_text()
 
 
-@pytest.mark.loop("criu-4.2")
+@pytest.mark.slow
 @both
 def test_fetch_with_tls(criu: Criu, checkpoints: Checkpoints, authority: Authority, tmp_path: Path) -> None:
     """The other way round: our client, CRIU's server."""
@@ -170,7 +170,7 @@ def replay(said: bytes | bytearray, port: int) -> bytes:
     return bytes(answers)
 
 
-@pytest.mark.loop("tree-criu-4.2")
+@pytest.mark.slow
 @both
 @pytest.mark.parametrize("scenario", ["single", "tree", "fragments"])
 def test_dump(criu: Criu, scenario: str, program: Program, tmp_path: Path) -> None:

@@ -175,6 +175,7 @@ def test_as_criu_speaks(layout: Layout, tmp_path: Path) -> None:
         assert server.process.poll() is None
 
 
+@pytest.mark.slow
 def test_a_client_told_the_layout(tmp_path: Path) -> None:
     """Ours, that takes the server for CRIU's: it finds out which pages are at fault. The others come, however long
     that takes; these alone are given up, at the deadline.

@@ -107,7 +107,7 @@ BOUNDARIES = [
 ]
 
 
-@pytest.mark.loop("asyncio-reset", "asyncio-close", "asyncio-garbage")
+@pytest.mark.loop("asyncio-garbage")
 @pytest.mark.parametrize("how", ["close", "reset", "garbage"])
 @every_loop
 def test_cut_anywhere(
@@ -126,7 +126,7 @@ def test_cut_anywhere(
         assert proxy.connections > len(boundaries)
 
 
-@pytest.mark.loop("reset")
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["close", "reset", "garbage"])
 def test_cut_anywhere_with_tls(how: str, images: tuple[Path, Contents], tmp_path: Path) -> None:
     """In the handshake, in the first messages, in the middle of records and between them: behind a relay."""

@@ -113,6 +113,7 @@ def test_missing_and_changed_files(job: Job, dumped: Job) -> None:
         program.write_bytes(original)
 
 
+@pytest.mark.loop("pstree.img")
 @pytest.mark.parametrize(
     "name", ["core-{}.img", "mm-{}.img", "pagemap-{}.img", "pstree.img", "inventory.img", "files.img"]
 )

@@ -208,6 +208,7 @@ def test_nobody_has_them(checkpoints: Checkpoints, tmp_path: Path) -> None:
     assert not (tmp_path / "lazy-pages.socket").exists()
 
 
+@pytest.mark.slow
 def test_a_server_that_goes_away(checkpoints: Checkpoints, tmp_path: Path) -> None:
     """Tasks wait for their pages; a server that is killed and started anew is gone on with."""
     checkpoint = checkpoints.get(OURS, "single")

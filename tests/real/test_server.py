@@ -56,7 +56,7 @@ def test_a_tree(loop: str, background: bool, restored_program: Path, tmp_path: P
         assert task["faults"]["total"] >= 3  # readahead brings some of the five
 
 
-@pytest.mark.loop("uvloop")
+@pytest.mark.slow
 @pytest.mark.parametrize("loop", LOOPS)
 def test_many_tasks(loop: str, restored_program: Path, tmp_path: Path) -> None:
     with served_tasks(restored_program, tmp_path, 200, 64, "--loop", loop) as (tasks, server):
@@ -77,6 +77,7 @@ def test_background_is_fair(restored_program: Path, tmp_path: Path) -> None:
     assert seconds[0] > seconds[-1] * 0.5
 
 
+@pytest.mark.loop("uvloop")
 @pytest.mark.parametrize("loop", LOOPS)
 def test_no_finish_message(loop: str, restored_program: Path, tmp_path: Path) -> None:
     """The restorer goes away: faults are answered on, nothing else is brought, and the status says it."""
@@ -259,6 +260,7 @@ def test_a_loop_that_is_not_installed(tmp_path: Path) -> None:
     assert "waiting for" not in done.stderr
 
 
+@pytest.mark.loop("asyncio")
 @pytest.mark.parametrize("loop", LOOPS)
 def test_second_interrupt_kills(loop: str, restored_program: Path, tmp_path: Path) -> None:
     """Before the finish message nothing can be completed: the second signal ends all, and no task reads zeros."""

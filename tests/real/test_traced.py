@@ -57,7 +57,7 @@ def check_images(checkpoint: Checkpoint, images: Path, work: Path) -> None:
         restored.check_all()
 
 
-@pytest.mark.loop("tree-criu-4.2")
+@pytest.mark.slow
 @both
 @pytest.mark.parametrize(
     ("scenario", "told"),
@@ -85,6 +85,7 @@ def test_a_dump_finds_all_memory(
     pytest.fail(f"CRIU was faster {ATTEMPTS} times")
 
 
+@pytest.mark.slow
 @newer
 def test_who_goes_on_is_complete_too(criu: Criu, checkpoints: Checkpoints, tmp_path: Path) -> None:
     """--leave-running; and the memory comes from a page server."""
