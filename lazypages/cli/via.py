@@ -69,6 +69,9 @@ class Handed:
         except BaseException:
             self._client.__exit__()
             raise
+        finally:
+            for fd in fds:  # the daemon's from here on, as is their end
+                os.close(fd)
         self._restore = answer["restore"]
         self._invitation = answer["message"]
         for before in range(self._signals):  # those that came before we knew the restore's number
