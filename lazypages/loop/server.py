@@ -29,12 +29,13 @@ from lazypages.engine.events import TaskEventKind
 from lazypages.engine.guard import Guard
 from lazypages.engine.memory import PAGE_SIZE
 from lazypages.engine.task import ServedTask
+from lazypages.engine.tracers import Tracers
 from lazypages.errors import LazyPagesError
 from lazypages.loop.exit_events import ExitEvents
 from lazypages.loop.options import ServeOptions
 from lazypages.loop.processes import Exits, Process
 from lazypages.loop.service import Identity, TaskService, poison_now
-from lazypages.loop.traced import TracedTasks
+from lazypages.loop.traced import TracedTasks, Tracing
 from lazypages.observe.metrics import Summary
 from lazypages.observe.summary import count, size
 from lazypages.sources.checkpoint import Expected, Seen
@@ -71,6 +72,7 @@ class Server:
     """Serves one restore of one checkpoint: `expected` tasks, arriving on `control`.
 
     ``alone``: this is the only server of the process. Then it handles the signals, and keeps the guard.
+    ``open_tracers``: as in TracedTasks.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class Server:
         guard: Guard | None = None,
         *,
         alone: bool = True,
+        open_tracers: Callable[[], Tracing] = Tracers,
     ) -> None:
         self._alone = alone
         self._expected = expected
@@ -107,7 +110,7 @@ class Server:
             int, list[TaskService]
         ] = {}  # services of a restored task and its forked children
         self._held: set[int] = set()  # restored tasks with a uffd that must stay open until this process ends
-        self._traced = TracedTasks(self._families, self._processes)
+        self._traced = TracedTasks(self._families, self._processes, open_tracers)
         self._remote: RemotePages | None = None
         self._failure: OSError | None = None
         self._turns = anyio.CapacityLimiter(TRANSFER_THREADS)

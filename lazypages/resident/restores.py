@@ -34,6 +34,7 @@ from lazypages.loop.server import Server
 from lazypages.observe import summary
 from lazypages.observe.metrics import Summary
 from lazypages.observe.progress import watch_in_log
+from lazypages.resident.tracers import SharedTracers
 from lazypages.sources.checkpoint import Expected
 
 log = logging.getLogger("lazypages")
@@ -91,7 +92,9 @@ class Restore:
         self,
         number: int,
         asked: Asked,
+        *,
         guard: Guard,
+        tracers: SharedTracers,
         admit: Callable[[int], None],
         say: Callable[..., None] | None,
     ) -> None:
@@ -115,6 +118,7 @@ class Restore:
         #: After the end: processes that the guard may have to kill.
         self.held: Sequence[Process] = ()
         self._guard = guard
+        self._tracers = tracers
         self._admit = admit
         self._server: Server | None = None
         self._result: Summary | None = None
@@ -169,7 +173,9 @@ class Restore:
             if asked.trace:
                 tracer = stack.enter_context(open_tracer(asked.trace, asked.images, expected))
                 options = options._replace(trace=tracer.ring)
-            self._server = Server(expected, control, options, self._guard, alone=False)
+            self._server = Server(
+                expected, control, options, self._guard, alone=False, open_tracers=self._tracers.open
+            )
             self.invitation = invitation(Path(asked.names[0]), Path(asked.names[1]), expected)
             del expected
             self._result = await self._server.run(self._beside)

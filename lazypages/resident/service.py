@@ -33,6 +33,7 @@ from lazypages.resident.connection import Connection
 from lazypages.resident.log_lines import Follower
 from lazypages.resident.protocol import Command, Fd, Place, Request, RequestError
 from lazypages.resident.restores import Asked, Descriptor, Restore
+from lazypages.resident.tracers import SharedTracers
 
 if TYPE_CHECKING:
     from lazypages.net.url import PageServerAddress
@@ -74,6 +75,7 @@ class Service:
     ) -> None:
         self._listener = listener
         self._guard = guard
+        self._tracers = SharedTracers()
         self._limits = limits
         self._ready = ready
         self._active: dict[int, Restore] = {}
@@ -94,6 +96,7 @@ class Service:
             await group.start(self._handle_signals)
             group.start_soon(keep_guard, self._guard)
             group.start_soon(self._sweep)
+            group.start_soon(self._tracers.run)
             group.start_soon(self._accept)
             self._ready()
             await self._drained.wait()
@@ -229,7 +232,9 @@ class Service:
             )
         asked = _asked(command, connection)
         say = Follower(connection.outbox, number, command.log) if command.log else None
-        restore = Restore(self._next, asked, self._guard, self._admit, say)
+        restore = Restore(
+            self._next, asked, guard=self._guard, tracers=self._tracers, admit=self._admit, say=say
+        )
         self._next += 1
         self._active[restore.number] = restore
         self._group.start_soon(self._run, restore)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import socket
 import struct
@@ -18,12 +19,13 @@ from pathlib import Path
 import pytest
 
 from lazypages.resident.client import Client, RefusedError
+from tests.real.test_traced import onlooked
 from tests.support.criu import Criu
 from tests.support.fake import BASE, PAGE, Restored
 from tests.support.guard_processes import guards
 from tests.support.processes import wait_for
 from tests.support.resident import LAZYPAGES, Daemon, connect, daemon, restored
-from tests.support.restore import Checkpoints
+from tests.support.restore import Checkpoints, our_daemon
 from tests.support.restore import Restored as CriuRestored
 
 #: How many restores `test_nothing_grows` makes; CONTRIBUTING.md.
@@ -400,3 +402,30 @@ def test_signals(restored_program: Path, tmp_path: Path) -> None:
         client.closed()
         assert resident.wait() == 0
         assert unfinished.statuses() == [128 + signal.SIGKILL]
+
+
+def test_tracer(restored_program: Path, tmp_path: Path) -> None:
+    """A tracer waits for the restore whose task it traces, also beside one that has a forked child: its process is not
+    known, so it must stop every tracer, and has nothing to say about this one."""
+    (tmp_path / "forked").mkdir()
+    with daemon(tmp_path) as resident:
+        lazy = our_daemon("--no-background", "--via", str(resident.socket))
+        with onlooked(Criu("4.2"), tmp_path / "forked", lazy) as forked:
+            forked.ask(signal.SIGUSR2)
+            with started(resident, tmp_path / "b", restored_program, 1, 600, background=False) as (
+                number,
+                tasks,
+            ):
+                [pid] = tasks.pids
+                missing = resident.status()[1]["pages"]["pending"]
+                assert forked.trace(pid) == "0 0"
+                log = resident.log.read_text()
+                assert re.search(
+                    rf"restore {number}: task {pid}: python\S* \(pid \d+\) traces it and has to wait", log
+                )
+                assert "forked by a task" not in log
+                assert resident.request("wait", restore=number)["exit"] == 0
+                assert 0 < resident.status()[1]["pages"]["pending"] <= missing
+                check(tasks)
+            resident.request("stop", restore=1)
+            assert forked.server.wait() == 0

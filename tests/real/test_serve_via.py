@@ -171,6 +171,10 @@ def test_in_the_background(how: How, restored_program: Path, tmp_path: Path) -> 
     assert "1 complete" in (tmp_path / "log").read_text()
 
 
+only_via = pytest.mark.parametrize("how", ["via"], indirect=True)
+
+
+@only_via
 def test_criu(how: How, checkpoints: Checkpoints, tmp_path: Path) -> None:
     """With real CRIU, and a trace."""
     checkpoint = checkpoints.get(Criu("4.2"), "tree")
@@ -181,12 +185,13 @@ def test_criu(how: How, checkpoints: Checkpoints, tmp_path: Path) -> None:
     assert (tmp_path / "trace").read_bytes().startswith(b"LPTRACE\n")
 
 
+@only_via
 @pytest.mark.parametrize("source", ["tcp", "ps-socket"])
 def test_page_server(how: How, source: str, checkpoints: Checkpoints, tmp_path: Path) -> None:
     """All pages come from a page server, at an address or at a socket that we have connected."""
     checkpoint = checkpoints.get(Criu("4.2"), "single")
     images = tmp_path / "images"
-    left = leave_at_source(checkpoint.images, images)
+    leave_at_source(checkpoint.images, images)
     with nothing_left(), our_page_server(checkpoint.images, tmp_path) as (port, server):
         options = ["--source", f"tcp://127.0.0.1:{port}"]
         fds = []
@@ -199,8 +204,7 @@ def test_page_server(how: How, source: str, checkpoints: Checkpoints, tmp_path: 
             for fd in fds:
                 os.close(fd)
             restored.check_all()
-            found = restored.stats()
-            assert found["copied_by_source"]["remote"] == sum(left.values())
+            assert set(restored.stats()["copied_by_source"]) == {"remote"}
         assert server.wait() == 0
 
 
