@@ -161,6 +161,9 @@ class Restore:
             self.started.set()
 
     def _fail(self, why: str) -> None:
+        # a directory that came as a descriptor has another name for the client
+        for path, name in zip((self.asked.images, self.asked.work), self.asked.names, strict=True):
+            why = why.replace(str(path), name) if path.is_relative_to("/proc/self/fd") else why
         self.error = why
         log.error("%s", why, extra=NOT_TO_CLIENT)
 

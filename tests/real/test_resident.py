@@ -270,6 +270,12 @@ def test_descriptors_of_directories(restored_program: Path, tmp_path: Path) -> N
             assert client.request("wait", restore=number)["exit"] == 0
             with pytest.raises(RefusedError, match="no descriptor came"):
                 client.request("serve", images={"fd": True})
+            [pagemap] = (tmp_path / "images").glob("pagemap-*.img")
+            pagemap.write_bytes(b"")
+            images = os.open(tmp_path / "images", os.O_PATH)
+            with pytest.raises(RefusedError, match=f"^{pagemap}"):
+                client.request("serve", [images], images={"fd": True})
+            os.close(images)
         wait_for("all to be closed", lambda: not Counter(resident.descriptors()) - before - Counter("/"))
 
 
@@ -332,6 +338,9 @@ def test_limits(restored_program: Path, tmp_path: Path) -> None:
         with pytest.raises(RefusedError, match=r"this restore needs up to .* --max-descriptors") as refused:
             resident.serve(many)
         assert refused.value.code == "limit"
+        with pytest.raises(RefusedError, match="is served by another daemon") as refused:
+            resident.serve(few, work=str(tmp_path / "w1"))
+        assert refused.value.code == "failed"
         second = resident.serve(few, work=str(tmp_path / "w2"))
         with pytest.raises(RefusedError, match=r"2 restores are served, .* --max-restores") as refused:
             resident.serve(few)
