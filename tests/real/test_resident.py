@@ -10,6 +10,7 @@ import signal
 import socket
 import struct
 import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -23,13 +24,15 @@ from tests.real.test_traced import onlooked
 from tests.support.criu import Criu
 from tests.support.fake import BASE, PAGE, Restored
 from tests.support.guard_processes import guards
-from tests.support.processes import wait_for
+from tests.support.processes import nothing_left, reap, wait_for
 from tests.support.resident import LAZYPAGES, Daemon, connect, daemon, restored
 from tests.support.restore import Checkpoints, our_daemon
 from tests.support.restore import Restored as CriuRestored
 
 #: How many restores `test_nothing_grows` makes; CONTRIBUTING.md.
 RESTORES = int(os.environ.get("LAZYPAGES_RESTORES", "100"))
+
+DOCS = Path(__file__).parents[2] / "docs"
 
 every_loop = pytest.mark.parametrize("loop", ["uvloop", "asyncio", "trio"])
 
@@ -438,3 +441,58 @@ def test_tracer(restored_program: Path, tmp_path: Path) -> None:
                 check(tasks)
             resident.request("stop", restore=1)
             assert forked.server.wait() == 0
+
+
+def test_in_the_background(restored_program: Path, tmp_path: Path) -> None:
+    """-d returns when clients can connect. The example for Python in docs/daemon.md works there. A client that was
+    killed has no influence on its restore."""
+    place, pidfile = tmp_path / "socket", tmp_path / "pid"
+    command = [*LAZYPAGES, "daemon", "--socket", place, "-o", tmp_path / "log", "-d", "--pidfile", pidfile]
+    with nothing_left(), restored(tmp_path / "images", restored_program, 1, 100) as tasks:
+        subprocess.run(command, check=True, timeout=60)
+        (tmp_path / "work").mkdir()
+        [example] = re.findall(r"```python\n(.*?)```", (DOCS / "daemon.md").read_text(), re.DOTALL)
+        for written, real in {
+            "/run/lazypages.socket": place,
+            "/var/ckpt/job1": tmp_path / "images",
+            "/run/job1": tmp_path / "work",
+        }.items():
+            assert written in example
+            example = example.replace(written, str(real))
+        done = subprocess.run(
+            [sys.executable, "-c", example], capture_output=True, text=True, check=True, timeout=60
+        )
+        assert "'ok': True" in done.stdout
+
+        via = our_daemon("--no-background", "--via", str(place))
+        with via.start(tmp_path / "images", tmp_path / "images") as server:
+            server.wait_ready()
+            server.process.kill()
+        connect(tasks, tmp_path / "images")
+        check(tasks)
+        for number, code in ((1, 1), (2, 0)):
+            with Client(place) as client:
+                client.request("stop", restore=number)
+                assert client.request("wait", restore=number)["exit"] == code
+        pid = int(pidfile.read_text())
+        os.kill(pid, signal.SIGTERM)
+        assert os.waitstatus_to_exitcode(reap(pid)) == 0
+        assert not place.exists()
+
+
+def test_many_at_once(restored_program: Path, tmp_path: Path) -> None:
+    """Thirty, whose tasks fault at the same time, with and without background."""
+    with daemon(tmp_path) as resident, ExitStack() as stack:
+        running = [
+            stack.enter_context(
+                started(
+                    resident, tmp_path / str(number), restored_program, 2, 100, background=number % 2 == 0
+                )
+            )
+            for number in range(30)
+        ]
+        for _, tasks in running:
+            tasks.say("check")
+        for number, tasks in running:
+            assert tasks.statuses() == [0, 0]
+            assert resident.request("wait", restore=number)["exit"] == 0
