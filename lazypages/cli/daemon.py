@@ -71,7 +71,7 @@ SIGINT and SIGTERM
     "--max-descriptors",
     metavar="N",
     type=click.IntRange(min=1),
-    help="File descriptors of the daemon: about 70 for each restore, 2 for each task.  [default: as many as allowed]",
+    help="File descriptors of the daemon: about 64 for each restore, 2 for each task.  [default: as many as allowed]",
 )
 @click.option("-o", "--log-file", metavar="FILE", type=click.Path(path_type=Path), help="Log to FILE.")
 @verbosity_option()
@@ -176,7 +176,8 @@ def _limit_descriptors(most: int | None) -> None:
     _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if most > descriptors.limit():
         raise LazyPagesError(
-            f"--max-descriptors {most}: only {descriptors.limit()} are allowed: {descriptors.how_to_raise(most)}"
+            f"--max-descriptors {most}: only {descriptors.limit()} are allowed (RLIMIT_NOFILE): start it after "
+            f"`ulimit -Hn {most}` as root, or with LimitNOFILE={most} in its systemd unit"
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
@@ -184,9 +185,16 @@ def _limit_descriptors(most: int | None) -> None:
 @contextmanager
 def _listening(path: Path) -> Iterator[socket.socket]:
     """The listening socket, with mode 0600. On exit its file is removed, if it is still ours. Raises ListenError."""
-    from lazypages.net.listen import UNIX_PREFIX, listen  # noqa: PLC0415 - slow to import
+    from lazypages.net.listen import UNIX_PREFIX, ListenError, listen  # noqa: PLC0415 - slow to import
 
-    listener, _name = listen(f"{UNIX_PREFIX}{path}", 0, insecure=False, tls=False)
+    try:
+        listener, _name = listen(f"{UNIX_PREFIX}{path}", 0, insecure=False, tls=False)
+    except ListenError as error:
+        if path.is_socket():
+            raise ListenError(
+                f"{path} is served by another daemon: end that one, or choose another --socket"
+            ) from None
+        raise ListenError(f"--socket: {error}") from None
     with listener:
         made = path.lstat()
         try:

@@ -13,6 +13,7 @@ from contextlib import suppress
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 
 from lazypages.control.descriptors import NoDescriptorError
 from lazypages.control.listener import discard, receive
@@ -168,8 +169,12 @@ class Connection:
             except RequestError as error:
                 self.outbox.put(protocol.refusal(None, error))
                 return False
+            await (
+                anyio.lowlevel.checkpoint()
+            )  # one that never stops sending must not keep the loop from others
             for line in complete:
                 await self._handle(line, group)
+                await anyio.lowlevel.checkpoint()
             if len(self._fds) > MAX_FDS:
                 surplus = f"more than {MAX_FDS} descriptors that no request has named"
                 self.outbox.put(protocol.refusal(None, RequestError("bad-request", surplus)))

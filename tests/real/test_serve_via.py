@@ -41,10 +41,12 @@ def how(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
         return
     with nothing_left(), Daemon(tmp_path_factory.mktemp("resident")) as resident:
         resident.wait_ready()
-        yield How(resident)
-        assert resident.process.poll() is None
-        resident.signal(signal.SIGTERM)
-        assert resident.wait() == 0
+        used = How(resident)
+        yield used
+        if used.resident:
+            assert resident.process.poll() is None
+            resident.signal(signal.SIGTERM)
+            assert resident.wait() == 0
 
 
 def stats(folder: Path) -> dict[str, Any]:
@@ -225,6 +227,38 @@ class WithFds(DaemonCommand):
             str(work / "stats.json"),
         ]
         return Server(command, output=work / "serve.out", pass_fds=self.fds)
+
+
+@only_via
+def test_killed_daemon(how: How, restored_program: Path, tmp_path: Path) -> None:
+    """The resident daemon is killed: as if `serve` had been."""
+    assert how.resident
+    with served_tasks(restored_program, tmp_path, 2, PAGES, "--no-background", *how.options) as (
+        tasks,
+        server,
+    ):
+        tasks.say("touch 10")
+        how.resident.process.kill()
+        assert server.wait() == 1
+        assert f"lazypages: the daemon at {how.resident.socket} has ended" in server.story()
+        assert tasks.statuses() == [128 + signal.SIGKILL] * 2
+        how.resident = None
+    assert not (tmp_path / "stats.json").exists()
+
+
+def test_two_daemons(tmp_path: Path) -> None:
+    """At one socket: refused. A socket that a killed daemon has left is replaced."""
+    with Daemon(tmp_path) as first:
+        first.wait_ready()
+        with Daemon(tmp_path) as second:
+            assert second.wait() == 1
+            assert f"lazypages: {first.socket} is served by another daemon" in second.story()
+    assert first.socket.is_socket()
+    with Daemon(tmp_path) as third:
+        third.wait_ready()
+        assert third.status() == {}
+        third.signal(signal.SIGTERM)
+        assert third.wait() == 0
 
 
 def test_no_daemon(tmp_path: Path) -> None:
