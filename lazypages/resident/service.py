@@ -96,7 +96,7 @@ class Service:
             await group.start(self._handle_signals)
             group.start_soon(keep_guard, self._guard)
             group.start_soon(self._sweep)
-            group.start_soon(self._tracers.run)
+            await group.start(self._tracers.run)
             group.start_soon(self._accept)
             self._ready()
             await self._drained.wait()

@@ -14,6 +14,7 @@ from typing import Self
 
 import anyio
 from anyio import to_thread
+from anyio.abc import TaskStatus
 
 from lazypages.engine.tracers import Attach, Tracers
 
@@ -32,20 +33,25 @@ class SharedTracers:
             tuple[int, set[View]]
         ] = []  # a tracer that is stopped, once for each time, and who wants that
 
-    async def run(self) -> None:
+    async def run(self, *, task_status: TaskStatus[None]) -> None:
         """Until it is cancelled."""
         try:
-            with Tracers() as tracers:
-                await self._run(tracers)
+            tracers = Tracers()
         except OSError as error:
             self._error = error  # each restore reports it
-        finally:
-            self._tracers = None
+            task_status.started()
+            return
+        with tracers:
+            self._tracers = tracers
+            task_status.started()
+            try:
+                await self._run(tracers)
+            finally:
+                self._tracers = None
 
     async def _run(self, tracers: Tracers) -> None:
         async with anyio.create_task_group() as group:
             group.start_soon(self._drive, tracers)
-            self._tracers = tracers
             try:
                 while True:
                     await anyio.wait_readable(tracers.event_fd)
@@ -65,7 +71,7 @@ class SharedTracers:
         """A view for one restore. Raises OSError."""
         if self._tracers is None:
             raise self._error or OSError(0, "it has ended")
-        view = View(self, self._tracers)
+        view = View(self, told=self._tracers.told)
         self._views.append(view)
         return view
 
@@ -96,6 +102,10 @@ class SharedTracers:
             any_view = any(other.watches_all for other in self._views)
             self._tracers.watch(pid, watched=watched if pid else any_view)
 
+    def report(self, pid: int, tracer: int, owner: int) -> None:
+        if self._tracers:
+            self._tracers.report(pid, tracer, owner)
+
     def release(self, view: View, tracer: int) -> None:
         for index, (held, views) in enumerate(self._held):
             if held == tracer and view in views:
@@ -118,11 +128,10 @@ class SharedTracers:
 class View:
     """As Tracers, for one restore. A context manager: on exit all its tracers are released."""
 
-    def __init__(self, shared: SharedTracers, tracers: Tracers) -> None:
+    def __init__(self, shared: SharedTracers, *, told: bool) -> None:
         self._shared = shared
-        self._tracers = tracers
         self._attaches: deque[Attach] = deque()
-        self.told = tracers.told
+        self.told = told
         self.watches_all = False
         self.event_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
@@ -145,7 +154,7 @@ class View:
         self._shared.watch(self, pid, watched=watched)
 
     def report(self, pid: int, tracer: int, owner: int) -> None:
-        self._tracers.report(pid, tracer, owner)
+        self._shared.report(pid, tracer, owner)
 
     def release(self, tracer: int) -> None:
         self._shared.release(self, tracer)
