@@ -21,6 +21,9 @@ from lazypages.net.names import AUTO, PROTOCOLS
 
 CRIU_DIR = Path("/var/cache/lazypages/criu")
 
+#: In the first lines of a `criu` that `lazypages criu-shim` has made.
+SHIM_MARK = "# lazypages criu-shim"
+
 #: Names of peers by which results are looked up.
 OURS = "lazypages serve"
 BOTH = "the same, our page server"
@@ -231,11 +234,20 @@ def find_criu(given: Sequence[Path]) -> list[tuple[str, Path]]:
         shutil.which("criu"),
     ]
     for candidate in candidates:
-        if candidate and Path(candidate).exists():
+        if candidate and Path(candidate).exists() and not is_shim(Path(candidate)):
             return [criu_version(Path(candidate))]
     raise BenchError(
         "no CRIU found to compare with: name one with --criu or LAZYPAGES_CRIU, or use --no-criu"
     )
+
+
+def is_shim(path: Path) -> bool:
+    """Whether this `criu` is one of `lazypages criu-shim`, whose lazy-pages is ours."""
+    try:
+        with path.open("rb") as file:
+            return SHIM_MARK.encode() in file.read(200)
+    except OSError:
+        return False
 
 
 def criu_version(path: Path) -> tuple[str, Path]:

@@ -23,6 +23,11 @@ COMMANDS = {
         "lazypages.cli.page_server:page_server_command",
         "Serve pages to restores on other hosts, or receive images.",
     ),
+    "criu-shim": (
+        "lazypages.cli.criu_shim:criu_shim",
+        "Let tools that call criu use lazypages serve.",
+    ),
+    "doctor": ("lazypages.cli.doctor:doctor", "Say what works on this machine, and what does not."),
     "show": ("lazypages.cli.main:show", "Show the contents of an image directory."),
     "plot": ("lazypages.cli.plot:plot_command", "Draw a trace that serve --trace has recorded."),
     "demo": ("lazypages.cli.demo:demo", "See it work: checkpoint a live task, restore it lazily."),

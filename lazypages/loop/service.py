@@ -436,7 +436,8 @@ class TaskService:
         The process of a forked child is unknown: then its ancestor is killed with all descendants.
         """
         if self.process and self.process.kill(descendants=descendants or self.identity.forked):
-            log.error("%s: killed (pid %d): %s", self.identity.name, self.process.pid, why)
+            whom = "its ancestor and all descendants of that" if self.identity.forked else "it"
+            log.error("%s: %s; killed %s (pid %d)", self.identity.name, why, whom, self.process.pid)
         else:
             log.error("%s: %s; its process is unknown: kill it", self.identity.name, why)
 

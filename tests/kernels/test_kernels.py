@@ -70,7 +70,18 @@ def run(machines: Machines, kernel: str) -> Done:
     folder = KERNELS_DIR / kernel
     if not (folder / "release").exists():
         pytest.fail(f"no kernel at {folder}: fetch it with `.ci/fetch-kernels {KERNELS_DIR}`", pytrace=False)
-    pytest_command = [sys.executable, "-m", "pytest", "-p", "tests.support.no_skips", "-m", MARK]
+    hold_perf = str(Path(__file__).with_name("hold_perf.py"))
+    pytest_command = [
+        sys.executable,
+        hold_perf,
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "tests.support.no_skips",
+        "-m",
+        MARK,
+    ]
     pytest_command += ["-p", "no:cacheprovider", "-p", "no:benchmark", "--timeout=600", "--tb=short", "-v"]
     command = (
         f"cd {shlex.quote(str(ROOT))} && uname -r && HYPOTHESIS_STORAGE_DIRECTORY=/tmp/hypothesis "

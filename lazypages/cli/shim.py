@@ -1,0 +1,58 @@
+"""What the installed ``criu`` of `lazypages criu-shim` runs for the commands that may be ours (docs/criu-shim.md).
+
+``python -m lazypages.cli.shim OURS REAL ARGUMENTS``: OURS are commands, separated by commas; REAL is CRIU.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from lazypages.cli.criu_options import Call, parse, translate, with_configuration
+
+#: Commands that read the memory of a task. CRIU takes a page that has not arrived for one that was never touched.
+DUMPS = ("dump", "pre-dump")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Does not return if CRIU takes over."""
+    ours, real, *words = arguments
+    call = parse(words)
+    if not call.asks("help", "version"):
+        if call.command in ours.split(","):
+            return _run(with_configuration(call))
+        if call.command in DUMPS:
+            _wait(with_configuration(call))
+    try:
+        os.execv(real, [real, *words])  # noqa: S606 - the shim's purpose
+    except OSError as error:
+        _say(f"cannot run {real}: {error.strerror}: set LAZYPAGES_CRIU, or install the shim again")
+        return 1
+
+
+def _run(call: Call) -> int:
+    from lazypages.cli.imports import importing  # noqa: PLC0415 - not for a dump
+
+    with importing():
+        from lazypages.cli.main import cli  # noqa: PLC0415 - see `importing`
+
+    cli(translate(call), prog_name="lazypages")
+    raise AssertionError("cli() exits")
+
+
+def _wait(call: Call) -> None:
+    tree = call.last("tree")
+    if tree is None or not tree.isdecimal():
+        return  # CRIU says what is wrong
+    from lazypages.cli.served import wait_until_complete  # noqa: PLC0415 - only for a dump
+
+    wait_until_complete(int(tree), _say)
+
+
+def _say(text: str) -> None:
+    print(f"criu-shim: {text}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,280 @@
+"""A `criu` that is ours where it should be, for tools that call `criu` (docs/criu-shim.md)."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from lazypages.cli.served import incomplete, wait_until_complete
+from tests.support.compiling import compiled
+from tests.support.criu import Criu
+from tests.support.processes import Server, descendants, nothing_left, reap, start, wait_for
+from tests.support.restore import Checkpoint, Checkpoints, Daemon, lazy_restore, our_daemon
+
+REAL = Criu("4.2")
+SERVED = Path(__file__).parents[1] / "support" / "programs" / "registered.c"
+
+
+@dataclass(frozen=True)
+class Shim(Criu):
+    """The shim, in front of that release."""
+
+    shim: Path = Path()
+
+    @property
+    def path(self) -> Path:
+        return self.shim
+
+
+def install(folder: Path, real: Path, *options: str) -> Path:
+    folder.mkdir(exist_ok=True)
+    subprocess.run(
+        [sys.executable, "-m", "lazypages", "criu-shim", "--install", folder, "--criu", real, *options],
+        check=True,
+        capture_output=True,
+        timeout=60,
+    )
+    return folder / "criu"
+
+
+@pytest.fixture
+def shim(tmp_path: Path) -> Path:
+    return install(tmp_path / "bin", REAL.path)
+
+
+def test_what_is_not_ours_is_criu_s_own(tmp_path: Path) -> None:
+    """Not a byte of the arguments, the environment or the exit status changes, and no Python is started."""
+    said = tmp_path / "said"
+    real = tmp_path / "real"
+    real.write_text(
+        f'#!/bin/sh\nfor word; do printf "%s\\0" "$word"; done >{said}\nenv -0 >>{said}\nexit 7\n'
+    )
+    real.chmod(0o755)
+    shim = install(tmp_path / "bin", real)
+    script = shim.read_text()
+    assert script.count(sys.executable) == 1
+    shim.write_text(script.replace(sys.executable, "/bin/false"))
+    environment = {"PATH": os.environ["PATH"], "ODD": "a\nb 'c"}
+    for words in (
+        ["swrk", "7"],
+        ["check", "--feature", "uffd"],
+        ["-V"],
+        [],
+        ["restore", "-D", "a b\n", "", "--lazy-pages", "*", "--page-server"],
+        ["page-server", "--port", "7"],
+    ):
+        done = subprocess.run([shim, *words], env=environment, check=False, timeout=30)
+        assert done.returncode == 7
+        arguments = [word.encode() for word in words]
+        assert said.read_bytes().split(b"\0")[: len(words)] == arguments
+        assert b"ODD=a\nb 'c" in said.read_bytes().split(b"\0")[len(words) :]
+    assert subprocess.run([shim, "dump"], env=environment, check=False, timeout=30).returncode == 1
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["-D", "lazy-pages", "check"],
+        ["cpuinfo", "dump", "x"],
+        ["lazy-pages", "--help"],
+        ["-V", "dump"],
+        ["dump"],
+    ],
+)
+def test_what_looks_like_ours_and_is_not(words: Sequence[str], tmp_path: Path) -> None:
+    said = tmp_path / "said"
+    real = tmp_path / "real"
+    real.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" >{said}\n')
+    real.chmod(0o755)
+    subprocess.run([install(tmp_path / "bin", real), *words], check=True, timeout=30)
+    assert said.read_text().split("\n")[:-1] == words
+
+
+def test_it_does_not_call_itself(shim: Path) -> None:
+    done = subprocess.run(
+        [shim, "check"],
+        env={**os.environ, "LAZYPAGES_CRIU": str(shim)},
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert done.returncode == 1
+    assert "LAZYPAGES_CRIU is this shim" in done.stderr
+
+
+def test_lazy_pages_is_ours(shim: Path, checkpoints: Checkpoints, tmp_path: Path) -> None:
+    """A whole restore, with `lazy-pages` and `restore` both called as `criu`."""
+    checkpoint = checkpoints.get(REAL, "tree")
+    ours = Checkpoint(
+        Shim("4.2", shim), checkpoint.scenario, checkpoint.pid, checkpoint.images, checkpoint.results
+    )
+    daemon = Daemon("shim", (str(shim), "-v4", "--no-default-config", "-j", "lazy-pages"), ours=False)
+    with lazy_restore(ours, daemon, tmp_path) as restored:
+        restored.check_all()
+    assert "tasks in" in (tmp_path / "serve.log").read_text()
+
+
+@pytest.mark.parametrize("release", ["4.1", "4.2"])
+def test_configurations_are_read_as_by_criu(release: str, checkpoints: Checkpoints, tmp_path: Path) -> None:
+    """Where the socket is, of the real one and of ours: options come from four files and the command line."""
+    images = checkpoints.get(Criu(release), "single").images
+    home, places = tmp_path / "home", ["default", "environment", "named", "line"]
+    (home / ".criu").mkdir(parents=True)
+    for place in places:
+        (tmp_path / place).mkdir()
+        path = home / ".criu/default.conf" if place == "default" else tmp_path / f"{place}.conf"
+        path.write_text(f'# where\nwork-dir "{tmp_path / place}"\nlog-file log # what\nshell-job\n')
+    real = Criu(release).path
+    named, line = ["--config", str(tmp_path / "named.conf")], ["-W", str(tmp_path / "line")]
+    environment = {"PATH": os.environ["PATH"], "HOME": str(home)}
+    with_file = {**environment, "CRIU_CONFIG_FILE": str(tmp_path / "environment.conf")}
+    for program in (real, install(tmp_path / "bin", real)):
+        for words, variables, place in (
+            (["lazy-pages"], environment, "default"),
+            (["lazy-pages"], with_file, "environment"),
+            ([*named, "lazy-pages"], environment, "named"),
+            (["lazy-pages", *named], with_file, "named"),
+            ([*named, *line, "lazy-pages"], with_file, "line"),
+            (["--no-default-config", "lazy-pages", *line], environment, "line"),
+        ):
+            command = [str(program), *words, "-D", str(images)]
+            with Server(command, output=tmp_path / "output", env=variables) as server:
+                socket = tmp_path / place / "lazy-pages.socket"
+                wait_for(f"{command} to listen at {socket}", socket.exists)
+                server.signal(signal.SIGKILL)
+            socket.unlink()
+
+
+def test_page_server_if_asked(tmp_path: Path) -> None:
+    shim = install(tmp_path / "bin", REAL.path, "--page-server")
+    (tmp_path / "images").mkdir()
+    command = [
+        str(shim),
+        "page-server",
+        "-D",
+        str(tmp_path / "images"),
+        "--port",
+        "0",
+        "--address",
+        "127.0.0.1",
+    ]
+    with nothing_left():
+        server = start(command, output=tmp_path / "output")
+        wait_for("our page server", lambda: "page server at 127.0.0.1" in (tmp_path / "output").read_text())
+        server.terminate()
+        server.wait(30)
+
+
+def check_images(checkpoint: Checkpoint, images: Path, work: Path) -> None:
+    work.mkdir()
+    checkpoint.forget_results()
+    again = Checkpoint(REAL, checkpoint.scenario, checkpoint.pid, images, checkpoint.results)
+    with lazy_restore(again, our_daemon(), work) as restored:
+        restored.check_all()
+
+
+def test_a_dump_waits(shim: Path, checkpoints: Checkpoints, tmp_path: Path) -> None:
+    """The daemon brings at once what is missing, though it was told --no-background."""
+    checkpoint = checkpoints.get(REAL, "tree")
+    lazy = our_daemon("--no-background")
+    daemon = Daemon(lazy.name, ("unshare", "--net", *lazy.command))  # the kernel does not tell it who traces
+    images = tmp_path / "images"
+    images.mkdir()
+    with lazy_restore(checkpoint, daemon, tmp_path) as restored:
+        Shim("4.2", shim).dump(checkpoint.pid, images)
+        assert f"criu-shim: waiting: process {checkpoint.pid}" in (images / "dump.out").read_text()
+        reap(checkpoint.pid)
+        assert restored.server.wait() == 0
+        log = (tmp_path / "serve.log").read_text()
+        traced = [line for line in log.splitlines() if "traces it" in line]
+        assert traced
+        assert all("criu-shim (pid" in line for line in traced), "never by CRIU"
+    check_images(checkpoint, images, tmp_path / "again")
+
+
+def test_a_dump_waits_where_no_daemon_makes_it_wait(
+    shim: Path, checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    """A daemon in a PID namespace of its own sees no tracer from outside. Without the shim this dump is of zeros."""
+    checkpoint = checkpoints.get(REAL, "single")
+    lazy = our_daemon("--no-background")
+    apart = ("unshare", "--net", "--pid", "--fork", "--kill-child", "--mount-proc")
+    images, said = tmp_path / "images", tmp_path / "said"
+    images.mkdir()
+    with lazy_restore(checkpoint, Daemon(lazy.name, (*apart, *lazy.command)), tmp_path) as restored:
+        dump = [str(shim), "-v4", "dump", "-D", str(images), "-o", "dump.log", "-t", str(checkpoint.pid)]
+        dumping = start(dump, output=said)
+        traced = f"TracerPid:\t{dumping.pid}\n"
+        wait_for("the shim to trace it", lambda: traced in Path(f"/proc/{checkpoint.pid}/status").read_text())
+        assert f"criu-shim: waiting: process {checkpoint.pid}" in said.read_text()
+        [server] = [
+            pid
+            for pid in descendants(restored.server.process.pid)
+            if b"serve" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        ]
+        os.kill(server, signal.SIGTERM)  # completes the task
+        assert dumping.wait(60) == 0
+        reap(checkpoint.pid)
+        assert restored.server.wait() == 0
+    check_images(checkpoint, images, tmp_path / "again")
+
+
+def test_signals_of_a_task_that_is_waited_for(tmp_path: Path) -> None:
+    """It is traced meanwhile, and gets them all the same; it can be stopped and continued, and may end."""
+    said = tmp_path / "said"
+    wait = "from lazypages.cli.served import *; wait_until_complete(int(__import__('sys').argv[1]), print)"
+    with nothing_left():
+        holder = start(
+            [compiled(SERVED)], output=said
+        )  # it has the userfaultfd of a child, which is registered
+        wait_for("the child", lambda: said.read_text().count("\n") == 1)
+        child = int(said.read_text())
+        assert incomplete(child) == [child]
+        waiting = start([sys.executable, "-c", wait, str(child)])
+        traced = f"TracerPid:\t{waiting.pid}\n"
+        for count in range(1, 6):
+            wait_for("the tracer", lambda: traced in Path(f"/proc/{child}/status").read_text())
+            os.kill(child, signal.SIGUSR1)
+            wait_for("its signal", lambda count=count: said.read_text().count("signal\n") == count)
+        os.kill(child, signal.SIGSTOP)
+        wait_for("its stop", lambda: "\nState:\tT" in Path(f"/proc/{child}/status").read_text())
+        os.kill(child, signal.SIGCONT)
+        os.kill(child, signal.SIGUSR1)
+        wait_for("its signal", lambda: said.read_text().count("signal\n") == 6)
+        assert waiting.poll() is None
+        holder.kill()  # nothing is registered any more
+        assert waiting.wait(30) == 0
+        os.kill(child, signal.SIGUSR1)
+        wait_for("its signal", lambda: said.read_text().count("signal\n") == 7)
+        assert "TracerPid:\t0\n" in Path(f"/proc/{child}/status").read_text()
+
+
+def test_a_process_whose_first_thread_has_exited(tmp_path: Path) -> None:
+    said = tmp_path / "said"
+    with nothing_left():
+        start([compiled(SERVED), "leave"], output=said)
+        wait_for("the child", lambda: said.read_text().count("\n") == 1)
+        child = int(said.read_text())
+        wait_for("the end of its thread", lambda: "\nState:\tZ" in Path(f"/proc/{child}/status").read_text())
+        assert not Path(f"/proc/{child}/smaps").read_text()
+        assert incomplete(child) == [child]
+
+
+def print_nothing(text: str) -> None:
+    pytest.fail(text)
+
+
+def test_nothing_to_wait_for() -> None:
+    wait_until_complete(os.getpid(), print_nothing)
+    with nothing_left():
+        process = start(["true"])
+        process.wait(30)
+        wait_until_complete(process.pid, print_nothing)
