@@ -500,3 +500,28 @@ def test_many_at_once(restored_program: Path, tmp_path: Path) -> None:
         for number, tasks in running:
             assert tasks.statuses() == [0, 0]
             assert resident.request("wait", restore=number)["exit"] == 0
+
+
+def test_uffds_of_strangers(restored_program: Path, tmp_path: Path) -> None:
+    """A restorer sends tasks that are not in the images: their uffds stay open as long as they live, and no longer."""
+    with (
+        daemon(tmp_path) as resident,
+        restored(tmp_path / "expected", restored_program, 1, 10),
+        restored(tmp_path / "others", restored_program, 3, 10) as others,
+    ):
+
+        def uffds() -> int:
+            return resident.descriptors().count("anon_inode:[userfaultfd]") - before
+
+        before = resident.descriptors().count("anon_inode:[userfaultfd]")
+        number = resident.serve(tmp_path / "expected")
+        others.say(f"connect {tmp_path}/expected/lazy-pages.socket")
+        result = resident.request("wait", restore=number)
+        assert result["exit"] == 1
+        assert "which is not in the images" in resident.log.read_text()
+        # the first one is killed, the others were not read any more
+        wait_for("the uffd of the first", lambda: uffds() == 2)
+        for pid in others.pids[1:]:
+            os.kill(pid, signal.SIGKILL)
+        assert others.statuses() == [128 + signal.SIGKILL] * 3
+        wait_for("the other uffds", lambda: uffds() == 0)

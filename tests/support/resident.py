@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -48,7 +49,7 @@ class Daemon(Server):
         links = []
         for fd in os.listdir(f"/proc/{self.pid}/fd"):
             try:
-                links.append(os.readlink(f"/proc/{self.pid}/fd/{fd}").partition(":[")[0])
+                links.append(re.sub(r":\[\d+\]", "", os.readlink(f"/proc/{self.pid}/fd/{fd}")))
             except FileNotFoundError:  # closed since
                 continue
         return sorted(links)
