@@ -84,6 +84,10 @@ class Asked(NamedTuple):
     trace: Path | None
     fds: Sequence[Descriptor]
 
+    def close(self) -> None:
+        for descriptor in self.fds:
+            descriptor.close()
+
 
 class Restore:
     """One restore. :meth:`run` reports every error of it, and raises none."""
@@ -154,8 +158,7 @@ class Restore:
             self._fail(f"internal error: {error!r}; the daemon's log has the details")
         finally:
             self._keep_result()
-            for descriptor in self.asked.fds:
-                descriptor.close()
+            self.asked.close()
             self.say = None
             self.ended.set()
             self.started.set()
@@ -169,9 +172,10 @@ class Restore:
 
     async def _serve(self) -> None:
         asked = self.asked
-        expected, options = await to_thread.run_sync(self._prepare)
+        expected, options = await to_thread.run_sync(self._prepare, limiter=anyio.CapacityLimiter(1))
         self.tasks = len(with_memory(expected))
         with ExitStack() as stack:
+            # in this thread: while it binds, it changes the umask of the process
             control = stack.enter_context(ControlSocket(asked.work))
             if asked.trace:
                 tracer = stack.enter_context(open_tracer(asked.trace, asked.images, expected))

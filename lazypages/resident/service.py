@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import anyio
+from anyio import to_thread
 from anyio.abc import TaskGroup, TaskStatus
 
 from lazypages import __version__
@@ -221,7 +222,8 @@ class Service:
                 " taken: try again when other restores have ended, or start the daemon with a higher --max-descriptors",
             )
 
-    async def _serve(self, number: Any, command: protocol.Serve, connection: Connection) -> dict[str, Any]:
+    def _check_admission(self) -> None:
+        """Raises RequestError if no other restore can be served now."""
         if self._closing:
             raise RequestError("closing", "the daemon completes its restores and ends: start another one")
         if len(self._active) >= self._limits.restores:
@@ -230,7 +232,16 @@ class Service:
                 f"{len(self._active)} restores are served, which is the limit: try again when one has ended, or start "
                 "the daemon with a higher --max-restores",
             )
-        asked = _asked(command, connection)
+
+    async def _serve(self, number: Any, command: protocol.Serve, connection: Connection) -> dict[str, Any]:
+        self._check_admission()
+        # in a thread, because a file system may hang
+        asked = await to_thread.run_sync(_asked, command, connection, limiter=anyio.CapacityLimiter(1))
+        try:
+            self._check_admission()
+        except RequestError:
+            asked.close()
+            raise
         say = Follower(connection.outbox, number, command.log) if command.log else None
         restore = Restore(
             self._next, asked, guard=self._guard, tracers=self._tracers, admit=self._admit, say=say

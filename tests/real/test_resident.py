@@ -21,10 +21,12 @@ import pytest
 
 from lazypages.resident.client import Client, RefusedError
 from tests.real.test_traced import onlooked
+from tests.support.blocked import wait_for_faults
 from tests.support.criu import Criu
 from tests.support.fake import BASE, PAGE, Restored
 from tests.support.guard_processes import guards
 from tests.support.processes import nothing_left, reap, wait_for
+from tests.support.remote import leave_at_source, our_page_server
 from tests.support.resident import LAZYPAGES, Daemon, connect, daemon, restored
 from tests.support.restore import Checkpoints, our_daemon
 from tests.support.restore import Restored as CriuRestored
@@ -173,15 +175,17 @@ def test_trouble_of_one(restored_program: Path, tmp_path: Path) -> None:
         assert cut_tasks.statuses() == [128 + signal.SIGBUS]
         assert resident.request("wait", restore=cut)["exit"] == 1
 
-        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
-        source = f"tcp://127.0.0.1:{listener.getsockname()[1]}"
-        remote, remote_tasks = stack.enter_context(
-            started(resident, tmp_path / "remote", restored_program, 1, 50, sources=[source])
-        )
-        listener.accept()[0].close()
-        listener.close()
-        check(remote_tasks)
-        assert resident.request("wait", restore=remote)["restore"] == remote
+        source = tmp_path / "source"
+        remote_tasks = stack.enter_context(restored(source, restored_program, 1, 50))
+        leave_at_source(source, tmp_path / "remote")
+        with our_page_server(source, tmp_path) as (port, server):
+            remote = resident.serve(
+                tmp_path / "remote", sources=[f"tcp://127.0.0.1:{port}"], background=False
+            )
+            connect(remote_tasks, tmp_path / "remote")
+            remote_tasks.say("touch 10")
+            server.process.kill()
+        remote_tasks.say("check")  # it waits for its pages from here on
 
         wrong = tmp_path / "wrong"
         stack.enter_context(restored(wrong, restored_program, 1, 10))
@@ -196,6 +200,11 @@ def test_trouble_of_one(restored_program: Path, tmp_path: Path) -> None:
         assert resident.request("wait", restore=good[0][0])["exit"] == 1
         check(good[1][1])
         assert resident.request("wait", restore=good[1][0])["exit"] == 0
+        assert resident.status()[remote]["state"] == "serving"
+        [pid] = remote_tasks.pids
+        wait_for_faults(pid)
+        os.kill(pid, signal.SIGKILL)
+        assert resident.request("wait", restore=remote)["exit"] == 1
 
 
 @pytest.mark.slow
