@@ -88,7 +88,7 @@ def started(
         yield number, found
 
 
-@pytest.mark.loop("uvloop")
+@pytest.mark.loop("trio")
 @every_loop
 def test_random_order(loop: str, restored_program: Path, tmp_path: Path) -> None:
     """Restores begin, are used, are killed, and end in any order; clients vanish at any moment."""
@@ -99,11 +99,12 @@ def test_random_order(loop: str, restored_program: Path, tmp_path: Path) -> None
         resident = stack.enter_context(daemon(tmp_path, "--loop", loop))
         running: dict[int, Restored] = {}
         clients: list[Client] = []
-        left, begun = 10, 0
+        restores = 100 if loop == "uvloop" else 20
+        left, begun = restores, 0
         while left or running:
             action = choose.choice(["begin", "begin", "check", "kill", "client", "vanish", "stop", "half"])
             some = choose.choice(sorted(running)) if running else None
-            if action == "begin" and left and len(running) < 6:
+            if action == "begin" and left and len(running) < 12:
                 left -= 1
                 begun += 1
                 number, tasks = stack.enter_context(
@@ -143,7 +144,7 @@ def test_random_order(loop: str, restored_program: Path, tmp_path: Path) -> None
                     task["state"] for task in resident.request("wait", restore=some)["summary"]["tasks"]
                 }
                 assert states <= {"died", "complete"}
-        assert begun == 10
+        assert begun == restores
         resident.request("shutdown")
         assert resident.wait() == 0
 
