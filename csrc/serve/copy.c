@@ -192,19 +192,22 @@ int lp_copy_buffer(struct lp_task *t, const struct lp_run *run, const void *src,
 	return rc;
 }
 
-/* The bytes of a run: in the mapping; or read, if that would read more from a disk than a thread that waits for them has asked for. */
-static const void *bytes_of(struct lp_engine *e, const struct lp_level *level, const struct lp_run *run, enum lp_claims claims)
+/*
+ * Reads a run that the mapping might make a thread wait for while more is read from a disk than it has asked for.  NULL: it is to be
+ * copied from the mapping.  A page that can't be read is found there.
+ */
+static const void *read_cold(struct lp_engine *e, const struct lp_level *level, const struct lp_run *run, enum lp_claims claims)
 {
-	if (claims == LP_RELEASE && lp_cold_expected(&e->cold) && run->nr_pages <= LP_READ_PAGES) {
-		uint64_t begun = lp_now_ns(), now;
-		int64_t got = level->read(level, e->read_buffer, run->offset, run->nr_pages);
+	uint64_t begun, now;
+	int64_t got;
 
-		now = lp_now_ns();
-		lp_cold_read(&e->cold, now, now - begun, run->nr_pages);
-		if (got == (int64_t)run->nr_pages)
-			return e->read_buffer;
-	}
-	return (const char *)level->base + run->offset; /* a page that can't be read is found when it is copied */
+	if (claims != LP_RELEASE || !lp_cold_expected(&e->cold) || run->nr_pages > LP_READ_PAGES)
+		return NULL;
+	begun = lp_now_ns();
+	got = level->read(level, e->read_buffer, run->offset, run->nr_pages);
+	now = lp_now_ns();
+	lp_cold_read(&e->cold, now, now - begun, run->nr_pages);
+	return got == (int64_t)run->nr_pages ? e->read_buffer : NULL;
 }
 
 int lp_copy_level(struct lp_task *t, const struct lp_run *run, enum lp_claims claims, uint64_t touched, struct lp_look *look)
@@ -212,14 +215,17 @@ int lp_copy_level(struct lp_task *t, const struct lp_run *run, enum lp_claims cl
 	const struct lp_level *level = &t->levels[run->source];
 	uint64_t held = level->held(level, run->offset, run->nr_pages), still;
 	struct lp_run part = *run;
+	const void *read = NULL;
 	int rc = 0;
 
 	if (held < run->nr_pages)
 		lp_mark_lost(t, run, held, run->nr_pages - held, EFAULT);
 	part.nr_pages = held;
-	if (held)
-		rc = copy_unguarded(t, &part, bytes_of(t->engine, level, &part, claims), claims, touched, look);
-	still = level->held(level, run->offset, held);
+	if (held) {
+		read = read_cold(t->engine, level, &part, claims);
+		rc = copy_unguarded(t, &part, read ? read : (const char *)level->base + run->offset, claims, touched, look);
+	}
+	still = read ? held : level->held(level, run->offset, held);
 	if (still < held)
 		lp_post_lost(t, run, still, 1, ESTALE);
 	lp_check_complete(t);

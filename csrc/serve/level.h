@@ -19,7 +19,7 @@ struct lp_level {
 	uint64_t (*held)(const struct lp_level *level, uint64_t offset, uint64_t nr_pages);
 	/*
 	 * Reads pages into a buffer: an alternative to copying them from base, which may read more from a disk than is asked for.
-	 * Returns the number of pages, from the first one on, that could be read; 0 or -errno: none.
+	 * Returns the number of pages, from the first one on, that could be read and were held then; 0 or -errno: none.
 	 */
 	int64_t (*read)(const struct lp_level *level, void *buffer, uint64_t offset, uint64_t nr_pages);
 	/* These bytes are copied soon: makes them cheap to read, and may block for that.  No error: the copy will meet it. */

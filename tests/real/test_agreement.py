@@ -98,7 +98,7 @@ def test_a_dump_of_criu_at_the_address_of_one_of_ours(release: str, program: Pro
             assert old.stats()["pages_copied"] == 0
 
 
-@pytest.mark.loop("auto")
+@pytest.mark.slow
 @pytest.mark.parametrize("protocol", ["auto", "criu-4.1"])
 def test_two_dumps_of_criu(protocol: str, program: Program, tmp_path: Path) -> None:
     """The connection to the first is lost; at the same address there is a second, for somebody else."""

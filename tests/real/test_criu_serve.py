@@ -59,7 +59,7 @@ def test_with_background(criu: Criu, scenario: str, checkpoints: Checkpoints, tm
         check_counts(restored)
 
 
-@pytest.mark.loop("races-4.2", "family-4.2", "moves-4.2", "discards-4.2")
+@pytest.mark.loop("family-4.2")
 @pytest.mark.parametrize(("criu", "scenario"), all_cases(every_kernel=KERNEL_SCENARIOS))
 def test_without_background(criu: Criu, scenario: str, checkpoints: Checkpoints, tmp_path: Path) -> None:
     """Every page is missing until it is touched."""

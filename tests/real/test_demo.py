@@ -40,7 +40,7 @@ def run(*options: str, folder: Path, env: dict[str, str] | None = None) -> subpr
     return done
 
 
-@pytest.mark.loop("criu-4.2")
+@pytest.mark.slow
 @pytest.mark.parametrize("criu", all_criu())
 def test_with_criu(criu: Criu, tmp_path: Path) -> None:
     done = run("--criu", str(criu.path), folder=tmp_path)

@@ -61,6 +61,7 @@ def test_the_end_of_a_tree(family: tuple[int, int]) -> None:
     end([child])
 
 
+@pytest.mark.slow
 def test_a_tree_that_is_held_and_let_go(family: tuple[int, int]) -> None:
     parent, child = family
     with freeze(parent) as tree:

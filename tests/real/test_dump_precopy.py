@@ -106,7 +106,7 @@ def test_exactly_what_was_written(
     running.ends_right()
 
 
-@pytest.mark.loop("4.2")
+@pytest.mark.slow
 @pytest.mark.parametrize("release", RELEASES)
 def test_unchanged_pages_come_lazily_from_the_parents(release: str, running: Writer, tmp_path: Path) -> None:
     top = chain(running, tmp_path)
@@ -163,7 +163,7 @@ def test_tracking_leaves_no_trace(running: Writer, tmp_path: Path) -> None:
     running.ends_right()
 
 
-@pytest.mark.loop("closed")
+@pytest.mark.slow
 @pytest.mark.parametrize("skipped", ["another level since", "a level that was not finished", "closed"])
 def test_a_parent_that_the_tracker_does_not_know(skipped: str, running: Writer, tmp_path: Path) -> None:
     """Nothing but the bytes themselves tells then what has changed."""

@@ -185,7 +185,7 @@ def test_chain(kind: str, parents: str, running: Writer, tmp_path: Path) -> None
             assert daemon.wait() == 0
 
 
-@pytest.mark.loop("ours")
+@pytest.mark.slow
 @each_receiver
 def test_a_parent_that_only_one_side_has(kind: str, running: Writer, tmp_path: Path) -> None:
     """The server has none: all is sent. A level on the disk, of which the server has a copy: only what changed."""

@@ -36,6 +36,7 @@ int main(void)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(60)
 def test_dumped_between_two(tmp_path: Path) -> None:
     source, program, output = tmp_path / "vforks.c", tmp_path / "vforks", tmp_path / "output"

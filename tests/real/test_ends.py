@@ -64,6 +64,7 @@ def test_killed_by_the_oom_killer(restored_program: Path, tmp_path: Path) -> Non
     assert [(task["state"], task["signal"]) for task in tasks_of(tmp_path)] == [("died", "SIGKILL")] * 2
 
 
+@pytest.mark.loop("zombie-exec")
 @pytest.mark.every_kernel
 @pytest.mark.parametrize("how", ["exit", "exec"])
 @pytest.mark.parametrize("waited_for", [False, True], ids=["zombie", "reaped at once"])
@@ -105,6 +106,7 @@ main()
 """
 
 
+@pytest.mark.loop("exec")
 @pytest.mark.every_kernel
 @pytest.mark.parametrize("how", ["kill", "exit", "exec"])
 def test_on_kernels_before_6_15(how: str, restored_program: Path, tmp_path: Path) -> None:

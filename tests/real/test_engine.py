@@ -609,7 +609,7 @@ def test_generations_that_part(file: PagesFile) -> None:
             service.wait(TaskEventKind.COMPLETE, kind)
 
 
-@pytest.mark.loop("False")
+@pytest.mark.slow
 @pytest.mark.parametrize("background", [False, pytest.param(True, marks=pytest.mark.every_kernel)])
 def test_fork_storm(file: PagesFile, background: bool) -> None:
     """200 children, forked while threads of the parent fault. During a fork the kernel refuses all copies.

@@ -181,6 +181,7 @@ def test_who_got_the_pid_is_not_killed(file: PagesFile, tmp_path: Path) -> None:
         wait_for_their_end()
 
 
+@pytest.mark.slow
 def test_a_restorer_that_is_not_understood(file: PagesFile, tmp_path: Path) -> None:
     """The daemon reads no further, and ends; the uffd that it has not read goes on to the guard."""
     unknown = struct.pack("=i", -4711)
@@ -281,6 +282,7 @@ def test_oom_killer(tmp_path: Path) -> None:
         server.wait()
 
 
+@pytest.mark.slow
 def test_what_was_sent_to_a_daemon_that_fails_to_start_is_held(
     restored_program: Path, tmp_path: Path
 ) -> None:

@@ -98,6 +98,7 @@ def test_another_guard_knows_what_the_first_one_knew(restored_program: Path, tmp
     assert ended[KILLED] >= 6, ended
 
 
+@pytest.mark.slow
 def test_killed_before_the_daemon_looks(restored_program: Path, tmp_path: Path) -> None:
     """Before there is an event loop; and that never comes, so the daemon ends with what it has been sent."""
     go = tmp_path / "go"

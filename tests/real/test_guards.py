@@ -112,6 +112,7 @@ def test_eagerly(by: Criu, scenario: str, dumps: Checkpoints, tmp_path: Path) ->
         restored.check_verdict()
 
 
+@pytest.mark.slow
 def test_a_chain(program: Program, tmp_path: Path) -> None:
     """Pre-dumps mark what they find, and leave guards alone."""
     checkpoint = Checkpoints(tmp_path, program).get(DumpedByUs(CRIU.release, pre_dumps=2), "guarded")

@@ -161,6 +161,7 @@ def test_a_task_that_is_killed(
         completes(victim, source, program, tmp_path / "second")
 
 
+@pytest.mark.slow
 def test_a_task_that_the_oom_killer_ends(program: Program, tmp_path: Path) -> None:
     """As above, by its memory cgroup, in which what comes has no room."""
     with running(OLD, "small_stacks", program, tmp_path) as victim, source_of(victim) as source:
@@ -188,6 +189,7 @@ def test_a_task_that_exits_by_itself(client: str, program: Program, tmp_path: Pa
         assert victim.has_ended()
 
 
+@pytest.mark.slow
 def test_the_others_hear_that_one_has_completed(program: Program, tmp_path: Path) -> None:
     """Three destinations of one dump, one of them faster: the other two end what would run twice, at once."""
     with (
@@ -235,7 +237,7 @@ def is_there(pid: int) -> bool:
         return False
 
 
-@pytest.mark.loop("ours")
+@pytest.mark.slow
 @pytest.mark.parametrize("client", ["ours", "4.1", "4.2"])
 def test_a_signal_while_the_destination_runs(client: str, program: Program, tmp_path: Path) -> None:
     """However often: it does not run on both sides."""

@@ -184,7 +184,7 @@ def test_zero_pages_are_not_sent(tmp_path: Path) -> None:
         assert len(converse(server.port, get(Layout.CRIU_4_2, 0, 63))) == 32 + 63 * PAGE_SIZE
 
 
-@pytest.mark.loop("plain-77")
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [0, 77])
 @pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
 def test_file_cut_short(tls: bool, more: int, authority: Authority, tmp_path: Path) -> None:

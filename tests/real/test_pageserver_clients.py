@@ -287,6 +287,7 @@ def test_pages_that_drip(short: float, tmp_path: Path) -> None:
         assert "did not arrive within 1 s" in str(error)
 
 
+@pytest.mark.slow
 def test_a_client_that_does_not_hang_up(short: float, images: tuple[Path, Contents]) -> None:
     """After CLOSE nobody waits for it for ever."""
     ours, theirs = socket.socketpair()

@@ -90,6 +90,7 @@ def test_fetch_with_tls(criu: Criu, checkpoints: Checkpoints, authority: Authori
     fetched.check(contents)
 
 
+@pytest.mark.slow
 def test_tls_and_a_protocol_that_nobody_has_named(
     checkpoints: Checkpoints, authority: Authority, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

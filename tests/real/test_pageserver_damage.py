@@ -46,7 +46,7 @@ def split(contents: Contents) -> tuple[Contents, set[tuple[int, int]]]:
     return {at: page for at, page in contents.items() if at not in lost}, lost
 
 
-@pytest.mark.loop("plain, direct")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("tls", "direct"),
     [(False, False), (False, True), (True, True)],
@@ -95,6 +95,7 @@ def test_a_disk_that_heals(tmp_path: Path) -> None:
         healer.join()
 
 
+@pytest.mark.slow
 def test_a_restored_task(restored_program: Path, tmp_path: Path) -> None:
     """Faults and background in the engine: the daemon ends, all is there but what is lost, and that is SIGBUS."""
     here, there = tmp_path / "here", tmp_path / "there"

@@ -107,6 +107,7 @@ BOUNDARIES = [
 ]
 
 
+@pytest.mark.loop("asyncio-reset", "asyncio-close", "asyncio-garbage")
 @pytest.mark.parametrize("how", ["close", "reset", "garbage"])
 @every_loop
 def test_cut_anywhere(
@@ -125,6 +126,7 @@ def test_cut_anywhere(
         assert proxy.connections > len(boundaries)
 
 
+@pytest.mark.loop("reset")
 @pytest.mark.parametrize("how", ["close", "reset", "garbage"])
 def test_cut_anywhere_with_tls(how: str, images: tuple[Path, Contents], tmp_path: Path) -> None:
     """In the handshake, in the first messages, in the middle of records and between them: behind a relay."""
@@ -253,6 +255,7 @@ def test_silent_server_is_kept(images: tuple[Path, Contents], server: PageServer
         timer.join()
 
 
+@pytest.mark.slow
 def test_server_that_comes_later(images: tuple[Path, Contents], tmp_path: Path) -> None:
     """Refused at first; then ended and started again in the middle."""
     some = dict(list(images[1].items())[:300])
@@ -277,6 +280,7 @@ def test_server_that_comes_later(images: tuple[Path, Contents], tmp_path: Path) 
             server.__exit__(None, None, None)
 
 
+@pytest.mark.slow
 def test_told_server_that_is_not_there_yet(images: tuple[Path, Contents], tmp_path: Path) -> None:
     """Who accepts for it hangs up at once: it is asked less and less often, and no page counts as refused."""
     some = dict(list(images[1].items())[:300])
@@ -329,6 +333,7 @@ def test_several_servers(images: tuple[Path, Contents], server: PageServer, tmp_
     assert fetched.stats[3].pages > 0
 
 
+@pytest.mark.slow
 def test_missing_pages(images: tuple[Path, Contents], server: PageServer) -> None:
     """Pages that the server has not: lost after the deadline, and nobody else suffers."""
     some = dict(list(images[1].items())[:300])
@@ -347,6 +352,7 @@ def test_page_that_another_server_has(
         fetch([server.address, second.address], list(more)).check(more)
 
 
+@pytest.mark.slow
 def test_deadline_without_server(images: tuple[Path, Contents]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         address = TcpServer("127.0.0.1", free.getsockname()[1])

@@ -117,7 +117,7 @@ def test_frozen_task(criu: Criu, loop: dict[str, Any], program: Program, tmp_pat
     fetched.check(contents)
 
 
-@pytest.mark.loop("criu-4.2")
+@pytest.mark.slow
 @both
 def test_missing_page_ends_it(criu: Criu, checkpoints: Checkpoints, tmp_path: Path) -> None:
     """CRIU's server closes for a page that it hasn't got, and is gone: what it gave is right, the rest is lost."""

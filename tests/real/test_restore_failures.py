@@ -71,6 +71,7 @@ def change(job: Job, kind: Kind, change_it: Callable[..., None], ident: int | No
     images.write(path, kind, messages)
 
 
+@pytest.mark.slow
 def test_pid_in_use(job: Job) -> None:
     last = Path("/proc/sys/kernel/ns_last_pid")
     with nothing_left():

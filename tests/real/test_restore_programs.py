@@ -102,7 +102,7 @@ def lines(path: Path) -> int:
     return path.read_text().count("\n") if path.exists() else 0
 
 
-@pytest.mark.loop("dumptool")
+@pytest.mark.slow
 def test_attached_ends_as_the_task_does(criu: Criu, tmp_path: Path) -> None:
     out = tmp_path / "out"
     job = Job([str(compiled(SOURCES / "counter.c", "-static")), str(out)], tmp_path, criu)
@@ -265,7 +265,7 @@ def settled(path: Path) -> CoreEntry:
     return core
 
 
-@pytest.mark.loop("dumptool")
+@pytest.mark.slow
 def test_dumped_again(criu: Criu, tmp_path: Path) -> None:
     """What /proc does not show: handlers, masks, alternate stacks, timers, all registers, rseq, robust lists …"""
     folder = tmp_path / "work"
@@ -296,7 +296,7 @@ def test_dumped_again(criu: Criu, tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.loop("dumptool")
+@pytest.mark.slow
 def test_another_user(criu: Criu, tmp_path: Path) -> None:
     """CRIU can't dump it without CAP_SYS_RESOURCE, so the image is changed to say so."""
     out = tmp_path / "out"

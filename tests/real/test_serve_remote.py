@@ -298,6 +298,7 @@ def test_a_network_that_goes_away(server_dies: bool, checkpoints: Checkpoints, t
         restored.check_end()
 
 
+@pytest.mark.slow
 def test_deadline(checkpoints: Checkpoints, tmp_path: Path) -> None:
     """Nobody gives the pages in time: the task gets SIGBUS, never zeros, and the status says so."""
     checkpoint = checkpoints.get(OURS, "single")

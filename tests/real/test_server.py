@@ -27,6 +27,7 @@ def stats_of(directory: Path) -> dict[str, Any]:
     return stats
 
 
+@pytest.mark.loop("True-uvloop")
 @pytest.mark.every_kernel
 @pytest.mark.parametrize("loop", LOOPS)
 @pytest.mark.parametrize("background", [True, False])
@@ -125,6 +126,7 @@ def test_interrupt_before_a_restore(tmp_path: Path) -> None:
     assert not (tmp_path / "lazy-pages.socket").exists()
 
 
+@pytest.mark.loop("2-uvloop", "15-trio")
 @pytest.mark.parametrize("loop", LOOPS)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupt_completes_the_tasks(

@@ -56,6 +56,7 @@ def check_dump(parent: Path, pid: int) -> None:
         assert process.poll() is None
 
 
+@pytest.mark.slow
 def test_nobody_takes_them(newer: tuple[Path, int], tmp_path: Path) -> None:
     directory, pid = newer
     says = SAYS.format(pid=pid)
