@@ -114,6 +114,8 @@ class Restore:
         #: Set when a restorer may connect, or when that has failed.
         self.started = anyio.Event()
         self.ended = anyio.Event()
+        #: Whether a restorer could connect.
+        self.admitted = False
         #: Why nothing, or nothing more, is served.
         self.error: str | None = None
         self.invitation = ""
@@ -209,6 +211,7 @@ class Restore:
 
     async def _beside(self, server: Server) -> None:
         log.log(MESSAGE, "%s", self.invitation, extra=NOT_TO_CLIENT)
+        self.admitted = True
         self.started.set()
         await watch_in_log(server)
 

@@ -250,9 +250,9 @@ class Service:
         self._active[restore.number] = restore
         self._group.start_soon(self._run, restore)
         await restore.started.wait()
-        if restore.error is not None and not restore.invitation:
+        if not restore.admitted:
             self._ended.pop(restore.number, None)
-            raise RequestError(restore.code, restore.error)
+            raise RequestError(restore.code, restore.error or "the daemon has been told to end")
         return {
             "restore": restore.number,
             "socket": f"{asked.names[1]}/{SOCKET_NAME}",
