@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from dumptool.dump import Report, Settings, Watcher, dump, pre_dump
-from dumptool.errors import UnsupportedError
+from dumptool.errors import UnsupportedError, one_line_each
+from dumptool.output import Output
 from dumptool.send import PageServer
 from dumptool.serve import PageService
 from dumptool.survey import Options
@@ -21,6 +22,7 @@ from dumptool.tracking import Method
 from images_spec.errors import ImageError
 from images_spec.flags import PAGE_SIZE
 from lazypages import logs
+from lazypages.cli.daemonize import check_status_fd
 from lazypages.cli.options import verbosity_option
 from lazypages.cli.remote_options import PROTOCOL_OPTION, TLS_FILE_OPTIONS, tls_files
 from lazypages.errors import LazyPagesError
@@ -29,6 +31,7 @@ from lazypages.net.listen import LOOPBACK, UNIX_PREFIX, listen
 from lazypages.net.names import AUTO
 from lazypages.net.url import ConnectedSocket, TcpServer, UnixServer
 from lazypages.net.wire import Layout
+from lazypages.wording import count, duration
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -137,14 +140,17 @@ class _Commands(click.Group):
             return super().invoke(ctx)
         except UnsupportedError as error:
             for refusal in error.refusals:
-                _report_error(f"can't be dumped: {refusal}")
+                log.info("%s", refusal)
+            for line in one_line_each(error.refusals):
+                _report_error(f"can't be dumped: {line}")
         except (LazyPagesError, ImageError) as error:
             _report_error(str(error))
         return ctx.exit(1)
 
 
 def _report_error(text: str) -> None:
-    log.error("%s", text, extra=logs.PRINTED)
+    if log.handlers:  # else logging has not been set up, and would print it as well
+        log.error("%s", text, extra=logs.PRINTED)
     click.echo(f"dumptool: {text}", err=True)
 
 
@@ -158,7 +164,8 @@ def cli() -> None:
       criu dump -t PID -D DIR            dumptool dump -t PID -D DIR
       criu pre-dump -t PID -D DIR        dumptool pre-dump -t PID -D DIR
 
-    Pre-dumps work without soft-dirty bits, too (Linux 6.7). `dumptool COMMAND --help` explains each command.
+    Pre-dumps work without soft-dirty bits, too (Linux 6.7). Programs with sockets or epoll, as most servers are, can't
+    be dumped: for them use `criu dump`. `dumptool COMMAND --help` explains each command.
     """
 
 
@@ -181,7 +188,7 @@ def _common(command: F, *, address: str, port: str) -> F:
                 metavar="DIR",
                 type=click.Path(path_type=Path),
                 default=Path(),
-                help="Directory of the images; created if missing.  [default: .]",
+                help="Directory of the images; created if missing, with its parents.  [default: .]",
             ),
             click.option(
                 "--prev-images-dir",
@@ -350,6 +357,8 @@ def dump_command(**options: Any) -> None:
     --lazy-pages below).
     """
     settings = _settings(options)
+    if options["status_fd"] is not None:
+        check_status_fd(options["status_fd"])
     with _watcher(options) as watcher, _service(options) as serve:
         report = dump(settings, watcher, serve)
     _log_report(report, "dumped", settings.page_server)
@@ -406,13 +415,26 @@ def _log_report(report: Report, what: str, page_server: PageServer | None) -> No
         parts.append(f"writes tracked by {report.tracked}")
     log.log(
         MESSAGE,
-        "%s: %d processes, %d threads; %s; stopped in %.1f ms, for %.1f ms",
+        "%s: %s, %s; %s; stopped in %s, %s",
         what,
-        report.processes,
-        report.threads,
+        count(report.processes, "process", "processes"),
+        count(report.threads, "thread"),
         ", ".join(parts),
-        report.freezing * 1000,
-        report.frozen * 1000,
+        duration(report.freezing * 1e9),
+        _standstill(report),
+    )
+
+
+def _standstill(report: Report) -> str:
+    """How long the tree was stopped; if it ran on elsewhere meanwhile, when that can have begun."""
+    if report.served is None:
+        return f"for {duration(report.frozen * 1e9)}"
+    requested = (
+        "" if report.requested is None else f"; first page requested after {duration(report.requested * 1e9)}"
+    )
+    return (
+        f"images complete after {duration(report.served * 1e9)}{requested}; "
+        f"kept stopped here for {duration(report.frozen * 1e9)}"
     )
 
 
@@ -446,7 +468,7 @@ def _watcher(options: dict[str, Any]) -> Iterator[Watcher]:
     on_terminal = level >= VERBOSITY_OF_PROGRESS and sys.stderr.isatty()
     stream = sys.stderr
     if options["log_file"] is not None:
-        options["images_dir"].mkdir(exist_ok=True)
+        Output(options["images_dir"].absolute(), durable=not options["no_sync"]).make_directory()
         path = options["log_file"]
         stream = logs.open_log(path if path == logs.STDOUT else options["images_dir"] / path)
     if not on_terminal:

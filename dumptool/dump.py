@@ -94,12 +94,14 @@ def dump(settings: Settings, watcher: Watcher, serve: Serve | None = None) -> Re
             run.finish(tasks)
             if settings.lazy_pages and serve is not None:
                 watcher.stage("serving")
-                run.report.frozen = time.monotonic() - tree.frozen_since
+                run.report.frozen = run.report.served = time.monotonic() - tree.frozen_since
                 run.write_stats()  # now: once pages are served, the user may move the images away
                 run.ignore_interrupts()
                 tree.hold()
                 with run.withdrawn_on_error():
-                    serve(tree, settings)
+                    first = serve(tree, settings)
+                if first is not None:
+                    run.report.requested = first - tree.frozen_since
             if settings.leave_running or (settings.lazy_pages and serve is None):
                 tree.release()
                 if not settings.track:
@@ -273,10 +275,8 @@ def _gadgets(task: Task) -> Gadgets | None:
 
 def _set_up_directory(settings: Settings, output: Output) -> None:
     directory, link = settings.images, settings.images / PARENT_LINK
+    output.make_directory()
     try:
-        if not directory.is_dir():
-            directory.mkdir()
-            Output(directory.parent, durable=settings.sync).sync_directory()
         if link.is_symlink():
             link.unlink()
         if settings.parent is not None:

@@ -45,6 +45,18 @@ class Output:
         """For files written by other code; None if not ``durable``."""
         return self._keep if self._durable else None
 
+    def make_directory(self) -> None:
+        """Creates the directory if it is missing, and its parents. Raises ``DumpError``."""
+        missing = [one for one in (self.directory, *self.directory.parents) if not os.path.lexists(one)]
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DumpError(f"{self.directory} can't be created: {error.strerror}") from None
+        for one in reversed(
+            missing
+        ):  # a new directory has its name on the disk once the one above it is synced
+            Output(one.parent, durable=self._durable).sync_directory()
+
     def write(self, name: str, kind: Kind[M], messages: Iterable[M]) -> None:
         """Writes an image of messages. Raises ``ImageError``, ``DumpError``."""
         images.write(self.directory / name, kind, messages, self.keep)

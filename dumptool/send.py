@@ -7,6 +7,7 @@ files of all tasks to its own directory. As with CRIU, the small images stay her
 
 from __future__ import annotations
 
+import logging
 import mmap
 import os
 import socket
@@ -26,9 +27,13 @@ from images_spec.images import Kind
 from images_spec.pagemap import PagemapWriter
 from lazypages.net import wire
 from lazypages.net.link import tune_client
+from lazypages.net.refused import why_closed
 from lazypages.net.tls import TlsFiles
+from lazypages.net.tls_errors import explain, explain_handshake
 from lazypages.net.url import ConnectedSocket, PageServerAddress, TcpServer, UnixServer
 from lazypages.net.wire import Command, Header, ImageType, Layout, encode_dst_id
+
+log = logging.getLogger("lazypages")
 
 STEP_PAGES = 1024
 """Pages gathered before they are sent: 4 MiB. With ``BUFFER_PAGES`` more, the largest pagemap entry at the server."""
@@ -58,12 +63,17 @@ class Sender:
     """
 
     def __init__(self, server: PageServer) -> None:
-        self._address = server.address
-        self._guessed = False  # the layout is a guess, and the server has not answered yet
+        self._address, self._tls = server.address, server.tls
+        self._guessed = False  # the layout is a guess
+        self._named = server.layout
+        self._answered = False
+        self._layout = server.layout or Layout.CRIU_4_1
         with self._errors():
             self._sock = _connect(server)
         try:
-            self._layout = server.layout or self._find_layout()
+            # A server from 4.2 on would wait for ever for the rest of a shorter header, while the tree is frozen.
+            if self._named is None or (self._named is Layout.CRIU_4_1 and not self._encrypted):
+                self._layout = self._find_layout()
         except BaseException:
             self._sock.close()
             raise
@@ -107,8 +117,12 @@ class Sender:
                 self._sock = self._sock.unwrap()
         self._sock.close()
 
+    @property
+    def _encrypted(self) -> bool:
+        return isinstance(self._sock, ssl.SSLSocket)
+
     def _find_layout(self) -> Layout:
-        if isinstance(self._sock, ssl.SSLSocket):
+        if self._encrypted:
             self._guessed = True
             return Layout.CRIU_4_1
         self._send([wire.PROBE_FIRST])
@@ -126,7 +140,14 @@ class Sender:
         elif not answer:
             raise self._closed()
         answer += self._receive(wire.PROBE_ANSWER_SIZE - len(answer))
-        return layout if wire.probe_answer(answer) is None else Layout.CRIU_4_2
+        if wire.probe_answer(answer) is not None:
+            return Layout.CRIU_4_2
+        if self._named not in {layout, None}:
+            log.warning(
+                "page server %s: speaks %s, not %s as --page-server-protocol says: using %s",
+                *(self._address, layout.value, self._named.value, layout.value),
+            )
+        return layout
 
     def _ask(self, header: Header, answer: str) -> int:
         self._send([self._layout.pack(header)])
@@ -142,7 +163,7 @@ class Sender:
                 if not more:
                     raise self._closed()
                 data += more
-        self._guessed = False
+        self._answered = True
         return data
 
     def _send(self, pieces: list[bytes | memoryview]) -> None:
@@ -161,9 +182,13 @@ class Sender:
                     pieces[first] = memoryview(pieces[first])[sent:]
 
     def _closed(self) -> SendError:
-        if self._guessed:
-            hint = wire.GUESSED.format(layout=self._layout)
-            return SendError(f"page server {self._address}: has closed the connection; {hint}")
+        if not self._answered:
+            why = why_closed(
+                *(self._address, self._tls, self._layout), guessed=self._guessed, named=bool(self._named)
+            )
+            return SendError(
+                f"page server {self._address}: has closed the connection before it answered: {why}"
+            )
         return SendError(
             f"page server {self._address}: has closed the connection; see its log. What it has received is not an image"
         )
@@ -174,13 +199,12 @@ class Sender:
             yield
         except TimeoutError:
             raise SendError(f"page server {self._address}: no progress for {PATIENCE:g} s") from None
-        except ssl.SSLError as error:
-            what = getattr(error, "verify_message", None) or error.reason or error
-            raise SendError(f"page server {self._address}: TLS: {what}") from None
-        except (BrokenPipeError, ConnectionResetError):
+        except (BrokenPipeError, ConnectionResetError, ssl.SSLEOFError):
             raise self._closed() from None
         except OSError as error:
-            raise SendError(f"page server {self._address}: {error.strerror or error}") from None
+            raise SendError(f"page server {self._address}: {explain(error, 'server')}") from None
+        except UnicodeError:
+            raise SendError(f"page server {self._address}: not a host name") from None
 
 
 class SentImage:
@@ -264,11 +288,17 @@ def _start_tls(sock: socket.socket, files: TlsFiles, address: PageServerAddress)
     assert isinstance(address, TcpServer)
     try:
         secure = files.client_context().wrap_socket(sock, server_hostname=address.host)
+    except TimeoutError:
+        sock.close()
+        raise
+    except OSError as error:
+        sock.close()
+        raise SendError(f"page server {address}: {explain_handshake(error, 'server')}") from None
     except BaseException:
         sock.close()
         raise
     try:
-        files.verify_peer(secure.getpeercert(), address.host)
+        files.verify_server(secure.getpeercert(), address.host)
     except BaseException:
         secure.close()
         raise

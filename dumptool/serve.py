@@ -45,6 +45,7 @@ from lazypages.net.page_connection import Gate, PageConnection
 from lazypages.net.peers import StrangerError
 from lazypages.net.tls import TlsError, TlsFiles
 from lazypages.net.wire import CloseFlags
+from lazypages.wording import count, size
 
 log = logging.getLogger("lazypages")
 
@@ -204,8 +205,8 @@ class PageService:
     status_fd: int | None = None
     strangers: bool = False
 
-    def __call__(self, tree: FrozenTree, settings: Settings) -> None:
-        """Serves until a client has everything.
+    def __call__(self, tree: FrozenTree, settings: Settings) -> float | None:
+        """Serves until a client has everything. Returns when the first page was requested.
 
         Raises ``DumpError`` on SIGINT or SIGTERM, and if a frozen process is killed. If a client may have started the
         tasks, the tree then stays stopped.
@@ -236,6 +237,7 @@ class PageService:
             accept_all(self.listener, stop.fileno(), clients.serve, last_words=2 * LAST_WORDS)
             self.listener.close()
             clients.conclude()
+            return clients.first_request
 
 
 class _Clients:
@@ -263,6 +265,7 @@ class _Clients:
         self._unknown = False
         self._may_run: set[int] = set()  # numbers of other clients that may have started the tasks
         self._winner: _Client | None = None
+        self.first_request: float | None = None
         self._gone: SourceGoneError | None = None
 
     def serve(self, sock: socket.socket, name: str) -> None:
@@ -290,6 +293,8 @@ class _Clients:
             self._gone = error
             os.eventfd_write(self._ended, 1)
             raise
+        if found and self.first_request is None:
+            self.first_request = time.monotonic()
         if found and not self._unknown:
             with self._changing():
                 self._unknown = True
@@ -343,7 +348,7 @@ class _Clients:
                 _size(missing),
             )
             return
-        why = str(self._gone or f"ended by a signal, {_size(missing)} were never requested")
+        why = str(self._gone or f"ended by a signal, never requested: {_size(missing)}")
         error = SourceGoneError if self._gone else DumpError
         if self._tree.stays:
             raise error(f"{why}; {_ways_out(self._tree)}")
@@ -374,7 +379,7 @@ class _Client(Gate):
         except (TlsError, StrangerError) as error:
             log.error("%s: %s", self._name, error)
             return
-        connection = PageConnection(sock, self, self._name, gate=self)
+        connection = PageConnection(sock, self, self._name, gate=self, tls=service.tls)
         clean = False
         try:
             clean = connection.run()
@@ -428,7 +433,7 @@ class _Client(Gate):
             )
         elif last:
             log.warning(
-                "%s: disconnected before it had everything, %s were never requested; the tasks stay frozen, waiting "
+                "%s: disconnected before it had everything, never requested: %s; the tasks stay frozen, waiting "
                 "for a client (Ctrl-C or SIGTERM ends the waiting)",
                 self._name,
                 _size(never_asked),
@@ -462,7 +467,7 @@ def _unacknowledged(sock: socket.socket) -> int:
 
 
 def _size(pages: int) -> str:
-    return f"{pages} pages ({pages * PAGE_SIZE / (1 << 20):.1f} MiB)"
+    return f"{count(pages, 'page')} ({size(pages * PAGE_SIZE)})"
 
 
 @contextmanager

@@ -46,6 +46,8 @@ class Report:
     """Results of a run; times in seconds.
 
     ``freezing``: from the first seized thread until all threads are stopped. ``frozen``: how long the tree was stopped.
+    If its pages were served meanwhile: after ``served`` of that a client could connect, and after ``requested`` one
+    requested the first page (None: no client did), which its restore does shortly before the tasks run again.
     ``scanning``: spent in finding pages, ``writing`` in copying them. ``tracked``: the tracking methods in use.
     """
 
@@ -53,6 +55,8 @@ class Report:
     threads: int = 0
     freezing: float = 0.0
     frozen: float = 0.0
+    served: float | None = None
+    requested: float | None = None
     scanning: float = 0.0
     writing: float = 0.0
     counts: Counts = field(default_factory=Counts)
@@ -95,5 +99,8 @@ class Watcher:
         """Number of pages copied since the last call."""
 
 
-Serve = Callable[[FrozenTree, Settings], None]
-"""Serves the pages that were left out (``Settings.lazy_pages``) while the tree is frozen."""
+Serve = Callable[[FrozenTree, Settings], float | None]
+"""Serves the pages that were left out (``Settings.lazy_pages``) while the tree is frozen.
+
+Returns when the first page was requested, in seconds of time.monotonic(); None if none was.
+"""

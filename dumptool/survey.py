@@ -39,6 +39,14 @@ TTY_MAJORS = frozenset({4, 5, *range(136, 144)})
 """Consoles, /dev/tty and /dev/console, pseudo-terminals (Documentation/admin-guide/devices.txt)."""
 PTS_MAJORS = range(136, 144)
 
+CRIU_SAVES = frozenset(
+    {
+        *(f"anon_inode:[{name}]" for name in ("eventfd", "eventpoll", "fanotify", "signalfd", "timerfd")),
+        "anon_inode:inotify",
+    }
+)
+"""Descriptors that dumptool does not save, but CRIU 4.1 and 4.2 do."""
+
 NR_RESTART_SYSCALL = "219"
 
 SCHED_DEADLINE = 6
@@ -290,9 +298,11 @@ def _unsupported(file: proc.OpenFile, options: Options) -> str | None:
     """The reason why a descriptor can't be saved; None if it can."""
     mode, link = file.status.st_mode, file.link
     if stat.S_ISSOCK(mode):
-        return f"{link} is a socket; sockets are not saved"
+        return f"{link} is a socket; dumptool saves none, use `criu dump`"
     if link.startswith("/memfd:"):
-        return f"{link} is a memfd, which is not saved"
+        return f"{link} is a memfd, which is not saved; use `criu dump`"
+    if link in CRIU_SAVES:
+        return f"{link} is not saved; use `criu dump`"
     if not link.startswith("/") and not stat.S_ISFIFO(mode):
         return f"{link} is not saved"
     if stat.S_ISFIFO(mode):

@@ -56,7 +56,8 @@ class TaskImages(NamedTuple):
     ``extents`` does not contain them. A zombie has no memory: everything is empty.
 
     ``seen``: memory that other processes read without the task's help: arguments, environment and auxiliary vector
-    (/proc/<pid>/cmdline and so on), and the top of the leader's stack.
+    (/proc/<pid>/cmdline and so on), and the top of the leader's stack. ``comm``: the name of its program,
+    up to 15 bytes.
     """
 
     pid: int
@@ -67,6 +68,7 @@ class TaskImages(NamedTuple):
     guards: list[Span]
     levels: list[TaskLevel]
     seen: Sequence[Span] = ()
+    comm: bytes = b""
 
 
 class Checkpoint:
@@ -98,7 +100,7 @@ class Checkpoint:
             raise ImageError(self.directory / Kind.PSTREE.file_name(), f"has no task {pid}")
         core = images.read_one(self.directory / Kind.CORE.file_name(pid), Kind.CORE)
         if core.tc.task_state == TaskState.TASK_DEAD:
-            return TaskImages(pid, True, resolve([None], remote=remote), [], [], [], [])
+            return TaskImages(pid, True, resolve([None], remote=remote), [], [], [], [], comm=core.tc.comm)
         mm_path = self.directory / Kind.MM.file_name(pid)
         mm = images.read_one(mm_path, Kind.MM)
         _check_mappings(mm, mm_path)
@@ -109,7 +111,9 @@ class Checkpoint:
         extents = resolve(pagemaps, remote=remote).without(guards)
         extents.check_covered(vmas, pagemaps[0].path)
         wiped = [vma for vma in vmas if vma in advised]
-        return TaskImages(pid, False, extents, vmas, wiped, guards, levels, seen.of_task(mm, core))
+        return TaskImages(
+            pid, False, extents, vmas, wiped, guards, levels, seen.of_task(mm, core), core.tc.comm
+        )
 
     def thread_stacks(self, pid: int) -> Iterator[Span]:
         """The tops of the stacks of a task's threads, except the leader's. Raises ``ImageError``."""
@@ -219,7 +223,8 @@ def _find_pages(pagemap: Pagemap, directory: Path) -> TaskLevel:
         status = path.stat()
     except FileNotFoundError:
         if pagemap.present_pages:
-            promise = f"{pagemap.path.name} promises {pagemap.present_pages} pages"
+            promised = pagemap.present_pages
+            promise = f"{pagemap.path.name} promises {promised} page{'' if promised == 1 else 's'}"
             raise ImageMissingError(path, f"no such image, but {promise}") from None
         return TaskLevel(directory, None, 0)
     except OSError as error:

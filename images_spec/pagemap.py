@@ -73,7 +73,8 @@ class Pagemap:
         """Raises ``ImageError`` if the pages file ``path`` of ``size`` bytes is shorter than the pagemap says."""
         wanted = self.present_pages * PAGE_SIZE
         if size < wanted:
-            promise = f"{self.path.name} promises {self.present_pages} pages ({wanted} bytes)"
+            promised = f"{self.present_pages} page{'' if self.present_pages == 1 else 's'}"
+            promise = f"{self.path.name} promises {promised} ({wanted} bytes)"
             raise ImageError(path, f"holds {size} bytes, but {promise}")
 
 

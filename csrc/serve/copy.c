@@ -225,6 +225,12 @@ int lp_copy_level(struct lp_task *t, const struct lp_run *run, enum lp_claims cl
 		read = read_cold(t->engine, level, &part, claims);
 		rc = copy_unguarded(t, &part, read ? read : (const char *)level->base + run->offset, claims, touched, look);
 	}
+	if (read) {
+		uint64_t around = lp_cold_around(&t->engine->cold); /* its thread runs on already */
+
+		if (around)
+			level->around(level, run->offset, around);
+	}
 	still = read ? held : level->held(level, run->offset, held);
 	if (still < held)
 		lp_post_lost(t, run, still, 1, ESTALE);

@@ -21,6 +21,11 @@ static int64_t file_read(const struct lp_level *level, void *buffer, uint64_t of
 	return lp_pages_read(level->fd, buffer, offset, nr_pages);
 }
 
+static void file_around(const struct lp_level *level, uint64_t offset, uint64_t size)
+{
+	readahead(level->fd, (off64_t)(offset - offset % size), size);
+}
+
 static void file_prefetch(const struct lp_level *level, uint64_t offset, uint64_t size)
 {
 	uint64_t begun = lp_now_ns();
@@ -33,5 +38,5 @@ static void file_prefetch(const struct lp_level *level, uint64_t offset, uint64_
 
 void lp_level_of_file(struct lp_level *level, const void *base, uint64_t size, int fd)
 {
-	*level = (struct lp_level){base, size, fd, file_held, file_read, file_prefetch};
+	*level = (struct lp_level){base, size, fd, file_held, file_read, file_around, file_prefetch};
 }

@@ -22,6 +22,8 @@ struct lp_level {
 	 * Returns the number of pages, from the first one on, that could be read and were held then; 0 or -errno: none.
 	 */
 	int64_t (*read)(const struct lp_level *level, void *buffer, uint64_t offset, uint64_t nr_pages);
+	/* The bytes around offset may be needed: begins to read them, without waiting. */
+	void (*around)(const struct lp_level *level, uint64_t offset, uint64_t size);
 	/* These bytes are copied soon: makes them cheap to read, and may block for that.  No error: the copy will meet it. */
 	void (*prefetch)(const struct lp_level *level, uint64_t offset, uint64_t size);
 };

@@ -207,7 +207,7 @@ bool lp_read_events(struct lp_task *t)
 				now = lp_now_ns();
 			lp_count(&t->stats.faults, 1);
 			if (t->engine->trace)
-				lp_task_trace_at(t, now, LP_TRACE_FAULT, LP_TRACE_NO_SOURCE, addr, 1, 0);
+				lp_task_trace_at(t, now, LP_TRACE_FAULT, LP_TRACE_NO_SOURCE, addr, 1, 0, 0);
 			lp_faults_push(&t->faults, (struct lp_fault){.addr = addr, .since = now, .times = 1});
 		}
 		late = departure_is_late(t, first);

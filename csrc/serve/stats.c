@@ -30,7 +30,7 @@ uint64_t lp_count_answered(struct lp_task *t, uint64_t since, uint32_t times, ui
 	uint64_t now = lp_now_ns(), ns = now - since, max = atomic_load(&t->stats.service_max);
 
 	if (t->engine->trace)
-		lp_task_trace_at(t, now, LP_TRACE_ANSWERED, source, addr, pages, ns);
+		lp_task_trace_at(t, now, LP_TRACE_ANSWERED, source, addr, pages, ns, times);
 	atomic_fetch_add_explicit(&t->histogram[bucket_of(ns)], times, memory_order_relaxed);
 	while (ns > max && !atomic_compare_exchange_weak(&t->stats.service_max, &max, ns))
 		;

@@ -15,7 +15,7 @@ static inline uint16_t lp_trace_source(uint32_t source)
 
 /* (There is a trace.) */
 static inline void lp_task_trace_at(const struct lp_task *t, uint64_t time, enum lp_trace_kind kind, uint16_t source,
-				    uint64_t addr, uint64_t pages, uint64_t detail)
+				    uint64_t addr, uint64_t pages, uint64_t detail, uint32_t times)
 {
 	lp_trace_put(t->engine->trace, &(struct lp_trace_record){
 					       .time = time,
@@ -26,6 +26,7 @@ static inline void lp_task_trace_at(const struct lp_task *t, uint64_t time, enum
 					       .memory = t->number,
 					       .kind = kind,
 					       .source = source,
+					       .times = times,
 				       });
 }
 
@@ -34,7 +35,7 @@ static inline void lp_task_trace(const struct lp_task *t, enum lp_trace_kind kin
 				 uint64_t pages, uint64_t detail)
 {
 	if (t->engine->trace)
-		lp_task_trace_at(t, lp_now_ns(), kind, source, addr, pages, detail);
+		lp_task_trace_at(t, lp_now_ns(), kind, source, addr, pages, detail, 0);
 }
 
 /* When something begins that lp_task_trace_took is about; 0: there is no trace. */
@@ -49,7 +50,7 @@ static inline void lp_task_trace_took(const struct lp_task *t, uint64_t begun, e
 	uint64_t now = begun ? lp_now_ns() : 0;
 
 	if (begun)
-		lp_task_trace_at(t, now, kind, source, addr, pages, now - begun);
+		lp_task_trace_at(t, now, kind, source, addr, pages, now - begun, 0);
 }
 
 #endif

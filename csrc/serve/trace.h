@@ -32,6 +32,7 @@ enum lp_trace_kind {
 	LP_TRACE_GONE,	     /* the memory does not exist any more */
 	LP_TRACE_DROPPED,    /* not the task's: `pages` records were dropped up to now */
 	LP_TRACE_END,	     /* the last record of a file that was written to its end; pages as in LP_TRACE_DROPPED */
+	LP_TRACE_RESTORED,   /* not one task's: the restore has finished, all tasks run; put by Python */
 };
 
 /* Beside the levels 0, 1, ... of the chain of images. */
@@ -45,7 +46,7 @@ struct lp_trace_record {
 	uint32_t task;	 /* its tag */
 	uint32_t memory; /* its number: 1, 2, ... as they came; that of a forked child is not its parent's */
 	uint16_t kind, source;
-	uint32_t unused;
+	uint32_t times; /* of LP_TRACE_ANSWERED: how many faults it answered, else 0 */
 };
 
 struct lp_trace;

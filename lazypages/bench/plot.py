@@ -1,6 +1,6 @@
 """Pictures of a bench: latency distributions of all peers, and first touches over time and address.
 
-Needs matplotlib: `pip install 'lazypages[plot]'`.
+Needs matplotlib, the extra `plot`.
 """
 
 from __future__ import annotations

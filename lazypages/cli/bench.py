@@ -19,6 +19,7 @@ from lazypages.bench.suite import Row, Suite
 from lazypages.bench.targets import print_targets
 from lazypages.bench.workloads import Workload
 from lazypages.observe.pictures import check_picture
+from lazypages.outputs import check_output
 
 #: Width in columns of a table that is written to a file.
 _FILE_WIDTH = 200
@@ -96,6 +97,8 @@ def bench_command(  # noqa: PLR0917 - the options
     rows: list[Row] = []
     found = [] if no_criu else peers.find_criu(criu)
     workloads = _workloads(extent, only, criu=bool(found))
+    if json_path:
+        check_output("--json", json_path)
     if plot_path:
         check_picture("--plot", plot_path)
     console = Console()

@@ -79,6 +79,9 @@ OURS: Mapping[str, frozenset[str]] = {
     "page-server": frozenset([*_OF_BOTH, "lazy-pages", "prev-images-dir", "auto-dedup"]),
 }
 
+#: Of `lazy-pages`: CRIU ignores them without --page-server; a configuration file may have them for other commands.
+_OF_PAGE_SERVER = {"address", "port", "ps-socket", "tls"}
+
 #: What `lazypages` calls them.
 COMMANDS = {"lazy-pages": "serve", "page-server": "page-server"}
 
@@ -205,19 +208,23 @@ def translate(call: Call) -> list[str]:
     """
     assert call.command is not None
     ours = OURS[call.command]
+    if "page-server" in ours and not _is_set(call, "page-server"):
+        ours -= _OF_PAGE_SERVER
     arguments = [COMMANDS[call.command]]
     values = {name: call.last(name) for name in sorted(ours - FLAGS)}
     arguments += [f"--{name}={value}" for name, value in values.items() if value is not None]
-    for name in sorted(ours & FLAGS):
-        given = [option.name for option in call.options if option.name in _spellings(name)]
-        if given and not given[-1].startswith("no-"):
-            arguments.append(f"--{name}")
+    arguments += [f"--{name}" for name in sorted(ours & FLAGS) if _is_set(call, name)]
     for name, value in call.options:
         if name == "verbosity":
             arguments.append(f"-v{value or ''}")
         elif name.startswith("-"):
             arguments.append(name)
     return arguments
+
+
+def _is_set(call: Call, flag: str) -> bool:
+    given = [option.name for option in call.options if option.name in _spellings(flag)]
+    return bool(given) and not given[-1].startswith("no-")
 
 
 def _spellings(flag: str) -> tuple[str, ...]:

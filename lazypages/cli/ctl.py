@@ -11,9 +11,9 @@ import click
 
 from lazypages.engine.memory import PAGE_SIZE
 from lazypages.errors import LazyPagesError
-from lazypages.observe.summary import count, size
 from lazypages.resident.client import Client
 from lazypages.resident.protocol import SOCKET
+from lazypages.wording import count, size
 
 EPILOG = """\b
 Exit status

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import click
 
 from lazypages import logs
-from lazypages.cli.daemonize import daemonize, open_pidfile, report_ready
+from lazypages.cli.daemonize import check_status_fd, daemonize, open_pidfile, report_ready
 from lazypages.cli.imports import importing
 from lazypages.cli.options import verbosity_option
 from lazypages.control import descriptors
@@ -114,7 +114,7 @@ def daemon_command(
     `lazypages ctl`, or any program (docs/daemon.md describes the messages). Only root and the daemon's own user may.
     """
     if status_fd is not None:
-        _check_status_fd(status_fd)
+        check_status_fd(status_fd)
     if find_spec(loop) is None:
         raise LazyPagesError(f"--loop {loop}: not installed; install the Python package {loop}")
     if daemon:
@@ -159,13 +159,6 @@ def _serve(
                     log.warning("cannot signal readiness: %s", error)
 
         run(loop, listener, guard, Limits(max_restores, descriptors.limit()), ready=running)
-
-
-def _check_status_fd(status_fd: int) -> None:
-    try:
-        os.fstat(status_fd)
-    except OSError as error:
-        raise LazyPagesError(f"--status-fd {status_fd}: {error.strerror}") from error
 
 
 def _limit_descriptors(most: int | None) -> None:

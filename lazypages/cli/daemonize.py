@@ -51,6 +51,14 @@ def daemonize(pidfile: int | None) -> Callable[[], None]:
     return signal_ready
 
 
+def check_status_fd(status_fd: int) -> None:
+    """Call it before any file is opened, which could get this number. Raises LazyPagesError if the fd is not open."""
+    try:
+        os.fstat(status_fd)
+    except OSError as error:
+        raise LazyPagesError(f"--status-fd {status_fd}: {error.strerror}") from error
+
+
 def report_ready(status_fd: int) -> None:
     """Write one 0 byte and close the fd, as ``criu lazy-pages --status-fd`` does. Raises LazyPagesError."""
     try:

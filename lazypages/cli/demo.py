@@ -23,7 +23,7 @@ import click
 
 from lazypages.engine import kernel
 from lazypages.errors import LazyPagesError
-from lazypages.observe.summary import duration, size
+from lazypages.wording import duration, size
 
 HERE = Path(__file__).parent
 TASK = HERE / "demo_task.py"

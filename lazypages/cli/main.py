@@ -80,10 +80,20 @@ def cli() -> None:
 
 @click.command()
 @click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
-def show(directory: Path) -> None:
+@click.option(
+    "--mappings", "each", is_flag=True, help="Print the pages of each task, and each of its mappings."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON (docs/show.md).")
+def show(directory: Path, each: bool, as_json: bool) -> None:
     """Show the contents of the image directory DIR: tasks, mappings, and where their pages are."""
+    from lazypages.cli import show as contents  # noqa: PLC0415 - slow to import
+
+    shown = contents.load(directory)
+    if as_json:
+        import json  # noqa: PLC0415 - only needed here
+
+        click.echo(json.dumps(contents.as_dict(shown)))
+        return
     from rich.console import Console  # noqa: PLC0415 - only needed here, and slow to import
 
-    from lazypages.cli.show import show as show_images  # noqa: PLC0415
-
-    show_images(directory, Console(highlight=False))
+    contents.show(shown, Console(highlight=False), each=each)

@@ -21,8 +21,11 @@ from images_spec.errors import ImageError
 from images_spec.identity import identify
 from images_spec.images import Kind
 from lazypages import logs
-from lazypages.cli.daemonize import daemonize, open_pidfile, report_ready
+from lazypages.cli.config_files import CRIU_OPTIONS, Configured, log_settings
+from lazypages.cli.config_files import EPILOG as CONFIG_EPILOG
+from lazypages.cli.daemonize import check_status_fd, daemonize, open_pidfile, report_ready
 from lazypages.cli.options import verbosity_option
+from lazypages.cli.remote_options import add_options
 from lazypages.errors import LazyPagesError
 from lazypages.logs import MESSAGE
 from lazypages.net.listen import (
@@ -74,7 +77,7 @@ Access
 _PATH = click.Path(path_type=Path)
 
 
-@click.command(epilog=EPILOG)
+@click.command(cls=Configured, epilog=EPILOG + CONFIG_EPILOG)
 @click.option(
     "-D", "--images-dir", metavar="DIR", type=_PATH, default=Path(), help="The images.  [default: .]"
 )
@@ -133,10 +136,26 @@ _PATH = click.Path(path_type=Path)
     help=f"Certificates of trusted authorities.  [default: {DEFAULT_CACERT}]",
 )
 @click.option("--tls-cacrl", metavar="FILE", type=_PATH, help="List of revoked certificates.")
-@click.option("--tls-cert", metavar="FILE", type=_PATH, default=DEFAULT_CERT, show_default=True)
-@click.option("--tls-key", metavar="FILE", type=_PATH, default=DEFAULT_KEY, show_default=True)
 @click.option(
-    "--tls-no-cn-verify", is_flag=True, help="Accept client certificates that do not name --address."
+    "--tls-cert",
+    metavar="FILE",
+    type=_PATH,
+    default=DEFAULT_CERT,
+    show_default=True,
+    help="Our certificate; it must name the address that clients connect to.",
+)
+@click.option(
+    "--tls-key",
+    metavar="FILE",
+    type=_PATH,
+    default=DEFAULT_KEY,
+    show_default=True,
+    help="Its private key.",
+)
+@click.option(
+    "--tls-no-cn-verify",
+    is_flag=True,
+    help="Without --tls-cacert: accept certificates of the system's authorities, whatever they name.",
 )
 @click.option(
     "--keep-serving", is_flag=True, help="With --lazy-pages: serve any number of clients, until a signal."
@@ -146,6 +165,7 @@ _PATH = click.Path(path_type=Path)
     is_flag=True,
     help="Without --tls: allow addresses that other hosts can reach, and other users of this host.",
 )
+@add_options(CRIU_OPTIONS)
 @click.pass_context
 def page_server_command(
     ctx: click.Context,
@@ -176,6 +196,8 @@ def page_server_command(
 
     Replaces `criu page-server`; CRIU and lazypages can be on the other side.
     """
+    if status_fd is not None:
+        check_status_fd(status_fd)
     for option, path in (("-D", images_dir), ("-W", work_dir)):
         if path is not None and not path.is_dir():
             raise LazyPagesError(f"{option} {path} is not a directory")
@@ -186,6 +208,7 @@ def page_server_command(
         _log_stream(log_file and (log_file if log_file == logs.STDOUT else work / log_file), daemon),
         None,
     )
+    log_settings(ctx)
     files = TlsFiles(tls_cacert, tls_cert, tls_key, tls_cacrl, not tls_no_cn_verify) if tls else None
     if files:
         files.server_context()  # fails now if the certificates can't be used
@@ -280,7 +303,7 @@ class _Server:
             log.error("%s: %s", name, error)
             return False
         answerer = None if self._tls else self.images.answerer(sock.fileno())
-        connection = PageConnection(sock, self.images, name, answerer, Gate(self.identity))
+        connection = PageConnection(sock, self.images, name, answerer, Gate(self.identity), tls=self._tls)
         if self._ending is not None:
             self._ending.connected(connection)
         clean = False
@@ -306,7 +329,7 @@ class _Server:
         clean = False
         with socket.socket(fileno=os.dup(sock.fileno())) as plain, _cut_off(plain, stop):
             try:
-                ReceiveConnection(sock, receiver).run()
+                ReceiveConnection(sock, receiver, self._tls).run()
                 clean = True
             finally:
                 hang_up(sock, clean=clean)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from lazypages.observe.pictures import check_picture
+from lazypages.observe.pictures import check_picture, check_plotly
 from lazypages.observe.tracing import read_trace
 
 
@@ -18,7 +18,7 @@ from lazypages.observe.tracing import read_trace
     metavar="OUT.png|OUT.html",
     type=click.Path(path_type=Path),
     required=True,
-    help="The picture: one PNG, or an HTML page with a picture for each task.",
+    help="The picture: a PNG, or an HTML page to zoom into, with details under the pointer.",
 )
 def plot_command(file: Path, output: Path) -> None:
     """Draw the trace FILE of lazypages serve --trace.
@@ -26,10 +26,22 @@ def plot_command(file: Path, output: Path) -> None:
     For each task: when, where and from which source its pages arrived; the latency of its faults; how much of its
     memory had arrived. An incomplete trace (still being written, or the daemon was killed) is drawn up to its end.
 
-    Needs matplotlib: pip install 'lazypages[plot]'
+    Needs matplotlib, and for an HTML page plotly, in the same Python environment (pip install matplotlib plotly).
     """
     check_picture("--output", output)
+    page = output.suffix == ".html"
+    if page:
+        check_plotly("--output")
     trace = read_trace(file)
-    from lazypages.observe.trace_picture import plot_trace  # noqa: PLC0415 - needs what check_picture looks for
+    # These need what was checked.
+    from lazypages.observe.trace_data import TraceData  # noqa: PLC0415
 
-    plot_trace(trace, output)
+    data = TraceData(trace)
+    if page:
+        from lazypages.observe.trace_page import write_page  # noqa: PLC0415
+
+        write_page(data, output)
+    else:
+        from lazypages.observe.trace_picture import draw_trace  # noqa: PLC0415
+
+        draw_trace(data, output)

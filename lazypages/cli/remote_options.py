@@ -44,7 +44,7 @@ TLS_FILE_OPTIONS = [
         metavar="FILE",
         type=_PATH,
         default=DEFAULT_CERT,
-        help="Our certificate.",
+        help='Our certificate. docs/page-server.md, "Certificates", has the names that it needs.',
         show_default=True,
     ),
     click.option(

@@ -17,7 +17,9 @@ import click
 
 from images_spec.errors import ImageError
 from lazypages import logs
-from lazypages.cli.daemonize import daemonize, open_pidfile, report_ready
+from lazypages.cli.config_files import CRIU_OPTIONS, Configured, log_settings
+from lazypages.cli.config_files import EPILOG as CONFIG_EPILOG
+from lazypages.cli.daemonize import check_status_fd, daemonize, open_pidfile, report_ready
 from lazypages.cli.imports import importing
 from lazypages.cli.options import verbosity_option
 from lazypages.cli.remote_options import SOURCE_OPTIONS, Sources, add_options, sources_of
@@ -38,6 +40,7 @@ from lazypages.loop.preparing import (
 )
 from lazypages.observe import summary
 from lazypages.observe.metrics import Summary
+from lazypages.outputs import check_output
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -73,6 +76,8 @@ Exit status
   1  the daemon failed; or a task lost memory; or a task was killed while it
      missed memory; or it ended then and how it ended is unknown
   2  wrong command line
+  Statistics or a trace that can't be written at the end change nothing of it;
+  that is reported on standard error.
 """
 
 
@@ -96,7 +101,7 @@ class Places(NamedTuple):
         stats_json: Path | None,
         trace: Path | None,
     ) -> Places:
-        """Raises LazyPagesError if a directory or the inventory does not exist."""
+        """Raises LazyPagesError if a directory or the inventory does not exist, or the statistics can't be written."""
         _check_directory("-D", images_dir)
         if work_dir is not None:
             _check_directory("-W", work_dir)
@@ -104,6 +109,8 @@ class Places(NamedTuple):
             raise LazyPagesError(f"-D {images_dir} is not a checkpoint: inventory.img not found")
         work = (work_dir or images_dir).absolute()
         log_path = log_file and (log_file if log_file == logs.STDOUT else work / log_file)
+        if stats_json:
+            check_output("--stats-json", work / stats_json)
         return cls(
             images_dir.absolute(),
             work,
@@ -120,7 +127,7 @@ def _check_directory(option: str, path: Path) -> None:
         raise LazyPagesError(f"{option} {path} {what}: use the same directory as for the restore")
 
 
-@click.command(epilog=EPILOG)
+@click.command(cls=Configured, epilog=EPILOG + CONFIG_EPILOG)
 @click.option(
     "-D",
     "--images-dir",
@@ -188,6 +195,7 @@ def _check_directory(option: str, path: Path) -> None:
     type=click.Path(path_type=Path),
     help="Let the resident daemon at SOCKET (lazypages daemon) serve the restore.",
 )
+@add_options(CRIU_OPTIONS)
 @click.pass_context
 def serve(
     ctx: click.Context,
@@ -223,6 +231,7 @@ def serve(
     terminal = _terminal() if verbosity >= PRINTS_MESSAGES and not daemon and sys.stderr.isatty() else None
     log_stream = _log_stream(places.log_file, terminal)
     logs.start(verbosity, log_stream, terminal)
+    log_settings(ctx)
     descriptors.raise_limit()
     try:
         if via is not None:
@@ -269,7 +278,7 @@ def _serve(
 ) -> Summary:
     """Everything that can be checked is checked before readiness is signalled to a restore."""
     if status_fd is not None:
-        _check_status_fd(status_fd)  # first, before a file that we open can get this number
+        check_status_fd(status_fd)  # first, before a file that we open can get this number
     expected = read_checkpoint(places.images_dir, options, directories)
     descriptors.check_enough(len(with_memory(expected)), len(options.page_servers))
     options = identified(options, places.images_dir)
@@ -296,7 +305,8 @@ def _serve(
             )  # before any thread starts, since threads inherit it
             with tracer or nullcontext():
                 options = options._replace(trace=tracer.ring if tracer else None)
-                _signal_readiness(ready)
+                if not options.page_servers:
+                    _signal_readiness(ready)
                 until_running.enter_context(importing())
                 from lazypages.loop.run import run  # noqa: PLC0415 - slow; runs while the restore starts
 
@@ -307,6 +317,7 @@ def _serve(
                     options,
                     guard,
                     terminal=terminal,
+                    begin=partial(_begin, ready) if options.page_servers else None,
                     running=until_running.close,
                 )
     if result.tasks or result.finished:
@@ -316,7 +327,7 @@ def _serve(
         for line in summary.lines(result):
             log.log(MESSAGE, "%s", line, extra=logs.NOT_ON_TERMINAL)
     if places.stats_json:
-        write_stats(places.stats_json, result)
+        _write_stats(places.stats_json, result.as_dict())
     return result
 
 
@@ -334,7 +345,7 @@ def _serve_via(
     from lazypages.cli.via import Handed  # noqa: PLC0415 - only needed here
 
     if status_fd is not None:
-        _check_status_fd(status_fd)
+        check_status_fd(status_fd)
     ready: list[Callable[[], None]] = [] if status_fd is None else [partial(report_ready, status_fd)]
     handed = Handed(
         via,
@@ -354,7 +365,10 @@ def _serve_via(
         ready.append(daemonize(pidfile))
     elif places.pidfile:
         log.warning("--pidfile has no effect without -d")
-    return handed.wait(ready, places.stats_json)
+    result = handed.wait(_begin, ready)
+    if places.stats_json:
+        _write_stats(places.stats_json, result["summary"])
+    return int(result["exit"])
 
 
 def _check_loop(loop: str) -> None:
@@ -370,6 +384,15 @@ def _signals_blocked() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _begin(ready: Sequence[Callable[[], None]], problems: Sequence[str]) -> None:
+    """Signal that a restore can be started; before that, print the problems with page servers, wherever the log is."""
+    for problem in problems:
+        log.error("%s", problem, extra=logs.PRINTED)
+        if log.isEnabledFor(logging.ERROR):
+            click.echo(f"lazypages: {problem}", err=True)
+    _signal_readiness(ready)
 
 
 def _signal_readiness(ready: Sequence[Callable[[], None]]) -> None:
@@ -405,19 +428,19 @@ def _discard_unwritten() -> None:
             os.close(null)
 
 
-def _check_status_fd(status_fd: int) -> None:
-    try:
-        os.fstat(status_fd)
-    except OSError as error:
-        raise LazyPagesError(f"--status-fd {status_fd}: {error.strerror}") from error
-
-
-def write_stats(path: Path, result: Summary) -> None:
-    """Write a summary as JSON. Raises LazyPagesError."""
+def _write_stats(path: Path, result: dict[str, Any]) -> None:
+    """Write a summary as JSON. A failure is reported, and is not a failure of the restore."""
     import json  # noqa: PLC0415 - keeps the start short
 
     try:
         # On one line: indentation makes it ten times slower, which counts for a thousand tasks.
-        path.write_text(json.dumps(result.as_dict()) + "\n")
+        path.write_text(json.dumps(result) + "\n")
     except OSError as error:
-        raise LazyPagesError(f"--stats-json {path}: {error.strerror}") from error
+        _report_late_error(f"--stats-json {path}: {error.strerror}; this concerns the statistics only")
+
+
+def _report_late_error(text: str) -> None:
+    """An error after the last task has ended: in the log, and on standard error wherever the log goes."""
+    log.error("%s", text, extra=logs.PRINTED)
+    with suppress(OSError):  # the terminal was closed
+        click.echo(f"lazypages: {text}", err=True)

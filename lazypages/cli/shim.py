@@ -37,7 +37,9 @@ def _run(call: Call) -> int:
     with importing():
         from lazypages.cli.main import cli  # noqa: PLC0415 - see `importing`
 
-    cli(translate(call), prog_name="lazypages")
+    # The options of configuration files are in `call` already, and the command line may have taken some back.
+    os.environ.pop("CRIU_CONFIG_FILE", None)
+    cli([*translate(call), "--no-default-config"], prog_name="lazypages")
     raise AssertionError("cli() exits")
 
 

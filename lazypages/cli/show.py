@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
@@ -20,9 +21,21 @@ from images_spec.flags import PAGE_SIZE, lazy_capable
 from images_spec.images import Kind
 from images_spec.messages import CoreEntry, MmEntry, TaskState, VmaEntry
 from images_spec.placement import PageCount, PageCounts, Span, mappings
+from lazypages.wording import count, printable
 
 WIDE = 10_000
 """Width in columns, larger than any line."""
+
+FORMAT = 1
+"""Of the JSON: raised when a field changes its meaning or goes."""
+
+LABELS = {
+    "local": "own images",
+    "remote": "page server",
+    "zero": "zero (never touched)",
+    "guard": "guard (SIGSEGV)",
+}
+"""Names of places in tables; in JSON they have the names of `serve`'s summaries."""
 
 STATES: dict[int, str] = {
     TaskState.TASK_ALIVE: "alive",
@@ -55,24 +68,91 @@ class _TaskReport:
 
     @property
     def title(self) -> str:
-        return f"{_printable(self.core.tc.comm)} ({self.task.pid})"
+        return f"{printable(self.core.tc.comm)} ({self.task.pid})"
 
 
-def show(directory: Path, console: Console) -> None:
-    """Print tasks, mappings, and where their pages are. All images are read before anything is printed.
+class _Mapping(NamedTuple):
+    """A mapping, with numbers of pages.
 
-    A lazy page that is in no image is counted as being at a page server. Raises ``ImageError``.
+    ``missing``: at a page server or lost. ``zero``: without a pagemap entry; None if it is not lazy-capable: such
+    pages may be in a file.
     """
+
+    start: int
+    end: int
+    access: str
+    lazy: bool
+    stored: int
+    missing: int
+    zero: int | None
+    guard: int
+    what: str
+
+    @property
+    def pages(self) -> int:
+        return (self.end - self.start) // PAGE_SIZE
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What is printed: a checkpoint whose images have all been read."""
+
+    checkpoint: Checkpoint
+    reports: list[_TaskReport]
+    mappings: dict[int, list[_Mapping]]
+
+
+def load(directory: Path) -> Shown:
+    """Read all images. A lazy page that is in no image is counted as being at a page server. Raises ``ImageError``."""
     checkpoint = open_checkpoint(directory)
     reports = [_load(checkpoint, task) for task in checkpoint.tasks]
     names = _file_names(directory)
+    found = {report.task.pid: _mappings(report, report.mm, names) for report in reports if report.mm}
+    return Shown(checkpoint, reports, found)
 
-    _print(console, _chain(checkpoint))
-    _print(console, _tree(reports))
-    for report in reports:
-        if report.mm is not None:
-            _print(console, _pages(report))
-            _print(console, _mappings(report, report.mm, names))
+
+def show(shown: Shown, console: Console, *, each: bool = False) -> None:
+    """Print chain and tree, and where the pages of all tasks are. ``each``: of each task, with each mapping."""
+    _print(console, _chain(shown.checkpoint))
+    _print(console, _tree(shown.reports))
+    alive = [report for report in shown.reports if report.mm is not None]
+    if each:
+        for report in alive:
+            _print(console, _pages([report], f"{report.title}: pages"))
+            _print(console, _each_mapping(report.title, shown.mappings[report.task.pid]))
+    elif alive:
+        everything = [mapping for of_task in shown.mappings.values() for mapping in of_task]
+        whose = f"all {len(alive)} tasks" if len(alive) > 1 else alive[0].title
+        _print(console, _pages(alive, f"{whose}: pages"))
+        _print(console, _kinds(f"{whose}: mappings by kind", everything))
+        console.print(f"--mappings prints each of the {count(len(everything), 'mapping')}.", soft_wrap=True)
+
+
+def as_dict(shown: Shown) -> dict[str, Any]:
+    """For JSON. Addresses are strings: not every reader of JSON has integers of 64 bits."""
+    return {
+        "format": FORMAT,
+        "chain": [str(directory) for directory in shown.checkpoint.chain],
+        "tasks": [_task_as_dict(report, shown.mappings.get(report.task.pid, [])) for report in shown.reports],
+    }
+
+
+def _task_as_dict(report: _TaskReport, found: list[_Mapping]) -> dict[str, Any]:
+    core = report.core.tc
+    places = {} if report.memory.is_dead else dict(_all_places([report]))
+    return {
+        "pid": report.task.pid,
+        "ppid": report.task.ppid,
+        "program": printable(core.comm),
+        "state": STATES.get(core.task_state, f"state {core.task_state}"),
+        "wait_status": core.exit_code if report.memory.is_dead else None,
+        "threads": list(report.task.threads),
+        "pages": {name: {"lazy": place.lazy, "eager": place.eager} for name, place in places.items()},
+        "mappings": [
+            mapping._asdict() | {"start": f"{mapping.start:#x}", "end": f"{mapping.end:#x}"}
+            for mapping in found
+        ],
+    }
 
 
 @dataclass(frozen=True)
@@ -103,13 +183,13 @@ def _file_names(directory: Path) -> dict[int, str]:
         files = images.read(directory / Kind.FILES.file_name(), Kind.FILES)
     except ImageMissingError:
         return {}
-    return {entry.id: _printable(entry.reg.name) for entry in files if entry.HasField("reg")}
+    return {entry.id: printable(entry.reg.name) for entry in files if entry.HasField("reg")}
 
 
 def _chain(checkpoint: Checkpoint) -> Table:
     table = _table("Chain of images", "level", "directory")
     for level, directory in enumerate(checkpoint.chain):
-        _add_row(table, f"{level} ({'parent' if level else 'own'})", _printable(os.fsencode(directory)))
+        _add_row(table, f"{level} ({'parent' if level else 'own'})", printable(os.fsencode(directory)))
     return table
 
 
@@ -128,7 +208,7 @@ def _describe(report: _TaskReport) -> Text:
     if report.memory.is_dead:
         return Text(f"{report.title}: {state}, {_ending(core.exit_code)}")
     number = len(report.task.threads)
-    size = sum(count.total for _, count in _places(report.memory.extents.counts()))
+    size = _total(report.memory.extents.counts())
     return Text(
         f"{report.title}: {state}, {number} thread{'s' if number != 1 else ''}, {_size(size)} of memory"
     )
@@ -139,28 +219,45 @@ def _ending(status: int) -> str:
     return f"killed by signal {status & 0x7F}" if status & 0x7F else f"exit status {status >> 8 & 0xFF}"
 
 
-def _places(counts: PageCounts) -> list[tuple[str, PageCount]]:
-    own, *parents = counts.levels
-    return [
-        ("own images", own),
-        *((f"parent, level {level}", count) for level, count in enumerate(parents, 1)),
-        ("page server", counts.remote),
-        ("lost", counts.lost),
-    ]
+def _total(counts: PageCounts) -> int:
+    return sum(place.total for place in (*counts.levels, counts.remote, counts.lost))
 
 
-def _pages(report: _TaskReport) -> Table:
-    """Number of pages of a task by place."""
-    table = _table(f"{report.title}: pages", "where", "lazy", "size", "eager", "size", right=range(1, 5))
-    memory = report.memory
-    for name, count in _places(memory.extents.counts()):
-        _add_row(table, *_row(name, count), style="bold red" if name == "lost" and count.total else "")
-    zero = _untouched(memory.vmas, memory)
-    _add_row(table, *_row("zero (never touched)", PageCount(lazy=sum(zero))))
-    if memory.guards:
-        lazy = sum(_guarded(memory.vmas, memory.guards))
-        rest = sum(end - start for start, end in memory.guards) // PAGE_SIZE - lazy
-        _add_row(table, *_row("guard (SIGSEGV)", PageCount(lazy, rest)))
+def _all_places(reports: Iterable[_TaskReport]) -> Iterable[tuple[str, PageCount]]:
+    """Numbers of pages of live tasks by place, with those that are in no image."""
+    levels: list[PageCount] = []
+    others = {name: PageCount() for name in ("remote", "lost", "zero", "guard")}
+    for report in reports:
+        memory = report.memory
+        counts = memory.extents.counts()
+        levels += [PageCount()] * (len(counts.levels) - len(levels))
+        for level, place in enumerate(counts.levels):
+            levels[level] = _sum(levels[level], place)
+        guarded = sum(_guarded(memory.vmas, memory.guards))
+        all_guards = sum(end - start for start, end in memory.guards) // PAGE_SIZE
+        for name, place in (
+            ("remote", counts.remote),
+            ("lost", counts.lost),
+            ("zero", PageCount(lazy=sum(_untouched(memory.vmas, memory)))),
+            ("guard", PageCount(guarded, all_guards - guarded)),
+        ):
+            others[name] = _sum(others[name], place)
+    for level, place in enumerate(levels):
+        yield (f"parent-{level}" if level else "local"), place
+    yield from others.items()
+
+
+def _sum(one: PageCount, other: PageCount) -> PageCount:
+    return PageCount(one.lazy + other.lazy, one.eager + other.eager)
+
+
+def _pages(reports: Iterable[_TaskReport], title: str) -> Table:
+    """Number of pages of tasks by place."""
+    table = _table(title, "where", "lazy", "size", "eager", "size", right=range(1, 5))
+    for name, place in _all_places(reports):
+        if place.total or name != "guard":
+            label = LABELS.get(name, name.replace("parent-", "parent, level "))
+            _add_row(table, *_row(label, place), style="bold red" if name == "lost" and place.total else "")
     return table
 
 
@@ -172,7 +269,7 @@ def _untouched(vmas: Sequence[Span], memory: TaskImages) -> list[int]:
     """For each mapping the number of pages without a pagemap entry, not counting guards."""
     counts = memory.extents.counts_within(vmas)
     return [
-        (vma.end - vma.start) // PAGE_SIZE - sum(place.total for _, place in _places(count)) - guards
+        (vma.end - vma.start) // PAGE_SIZE - _total(count) - guards
         for vma, count, guards in zip(vmas, counts, _guarded(vmas, memory.guards), strict=True)
     ]
 
@@ -192,36 +289,71 @@ def _guarded(vmas: Iterable[Span], guards: Sequence[Span]) -> list[int]:
     return numbers
 
 
-def _mappings(report: _TaskReport, mm: MmEntry, names: dict[int, str]) -> Table:
-    """The mappings of a task, with numbers of pages.
-
-    "missing" pages are at a page server or lost. Pages without a pagemap entry are zero only in lazy-capable
-    mappings; in other mappings they may be in a file.
-    """
-    vmas, guards = mappings(mm), report.memory.guards
+def _mappings(report: _TaskReport, mm: MmEntry, names: dict[int, str]) -> list[_Mapping]:
+    """The mappings of a task."""
+    vmas = mappings(mm)
     spans = [Span(vma.start, vma.end) for vma in vmas]
     counts = report.memory.extents.counts_within(spans)
-    missing = any(count.remote.total or count.lost.total for count in counts)
+    zeros, guards = _untouched(spans, report.memory), _guarded(spans, report.memory.guards)
+    found = []
+    for vma, place, zero, guard in zip(vmas, counts, zeros, guards, strict=True):
+        lazy = lazy_capable(vma.flags, vma.status)
+        stored, missing = sum(level.total for level in place.levels), place.remote.total + place.lost.total
+        values = lazy, stored, missing, zero if lazy else None, guard
+        found.append(_Mapping(vma.start, vma.end, _access(vma), *values, _what(vma, names)))
+    return found
+
+
+def _each_mapping(title: str, found: list[_Mapping]) -> Table:
+    missing, guards = any(one.missing for one in found), any(one.guard for one in found)
     columns = ["address", "size", "access", "lazy", "stored", *(["missing"] if missing else []), "zero"]
     columns += ["guard"] if guards else []
-    table = _table(f"{report.title}: mappings", *columns, "what", right=[1, *range(4, len(columns))])
+    table = _table(f"{title}: mappings", *columns, "what", right=[1, *range(4, len(columns))])
     table.columns[-1].no_wrap = False
-    rows = zip(vmas, counts, _untouched(spans, report.memory), _guarded(spans, guards), strict=True)
-    for vma, count, zero, guarded in rows:
-        lazy = lazy_capable(vma.flags, vma.status)
+    for one in found:
         _add_row(
             table,
-            f"{vma.start:x}",
-            _size((vma.end - vma.start) // PAGE_SIZE),
-            _access(vma),
-            "yes" if lazy else "no",
-            str(sum(level.total for level in count.levels)),
-            *([str(count.remote.total + count.lost.total)] if missing else []),
-            str(zero) if lazy else "",
-            *([str(guarded)] if guards else []),
-            _what(vma, names),
+            f"{one.start:x}",
+            _size(one.pages),
+            one.access,
+            "yes" if one.lazy else "no",
+            str(one.stored),
+            *([str(one.missing)] if missing else []),
+            "" if one.zero is None else str(one.zero),
+            *([str(one.guard)] if guards else []),
+            one.what,
         )
     return table
+
+
+def _kinds(title: str, found: list[_Mapping]) -> Table:
+    """Mappings by kind: all files are one."""
+    kinds: dict[str, list[_Mapping]] = {}
+    for one in sorted(found, key=lambda one: -one.stored):
+        kinds.setdefault(_kind(one), []).append(one)
+    missing, guards = any(one.missing for one in found), any(one.guard for one in found)
+    columns = ["number", "size", "stored", *(["missing"] if missing else []), "zero"]
+    columns += ["guard"] if guards else []
+    table = _table(title, "what", *columns, right=range(1, len(columns) + 1))
+    rows = [(kind, of_kind, sum(one.stored for one in of_kind)) for kind, of_kind in kinds.items()]
+    for kind, of_kind, stored in sorted(rows, key=lambda row: -row[2]):
+        _add_row(
+            table,
+            kind,
+            str(len(of_kind)),
+            _size(sum(one.pages for one in of_kind)),
+            str(stored),
+            *([str(sum(one.missing for one in of_kind))] if missing else []),
+            str(sum(one.zero or 0 for one in of_kind)),
+            *([str(sum(one.guard for one in of_kind))] if guards else []),
+        )
+    return table
+
+
+def _kind(mapping: _Mapping) -> str:
+    if mapping.what.startswith(("/", "file ")):
+        return "files"
+    return mapping.what or "anonymous memory"
 
 
 def _access(vma: VmaEntry) -> str:
@@ -258,9 +390,3 @@ def _size(nr_pages: int) -> str:
             return f"{size:.0f} {unit}" if unit in ("bytes", "KiB") else f"{size:.1f} {unit}"
         size /= 1024
     return f"{size:.1f} TiB"
-
-
-def _printable(name: bytes) -> str:
-    """A name that is safe to print: control characters and undecodable bytes are escaped."""
-    text = name.decode(errors="backslashreplace")
-    return "".join(letter if letter.isprintable() else f"\\x{ord(letter):02x}" for letter in text)

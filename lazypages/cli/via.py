@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
@@ -30,6 +29,10 @@ _LEVELS = {
     "error": logging.ERROR,
     "message": MESSAGE,
 }
+
+
+#: As lazypages.cli.serve._begin.
+Begin = Callable[[Sequence[Callable[[], None]], Sequence[str]], None]
 
 
 class Handed:
@@ -74,6 +77,7 @@ class Handed:
                 os.close(fd)
         self._restore = answer["restore"]
         self._invitation = answer["message"]
+        self._problems = answer["problems"]
         for before in range(self._signals):  # those that came before we knew the restore's number
             self._stop(now=before > 0)
 
@@ -81,20 +85,13 @@ class Handed:
         """End it: no restore can be started."""
         self._client.request("stop", restore=self._restore, now=True)
 
-    def wait(self, ready: Sequence[Callable[[], None]], stats_json: Path | None) -> int:
-        """Signal readiness, wait for the end, write the statistics; return the exit status. Raises LazyPagesError."""
-        log.log(MESSAGE, "%s", self._invitation)
-        for signal_ready in ready:
-            try:
-                signal_ready()
-            except (OSError, LazyPagesError) as error:
-                log.warning("cannot signal readiness: %s", error)
+    def wait(self, begin: Begin, ready: Sequence[Callable[[], None]]) -> dict[str, Any]:
+        """Signal readiness with `begin`, wait for the end; return its `exit` and `summary`. Raises LazyPagesError."""
+        begin([lambda: log.log(MESSAGE, "%s", self._invitation), *ready], self._problems)
         result = self._client.request("wait", restore=self._restore)
         if result["error"]:
             raise LazyPagesError(result["error"])
-        if stats_json:
-            _write_stats(stats_json, result["summary"])
-        return int(result["exit"])
+        return result
 
     def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
         """As stand-alone: the first signal completes the tasks, the second kills them."""
@@ -146,10 +143,3 @@ def _remote(sources: Sources) -> dict[str, Any]:
             "check_name": tls.check_name,
         },
     }
-
-
-def _write_stats(path: Path, summary: dict[str, Any]) -> None:
-    try:
-        path.write_text(json.dumps(summary) + "\n")
-    except OSError as error:
-        raise LazyPagesError(f"--stats-json {path}: {error.strerror}") from error

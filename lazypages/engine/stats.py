@@ -45,6 +45,10 @@ class SourcePages(NamedTuple):
         return cls(tuple(values[:nr_levels]), values[nr_levels], values[nr_levels + 1])
 
 
+#: Number of buckets of a histogram of service times.
+HISTOGRAM_BUCKETS = int(lib.LP_HISTOGRAM_BUCKETS)
+
+
 def histogram_bound(bucket: int) -> int:
     """The longest service time that belongs to a bucket of :meth:`ServedTask.histogram`, ns."""
     return int(lib.lp_histogram_bound(bucket))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 
 from lazypages.engine._uffd import ffi, lib
 
@@ -21,6 +22,15 @@ class Ring:
         if handle == ffi.NULL:
             raise OSError(ffi.errno, os.strerror(ffi.errno))
         self.handle = ffi.gc(handle, lib.lp_trace_free)
+
+    def restore_finished(self) -> None:
+        """Put a record that the restore has finished."""
+        record = {
+            "time": time.monotonic_ns(),
+            "kind": lib.LP_TRACE_RESTORED,
+            "source": lib.LP_TRACE_NO_SOURCE,
+        }
+        lib.lp_trace_put(self.handle, ffi.new("struct lp_trace_record *", record))
 
     @property
     def written(self) -> int:

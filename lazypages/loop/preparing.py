@@ -18,8 +18,8 @@ from lazypages.engine import kernel
 from lazypages.engine.memory import PAGE_SIZE
 from lazypages.errors import LazyPagesError
 from lazypages.loop.options import ServeOptions
-from lazypages.observe import summary
 from lazypages.sources.checkpoint import Expected, expect, written_by
+from lazypages.wording import count, size
 
 if TYPE_CHECKING:
     from lazypages.observe.tracing import Tracer
@@ -55,9 +55,7 @@ def identified(options: ServeOptions, images_dir: Path) -> ServeOptions:
 
     from images_spec.identity import identify  # noqa: PLC0415 - only needed with a page server
 
-    remote = replace(options.remote, checkpoint=identify(images_dir))
-    if remote.layout is None:
-        remote = replace(remote, written_by=written_by(images_dir))
+    remote = replace(options.remote, checkpoint=identify(images_dir), written_by=written_by(images_dir))
     return options._replace(remote=remote)
 
 
@@ -69,7 +67,7 @@ def invitation(images_dir: Path, work_dir: Path, expected: Mapping[int, Expected
     if work_dir != images_dir:
         where += f" -W {work_dir}"
     return (
-        f"serving {summary.size(pages * PAGE_SIZE)} for {summary.count(len(alive), 'task')}; "
+        f"serving {size(pages * PAGE_SIZE)} for {count(len(alive), 'task')}; "
         f"waiting for: criu restore --lazy-pages {where}"
     )
 
@@ -78,8 +76,9 @@ def open_tracer(path: Path, images_dir: Path, expected: Mapping[int, Expected]) 
     """Create the trace's file; its thread starts later, in the daemon. Raises TraceError."""
     from lazypages.observe.tracing import Tracer  # noqa: PLC0415 - keeps the start short
 
-    levels = {pid: task.sources for pid, task in expected.items() if task.memory is not None}
-    return Tracer(path, images_dir, levels)
+    alive = {pid: task for pid, task in expected.items() if task.memory is not None}
+    levels = {pid: task.sources for pid, task in alive.items()}
+    return Tracer(path, images_dir, levels, {pid: task.program for pid, task in alive.items()})
 
 
 def check_userfaultfd() -> None:

@@ -1,7 +1,8 @@
 """Runs the event loop with the server, and the progress display beside it.
 
 Importing this module imports the event loop, which takes half of the time of a start. So `lazypages serve` imports it
-last, after it has signalled readiness: a restore takes some tens of ms before it needs the daemon.
+last, after it has signalled readiness: a restore takes some tens of ms before it needs the daemon. With page servers,
+whose first connections need the event loop, readiness is signalled when it is known whether they can be used.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import anyio
 from lazypages.control.listener import ControlSocket
 from lazypages.engine.guard import Guard
 from lazypages.loop.options import ServeOptions
-from lazypages.loop.server import Server
+from lazypages.loop.server import Begin, Server
 from lazypages.observe.metrics import Summary
 from lazypages.observe.progress import TerminalWatch, watch_in_log
 from lazypages.sources.checkpoint import Expected
@@ -40,21 +41,25 @@ def run(
     guard: Guard,
     *,
     terminal: Console | None,
+    begin: Begin | None = None,
     running: Callable[[], None],
 ) -> Summary:
     """Serve one restore. ``running`` is called as soon as the server handles signals.
 
-    ``loop``: a key of LOOPS. ``terminal``: shows progress as bars instead of log lines. Raises EngineError.
+    ``loop``: a key of LOOPS. ``terminal``: shows progress as bars instead of log lines. ``begin``: see Server.run.
+
+    Raises EngineError, SourcesError.
     """
-    watch = TerminalWatch(terminal) if terminal else watch_in_log
+    background = options.background
+    terminal_watch = TerminalWatch(terminal, background=background) if terminal else None
 
     async def beside(server: Server) -> None:
         running()
         try:
-            await watch(server)
+            await (terminal_watch(server) if terminal_watch else watch_in_log(server, background=background))
         except Exception as error:  # a terminal can be closed at any time; that must not end the service
             log.warning("cannot show progress any more: %s", error)
 
     backend, backend_options = LOOPS[loop]
     server = Server(expected, control, options, guard)
-    return anyio.run(server.run, beside, backend=backend, backend_options=backend_options)
+    return anyio.run(server.run, beside, begin, backend=backend, backend_options=backend_options)

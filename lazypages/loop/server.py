@@ -37,8 +37,8 @@ from lazypages.loop.processes import Exits, Process
 from lazypages.loop.service import Identity, TaskService, poison_now
 from lazypages.loop.traced import TracedTasks, Tracing
 from lazypages.observe.metrics import Summary
-from lazypages.observe.summary import count, size
 from lazypages.sources.checkpoint import Expected, Seen
+from lazypages.wording import count, size
 
 if TYPE_CHECKING:
     from lazypages.sources.remote import RemotePages
@@ -64,8 +64,16 @@ SHORTAGE_PAUSE = 0.05
 GUARD_PAUSE = 0.1
 
 
+#: Called when a restore can be started, with the problems of page servers that are waited for.
+Begin = Callable[[Sequence[str]], None]
+
+
 class EngineError(LazyPagesError):
     """The engine has failed: faults can't be answered any more."""
+
+
+class SourcesError(LazyPagesError):
+    """No page server can ever be used, as known before a restore has connected."""
 
 
 class Server:
@@ -113,6 +121,7 @@ class Server:
         self._traced = TracedTasks(self._families, self._processes, open_tracers)
         self._remote: RemotePages | None = None
         self._failure: OSError | None = None
+        self._no_sources = ""
         self._turns = anyio.CapacityLimiter(TRANSFER_THREADS)
 
     def summary(self) -> Summary:
@@ -125,11 +134,16 @@ class Server:
             self._remote.stats() if self._remote else (),
         )
 
-    async def run(self, watch: Callable[[Server], Coroutine[Any, Any, None]] | None = None) -> Summary:
+    async def run(
+        self,
+        watch: Callable[[Server], Coroutine[Any, Any, None]] | None = None,
+        begin: Begin | None = None,
+    ) -> Summary:
         """Serve until every task is complete, gone or given up. `watch` runs meanwhile, once signals are handled.
 
+        `begin` is called when a restore can be started: when it is known whether the page servers can be used.
         Failures of the restorer and of tasks raise nothing; they are in the summary. Raises EngineError if
-        userfaultfds can't be read any more.
+        userfaultfds can't be read any more; SourcesError.
         """
         with Engine(self._options.trace, self._guard) as engine:
             async with AsyncExitStack() as stack:
@@ -157,6 +171,11 @@ class Server:
                             engine=engine,
                         )
                     )
+                if begin:
+                    problems = await self._remote.first_attempts() if self._remote else ()
+                    hopeless = self._remote is not None and self._remote.hopeless.is_set()
+                    if not hopeless or self._control.has_caller():
+                        begin(problems)
                 async with anyio.create_task_group() as helpers:
                     self._helpers = helpers.cancel_scope
                     if self._alone:
@@ -169,6 +188,7 @@ class Server:
                     helpers.start_soon(self._traced.run)
                     if self._remote:
                         helpers.start_soon(self._await_completed, self._remote, helpers.cancel_scope)
+                        helpers.start_soon(self._await_hopeless, self._remote, helpers.cancel_scope)
                     if watch:
                         helpers.start_soon(watch, self)
                     async with anyio.create_task_group() as tasks:
@@ -183,6 +203,8 @@ class Server:
                 elif self._remote and not self.summary().ok:
                     # Tell the source that this restore has failed, so that it keeps the tasks.
                     self._remote.abandon()
+        if self._no_sources:
+            raise SourcesError(self._no_sources)
         if self._failure:
             raise EngineError(
                 f"cannot read userfaultfds any more ({self._failure.strerror}): tasks that miss pages are stuck"
@@ -261,6 +283,16 @@ class Server:
             self._end_twins()
         else:
             log.error("ended before a restore connected: another destination has completed this dump")
+            scope.cancel()
+
+    async def _await_hopeless(self, remote: RemotePages, scope: anyio.CancelScope) -> None:
+        """If no page server can ever be used, end before a restore connects: its tasks would wait for ever."""
+        await remote.hopeless.wait()
+        reason = "; ".join(remote.reasons())
+        if self._connected or self._control.has_caller():
+            log.error("%s; the tasks wait, and the attempts go on", reason)
+        else:
+            self._no_sources = reason
             scope.cancel()
 
     def _end_twins(self) -> None:
@@ -353,8 +385,10 @@ class Server:
                 self._processes[event.pid] = process
                 self._held.add(event.pid)
             raise ControlError(f"cannot serve task {event.pid}: {error.strerror}") from error
-        identity = Identity(f"task {event.pid}", event.pid, False, expected.lazy_pages, expected.sources)
-        log.info("%s: %d pages are lazy", identity.name, expected.lazy_pages)
+        identity = Identity(
+            f"task {event.pid}", event.pid, False, expected.lazy_pages, expected.sources, expected.program
+        )
+        log.info("%s: %s", identity.name, count(expected.lazy_pages, "lazy page"))
         if process:
             self._processes[event.pid] = process
         self._start(served, identity, process, expected.seen)
@@ -364,6 +398,8 @@ class Server:
             log.warning("tasks missing from the restore: %s", ", ".join(map(str, sorted(self._awaited))))
         log.info("restore finished; the tasks run")
         self._finished = True
+        if self._options.trace:
+            self._options.trace.restore_finished()
         self._traced.restore_finished()
         for service in self._services:
             service.restore_finished()
@@ -415,7 +451,11 @@ class Server:
                 self._remote.forget(service.identity.pid)
         report = service.report()
         log.info(
-            "%s: %s, %d of %d pages copied", report.name, report.state, report.copied.total, report.total
+            "%s: %s, %d of %s copied",
+            report.name,
+            report.state,
+            report.copied.total,
+            count(report.total, "page"),
         )
 
     async def _probe(self) -> None:
@@ -451,9 +491,9 @@ class Server:
     def _forked(self, served: ServedTask) -> None:
         pid = served.tag
         self._forks[pid] += 1
-        identity = Identity(
-            f"task {pid}, fork {self._forks[pid]}", pid, True, served.total, self._expected[pid].sources
-        )
+        origin = self._expected[pid]
+        name = f"task {pid}, fork {self._forks[pid]}"
+        identity = Identity(name, pid, True, served.total, origin.sources, origin.program)
         self._start(served, identity, self._processes.get(pid))
 
     # Signals.
@@ -532,4 +572,5 @@ async def keep_guard(guard: Guard) -> None:
 def _poison_leftovers(engine: Engine) -> None:
     for served in engine.leftovers():
         if served.pending and not poison_now(served):
-            log.error("a forked task misses %d pages, which it will never get: kill it", served.pending)
+            missing = count(served.pending, "page")
+            log.error("a forked task misses %s, which it will never get: kill it", missing)

@@ -23,6 +23,7 @@ from lazypages.engine.task import ServedTask
 from lazypages.loop.processes import Process
 from lazypages.observe.metrics import State, TaskReport, measure, signal_name
 from lazypages.sources.checkpoint import Seen
+from lazypages.wording import count
 
 if TYPE_CHECKING:
     from lazypages.sources.remote import RemotePages
@@ -62,7 +63,8 @@ GONE_PAUSE = 0.5
 class Identity(NamedTuple):
     """Identifies a task. ``pid``: as in the images; for a forked child, the pid of the restored task it descends from.
 
-    ``total``: lazy pages at the start. ``sources``: names of the levels of its images.
+    ``total``: lazy pages at the start. ``sources``: names of the levels of its images. ``program``: its name when it
+    was dumped.
     """
 
     name: str
@@ -70,6 +72,7 @@ class Identity(NamedTuple):
     forked: bool
     total: int
     sources: tuple[str, ...]
+    program: str = ""
 
 
 class TaskService:
@@ -131,6 +134,7 @@ class TaskService:
             total=identity.total,
             seconds=time.monotonic() - self._started,
             sources=identity.sources,
+            program=identity.program,
             **measure(self._served),
         )
 
@@ -327,7 +331,8 @@ class TaskService:
     def pages_lost(self, image: int, nr_pages: int, reason: str) -> None:
         """No page server gives these."""
         if not self._final:
-            log.error("%s: %d pages, at %#x when dumped: %s", self.identity.name, nr_pages, image, reason)
+            name, pages = self.identity.name, count(nr_pages, "page")
+            log.error("%s: %s, at %#x when dumped: %s", name, pages, image, reason)
             self._served.fail_remote(image, nr_pages, lost=True)
 
     async def _await_gone(self) -> None:
@@ -384,10 +389,10 @@ class TaskService:
         self._tending = False
 
     def _explain(self, event: TaskEvent) -> None:
-        name, where = self.identity.name, f"{event.nr_pages} pages at {event.addr:#x}"
+        name, where = self.identity.name, f"{count(event.nr_pages, 'page')} at {event.addr:#x}"
         if event.error == errno.ENOENT:
             if self.process and not self.process.holds_anonymous_memory(event.addr):
-                log.info("%s: %s are not mapped any more", name, where)
+                log.info("%s: not mapped any more: %s", name, where)
                 self._served.forget(event.dump_addr, event.nr_pages)
                 return
             log.error("%s: %s have data in the image, but the restorer has not registered them", name, where)
@@ -405,7 +410,7 @@ class TaskService:
         elif event.error:
             log.error("%s: %s can't be read from the image: %s", name, where, os.strerror(event.error))
         else:
-            log.error("%s: %s are lost and a thread waits for one", name, where)
+            log.error("%s: lost, and a thread waits for it: %s", name, where)
 
     def _spoilt(self) -> None:
         """A pages file was truncated within a page while that page was being copied."""
@@ -427,7 +432,8 @@ class TaskService:
                 return
             else:
                 if pages:
-                    log.error("%s: poisoned %d pages: touching one raises SIGBUS", self.identity.name, pages)
+                    poisoned = count(pages, "page")
+                    log.error("%s: poisoned %s: a touch raises SIGBUS", self.identity.name, poisoned)
                 return
 
     def _kill(self, why: str, *, descendants: bool = False) -> None:
@@ -448,7 +454,7 @@ class TaskService:
             self._state = State.KILLED
             await self._poison(everything=True)
             if not self.identity.forked:
-                self._kill(f"{pending} pages were still missing")
+                self._kill(f"it still missed {count(pending, 'page')}")
         self._ended.set()
 
     def ended_as_twin(self) -> None:
@@ -476,11 +482,11 @@ class TaskService:
         self._closed.set()
 
     def _log_end(self) -> None:
-        name, pending = self.identity.name, self._served.pending
+        name, pending = self.identity.name, count(self._served.pending, "page")
         if self._state is State.DIED:
-            log.error("%s: killed by %s while it missed %d pages", name, signal_name(self._signal), pending)
+            log.error("%s: killed by %s while it missed %s", name, signal_name(self._signal), pending)
         elif self._state is State.ENDED:
-            log.error("%s: ended while it missed %d pages, cause unknown", name, pending)
+            log.error("%s: ended while it missed %s, cause unknown", name, pending)
 
 
 def poison_now(served: ServedTask) -> bool:

@@ -19,7 +19,7 @@ from anyio.abc import TaskGroup
 
 from lazypages.engine.tracers import Attach, Tracers
 from lazypages.loop.processes import Process, tracer_of
-from lazypages.observe.summary import count
+from lazypages.wording import count
 
 if TYPE_CHECKING:
     from lazypages.loop.service import TaskService

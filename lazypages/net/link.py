@@ -13,10 +13,13 @@ import anyio.lowlevel
 
 from lazypages.errors import LazyPagesError
 from lazypages.net.tls import TlsFiles
+from lazypages.net.tls_errors import explain, explain_handshake, is_final, is_refusal
 from lazypages.net.url import ConnectedSocket, PageServerAddress, TcpServer, UnixServer
 
 # With these the kernel detects a silent dead peer after about 30 s (tcp(7)); times in s.
 KEEPALIVE: Final = {socket.TCP_KEEPIDLE: 10, socket.TCP_KEEPINTVL: 5, socket.TCP_KEEPCNT: 4}
+#: getaddrinfo(3): the name does not exist. Other errors may be temporary.
+NO_SUCH_NAME: Final = {socket.EAI_NONAME, socket.EAI_NODATA}
 USER_TIMEOUT: Final = 30_000  # ms that sent bytes may stay unacknowledged
 
 
@@ -38,6 +41,10 @@ class LinkError(LazyPagesError):
     """The connection failed or was lost."""
 
 
+class HopelessError(LinkError):
+    """The same attempt would fail again: the user has to change something first."""
+
+
 class Link:
     """A connection made by `connect`. send and recv_into never block."""
 
@@ -57,7 +64,7 @@ class Link:
         except ssl.SSLZeroReturnError:
             return 0
         except OSError as error:
-            raise LinkError(_reason(error)) from None
+            raise _lost(error) from None
 
     def send(self, data: bytes | bytearray | memoryview) -> int:
         """Sends a first part of `data`; returns its number of bytes, 0 if the socket is full. Raises LinkError."""
@@ -66,7 +73,7 @@ class Link:
         except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
             return 0
         except OSError as error:
-            raise LinkError(_reason(error)) from None
+            raise _lost(error) from None
 
     def fileno(self) -> int:
         return self._sock.fileno()
@@ -121,6 +128,8 @@ class Link:
 async def connect(address: PageServerAddress, tls: TlsFiles | None) -> Link:
     """Connects to `address`. `tls` is needed for tls:// only. Raises LinkError (for any OSError), TlsError.
 
+    HopelessError: the name does not exist, or the other side refuses the certificate or does not use TLS.
+
     Tries the addresses of a name one after the other: a server of CRIU's accepts a single connection in its life.
     """
     sock = await _connect(address)
@@ -130,7 +139,7 @@ async def connect(address: PageServerAddress, tls: TlsFiles | None) -> Link:
         return Link(sock)
     except OSError as error:  # such as a reset before the handshake
         sock.close()
-        raise LinkError(_reason(error)) from None
+        raise _lost(error) from None
     except BaseException:
         sock.close()
         raise
@@ -145,13 +154,18 @@ async def _connect(address: PageServerAddress) -> socket.socket:
                 sock = socket.socket(fileno=fd)
                 sock.getpeername()
             except OSError as error:
-                raise LinkError(f"not a connected socket: {_reason(error)}") from None
+                raise HopelessError(f"not a connected socket: {error.strerror}") from None
             return sock
         case TcpServer(host, port):
             try:
                 found = await anyio.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            except socket.gaierror as error:
+                kind = HopelessError if error.errno in NO_SUCH_NAME else LinkError
+                raise kind(f"cannot resolve {host}: {error.strerror}") from None
+            except UnicodeError:
+                raise HopelessError(f"cannot resolve {host}: not a host name") from None
             except OSError as error:
-                raise LinkError(_reason(error)) from None
+                raise _lost(error) from None
             failure = LinkError("no address")
             for family, _, _, _, where in found:
                 try:
@@ -165,7 +179,7 @@ async def _try(family: int, where: object) -> socket.socket:
     try:
         sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     except OSError as error:
-        raise LinkError(_reason(error)) from None
+        raise _lost(error) from None
     try:
         sock.setblocking(False)
         if family != socket.AF_UNIX:
@@ -179,7 +193,7 @@ async def _try(family: int, where: object) -> socket.socket:
                 raise OSError(number, os.strerror(number)) from None
     except OSError as error:
         sock.close()
-        raise LinkError(_reason(error)) from None
+        raise _lost(error) from None
     except BaseException:
         sock.close()
         raise
@@ -197,19 +211,17 @@ async def _start_tls(sock: socket.socket, host: str, files: TlsFiles) -> ssl.SSL
                 await anyio.wait_readable(secure)
             except ssl.SSLWantWriteError:
                 await anyio.wait_writable(secure)
-        files.verify_peer(secure.getpeercert(), host)
+        files.verify_server(secure.getpeercert(), host)
     except OSError as error:
         secure.close()
-        raise LinkError(f"TLS: {_reason(error)}") from None
+        kind = HopelessError if is_final(error) else LinkError
+        raise kind(explain_handshake(error, "server")) from None
     except BaseException:
         secure.close()
         raise
     return secure
 
 
-def _reason(error: OSError) -> str:
-    if isinstance(error, ssl.SSLCertVerificationError):
-        return f"certificate: {error.verify_message}"
-    if isinstance(error, ssl.SSLError):
-        return f"TLS: {error.reason or error}"
-    return error.strerror or str(error)
+def _lost(error: OSError) -> LinkError:
+    """The error for a failed connection."""
+    return (HopelessError if is_refusal(error) else LinkError)(explain(error, "server"))

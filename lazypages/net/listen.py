@@ -22,6 +22,7 @@ from lazypages.errors import LazyPagesError
 from lazypages.net.link import tune
 from lazypages.net.peers import StrangerError, check_peer, get_ready
 from lazypages.net.tls import TlsError, TlsFiles
+from lazypages.net.tls_errors import NO_TLS, NO_TLS_ALERT, explain_handshake, reason_of
 
 log = logging.getLogger("lazypages")
 
@@ -29,14 +30,7 @@ LOOPBACK: Final = "127.0.0.1"
 UNIX_PREFIX: Final = "unix:"
 HANDSHAKE_TIMEOUT: float = 30.0  # s
 BACKLOG: Final = 64
-#: OpenSSL's reasons when the first bytes are not a TLS handshake.
-NO_TLS: Final = {
-    "WRONG_VERSION_NUMBER",
-    "HTTP_REQUEST",
-    "HTTPS_PROXY_REQUEST",
-    "UNKNOWN_PROTOCOL",
-    "BAD_RECORD_TYPE",
-}
+REFUSAL_TIMEOUT: Final = 1.0  # s for a refused client to close its end
 RETRY: Final = 0.5  # s until accepting is tried again after a failure
 
 
@@ -57,6 +51,8 @@ def listen(address: str | None, port: int, *, insecure: bool, tls: bool) -> tupl
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except OSError as error:
         raise ListenError(f"--address {host}: {error.strerror}") from None
+    except UnicodeError:
+        raise ListenError(f"--address {host}: not a host name") from None
     family, _, _, _, where = found[0]
     loopback = ipaddress.ip_address(str(where[0]).partition("%")[0]).is_loopback
     if not (loopback or insecure or tls):
@@ -117,8 +113,8 @@ def connected_socket(fd: int) -> socket.socket:
 def prepare(sock: socket.socket, tls: TlsFiles | None, name: str | None, *, strangers: bool) -> socket.socket:
     """Check an accepted socket and prepare it for reading; with `tls`, after the handshake.
 
-    `name`: the server's --address, which the client's certificate must contain (as with CRIU), or None. `strangers`:
-    whether other users of this host may connect; with TLS the certificate decides.
+    `name`: the server's --address, or None (TlsFiles.verify_client). `strangers`: whether other users of this host may
+    connect; with TLS the certificate decides.
 
     Raises TlsError, StrangerError; the socket is closed then.
     """
@@ -135,26 +131,39 @@ def prepare(sock: socket.socket, tls: TlsFiles | None, name: str | None, *, stra
         return sock
     sock.settimeout(HANDSHAKE_TIMEOUT)  # for the whole handshake
     try:
-        secure = tls.server_context().wrap_socket(sock, server_side=True)
-    except TimeoutError:
+        secure = tls.server_context().wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+    except OSError as error:  # the client has disconnected
         sock.close()
-        raise TlsError(f"TLS: no handshake within {HANDSHAKE_TIMEOUT:g} s") from None
-    except ssl.SSLError as error:
-        sock.close()
-        what = getattr(error, "verify_message", None) or error.reason or error
-        if error.reason in NO_TLS:
-            what = f"the client does not use TLS ({error.reason})"
-        raise TlsError(f"TLS: {what}") from None
-    except OSError as error:
-        sock.close()
-        raise TlsError(f"TLS: no handshake: {error.strerror or error}") from None
+        raise TlsError(explain_handshake(error, "client")) from None
     try:
-        tls.verify_peer(secure.getpeercert(), name)
+        secure.do_handshake()
+    except TimeoutError:
+        secure.close()
+        raise TlsError(f"TLS: no handshake within {HANDSHAKE_TIMEOUT:g} s") from None
+    except OSError as error:
+        _refuse(secure, b"" if reason_of(error) not in NO_TLS else NO_TLS_ALERT)
+        raise TlsError(explain_handshake(error, "client")) from None
+    try:
+        tls.verify_client(secure.getpeercert(), name)
     except TlsError:
         secure.close()
         raise
     secure.settimeout(None)
     return secure
+
+
+def _refuse(secure: ssl.SSLSocket, alert: bytes) -> None:
+    """Close a connection whose handshake has failed so that the client receives the alert: OpenSSL's, or this one.
+
+    Bytes that are not read would make close() send a reset, which may overtake the alert.
+    """
+    with socket.socket(fileno=secure.detach()) as sock, suppress(OSError):
+        sock.settimeout(REFUSAL_TIMEOUT)
+        sock.sendall(alert)
+        sock.shutdown(socket.SHUT_WR)
+        deadline = time.monotonic() + REFUSAL_TIMEOUT
+        while time.monotonic() < deadline and sock.recv(1 << 16):
+            pass
 
 
 def hang_up(sock: socket.socket, *, clean: bool) -> None:

@@ -20,6 +20,9 @@ from lazypages.net._pageserver import lib
 from lazypages.net.answerer import MAX_ANSWER, GetAnswerer
 from lazypages.net.compression import Compressor
 from lazypages.net.patience import PatientReader, SlowPeerError
+from lazypages.net.refused import why_left
+from lazypages.net.tls import TlsFiles
+from lazypages.net.tls_errors import explain
 from lazypages.net.wire import PAGE_SIZE, Command, Features, Header, RemoteProtocolError, ServerCodec
 
 log = logging.getLogger("lazypages")
@@ -79,7 +82,8 @@ class PageConnection:
     client of lazypages, which reconnects when a connection is lost. `client`: its number, once it has agreed on the
     checkpoint.
 
-    `answerer`: answers plain GETs on `sock` in C; None: all are answered here.
+    `answerer`: answers plain GETs on `sock` in C; None: all are answered here. `tls`: our certificate, if `sock` uses
+    TLS.
     """
 
     def __init__(
@@ -89,7 +93,10 @@ class PageConnection:
         name: str,
         answerer: GetAnswerer | None = None,
         gate: Gate | None = None,
+        *,
+        tls: TlsFiles | None = None,
     ) -> None:
+        self._tls = tls
         self._sock = sock
         self._reader = PatientReader(sock)
         self._images = images
@@ -128,7 +135,9 @@ class PageConnection:
                             if not self._agree(client, identity):
                                 return False
                         case wire.Eof(complete):
-                            if not complete:
+                            if self._tls and not self.spoke:
+                                log.warning("%s: %s", self._name, why_left(self._tls))
+                            elif not complete:
                                 log.warning("%s: closed in the middle of a request", self._name)
                             return complete
         except SlowPeerError as error:
@@ -137,7 +146,7 @@ class PageConnection:
         except (LazyPagesError, ImageError) as error:
             log.error("%s: %s; closing", self._name, error)
         except OSError as error:
-            log.warning("%s: %s", self._name, error.strerror or error)
+            log.warning("%s: %s", self._name, explain(error, "client"))
         return False
 
     def _probed(self, features: Features) -> None:

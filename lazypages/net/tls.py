@@ -1,7 +1,8 @@
 """TLS with certificates on both sides, as in CRIU (`--tls*`; docs/criu.md, "Page server protocol").
 
-Both sides send a certificate and verify the peer's chain, and its revocation if there is a list. Both sides also check
-that the peer's certificate names the address given with `--address`, as CRIU does, unless `--tls-no-cn-verify`.
+Both sides send a certificate and verify the peer's chain, and its revocation if there is a list. The client also checks
+that the server's certificate names the address that it has connected to. CRIU's server checks the same name in the
+client's certificate; ours does so only with the system's authorities (docs/page-server.md, "Certificates").
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import ssl
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,7 +52,7 @@ class TlsFiles(NamedTuple):
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.check_hostname = False  # verify_peer checks it, the same way on both sides
         context.verify_mode = ssl.CERT_REQUIRED
-        cacert = self.cacert or (DEFAULT_CACERT if os.access(DEFAULT_CACERT, os.R_OK) else None)
+        cacert = self._own_authorities()
         cacrl = self.cacrl or (DEFAULT_CACRL if os.access(DEFAULT_CACRL, os.R_OK) else None)
         if cacert:
             _load("--tls-cacert", cacert, lambda: context.load_verify_locations(cacert))
@@ -66,19 +68,69 @@ class TlsFiles(NamedTuple):
         _load("--tls-cert and --tls-key", self.cert, lambda: context.load_cert_chain(self.cert, self.key))
         return context
 
-    def verify_peer(self, certificate: dict[str, Any] | None, address: str | None) -> None:
-        """Raises TlsError unless the peer's certificate (SSLSocket.getpeercert()) names `address`.
+    def verify_server(self, certificate: dict[str, Any] | None, address: str) -> None:
+        """Raises TlsError unless the server's certificate (SSLSocket.getpeercert()) names `address`.
 
-        Does nothing with --tls-no-cn-verify, or if `address` is None.
+        Does nothing with --tls-no-cn-verify.
         """
-        if not self.check_name or address is None:
-            return
-        names = certificate_names(certificate or {})
-        if not any(_matches(kind, name, address) for kind, name in names):
-            found = ", ".join(name for _, name in names) or "no name"
+        if self.check_name and not names_address(certificate or {}, address):
             raise TlsError(
-                f"the peer's certificate is for {found}, not for {address} (--tls-no-cn-verify skips this check)"
+                f"the server's certificate is for {describe_names(certificate or {})}, not for {address}: "
+                f"connect to one of these names, give the server a certificate for {address}, "
+                "or use --tls-no-cn-verify"
             )
+
+    def verify_client(self, certificate: dict[str, Any] | None, address: str | None) -> None:
+        """Raises TlsError if one of the system's authorities has signed the client's certificate, and it does not name
+        `address`: anybody could have a certificate of theirs. One of our own authorities needs no name.
+
+        `address`: the server's --address; None: not given. Does nothing without it, or with --tls-no-cn-verify.
+        """
+        if not self.check_name or address is None or self._own_authorities():
+            return
+        if not names_address(certificate or {}, address):
+            raise TlsError(
+                f"the client's certificate is for {describe_names(certificate or {})}, not for {address}, "
+                "and an authority of the system has signed it: name an authority of your own with --tls-cacert, "
+                "or use --tls-no-cn-verify"
+            )
+
+    def own_certificate(self) -> dict[str, Any] | None:
+        """Our certificate, in the form of SSLSocket.getpeercert(); None if it can't be decoded, as when it has expired.
+
+        By a handshake with ourselves in memory: Python decodes only the certificate of a verified peer.
+        """
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname = False
+        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # trust the certificate itself
+        server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+        try:
+            context.load_verify_locations(self.cert)
+            server.load_cert_chain(self.cert, self.key)
+            client = context.wrap_bio(to_client, to_server)
+            other = server.wrap_bio(to_server, to_client, server_side=True)
+            for _ in range(2):
+                for end in (client, other):
+                    with suppress(ssl.SSLWantReadError):
+                        end.do_handshake()
+            return client.getpeercert()
+        except (OSError, ValueError):
+            return None
+
+    def _own_authorities(self) -> Path | None:
+        """The file of trusted authorities; None: those of the system."""
+        return self.cacert or (DEFAULT_CACERT if os.access(DEFAULT_CACERT, os.R_OK) else None)
+
+
+def names_address(certificate: dict[str, Any], address: str) -> bool:
+    """Whether the certificate names this host or IP address."""
+    return any(_matches(kind, name, address) for kind, name in certificate_names(certificate))
+
+
+def describe_names(certificate: dict[str, Any]) -> str:
+    """The names in a certificate, for messages."""
+    return ", ".join(name for _, name in certificate_names(certificate)) or "no name"
 
 
 def certificate_names(certificate: dict[str, Any]) -> list[tuple[str, str]]:

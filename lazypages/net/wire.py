@@ -214,6 +214,11 @@ PROBE_FIRST = probe_first()
 PROBE_REST = struct.pack("=Q", _PROBE_DST_ID)
 PROBE_ANSWER_SIZE = _STATUS.size
 
+#: First bytes of a TLS record with a handshake, and of one with an alert (RFC 8446, 5.1): of a peer that uses TLS where
+#: we do not. No command begins like the first, and no answer to the probe like the second.
+TLS_HANDSHAKE = b"\x16\x03"
+TLS_ALERT = b"\x15\x03"
+
 GUESSED = (
     "a page server's protocol can't be detected over TLS, and {layout.value} was a guess: "
     "name it with --page-server-protocol"
@@ -226,12 +231,18 @@ def probe_answer(data: bytes) -> Features | None:
 
     Raises RemoteProtocolError.
     """
+    if data.startswith(TLS_ALERT):
+        raise RemoteProtocolError(
+            "the page server uses TLS: connect with --tls (as a source: tls://HOST:PORT)"
+        )
     (value,) = _STATUS.unpack(data)
     if value & ~0xFFFF == _PROBE_ANSWER:
         return Features(value & 0xFFFF)
     if value in {0, 1}:
         return None
-    raise RemoteProtocolError(f"the page server answered PARENT with {value:#x} instead of 0 or 1")
+    raise RemoteProtocolError(
+        f"this is not a page server: it answered PARENT with {bytes(data)!r} instead of 0 or 1"
+    )
 
 
 def checkpoint_message(identity: bytes, client: int) -> bytes:
@@ -601,6 +612,8 @@ class ServerCodec(_ReceiveBuffer):
         layout = self.layout
         if layout is None:
             first = self._peek(_SHORTEST)
+            if first[: len(TLS_HANDSHAKE)] == TLS_HANDSHAKE:
+                raise RemoteProtocolError("the client uses TLS, but this server was started without --tls")
             word, features, vaddr, dst_id = _STRUCTS[Layout.CRIU_4_1].unpack(first)
             if (word, vaddr, dst_id) == (Command.PARENT, _PROBE_MAGIC, _PROBE_DST_ID):
                 self._take(_SHORTEST)

@@ -86,7 +86,8 @@ class TaskReport(NamedTuple):
 
     ``pid``: as in the images; for a forked child the pid of the restored task that it descends from.
     ``total``, ``pending``, ``lost``: lazy pages at the start, missing pages, lost pages. ``seconds``: since the arrival
-    of its uffd, until its end or now. ``signal``: the signal that killed a task that has DIED, else 0.
+    of its uffd, until its end or now. ``signal``: the signal that killed a task that has DIED, else 0. ``program``: the
+    name of its program when it was dumped.
     """
 
     name: str
@@ -104,6 +105,12 @@ class TaskReport(NamedTuple):
     stats: Stats = Stats()
     times: ServiceTimes = ServiceTimes((), 0)
     signal: int = 0
+    program: str = ""
+
+    @property
+    def title(self) -> str:
+        """The name for people: task 7 (java)."""
+        return f"{self.name} ({self.program})" if self.program else self.name
 
     def by_source(self, pages: SourcePages) -> dict[str, int]:
         """Pages by name of the source, without sources that have none."""
@@ -115,6 +122,7 @@ class TaskReport(NamedTuple):
     def as_dict(self) -> dict[str, Any]:
         return {
             "name": self.name,
+            "program": self.program,
             "pid": self.pid,
             "forked": self.forked,
             "state": str(self.state),

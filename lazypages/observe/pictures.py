@@ -5,11 +5,13 @@ from __future__ import annotations
 import html
 import io
 import math
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lazypages.errors import LazyPagesError
+from lazypages.outputs import check_output
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,10 +28,24 @@ class PictureError(LazyPagesError):
 
 
 def check_picture(option: str, path: Path) -> None:
-    """Raises PictureError if `path`, the value of `option`, can't be drawn. Call it before long work."""
+    """Raises LazyPagesError if `path`, the value of `option`, can't be drawn or written. Call it before long work."""
     if path.suffix not in SUFFIXES:
         raise PictureError(f"{option} {path}: the name must end in .png or .html")
+    check_output(option, path)
     new_figure(option=option)
+
+
+def check_plotly(option: str) -> None:
+    """Raises PictureError without plotly."""
+    try:
+        import plotly.graph_objects  # noqa: F401, PLC0415 - an extra
+    except ImportError:
+        raise missing(option, "plotly") from None
+
+
+def missing(option: str, package: str) -> PictureError:
+    """The error that a package of the extra `plot` is missing."""
+    return PictureError(f"{option} needs {package}: {sys.executable} -m pip install {package}")
 
 
 def new_figure(*, option: str = "a picture", **options: Any) -> Figure:
@@ -37,7 +53,7 @@ def new_figure(*, option: str = "a picture", **options: Any) -> Figure:
     try:
         from matplotlib.figure import Figure  # noqa: PLC0415 - an extra
     except ImportError:
-        raise PictureError(f"{option} needs matplotlib: pip install 'lazypages[plot]'") from None
+        raise missing(option, "matplotlib") from None
     return Figure(**options)
 
 
@@ -61,22 +77,23 @@ def _page(title: str, figures: Sequence[Figure]) -> str:
         picture = io.StringIO()
         figure.savefig(picture, format="svg")
         svg = picture.getvalue()
-        parts.append(svg[svg.index("<svg") :])
+        # As wide as there is room, instead of the width of the figure.
+        parts.append('<svg style="width: 100%; height: auto"' + svg[svg.index("<svg") + 4 :])
     return "\n".join(parts) + "\n"
 
 
 def draw_slower(axis: Any, ordered: Sequence[int], label: str, **style: Any) -> None:
     """Draw the share of latencies (ns, sorted) that are longer than a time, over that time."""
+    times, shares = slower(ordered)
+    axis.plot(times, shares, label=label, linewidth=1, **style)
+
+
+def slower(ordered: Sequence[int]) -> tuple[list[float], list[float]]:
+    """Points of a curve: times in us, and the share of latencies (ns, sorted) that are longer."""
     count = len(ordered)
     step = max(1, count // _POINTS)
     kept = [*range(0, max(0, count - _TAIL), step), *range(max(0, count - _TAIL), count)]
-    axis.plot(
-        [max(ordered[i], 1) / 1000 for i in kept],
-        [1 - i / count for i in kept],
-        label=label,
-        linewidth=1,
-        **style,
-    )
+    return [max(ordered[i], 1) / 1000 for i in kept], [1 - i / count for i in kept]
 
 
 def slower_axis(axis: Any, title: str, what: str) -> None:
@@ -93,4 +110,4 @@ def slower_axis(axis: Any, title: str, what: str) -> None:
     axis.xaxis.set_minor_formatter(NullFormatter())
     axis.grid(visible=True, which="major", alpha=0.3)
     if axis.get_legend_handles_labels()[0]:
-        axis.legend(fontsize="x-small")
+        axis.legend(fontsize="x-small", loc="upper right")  # "best" is slow with many points

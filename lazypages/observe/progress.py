@@ -16,7 +16,7 @@ import anyio
 from lazypages.engine.memory import PAGE_SIZE
 from lazypages.logs import MESSAGE
 from lazypages.observe.metrics import State, Summary, TaskReport
-from lazypages.observe.summary import count, size
+from lazypages.wording import count, size
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -47,7 +47,10 @@ class Watched(Protocol):
 
 
 class Line(NamedTuple):
-    """A task, or all tasks. ``total``, ``remaining``: pages; ``speed``: bytes/s; ``sources``: pages by name."""
+    """A task, or all tasks. ``total``, ``remaining``: pages; ``speed``: bytes/s; ``sources``: pages by name.
+
+    ``left``: seconds until nothing is missing, at that speed; None if that is unknown.
+    """
 
     name: str
     state: State
@@ -56,6 +59,7 @@ class Line(NamedTuple):
     faults: int
     speed: float
     sources: dict[str, int]
+    left: float | None = None
 
     @property
     def done(self) -> float:
@@ -70,9 +74,12 @@ class Speedometer:
         self._window = window
         self._seen: dict[str, deque[tuple[float, int]]] = {}
 
-    def speed(self, name: str, now: float, pages: int) -> float:
-        """Record that `pages` had arrived at the time `now` (seconds); return the speed in bytes per second."""
-        seen = self._seen.setdefault(name, deque())
+    def speed(self, name: str, now: float, pages: int, age: float = 0.0) -> float:
+        """Record that `pages` had arrived at the time `now` (seconds); return the speed in bytes per second.
+
+        ``age``: seconds since there was no page, for the speed when `name` is seen for the first time.
+        """
+        seen = self._seen.setdefault(name, deque([(now - age, 0)] if age else []))
         seen.append((now, pages))
         while len(seen) > 2 and now - seen[1][0] >= self._window:
             seen.popleft()
@@ -80,17 +87,21 @@ class Speedometer:
         return max(0, pages - base) * PAGE_SIZE / (now - before) if now > before else 0.0
 
 
-def total(summary: Summary, speedometer: Speedometer, now: float) -> Line:
-    """The sum over all tasks."""
+def total(summary: Summary, speedometer: Speedometer, now: float, *, background: bool = True) -> Line:
+    """The sum over all tasks. ``background``: pages that no task touches are brought, too."""
     tasks = summary.tasks
+    remaining = sum(task.pending for task in tasks)
+    speed = speedometer.speed("", now, sum(task.copied.total for task in tasks), summary.seconds)
+    steady = background and summary.finished and remaining and speed
     return Line(
-        count(len(tasks), "task"),
+        count(len(tasks), "task") if len(tasks) != 1 else tasks[0].title,
         State.SERVING,
         sum(task.total for task in tasks),
-        sum(task.pending for task in tasks),
+        remaining,
         sum(task.stats.faults for task in tasks),
-        speedometer.speed("", now, sum(task.copied.total for task in tasks)),
+        speed,
         summary.copied_by_source(),
+        remaining * PAGE_SIZE / speed if steady else None,
     )
 
 
@@ -104,24 +115,27 @@ def shown(tasks: Sequence[TaskReport], room: int) -> Sequence[TaskReport]:
 
 def task_line(task: TaskReport, speedometer: Speedometer, now: float) -> Line:
     return Line(
-        task.name,
+        task.title,
         task.state,
         task.total,
         task.pending,
         task.stats.faults,
-        speedometer.speed(task.name, now, task.copied.total),
+        speedometer.speed(task.name, now, task.copied.total, task.seconds),
         task.by_source(task.copied),
     )
 
 
-async def watch_in_log(server: Watched) -> None:
-    """Log a line every LINE seconds, less often while nothing changes. Never returns."""
+async def watch_in_log(server: Watched, *, background: bool = True) -> None:
+    """Log a line every LINE seconds once a task has arrived, less often while nothing changes. Never returns."""
     speedometer = Speedometer(LINE)
     before = None
     pause = LINE
     while True:
         await anyio.sleep(pause)
-        line = total(server.summary(), speedometer, time.monotonic())
+        summary = server.summary()
+        if not summary.tasks:
+            continue
+        line = total(summary, speedometer, time.monotonic(), background=background)
         state = (line.name, line.remaining, line.faults)
         if state == before:
             # With a thousand tasks a look takes a while: the longer nothing happens, the rarer it is.
@@ -134,17 +148,31 @@ async def watch_in_log(server: Watched) -> None:
 def describe(line: Line) -> str:
     """As a line of text."""
     sources = "".join(f", {pages:,} from {name}" for name, pages in line.sources.items())
+    left = "" if line.left is None else f", about {time_left(line.left)} left"
     return (
-        f"{line.name}: {line.done:.0%}, {count(line.remaining, 'page')} ({size(line.remaining * PAGE_SIZE)}) "
-        f"to go, {size(line.speed)}/s, {count(line.faults, 'fault')}{sources}"
+        f"{line.name}: {percent(line)}, {count(line.remaining, 'page')} ({size(line.remaining * PAGE_SIZE)}) "
+        f"to go, {size(line.speed)}/s{left}, {count(line.faults, 'fault')}{sources}"
     )
+
+
+def percent(line: Line) -> str:
+    """Rounded down: 100% means that no page is missing."""
+    return f"{int(line.done * 100)}%"
+
+
+def time_left(seconds: float) -> str:
+    """12 s, 3 min, 2.5 h: an estimate."""
+    if seconds < 99.5:
+        return f"{max(1, round(seconds))} s"
+    return f"{round(seconds / 60)} min" if seconds < 5970 else f"{seconds / 3600:.1f} h"
 
 
 class TerminalWatch:
     """Bars on a terminal: one for each task, as far as there is room, and one for all. They are removed at the end."""
 
-    def __init__(self, terminal: Console) -> None:
+    def __init__(self, terminal: Console, *, background: bool = True) -> None:
         self._terminal = terminal
+        self._background = background
         self._speedometer = Speedometer()
 
     async def __call__(self, server: Watched) -> None:
@@ -165,14 +193,16 @@ class TerminalWatch:
         from rich.progress_bar import ProgressBar  # noqa: PLC0415
         from rich.table import Table  # noqa: PLC0415
 
-        everything = total(summary, self._speedometer, now)
+        everything = total(summary, self._speedometer, now, background=self._background)
         tasks = shown(summary.tasks, self._terminal.size.height - OTHER_LINES)
         picture = [task_line(task, self._speedometer, now) for task in tasks]
         grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-        for name in ("", "", "%", "to go", "speed", "faults", "pages by source"):
+        for name in ("", "", "%", "to go", "speed", "left", "faults", "pages by source"):
             grid.add_column(
                 name, justify="left" if name in {"", "pages by source"} else "right", no_wrap=True
             )
+        if len(picture) == 1:
+            picture[0] = picture[0]._replace(left=everything.left)
         hidden = len(summary.tasks) - len(tasks)
         for line in [*picture, *([everything] if len(summary.tasks) > 1 else [])]:
             if line is everything and hidden:
@@ -180,9 +210,10 @@ class TerminalWatch:
             grid.add_row(
                 line.name,
                 ProgressBar(total=1.0, completed=line.done, width=_BAR_WIDTH),
-                f"{int(line.done * 100)} %",
+                percent(line),
                 size(line.remaining * PAGE_SIZE) if line.state is State.SERVING else str(line.state),
                 f"{size(line.speed)}/s",
+                "" if line.left is None else time_left(line.left),
                 f"{line.faults:,}",
                 _sources(line.sources.items()),
                 style="bold" if line is everything else "",

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from lazypages.engine.memory import PAGE_SIZE
 from lazypages.observe.metrics import State, Summary, TaskReport, signal_name
+from lazypages.wording import count, duration, size
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -23,36 +24,6 @@ _WORDS = {
     State.LOST: "lost pages",
     State.KILLED: "killed",
 }
-
-
-def count(number: int, noun: str) -> str:
-    """1 page, 2,000 pages."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def size(nr_bytes: float) -> str:
-    """Bytes in binary units: 256.0 MiB."""
-    if nr_bytes < 1024:
-        return f"{nr_bytes:.0f} B"
-    for unit in ("KiB", "MiB", "GiB"):
-        nr_bytes /= 1024
-        if nr_bytes < 1023.95:
-            return f"{nr_bytes:.1f} {unit}"
-    return f"{nr_bytes / 1024:.1f} TiB"
-
-
-def duration(nanoseconds: float) -> str:
-    """A time with three digits: 9.70 us, 120 us, 1.05 ms, 2.50 s."""
-    for unit, scale in (("ns", 1), ("us", 1e3), ("ms", 1e6)):
-        value = nanoseconds / scale
-        if value < 999.5:
-            return f"{value:.3g} {unit}" if unit == "ns" else f"{_three_digits(value)} {unit}"
-    seconds = nanoseconds / 1e9
-    return f"{_three_digits(seconds)} s" if seconds < 999.5 else f"{seconds:,.0f} s"
-
-
-def _three_digits(value: float) -> str:
-    return f"{value:.2f}" if value < 9.995 else f"{value:.1f}" if value < 99.95 else f"{value:.0f}"
 
 
 class Row(NamedTuple):
@@ -109,7 +80,7 @@ def _leftover(task: TaskReport) -> str:
     missing = f"{count(task.pending, 'page')} missing" if task.pending else "no page missing"
     poisoned = f", {count(task.stats.poisoned, 'page')} poisoned" if task.stats.poisoned else ""
     how = f"killed by {signal_name(task.signal)}" if task.signal else _WORDS[task.state]
-    return f"{task.name}: {how}, {missing}{poisoned}"
+    return f"{task.title}: {how}, {missing}{poisoned}"
 
 
 def dropped(summary: Summary) -> str | None:

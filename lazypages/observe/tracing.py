@@ -24,6 +24,7 @@ from typing import Any, NamedTuple, Self
 from lazypages.engine._uffd import lib
 from lazypages.engine.trace import Ring
 from lazypages.errors import LazyPagesError
+from lazypages.wording import count
 
 log = logging.getLogger("lazypages")
 
@@ -64,6 +65,7 @@ class Kind(enum.IntEnum):
     GONE = 17
     DROPPED = 18
     END = 19
+    RESTORED = 20
 
 
 #: Sources other than the levels of the chain of images, which are 0, 1, ...
@@ -82,22 +84,30 @@ class Record(NamedTuple):
     memory: int
     kind: int
     source: int
+    times: int
 
 
 class Tracer:
     """Writes a trace into `path` while its block runs. The file is created by the constructor.
 
-    ``tasks``: the names of the levels of the images, by pid. Raises TraceError.
+    ``tasks``: the names of the levels of the images, by pid. ``programs``: the names of their programs. Raises
+    TraceError.
     """
 
-    def __init__(self, path: Path, images: Path, tasks: Mapping[int, tuple[str, ...]]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        images: Path,
+        tasks: Mapping[int, tuple[str, ...]],
+        programs: Mapping[int, str] | None = None,
+    ) -> None:
         self._path = path
         self.ring = Ring()
         try:
             self._fd = os.open(
                 path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600
             )
-            os.write(self._fd, _header(images, tasks))
+            os.write(self._fd, _header(images, tasks, programs or {}))
         except OSError as error:
             raise TraceError(f"--trace {path}: {error.strerror}") from error
         self._error = 0
@@ -117,16 +127,16 @@ class Tracer:
             log.error("--trace %s is incomplete: %s", self._path, os.strerror(self._error))
         elif dropped := self.ring.dropped:
             log.warning(
-                "--trace %s lacks %d records: they came faster than they could be written",
+                "--trace %s lacks %s: they came faster than they could be written",
                 self._path,
-                dropped,
+                count(dropped, "record"),
             )
 
     def _run(self) -> None:
         self._error = -int(lib.lp_trace_run(self.ring.handle, self._fd))
 
 
-def _header(images: Path, tasks: Mapping[int, tuple[str, ...]]) -> bytes:
+def _header(images: Path, tasks: Mapping[int, tuple[str, ...]], programs: Mapping[int, str]) -> bytes:
     text = json.dumps(
         {
             "clock": "CLOCK_MONOTONIC",
@@ -137,7 +147,10 @@ def _header(images: Path, tasks: Mapping[int, tuple[str, ...]]) -> bytes:
             "page_bytes": mmap.PAGESIZE,
             "kinds": {kind.value: kind.name.lower() for kind in Kind},
             "sources": SOURCE_NAMES,
-            "tasks": [{"pid": pid, "levels": list(levels)} for pid, levels in tasks.items()],
+            "tasks": [
+                {"pid": pid, "program": programs.get(pid, ""), "levels": list(levels)}
+                for pid, levels in tasks.items()
+            ],
         }
     ).encode()
     text += b" " * (-(_PREFIX.size + len(text)) % RECORD.size)
@@ -156,7 +169,7 @@ class Trace:
         return len(self.data) // RECORD.size
 
     def __iter__(self) -> Iterator[Record]:
-        return (Record(*fields[:8]) for fields in RECORD.iter_unpack(self.data))
+        return (Record(*fields) for fields in RECORD.iter_unpack(self.data))
 
     @property
     def complete(self) -> bool:
@@ -171,7 +184,13 @@ class Trace:
         return max((record.pages for record in self if record.kind == Kind.DROPPED), default=0)
 
     def _at(self, index: int) -> Record:
-        return Record(*RECORD.unpack_from(self.data, index * RECORD.size)[:8])
+        return Record(*RECORD.unpack_from(self.data, index * RECORD.size))
+
+    def program(self, task: int) -> str:
+        """The name of the program of a task; empty in traces of older versions."""
+        return next(
+            (str(known.get("program", "")) for known in self.header["tasks"] if known["pid"] == task), ""
+        )
 
     def source_name(self, task: int, source: int) -> str:
         """The name of a source as in summaries: local, parent-1, ..., remote, zero, lost."""

@@ -23,6 +23,9 @@ from images_spec.pagemap import Pagemap
 from lazypages.errors import LazyPagesError
 from lazypages.net import wire
 from lazypages.net.patience import PatientReader, SlowPeerError
+from lazypages.net.refused import why_left
+from lazypages.net.tls import TlsFiles
+from lazypages.net.tls_errors import explain
 from lazypages.net.wire import PAGE_SIZE, Command, Header, ImageType, Layout, RemoteProtocolError, ServerCodec
 
 log = logging.getLogger("lazypages")
@@ -162,9 +165,11 @@ class ImageReceiver:
 
 
 class ReceiveConnection:
-    """The only client of receive mode."""
+    """The only client of receive mode. `tls`: our certificate, if `sock` uses TLS."""
 
-    def __init__(self, sock: socket.socket, receiver: ImageReceiver) -> None:
+    def __init__(self, sock: socket.socket, receiver: ImageReceiver, tls: TlsFiles | None = None) -> None:
+        self._tls = tls
+        self._spoke = False
         self._sock = sock
         self._reader = PatientReader(sock)
         self._receiver = receiver
@@ -187,8 +192,9 @@ class ReceiveConnection:
             except OSError as error:
                 if closed:
                     return
-                raise ReceiveError(f"the dump's connection is lost: {error.strerror or error}") from None
+                raise ReceiveError(f"the dump's connection is lost: {explain(error, 'client')}") from None
             while (event := self._codec.next_event()) is not None:
+                self._spoke = self._spoke or not isinstance(event, wire.Eof)
                 match event:
                     case Header():
                         self._reader.message()
@@ -204,6 +210,8 @@ class ReceiveConnection:
                         self._ours = True
                         self._sock.sendall(self._codec.answer_probe(wire.NO_FEATURES))
                     case wire.Eof():
+                        if not closed and self._tls and not self._spoke:
+                            raise ReceiveError(f"no dump has come: {why_left(self._tls)}")
                         if not closed:
                             raise ReceiveError(
                                 "no CLOSE from the client: the dump has failed, the images are not complete"

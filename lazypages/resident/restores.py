@@ -116,6 +116,8 @@ class Restore:
         self.ended = anyio.Event()
         #: Whether a restorer could connect.
         self.admitted = False
+        #: Of page servers that are waited for.
+        self.problems: Sequence[str] = ()
         #: Why nothing, or nothing more, is served.
         self.error: str | None = None
         self.invitation = ""
@@ -187,7 +189,7 @@ class Restore:
             )
             self.invitation = invitation(Path(asked.names[0]), Path(asked.names[1]), expected)
             del expected
-            self._result = await self._server.run(self._beside)
+            self._result = await self._server.run(self._beside, self._begin)
         if self._result.tasks or self._result.finished:
             for line in summary.lines(self._result):
                 log.log(MESSAGE, "%s", line)
@@ -209,10 +211,17 @@ class Restore:
         check_certificates(options)
         return expected, options
 
-    async def _beside(self, server: Server) -> None:
+    def _begin(self, problems: Sequence[str]) -> None:
+        """As Begin: not called if no page server can be used."""
+        for problem in problems:
+            log.error("%s", problem, extra=NOT_TO_CLIENT)
+        self.problems = problems
         log.log(MESSAGE, "%s", self.invitation, extra=NOT_TO_CLIENT)
         self.admitted = True
-        self.started.set()
+
+    async def _beside(self, server: Server) -> None:
+        if self.admitted:
+            self.started.set()
         await watch_in_log(server)
 
     def _keep_result(self) -> None:

@@ -257,6 +257,7 @@ class Service:
             "restore": restore.number,
             "socket": f"{asked.names[1]}/{SOCKET_NAME}",
             "message": restore.invitation,
+            "problems": list(restore.problems),
         }
 
     async def _run(self, restore: Restore) -> None:

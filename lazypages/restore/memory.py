@@ -188,7 +188,7 @@ def check_mappings(dump: Dump, alive: Alive, machine: Machine, pid: int, path: P
     lost = alive.memory.extents.counts().lost
     if lost.total:
         hint = "" if lazy else " (of a lazy dump: restore it with --lazy-pages)" if lost.lazy else ""
-        raise RestoreError(f"task {pid}: {lost.total} pages are in no image of the chain{hint}")
+        raise RestoreError(f"task {pid}: no image of the chain has {lost.total:,} of its pages{hint}")
 
 
 def extent_bytes(extents: ExtentTable) -> bytes:

@@ -10,6 +10,7 @@ from pathlib import Path
 from images_spec.images import Kind
 from images_spec.messages import CoreEntry, TaskState, X86Mode
 from images_spec.messages import Machine as MachineType
+from lazypages.outputs import check_output
 from lazypages.restore import memory, registers, state, tree
 from lazypages.restore.dump import Alive, Dump, Process
 from lazypages.restore.errors import RestoreError
@@ -83,8 +84,10 @@ def check(dump: Dump, order: Order, machine: Machine) -> None:
                 raise RestoreError(f"task {process.pid}: is a 32-bit program, which can't be restored")
             registers.extended(core.thread_info.fpregs, machine, dump.path(Kind.CORE, tid))
             registers.fxsave(core.thread_info.fpregs, dump.path(Kind.CORE, tid))
-    if order.pidfile is not None and order.pidfile.exists():
-        raise RestoreError(f"--pidfile {order.pidfile}: exists already")
+    if order.pidfile is not None:
+        if order.pidfile.exists():
+            raise RestoreError(f"--pidfile {order.pidfile}: exists already")
+        check_output("--pidfile", order.pidfile)
 
 
 def _check_pids(process: Process, machine: Machine) -> None:

@@ -14,6 +14,7 @@ from images_spec.errors import ImageError
 from images_spec.images import Kind
 from lazypages.engine.memory import PreparedMemory, TaskMemory
 from lazypages.sources.local import MappedPages
+from lazypages.wording import count, printable
 
 if TYPE_CHECKING:
     from lazypages.net.wire import Layout
@@ -31,7 +32,7 @@ class Expected(NamedTuple):
     ``sources``: names of the levels, as in summaries: ``local``, ``parent-1``, ``parent-2``, ..., then
     ``local:DIR`` for directories beside the checkpoint.
 
-    ``seen``: ranges to bring first, because other processes read them.
+    ``seen``: ranges to bring first, because other processes read them. ``program``: its name, safe to print.
     """
 
     pid: int
@@ -39,6 +40,7 @@ class Expected(NamedTuple):
     lazy_pages: int
     sources: tuple[str, ...]
     seen: Seen | None = None
+    program: str = ""
 
 
 def level_names(count: int) -> tuple[str, ...]:
@@ -131,6 +133,7 @@ def _expect_task(
         sum(level.lazy for level in counts.levels) + counts.remote.lazy,
         tuple(names),
         partial(_seen, checkpoint, images),
+        printable(images.comm),
     )
 
 
@@ -147,7 +150,8 @@ def _lost_text(images: TaskImages, lost: int) -> str:
         where = "neither in this image nor in its parents"
     else:
         where = "not in this image, which has no parent"
+    missing = count(lost, "lazy page is", "lazy pages are")
     return (
-        f"{lost} lazy pages are {where}; if they are still at the source (dump --lazy-pages), name its page "
+        f"{missing} {where}; if they are still at the source (dump --lazy-pages), name its page "
         "server with --page-server --address --port"
     )

@@ -6,6 +6,7 @@ docs/protocol.md describes what protects against another dump there.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Final, TypeVar
@@ -14,14 +15,17 @@ import anyio
 
 from images_spec.identity import Identity
 from lazypages.net import wire
-from lazypages.net.link import Link, LinkError, connect
+from lazypages.net.link import HopelessError, Link, LinkError, connect
+from lazypages.net.refused import why_closed
 from lazypages.net.relay import Direct, Relay
 from lazypages.net.tls import TlsFiles
 from lazypages.net.trial import Trial
-from lazypages.net.url import ConnectedSocket, PageServerAddress, TcpServer
+from lazypages.net.url import ConnectedSocket, PageServerAddress
 from lazypages.net.wire import ClientCodec, Features, Layout
 from lazypages.sources.base import Carrier, Connected
 from lazypages.sources.shortage import made
+
+log = logging.getLogger("lazypages")
 
 T = TypeVar("T")
 
@@ -34,8 +38,8 @@ PROBE_PATIENCE: Final = {Layout.CRIU_4_2: 0.5, Layout.CRIU_4_1: 5.0, None: 2.0}
 @dataclass(frozen=True, slots=True)
 class RemoteOptions:
     """``layout``: of the header, if the user has named it. ``written_by``: the layout of the CRIU that wrote the
-    images, a hint for the detection. ``deadline``: seconds after which pages that no server gives are lost; None:
-    never. ``checkpoint``: the one that the pages must be of; None (in tests): any.
+    images: a hint for the detection, and for whether the user is right. ``deadline``: seconds after which pages that no
+    server gives are lost; None: never. ``checkpoint``: the one that the pages must be of; None (in tests): any.
     """
 
     layout: Layout | None = None
@@ -45,7 +49,7 @@ class RemoteOptions:
     checkpoint: Identity | None = None
 
 
-class CheckpointError(LinkError):
+class CheckpointError(HopelessError):
     """The server has another checkpoint, or does not identify its own."""
 
 
@@ -87,43 +91,52 @@ class PageServerSource:
     async def _greet(self, link: Link, *, spare: bool) -> tuple[ClientCodec, bool]:
         """Detects the server's protocol (see wire). Returns a codec for it, and whether the server has answered.
 
-        A layout that the user has named needs no probe, unless identities must be compared or the connection is a
-        spare: CRIU's server delays its answer by 200 ms (it corks its socket, and only pages uncork it; seen with
-        strace, 4.1.1).
+        A layout that the user has named needs no probe (CRIU's server delays its answer by 200 ms: it corks its socket,
+        and only pages uncork it; seen with strace, 4.1.1), unless the images are of a CRIU with the other layout: it
+        may never answer requests in a wrong one. With TLS only an answer shows that it accepts our certificate.
 
         Raises LinkError, TlsError, RemoteProtocolError.
         """
-        layout, checkpoint = self._options.layout, self._options.checkpoint
+        named, written_by = self._options.layout, self._options.written_by
+        checkpoint, tls = self._options.checkpoint, link.encrypted
         must_agree = self._agreed or bool(checkpoint and checkpoint.by_dumptool)
-        if layout and not (must_agree or spare):
-            return ClientCodec(layout), False
-        guessed = layout is None and isinstance(self._address, TcpServer) and self._address.tls
-        if guessed:  # detection is impossible over TLS (see wire): use the images' layout, else the old one
-            layout = self._options.written_by or Layout.CRIU_4_1
+        confirmed = named is not None and written_by in {named, None}
+        if named and confirmed and not (must_agree or spare or tls):
+            return ClientCodec(named), False
+        layout = named if confirmed else None
+        guessed = tls and named is None
+        if tls:  # detection is impossible (see wire): use the images' layout, else the old one
+            layout = named or written_by or Layout.CRIU_4_1
         wanted = wire.ALL_FEATURES | (Features.CHECKPOINT if checkpoint else wire.NO_FEATURES)
-        await _send_all(
-            link, wire.probe_first(wanted) + (wire.PROBE_REST if layout is Layout.CRIU_4_2 else b"")
-        )
         answer = bytearray()
-        if layout is None:
-            layout = Layout.CRIU_4_1
-            patience = PROBE_PATIENCE[self._options.written_by] + 8 * (link.round_trip() or 0.0)
-            with anyio.move_on_after(patience):
-                await _receive_all(link, answer)
-            if not answer:
-                await _send_all(link, wire.PROBE_REST)
-                layout = Layout.CRIU_4_2
         try:
+            rest = wire.PROBE_REST if layout is Layout.CRIU_4_2 else b""
+            await _send_all(link, wire.probe_first(wanted) + rest)
+            if layout is None:
+                layout = Layout.CRIU_4_1
+                patience = PROBE_PATIENCE[None if named else written_by] + 8 * (link.round_trip() or 0.0)
+                with anyio.move_on_after(patience):
+                    await _receive_all(link, answer)
+                if not answer:
+                    await _send_all(link, wire.PROBE_REST)
+                    layout = Layout.CRIU_4_2
             await _receive_all(link, answer)
         except LinkError as error:
-            if guessed:
-                raise LinkError(f"{error}; {wire.GUESSED.format(layout=layout)}") from None
-            raise
+            if answer or isinstance(error, HopelessError):
+                raise
+            spoken = layout or Layout.CRIU_4_1
+            why = why_closed(self._address, self._options.tls, spoken, guessed=guessed, named=confirmed)
+            raise (HopelessError if tls else LinkError)(f"{error}: {why}") from None
         features = wire.probe_answer(bytes(answer))
         if checkpoint and (features is not None or must_agree):
             await self._agree(link, checkpoint, features or wire.NO_FEATURES)
             self._agreed = True
         if features is None:
+            if named not in {layout, None}:
+                log.warning(
+                    "page server %s: speaks %s, not %s as --page-server-protocol says: using %s",
+                    *(self.name, layout.value, named.value, layout.value),
+                )
             return ClientCodec(layout), True
         return ClientCodec(Layout.CRIU_4_2, features), True
 

@@ -26,6 +26,7 @@ from typing import Final, NamedTuple
 from lazypages.net import wire
 from lazypages.net.wire import PAGE_SIZE, Features
 from lazypages.sources.backlog import Backlog, Wanted
+from lazypages.wording import count
 
 log = logging.getLogger("lazypages")
 
@@ -54,6 +55,10 @@ WARN_INTERVAL: Final = 30.0  # s
 TICK: Final = 0.1  # s between two checks, while there are channels or requests
 SHORTEST_TICK: Final = 0.01  # s between two checks, at least
 
+UNANSWERED: Final = (
+    "; it has answered nothing so far: if its CRIU is not the one that wrote the images, name its protocol with "
+    "--page-server-protocol"
+)
 DENIED: Final = "no page server can give it; their logs say why"
 
 
@@ -347,7 +352,8 @@ class Pool:
         was_up, was_good, channel.up = channel.up, channel.up and not channel.silent, False
         server.used_up = server.used_up or channel.used_up
         if reason and not self._closing:
-            self._complain(server, reason, now, was_up=was_up and answered)
+            hint = UNANSWERED if was_up and not answered else ""
+            self._complain(server, reason + hint, now, was_up=was_up and answered)
         if oldest is not None and answered and hung_up:
             for wanted in self._owned(channel, oldest)[:1]:
                 self._refuse(channel, wanted, said=False)
@@ -379,7 +385,7 @@ class Pool:
         if now - max(oldest, self._warned) > WARN_INTERVAL:
             self._warned = now
             pages = sum(wanted.nr_pages for wanted in self.backlog)
-            log.warning("still waiting for %d pages, longest %.0f s", pages, now - oldest)
+            log.warning("still waiting for %s, longest %.0f s", count(pages, "page"), now - oldest)
         self.plan(now)
 
     def close(self) -> None:
@@ -445,7 +451,8 @@ class Pool:
             # All answers had arrived before it was found silent, and were waiting for a task: no byte will come.
             channel.silent = False
         elif silent and not channel.silent:
-            log.warning("page server %s: silent for %.1f s", channel.server.name, now - channel.heard)
+            hint = "" if channel.has_answered else UNANSWERED
+            log.warning("page server %s: silent for %.1f s%s", channel.server.name, now - channel.heard, hint)
             channel.silent = True
             channel.reserved = None  # the page may be requested on another channel
             if channel.has_answered:
@@ -458,7 +465,7 @@ class Pool:
         level = logging.INFO
         if was_up or now - server.complained > WARN_INTERVAL:
             level, server.complained = logging.WARNING, now
-        again = f"; {waiting} requests pending" if waiting else ""
+        again = f"; {count(waiting, 'request')} pending" if waiting else ""
         again += ", trying again" if waiting and not server.over else ""
         log.log(level, "page server %s: %s%s", server.name, reason, again)
 

@@ -22,8 +22,9 @@ from anyio.abc import TaskGroup
 from lazypages.engine.channel import Channel as EngineChannel
 from lazypages.engine.channel import ChannelEvent, ChannelEventKind, ChannelOptions
 from lazypages.engine.task import ServedTask
+from lazypages.errors import LazyPagesError
 from lazypages.net import wire
-from lazypages.net.link import LinkError
+from lazypages.net.link import HopelessError, LinkError
 from lazypages.net.tls import TlsError, TlsFiles
 from lazypages.net.url import PageServerAddress, TcpServer
 from lazypages.net.wire import PAGE_SIZE, CloseFlags, Features, RemoteProtocolError
@@ -35,6 +36,11 @@ from lazypages.sources.shortage import made
 
 NS_PER_S: Final = 1e9
 CLOSE_TIMEOUT: Final = 5.0  # s for the servers' answers to CLOSE
+
+# s until readiness is signalled whatever is known of the servers; and s that a server of CRIU's, which delays its first
+# answer by 200 ms, is waited for.
+FIRST_ATTEMPTS: Final = 3.0
+FIRST_ANSWER: Final = 0.02
 
 CLOSED: Final = "closed by the server"
 CUT_SHORT: Final = "closed in the middle of an answer"
@@ -101,6 +107,16 @@ class _Connection:
     )  # the answer to CLOSE has come, or the channel has ended
 
 
+@dataclass(slots=True)
+class _First:
+    """The first attempts to connect to a server. ``reached``: when a connection was established. ``reason``: why the
+    last attempt failed. ``hopeless``: the next one would fail, too."""
+
+    reached: float = float("inf")
+    reason: str = ""
+    hopeless: bool = False
+
+
 class RemotePages:
     """Brings pages from `sources`. Made by `open_remote`.
 
@@ -132,6 +148,51 @@ class RemotePages:
         self._happened = anyio.Event()
         self._ending = _Ending.COMPLETE
         self._completed = anyio.Event()
+        self._first = {server: _First() for server in servers}
+        self._began = time.monotonic()
+        #: Set when no server can ever be used, unless the user changes something.
+        self.hopeless = anyio.Event()
+
+    # -- before the first restore ----------------------------------------------------------------------------
+
+    async def first_attempts(self) -> list[str]:
+        """Waits until it is known of each server whether it can be used now, but no longer than FIRST_ATTEMPTS seconds.
+
+        Returns one line for each server that can't.
+        """
+        self._began = time.monotonic()
+        for server in self.pool.servers:
+            server.complained = self._began  # the caller reports the first failure
+        with anyio.move_on_after(FIRST_ATTEMPTS):
+            while not all(self._is_known(server) for server in self.pool.servers):
+                await anyio.sleep(0.002)
+        return self.reasons()
+
+    def reasons(self) -> list[str]:
+        """One line for each server that could not be used so far: why."""
+        return [
+            f"page server {server.name}: {first.reason or f'no connection within {FIRST_ATTEMPTS:g} s'}"
+            + ("" if first.hopeless else "; trying again, and tasks that are restored now wait for it")
+            for server, first in self._first.items()
+            if not server.connections and (first.reason or first.reached == float("inf"))
+        ]
+
+    def _is_known(self, server: Server) -> bool:
+        first = self._first[server]
+        # dumptool's server answers at once; the time to connect shows how far away a server is
+        near = FIRST_ANSWER + 2 * (first.reached - self._began)
+        patience = FIRST_ATTEMPTS if self._by_dumptool else near
+        return bool(server.connections or first.reason or time.monotonic() - first.reached > patience)
+
+    def _failed(self, server: Server, error: LazyPagesError) -> None:
+        """An attempt to connect has failed."""
+        first = self._first[server]
+        first.reason = str(error)
+        first.hopeless = isinstance(error, HopelessError | TlsError | RemoteProtocolError)
+        if not any(one.connections for one in self.pool.servers) and all(
+            one.hopeless for one in self._first.values()
+        ):
+            self.hopeless.set()
 
     # -- for the tasks ---------------------------------------------------------------------------------------
 
@@ -296,7 +357,11 @@ class RemotePages:
         reason = ""
         try:
             with connection.scope:
-                await self._connect(channel, connection)
+                try:
+                    await self._connect(channel, connection)
+                except (LinkError, RemoteProtocolError, TlsError) as error:
+                    self._failed(channel.server, error)
+                    raise
                 await self._handle_events(channel, connection)
             if connection.scope.cancelled_caught:
                 reason = "replaced by another connection"
@@ -318,7 +383,10 @@ class RemotePages:
         """Raises LinkError, TlsError, RemoteProtocolError."""
 
         def reached() -> None:
-            self.pool.reached(channel, time.monotonic())
+            now = time.monotonic()
+            self.pool.reached(channel, now)
+            first = self._first[channel.server]
+            first.reached = min(first.reached, now)
 
         found = await self._sources[channel.server].connect(
             spare=channel.spare, urgent_only=channel.urgent_only, reached=reached

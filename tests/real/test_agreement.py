@@ -147,14 +147,14 @@ def left_away(checkpoint: Checkpoint, images: Path) -> Victim:
 def test_a_page_server_of_the_wrong_images(
     checkpoints: Checkpoints, program: Program, tmp_path: Path
 ) -> None:
-    """Refused, by name; the right ones at the same address are taken."""
+    """Refused, by name; the right ones at the same address are taken. (At the start: test_first_contact.py)"""
     checkpoint, wrong = checkpoints.get(OLD, "single"), checkpoints.get(OLD, "plain")
     victim, port = left_away(checkpoint, tmp_path / "images"), free_port()
     at = ("127.0.0.1", "--port", str(port), "--keep-serving")
     with (
         nothing_left(),
-        page_server_at(*at, images=wrong.images, work=tmp_path / "wrong") as server,
         destination(victim, ours(port), program, tmp_path / "work", wait=False) as restored,
+        page_server_at(*at, images=wrong.images, work=tmp_path / "wrong") as server,
     ):
         theirs, mine = (identify(which).digest.hex() for which in (wrong.images, tmp_path / "images"))
         wait_for("the refusal", lambda: f"({theirs}; the images: {mine})" in restored.server.story())
@@ -178,8 +178,8 @@ def test_a_page_server_without_an_inventory(
     at = ("127.0.0.1", "--port", str(port), "--keep-serving")
     with (
         nothing_left(),
-        page_server_at(*at, images=bare, work=tmp_path / "server") as server,
         destination(victim, ours(port), program, tmp_path / "work", wait=False) as restored,
+        page_server_at(*at, images=bare, work=tmp_path / "server") as server,
     ):
         assert "without it the server can't identify this dump" in server.story()
         wait_for("the refusal", lambda: "does not identify its dump" in restored.server.story())

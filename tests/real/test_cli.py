@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -17,6 +18,8 @@ from pathlib import Path
 
 import pytest
 
+from lazypages import __version__
+from tests.support.criu import Criu, all_criu
 from tests.support.fake import Restored, restored_tasks, serve_command, write_images
 from tests.support.processes import Server, reap, wait_for
 from tests.support.terminal import OnTerminal
@@ -60,7 +63,7 @@ def test_live_progress_and_summary(restored_program: Path, tmp_path: Path) -> No
         terminal.wait_for(f"waiting for: criu restore --lazy-pages -D {tmp_path}")
         connect(tasks, tmp_path)
         tasks.say("touch 1")
-        for text in ("3 tasks", "to go", f"task {tasks.pids[2]}", "local 3"):
+        for text in ("3 tasks", "to go", f"task {tasks.pids[2]} (restored)", "local 3"):
             terminal.wait_for(text)
         check(tasks)
         assert terminal.wait() == 0
@@ -254,6 +257,80 @@ def test_pidfile_needs_the_background(restored_program: Path, tmp_path: Path) ->
     assert "--pidfile has no effect without -d" in (tmp_path / "out").read_text()
 
 
+# Options and files of criu.
+
+
+@pytest.mark.parametrize("criu", all_criu())
+def test_configuration_files_are_those_of_criu(criu: Criu, tmp_path: Path) -> None:
+    """The same file decides for all where the log is. (The checkpoint is damaged, so they end there.)"""
+    images, home = tmp_path / "images", tmp_path / "home"
+    (home / ".criu").mkdir(parents=True)
+    (home / ".criu" / "default.conf").write_text('# of this user\ntcp-established\nlog-file "home 1.log"\n')
+    for name in ("env", "conf"):
+        (tmp_path / name).write_text(
+            f"log-file={name}.log  # comment\nghost-limit 1M\nshell-job\nport 27000\n"
+        )
+    at_home = {"HOME": str(home)}
+    variable = {"CRIU_CONFIG_FILE": str(tmp_path / "env")}
+    config = ["--config", str(tmp_path / "conf")]
+    for options, variables, expected in (
+        ([], {}, []),
+        ([], at_home, ["home 1.log"]),
+        (["--no-default-config"], at_home, []),
+        ([], at_home | variable, ["env.log"]),
+        (["--no-default-config"], at_home | variable, ["env.log"]),
+        (config, at_home | variable, ["conf.log"]),
+        (["-j", "--display-stats", "-o", "given.log", *config], at_home, ["given.log"]),
+        (["--config", str(tmp_path / "missing")], at_home, []),
+        (["--config", str(tmp_path / "missing")], at_home | variable, ["env.log"]),
+    ):
+        environment = {name: value for name, value in os.environ.items() if name != "HOME"} | variables
+        for program in (
+            [str(criu.path), "lazy-pages"],
+            [sys.executable, "-m", "lazypages", "serve"],
+            [sys.executable, "-m", "lazypages.cli.shim", "lazy-pages", str(criu.path), "lazy-pages"],
+        ):
+            images.mkdir()
+            (images / "inventory.img").touch()
+            done = subprocess.run(
+                [*program, "-D", str(images), *options],
+                env=environment,
+                cwd=tmp_path,
+                capture_output=True,
+                text=True,
+                timeout=60,
+                check=False,
+            )
+            assert done.returncode == 1, done.stderr
+            logs = sorted(path.name for path in images.iterdir() if path.name != "inventory.img")
+            assert logs == expected, (program, options, done.stderr)
+            shutil.rmtree(images)
+
+
+def test_all_of_serve_can_be_configured(restored_program: Path, tmp_path: Path) -> None:
+    """What concerns other commands of criu is ignored, as is what has no meaning here without another option."""
+    config = tmp_path / "criu.conf"
+    config.write_text(
+        "daemon\npidfile pid\nlog-file serve.log\nverbosity 3\nport 27000\ntls\ntcp-established\npage-server\n"
+        "no-page-server\npre-dump-mode read\n"
+    )
+    with restored(restored_program, tmp_path) as tasks:
+        with Server(command(tmp_path, "--config", str(config), "-j"), output=tmp_path / "out") as starter:
+            assert starter.wait() == 0
+        connect(tasks, tmp_path)
+        check(tasks)
+        assert os.waitstatus_to_exitcode(reap(int((tmp_path / "pid").read_text()))) == 0
+    log = (tmp_path / "serve.log").read_text()
+    options = "--daemon --pidfile=pid --log-file=serve.log --verbosity=3"
+    assert f"from configuration files: {options}\n" in log
+    assert "1 task in " in log
+
+
+def test_version(tmp_path: Path) -> None:
+    done = subprocess.run(command(tmp_path, "-V"), capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (0, f"lazypages, version {__version__}\n")
+
+
 # Around it.
 
 
@@ -288,13 +365,38 @@ def test_what_can_t_be_had(restored_program: Path, tmp_path: Path, options: list
     assert not (tmp_path / SOCKET).exists()
 
 
-def test_stats_that_can_t_be_written(restored_program: Path, tmp_path: Path) -> None:
-    """The tasks are served all the same; the exit code says that something is missing."""
+@pytest.mark.parametrize("log", [[], ["-o", "serve.log"]], ids=["stderr", "log"])
+def test_stats_that_can_t_be_written(log: list[str], restored_program: Path, tmp_path: Path) -> None:
+    """An error of reporting is said wherever the log goes, and is not an error of the restore."""
     with restored(restored_program, tmp_path) as tasks:
-        options = ["--stats-json", "no/where"]
+        options = ["--stats-json", "/dev/full", *log]
         with Server(command(tmp_path, *options), output=tmp_path / "out") as server:
             server.wait_ready()
             connect(tasks, tmp_path)
             check(tasks)
-            assert server.wait() == 1
-    assert "--stats-json" in (tmp_path / "out").read_text()
+            assert server.wait() == 0
+    text = "--stats-json /dev/full: No space left on device; this concerns the statistics only"
+    assert (tmp_path / "out").read_text().count(text) == 1
+    if log:
+        assert (tmp_path / "serve.log").read_text().count(text) == 1
+
+
+def test_outputs_are_checked_before_a_restore_can_start(restored_program: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with restored(restored_program, tmp_path):
+        for name, text in (
+            ("no/stats", f"--stats-json {tmp_path}/no/stats: the directory {tmp_path}/no does not exist"),
+            ("file/stats", f"--stats-json {tmp_path}/file/stats: the directory {tmp_path}/file is not a dir"),
+            (".", f"--stats-json {tmp_path} is a directory: name a file"),
+            ("/proc/stats", "--stats-json /proc/stats can't be created: "),
+        ):
+            done = subprocess.run(
+                command(tmp_path, "--stats-json", name),
+                capture_output=True,
+                text=True,
+                timeout=60,
+                check=False,
+            )
+            assert done.returncode == 1
+            assert text in done.stderr
+            assert not (tmp_path / SOCKET).exists()

@@ -21,7 +21,7 @@ from images_spec.pagemap import Pagemap
 from tests.real.test_dump_kills import in_child
 from tests.real.test_dump_tracking import Mover, mover, moves
 from tests.support.criu import Criu
-from tests.support.dumptool import is_unharmed, reap_all, run
+from tests.support.dumptool import check, is_unharmed, reap_all, run
 from tests.support.processes import descendants, end, wait_for
 
 __all__ = ["mover", "moves"]  # fixtures
@@ -244,3 +244,17 @@ def test_the_order(action: str, sync: bool, mover: Mover, tmp_path: Path) -> Non
     with suppress(ChildProcessError):
         if "kill" not in found:
             is_as_before(mover)
+
+
+@pytest.mark.parametrize("options", [(), ("-o", "log"), ("--no-sync",)], ids=["plain", "log", "no-sync"])
+def test_missing_parents_are_created(options: tuple[str, ...], mover: Mover, tmp_path: Path) -> None:
+    """As the chain of a first pre-dump needs them; the log may be the first file there."""
+    top = tmp_path / "new" / "chain"
+    check("pre-dump", "-t", mover.pid, "-D", top / "1", *options)
+    check("dump", "-t", mover.pid, "-D", top / "2", "--prev-images-dir", "../1", "-R", *options)
+    is_complete(top / "2", mover.pid)
+    is_as_before(mover)
+    result = run("pre-dump", "-t", mover.pid, "-D", top / "1" / INVENTORY / "2", *options)
+    assert result.returncode == 1
+    assert result.stderr == f"dumptool: {top / '1' / INVENTORY / '2'} can't be created: Not a directory\n"
+    is_as_before(mover)

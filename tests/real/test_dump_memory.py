@@ -107,7 +107,7 @@ def test_progress_bar(tmp_path: Path) -> None:
         reap(pid)
     assert "copying memory" in text
     assert re.search(r"[\d.]+/[\d.]+ MB", text), text
-    assert "dumped: 1 processes, 1 threads; 5" in text
+    assert "dumped: 1 process, 1 thread; 5" in text
 
 
 def test_pipes_that_send_signals(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -181,18 +182,18 @@ def test_redis(tmp_path: Path) -> None:
         assert ask(address, b"SET before dump") == b"+OK\r\n"
         result = run("dump", "-t", pid, "-D", tmp_path / "images")
         assert result.returncode == 1
-        sockets = [
-            fd for fd in os.listdir(f"/proc/{pid}/fd") if "socket:" in os.readlink(f"/proc/{pid}/fd/{fd}")
-        ]
+        fds = sorted(map(int, os.listdir(f"/proc/{pid}/fd")))
+        sockets = [fd for fd in fds if "socket:" in os.readlink(f"/proc/{pid}/fd/{fd}")]
         assert sockets
-        lines = result.stderr.splitlines()
-        for fd in sockets:
-            link = os.readlink(f"/proc/{pid}/fd/{fd}")
-            assert (
-                f"dumptool: can't be dumped: pid {pid} fd {fd}: {link} is a socket; sockets are not saved"
-                in lines
-            )
-        assert any("anon_inode:[eventpoll] is not saved" in line for line in lines)
+        *others, of_sockets = sorted(result.stderr.splitlines(), key=lambda line: "socket:" in line)
+        assert re.fullmatch(
+            rf"dumptool: can't be dumped: pid {pid} fd {sockets[0]}: socket:\[\d+\] is a socket; dumptool saves none, "
+            r"use `criu dump`.*",
+            of_sockets,
+        )
+        assert all(re.search(rf"\bfd {fd}\b", of_sockets) for fd in sockets)
+        assert not any("socket:" in line for line in others)
+        assert any("anon_inode:[eventpoll] is not saved; use `criu dump`" in line for line in others)
         assert not (tmp_path / "images").exists()
         assert "\nTracerPid:\t0\n" in Path(f"/proc/{pid}/status").read_text()
         assert ask(address, b"GET before") == b"$4\r\n"
@@ -205,16 +206,34 @@ def _answers(address: Path) -> bool:
     return False
 
 
-def test_every_reason_is_one_line(tmp_path: Path) -> None:
-    output = tmp_path / "output"
-    code = SETUP + "s = socket.socket(); e = os.eventfd(0)" + READY
-    with task(sys.executable, "-c", code, output=output) as pid:
+def test_every_kind_of_reason_is_one_line(tmp_path: Path) -> None:
+    """Ten sockets of two processes, and two other descriptors, as a server has them."""
+    output, images = tmp_path / "output", tmp_path / "images"
+    code = (
+        "s = [socket.socket() for _ in range(5)]; e = os.eventfd(0); p = select.epoll(); r, w = os.pipe(); "
+        "child = os.fork() or os.read(r, 1)"
+    )
+    with task(sys.executable, "-c", SETUP + code + READY, output=output) as pid:
         wait_for("the program", lambda: "\n" in output.read_text())
-        result = run("dump", "-t", pid, "-D", tmp_path / "images")
+        result = run("dump", "-t", pid, "-D", images, "-o", "log", "-v3")
+        child = Path(f"/proc/{pid}/task/{pid}/children").read_text().strip()
+        is_unharmed(pid)
     assert result.returncode == 1
-    first, second = result.stderr.splitlines()
-    assert first.startswith(f"dumptool: can't be dumped: pid {pid} fd 3: socket:[")
-    assert second == f"dumptool: can't be dumped: pid {pid} fd 4: anon_inode:[eventfd] is not saved"
+    eventfd, epoll, sockets = sorted(
+        result.stderr.splitlines(), key=lambda line: line.partition("fd ")[2][2:]
+    )
+    prefix = f"dumptool: can't be dumped: pid {pid} fd"
+    assert sockets.startswith(f"{prefix} 3: socket:[")
+    assert sockets.endswith(
+        "is a socket; dumptool saves none, use `criu dump` "
+        f"(9 more of this kind: fd 4, fd 5, fd 6, fd 7, pid {child} fd 3, fd 4, fd 5, fd 6, ...)"
+    )
+    for line, fd, name in ((eventfd, 8, "eventfd"), (epoll, 9, "eventpoll")):
+        assert line == (
+            f"{prefix} {fd}: anon_inode:[{name}] is not saved; use `criu dump` "
+            f"(1 more of this kind: pid {child} fd {fd})"
+        )
+    assert (images / "log").read_text().count("is a socket") == 11  # all of them, and the line
 
 
 def test_what_comes_up_after_the_first_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -284,6 +284,65 @@ def test_a_server_that_is_not_trusted(authority: Authority, running: Writer, tmp
     running.ends_right()
 
 
+@pytest.mark.loop("no TLS here")
+@pytest.mark.parametrize(
+    ("kind", "there", "here", "said"),
+    [
+        ("ours", "server", None, "the page server uses TLS: connect with --tls"),
+        ("ours", None, "client", "the server closed the connection in the handshake: it may not use TLS"),
+        (
+            "criu-4.2",
+            "server",
+            "desk",
+            "a page server of CRIU's accepts only a certificate that names its --address",
+        ),
+    ],
+    ids=["no TLS here", "no TLS there", "the client's name at CRIU's"],
+)
+def test_why_it_is_refused(  # noqa: PLR0917 - a table
+    kind: str,
+    there: str | None,
+    here: str | None,
+    said: str,
+    authority: Authority,
+    running: Writer,
+    tmp_path: Path,
+) -> None:
+    """In one line, before anything is stopped."""
+
+    def options(name: str | None) -> list[str]:
+        names = {"desk": "DNS:desk"}.get(name or "", "IP:127.0.0.1")
+        return authority.options(authority.issue(f"why-{name}", names)) if name else []
+
+    with receiver(kind, tmp_path / "there", "--address", "127.0.0.1", *options(there)) as (server, port):
+        result = run("dump", "-t", running.pid, "-D", tmp_path / "here", "-R", *to(port, *options(here)))
+        if server.process.poll() is None:
+            server.signal(signal.SIGTERM)
+        assert server.wait() == 1
+    assert result.returncode == 1
+    assert said in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    running.ends_right()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "named"), [("criu-4.2", "criu-4.1"), ("criu-4.1", "criu-4.2")])
+def test_the_wrong_protocol_is_named(kind: str, named: str, running: Writer, tmp_path: Path) -> None:
+    """The old one is checked while the process still runs, and corrected; the new one makes the server close."""
+    with receiver(kind, tmp_path / "there") as (server, port):
+        told = ["--page-server-protocol", named]
+        result = run("dump", "-t", running.pid, "-D", tmp_path / "here", "-R", *to(port, *told))
+        assert server.wait() == (0 if named == "criu-4.1" else 1)
+    if named == "criu-4.1":
+        assert result.returncode == 0
+        assert f"speaks criu-4.2, not {named} as --page-server-protocol says" in result.stderr
+        assert len(pages(tmp_path / "there", running.pid)) > PAGES
+    else:
+        assert result.returncode == 1
+        assert "not speak criu-4.2 (--page-server-protocol)" in result.stderr
+    running.ends_right()
+
+
 @pytest.mark.loop("unix")
 @pytest.mark.parametrize("how", ["::1", "localhost", "unix", "ps-socket"])
 def test_addresses(how: str, running: Writer, tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def test_killed(number: int, waited_for: bool, restored_program: Path, tmp_path:
         name = "signal 37" if number == 37 else signal.Signals(number).name
         assert f"task {tasks.pids[0]}: killed by {name} while it missed 5" in server.story()
         assert "2 killed by a signal" in server.story()
-        assert f"task {tasks.pids[1]}: killed by {name}, 5" in server.story()
+        assert f"task {tasks.pids[1]} (restored): killed by {name}, 5" in server.story()
     assert [(task["state"], task["signal"]) for task in tasks_of(tmp_path)] == [("died", name)] * 2
 
 

@@ -21,7 +21,7 @@ from images_spec.images import Kind
 from images_spec.messages import FdType, PagemapEntry, TaskState
 from images_spec.pagemap import Pagemap
 from images_spec.placement import PageCount
-from lazypages.cli.show import show
+from lazypages.cli.show import load, show
 from tests.support.criu import RELEASES, Criu
 from tests.support.processes import nothing_left, wait_for
 from tests.unit.test_images_golden import unknown_fields
@@ -170,7 +170,7 @@ def test_both_ways_of_counting_pages(dumped: Path, request: pytest.FixtureReques
 
 def test_show(dumped: Path) -> None:
     output = io.StringIO()
-    show(dumped, Console(file=output))
+    show(load(dumped), Console(file=output), each=True)
     text = output.getvalue()
     (root, *_) = open_checkpoint(dumped).tasks
     assert f"name \\xff of\\xe2\\x82 ({root.pid}): alive, 2 threads, " in text

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -54,7 +55,7 @@ def migrate(
     source has sent from when it served until the restored program had all, where there is a link.
     """
     here, there, work, output = (folder / name for name in ("here", "there", "work", "output"))
-    for directory in (here, there, work):
+    for directory in (there, work):  # the first pre-dump creates `here`
         directory.mkdir()
     port = free_port()
     tls_there = tls_here = ["--insecure"]
@@ -100,9 +101,24 @@ def migrate(
                     os.kill(restored(restorer.pid, program), signal.SIGUSR2)
                     assert restorer.wait(60) == 0, tail(work / "restore.log")
         assert running.lines()[-1] == "right right"
+    check_standstill((folder / "dump.out").read_text())
     stats: dict[str, Any] = json.loads((work / "stats.json").read_text())
     stats["crossed"] = source.sent() - before if source.namespace else None
     return stats
+
+
+def check_standstill(said: str) -> None:
+    """The source says when its pages were served and first requested, apart from how long it kept the tasks."""
+    last = said.splitlines()[-1]
+    time = r"([\d.]+) (us|ms|s)"
+    found = re.search(
+        rf"dumped: 1 process, 1 thread; .*; stopped in {time}, images complete after {time}; "
+        rf"first page requested after {time}; kept stopped here for {time}$",
+        last,
+    )
+    assert found, said
+    times = [float(found[i]) * {"us": 1e-6, "ms": 1e-3, "s": 1}[found[i + 1]] for i in (3, 5, 7)]
+    assert times == sorted(times), last
 
 
 @contextmanager

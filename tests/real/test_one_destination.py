@@ -89,6 +89,8 @@ def destination(
                 restored.restorer = process.pid
                 if wait:
                     restored.wait_restored(program)
+                elif daemon.ours:  # before a task has come, a server with another dump would end the daemon
+                    wait_for("the first task", lambda: "pages are lazy" in server.story())
                 yield restored
             except BaseException as error:
                 error.add_note(restored.story())

@@ -272,6 +272,7 @@ def test_namespaces(job: Job) -> None:
 def test_pidfile_that_is_there(job: Job) -> None:
     (job.images / "pid").touch()
     assert "--pidfile" in refuse(job, "--pidfile", "pid")
+    assert "the directory" in refuse(job, "--pidfile", "no/pid")
 
 
 @pytest.mark.slow

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from lazypages.engine._uffd import lib
 from lazypages.engine.events import TaskEventKind
 from lazypages.engine.trace import Ring
 from lazypages.observe.tracing import REMOTE, ZERO, Kind, Record, Trace, read_trace
+from lazypages.wording import duration
 from tests.support.criu import Criu
 from tests.support.fake import BASE, PAGE, restored_tasks, serve, served_tasks, write_images
 from tests.support.processes import wait_for
@@ -65,6 +68,29 @@ def test_every_fault_of_every_task_is_in_the_trace(restored_program: Path, tmp_p
             assert record.addr <= fault_at[record.time - record.detail] < record.addr + record.pages * PAGE
         assert [r.pages for r in own if r.kind == Kind.MEMORY] == [PAGES]
         assert sum(r.kind == Kind.COMPLETE for r in own) == 1
+
+
+def test_a_page_of_the_trace_has_the_numbers_of_the_summary(restored_program: Path, tmp_path: Path) -> None:
+    with served_tasks(restored_program, tmp_path, 2, PAGES, "--no-background", "--trace", "trace") as (
+        tasks,
+        server,
+    ):
+        tasks.say("check")
+        assert tasks.statuses() == [0, 0]
+        assert server.wait() == 0
+    stats = json.loads((tmp_path / "stats.json").read_text())
+    picture = tmp_path / "trace.html"
+    command = [sys.executable, "-m", "lazypages", "plot", str(tmp_path / "trace"), "-o", str(picture)]
+    subprocess.run(command, check=True, timeout=60)
+    page = picture.read_text()
+    for times, faults in [
+        (stats["service_time"], stats["faults"]),
+        *((task["service_time"], task["faults"]["total"]) for task in stats["tasks"]),
+    ]:
+        p50, p99, longest = (duration(times[name] * 1000) for name in ("p50_us", "p99_us", "max_us"))
+        assert f"<h3>faults: {faults:,}, p50 {p50}, p99 {p99}, max {longest}</h3>" in page
+    assert '"name":"restore finished"' in page
+    assert f"task {tasks.pids[0]} (restored), memory" in page
 
 
 def test_background_transfer_is_in_the_trace(restored_program: Path, tmp_path: Path) -> None:

@@ -31,8 +31,16 @@ void lp_sink_free(struct lp_sink *sink);
 """
 
 
-@cache
+_one_at_a_time = threading.Lock()
+
+
 def _library() -> Any:
+    with _one_at_a_time:  # tests start sinks in several threads
+        return _compiled()
+
+
+@cache
+def _compiled() -> Any:
     folder = tempfile.mkdtemp(prefix="lazypages-sink-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     builder = FFI()

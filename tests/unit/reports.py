@@ -31,6 +31,7 @@ def report(
     zero_pages: int = 0,
     poisoned: int = 0,
     times: ServiceTimes | None = None,
+    program: str = "",
 ) -> TaskReport:
     """A task with these numbers, the others 0."""
     none = pages((0,) * len(sources))
@@ -55,6 +56,7 @@ def report(
             poisoned=poisoned,
         ),
         times or ServiceTimes([], 0),
+        program=program,
     )
 
 

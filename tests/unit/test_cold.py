@@ -43,6 +43,19 @@ def test_a_read_of_many_pages_may_take_longer(cold: Any) -> None:
     assert not lib.lp_cold_expected(cold)
 
 
+def test_around_what_was_slow(cold: Any) -> None:
+    """As long as it pays: in an image where hardly anything is found by later faults it ends soon."""
+    around = 0
+    for _ in range(10_000):
+        read(cold, SLOW)
+        around += lib.lp_cold_around(cold)
+    assert around == 8 << 20
+    read(cold, FAST)
+    assert lib.lp_cold_around(cold) == 0
+    read(cold, SLOW)
+    assert lib.lp_cold_around(cold) > 0
+
+
 def test_a_long_wait_has_a_few_reads_tried(cold: Any) -> None:
     read(cold, FAST, READS)
     now = SECOND

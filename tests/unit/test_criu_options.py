@@ -107,17 +107,20 @@ def test_configuration_files(tmp_path: Path) -> None:
         return translate(with_configuration(parse(line.split()), environ))
 
     from_environment = ["--port=7", "--work-dir=a b"]
-    assert read("lazy-pages") == ["serve", "--images-dir=default", *from_environment, "-v4"]
-    assert read("lazy-pages -D d") == ["serve", "--images-dir=d", *from_environment, "-v4"]
-    assert read("lazy-pages --no-default-config") == ["serve", *from_environment, "-v4"]
-    assert read(f"lazy-pages --config {named}") == [
+    remote = ["--page-server", "-v4"]
+    assert read("lazy-pages --page-server") == ["serve", "--images-dir=default", *from_environment, *remote]
+    assert read("lazy-pages --page-server -D d") == ["serve", "--images-dir=d", *from_environment, *remote]
+    assert read("lazy-pages --page-server --no-default-config") == ["serve", *from_environment, *remote]
+    assert read(f"lazy-pages --page-server --config {named}") == [
         "serve",
         "--pidfile='unfinished",
         "--port=8",
         "--work-dir=a b",
-        "-v4",
+        *remote,
     ]
-    assert read("lazy-pages --config=/nowhere") == ["serve", *from_environment, "-v4"]
+    assert read("lazy-pages --page-server --config=/nowhere") == ["serve", *from_environment, *remote]
+    # Without --page-server CRIU ignores what belongs to it.
+    assert read("lazy-pages --tls --address=a") == ["serve", "--images-dir=default", "--work-dir=a b", "-v4"]
 
 
 class TestInstallation:

@@ -64,7 +64,7 @@ def test_levels(calls: list[Settings]) -> None:
 def test_says_how_long_it_stood_still(calls: list[Settings]) -> None:
     result = run("dump", "-t", "7", "-D", "/d")
     assert "2.0 MiB written, 1.0 MiB unchanged since the parent" in result.output
-    assert "stopped in 1.0 ms, for 20.0 ms" in result.output
+    assert "stopped in 1.00 ms, for 20.0 ms" in result.output
     assert run("dump", "-t", "7", "-D", "/d", "-v0").output == ""
 
 
@@ -103,6 +103,10 @@ def test_help_teaches(command: str) -> None:
                 "dumptool: can't be dumped: pid 7 fd 3: is a socket",
                 "dumptool: can't be dumped: pid 8: is odd",
             ],
+        ),
+        (
+            UnsupportedError([Refusal(7, "", f"thread {tid} is odd") for tid in (7, 8, 9)]),
+            ["dumptool: can't be dumped: pid 7: thread 7 is odd (2 more of this kind)"],
         ),
     ],
 )

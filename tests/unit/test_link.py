@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import anyio
 import pytest
 
-from lazypages.net.link import LinkError, connect
+from lazypages.net.link import HopelessError, LinkError, connect
 from lazypages.net.url import TcpServer, UnixServer
 from tests.support.certificates import Authority
 
@@ -51,3 +51,25 @@ def test_reset_before_the_handshake(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         with accepted:
             accepted.settimeout(30)
             assert accepted.recv(1) == b""  # it was closed
+
+
+@pytest.mark.parametrize(
+    ("error", "hopeless"),
+    [
+        (socket.gaierror(socket.EAI_NONAME, "Name or service not known"), True),
+        (socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution"), False),
+        (UnicodeError("label too long"), True),
+    ],
+)
+def test_names_that_cannot_be_resolved(
+    error: Exception, hopeless: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A name server that is away may come back; a name that does not exist stays away."""
+
+    async def fail(*_: object, **__: object) -> NoReturn:
+        raise error
+
+    monkeypatch.setattr("lazypages.net.link.anyio.getaddrinfo", fail)
+    with pytest.raises(LinkError, match="cannot resolve node: ") as raised:
+        anyio.run(connect, TcpServer("node", 1), None)
+    assert isinstance(raised.value, HopelessError) is hopeless

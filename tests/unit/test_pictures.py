@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from lazypages.cli.main import cli
 from lazypages.engine._uffd import ffi, lib
 from lazypages.observe.pictures import PictureError, check_picture
+from lazypages.observe.trace_data import background_colour, fault_colour
 from lazypages.observe.tracing import NO_SOURCE, REMOTE, ZERO, Kind, Tracer
 
 BASE = 0x7F00_0000_0000
@@ -25,6 +26,7 @@ Happened = tuple[Kind, int, int, int, int, int]
 def everything() -> Iterable[Happened]:
     """Two tasks and a fork, all kinds of records, memory at three places."""
     rng = random.Random(1)
+    yield Kind.RESTORED, 0, 0, 0, NO_SOURCE, 0
     for memory in (1, 2, 3):
         yield Kind.MEMORY, memory, 0, 2000, NO_SOURCE, 1 if memory == 3 else 0
         for _ in range(300):
@@ -40,7 +42,9 @@ def everything() -> Iterable[Happened]:
 
 
 def write(path: Path, happened: Iterable[Happened]) -> None:
-    with Tracer(path, path.parent, dict.fromkeys((1, 2, 3), ("local", "parent-1"))) as tracer:
+    pids = (1, 2, 3)
+    levels, programs = dict.fromkeys(pids, ("local", "parent-1")), dict.fromkeys(pids, "program")
+    with Tracer(path, path.parent, levels, programs) as tracer:
         for number, (kind, memory, page, pages, source, detail) in enumerate(happened):
             fields = {"kind": kind, "task": memory, "memory": memory, "source": source, "pages": pages}
             fields |= {"time": 10**12 + number * 10_000, "addr": BASE + page * PAGE, "detail": detail}
@@ -53,7 +57,7 @@ def plot(*arguments: object) -> tuple[int, str]:
     return result.exit_code, result.output
 
 
-@pytest.mark.loop(".png")
+@pytest.mark.loop(".html")
 @pytest.mark.parametrize("suffix", MAGIC)
 def test_all_kinds_of_records_are_drawn(suffix: str, tmp_path: Path) -> None:
     write(tmp_path / "trace", everything())
@@ -62,8 +66,18 @@ def test_all_kinds_of_records_are_drawn(suffix: str, tmp_path: Path) -> None:
     assert picture.read_bytes().startswith(MAGIC[suffix])
     if suffix == ".html":
         text = picture.read_text()
-        assert text.count("<svg") == 4  # all of them, then each
+        assert text.count("<div class=row>") == 4  # all of them, then each
         assert f"{tmp_path}, 3 tasks, 900 faults" in text
+        assert "task 3 (program), memory 3, fork of 1" in text
+        for label in (
+            "fault: local",
+            "background: parent-1",
+            "arrived: remote",
+            "restore finished",
+            "fork",
+            "lost",
+        ):
+            assert f'"name":"{label}"' in text, label
 
 
 @pytest.mark.parametrize(
@@ -89,9 +103,11 @@ def test_what_can_not_be_drawn_is_one_line(tmp_path: Path) -> None:
     assert "nothing to draw" in said
     code, said = plot(tmp_path / "other", "-o", picture)
     assert (code, said) == (1, f"lazypages: {tmp_path}/other: No such file or directory\n")
-    write(trace, [(Kind.BROUGHT, 1, 0, 1, 0, 1000)])
-    code, said = plot(trace, "-o", tmp_path / "no" / "picture.png")
-    assert (code, said) == (1, f"lazypages: --output {tmp_path}/no/picture.png: No such file or directory\n")
+    code, said = plot(tmp_path / "other", "-o", tmp_path / "no" / "picture.png")  # before the trace is read
+    assert code == 1
+    assert said.startswith(
+        f"lazypages: --output {tmp_path}/no/picture.png: the directory {tmp_path}/no does not"
+    )
 
 
 def test_other_names_are_refused() -> None:
@@ -99,9 +115,21 @@ def test_other_names_are_refused() -> None:
         check_picture("--plot", Path("picture.svg"))
 
 
-def test_a_missing_matplotlib_is_one_line_that_says_what_to_do(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("module", "package", "suffix"),
+    [("matplotlib.figure", "matplotlib", ".png"), ("plotly.graph_objects", "plotly", ".html")],
+)
+def test_a_missing_library_is_one_line_that_says_what_to_do(
+    module: str, package: str, suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    code, said = plot(tmp_path / "trace", "-o", tmp_path / "picture.png")
-    assert (code, said) == (1, "lazypages: --output needs matplotlib: pip install 'lazypages[plot]'\n")
+    monkeypatch.setitem(sys.modules, module, None)
+    code, said = plot(tmp_path / "trace", "-o", tmp_path / f"picture{suffix}")
+    text = f"lazypages: --output needs {package}: {sys.executable} -m pip install {package}\n"
+    assert (code, said) == (1, text)
+
+
+def test_no_source_has_one_colour_for_faults_and_background() -> None:
+    """And no two of the sources that one checkpoint has in practice."""
+    sources = [0, 1, 2, REMOTE]
+    colours = [colour(source) for source in sources for colour in (fault_colour, background_colour)]
+    assert len(set(colours)) == len(colours)

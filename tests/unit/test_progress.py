@@ -13,7 +13,15 @@ from rich.console import Console
 from lazypages.logs import MESSAGE
 from lazypages.observe import progress
 from lazypages.observe.metrics import State, Summary
-from lazypages.observe.progress import Speedometer, TerminalWatch, describe, shown, total, watch_in_log
+from lazypages.observe.progress import (
+    Speedometer,
+    TerminalWatch,
+    describe,
+    shown,
+    time_left,
+    total,
+    watch_in_log,
+)
 from tests.unit.reports import pages, report, summary
 
 MIB = 1 << 20
@@ -44,6 +52,13 @@ def test_speed_is_that_of_the_last_moments() -> None:
     assert stalled == 0
 
 
+def test_the_first_speed_is_that_since_there_was_no_page() -> None:
+    meter = Speedometer(window=1.0)
+    assert meter.speed("a", 10.0, 512, 2.0) == MIB
+    assert meter.speed("a", 10.5, 768, 2.5) == 768 * 4096 / 2.5
+    assert meter.speed("a", 11.0, 1024, 3.0) == 2 * MIB  # of the last second
+
+
 def test_a_task_that_comes_into_view_late_has_no_sudden_speed() -> None:
     meter = Speedometer(window=1.0)
     assert meter.speed("late", 100.0, 10_000_000) == 0
@@ -56,7 +71,7 @@ def test_one_task_has_one_line() -> None:
     )
     assert "to go" in header
     assert "task 7" in line
-    assert "75 %" in line
+    assert "75%" in line
     assert "200.0 KiB" in line
     assert "local 150" in line
 
@@ -65,7 +80,7 @@ def test_several_tasks_have_a_line_for_all_of_them() -> None:
     tasks = [report(f"task {pid}", state=State.SERVING, total=4, pending=2) for pid in (1, 2, 3)]
     lines = picture(summary(*tasks))
     assert [line.split("  ")[0] for line in lines[1:]] == ["task 1", "task 2", "task 3", "3 tasks"]
-    assert "50 %" in lines[-1]
+    assert "50%" in lines[-1]
 
 
 def test_a_thousand_tasks_fit_the_terminal() -> None:
@@ -87,7 +102,7 @@ def test_a_tiny_terminal_shows_the_total() -> None:
 def test_a_task_that_has_ended_says_how() -> None:
     line = picture(summary(report(state=State.GONE, total=10, pending=0)))[1]
     assert "gone" in line
-    assert "100 %" in line
+    assert "100%" in line
 
 
 def test_no_lazy_page_is_all_done() -> None:
@@ -96,9 +111,30 @@ def test_no_lazy_page_is_all_done() -> None:
 
 def test_a_line_of_the_log() -> None:
     line = total(
-        summary(report(total=300, pending=100, copied=pages((200,)), faults=pages((3,)))), Speedometer(), 0.0
+        summary(report(total=300, pending=100, copied=pages((200,)), faults=pages((3,)), program="java")),
+        Speedometer(),
+        0.0,
     )
-    assert describe(line) == "1 task: 67%, 100 pages (400.0 KiB) to go, 0 B/s, 3 faults, 200 from local"
+    assert describe(line) == (
+        "task 7 (java): 66%, 100 pages (400.0 KiB) to go, 533.3 KiB/s, about 1 s left, 3 faults, 200 from local"
+    )
+
+
+@pytest.mark.parametrize(
+    ("background", "finished", "pending"), [(False, True, 9), (True, False, 9), (True, True, 0)]
+)
+def test_no_estimate_without_a_steady_transfer(background: bool, finished: bool, pending: int) -> None:
+    """Only the background goes on by itself, and it begins when the restore has finished."""
+    what = summary(report(total=300, pending=pending, copied=pages((200,))), finished=finished)
+    assert total(what, Speedometer(), 0.0, background=background).left is None
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.01, "1 s"), (12.4, "12 s"), (99.4, "99 s"), (100, "2 min"), (3600, "60 min"), (9000, "2.5 h")],
+)
+def test_time_left(seconds: float, text: str) -> None:
+    assert time_left(seconds) == text
 
 
 class Stage:
@@ -139,8 +175,8 @@ def test_the_log_gets_a_line_when_something_has_changed(monkeypatch: pytest.Monk
     monkeypatch.setattr(progress.log, "level", MESSAGE)
     half = summary(report(total=4, pending=2, state=State.SERVING))
     whole = summary(report(total=4, pending=0))
-    watch(watch_in_log, Stage(half, half, half, whole), 0.5)
-    assert [line.split(",")[0] for line in log.lines] == ["1 task: 50%", "1 task: 100%"]
+    watch(watch_in_log, Stage(summary(), half, half, half, whole), 0.5)
+    assert [line.split(",")[0] for line in log.lines] == ["task 7: 50%", "task 7: 100%"]
 
 
 def test_the_terminal_is_clean_afterwards() -> None:

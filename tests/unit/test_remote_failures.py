@@ -16,8 +16,10 @@ import pytest
 
 from lazypages.engine.channel import Channel
 from lazypages.engine.engine import Engine
-from lazypages.net.link import Link, LinkError
+from lazypages.net import wire
+from lazypages.net.link import HopelessError, Link, LinkError
 from lazypages.net.relay import Direct
+from lazypages.net.tls import TlsError
 from lazypages.net.url import UnixServer
 from lazypages.net.wire import Features, Layout
 from lazypages.sources.base import Connected
@@ -148,7 +150,18 @@ def test_no_descriptor_for_a_translator(monkeypatch: pytest.MonkeyPatch, tmp_pat
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(os.fspath(path))
         listener.listen()
+
+        def answer() -> None:
+            """The probe, as CRIU's server does."""
+            peer, _ = listener.accept()
+            with peer:
+                peer.sendall(wire.answer_parent(has_parent=False))
+                peer.recv(1000)
+
+        thread = threading.Thread(target=answer)
+        thread.start()
         anyio.run(main)
+        thread.join()
 
 
 @pytest.mark.parametrize("failure", ["Connection timed out", ""])
@@ -176,3 +189,60 @@ def test_reason_of_a_relay(failure: str) -> None:
     with running() as engine, Source() as source:
         anyio.run(main, Short(engine), source)
     assert suspects == [not failure]
+
+
+class Away(Source):
+    """Never accepts a connection."""
+
+    name = "away"
+
+    async def connect(self, **_: object) -> Connected:
+        self.attempts += 1
+        await anyio.sleep_forever()
+        raise AssertionError
+
+
+@every_loop
+@pytest.mark.parametrize(
+    ("failures", "away", "said", "hopeless"),
+    [
+        ([], False, [], False),
+        (
+            [LinkError("Connection refused")],
+            False,
+            ["page server a test: Connection refused; trying again"],
+            False,
+        ),
+        ([HopelessError("no such name")], False, ["page server a test: no such name"], True),
+        (
+            [TlsError("for other")],
+            True,
+            ["page server a test: for other", "page server away: no connection"],
+            False,
+        ),
+    ],
+    ids=["works", "later", "never", "never and away"],
+)
+def test_first_attempts(  # noqa: PLR0917 - a table
+    loop: dict[str, Any],
+    failures: list[Exception],
+    away: bool,
+    said: list[str],
+    hopeless: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They end in time, and it is said what is wrong. Only if nothing can ever work is it hopeless."""
+    monkeypatch.setattr("lazypages.sources.remote.FIRST_ATTEMPTS", 0.5 if away else 30)
+
+    async def main(engine: Short, sources: list[Source]) -> None:
+        with anyio.fail_after(30):
+            async with anyio.create_task_group() as group:
+                remote = RemotePages(sources, lost, group=group, engine=engine)
+                group.start_soon(remote.run)
+                found = await remote.first_attempts()
+                assert [line[: len(start)] for line, start in zip(found, said, strict=True)] == said
+                assert remote.hopeless.is_set() is hopeless
+                group.cancel_scope.cancel()
+
+    with running() as engine, Source(*failures * 100) as source, Away() as other:
+        anyio.run(main, Short(engine), [source, other] if away else [source], **loop)

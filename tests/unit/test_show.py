@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from rich.console import Console
 
 from images_spec import images
@@ -13,7 +15,8 @@ from images_spec.errors import ImageError
 from images_spec.flags import MAP_ANONYMOUS, MAP_GROWSDOWN, MAP_PRIVATE, PE_LAZY, PE_PARENT, PE_PRESENT
 from images_spec.images import Kind
 from images_spec.messages import FileEntry, FownEntry, RegFileEntry, TaskState
-from lazypages.cli.show import show
+from lazypages.cli.main import cli
+from lazypages.cli.show import load, show
 from tests.unit.test_images_checkpoint import Draft, chained
 
 ANON = MAP_PRIVATE | MAP_ANONYMOUS
@@ -27,10 +30,10 @@ def draft(tmp_path: Path) -> Draft:
     return draft
 
 
-def shown(directory: Path, *, terminal: bool = False, width: int = 80) -> list[str]:
+def shown(directory: Path, *, terminal: bool = False, width: int = 80, each: bool = True) -> list[str]:
     """The lines that it prints, without spaces at their ends."""
     console = Console(file=io.StringIO(), force_terminal=terminal, width=width, color_system=None)
-    show(directory, console)
+    show(load(directory), console, each=each)
     assert isinstance(console.file, io.StringIO)
     return [line.rstrip() for line in console.file.getvalue().splitlines()]
 
@@ -168,7 +171,7 @@ def test_a_broken_image_is_told_before_anything_is_shown(draft: Draft, name: str
     (draft.directory / name).write_bytes(b"not an image")
     console = Console(file=io.StringIO())
     with pytest.raises(ImageError, match=rf"/{name}: magic"):
-        show(draft.directory, console)
+        show(load(draft.directory), console)
     assert isinstance(console.file, io.StringIO)
     assert console.file.getvalue() == ""
 
@@ -177,3 +180,65 @@ def test_broken_names_are_told_as_well(draft: Draft) -> None:
     (draft.directory / "files.img").write_bytes(b"not an image")
     with pytest.raises(ImageError, match=r"/files\.img: magic"):
         shown(draft.directory)
+
+
+def test_the_short_form_has_all_tasks_in_two_tables(tmp_path: Path) -> None:
+    draft = Draft(tmp_path / "top", tasks={10: 0, 11: 10, 12: 11})
+    draft.write()
+    draft.core(12, TaskState.TASK_DEAD, 9)
+    vmas = [
+        (0x10, 0x20, ANON),
+        (0x30, 0x31, MAP_PRIVATE),
+        (0x32, 0x33, MAP_PRIVATE),
+        (0x40, 0x41, ANON | MAP_GROWSDOWN),
+    ]
+    draft.mm(10, vmas)
+    name_file(draft, 1, b"/lib/some.so")
+    lines = shown(draft.directory, each=False)
+    assert table(lines, "all 2 tasks: pages") == [
+        ["own images", "4", "16 KiB", "2", "8 KiB"],
+        ["page server", "0", "0 bytes", "0", "0 bytes"],
+        ["lost", "0", "0 bytes", "0", "0 bytes"],
+        ["zero (never touched)", "27", "108 KiB", "0", "0 bytes"],
+    ]
+    assert table(lines, "all 2 tasks: mappings by kind") == [
+        ["anonymous memory", "2", "128 KiB", "6", "26"],
+        ["files", "2", "8 KiB", "0", "0"],
+        ["[stack]", "1", "4 KiB", "0", "1"],
+    ]
+
+
+def test_json_has_the_same(draft: Draft) -> None:
+    draft.mm(10, [(0x10, 0x20, ANON), (0x30, 0x34, MAP_PRIVATE)])
+    draft.memory(10, [(0x10, 3, LAZY | HERE), (0x13, 1, HERE), (0x14, 2, LAZY)])
+    draft.guard(10, 0x1E, 0x20)
+    done = CliRunner().invoke(cli, ["show", "--json", str(draft.directory)])
+    assert done.exit_code == 0
+    mapping = {"start": "0x10000", "end": "0x20000", "access": "rw-p", "lazy": True, "what": ""}
+    other = {"start": "0x30000", "end": "0x34000", "access": "rw-p", "lazy": False, "what": "file 1"}
+    nothing = {"lazy": 0, "eager": 0}
+    assert json.loads(done.output) == {
+        "format": 1,
+        "chain": [str(draft.directory)],
+        "tasks": [
+            {
+                "pid": 10,
+                "ppid": 0,
+                "program": "task",
+                "state": "alive",
+                "wait_status": None,
+                "threads": [10],
+                "pages": {
+                    "local": {"lazy": 3, "eager": 1},
+                    "remote": {"lazy": 2, "eager": 0},
+                    "lost": nothing,
+                    "zero": {"lazy": 8, "eager": 0},
+                    "guard": {"lazy": 2, "eager": 0},
+                },
+                "mappings": [
+                    mapping | {"stored": 4, "missing": 2, "zero": 8, "guard": 2},
+                    other | {"stored": 0, "missing": 0, "zero": None, "guard": 0},
+                ],
+            }
+        ],
+    }

@@ -9,8 +9,9 @@ from rich.console import Console
 
 from lazypages.engine.stats import histogram_bound
 from lazypages.observe.metrics import State
-from lazypages.observe.summary import MAX_NAMED, count, duration, lines, size, table
+from lazypages.observe.summary import MAX_NAMED, lines, table
 from lazypages.sources.remote import ServerStats
+from lazypages.wording import count, duration, size
 from tests.unit.reports import pages, report, summary, times
 
 

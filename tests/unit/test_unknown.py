@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import pytest
 from google.protobuf.message import Message
-from rich.console import Console
 
 from dumptool.chain import Chain
 from images_spec import images
@@ -15,7 +13,7 @@ from images_spec.errors import ImageError
 from images_spec.flags import VMA_EXT_PLUGIN, VMA_GUARD
 from images_spec.images import Kind
 from images_spec.unknown import NEWER
-from lazypages.cli.show import show
+from lazypages.cli.show import load
 from lazypages.net.wire import PAGE_SIZE, Command, Header, Layout, PageFlags, RemoteProtocolError, ServerCodec
 from lazypages.pageserver.images import ServedImages
 from lazypages.sources.checkpoint import expect
@@ -46,7 +44,7 @@ def refusals(directory: Path) -> set[str]:
     said = set()
     for reader in (
         lambda: expect(directory, remote=False),
-        lambda: show(directory, Console(file=io.StringIO())),
+        lambda: load(directory),
     ):
         with pytest.raises(ImageError) as caught:
             reader()
@@ -74,7 +72,7 @@ def test_fields(  # noqa: PLR0917
 def test_fields_that_say_nothing_of_pages(draft: Draft, kind: Kind[Message], ident: int | None) -> None:
     change(draft, kind, ident, 0)
     assert expect(draft.directory, remote=False)[10].lazy_pages == 2
-    show(draft.directory, Console(file=io.StringIO()))
+    load(draft.directory)
 
 
 def test_in_a_parent(draft: Draft) -> None:
