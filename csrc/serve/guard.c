@@ -280,3 +280,43 @@ void lp_guard_complete(struct lp_guard *g, int uffd)
 {
 	know(g, uffd, LP_GUARD_COMPLETE, -1);
 }
+
+void lp_guard_leave(struct lp_guard *g, int uffd)
+{
+	int bound;
+
+	if (!g || uffd < 0 || uffd >= LP_GUARD_FDS || atomic_exchange(&g->about[uffd].left_behind, true))
+		return;
+	bound = atomic_load(&g->left_bound);
+	while (bound <= uffd && !atomic_compare_exchange_weak(&g->left_bound, &bound, uffd + 1))
+		;
+	atomic_fetch_add(&g->left_behind, 1);
+}
+
+int lp_guard_close_gone(struct lp_guard *g)
+{
+	int bound = atomic_load(&g->left_behind) ? atomic_load(&g->left_bound) : 0;
+
+	for (int fd = 0; fd < bound; fd++) {
+		if (!atomic_load(&g->about[fd].left_behind) || !lp_guard_is_gone(g, fd))
+			continue;
+		atomic_store(&g->about[fd].left_behind, false);
+		atomic_fetch_sub(&g->left_behind, 1);
+		/* the number stays taken until nothing is known of it any more */
+		dup3(g->daemon, fd, O_CLOEXEC);
+		know(g, fd, 0, -1);
+		close(fd);
+	}
+	return atomic_load(&g->left_behind);
+}
+
+bool lp_guard_needs(const struct lp_guard *g, int pidfd)
+{
+	int bound = atomic_load(&g->left_behind) ? atomic_load(&g->left_bound) : 0;
+
+	for (int fd = 0; fd < bound; fd++)
+		if (atomic_load(&g->about[fd].left_behind) && atomic_load(&g->about[fd].pid) > 0 &&
+		    atomic_load(&g->about[fd].pidfd) == pidfd)
+			return true;
+	return false;
+}

@@ -11,6 +11,7 @@
 #ifndef LAZYPAGES_GUARD_H
 #define LAZYPAGES_GUARD_H
 
+#include <stdbool.h>
 #include <sys/types.h>
 
 struct lp_guard;
@@ -41,5 +42,13 @@ int lp_guard_pidfd(const struct lp_guard *guard);
  */
 void lp_guard_names(struct lp_guard *guard, int uffd, pid_t pid, int pidfd);
 void lp_guard_complete(struct lp_guard *guard, int uffd); /* nothing is missing behind it */
+/*
+ * For a process that outlives its restores.  lp_guard_leave: nobody serves this uffd any more, and it must stay open until the
+ * memory behind it is gone.  lp_guard_close_gone closes those of which that is true by now, and returns how many are left; one
+ * thread at a time calls it.  lp_guard_needs: whether this pidfd names the process of one that is left.
+ */
+void lp_guard_leave(struct lp_guard *guard, int uffd);
+int lp_guard_close_gone(struct lp_guard *guard);
+bool lp_guard_needs(const struct lp_guard *guard, int pidfd);
 
 #endif

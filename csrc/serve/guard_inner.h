@@ -26,9 +26,12 @@ struct lp_guard {
 	int top; /* the guard's, when it takes over: all descriptors in use are below this */
 	_Atomic uint32_t ready; /* the guard has its own name; a futex */
 	_Atomic bool left; /* the daemon has ended regularly, but for what it had to leave */
+	_Atomic int32_t left_behind; /* uffds that are marked below */
+	_Atomic int32_t left_bound; /* all of them are below this */
 	struct {
 		_Atomic int32_t pid; /* 0: nothing is known; LP_GUARD_COMPLETE */
 		_Atomic int32_t pidfd; /* the daemon's; only if there is a pid */
+		_Atomic bool left_behind; /* nobody serves it, and it stays open: lp_guard_close_gone() */
 	} about[LP_GUARD_FDS]; /* by uffd */
 };
 

@@ -47,6 +47,8 @@ void lp_close_uffd(struct lp_task *t)
 		dup3(t->engine->wakefd, t->uffd, O_CLOEXEC);
 		lp_guard_names(t->engine->guard, t->uffd, 0, -1);
 		close(t->uffd);
+	} else {
+		lp_guard_leave(t->engine->guard, t->uffd);
 	}
 	t->uffd = -1;
 }
@@ -56,7 +58,9 @@ void lp_free_new_child(struct lp_new_child *child)
 	if (!child)
 		return;
 	if (child->task) {
-		child->task->uffd = -1; /* it stays open, as that of a child whose fork has not been read */
+		/* it stays open, as that of a child whose fork has not been read */
+		lp_guard_leave(child->task->engine->guard, child->task->uffd);
+		child->task->uffd = -1;
 		lp_task_free(child->task);
 	}
 	free(child->dropped.by_source);
@@ -73,14 +77,19 @@ void lp_free_fork(struct lp_fork *fork_events)
 
 void lp_task_free(struct lp_task *t)
 {
+	int in_work = t->fork.child && t->fork.child->task ? t->fork.child->task->uffd : -1; /* its change is still there, too */
+
 	lp_free_fork(&t->fork);
 	lp_guarded_forget(&t->engine->guarded, t);
 	if (t->uffd >= 0)
 		lp_close_uffd(t);
-	for (size_t i = 0; i < t->nr_changes; i++)
+	for (size_t i = 0; i < t->nr_changes; i++) {
+		if (t->changes[i].kind == LP_FORKED && t->changes[i].uffd != in_work) /* its child's stays open, as above */
+			lp_guard_leave(t->engine->guard, t->changes[i].uffd);
 		lp_free_wiped(t->changes[i].seen);
+	}
 	free(t->unsure.at);
-	free(t->changes); /* the uffds of children that it knows of stay open, as above */
+	free(t->changes);
 	lp_space_free(t->space);
 	lp_lock_destroy(&t->lock);
 	pthread_mutex_destroy(&t->waiting_lock);

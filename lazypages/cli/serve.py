@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from functools import partial
 from importlib.util import find_spec
@@ -23,25 +22,28 @@ from lazypages.cli.config_files import EPILOG as CONFIG_EPILOG
 from lazypages.cli.daemonize import check_status_fd, daemonize, open_pidfile, report_ready
 from lazypages.cli.imports import importing
 from lazypages.cli.options import verbosity_option
-from lazypages.cli.remote_options import SOURCE_OPTIONS, add_options, sources_of
+from lazypages.cli.remote_options import SOURCE_OPTIONS, Sources, add_options, sources_of
 from lazypages.control import descriptors
 from lazypages.control.listener import ControlSocket
-from lazypages.engine import kernel
 from lazypages.engine.guard import Guard
-from lazypages.engine.memory import PAGE_SIZE
 from lazypages.errors import LazyPagesError
 from lazypages.logs import MESSAGE
 from lazypages.loop.options import ServeOptions
+from lazypages.loop.preparing import (
+    check_certificates,
+    check_userfaultfd,
+    identified,
+    invitation,
+    open_tracer,
+    read_checkpoint,
+    with_memory,
+)
 from lazypages.observe import summary
 from lazypages.observe.metrics import Summary
 from lazypages.outputs import check_output
-from lazypages.sources.checkpoint import Expected, expect, written_by
-from lazypages.wording import count, size
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-    from lazypages.observe.tracing import Tracer
 
 log = logging.getLogger("lazypages")
 
@@ -187,6 +189,12 @@ def _check_directory(option: str, path: Path) -> None:
     show_default=True,
     help="The event loop.",
 )
+@click.option(
+    "--via",
+    metavar="SOCKET",
+    type=click.Path(path_type=Path),
+    help="Let the resident daemon at SOCKET (lazypages daemon) serve the restore.",
+)
 @add_options(CRIU_OPTIONS)
 @click.pass_context
 def serve(
@@ -204,6 +212,7 @@ def serve(
     stats_json: Path | None,
     trace: Path | None,
     loop: str,
+    via: Path | None,
     **source_options: Any,
 ) -> None:
     """Serve the memory of restored tasks on demand.
@@ -225,23 +234,35 @@ def serve(
     log_settings(ctx)
     descriptors.raise_limit()
     try:
-        result = _serve(
-            places,
-            ServeOptions(not no_background, sources.page_servers, sources.remote),
-            sources.directories,
-            loop=loop,
-            daemon=daemon,
-            status_fd=status_fd,
-            terminal=terminal,
-            log_fd=(log_stream or sys.stderr).fileno(),
-        )
+        if via is not None:
+            status = _serve_via(
+                via,
+                places,
+                sources,
+                background=not no_background,
+                daemon=daemon,
+                status_fd=status_fd,
+                verbosity=verbosity,
+            )
+        else:
+            result = _serve(
+                places,
+                ServeOptions(not no_background, sources.page_servers, sources.remote),
+                sources.directories,
+                loop=loop,
+                daemon=daemon,
+                status_fd=status_fd,
+                terminal=terminal,
+                log_fd=(log_stream or sys.stderr).fileno(),
+            )
+            status = 0 if result.ok else 1
     except Exception as error:
         expected = isinstance(error, LazyPagesError | ImageError)
         log.error("%s", error, extra=logs.PRINTED, exc_info=not expected)
         raise
     finally:
         _discard_unwritten()
-    ctx.exit(0 if result.ok else 1)
+    ctx.exit(status)
 
 
 def _serve(
@@ -258,25 +279,15 @@ def _serve(
     """Everything that can be checked is checked before readiness is signalled to a restore."""
     if status_fd is not None:
         check_status_fd(status_fd)  # first, before a file that we open can get this number
-    expected = _expect(places, options, directories)
-    if options.remote:
-        from dataclasses import replace  # noqa: PLC0415 - slow to import
-
-        from images_spec.identity import identify  # noqa: PLC0415 - only needed with a page server
-
-        remote = replace(
-            options.remote,
-            checkpoint=identify(places.images_dir),
-            written_by=written_by(places.images_dir),
-        )
-        options = options._replace(remote=remote)
-    tracer = _tracer(places, expected)
-    _check_userfaultfd()
-    if options.page_servers:
-        _check_certificates(options)
+    expected = read_checkpoint(places.images_dir, options, directories)
+    descriptors.check_enough(len(with_memory(expected)), len(options.page_servers))
+    options = identified(options, places.images_dir)
+    tracer = open_tracer(places.trace, places.images_dir, expected) if places.trace else None
+    check_userfaultfd()
+    check_certificates(options)
     _check_loop(loop)
     ready: list[Callable[[], None]] = [
-        lambda: log.log(MESSAGE, "%s", _invitation(places, expected)),
+        lambda: log.log(MESSAGE, "%s", invitation(places.images_dir, places.work_dir, expected)),
     ]
     if status_fd is not None:
         ready.append(partial(report_ready, status_fd))
@@ -316,69 +327,48 @@ def _serve(
         for line in summary.lines(result):
             log.log(MESSAGE, "%s", line, extra=logs.NOT_ON_TERMINAL)
     if places.stats_json:
-        _write_stats(places.stats_json, result)
+        _write_stats(places.stats_json, result.as_dict())
     return result
 
 
-def _expect(places: Places, options: ServeOptions, directories: Sequence[Path]) -> dict[int, Expected]:
-    """Raises ImageError, LazyPagesError."""
-    try:
-        expected = expect(places.images_dir, remote=bool(options.page_servers), others=directories)
-    except ImageError:
-        if descriptors.exhausted():
-            raise descriptors.too_few_for_images() from None
-        raise
-    alive = sum(task.memory is not None for task in expected.values())
-    descriptors.check_enough(alive, len(options.page_servers))
-    return expected
+def _serve_via(
+    via: Path,
+    places: Places,
+    sources: Sources,
+    *,
+    background: bool,
+    daemon: bool,
+    status_fd: int | None,
+    verbosity: int,
+) -> int:
+    """As _serve, by the resident daemon. Returns the exit status."""
+    from lazypages.cli.via import Handed  # noqa: PLC0415 - only needed here
 
-
-def _invitation(places: Places, expected: Mapping[int, Expected]) -> str:
-    """The message when the daemon is ready: how much it will serve, and the command to start the restore."""
-    alive = [task for task in expected.values() if task.memory is not None]
-    pages = sum(task.lazy_pages for task in alive)
-    where = f"-D {places.images_dir}"
-    if places.work_dir != places.images_dir:
-        where += f" -W {places.work_dir}"
-    return (
-        f"serving {size(pages * PAGE_SIZE)} for {count(len(alive), 'task')}; "
-        f"waiting for: criu restore --lazy-pages {where}"
+    if status_fd is not None:
+        check_status_fd(status_fd)
+    ready: list[Callable[[], None]] = [] if status_fd is None else [partial(report_ready, status_fd)]
+    handed = Handed(
+        via,
+        places.images_dir,
+        places.work_dir,
+        sources,
+        background=background,
+        trace=places.trace,
+        verbosity=verbosity,
     )
-
-
-def _tracer(places: Places, expected: Mapping[int, Expected]) -> Tracer | None:
-    """Create the trace's file; its thread starts later, in the daemon. Raises TraceError."""
-    if places.trace is None:
-        return None
-    from lazypages.observe.tracing import Tracer  # noqa: PLC0415 - keeps the start short
-
-    alive = {pid: task for pid, task in expected.items() if task.memory is not None}
-    levels = {pid: task.sources for pid, task in alive.items()}
-    return Tracer(places.trace, places.images_dir, levels, {pid: task.program for pid, task in alive.items()})
-
-
-def _check_userfaultfd() -> None:
-    """The restore creates the uffds; if this process can't create one, the restore probably can't either.
-
-    Raises LazyPagesError.
-    """
-    match kernel.try_userfaultfd():
-        case errno.ENOSYS:
-            raise LazyPagesError(kernel.NO_USERFAULTFD)
-        case 0:
-            pass
-        case error:
-            log.warning(
-                "this process cannot create a userfaultfd (%s); the restore must be able to",
-                os.strerror(error),
-            )
-
-
-def _check_certificates(options: ServeOptions) -> None:
-    """Raises TlsError."""
-    from lazypages.sources.remote import check_certificates  # noqa: PLC0415 - slow to import
-
-    check_certificates(options.page_servers, options.remote)
+    if daemon:
+        try:
+            pidfile = open_pidfile(places.pidfile) if places.pidfile else None
+        except LazyPagesError:
+            handed.abandon()
+            raise
+        ready.append(daemonize(pidfile))
+    elif places.pidfile:
+        log.warning("--pidfile has no effect without -d")
+    result = handed.wait(_begin, ready)
+    if places.stats_json:
+        _write_stats(places.stats_json, result["summary"])
+    return int(result["exit"])
 
 
 def _check_loop(loop: str) -> None:
@@ -438,13 +428,13 @@ def _discard_unwritten() -> None:
             os.close(null)
 
 
-def _write_stats(path: Path, result: Summary) -> None:
+def _write_stats(path: Path, result: dict[str, Any]) -> None:
     """Write a summary as JSON. A failure is reported, and is not a failure of the restore."""
     import json  # noqa: PLC0415 - keeps the start short
 
     try:
         # On one line: indentation makes it ten times slower, which counts for a thousand tasks.
-        path.write_text(json.dumps(result.as_dict()) + "\n")
+        path.write_text(json.dumps(result) + "\n")
     except OSError as error:
         _report_late_error(f"--stats-json {path}: {error.strerror}; this concerns the statistics only")
 

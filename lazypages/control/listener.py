@@ -11,6 +11,7 @@ import os
 import select
 import socket
 import struct
+from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -211,10 +212,16 @@ def _close(fds: Sequence[int]) -> None:
         os.close(fd)
 
 
+#: The uffds that :func:`discard` has left open, for a process that outlives its restores (Guard.leave).
+left_open: deque[int] = deque()
+
+
 def discard(fds: Sequence[int]) -> None:
     """Close unexpected descriptors, except uffds: closing the uffd of a task would let it read zeros."""
     for fd in fds:
-        if os.readlink(f"/proc/self/fd/{fd}") != "anon_inode:[userfaultfd]":
+        if os.readlink(f"/proc/self/fd/{fd}") == "anon_inode:[userfaultfd]":
+            left_open.append(fd)
+        else:
             os.close(fd)
 
 

@@ -45,6 +45,23 @@ class Guard:
         """
         check_errno(int(lib.lp_guard_restart(self.handle)))
 
+    # For a process that outlives its restores.
+
+    def leave(self, uffd: int) -> None:
+        """Nobody serves this uffd any more; it stays open until the memory behind it is gone."""
+        lib.lp_guard_leave(self.handle, uffd)
+
+    def close_gone(self) -> int:
+        """Closes uffds that were left, by :meth:`leave` or by an engine, and whose memory is gone by now.
+
+        Returns how many are left. One thread at a time calls this.
+        """
+        return int(lib.lp_guard_close_gone(self.handle))
+
+    def needs(self, pidfd: int) -> bool:
+        """Whether this pidfd names the process of a uffd that is left: it must stay open."""
+        return bool(lib.lp_guard_needs(self.handle, pidfd))
+
     def __enter__(self) -> Guard:
         return self
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 from lazypages.engine._uffd import ffi, lib
 
@@ -33,7 +33,7 @@ class Tracers:
             raise OSError(ffi.errno, os.strerror(ffi.errno))
         self._attaches = ffi.new("struct lp_attach[]", self._BATCH)
 
-    def __enter__(self) -> Tracers:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:

@@ -29,12 +29,13 @@ from lazypages.engine.events import TaskEventKind
 from lazypages.engine.guard import Guard
 from lazypages.engine.memory import PAGE_SIZE
 from lazypages.engine.task import ServedTask
+from lazypages.engine.tracers import Tracers
 from lazypages.errors import LazyPagesError
 from lazypages.loop.exit_events import ExitEvents
 from lazypages.loop.options import ServeOptions
 from lazypages.loop.processes import Exits, Process
 from lazypages.loop.service import Identity, TaskService, poison_now
-from lazypages.loop.traced import TracedTasks
+from lazypages.loop.traced import TracedTasks, Tracing
 from lazypages.observe.metrics import Summary
 from lazypages.sources.checkpoint import Expected, Seen
 from lazypages.wording import count, size
@@ -76,7 +77,11 @@ class SourcesError(LazyPagesError):
 
 
 class Server:
-    """Serves one restore of one checkpoint: `expected` tasks, arriving on `control`."""
+    """Serves one restore of one checkpoint: `expected` tasks, arriving on `control`.
+
+    ``alone``: this is the only server of the process. Then it handles the signals, and keeps the guard.
+    ``open_tracers``: as in TracedTasks.
+    """
 
     def __init__(
         self,
@@ -84,7 +89,11 @@ class Server:
         control: ControlSocket,
         options: ServeOptions,
         guard: Guard | None = None,
+        *,
+        alone: bool = True,
+        open_tracers: Callable[[], Tracing] = Tracers,
     ) -> None:
+        self._alone = alone
         self._expected = expected
         self._control = control
         self._options = options
@@ -109,7 +118,7 @@ class Server:
             int, list[TaskService]
         ] = {}  # services of a restored task and its forked children
         self._held: set[int] = set()  # restored tasks with a uffd that must stay open until this process ends
-        self._traced = TracedTasks(self._families, self._processes)
+        self._traced = TracedTasks(self._families, self._processes, open_tracers)
         self._remote: RemotePages | None = None
         self._failure: OSError | None = None
         self._no_sources = ""
@@ -168,12 +177,14 @@ class Server:
                     if not hopeless or self._control.has_caller():
                         begin(problems)
                 async with anyio.create_task_group() as helpers:
-                    await helpers.start(self._handle_signals, helpers.cancel_scope)
+                    self._helpers = helpers.cancel_scope
+                    if self._alone:
+                        await helpers.start(self._handle_signals)
+                        if self._guard:
+                            helpers.start_soon(keep_guard, self._guard)
                     helpers.start_soon(self._dispatch, engine)
                     helpers.start_soon(self._exits.run)
                     helpers.start_soon(self._probe)
-                    if self._guard:
-                        helpers.start_soon(self._keep_guard, self._guard)
                     helpers.start_soon(self._traced.run)
                     if self._remote:
                         helpers.start_soon(self._await_completed, self._remote, helpers.cancel_scope)
@@ -214,25 +225,38 @@ class Server:
             if pid not in self._held:
                 process.close()
 
-    async def _keep_guard(self, guard: Guard) -> None:
-        """Start another guard if the guard is killed. Without one, tasks read zeros if the daemon is killed."""
-        while True:
-            await anyio.wait_readable(guard.pidfd)
-            log.error(
-                "the guard (pid %d) was killed: without it tasks read zeros if this daemon is killed",
-                guard.pid,
-            )
-            reason = None
-            while True:
-                try:
-                    guard.restart()
-                    break
-                except OSError as error:
-                    if error.strerror != reason:
-                        reason = error.strerror
-                        log.error("cannot start another guard: %s; trying again", reason)
-                await anyio.sleep(GUARD_PAUSE)
-            log.error("started another guard (pid %d)", guard.pid)
+    def bring_first(self, pid: int, start: int, end: int) -> bool:
+        """Begin to copy the missing pages of a task in [start, end), current addresses in bytes, before all others.
+
+        Only once the restore has `finished`. False: no such task is served.
+        """
+        return any(
+            service.bring_first(start, end)
+            for service in self._families.get(pid, ())
+            if not service.identity.forked
+        )
+
+    @property
+    def held(self) -> Sequence[Process]:
+        """After :meth:`run`: the processes whose pidfds stay open."""
+        return [self._processes[pid] for pid in self._held if pid in self._processes]
+
+    @property
+    def connected(self) -> bool:
+        """Whether a restorer has connected."""
+        return self._connected
+
+    @property
+    def finished(self) -> bool:
+        """Whether the restorer has reported the end of the restore."""
+        return self._finished
+
+    def complete(self) -> None:
+        """Copy all missing pages now, also without `background`; before the end of the restore: as soon as it ends."""
+        self._options = self._options._replace(background=True)
+        if self._finished:
+            for service in self._services:
+                service.start_background()
 
     # File descriptors.
 
@@ -340,6 +364,8 @@ class Server:
             assert expected.memory is not None
         except ControlError:
             # The uffd stays open: if it were closed, the task would read zeros.
+            if self._guard:
+                self._guard.leave(event.uffd)
             if process:
                 process.kill()
                 process.close()
@@ -472,17 +498,24 @@ class Server:
 
     # Signals.
 
-    async def _handle_signals(self, scope: anyio.CancelScope, *, task_status: TaskStatus[None]) -> None:
+    async def _handle_signals(self, *, task_status: TaskStatus[None]) -> None:
         with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
             task_status.started()
             async for _signal in signals:
-                if not self._connected and not self._control.has_caller():
-                    log.error("ended before a restore connected")
-                    scope.cancel()
-                elif not self._draining:
-                    self._drain()
-                else:
-                    await self._give_up()
+                await self.interrupt()
+
+    async def interrupt(self, *, now: bool = False) -> None:
+        """What a signal does: before a restore has connected, end; after that, complete all tasks first.
+
+        The second time, or with `now`: kill tasks that miss pages. Call it once `watch` runs.
+        """
+        if not self._connected and not self._control.has_caller():
+            log.error("ended before a restore connected")
+            self._helpers.cancel()
+        elif not self._draining and not now:
+            self._drain()
+        else:
+            await self._give_up()
 
     def _drain(self) -> None:
         self._draining = True
@@ -513,6 +546,27 @@ class Server:
                 group.start_soon(service.give_up)
         # Messages that the restorer may still send are ignored.
         self._tasks.cancel_scope.cancel()
+
+
+async def keep_guard(guard: Guard) -> None:
+    """Start another guard if the guard is killed. Without one, tasks read zeros if the daemon is killed."""
+    while True:
+        await anyio.wait_readable(guard.pidfd)
+        log.error(
+            "the guard (pid %d) was killed: without it tasks read zeros if this daemon is killed",
+            guard.pid,
+        )
+        reason = None
+        while True:
+            try:
+                guard.restart()
+                break
+            except OSError as error:
+                if error.strerror != reason:
+                    reason = error.strerror
+                    log.error("cannot start another guard: %s; trying again", reason)
+            await anyio.sleep(GUARD_PAUSE)
+        log.error("started another guard (pid %d)", guard.pid)
 
 
 def _poison_leftovers(engine: Engine) -> None:

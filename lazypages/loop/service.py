@@ -36,6 +36,9 @@ QUANTUM = 8 << 20
 #: The same while no other task waits. Longer, because a CPU is idle for 100 us between two turns.
 LONG_QUANTUM = 64 << 20
 
+#: Bytes that are brought at once for a request: no fault of the task is read meanwhile.
+PIECE = 2 << 20
+
 #: Seconds between two searches for pages that were claimed for a page server and have been given back.
 GIVEN_BACK_PAUSE = 1.0
 
@@ -159,6 +162,26 @@ class TaskService:
             if self._group:
                 self._prioritise(self._group)
         await self._closed.wait()
+
+    def bring_first(self, start: int, end: int) -> bool:
+        """Begin to bring the missing pages in [start, end), current addresses in bytes, before others; those of page
+        servers are requested. Only after the end of the restore. False: the task is not served."""
+        if self._group:
+            self._group.start_soon(self._bring_range, start, end)
+        return self._group is not None
+
+    async def _bring_range(self, start: int, end: int) -> None:
+        limiter = anyio.CapacityLimiter(1)
+        while start < end:
+            piece = min(end, start + PIECE)
+            try:
+                await to_thread.run_sync(self._served.bring, start, piece, limiter=limiter)
+            except BusyError:
+                await anyio.sleep(BUSY_PAUSE)
+            except TaskGoneError:
+                return
+            else:
+                start = piece
 
     def process_exited(self) -> None:
         """The process has exited, all its threads included."""

@@ -9,9 +9,9 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, Self
 
 import anyio
 from anyio import to_thread
@@ -34,20 +34,50 @@ POLLS = 8
 PARASITE = b"CRIUMFD"
 
 
+class Tracing(Protocol):
+    """What is needed of :class:`lazypages.engine.tracers.Tracers`, which describes it."""
+
+    @property
+    def told(self) -> bool: ...
+
+    @property
+    def event_fd(self) -> int: ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *exc: object) -> None: ...
+
+    def run(self) -> None: ...
+
+    def stop(self) -> None: ...
+
+    def watch(self, pid: int, *, watched: bool) -> None: ...
+
+    def report(self, pid: int, tracer: int, owner: int) -> None: ...
+
+    def release(self, tracer: int) -> None: ...
+
+    def take(self) -> list[Attach]: ...
+
+
 class TracedTasks:
     """Watches for tracers of all tasks.
 
     `families`: services of each restored task and its forked children; `processes`: of the restored tasks; both by pid
-    in the images. The server changes them, and calls `started` and `ended`.
+    in the images. The server changes them, and calls `started` and `ended`. `open_tracers` may raise OSError.
     """
 
     def __init__(
-        self, families: Mapping[int, Sequence[TaskService]], processes: Mapping[int, Process]
+        self,
+        families: Mapping[int, Sequence[TaskService]],
+        processes: Mapping[int, Process],
+        open_tracers: Callable[[], Tracing] = Tracers,
     ) -> None:
         self._families = families
         self._processes = processes
         self._finished = anyio.Event()
-        self._tracers: Tracers | None = None
+        self._open_tracers = open_tracers
+        self._tracers: Tracing | None = None
         self._unknown = 0  # number of services whose process is unknown
         self._tasks: dict[int, int] = {}  # pids in the images, by pid in our namespace
         self._seen: dict[int, int] = {}  # tracers already handled, or the restorer's, by pid of the task
@@ -75,7 +105,7 @@ class TracedTasks:
     async def run(self) -> None:
         await self._finished.wait()
         try:
-            tracers = Tracers()
+            tracers = self._open_tracers()
         except OSError as error:
             log.warning("cannot watch for tracers of tasks that miss pages: %s", error.strerror)
             return
@@ -99,14 +129,14 @@ class TracedTasks:
                     self._tracers = None
                     tracers.stop()
 
-    async def _drive(self, tracers: Tracers) -> None:
+    async def _drive(self, tracers: Tracing) -> None:
         with anyio.CancelScope(shield=True):  # stop() ends it
             try:
                 await to_thread.run_sync(tracers.run, limiter=anyio.CapacityLimiter(1))
             except OSError as error:
                 log.warning("cannot watch for tracers of tasks that miss pages: %s", error.strerror)
 
-    async def _attached(self, attach: Attach, tracers: Tracers, group: TaskGroup) -> None:
+    async def _attached(self, attach: Attach, tracers: Tracing, group: TaskGroup) -> None:
         if not attach.pid:
             self._look(tracers, list(self._processes.values()))
             return
@@ -147,7 +177,7 @@ class TracedTasks:
         )
 
     async def _complete(
-        self, attach: Attach, tracers: Tracers, name: str, families: list[Sequence[TaskService]]
+        self, attach: Attach, tracers: Tracing, name: str, families: list[Sequence[TaskService]]
     ) -> None:
         while services := [service for family in families for service in family if service.pending]:
             async with anyio.create_task_group() as group:
@@ -159,7 +189,7 @@ class TracedTasks:
 
     # Where the kernel does not report tracers.
 
-    async def _poll(self, tracers: Tracers) -> None:
+    async def _poll(self, tracers: Tracing) -> None:
         for process in self._processes.values():
             self._seen[process.pid] = tracer_of(process.pid)  # the restorer, if it has not detached yet
         while True:
@@ -174,7 +204,7 @@ class TracedTasks:
             if not waiting:
                 await anyio.sleep(POLL_PAUSE)
 
-    def _look(self, tracers: Tracers, processes: Sequence[Process]) -> None:
+    def _look(self, tracers: Tracing, processes: Sequence[Process]) -> None:
         for process in processes:
             tracer = tracer_of(process.pid)
             if tracer and tracer != self._seen.get(process.pid):

@@ -1,0 +1,1 @@
+"""``lazypages daemon``: one process that serves many restores (docs/daemon.md)."""

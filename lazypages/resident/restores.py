@@ -1,0 +1,290 @@
+"""One restore of the resident daemon: from the request until its last task is complete, gone or given up."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import anyio
+from anyio import to_thread
+
+from images_spec.errors import ImageError
+from lazypages.control import descriptors
+from lazypages.control.listener import ControlSocket, discard
+from lazypages.engine.guard import Guard
+from lazypages.errors import LazyPagesError
+from lazypages.logs import MESSAGE
+from lazypages.loop.options import ServeOptions
+from lazypages.loop.preparing import (
+    check_certificates,
+    identified,
+    invitation,
+    open_tracer,
+    read_checkpoint,
+    with_memory,
+)
+from lazypages.loop.processes import Process
+from lazypages.loop.server import Server
+from lazypages.observe import summary
+from lazypages.observe.metrics import Summary
+from lazypages.observe.progress import watch_in_log
+from lazypages.resident.tracers import SharedTracers
+from lazypages.sources.checkpoint import Expected
+
+log = logging.getLogger("lazypages")
+
+#: Descriptors of a restore beside those of its tasks, images and page servers: its control socket, its engine, what
+#: watches for exits and tracers, and those that are kept in reserve.
+DESCRIPTORS = 24 + descriptors.FOR_FORKS + descriptors.FOR_EMERGENCIES
+
+#: The restore that the running code works for, in its threads, too.
+CURRENT: ContextVar[Restore | None] = ContextVar("restore", default=None)
+
+
+#: `extra` of a record whose text the client gets in an answer.
+NOT_TO_CLIENT = {"to_client": False}
+
+
+class Descriptor(NamedTuple):
+    """A descriptor of a client, and its file: the one of a page server is closed with the connection, and its number
+    may be reused then."""
+
+    fd: int
+    device: int
+    inode: int
+
+    @classmethod
+    def of(cls, fd: int) -> Descriptor:
+        stat = os.fstat(fd)
+        return cls(fd, stat.st_dev, stat.st_ino)
+
+    def close(self) -> None:
+        with suppress(OSError):
+            if Descriptor.of(self.fd) == self:
+                discard([self.fd])
+
+
+class Asked(NamedTuple):
+    """What a client has asked for. Paths are absolute; ``fds``: descriptors that belong to the restore.
+
+    ``names``: of the images and the work directory in messages.
+    """
+
+    images: Path
+    work: Path
+    names: tuple[str, str]
+    options: ServeOptions
+    directories: Sequence[Path]
+    trace: Path | None
+    fds: Sequence[Descriptor]
+
+    def close(self) -> None:
+        for descriptor in self.fds:
+            descriptor.close()
+
+
+class Restore:
+    """One restore. :meth:`run` reports every error of it, and raises none."""
+
+    def __init__(
+        self,
+        number: int,
+        asked: Asked,
+        *,
+        guard: Guard,
+        tracers: SharedTracers,
+        admit: Callable[[int], None],
+        say: Callable[..., None] | None,
+    ) -> None:
+        """``admit`` raises LazyPagesError if so many more descriptors are too many.
+
+        ``say``: gets each log record of this restore; may be called in any thread.
+        """
+        self.number = number
+        self.asked = asked
+        self.say = say
+        #: Descriptors that this restore may need.
+        self.descriptors = 0
+        #: Set when a restorer may connect, or when that has failed.
+        self.started = anyio.Event()
+        self.ended = anyio.Event()
+        #: Whether a restorer could connect.
+        self.admitted = False
+        #: Of page servers that are waited for.
+        self.problems: Sequence[str] = ()
+        #: Why nothing, or nothing more, is served.
+        self.error: str | None = None
+        self.invitation = ""
+        #: Of the error, as in an answer.
+        self.code = "failed"
+        #: After the end: processes that the guard may have to kill.
+        self.held: Sequence[Process] = ()
+        self._guard = guard
+        self._tracers = tracers
+        self._admit = admit
+        self._server: Server | None = None
+        self._result: Summary | None = None
+        self._begun = time.monotonic()
+        #: Number of tasks that have memory.
+        self.tasks = 0
+        self._seconds = 0.0  # from the request to the end
+
+    @property
+    def state(self) -> str:
+        if self.ended.is_set():
+            return "ended"
+        if self._server is None or not self.started.is_set():
+            return "preparing"
+        if self._server.finished:
+            return "serving"
+        return "restoring" if self._server.connected else "waiting"
+
+    @property
+    def exit_status(self) -> int:
+        """After the end: that of `lazypages serve`."""
+        return 0 if self._result is not None and self._result.ok and self.error is None else 1
+
+    async def run(self) -> None:
+        CURRENT.set(self)
+        try:
+            await self._serve()
+        except (LazyPagesError, ImageError) as error:
+            self.code = getattr(error, "code", self.code)
+            self._fail(str(error))
+        except Exception as error:
+            log.exception("the service of this restore has failed", extra=NOT_TO_CLIENT)
+            self._fail(f"internal error: {error!r}; the daemon's log has the details")
+        finally:
+            self._keep_result()
+            self.asked.close()
+            self.say = None
+            self.ended.set()
+            self.started.set()
+
+    def _fail(self, why: str) -> None:
+        # a directory that came as a descriptor has another name for the client
+        for path, name in zip((self.asked.images, self.asked.work), self.asked.names, strict=True):
+            why = why.replace(str(path), name) if path.is_relative_to("/proc/self/fd") else why
+        self.error = why
+        log.error("%s", why, extra=NOT_TO_CLIENT)
+
+    async def _serve(self) -> None:
+        asked = self.asked
+        expected, options = await to_thread.run_sync(self._prepare, limiter=anyio.CapacityLimiter(1))
+        self.tasks = len(with_memory(expected))
+        with ExitStack() as stack:
+            # in this thread: while it binds, it changes the umask of the process
+            control = stack.enter_context(ControlSocket(asked.work))
+            if asked.trace:
+                tracer = stack.enter_context(open_tracer(asked.trace, asked.images, expected))
+                options = options._replace(trace=tracer.ring)
+            self._server = Server(
+                expected, control, options, self._guard, alone=False, open_tracers=self._tracers.open
+            )
+            self.invitation = invitation(Path(asked.names[0]), Path(asked.names[1]), expected)
+            del expected
+            self._result = await self._server.run(self._beside, self._begin)
+        if self._result.tasks or self._result.finished:
+            for line in summary.lines(self._result):
+                log.log(MESSAGE, "%s", line)
+
+    def _prepare(self) -> tuple[dict[int, Expected], ServeOptions]:
+        asked = self.asked
+        expected = read_checkpoint(asked.images, asked.options, asked.directories)
+        alive = with_memory(expected)
+        files = {file.fd for task in alive if task.memory for file in task.memory.files}
+        needed = (
+            len(files)
+            + len(alive) * descriptors.PER_TASK
+            + len(asked.options.page_servers) * descriptors.PER_SERVER
+            + DESCRIPTORS
+        )
+        self._admit(needed)
+        self.descriptors = needed
+        options = identified(asked.options, asked.images)
+        check_certificates(options)
+        return expected, options
+
+    def _begin(self, problems: Sequence[str]) -> None:
+        """As Begin: not called if no page server can be used."""
+        for problem in problems:
+            log.error("%s", problem, extra=NOT_TO_CLIENT)
+        self.problems = problems
+        log.log(MESSAGE, "%s", self.invitation, extra=NOT_TO_CLIENT)
+        self.admitted = True
+
+    async def _beside(self, server: Server) -> None:
+        if self.admitted:
+            self.started.set()
+        await watch_in_log(server)
+
+    def _keep_result(self) -> None:
+        """Keep the numbers; everything else goes."""
+        if self._server:
+            self.held = self._server.held
+        self._server = None
+        self.descriptors = 0
+        self._seconds = time.monotonic() - self._begun
+
+    # Commands. What they log and start belongs to this restore.
+
+    async def stop(self, *, now: bool) -> None:
+        """As Server.interrupt."""
+        await self.started.wait()
+        if self._server:
+            with self._current():
+                await self._server.interrupt(now=now)
+
+    def complete(self) -> None:
+        """As Server.complete."""
+        if self._server:
+            with self._current():
+                self._server.complete()
+
+    def bring_first(self, pid: int, start: int, end: int) -> None:
+        """Raises LazyPagesError."""
+        if self.state != "serving":
+            raise LazyPagesError(f"restore {self.number} has no running tasks: it is {self.state}")
+        assert self._server is not None
+        with self._current():
+            found = self._server.bring_first(pid, start, end)
+        if not found:
+            raise LazyPagesError(f"restore {self.number} has no task {pid} that misses pages")
+
+    @contextmanager
+    def _current(self) -> Iterator[None]:
+        before = CURRENT.set(self)
+        try:
+            yield
+        finally:
+            CURRENT.reset(before)
+
+    def summary(self) -> Summary | None:
+        return self._server.summary() if self._server else self._result
+
+    def status(self) -> dict[str, Any]:
+        """Numbers for a list of all restores."""
+        numbers = self.summary()
+        ended = self.ended.is_set()
+        tasks = numbers.tasks if numbers else ()
+        return {
+            "restore": self.number,
+            "state": self.state,
+            "exit": self.exit_status if ended else None,
+            "error": self.error,
+            "images": self.asked.names[0],
+            "work": self.asked.names[1],
+            "tasks": {"expected": self.tasks, "served": len(tasks)},
+            "pages": {
+                "total": sum(task.total for task in tasks),
+                "pending": sum(task.pending for task in tasks),
+            },
+            "faults": sum(task.stats.faults for task in tasks),
+            "seconds": round(self._seconds if ended else time.monotonic() - self._begun, 3),
+        }

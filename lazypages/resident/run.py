@@ -1,0 +1,23 @@
+"""Runs the event loop with the resident daemon. Slow to import; see lazypages.loop.run."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+
+import anyio
+
+from lazypages.engine.guard import Guard
+from lazypages.loop.run import LOOPS
+from lazypages.resident.log_lines import name_restores
+from lazypages.resident.service import Limits, Service
+
+
+def run(
+    loop: str, listener: socket.socket, guard: Guard, limits: Limits, *, ready: Callable[[], None]
+) -> None:
+    """Serve restores until the daemon is told to end. ``loop``: a key of LOOPS. ``ready``: as in Service."""
+    name_restores()
+    backend, backend_options = LOOPS[loop]
+    service = Service(listener, guard, limits, ready)
+    anyio.run(service.run, backend=backend, backend_options=backend_options)

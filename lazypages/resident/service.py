@@ -1,0 +1,413 @@
+"""The resident daemon: accepts clients, admits restores, and outlives them (docs/daemon.md)."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import signal
+import socket
+import stat
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+import anyio
+from anyio import to_thread
+from anyio.abc import TaskGroup, TaskStatus
+
+from lazypages import __version__
+from lazypages.control import descriptors
+from lazypages.control.descriptors import NONE_LEFT
+from lazypages.control.listener import CREDENTIALS, SOCKET_NAME, left_open
+from lazypages.engine.guard import Guard
+from lazypages.errors import LazyPagesError
+from lazypages.logs import MESSAGE
+from lazypages.loop.options import ServeOptions
+from lazypages.loop.processes import Process
+from lazypages.loop.server import keep_guard
+from lazypages.net.names import PROTOCOLS
+from lazypages.resident import protocol
+from lazypages.resident.connection import Connection
+from lazypages.resident.log_lines import Follower
+from lazypages.resident.protocol import Command, Fd, Place, Request, RequestError
+from lazypages.resident.restores import Asked, Descriptor, Restore
+from lazypages.resident.tracers import SharedTracers
+
+if TYPE_CHECKING:
+    from lazypages.net.url import PageServerAddress
+    from lazypages.sources.page_server import RemoteOptions
+
+log = logging.getLogger("lazypages")
+
+C = TypeVar("C", bound=Command)
+
+#: Clients at once. Each takes two descriptors.
+MAX_CLIENTS = 64
+
+#: Restores whose result is kept after their end; fewer if they have more tasks than this together.
+MAX_ENDED = 100
+MAX_ENDED_TASKS = 2000
+
+#: Seconds between two checks whether the memory of tasks is gone whose uffds had to stay open.
+SWEEP_PAUSE = 0.5
+
+#: Seconds between two attempts to accept a client while no descriptor is free.
+ACCEPT_PAUSE = 0.2
+
+#: Seconds at the end for clients to read their last answers.
+FAREWELL = 5.0
+
+
+class Limits(NamedTuple):
+    """``descriptors``: RLIMIT_NOFILE of this process."""
+
+    restores: int
+    descriptors: int
+
+
+class Service:
+    """Serves restores until it is told to end. ``ready`` is called when it handles signals and accepts clients."""
+
+    def __init__(
+        self, listener: socket.socket, guard: Guard, limits: Limits, ready: Callable[[], None]
+    ) -> None:
+        self._listener = listener
+        self._guard = guard
+        self._tracers = SharedTracers()
+        self._limits = limits
+        self._ready = ready
+        self._active: dict[int, Restore] = {}
+        self._ended: dict[int, Restore] = {}
+        self._connections: set[Connection] = set()
+        self._held: list[Process] = []
+        self._next = 1
+        self._closing = False
+        self._drained = anyio.Event()
+        self._to_sweep = anyio.Event()
+        self._own = len(os.listdir("/proc/self/fd")) + descriptors.DAEMON + 2 * MAX_CLIENTS
+
+    async def run(self) -> None:
+        """Until all restores have ended after a signal or `shutdown`."""
+        self._listener.setblocking(False)
+        async with anyio.create_task_group() as group:
+            self._group: TaskGroup = group
+            await group.start(self._handle_signals)
+            group.start_soon(keep_guard, self._guard)
+            group.start_soon(self._sweep)
+            await group.start(self._tracers.run)
+            group.start_soon(self._accept)
+            self._ready()
+            await self._drained.wait()
+            with anyio.move_on_after(FAREWELL):
+                async with anyio.create_task_group() as farewell:
+                    for connection in self._connections:
+                        farewell.start_soon(connection.finish)
+            group.cancel_scope.cancel()
+
+    # Clients.
+
+    async def _accept(self) -> None:
+        while True:
+            await anyio.wait_readable(self._listener)
+            try:
+                peer, _ = self._listener.accept()
+            except (BlockingIOError, ConnectionError):
+                continue
+            except OSError as error:
+                log.error("cannot accept a client: %s", error.strerror)
+                if error.errno not in NONE_LEFT:
+                    raise
+                await anyio.sleep(ACCEPT_PAUSE)
+                continue
+            peer.setblocking(False)
+            if refusal := self._refusal(peer):
+                log.warning("refused a client: %s", refusal)
+                with suppress(OSError):
+                    peer.send(protocol.encode(protocol.refusal(None, refusal)), socket.MSG_NOSIGNAL)
+                peer.close()
+                continue
+            try:
+                connection = Connection(peer, self._execute)
+            except OSError as error:
+                log.error("cannot accept a client: %s", error.strerror)
+                continue
+            self._connections.add(connection)
+            self._group.start_soon(self._serve_client, connection)
+
+    def _refusal(self, peer: socket.socket) -> RequestError | None:
+        _pid, uid, _gid = CREDENTIALS.unpack(
+            peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, CREDENTIALS.size)
+        )
+        own = os.geteuid()
+        if uid not in {0, own}:
+            return RequestError(
+                "refused", f"user {uid} may not use this daemon: only root and its own user ({own}) may"
+            )
+        if len(self._connections) >= MAX_CLIENTS:
+            return RequestError("limit", f"{MAX_CLIENTS} clients are connected already: try again later")
+        return None
+
+    async def _serve_client(self, connection: Connection) -> None:
+        try:
+            await connection.run()
+        except Exception:
+            log.exception("the connection of a client has failed")
+        finally:
+            self._connections.discard(connection)
+
+    async def _execute(self, request: Request, connection: Connection) -> dict[str, Any]:
+        match request.command:
+            case protocol.Serve() as command:
+                return await self._serve(request.id, command, connection)
+            case protocol.Status(number):
+                return self._status() if number is None else _result(self._restore(number))
+            case protocol.Complete(number):
+                self._restore(number).complete()
+                return {}
+            case protocol.First(number, pid, start, end):
+                try:
+                    self._restore(number).bring_first(pid, start, end)
+                except LazyPagesError as error:
+                    raise RequestError("failed", str(error)) from None
+                return {}
+            case protocol.Stop(number, now):
+                await self._restore(number).stop(now=now)
+                return {}
+            case protocol.Wait(number):
+                restore = self._restore(number)
+                await restore.ended.wait()
+                return _result(restore)
+            case protocol.Shutdown(now):
+                nr = len(self._active)
+                self._group.start_soon(partial(self._end, now=now))
+                return {"restores": nr}
+
+    def _status(self) -> dict[str, Any]:
+        return {
+            "protocol": protocol.VERSION,
+            "version": __version__,
+            "pid": os.getpid(),
+            "closing": self._closing,
+            "limits": {
+                "restores": {"used": len(self._active), "max": self._limits.restores},
+                "descriptors": {"used": self._descriptors(), "max": self._limits.descriptors},
+            },
+            "restores": [restore.status() for restore in (*self._ended.values(), *self._active.values())],
+        }
+
+    def _restore(self, number: int) -> Restore:
+        restore = self._active.get(number) or self._ended.get(number)
+        if restore is None:
+            raise RequestError(
+                "not-found",
+                f"there is no restore {number}; of those that have ended, the last {MAX_ENDED} are known",
+            )
+        return restore
+
+    # Restores.
+
+    def _descriptors(self) -> int:
+        return self._own + sum(restore.descriptors for restore in self._active.values())
+
+    def _admit(self, needed: int) -> None:
+        """Raises RequestError."""
+        used = self._descriptors()
+        if used + needed > self._limits.descriptors:
+            raise RequestError(
+                "limit",
+                f"too few file descriptors: this restore needs up to {needed}, {used} of {self._limits.descriptors} are"
+                " taken: try again when other restores have ended, or start the daemon with a higher --max-descriptors",
+            )
+
+    def _check_admission(self) -> None:
+        """Raises RequestError if no other restore can be served now."""
+        if self._closing:
+            raise RequestError("closing", "the daemon completes its restores and ends: start another one")
+        if len(self._active) >= self._limits.restores:
+            raise RequestError(
+                "limit",
+                f"{len(self._active)} restores are served, which is the limit: try again when one has ended, or start "
+                "the daemon with a higher --max-restores",
+            )
+
+    async def _serve(self, number: Any, command: protocol.Serve, connection: Connection) -> dict[str, Any]:
+        self._check_admission()
+        # in a thread, because a file system may hang
+        asked = await to_thread.run_sync(_asked, command, connection, limiter=anyio.CapacityLimiter(1))
+        try:
+            self._check_admission()
+        except RequestError:
+            asked.close()
+            raise
+        say = Follower(connection.outbox, number, command.log) if command.log else None
+        restore = Restore(
+            self._next, asked, guard=self._guard, tracers=self._tracers, admit=self._admit, say=say
+        )
+        self._next += 1
+        self._active[restore.number] = restore
+        self._group.start_soon(self._run, restore)
+        await restore.started.wait()
+        if not restore.admitted:
+            self._ended.pop(restore.number, None)
+            raise RequestError(restore.code, restore.error or "the daemon has been told to end")
+        return {
+            "restore": restore.number,
+            "socket": f"{asked.names[1]}/{SOCKET_NAME}",
+            "message": restore.invitation,
+            "problems": list(restore.problems),
+        }
+
+    async def _run(self, restore: Restore) -> None:
+        try:
+            await restore.run()
+        finally:
+            del self._active[restore.number]
+            self._held += restore.held
+            self._ended[restore.number] = restore
+            self._forget_oldest()
+            self._to_sweep.set()
+            if self._closing and not self._active:
+                self._drained.set()
+
+    def _forget_oldest(self) -> None:
+        tasks = sum(restore.tasks for restore in self._ended.values())
+        while len(self._ended) > MAX_ENDED or (tasks > MAX_ENDED_TASKS and len(self._ended) > 1):
+            tasks -= self._ended.pop(next(iter(self._ended))).tasks
+
+    async def _sweep(self) -> None:
+        """After restores: close uffds of tasks that were killed, as soon as their memory is gone, and free memory."""
+        while True:
+            await self._to_sweep.wait()
+            self._to_sweep = anyio.Event()
+            gc.collect()  # images stay open and mapped as long as their objects live
+            while True:
+                while left_open:
+                    self._guard.leave(left_open.popleft())
+                left = self._guard.close_gone()
+                for process in [held for held in self._held if not self._guard.needs(held.fileno())]:
+                    self._held.remove(process)
+                    process.close()
+                if not left or self._to_sweep.is_set():
+                    break
+                await anyio.sleep(SWEEP_PAUSE)
+
+    # The end.
+
+    async def _handle_signals(self, *, task_status: TaskStatus[None]) -> None:
+        with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+            task_status.started()
+            async for _signal in signals:
+                self._group.start_soon(partial(self._end, now=self._closing))
+
+    async def _end(self, *, now: bool) -> None:
+        """Admit no restore, complete those that there are (`now`: kill tasks that miss pages); then `run` returns."""
+        if not self._closing:
+            log.log(MESSAGE, "ending; restores that are served: %d", len(self._active))
+        self._closing = True
+        if not self._active:
+            self._drained.set()
+        async with anyio.create_task_group() as group:
+            for restore in self._active.values():
+                group.start_soon(partial(restore.stop, now=now))
+
+
+def _result(restore: Restore) -> dict[str, Any]:
+    numbers = restore.summary()
+    return {**restore.status(), "summary": None if numbers is None else numbers.as_dict()}
+
+
+def _asked(command: protocol.Serve, connection: Connection) -> Asked:
+    """What a request asks for. Raises RequestError; then the descriptors that it names are closed."""
+    fds: list[Descriptor] = []
+
+    def take() -> int:
+        fd = connection.take_fd()
+        fds.append(Descriptor.of(fd))
+        return fd
+
+    try:
+        images, images_name = _directory("images", command.images, take)
+        _check_inventory(images, images_name)
+        work, work_name = (
+            (images, images_name) if command.work is None else _directory("work", command.work, take)
+        )
+        options, directories = _sources(command, take)
+    except BaseException:
+        for descriptor in fds:
+            descriptor.close()
+        raise
+    return Asked(
+        images,
+        work,
+        (images_name, work_name),
+        options,
+        directories,
+        Path(command.trace) if command.trace is not None else None,
+        fds,
+    )
+
+
+def _directory(what: str, place: Place, take: Callable[[], int]) -> tuple[Path, str]:
+    """A directory, and its name for messages."""
+    if isinstance(place, Fd):
+        fd = take()
+        path = Path(f"/proc/self/fd/{fd}")
+        if not stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise RequestError("bad-request", f'serve: the descriptor for "{what}" is not a directory')
+        return path, os.readlink(path)
+    path = Path(place)
+    if not path.is_dir():
+        why = "is not a directory" if path.exists() else "does not exist"
+        raise RequestError("failed", f"{place} {why}")
+    return path, place
+
+
+def _check_inventory(images: Path, name: str) -> None:
+    if not (images / "inventory.img").exists():
+        raise RequestError("failed", f"{name} is not a checkpoint: inventory.img not found")
+
+
+def _sources(command: protocol.Serve, take: Callable[[], int]) -> tuple[ServeOptions, Sequence[Path]]:
+    if not command.sources:
+        return ServeOptions(command.background), ()
+    from lazypages.net.tls import TlsFiles  # noqa: PLC0415 - slow to import, and only needed here
+    from lazypages.net.url import ConnectedSocket, LocalSource, SourceError, parse_source  # noqa: PLC0415
+    from lazypages.net.wire import Layout  # noqa: PLC0415
+    from lazypages.sources.page_server import RemoteOptions  # noqa: PLC0415
+
+    if command.protocol is not None and command.protocol not in PROTOCOLS:
+        raise RequestError("bad-request", f'serve: "protocol" must be one of: {", ".join(PROTOCOLS)}')
+    directories: list[Path] = []
+    servers: list[PageServerAddress] = []
+    for place in command.sources:
+        if isinstance(place, Fd):
+            servers.append(ConnectedSocket(take()))
+            continue
+        try:
+            source = parse_source(place)
+        except SourceError as error:
+            raise RequestError("bad-request", f"serve: {error}") from None
+        match source:
+            case ConnectedSocket():
+                raise RequestError("bad-request", 'serve: send the socket of a page server as {"fd": true}')
+            case LocalSource(directory):
+                if not directory.is_absolute():
+                    raise RequestError("bad-request", f"serve: {place!r} must have an absolute path")
+                directories.append(directory)
+            case _:
+                servers.append(source)
+    remote: RemoteOptions | None = None
+    if servers:
+        remote = RemoteOptions(
+            layout=None if command.protocol is None else Layout(command.protocol),
+            deadline=command.source_deadline,
+            tls=command.tls and TlsFiles(**{k: _path(v) for k, v in command.tls._asdict().items()}),
+        )
+    return ServeOptions(command.background, tuple(servers), remote), directories
+
+
+def _path(value: Any) -> Any:
+    return Path(value) if isinstance(value, str) else value
