@@ -525,7 +525,9 @@ def test_uffds_of_strangers(restored_program: Path, tmp_path: Path) -> None:
 
         before = resident.descriptors().count("anon_inode:[userfaultfd]")
         number = resident.serve(tmp_path / "expected")
+        os.kill(resident.pid, signal.SIGSTOP)  # until all three are sent
         others.say(f"connect {tmp_path}/expected/lazy-pages.socket")
+        os.kill(resident.pid, signal.SIGCONT)
         result = resident.request("wait", restore=number)
         assert result["exit"] == 1
         assert "which is not in the images" in resident.log.read_text()
