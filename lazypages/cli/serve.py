@@ -391,7 +391,8 @@ def _begin(ready: Sequence[Callable[[], None]], problems: Sequence[str]) -> None
     for problem in problems:
         log.error("%s", problem, extra=logs.PRINTED)
         if log.isEnabledFor(logging.ERROR):
-            click.echo(f"lazypages: {problem}", err=True)
+            with suppress(OSError):  # a closed terminal or pipe, a full disk: not a reason to end
+                click.echo(f"lazypages: {problem}", err=True)
     _signal_readiness(ready)
 
 

@@ -173,7 +173,7 @@ class Server:
                     )
                 if begin:
                     problems = await self._remote.first_attempts() if self._remote else ()
-                    hopeless = self._remote is not None and self._remote.hopeless.is_set()
+                    hopeless = self._remote is not None and self._remote.is_hopeless
                     if not hopeless or self._control.has_caller():
                         begin(problems)
                 async with anyio.create_task_group() as helpers:
@@ -288,6 +288,8 @@ class Server:
     async def _await_hopeless(self, remote: RemotePages, scope: anyio.CancelScope) -> None:
         """If no page server can ever be used, end before a restore connects: its tasks would wait for ever."""
         await remote.hopeless.wait()
+        if not remote.is_hopeless:  # a later attempt has succeeded
+            return
         reason = "; ".join(remote.reasons())
         if self._connected or self._control.has_caller():
             log.error("%s; the tasks wait, and the attempts go on", reason)

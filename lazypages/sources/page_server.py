@@ -31,7 +31,8 @@ T = TypeVar("T")
 
 CONNECT_TIMEOUT: Final = 10.0  # s
 # s that a server of the old layout may take to answer the probe before it counts as new, by the layout of the CRIU that
-# wrote the images (None: not known).
+# wrote the images (None: not known). Too early, the rest of the probe ends a server of the old layout, and its tasks:
+# where user and images disagree, the longest.
 PROBE_PATIENCE: Final = {Layout.CRIU_4_2: 0.5, Layout.CRIU_4_1: 5.0, None: 2.0}
 
 
@@ -114,7 +115,9 @@ class PageServerSource:
             await _send_all(link, wire.probe_first(wanted) + rest)
             if layout is None:
                 layout = Layout.CRIU_4_1
-                patience = PROBE_PATIENCE[None if named else written_by] + 8 * (link.round_trip() or 0.0)
+                patience = PROBE_PATIENCE[Layout.CRIU_4_1 if named else written_by] + 8 * (
+                    link.round_trip() or 0.0
+                )
                 with anyio.move_on_after(patience):
                     await _receive_all(link, answer)
                 if not answer:

@@ -166,16 +166,29 @@ class RemotePages:
         with anyio.move_on_after(FIRST_ATTEMPTS):
             while not all(self._is_known(server) for server in self.pool.servers):
                 await anyio.sleep(0.002)
-        return self.reasons()
+        reasons = self.reasons()
+        for server in self.pool.servers:
+            if not self._first[server].reason:  # the caller reports nothing: the log must
+                server.complained = float("-inf")
+        return reasons
 
     def reasons(self) -> list[str]:
         """One line for each server that could not be used so far: why."""
         return [
             f"page server {server.name}: {first.reason or f'no connection within {FIRST_ATTEMPTS:g} s'}"
-            + ("" if first.hopeless else "; trying again, and tasks that are restored now wait for it")
+            + (
+                ""
+                if first.hopeless or server.over
+                else "; trying again, and tasks that are restored now wait for it"
+            )
             for server, first in self._first.items()
             if not server.connections and (first.reason or first.reached == float("inf"))
         ]
+
+    @property
+    def is_hopeless(self) -> bool:
+        """Whether `hopeless` is set, and no server has been connected since."""
+        return self.hopeless.is_set() and not any(server.connections for server in self.pool.servers)
 
     def _is_known(self, server: Server) -> bool:
         first = self._first[server]
@@ -188,7 +201,7 @@ class RemotePages:
         """An attempt to connect has failed."""
         first = self._first[server]
         first.reason = str(error)
-        first.hopeless = isinstance(error, HopelessError | TlsError | RemoteProtocolError)
+        first.hopeless = server.over or isinstance(error, HopelessError | TlsError | RemoteProtocolError)
         if not any(one.connections for one in self.pool.servers) and all(
             one.hopeless for one in self._first.values()
         ):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -298,3 +300,88 @@ def test_a_wrong_protocol_that_nothing_contradicts(
     assert set(fetched.lost) == set(wanted)
     assert "it has answered nothing so far" in caplog.text
     assert "--page-server-protocol" in caplog.text
+
+
+def test_nobody_reads_what_is_said(given: Given) -> None:
+    """Standard error is a closed pipe: the daemon waits for the server all the same, and signals readiness."""
+    readable, writable = os.pipe()
+    os.close(readable)
+    status, status_writable = os.pipe()
+    command = [sys.executable, "-m", "lazypages", "serve", "-D", given.images, "-W", given.work]
+    command += ["-o", "serve.log", "--status-fd", str(status_writable), *at(free_port())]
+    with subprocess.Popen(
+        list(map(str, command)), stdin=subprocess.DEVNULL, stderr=writable, pass_fds=[status_writable]
+    ) as daemon:
+        os.close(writable)
+        os.close(status_writable)
+        with open(status, "rb") as ready:
+            assert ready.read(1) == b"\0"
+        daemon.terminate()
+    assert "ended before a restore connected" in (given.work / "serve.log").read_text()
+
+
+def test_an_inherited_socket_that_is_closed(given: Given) -> None:
+    """It can't be connected again: that is known, and is not said to be tried again."""
+    ours_end, other = socket.socketpair()
+    other.close()
+    command = [sys.executable, "-m", "lazypages", "serve", "-D", given.images, "-W", given.work]
+    command += ["--source", f"fd:{ours_end.fileno()}"]
+    with nothing_left(), ours_end:
+        done = subprocess.run(
+            list(map(str, command)),
+            pass_fds=[ours_end.fileno()],
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=False,
+        )
+    assert done.returncode == 1
+    assert "trying again" not in done.stderr
+    assert not (given.work / "lazy-pages.socket").exists()
+
+
+def test_a_failure_after_readiness_is_logged(given: Given) -> None:
+    """A server that closes when readiness was signalled already, as one that answers as late as CRIU's."""
+    closing = threading.Event()
+    with socket.create_server((LOOPBACK, 0)) as listener:
+
+        def run() -> None:
+            with suppress(OSError):
+                while True:
+                    peer, _ = listener.accept()
+                    with peer:
+                        peer.recv(1 << 16)
+                        closing.wait()
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        try:
+            with nothing_left(), given.serve(*at(listener.getsockname()[1])) as daemon:
+                daemon.wait_ready()
+                closing.set()
+                wait_for(
+                    "a warning", lambda: "closed by the server" in (given.work / "serve.out").read_text()
+                )
+                daemon.signal(signal.SIGTERM)
+                daemon.wait()
+        finally:
+            closing.set()
+            listener.shutdown(socket.SHUT_RDWR)
+            thread.join()
+
+
+@pytest.mark.slow
+def test_the_right_protocol_at_a_slow_server(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    """The images say otherwise, and CRIU 4.1's server answers late: the rest of the probe would end it."""
+    criu = Criu("4.1")
+    checkpoint = checkpoints.get(criu, "single")
+    contents = lazy_pages(checkpoint.images)
+    wanted = dict(list(contents.items())[:8])
+    with nothing_left(), criu_page_server(criu, checkpoint.images, tmp_path) as (port, server):
+        server.signal(signal.SIGSTOP)
+        timer = threading.Timer(3.0, server.signal, [signal.SIGCONT])
+        timer.start()
+        told = RemoteOptions(layout=Layout.CRIU_4_1, written_by=Layout.CRIU_4_2, deadline=8)
+        fetched = fetch([TcpServer(LOOPBACK, port)], list(wanted), options=told)
+        timer.join()
+    fetched.check(wanted)
