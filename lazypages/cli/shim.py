@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -49,6 +50,8 @@ def _wait(call: Call) -> None:
         return  # CRIU says what is wrong
     from lazypages.cli.served import wait_until_complete  # noqa: PLC0415 - only for a dump
 
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the wait without a traceback
     wait_until_complete(int(tree), _say)
 
 

@@ -212,8 +212,7 @@ def test_a_dump_waits_where_no_daemon_makes_it_wait(
     with lazy_restore(checkpoint, Daemon(lazy.name, (*apart, *lazy.command)), tmp_path) as restored:
         dump = [str(shim), "-v4", "dump", "-D", str(images), "-o", "dump.log", "-t", str(checkpoint.pid)]
         dumping = start(dump, output=said)
-        traced = f"TracerPid:\t{dumping.pid}\n"
-        wait_for("the shim to trace it", lambda: traced in Path(f"/proc/{checkpoint.pid}/status").read_text())
+        wait_for("the shim to trace it", lambda: is_traced_by(dumping.pid, checkpoint.pid))
         assert f"criu-shim: waiting: process {checkpoint.pid}" in said.read_text()
         [server] = [
             pid
@@ -227,10 +226,20 @@ def test_a_dump_waits_where_no_daemon_makes_it_wait(
     check_images(checkpoint, images, tmp_path / "again")
 
 
+WAIT = "from lazypages.cli.served import *; wait_until_complete(int(__import__('sys').argv[1]), print)"
+
+
+def is_traced_by(waiting: int, task: int) -> bool:
+    """By the child of the process that waits."""
+    return any(
+        f"TracerPid:\t{tracer}\n" in Path(f"/proc/{task}/status").read_text()
+        for tracer in descendants(waiting)
+    )
+
+
 def test_signals_of_a_task_that_is_waited_for(tmp_path: Path) -> None:
     """It is traced meanwhile, and gets them all the same; it can be stopped and continued, and may end."""
     said = tmp_path / "said"
-    wait = "from lazypages.cli.served import *; wait_until_complete(int(__import__('sys').argv[1]), print)"
     with nothing_left():
         holder = start(
             [compiled(SERVED)], output=said
@@ -238,10 +247,9 @@ def test_signals_of_a_task_that_is_waited_for(tmp_path: Path) -> None:
         wait_for("the child", lambda: said.read_text().count("\n") == 1)
         child = int(said.read_text())
         assert incomplete(child) == [child]
-        waiting = start([sys.executable, "-c", wait, str(child)])
-        traced = f"TracerPid:\t{waiting.pid}\n"
+        waiting = start([sys.executable, "-c", WAIT, str(child)])
         for count in range(1, 6):
-            wait_for("the tracer", lambda: traced in Path(f"/proc/{child}/status").read_text())
+            wait_for("the tracer", lambda: is_traced_by(waiting.pid, child))
             os.kill(child, signal.SIGUSR1)
             wait_for("its signal", lambda count=count: said.read_text().count("signal\n") == count)
         os.kill(child, signal.SIGSTOP)
@@ -257,6 +265,53 @@ def test_signals_of_a_task_that_is_waited_for(tmp_path: Path) -> None:
         assert "TracerPid:\t0\n" in Path(f"/proc/{child}/status").read_text()
 
 
+def test_a_task_that_can_t_stop(tmp_path: Path) -> None:
+    """As in vfork(2). The wait ends when the memory is complete, and the task is not traced any more."""
+    said = tmp_path / "said"
+    with nothing_left():
+        holder = start([compiled(SERVED), "vfork"], output=said)
+        wait_for("the child", lambda: said.read_text().count("\n") == 1)
+        child = int(said.read_text())
+        status = Path(f"/proc/{child}/status")
+        wait_for("its vfork", lambda: "\nState:\tD" in status.read_text())
+        [vforked] = descendants(child)
+        waiting = start([sys.executable, "-c", WAIT, str(child)])
+        wait_for("the tracer", lambda: is_traced_by(waiting.pid, child))
+        os.kill(child, signal.SIGUSR1)
+        holder.kill()  # nothing is registered any more
+        assert waiting.wait(30) == 0
+        assert "TracerPid:\t0\n" in status.read_text()
+        os.kill(vforked, signal.SIGTERM)
+        wait_for("its signal", lambda: said.read_text().count("signal\n") == 1)
+
+
+def test_signals_are_passed_on_at_once(tmp_path: Path) -> None:
+    """A timer of 1 ms ticks at least half as often as without the tracer."""
+    said = tmp_path / "said"
+
+    def rates(count: int) -> list[int]:
+        """Of the next so many tenths of a second."""
+        seen = said.read_text().count("ticks")
+        wait_for("ticks", lambda: said.read_text().count("ticks") > seen + count)
+        return [int(line[6:]) for line in said.read_text().split("\n")[:-1] if line.startswith("ticks")][
+            seen:
+        ]
+
+    with nothing_left():
+        start([compiled(SERVED), "tick"], output=said)
+        wait_for("the child", lambda: "\n" in said.read_text())
+        child = int(said.read_text().split("\n")[0])
+        untraced = max(rates(5))
+        waiting = start([sys.executable, "-c", WAIT, str(child)])
+        wait_for("the tracer", lambda: is_traced_by(waiting.pid, child))
+        traced = rates(15)
+        assert sorted(traced)[len(traced) // 2] * 2 > untraced, (traced, untraced)
+        os.kill(waiting.pid, signal.SIGINT)  # as of Ctrl-C
+        waiting.wait(30)
+        wait_for("its end", lambda: "TracerPid:\t0\n" in Path(f"/proc/{child}/status").read_text())
+        assert rates(1)
+
+
 def test_a_process_whose_first_thread_has_exited(tmp_path: Path) -> None:
     said = tmp_path / "said"
     with nothing_left():
@@ -266,6 +321,9 @@ def test_a_process_whose_first_thread_has_exited(tmp_path: Path) -> None:
         wait_for("the end of its thread", lambda: "\nState:\tZ" in Path(f"/proc/{child}/status").read_text())
         assert not Path(f"/proc/{child}/smaps").read_text()
         assert incomplete(child) == [child]
+        waiting = start([sys.executable, "-c", WAIT, str(child)])
+        [thread] = set(os.listdir(f"/proc/{child}/task")) - {str(child)}
+        wait_for("the tracer", lambda: is_traced_by(waiting.pid, int(thread)))
 
 
 def print_nothing(text: str) -> None:
