@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,6 +95,56 @@ def test_what_looks_like_ours_and_is_not(words: Sequence[str], tmp_path: Path) -
     real.chmod(0o755)
     subprocess.run([install(tmp_path / "bin", real), *words], check=True, timeout=30)
     assert said.read_text().split("\n")[:-1] == words
+
+
+@pytest.mark.parametrize("locale", [{}, {"PYTHONCOERCECLOCALE": "warn", "real": "7", "word": "8"}])
+def test_python_leaves_no_trace_in_criu(locale: Mapping[str, str], tmp_path: Path) -> None:
+    """The ignored signals and the environment of a dump are those of a command without Python."""
+    said = tmp_path / "said"
+    real = tmp_path / "real"
+    real.write_text(f"#!/bin/sh\ngrep Sig /proc/$$/status >{said}\nenv -0 | sort -z >>{said}\n")
+    real.chmod(0o755)
+    shim = install(tmp_path / "bin", real)
+    environment = {"PATH": os.environ["PATH"], **locale}
+    seen = []
+    for command in ([real, "dump"], [shim, "check"], [shim, "dump"]):
+        subprocess.run(command, env=environment, check=True, timeout=30)
+        seen.append(said.read_bytes())
+    assert b"SigIgn:\t0000000000000000\n" in seen[0]
+    assert seen[1] == seen[0]
+    assert seen[2] == seen[0]
+
+
+def test_a_name_without_a_slash_is_refused(shim: Path) -> None:
+    """It may be the shim again, for ever."""
+    path = f"{shim.parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        [shim, "check"],
+        env={"PATH": path, "LAZYPAGES_CRIU": "criu"},
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert done.returncode == 1
+    assert done.stderr == "criu-shim: LAZYPAGES_CRIU is criu: let it be a path with a slash\n"
+
+
+def test_strange_paths_of_criu(tmp_path: Path) -> None:
+    said = tmp_path / "said"
+    odd = Path(os.fsdecode(bytes(tmp_path) + b"/o'd \xff\xc3\xa9"))
+    line = tmp_path / "a\ntouch b"
+    for real in (odd, line):
+        real.write_text(f"#!/bin/sh\necho $1 >{said}\n")
+        real.chmod(0o755)
+    shim = install(tmp_path / "bin", odd)
+    for word in ("check", "dump"):
+        subprocess.run([shim, word], check=True, timeout=30)
+        assert said.read_text() == f"{word}\n"
+    with pytest.raises(subprocess.CalledProcessError) as refused:
+        install(tmp_path / "other", line)
+    assert b"control characters" in refused.value.stderr
+    assert not (tmp_path / "other/criu").exists()
 
 
 def test_it_does_not_call_itself(shim: Path) -> None:
