@@ -28,9 +28,10 @@ OPTIONAL_VALUE = frozenset({"cpu-cap", "ext-unix-sk", "manage-cgroups", "verbosi
 #: Options without a value. "no-" before most of them negates them.
 FLAGS = frozenset(
     """
-    all allow-uprobes auto-dedup daemon display-stats evasive-devices exec-cmd experimental extra file-locks
+    all allow-uprobes auto-dedup daemon deprecated display-stats
+    enable-external-masters enable-external-sharing evasive-devices exec-cmd experimental extra file-locks
     force-irmap ghost-fiemap help lazy-pages leave-running leave-stopped link-remap log-pid
-    mntns-compat-mode no-default-config page-server restore-detached restore-sibling shell-job skip-file-rwx-check
+    mntns-compat-mode ms no-default-config page-server restore-detached restore-sibling shell-job skip-file-rwx-check
     skip-in-flight stream tcp-close tcp-established tls tls-no-cn-verify track-mem unprivileged version weak-sysctls
     """.split()  # noqa: SIM905 - a table
 )

@@ -20,17 +20,29 @@ from lazypages.errors import LazyPagesError
 SCRIPT = """\
 #!/bin/sh
 {mark}: made by `lazypages criu-shim`, for {real}. Remove this file to undo it.
-real=${{LAZYPAGES_CRIU:-{real}}}
-if [ "$real" -ef "$0" ]; then
+lazypages_real=${{LAZYPAGES_CRIU:-{real}}}
+case $lazypages_real in
+*/*) ;;
+*)
+    echo "criu-shim: LAZYPAGES_CRIU is $lazypages_real: let it be a path with a slash" >&2
+    exit 1
+    ;;
+esac
+if [ "$lazypages_real" -ef "$0" ]; then
     echo "criu-shim: LAZYPAGES_CRIU is this shim: let it be the real CRIU" >&2
     exit 1
 fi
-for word; do
-    case $word in
-    {words}) exec {python} -P -m lazypages.cli.shim {ours} "$real" "$@" ;;
+for lazypages_word; do
+    case $lazypages_word in
+    {words})
+        # Else Python changes LC_CTYPE (PEP 538). The shim gives the variable its value back.
+        lazypages_coerce=${{PYTHONCOERCECLOCALE+=$PYTHONCOERCECLOCALE}}
+        export PYTHONCOERCECLOCALE=0
+        exec {python} -P -m lazypages.cli.shim {ours} "$lazypages_coerce" "$lazypages_real" "$@"
+        ;;
     esac
 done
-exec "$real" "$@"
+exec "$lazypages_real" "$@"
 """
 
 
@@ -59,6 +71,8 @@ def criu_shim(directory: Path, criu: Path | None, page_server: bool) -> None:
     """
     target = directory / "criu"
     real = _real(criu, target)
+    if any(ord(letter) < ord(" ") or letter == "\x7f" for letter in f"{real}{sys.executable}"):
+        raise LazyPagesError(f"a path has control characters: rename {str(real)!r} or {sys.executable!r}")
     ours = [name for name in COMMANDS if page_server or name != "page-server"]
     text = SCRIPT.format(
         mark=SHIM_MARK,
@@ -71,12 +85,12 @@ def criu_shim(directory: Path, criu: Path | None, page_server: bool) -> None:
         raise LazyPagesError(f"{target} exists and is no shim: install it in another directory")
     draft = directory / f".criu.{os.getpid()}"
     try:
-        draft.write_text(text)
+        draft.write_bytes(os.fsencode(text))
         draft.chmod(0o755)
         draft.replace(target)
     except OSError as error:
         raise LazyPagesError(f"cannot write {target}: {error.strerror}") from None
-    click.echo(f"{target}: for {real}")
+    click.echo(f"{click.format_filename(target)}: for {click.format_filename(real)}")
     found = shutil.which("criu")
     if found is None or not target.samefile(found):
         click.echo(f"`criu` is {found or 'not in PATH'}: put {directory.absolute()} first in PATH", err=True)

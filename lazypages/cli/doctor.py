@@ -96,6 +96,8 @@ def examine(criu: Path | None) -> Iterator[Finding]:
     capabilities = probes.capabilities()
     uffd = probes.userfaultfd()
     yield _machine()
+    if not Path("/proc/self").exists():
+        yield Finding("/proc", State.NO, "not mounted", "tasks are looked at there")
     yield _userfaultfd(uffd.error, capabilities)
     yield _device()
     if uffd.features is not None:
@@ -129,6 +131,8 @@ def _userfaultfd(error: int, capabilities: set[Capability]) -> Finding:
         why = "the kernel must be built with CONFIG_USERFAULTFD, and no seccomp filter hide it"
     elif error == errno.EPERM and Capability.SYS_PTRACE not in capabilities:
         why = f"needs CAP_SYS_PTRACE (vm.unprivileged_userfaultfd = {sysctl} does not help: the event of fork needs it)"
+    elif error == errno.EPERM and not probes.in_first_user_namespace():
+        why = "needs CAP_SYS_PTRACE in the first user namespace"
     elif error == errno.EPERM:
         why = "a seccomp filter or security module forbids it, as the default of container runtimes does"
     elif error == errno.EINVAL:
@@ -240,7 +244,10 @@ COSTS = {
 
 def _capabilities(capabilities: set[Capability]) -> Iterator[Finding]:
     missing = [capability for capability in COSTS if capability not in capabilities]
-    if not missing:
+    if not probes.in_first_user_namespace():
+        costs = "those that the kernel checks in the first one do not count, as for userfaultfd"
+        yield Finding("capabilities", State.LESS, "in this user namespace only", costs)
+    elif not missing:
         yield Finding("capabilities", State.OK, "all that are used")
     for capability in missing:
         if capability == Capability.SYS_ADMIN and Capability.CHECKPOINT_RESTORE not in capabilities:
@@ -252,6 +259,8 @@ def _capabilities(capabilities: set[Capability]) -> Iterator[Finding]:
 
 
 def _confinement() -> Finding:
+    if probes.status("Pid") is None:
+        return Finding("confinement", State.OK, "can't be read")
     found = []
     confined = False
     if probes.status("Seccomp") == "2":
@@ -274,17 +283,25 @@ def _ptrace_scope() -> Finding:
     scope = probes.number_of("/proc/sys/kernel/yama/ptrace_scope")
     if scope == 3:
         return Finding("ptrace", State.LESS, "kernel.yama.ptrace_scope = 3", "no task can be dumped")
-    return Finding("ptrace", State.OK, "no Yama" if scope is None else f"kernel.yama.ptrace_scope = {scope}")
+    if scope is not None:
+        return Finding("ptrace", State.OK, f"kernel.yama.ptrace_scope = {scope}")
+    there = Path("/proc/sys/kernel")
+    no_yama = there.is_dir() and not (there / "yama").exists()
+    return Finding("ptrace", State.OK, "no Yama" if no_yama else "kernel.yama.ptrace_scope can't be read")
 
 
 def _descriptors() -> Finding:
-    from lazypages.control import descriptors  # noqa: PLC0415 - imports the engine
-    from lazypages.engine.guard import Guard  # noqa: PLC0415
-
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    try:
+        from lazypages.control import descriptors  # noqa: PLC0415 - imports the engine
+        from lazypages.engine.guard import Guard  # noqa: PLC0415
+
+        used = len(os.listdir("/proc/self/fd"))
+    except (ImportError, OSError):  # a finding of its own
+        return Finding("descriptors", State.OK, f"RLIMIT_NOFILE {hard:,}; for how many tasks can't be known")
     most = hard if 0 <= hard < Guard.MAX_FDS else Guard.MAX_FDS
     fixed = descriptors.DAEMON + descriptors.FOR_FORKS + descriptors.FOR_EMERGENCIES
-    tasks = max(most - fixed - len(os.listdir("/proc/self/fd")), 0) // descriptors.PER_TASK
+    tasks = max(most - fixed - used, 0) // descriptors.PER_TASK
     found = f"RLIMIT_NOFILE {most:,}: some {tasks:,} tasks in one restore"
     if tasks >= MANY_TASKS:
         return Finding("descriptors", State.OK, found)
@@ -293,7 +310,9 @@ def _descriptors() -> Finding:
 
 def _mappings() -> Finding:
     most = probes.number_of("/proc/sys/vm/max_map_count")
-    if most is None or most >= USUAL_MAPPINGS:
+    if most is None:
+        return Finding("mappings", State.OK, "vm.max_map_count can't be read")
+    if most >= USUAL_MAPPINGS:
         return Finding("mappings", State.OK, f"vm.max_map_count = {most}")
     costs = "a task that had more on another host can't be restored"
     return Finding("mappings", State.LESS, f"vm.max_map_count = {most}", costs)
@@ -301,6 +320,8 @@ def _mappings() -> Finding:
 
 def _memory() -> Finding:
     available = probes.memory_available()
+    if available is None:
+        return Finding("memory", State.OK, "unknown: neither MemAvailable nor a limit can be read")
     return Finding("memory", State.OK, f"{available / (1 << 30):.1f} GiB available for restored tasks")
 
 

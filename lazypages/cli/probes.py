@@ -43,6 +43,13 @@ MADV_GUARD_INSTALL = 102
 SOFT_DIRTY = 1 << 55
 
 
+#: linux/capability.h: _LINUX_CAPABILITY_VERSION_3
+CAPABILITY_VERSION = 0x20080522
+
+#: A memory cgroup (v1) without a limit has one of nearly 2^63.
+UNLIMITED = 1 << 60
+
+
 class Capability(IntEnum):
     """linux/capability.h"""
 
@@ -151,9 +158,20 @@ def _is_marked(memory: mmap.mmap) -> bool:
 
 
 def capabilities() -> set[Capability]:
-    """Those that this process has, of those that matter."""
-    effective = int(status("CapEff") or "0", 16)
+    """Those that this process has, of those that matter (capget(2): /proc may be missing)."""
+    header = struct.pack("=Ii", CAPABILITY_VERSION, 0)
+    data = ctypes.create_string_buffer(24)
+    if ctypes.CDLL(None).capget(ctypes.create_string_buffer(header), data):
+        return set()
+    low, _permitted, _inheritable, high, *_ = struct.unpack("=6I", data.raw)
+    effective = low | high << 32
     return {capability for capability in Capability if effective >> capability & 1}
+
+
+def in_first_user_namespace() -> bool:
+    """Rights in another one do not count for userfaultfd (user_namespaces(7))."""
+    mapped = text_of("/proc/self/uid_map")
+    return mapped is None or mapped.split() == ["0", "0", "4294967295"]
 
 
 def status(field: str) -> str | None:
@@ -179,8 +197,8 @@ def number_of(path: str) -> int | None:
     return int(text) if text and text.lstrip("-").isdecimal() else None
 
 
-def memory_available() -> int:
-    """Bytes that can be had without swapping, within the memory cgroup; 0 if unknown."""
+def memory_available() -> int | None:
+    """Bytes that can be had without swapping, within the memory cgroup; None if unknown."""
     found = [
         int(line.split()[1]) << 10
         for line in (text_of("/proc/meminfo") or "").splitlines()
@@ -188,9 +206,9 @@ def memory_available() -> int:
     ]
     for directory, limit, usage in _cgroup_files():
         most, used = number_of(f"{directory}/{limit}"), number_of(f"{directory}/{usage}")
-        if most is not None and used is not None:
+        if most is not None and most < UNLIMITED and used is not None:
             found.append(max(most - used, 0))
-    return min(found, default=0)
+    return min(found, default=None)
 
 
 def _cgroup_files() -> Iterator[tuple[str, str, str]]:

@@ -11,8 +11,8 @@ import ctypes
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 #: Seconds between two looks at the tasks, at least.
@@ -24,12 +24,18 @@ LOOK_SHARE = 5
 #: Seconds for which the tasks are traced, and then are not: a daemon that polls notices a new tracer only.
 TURN = 0.5
 
+#: Seconds for which the tracer may take to end when it is asked to, and between two looks whether it has.
+PATIENCE, SHORT_PAUSE = 5, 0.002
+
 UFFD_LINK = "anon_inode:[userfaultfd]"
 
-#: linux/ptrace.h, linux/wait.h
-PTRACE_CONT, PTRACE_DETACH, PTRACE_SEIZE, PTRACE_INTERRUPT, PTRACE_LISTEN = 7, 17, 0x4206, 0x4207, 0x4208
+#: linux/ptrace.h; linux/wait.h: __WALL
+PTRACE_CONT, PTRACE_SEIZE, PTRACE_LISTEN = 7, 0x4206, 0x4208
 PTRACE_EVENT_STOP = 128
 WALL = 0x4000_0000
+
+#: linux/prctl.h
+PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15
 
 
 def incomplete(root: int) -> list[int]:
@@ -61,44 +67,85 @@ def wait_until_complete(root: int, say: Callable[[str], None]) -> None:
         f"waiting: process {', '.join(map(str, left))} was restored lazily and misses memory: "
         "a dump that is made now would lack it"
     )
-    Path("/proc/self/comm").write_text("criu-shim")  # the daemon's log names who traces a task
     while left:
-        with _traced(left) as pass_signals_on:
-            end = time.monotonic() + TURN
-            while left and time.monotonic() < end:
+        tracer = _start(left)
+        try:
+            while left and not _has_ended(tracer):
                 began = time.monotonic()
                 left = incomplete(root)
-                next_look = began + LOOK_SHARE * (time.monotonic() - began)
-                while True:
-                    time.sleep(PAUSE)
-                    pass_signals_on()
-                    if time.monotonic() >= next_look:
-                        break
-        if left:
-            time.sleep(PAUSE)
+                time.sleep(max(PAUSE, LOOK_SHARE * (time.monotonic() - began)))
+        finally:
+            _end(tracer)
 
 
-@contextmanager
-def _traced(pids: list[int]) -> Iterator[Callable[[], None]]:
-    """Trace those of the processes that nobody traces. Call what it yields often: it passes their signals on."""
-    traced = {pid for pid in pids if _ptrace(PTRACE_SEIZE, pid) == 0}
+def _start(pids: list[int]) -> int:
+    """Trace the processes for one turn, in a child process: its pid.
 
-    def pass_signals_on() -> None:
-        for pid in tuple(traced):
-            try:
-                found, status = os.waitpid(pid, os.WNOHANG | WALL)
-            except ChildProcessError:
-                found, status = pid, 0
-            if found and not os.WIFSTOPPED(status):
-                traced.remove(pid)
-            elif found:
-                _go_on(pid, status)
-
+    They are not stopped to detach them: that takes for ever while one can't stop, as after vfork(2) or in a frozen
+    cgroup. When a tracer ends, the kernel detaches its tasks without a stop (docs/kernel.md). A signal would be lost
+    if it ended between a stop and its continuation: so all signals are blocked there.
+    """
+    parent = os.getpid()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    child = os.fork()
+    if child:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        return child
     try:
-        yield pass_signals_on
+        libc = ctypes.CDLL(None)
+        libc.prctl(PR_SET_NAME, b"criu-shim", 0, 0, 0)  # the daemon's log names who traces a task
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # if it were ignored, no stop would be reported
+        if os.getppid() == parent:
+            _trace(pids)
     finally:
-        for pid in traced:
-            _let_go(pid)
+        os._exit(0)
+
+
+def _has_ended(child: int) -> bool:
+    try:
+        return os.waitpid(child, os.WNOHANG)[0] == child
+    except ChildProcessError:
+        return True
+
+
+def _end(child: int) -> None:
+    """The daemon may have stopped it, or it waits for a task that executes a program: then it is killed."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        end = time.monotonic() + PATIENCE
+        while time.monotonic() < end:
+            if _has_ended(child):
+                return
+            os.kill(child, number)
+            time.sleep(SHORT_PAUSE)
+
+
+def _trace(pids: list[int]) -> None:
+    """Trace those of the processes that nobody traces, and pass their signals on, until SIGTERM or the turn is over."""
+    end = time.monotonic() + TURN
+    traced = {thread for pid in pids for thread in _living(pid)[:1] if _ptrace(PTRACE_SEIZE, thread) == 0}
+    while (left := end - time.monotonic()) > 0:
+        _pass_signals_on(traced)
+        info = signal.sigtimedwait({signal.SIGCHLD, signal.SIGTERM}, left)
+        if info is not None and info.si_signo == signal.SIGTERM:
+            return
+
+
+def _pass_signals_on(traced: set[int]) -> None:
+    """Until none is stopped: one SIGCHLD may stand for several stops."""
+    stopped = True
+    while stopped:
+        stopped = False
+        for thread in tuple(traced):
+            try:
+                found, status = os.waitpid(thread, os.WNOHANG | WALL)
+            except ChildProcessError:
+                found, status = thread, 0
+            if found and not os.WIFSTOPPED(status):
+                traced.remove(thread)
+            elif found:
+                stopped = True
+                _go_on(thread, status)
 
 
 def _go_on(pid: int, status: int) -> None:
@@ -110,15 +157,6 @@ def _go_on(pid: int, status: int) -> None:
         _ptrace(PTRACE_LISTEN, pid)
     else:
         _ptrace(PTRACE_CONT, pid)
-
-
-def _let_go(pid: int) -> None:
-    _ptrace(PTRACE_INTERRUPT, pid)
-    with suppress(ChildProcessError):
-        _, status = os.waitpid(pid, WALL)
-        if os.WIFSTOPPED(status):
-            on_its_way = status >> 16 != PTRACE_EVENT_STOP
-            _ptrace(PTRACE_DETACH, pid, os.WSTOPSIG(status) if on_its_way else 0)
 
 
 def _ptrace(request: int, pid: int, data: int = 0) -> int:
@@ -155,6 +193,17 @@ def _threads(pid: int) -> list[str]:
         return os.listdir(f"/proc/{pid}/task")
     except OSError:
         return []
+
+
+def _living(pid: int) -> list[int]:
+    """Its threads that have not exited, the first one first: one that has exited can't be traced."""
+    found = []
+    for thread in sorted(map(int, _threads(pid)), key=lambda thread: thread != pid):
+        with suppress(OSError):
+            stat = Path(f"/proc/{pid}/task/{thread}/stat").read_bytes()
+            if stat.rpartition(b")")[2].split()[0] not in {b"Z", b"X"}:
+                found.append(thread)
+    return found
 
 
 def _children(pid: int) -> list[int]:

@@ -1,11 +1,13 @@
 """What the installed ``criu`` of `lazypages criu-shim` runs for the commands that may be ours (docs/criu-shim.md).
 
-``python -m lazypages.cli.shim OURS REAL ARGUMENTS``: OURS are commands, separated by commas; REAL is CRIU.
+``python -m lazypages.cli.shim OURS COERCE REAL ARGUMENTS``: OURS are commands, separated by commas; COERCE is "=" and
+the caller's PYTHONCOERCECLOCALE, or "" if there was none; REAL is CRIU.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -17,13 +19,19 @@ DUMPS = ("dump", "pre-dump")
 
 def main(arguments: Sequence[str]) -> int:
     """Does not return if CRIU takes over."""
-    ours, real, *words = arguments
+    ours, coerce, real, *words = arguments
+    if coerce:
+        os.environ["PYTHONCOERCECLOCALE"] = coerce[1:]
+    else:
+        os.environ.pop("PYTHONCOERCECLOCALE", None)
     call = parse(words)
     if not call.asks("help", "version"):
         if call.command in ours.split(","):
             return _run(with_configuration(call))
         if call.command in DUMPS:
             _wait(with_configuration(call))
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them, and CRIU would
+        signal.signal(number, signal.SIG_DFL)
     try:
         os.execv(real, [real, *words])  # noqa: S606 - the shim's purpose
     except OSError as error:
@@ -49,6 +57,8 @@ def _wait(call: Call) -> None:
         return  # CRIU says what is wrong
     from lazypages.cli.served import wait_until_complete  # noqa: PLC0415 - only for a dump
 
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the wait without a traceback
     wait_until_complete(int(tree), _say)
 
 

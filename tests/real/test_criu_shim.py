@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,6 +95,56 @@ def test_what_looks_like_ours_and_is_not(words: Sequence[str], tmp_path: Path) -
     real.chmod(0o755)
     subprocess.run([install(tmp_path / "bin", real), *words], check=True, timeout=30)
     assert said.read_text().split("\n")[:-1] == words
+
+
+@pytest.mark.parametrize("locale", [{}, {"PYTHONCOERCECLOCALE": "warn", "real": "7", "word": "8"}])
+def test_python_leaves_no_trace_in_criu(locale: Mapping[str, str], tmp_path: Path) -> None:
+    """The ignored signals and the environment of a dump are those of a command without Python."""
+    said = tmp_path / "said"
+    real = tmp_path / "real"
+    real.write_text(f"#!/bin/sh\ngrep Sig /proc/$$/status >{said}\nenv -0 | sort -z >>{said}\n")
+    real.chmod(0o755)
+    shim = install(tmp_path / "bin", real)
+    environment = {"PATH": os.environ["PATH"], **locale}
+    seen = []
+    for command in ([real, "dump"], [shim, "check"], [shim, "dump"]):
+        subprocess.run(command, env=environment, check=True, timeout=30)
+        seen.append(said.read_bytes())
+    assert b"SigIgn:\t0000000000000000\n" in seen[0]
+    assert seen[1] == seen[0]
+    assert seen[2] == seen[0]
+
+
+def test_a_name_without_a_slash_is_refused(shim: Path) -> None:
+    """It may be the shim again, for ever."""
+    path = f"{shim.parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        [shim, "check"],
+        env={"PATH": path, "LAZYPAGES_CRIU": "criu"},
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert done.returncode == 1
+    assert done.stderr == "criu-shim: LAZYPAGES_CRIU is criu: let it be a path with a slash\n"
+
+
+def test_strange_paths_of_criu(tmp_path: Path) -> None:
+    said = tmp_path / "said"
+    odd = Path(os.fsdecode(bytes(tmp_path) + b"/o'd \xff\xc3\xa9"))
+    line = tmp_path / "a\ntouch b"
+    for real in (odd, line):
+        real.write_text(f"#!/bin/sh\necho $1 >{said}\n")
+        real.chmod(0o755)
+    shim = install(tmp_path / "bin", odd)
+    for word in ("check", "dump"):
+        subprocess.run([shim, word], check=True, timeout=30)
+        assert said.read_text() == f"{word}\n"
+    with pytest.raises(subprocess.CalledProcessError) as refused:
+        install(tmp_path / "other", line)
+    assert b"control characters" in refused.value.stderr
+    assert not (tmp_path / "other/criu").exists()
 
 
 def test_it_does_not_call_itself(shim: Path) -> None:
@@ -212,8 +262,7 @@ def test_a_dump_waits_where_no_daemon_makes_it_wait(
     with lazy_restore(checkpoint, Daemon(lazy.name, (*apart, *lazy.command)), tmp_path) as restored:
         dump = [str(shim), "-v4", "dump", "-D", str(images), "-o", "dump.log", "-t", str(checkpoint.pid)]
         dumping = start(dump, output=said)
-        traced = f"TracerPid:\t{dumping.pid}\n"
-        wait_for("the shim to trace it", lambda: traced in Path(f"/proc/{checkpoint.pid}/status").read_text())
+        wait_for("the shim to trace it", lambda: is_traced_by(dumping.pid, checkpoint.pid))
         assert f"criu-shim: waiting: process {checkpoint.pid}" in said.read_text()
         [server] = [
             pid
@@ -227,10 +276,20 @@ def test_a_dump_waits_where_no_daemon_makes_it_wait(
     check_images(checkpoint, images, tmp_path / "again")
 
 
+WAIT = "from lazypages.cli.served import *; wait_until_complete(int(__import__('sys').argv[1]), print)"
+
+
+def is_traced_by(waiting: int, task: int) -> bool:
+    """By the child of the process that waits."""
+    return any(
+        f"TracerPid:\t{tracer}\n" in Path(f"/proc/{task}/status").read_text()
+        for tracer in descendants(waiting)
+    )
+
+
 def test_signals_of_a_task_that_is_waited_for(tmp_path: Path) -> None:
     """It is traced meanwhile, and gets them all the same; it can be stopped and continued, and may end."""
     said = tmp_path / "said"
-    wait = "from lazypages.cli.served import *; wait_until_complete(int(__import__('sys').argv[1]), print)"
     with nothing_left():
         holder = start(
             [compiled(SERVED)], output=said
@@ -238,10 +297,9 @@ def test_signals_of_a_task_that_is_waited_for(tmp_path: Path) -> None:
         wait_for("the child", lambda: said.read_text().count("\n") == 1)
         child = int(said.read_text())
         assert incomplete(child) == [child]
-        waiting = start([sys.executable, "-c", wait, str(child)])
-        traced = f"TracerPid:\t{waiting.pid}\n"
+        waiting = start([sys.executable, "-c", WAIT, str(child)])
         for count in range(1, 6):
-            wait_for("the tracer", lambda: traced in Path(f"/proc/{child}/status").read_text())
+            wait_for("the tracer", lambda: is_traced_by(waiting.pid, child))
             os.kill(child, signal.SIGUSR1)
             wait_for("its signal", lambda count=count: said.read_text().count("signal\n") == count)
         os.kill(child, signal.SIGSTOP)
@@ -257,6 +315,53 @@ def test_signals_of_a_task_that_is_waited_for(tmp_path: Path) -> None:
         assert "TracerPid:\t0\n" in Path(f"/proc/{child}/status").read_text()
 
 
+def test_a_task_that_can_t_stop(tmp_path: Path) -> None:
+    """As in vfork(2). The wait ends when the memory is complete, and the task is not traced any more."""
+    said = tmp_path / "said"
+    with nothing_left():
+        holder = start([compiled(SERVED), "vfork"], output=said)
+        wait_for("the child", lambda: said.read_text().count("\n") == 1)
+        child = int(said.read_text())
+        status = Path(f"/proc/{child}/status")
+        wait_for("its vfork", lambda: "\nState:\tD" in status.read_text())
+        [vforked] = descendants(child)
+        waiting = start([sys.executable, "-c", WAIT, str(child)])
+        wait_for("the tracer", lambda: is_traced_by(waiting.pid, child))
+        os.kill(child, signal.SIGUSR1)
+        holder.kill()  # nothing is registered any more
+        assert waiting.wait(30) == 0
+        assert "TracerPid:\t0\n" in status.read_text()
+        os.kill(vforked, signal.SIGTERM)
+        wait_for("its signal", lambda: said.read_text().count("signal\n") == 1)
+
+
+def test_signals_are_passed_on_at_once(tmp_path: Path) -> None:
+    """A timer of 1 ms ticks at least half as often as without the tracer."""
+    said = tmp_path / "said"
+
+    def rates(count: int) -> list[int]:
+        """Of the next so many tenths of a second."""
+        seen = said.read_text().count("ticks")
+        wait_for("ticks", lambda: said.read_text().count("ticks") > seen + count)
+        return [int(line[6:]) for line in said.read_text().split("\n")[:-1] if line.startswith("ticks")][
+            seen:
+        ]
+
+    with nothing_left():
+        start([compiled(SERVED), "tick"], output=said)
+        wait_for("the child", lambda: "\n" in said.read_text())
+        child = int(said.read_text().split("\n")[0])
+        untraced = max(rates(5))
+        waiting = start([sys.executable, "-c", WAIT, str(child)])
+        wait_for("the tracer", lambda: is_traced_by(waiting.pid, child))
+        traced = rates(15)
+        assert sorted(traced)[len(traced) // 2] * 2 > untraced, (traced, untraced)
+        os.kill(waiting.pid, signal.SIGINT)  # as of Ctrl-C
+        waiting.wait(30)
+        wait_for("its end", lambda: "TracerPid:\t0\n" in Path(f"/proc/{child}/status").read_text())
+        assert rates(1)
+
+
 def test_a_process_whose_first_thread_has_exited(tmp_path: Path) -> None:
     said = tmp_path / "said"
     with nothing_left():
@@ -266,6 +371,9 @@ def test_a_process_whose_first_thread_has_exited(tmp_path: Path) -> None:
         wait_for("the end of its thread", lambda: "\nState:\tZ" in Path(f"/proc/{child}/status").read_text())
         assert not Path(f"/proc/{child}/smaps").read_text()
         assert incomplete(child) == [child]
+        waiting = start([sys.executable, "-c", WAIT, str(child)])
+        [thread] = set(os.listdir(f"/proc/{child}/task")) - {str(child)}
+        wait_for("the tracer", lambda: is_traced_by(waiting.pid, int(thread)))
 
 
 def print_nothing(text: str) -> None:

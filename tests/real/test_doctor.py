@@ -142,6 +142,51 @@ def test_limits_and_namespaces() -> None:
     assert found["tracers"]["state"] == "less"
 
 
+def test_a_user_namespace() -> None:
+    found, _ = examined(doctor(prefix=["unshare", "--user", "--map-root-user"]), 1)
+    assert found["userfaultfd"]["costs"] == "needs CAP_SYS_PTRACE in the first user namespace"
+    assert found["capabilities"]["state"] == "less"
+    assert found["capabilities"]["found"] == "in this user namespace only"
+
+
+def test_without_proc() -> None:
+    """What could not be looked at is not said to be good."""
+    covered = 'mount -t tmpfs none /proc && exec "$@"'
+    found, _ = examined(doctor(prefix=["unshare", "--mount", "sh", "-c", covered, "sh"]), 1)
+    assert found["/proc"]["state"] == "no"
+    before, _ = examined(doctor())
+    for name in ("CAP_SYS_ADMIN", "CAP_SYS_PTRACE", "CAP_SYS_RESOURCE", "capabilities"):
+        assert found.get(name) == before.get(name)
+    assert found["confinement"]["found"] == "can't be read"
+    assert found["ptrace"]["found"] == "kernel.yama.ptrace_scope can't be read"
+    assert found["mappings"]["found"] == "vm.max_map_count can't be read"
+    assert found["memory"]["found"].startswith("unknown")
+    assert "can't be known" in found["descriptors"]["found"]
+
+
+def test_without_mem_available(tmp_path: Path) -> None:
+    """As before Linux 3.14, or in some sandboxes. That a cgroup has no limit is no memory."""
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemTotal: 1024 kB\n")
+    without = f'mount --bind {meminfo} /proc/meminfo && exec "$@"'
+    found, _ = examined(doctor(prefix=["unshare", "--mount", "sh", "-c", without, "sh"]))
+    known = re.match(r"([\d.]+) GiB", found["memory"]["found"])
+    assert float(known[1]) < 1 << 20 if known else found["memory"]["found"].startswith("unknown")
+
+
+NO_ENGINE = """
+import sys
+sys.modules["lazypages.engine._uffd"] = None
+from lazypages.cli.main import cli
+"""
+
+
+def test_without_the_engine() -> None:
+    found, _ = examined([sys.executable, "-c", NO_ENGINE + RUNS], 1)
+    assert found["engine"]["state"] == "no"
+    assert "can't be known" in found["descriptors"]["found"]
+
+
 def test_criu_that_is_not_there(tmp_path: Path) -> None:
     found, _ = examined(doctor(), LAZYPAGES_CRIU="", PATH="/nowhere")
     assert found["CRIU"]["found"] == "not in PATH"

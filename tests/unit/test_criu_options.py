@@ -31,6 +31,7 @@ from lazypages.cli.serve import serve
         ("-jlo dump lazy-pages", "lazy-pages"),
         ("--manage-cgroups dump", "dump"),
         ("-- dump", "dump"),
+        ("--ms --deprecated --enable-external-sharing --enable-external-masters dump", "dump"),
         ("cpuinfo dump", "cpuinfo"),
         ("-D dump", None),
         ("", None),
