@@ -11,6 +11,7 @@ import logging
 import socket
 import ssl
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Final, Protocol
 
 from images_spec.errors import ImageError
@@ -22,7 +23,7 @@ from lazypages.net.compression import Compressor
 from lazypages.net.patience import PatientReader, SlowPeerError
 from lazypages.net.refused import why_left
 from lazypages.net.tls import TlsFiles
-from lazypages.net.tls_errors import explain
+from lazypages.net.tls_errors import NO_TLS_ALERT, explain
 from lazypages.net.wire import PAGE_SIZE, Command, Features, Header, RemoteProtocolError, ServerCodec
 
 log = logging.getLogger("lazypages")
@@ -145,6 +146,9 @@ class PageConnection:
             return self.closed
         except (LazyPagesError, ImageError) as error:
             log.error("%s: %s; closing", self._name, error)
+            if isinstance(error, wire.ClientUsesTlsError):
+                with suppress(OSError):
+                    self._sock.sendall(NO_TLS_ALERT)
         except OSError as error:
             log.warning("%s: %s", self._name, explain(error, "client"))
         return False

@@ -27,6 +27,7 @@ NO_TLS: Final = {
     "BAD_RECORD_TYPE",
     "RECORD_LAYER_FAILURE",
     "PACKET_LENGTH_TOO_LONG",
+    "SSLV3_ALERT_UNEXPECTED_MESSAGE",  # NO_TLS_ALERT, the answer of our servers without TLS
 }
 #: Answer to a client that does not use TLS: a fatal alert, "unexpected_message" (RFC 8446, 6).
 NO_TLS_ALERT: Final = b"\x15\x03\x03\x00\x02\x02\x0a"

@@ -49,6 +49,10 @@ class RemoteProtocolError(LazyPagesError):
     """The peer broke the page server's protocol. The connection is unusable."""
 
 
+class ClientUsesTlsError(RemoteProtocolError):
+    """The first bytes of the client are those of TLS, which this server does not use."""
+
+
 class Command(enum.IntEnum):
     """The low 16 bits of a header's cmd."""
 
@@ -613,7 +617,7 @@ class ServerCodec(_ReceiveBuffer):
         if layout is None:
             first = self._peek(_SHORTEST)
             if first[: len(TLS_HANDSHAKE)] == TLS_HANDSHAKE:
-                raise RemoteProtocolError("the client uses TLS, but this server was started without --tls")
+                raise ClientUsesTlsError("the client uses TLS, but this server was started without --tls")
             word, features, vaddr, dst_id = _STRUCTS[Layout.CRIU_4_1].unpack(first)
             if (word, vaddr, dst_id) == (Command.PARENT, _PROBE_MAGIC, _PROBE_DST_ID):
                 self._take(_SHORTEST)

@@ -155,6 +155,7 @@ HOPELESS = {
     "no host name": Case(no_server, lambda _: ["--address", "node." + "a" * 64], "cannot resolve node.a"),
     "not a page server": Case(not_a_page_server, plain, "this is not a page server", before_ready=False),
     "no TLS there": Case(not_a_page_server, with_tls, "the server does not use TLS: it needs --tls"),
+    "no TLS there, ours": Case(ours, with_tls, "the server does not use TLS: it needs --tls"),
     "no TLS here": Case(
         lambda given: ours(given, *given.certificate("server", "IP:127.0.0.1")),
         plain,
