@@ -21,7 +21,7 @@ PAUSE = 0.02
 #: A look takes one of so many parts of the time: smaps counts all pages of a task.
 LOOK_SHARE = 5
 
-#: Seconds for which the tasks are traced, and then are not: a daemon that polls notices a new tracer only.
+#: Seconds for which one process traces the tasks; then another one does: a daemon that polls notices a new tracer only.
 TURN = 0.5
 
 #: Seconds for which the tracer may take to end when it is asked to, and between two looks whether it has.
