@@ -90,7 +90,7 @@ def destination(
                 if wait:
                     restored.wait_restored(program)
                 elif daemon.ours:  # before a task has come, a server with another dump would end the daemon
-                    wait_for("the first task", lambda: "pages are lazy" in server.story())
+                    wait_for("the first task", lambda: " lazy page" in server.story())
                 yield restored
             except BaseException as error:
                 error.add_note(restored.story())
