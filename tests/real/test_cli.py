@@ -290,7 +290,7 @@ def test_configuration_files_are_those_of_criu(criu: Criu, tmp_path: Path) -> No
         for program in (
             [str(criu.path), "lazy-pages"],
             [sys.executable, "-m", "lazypages", "serve"],
-            [sys.executable, "-m", "lazypages.cli.shim", "lazy-pages", str(criu.path), "lazy-pages"],
+            [sys.executable, "-m", "lazypages.cli.shim", "lazy-pages", "", str(criu.path), "lazy-pages"],
         ):
             images.mkdir()
             (images / "inventory.img").touch()
