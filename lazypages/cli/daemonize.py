@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from lazypages.errors import LazyPagesError
@@ -24,7 +25,8 @@ def daemonize(pidfile: int | None) -> Callable[[], None]:
     """Fork, and return in the child: the daemon, in a session of its own, its pid in `pidfile`, stdio on /dev/null.
 
     The child calls the returned function when it is ready. The parent does not return: it exits with 0 when the
-    child is ready, and with 1 if the child ends before. The process must have only one thread.
+    child is ready, and with 1 if the child ends before; then it removes the pidfile. The process must have only one
+    thread.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -32,7 +34,12 @@ def daemonize(pidfile: int | None) -> Callable[[], None]:
     if os.fork():
         os.close(ready_writer)
         # _exit: no clean-up here; the control socket and other resources belong to the child.
-        os._exit(0 if os.read(ready, 1) else 1)
+        if os.read(ready, 1):
+            os._exit(0)
+        if pidfile is not None:  # it would be in the way of the next try
+            with suppress(OSError):
+                os.unlink(os.readlink(f"/proc/self/fd/{pidfile}"))
+        os._exit(1)
     os.close(ready)
     os.setsid()
     if pidfile is not None:

@@ -164,10 +164,14 @@ def _matches(kind: str, name: str, address: str) -> bool:
         return False
 
 
+class TlsFileError(TlsError):
+    """A file with a certificate, a key or a list can't be read, or not now: it may just be replaced."""
+
+
 def _load(option: str, path: Path, load: Any) -> None:
     try:
         load()
     except ssl.SSLError as error:
-        raise TlsError(f"{option} {path}: cannot be used: {error.reason or error}") from None
+        raise TlsFileError(f"{option} {path}: cannot be used: {error.reason or error}") from None
     except OSError as error:
-        raise TlsError(f"{option} {path}: {error.strerror}") from None
+        raise TlsFileError(f"{option} {path}: {error.strerror}") from None

@@ -25,7 +25,7 @@ from lazypages.engine.task import ServedTask
 from lazypages.errors import LazyPagesError
 from lazypages.net import wire
 from lazypages.net.link import HopelessError, LinkError
-from lazypages.net.tls import TlsError, TlsFiles
+from lazypages.net.tls import TlsError, TlsFileError, TlsFiles
 from lazypages.net.url import PageServerAddress, TcpServer
 from lazypages.net.wire import PAGE_SIZE, CloseFlags, Features, RemoteProtocolError
 from lazypages.sources import pool as planning
@@ -201,7 +201,10 @@ class RemotePages:
         """An attempt to connect has failed."""
         first = self._first[server]
         first.reason = str(error)
-        first.hopeless = server.over or isinstance(error, HopelessError | TlsError | RemoteProtocolError)
+        first.hopeless = server.over or (
+            isinstance(error, HopelessError | TlsError | RemoteProtocolError)
+            and not isinstance(error, TlsFileError)  # they were read at the start
+        )
         if not any(one.connections for one in self.pool.servers) and all(
             one.hopeless for one in self._first.values()
         ):

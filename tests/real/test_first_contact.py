@@ -245,6 +245,35 @@ def test_a_server_that_is_not_there_yet(given: Given) -> None:
         assert task["state"] == "complete"
 
 
+def test_in_the_background_it_can_never_work(given: Given) -> None:
+    """The pidfile is gone: it would be in the way of the next try."""
+    command = [sys.executable, "-m", "lazypages", "serve", "-D", given.images, "-W", given.work, "-d"]
+    command += ["--pidfile", "pid", "--address", "node." + "a" * 64, "--page-server", "--port", "27000"]
+    with nothing_left():
+        done = subprocess.run(
+            list(map(str, command)), stdin=subprocess.DEVNULL, capture_output=True, timeout=60, check=False
+        )
+        assert done.returncode == 1
+        assert b"cannot resolve node.a" in done.stderr
+        assert not (given.work / "pid").exists()
+
+
+def test_a_certificate_that_is_away_for_a_moment(given: Given) -> None:
+    """As when it is replaced: the files were right at the start, so it is waited for, and not the end."""
+    port = free_port()
+    options = given.ours
+    key = Path(options[options.index("--tls-key") + 1])
+    with nothing_left(), given.serve("-v3", *at(port), *options) as daemon:
+        daemon.wait_ready()
+        key.rename(key.with_suffix(".old"))
+        with ours(given, "--port", str(port), *given.certificate("server", "IP:127.0.0.1")):
+            wait_for("the complaint", lambda: f"{key}: No such file" in daemon.story())
+            key.with_suffix(".old").rename(key)
+            wait_for("the connection", lambda: "connected (lazypages)" in daemon.story())
+        os.kill(daemon.pid, signal.SIGTERM)
+        daemon.wait(30)
+
+
 def test_one_of_two_can_never_work(given: Given, tmp_path: Path) -> None:
     """The restore works, with the other."""
     with nothing_left(), ours(given) as good, not_a_page_server(given) as bad:
