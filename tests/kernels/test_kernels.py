@@ -84,7 +84,7 @@ def run(machines: Machines, kernel: str) -> Done:
     ]
     pytest_command += ["-p", "no:cacheprovider", "-p", "no:benchmark", "--timeout=600", "--tb=short", "-v"]
     command = (
-        f"cd {shlex.quote(str(ROOT))} && uname -r && HYPOTHESIS_STORAGE_DIRECTORY=/tmp/hypothesis "
+        f"cd {shlex.quote(str(ROOT))} && uname -r && HYPOTHESIS_STORAGE_DIRECTORY=/tmp/hypothesis LAZYPAGES_EMULATED=1 "
         f"LAZYPAGES_CRIU_DIR={shlex.quote(os.environ.get('LAZYPAGES_CRIU_DIR', '/var/cache/lazypages/criu'))} "
         + shlex.join([*pytest_command, *files()])
     )

@@ -615,12 +615,12 @@ def test_generations_that_part(file: PagesFile) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("background", [False, pytest.param(True, marks=pytest.mark.every_kernel)])
 def test_fork_storm(file: PagesFile, background: bool) -> None:
-    """200 children, forked while threads of the parent fault. During a fork the kernel refuses all copies.
+    """Children, forked while threads of the parent fault. During a fork the kernel refuses all copies.
 
-    Nearly all pages are missing in each child: some 190,000 faults, of which an emulated machine has 6,500 answered a
-    second when it has two processors to itself.
+    Nearly all pages are missing in each of them: 950 faults, of which an emulated machine has 6,500 answered a second
+    when it has two processors to itself (tests/kernels).
     """
-    pages = 1024
+    pages, forks = 1024, 50 if "LAZYPAGES_EMULATED" in os.environ else 200
     with Service() as service:
         task, uffd = one_mapping(service, file, pages)
         task.map((BASE + GIB, 8192), register=False)
@@ -628,8 +628,8 @@ def test_fork_storm(file: PagesFile, background: bool) -> None:
         served = service.serve(uffd, [(BASE, pages, 0, 0)], [(BASE, pages)], file, max_readahead=1)
         if background:
             service.transfer(served, PAGE, pause=0.001)
-        task.do("forks", 200, BASE, pages, file.first_id, 3, timeout=400)
-        children = [service.wait(TaskEventKind.FORKED).task for _ in range(200)]
+        task.do("forks", forks, BASE, pages, file.first_id, 3, timeout=400)
+        children = [service.wait(TaskEventKind.FORKED).task for _ in range(forks)]
         assert not any(child.lost for child in (served, *children))
         for child in children:  # they are gone, or have all
             until("its end", lambda child=child: not child.pending or not child.probe())
