@@ -41,6 +41,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Cases that a marker "loop" leaves out are slow, and so are the kernels, which come last."""
     missing: dict[str, set[str]] = {}
     for item in items:
+        if item.get_closest_marker("own_kernel"):
+            item.own_markers = [mark for mark in item.own_markers if mark.name != "every_kernel"]
         loop = item.get_closest_marker("loop")
         if loop is not None:
             assert isinstance(item, pytest.Function)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from images_spec.flags import PE_LAZY, PE_PARENT, PE_PRESENT
-from tests.real.test_dump_tracking import methods
+from tests.real.test_dump_tracking import cases, methods
 from tests.support.compiling import compiled
 from tests.support.criu import RELEASES, Criu, newest_on_every_kernel
 from tests.support.dumptool import COMMAND, check, pages, reap_all, run, stats, task
@@ -86,7 +86,7 @@ def chain(running: Writer, folder: Path, *options: str) -> Path:
 
 
 @pytest.mark.loop("criu-4.2-lazy-uffd-wp")
-@pytest.mark.parametrize("method", EXACT)
+@pytest.mark.parametrize("method", cases(EXACT))
 @pytest.mark.parametrize("parents", ["lazy", "eager"])
 @pytest.mark.parametrize("criu", newest_on_every_kernel())
 def test_exactly_what_was_written(

@@ -108,7 +108,6 @@ main()
 
 
 @pytest.mark.slow
-@pytest.mark.every_kernel
 @pytest.mark.parametrize("how", ["kill", "exit", "exec"])
 def test_on_kernels_before_6_15(how: str, restored_program: Path, tmp_path: Path) -> None:
     """Its parent waits for it at once, and so nothing is left of it."""

@@ -29,7 +29,9 @@ def stats_of(directory: Path) -> dict[str, Any]:
 
 @pytest.mark.loop("True-uvloop")
 @pytest.mark.every_kernel
-@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize(
+    "loop", [pytest.param(loop, marks=[pytest.mark.own_kernel] * (loop != "uvloop")) for loop in LOOPS]
+)
 @pytest.mark.parametrize("background", [True, False])
 def test_a_tree(loop: str, background: bool, restored_program: Path, tmp_path: Path) -> None:
     """Three tasks and a zombie; faults before the finish message are answered, each page is given once."""
