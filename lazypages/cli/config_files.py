@@ -13,13 +13,14 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import click
 
 from lazypages import __version__
+from lazypages.cli.options import Decorator
 from lazypages.errors import LazyPagesError
 
 log = logging.getLogger("lazypages")
@@ -48,8 +49,6 @@ Configuration files
   have are ignored, and the command line takes precedence. -j (--shell-job) and
   --display-stats are accepted, because criu accepts them, and have no effect.
 """
-
-Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 #: For `add_options`. None of them has a value that the command gets.
 CRIU_OPTIONS: Sequence[Decorator] = [

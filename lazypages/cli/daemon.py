@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import logging
-import os
 import resource
 import signal
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from lazypages import logs
-from lazypages.cli.daemonize import check_status_fd, daemonize, open_pidfile, report_ready
+from lazypages.cli.daemonize import (
+    check_status_fd,
+    into_background,
+    kept_standard_error,
+    report_ready,
+    signal_readiness,
+    signals_blocked,
+)
 from lazypages.cli.imports import importing
-from lazypages.cli.options import verbosity_option
+from lazypages.cli.options import LOOP_OPTION, add_options, check_loop, readiness_options, verbosity_option
 from lazypages.control import descriptors
 from lazypages.engine.guard import Guard
 from lazypages.errors import LazyPagesError
@@ -32,9 +37,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 log = logging.getLogger("lazypages")
-
-#: The keys of lazypages.loop.run.LOOPS, which is imported later. Each is also the name of a Python package.
-LOOPS = ("uvloop", "asyncio", "trio")
 
 EPILOG = """\b
 Examples
@@ -75,27 +77,8 @@ SIGINT and SIGTERM
 )
 @click.option("-o", "--log-file", metavar="FILE", type=click.Path(path_type=Path), help="Log to FILE.")
 @verbosity_option()
-@click.option("-d", "--daemon", is_flag=True, help="Go into the background as soon as clients can connect.")
-@click.option(
-    "--pidfile",
-    metavar="FILE",
-    type=click.Path(path_type=Path),
-    help="With -d: write the daemon's pid to FILE, which must not exist.",
-)
-@click.option(
-    "--status-fd",
-    metavar="FD",
-    type=click.IntRange(min=0),
-    help="Write one 0 byte to file descriptor FD and close it when clients can connect.",
-)
-@click.option(
-    "--loop",
-    type=click.Choice(LOOPS),
-    default="uvloop",
-    envvar="LAZYPAGES_LOOP",
-    show_default=True,
-    help="The event loop.",
-)
+@add_options(readiness_options("clients can connect"))
+@LOOP_OPTION
 def daemon_command(
     *,
     path: Path,
@@ -115,11 +98,9 @@ def daemon_command(
     """
     if status_fd is not None:
         check_status_fd(status_fd)
-    if find_spec(loop) is None:
-        raise LazyPagesError(f"--loop {loop}: not installed; install the Python package {loop}")
+    check_loop(loop)
     if daemon:
-        # Keep the caller's standard error for the log: daemonize() redirects ours to /dev/null.
-        sys.stderr = os.fdopen(os.dup(2), "w", encoding="utf-8", errors="backslashreplace")
+        sys.stderr = kept_standard_error()
     stream = logs.open_log(log_file.absolute()) if log_file else sys.stderr
     logs.start(verbosity, stream, None)
     _limit_descriptors(max_descriptors)
@@ -130,10 +111,7 @@ def daemon_command(
         ]
         if status_fd is not None:
             ready.append(partial(report_ready, status_fd))
-        if daemon:
-            ready.append(daemonize(open_pidfile(pidfile.absolute()) if pidfile else None))
-        elif pidfile:
-            log.warning("--pidfile has no effect without -d")
+        ready += into_background(daemon, pidfile and pidfile.absolute())
         _serve(loop, listener, max_restores, stream.fileno(), ready)
 
 
@@ -144,19 +122,13 @@ def _serve(
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     with Guard(log_fd) as guard, ExitStack() as until_running:
         until_running.enter_context(importing())
-        # Before any thread starts, since threads inherit it.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-        until_running.callback(signal.pthread_sigmask, signal.SIG_SETMASK, before)
+        until_running.enter_context(signals_blocked())
         from lazypages.resident.run import run  # noqa: PLC0415 - slow to import
         from lazypages.resident.service import Limits  # noqa: PLC0415
 
         def running() -> None:
             until_running.close()
-            for signal_ready in ready:
-                try:
-                    signal_ready()
-                except (OSError, LazyPagesError) as error:
-                    log.warning("cannot signal readiness: %s", error)
+            signal_readiness(ready)
 
         run(loop, listener, guard, Limits(max_restores, descriptors.limit()), ready=running)
 

@@ -23,9 +23,8 @@ from images_spec.images import Kind
 from lazypages import logs
 from lazypages.cli.config_files import CRIU_OPTIONS, Configured, log_settings
 from lazypages.cli.config_files import EPILOG as CONFIG_EPILOG
-from lazypages.cli.daemonize import check_status_fd, daemonize, open_pidfile, report_ready
-from lazypages.cli.options import verbosity_option
-from lazypages.cli.remote_options import add_options
+from lazypages.cli.daemonize import check_status_fd, into_background, kept_standard_error, report_ready
+from lazypages.cli.options import add_options, readiness_options, verbosity_option
 from lazypages.errors import LazyPagesError
 from lazypages.logs import MESSAGE
 from lazypages.net.listen import (
@@ -115,19 +114,7 @@ _PATH = click.Path(path_type=Path)
 )
 @click.option("-o", "--log-file", metavar="FILE", type=_PATH, help="Log to FILE (- for stdout).")
 @verbosity_option()
-@click.option("-d", "--daemon", is_flag=True, help="Go into the background once the server listens.")
-@click.option(
-    "--pidfile",
-    metavar="FILE",
-    type=_PATH,
-    help="With -d: write the daemon's pid to FILE, which must not exist.",
-)
-@click.option(
-    "--status-fd",
-    metavar="FD",
-    type=click.IntRange(min=0),
-    help="Write one 0 byte to FD when the server listens.",
-)
+@add_options(readiness_options("the server listens"))
 @click.option("--tls", is_flag=True, help="Use TLS, with certificates on both sides.")
 @click.option(
     "--tls-cacert",
@@ -225,18 +212,14 @@ def page_server_command(
     else:
         _link_parent(images_dir, prev_images_dir)
         server.receiver = ImageReceiver(images_dir, auto_dedup=auto_dedup)
-    tell_starter = None
-    if daemon:
-        tell_starter = daemonize(open_pidfile(work / pidfile) if pidfile else None)
-    elif pidfile:
-        log.warning("--pidfile has no effect without -d")
+    ready = into_background(daemon, pidfile and work / pidfile)
     sys.setswitchinterval(SWITCH_INTERVAL)
     with until_signalled() as stop, listener:
         if ps_socket is None:
             alone = "" if address is not None else " (this host only; --address for others)"
             log.log(MESSAGE, "page server at %s%s", name, alone)
-        if tell_starter:
-            tell_starter()
+        for signal_ready in ready:
+            signal_ready()
         if status_fd is not None:
             report_ready(status_fd)
         try:
@@ -389,6 +372,4 @@ def _link_parent(directory: Path, parent: Path | None) -> None:
 def _log_stream(path: Path | None, daemon: bool) -> TextIO:
     if path is not None:
         return logs.open_log(path)
-    if daemon:  # keep the caller's standard error: daemonize() redirects ours to /dev/null
-        return os.fdopen(os.dup(sys.stderr.fileno()), "w", encoding="utf-8", errors="backslashreplace")
-    return sys.stderr
+    return kept_standard_error() if daemon else sys.stderr

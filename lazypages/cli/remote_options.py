@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -96,19 +95,6 @@ SOURCE_OPTIONS = [
     ),
     *TLS_OPTIONS,
 ]
-
-Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
-
-
-def add_options(options: Sequence[Decorator]) -> Decorator:
-    """A decorator that adds all `options` to a command, in this order in its help."""
-
-    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return decorate
 
 
 class Sources(NamedTuple):

@@ -6,10 +6,9 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing, nullcontext, suppress
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
@@ -19,10 +18,17 @@ from images_spec.errors import ImageError
 from lazypages import logs
 from lazypages.cli.config_files import CRIU_OPTIONS, Configured, log_settings
 from lazypages.cli.config_files import EPILOG as CONFIG_EPILOG
-from lazypages.cli.daemonize import check_status_fd, daemonize, open_pidfile, report_ready
+from lazypages.cli.daemonize import (
+    check_status_fd,
+    into_background,
+    kept_standard_error,
+    report_ready,
+    signal_readiness,
+    signals_blocked,
+)
 from lazypages.cli.imports import importing
-from lazypages.cli.options import verbosity_option
-from lazypages.cli.remote_options import SOURCE_OPTIONS, Sources, add_options, sources_of
+from lazypages.cli.options import LOOP_OPTION, add_options, check_loop, readiness_options, verbosity_option
+from lazypages.cli.remote_options import SOURCE_OPTIONS, Sources, sources_of
 from lazypages.control import descriptors
 from lazypages.control.listener import ControlSocket
 from lazypages.engine.guard import Guard
@@ -46,9 +52,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 log = logging.getLogger("lazypages")
-
-#: The keys of lazypages.loop.run.LOOPS, which is imported later. Each is also the name of a Python package.
-LOOPS = ("uvloop", "asyncio", "trio")
 
 #: The lowest verbosity at which messages are printed.
 PRINTS_MESSAGES = 1
@@ -148,21 +151,7 @@ def _check_directory(option: str, path: Path) -> None:
     "-o", "--log-file", metavar="FILE", type=click.Path(path_type=Path), help="Log to FILE (- for stdout)."
 )
 @verbosity_option()
-@click.option(
-    "-d", "--daemon", is_flag=True, help="Go into the background as soon as a restore can be started."
-)
-@click.option(
-    "--pidfile",
-    metavar="FILE",
-    type=click.Path(path_type=Path),
-    help="With -d: write the daemon's pid to FILE, which must not exist.",
-)
-@click.option(
-    "--status-fd",
-    metavar="FD",
-    type=click.IntRange(min=0),
-    help="Write one 0 byte to file descriptor FD and close it when a restore can be started.",
-)
+@add_options(readiness_options("a restore can be started"))
 @add_options(SOURCE_OPTIONS)
 @click.option(
     "--no-background",
@@ -181,14 +170,7 @@ def _check_directory(option: str, path: Path) -> None:
     type=click.Path(path_type=Path),
     help="Record every fault and transfer in FILE; `lazypages plot` draws it.",
 )
-@click.option(
-    "--loop",
-    type=click.Choice(LOOPS),
-    default="uvloop",
-    envvar="LAZYPAGES_LOOP",
-    show_default=True,
-    help="The event loop.",
-)
+@LOOP_OPTION
 @click.option(
     "--via",
     metavar="SOCKET",
@@ -225,9 +207,7 @@ def serve(
     sources = sources_of(source_options)
     places = Places.of(images_dir, work_dir, log_file, pidfile, stats_json, trace)
     if daemon:
-        # Keep the caller's standard error for the log, as criu does (observed with CRIU 4.2.1): daemonize() redirects
-        # ours to /dev/null.
-        sys.stderr = os.fdopen(os.dup(2), "w", encoding="utf-8", errors="backslashreplace")
+        sys.stderr = kept_standard_error()
     terminal = _terminal() if verbosity >= PRINTS_MESSAGES and not daemon and sys.stderr.isatty() else None
     log_stream = _log_stream(places.log_file, terminal)
     logs.start(verbosity, log_stream, terminal)
@@ -285,28 +265,23 @@ def _serve(
     tracer = open_tracer(places.trace, places.images_dir, expected) if places.trace else None
     check_userfaultfd()
     check_certificates(options)
-    _check_loop(loop)
+    check_loop(loop)
     ready: list[Callable[[], None]] = [
         lambda: log.log(MESSAGE, "%s", invitation(places.images_dir, places.work_dir, expected)),
     ]
     if status_fd is not None:
         ready.append(partial(report_ready, status_fd))
     with ControlSocket(places.work_dir) as control:
-        if daemon:
-            ready.append(daemonize(open_pidfile(places.pidfile) if places.pidfile else None))
-        elif places.pidfile:
-            log.warning("--pidfile has no effect without -d")
+        ready += into_background(daemon, places.pidfile)
         # A terminal that is closed must not leave tasks without their memory.
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         # The control socket closes before the guard ends: the guard holds uffds that were sent but never served.
         with Guard(log_fd) as guard, closing(control), ExitStack() as until_running:
-            until_running.enter_context(
-                _signals_blocked()
-            )  # before any thread starts, since threads inherit it
+            until_running.enter_context(signals_blocked())
             with tracer or nullcontext():
                 options = options._replace(trace=tracer.ring if tracer else None)
                 if not options.page_servers:
-                    _signal_readiness(ready)
+                    signal_readiness(ready)
                 until_running.enter_context(importing())
                 from lazypages.loop.run import run  # noqa: PLC0415 - slow; runs while the restore starts
 
@@ -356,53 +331,23 @@ def _serve_via(
         trace=places.trace,
         verbosity=verbosity,
     )
-    if daemon:
-        try:
-            pidfile = open_pidfile(places.pidfile) if places.pidfile else None
-        except LazyPagesError:
-            handed.abandon()
-            raise
-        ready.append(daemonize(pidfile))
-    elif places.pidfile:
-        log.warning("--pidfile has no effect without -d")
+    try:
+        ready += into_background(daemon, places.pidfile)
+    except LazyPagesError:
+        handed.abandon()
+        raise
     result = handed.wait(_begin, ready)
     if places.stats_json:
         _write_stats(places.stats_json, result["summary"])
     return int(result["exit"])
 
 
-def _check_loop(loop: str) -> None:
-    if find_spec(loop) is None:
-        raise LazyPagesError(f"--loop {loop}: not installed; install the Python package {loop}")
-
-
-@contextmanager
-def _signals_blocked() -> Iterator[None]:
-    """Block SIGINT and SIGTERM until the server handles them; only the server can complete the tasks first."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 def _begin(ready: Sequence[Callable[[], None]], problems: Sequence[str]) -> None:
     """Signal that a restore can be started; before that, print the problems with page servers, wherever the log is."""
-    for problem in problems:
-        log.error("%s", problem, extra=logs.PRINTED)
-        if log.isEnabledFor(logging.ERROR):
-            with suppress(OSError):  # a closed terminal or pipe, a full disk: not a reason to end
-                click.echo(f"lazypages: {problem}", err=True)
-    _signal_readiness(ready)
-
-
-def _signal_readiness(ready: Sequence[Callable[[], None]]) -> None:
-    """Signal that a restore can be started. A failure is logged; it does not end the daemon."""
-    for signal_ready in ready:
-        try:
-            signal_ready()
-        except (OSError, LazyPagesError) as error:
-            log.warning("cannot signal readiness: %s", error)
+    if log.isEnabledFor(logging.ERROR):
+        for problem in problems:
+            _report(problem)
+    signal_readiness(ready)
 
 
 def _terminal() -> Console:
@@ -437,11 +382,11 @@ def _write_stats(path: Path, result: dict[str, Any]) -> None:
         # On one line: indentation makes it ten times slower, which counts for a thousand tasks.
         path.write_text(json.dumps(result) + "\n")
     except OSError as error:
-        _report_late_error(f"--stats-json {path}: {error.strerror}; this concerns the statistics only")
+        _report(f"--stats-json {path}: {error.strerror}; this concerns the statistics only")
 
 
-def _report_late_error(text: str) -> None:
-    """An error after the last task has ended: in the log, and on standard error wherever the log goes."""
+def _report(text: str) -> None:
+    """An error that does not end the command: in the log, and on standard error wherever the log goes."""
     log.error("%s", text, extra=logs.PRINTED)
-    with suppress(OSError):  # the terminal was closed
+    with suppress(OSError):  # a closed terminal or pipe, a full disk: not a reason to end
         click.echo(f"lazypages: {text}", err=True)

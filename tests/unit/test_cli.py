@@ -13,8 +13,8 @@ from click.testing import CliRunner, Result
 
 from lazypages import logs
 from lazypages.cli.main import COMMANDS, cli
+from lazypages.cli.options import LOOPS
 from lazypages.cli.remote_options import PROTOCOLS
-from lazypages.cli.serve import LOOPS
 from lazypages.loop.run import LOOPS as RUN_LOOPS
 from lazypages.net.wire import Layout
 
