@@ -1,44 +1,21 @@
-"""CRIU's configuration files, and options that ``criu`` takes with every command.
-
-CRIU (observed with 4.1.1 and 4.2.1) reads /etc/criu/default.conf and $HOME/.criu/default.conf, unless
-``--no-default-config`` or ``--config`` is given, then the file that $CRIU_CONFIG_FILE names, then that of ``--config``;
-a file that is missing is ignored. What comes later counts, the command line last. A file has one long option on each
-line, without dashes: ``name``, ``name value``, ``name=value`` or ``name "value"``, with ``\\"`` for a quote in a quoted
-value. ``#`` begins a comment, also in quotes. ``no-name`` takes back a flag. The files are shared by all commands of
-``criu``, so each takes what it knows.
-"""
+"""Options of CRIU's configuration files (lazypages.cli.criu_files), and those that every command of ``criu`` takes."""
 
 from __future__ import annotations
 
 import logging
 import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import NamedTuple
 
 import click
 
 from lazypages import __version__
+from lazypages.cli.criu_files import NEEDS, Setting, read_files
 from lazypages.cli.options import Decorator
 from lazypages.errors import LazyPagesError
 
 log = logging.getLogger("lazypages")
 
-SYSTEM_FILE = Path("/etc/criu/default.conf")
-USER_FILE = Path(".criu/default.conf")  # in $HOME
-VARIABLE = "CRIU_CONFIG_FILE"
-
-_LINE = re.compile(r"""([^\s="]+)(?:\s*=\s*|\s+|$)(?:"((?:[^"\\]|\\.)*)"|([^\s"]\S*))?\s*""")
 _ABOUT_FILES = {"config", "no-default-config"}
-#: Options that mean nothing without another one. A file may have them for other commands of criu.
-_NEEDS = {
-    "address": "page-server",
-    "port": "page-server",
-    "ps-socket": "page-server",
-    "tls": "page-server",
-    "pidfile": "daemon",
-}
 
 EPILOG = """
 \b
@@ -70,54 +47,6 @@ CRIU_OPTIONS: Sequence[Decorator] = [
 ]
 
 
-class Setting(NamedTuple):
-    """A line of a configuration file. ``value``: None if it has none."""
-
-    name: str
-    value: str | None
-    place: str
-
-
-def parse(text: str, path: Path) -> list[Setting]:
-    """The settings in the text of a configuration file. Raises LazyPagesError."""
-    settings = []
-    for number, line in enumerate(text.splitlines(), 1):
-        bare = line.partition("#")[0].strip()
-        if not bare:
-            continue
-        found = _LINE.fullmatch(bare)
-        if not found:
-            raise LazyPagesError(
-                f"{path}, line {number}: expected an option, or an option and its value (in quotes if it has spaces)"
-            )
-        name, quoted, plain = found.groups()
-        value = plain if quoted is None else quoted.replace('\\"', '"')
-        settings.append(Setting(name, value, f"{path}, line {number}"))
-    return settings
-
-
-def read_files(config: str | None, *, default: bool) -> list[Setting]:
-    """The settings of all files. ``default``: also of those in /etc and $HOME. Raises LazyPagesError."""
-    files: list[Path] = []
-    if default and not config:
-        files.append(SYSTEM_FILE)
-        if home := os.environ.get("HOME"):
-            files.append(Path(home) / USER_FILE)
-    files += [Path(name) for name in (os.environ.get(VARIABLE), config) if name]
-    settings: list[Setting] = []
-    for path in files:
-        try:
-            text = path.read_text(errors="surrogateescape")
-        except (FileNotFoundError, NotADirectoryError):
-            if config and path == Path(config):
-                log.warning("--config %s not found: going on without it, as criu does", path)
-        except OSError as error:
-            raise LazyPagesError(f"cannot read {path}: {error.strerror}") from error
-        else:
-            settings += parse(text, path)
-    return settings
-
-
 def arguments(settings: Iterable[Setting], options: Mapping[str, click.Option]) -> dict[str, list[str]]:
     """Settings as command-line arguments, by long name of the option; without those that `options` does not have.
 
@@ -147,7 +76,9 @@ class Configured(click.Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         given, _, _ = self.make_parser(ctx).parse_args(list(args))
-        if given.get("help") or ctx.resilient_parsing:
+        help_option = self.get_help_option(ctx)
+        asked = {help_option.name if help_option else None, "version"}
+        if asked & given.keys() or ctx.resilient_parsing:  # a file that is wrong must not keep it from that
             return super().parse_args(ctx, args)
         options = {
             name.removeprefix("--"): option
@@ -156,9 +87,12 @@ class Configured(click.Command):
             for name in option.opts
             if name.startswith("--")
         }
-        files = read_files(given.get("config"), default=not given.get("no_default_config"))
+        config = given.get("config")
+        if config and not os.path.lexists(config):
+            log.warning("--config %s not found: going on without it, as criu does", config)
+        files = read_files(config, default=not given.get("no_default_config"))
         found = arguments(files, options)
-        for name, needs in _NEEDS.items():
+        for name, needs in NEEDS.items():
             if needs in options and needs not in found and not given.get(needs.replace("-", "_")):
                 found.pop(name, None)
         ctx.meta[__name__] = from_files = [text for texts in found.values() for text in texts]

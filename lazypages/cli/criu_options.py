@@ -5,11 +5,10 @@ The names are those of ``criu --help`` (4.1.1, 4.2.1). Without click: the shim r
 
 from __future__ import annotations
 
-import os
-import shlex
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple
+
+from lazypages.cli import criu_files
 
 #: Options that take a value, in the next word or after "=".
 WITH_VALUE = frozenset(
@@ -81,13 +80,10 @@ OURS: Mapping[str, frozenset[str]] = {
 }
 
 #: Of `lazy-pages`: CRIU ignores them without --page-server; a configuration file may have them for other commands.
-_OF_PAGE_SERVER = {"address", "port", "ps-socket", "tls"}
+_OF_PAGE_SERVER = {name for name, needed in criu_files.NEEDS.items() if needed == "page-server"}
 
 #: What `lazypages` calls them.
 COMMANDS = {"lazy-pages": "serve", "page-server": "page-server"}
-
-GLOBAL_CONFIG = Path("/etc/criu/default.conf")
-USER_CONFIG = Path(".criu/default.conf")
 
 
 class Option(NamedTuple):
@@ -169,36 +165,11 @@ def _short(letters: str, rest: list[str]) -> list[Option]:
 
 
 def with_configuration(call: Call, environ: Mapping[str, str] | None = None) -> Call:
-    """`call` after the options of the configuration files that ``criu`` reads for it, in its order (criu(8))."""
-    environ = os.environ if environ is None else environ
-    files: list[Path] = []
-    if not call.asks("no-default-config", "config"):
-        files.append(GLOBAL_CONFIG)
-        if "HOME" in environ:
-            files.append(Path(environ["HOME"]) / USER_CONFIG)
-    if "CRIU_CONFIG_FILE" in environ:
-        files.append(Path(environ["CRIU_CONFIG_FILE"]))
-    if (named := call.last("config")) is not None:
-        files.append(Path(named))
-    words = [word for file in files for word in _words_of(file)]
+    """`call` after the options of the configuration files that ``criu`` reads for it. Raises LazyPagesError."""
+    default = not call.asks("no-default-config")
+    settings = criu_files.read_files(call.last("config"), default=default, environ=environ)
+    words = [f"--{name}" if value is None else f"--{name}={value}" for name, value, _ in settings]
     return call._replace(options=(*parse(words).options, *call.options))
-
-
-def _words_of(file: Path) -> list[str]:
-    """The lines of a configuration file as options; none if it can't be read, as with ``criu``."""
-    try:
-        lines = file.read_text(errors="replace").splitlines()
-    except OSError:
-        return []
-    words = []
-    for line in lines:
-        try:
-            first, *others = shlex.split(line, comments=True) or [""]
-        except ValueError:  # a quote without its end
-            first, *others = line.split()
-        if first:
-            words += [f"--{first}", *others]
-    return words
 
 
 def translate(call: Call) -> list[str]:

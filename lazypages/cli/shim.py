@@ -10,8 +10,10 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 from lazypages.cli.criu_options import Call, parse, translate, with_configuration
+from lazypages.errors import LazyPagesError
 
 #: Commands that read the memory of a task. CRIU takes a page that has not arrived for one that was never touched.
 DUMPS = ("dump", "pre-dump")
@@ -27,9 +29,15 @@ def main(arguments: Sequence[str]) -> int:
     call = parse(words)
     if not call.asks("help", "version"):
         if call.command in ours.split(","):
-            return _run(with_configuration(call))
+            try:
+                return _run(with_configuration(call))
+            except LazyPagesError as error:
+                _say(str(error))
+                return 1
         if call.command in DUMPS:
-            _wait(with_configuration(call))
+            with suppress(LazyPagesError):  # of a configuration file: CRIU says it
+                call = with_configuration(call)
+            _wait(call)
     for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them, and CRIU would
         signal.signal(number, signal.SIG_DFL)
     try:

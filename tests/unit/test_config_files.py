@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
-from lazypages.cli.config_files import parse
+from lazypages.cli.criu_files import parse
+from lazypages.cli.main import cli
 from lazypages.errors import LazyPagesError
 
 
@@ -37,3 +39,12 @@ def test_lines(line: str, setting: tuple[str, str | None] | None) -> None:
 def test_what_is_no_line(line: str) -> None:
     with pytest.raises(LazyPagesError, match=r"^criu\.conf, line 2: expected an option"):
         parse(f"\n{line}\n", Path("criu.conf"))
+
+
+@pytest.mark.parametrize("option", ["--help", "-h", "-V"])
+@pytest.mark.parametrize("command", ["serve", "page-server"])
+def test_a_wrong_file_does_not_keep_from_the_help(command: str, option: str, tmp_path: Path) -> None:
+    (tmp_path / "criu.conf").write_text('log-file "x\n')
+    given = [command, "--config", str(tmp_path / "criu.conf")]
+    assert CliRunner().invoke(cli, [*given, option], prog_name="lazypages").exit_code == 0
+    assert CliRunner().invoke(cli, given, prog_name="lazypages").exit_code == 1
