@@ -32,6 +32,15 @@ NOT_ON_TERMINAL = {"terminal": False}
 #: `extra` of a record that the command prints on standard error itself.
 PRINTED = {"terminal": False, "stderr": False}
 
+#: The names of levels in the messages of the resident daemon (docs/daemon.md).
+LEVELS = {
+    "debug": logging.DEBUG,
+    "info": logging.INFO,
+    "warning": logging.WARNING,
+    "error": logging.ERROR,
+    "message": MESSAGE,
+}
+
 _THRESHOLDS = (logging.CRITICAL + 1, logging.ERROR, logging.WARNING, logging.INFO, logging.DEBUG)
 _NAMES = {MESSAGE: "", logging.ERROR: "error: ", logging.WARNING: "warning: "}
 _STYLES = {logging.ERROR: "bold red", logging.WARNING: "yellow", logging.DEBUG: "dim"}

@@ -294,14 +294,12 @@ def _descriptors() -> Finding:
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     try:
         from lazypages.control import descriptors  # noqa: PLC0415 - imports the engine
-        from lazypages.engine.guard import Guard  # noqa: PLC0415
 
         used = len(os.listdir("/proc/self/fd"))
     except (ImportError, OSError):  # a finding of its own
         return Finding("descriptors", State.OK, f"RLIMIT_NOFILE {hard:,}; for how many tasks can't be known")
-    most = hard if 0 <= hard < Guard.MAX_FDS else Guard.MAX_FDS
-    fixed = descriptors.DAEMON + descriptors.FOR_FORKS + descriptors.FOR_EMERGENCIES
-    tasks = max(most - fixed - used, 0) // descriptors.PER_TASK
+    most = descriptors.highest_limit()
+    tasks = max(most - descriptors.DAEMON - descriptors.needed(0, 0) - used, 0) // descriptors.PER_TASK
     found = f"RLIMIT_NOFILE {most:,}: some {tasks:,} tasks in one restore"
     if tasks >= MANY_TASKS:
         return Finding("descriptors", State.OK, found)

@@ -11,7 +11,8 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from lazypages.errors import LazyPagesError
-from lazypages.logs import MESSAGE
+from lazypages.logs import LEVELS, MESSAGE
+from lazypages.resident import protocol
 from lazypages.resident.client import Client, ClientError
 
 if TYPE_CHECKING:
@@ -20,16 +21,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("lazypages")
 
 #: The log level of the restore's lines by our verbosity.
-_WANTED = (None, "error", "warning", "info", "debug")
-
-_LEVELS = {
-    "debug": logging.DEBUG,
-    "info": logging.INFO,
-    "warning": logging.WARNING,
-    "error": logging.ERROR,
-    "message": MESSAGE,
-}
-
+_WANTED = (None, *protocol.LEVELS)
 
 #: As lazypages.cli.serve._begin.
 Begin = Callable[[Sequence[Callable[[], None]], Sequence[str]], None]
@@ -107,7 +99,7 @@ class Handed:
 
 
 def _log(level: str, text: str) -> None:
-    log.log(_LEVELS.get(level, logging.ERROR), "%s", text)
+    log.log(LEVELS.get(level, logging.ERROR), "%s", text)
 
 
 def _places(sources: Sources) -> tuple[list[Any], list[int]]:

@@ -40,11 +40,16 @@ FOR_EMERGENCIES = 8
 NONE_LEFT = (errno.EMFILE, errno.ENFILE)
 
 
-def raise_limit() -> None:
-    """Raise the soft limit to the hard limit, but not above the number of descriptors that the guard can track."""
+def highest_limit() -> int:
+    """The hard limit, but not above the number of descriptors that the guard can track."""
     _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = hard if 0 <= hard < Guard.MAX_FDS else Guard.MAX_FDS
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    return hard if 0 <= hard < Guard.MAX_FDS else Guard.MAX_FDS
+
+
+def raise_limit() -> None:
+    """Raise the soft limit to the highest."""
+    _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (highest_limit(), hard))
 
 
 def limit() -> int:
@@ -61,17 +66,21 @@ def exhausted() -> bool:
     return False
 
 
+def needed(tasks: int, page_servers: int) -> int:
+    """Descriptors of a restore, with those in reserve, beside those of its images."""
+    return tasks * PER_TASK + page_servers * PER_SERVER + FOR_FORKS + FOR_EMERGENCIES
+
+
 def check_enough(tasks: int, page_servers: int) -> None:
     """Check the limit for a restore. Call it when the images have been read, since they stay open.
 
     Raises LazyPagesError.
     """
-    open_now = len(os.listdir("/proc/self/fd"))
-    needed = open_now + DAEMON + tasks * PER_TASK + page_servers * PER_SERVER + FOR_FORKS + FOR_EMERGENCIES
-    if needed > limit():
+    total = len(os.listdir("/proc/self/fd")) + DAEMON + needed(tasks, page_servers)
+    if total > limit():
         raise LazyPagesError(
-            f"too few file descriptors: this restore needs {needed}, the limit is {limit()} (RLIMIT_NOFILE): "
-            f"{how_to_raise(needed)}"
+            f"too few file descriptors: this restore needs {total}, the limit is {limit()} (RLIMIT_NOFILE): "
+            f"{how_to_raise(total)}"
         )
 
 

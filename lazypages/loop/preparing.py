@@ -42,9 +42,9 @@ def read_checkpoint(
         raise
 
 
-def with_memory(expected: Mapping[int, Expected]) -> list[Expected]:
-    """The tasks that are not zombies."""
-    return [task for task in expected.values() if task.memory is not None]
+def with_memory(expected: Mapping[int, Expected]) -> dict[int, Expected]:
+    """The tasks that are not zombies, by pid."""
+    return {pid: task for pid, task in expected.items() if task.memory is not None}
 
 
 def identified(options: ServeOptions, images_dir: Path) -> ServeOptions:
@@ -62,7 +62,7 @@ def identified(options: ServeOptions, images_dir: Path) -> ServeOptions:
 def invitation(images_dir: Path, work_dir: Path, expected: Mapping[int, Expected]) -> str:
     """The message when a restore can be started: how much will be served, and the command to start it."""
     alive = with_memory(expected)
-    pages = sum(task.lazy_pages for task in alive)
+    pages = sum(task.lazy_pages for task in alive.values())
     where = f"-D {images_dir}"
     if work_dir != images_dir:
         where += f" -W {work_dir}"
@@ -76,7 +76,7 @@ def open_tracer(path: Path, images_dir: Path, expected: Mapping[int, Expected]) 
     """Create the trace's file; its thread starts later, in the daemon. Raises TraceError."""
     from lazypages.observe.tracing import Tracer  # noqa: PLC0415 - keeps the start short
 
-    alive = {pid: task for pid, task in expected.items() if task.memory is not None}
+    alive = with_memory(expected)
     levels = {pid: task.sources for pid, task in alive.items()}
     return Tracer(path, images_dir, levels, {pid: task.program for pid, task in alive.items()})
 

@@ -60,6 +60,15 @@ class Tracing(Protocol):
     def take(self) -> list[Attach]: ...
 
 
+async def drive(tracers: Tracing) -> None:
+    """Runs the thread that watches, until `stop`."""
+    with anyio.CancelScope(shield=True):
+        try:
+            await to_thread.run_sync(tracers.run, limiter=anyio.CapacityLimiter(1))
+        except OSError as error:
+            log.warning("cannot watch for tracers of tasks that miss pages: %s", error.strerror)
+
+
 class TracedTasks:
     """Watches for tracers of all tasks.
 
@@ -112,7 +121,7 @@ class TracedTasks:
         with tracers:
             async with anyio.create_task_group() as group:
                 self._tracers = tracers
-                group.start_soon(self._drive, tracers)
+                group.start_soon(drive, tracers)
                 try:
                     self._tasks = {process.pid: pid for pid, process in self._processes.items()}
                     for process in self._processes.values():
@@ -128,13 +137,6 @@ class TracedTasks:
                 finally:
                     self._tracers = None
                     tracers.stop()
-
-    async def _drive(self, tracers: Tracing) -> None:
-        with anyio.CancelScope(shield=True):  # stop() ends it
-            try:
-                await to_thread.run_sync(tracers.run, limiter=anyio.CapacityLimiter(1))
-            except OSError as error:
-                log.warning("cannot watch for tracers of tasks that miss pages: %s", error.strerror)
 
     async def _attached(self, attach: Attach, tracers: Tracing, group: TaskGroup) -> None:
         if not attach.pid:

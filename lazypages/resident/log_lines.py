@@ -5,22 +5,14 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from lazypages.logs import MESSAGE
+from lazypages.logs import LEVELS
 from lazypages.resident import protocol
 from lazypages.resident.connection import Outbox
 from lazypages.resident.restores import CURRENT
 
 log = logging.getLogger("lazypages")
 
-#: The names of levels in messages.
-NAMES = {
-    logging.DEBUG: "debug",
-    logging.INFO: "info",
-    logging.WARNING: "warning",
-    logging.ERROR: "error",
-    MESSAGE: "message",
-}
-NUMBERS = {name: number for number, name in NAMES.items()}
+_NAMES = {number: name for name, number in LEVELS.items()}
 
 
 class Follower:
@@ -29,11 +21,11 @@ class Follower:
     def __init__(self, outbox: Outbox, number: Any, level: str) -> None:
         self._outbox = outbox
         self._number = number
-        self._level = NUMBERS[level]
+        self._level = LEVELS[level]
 
     def __call__(self, record: logging.LogRecord) -> None:
         if record.levelno >= self._level:
-            level = NAMES.get(record.levelno, "error")
+            level = _NAMES.get(record.levelno, "error")
             self._outbox.put(protocol.log_line(self._number, level, record.getMessage()), droppable=True)
 
 

@@ -39,9 +39,9 @@ from lazypages.sources.checkpoint import Expected
 
 log = logging.getLogger("lazypages")
 
-#: Descriptors of a restore beside those of its tasks, images and page servers: its control socket, its engine, what
-#: watches for exits and tracers, and those that are kept in reserve.
-DESCRIPTORS = 24 + descriptors.FOR_FORKS + descriptors.FOR_EMERGENCIES
+#: Descriptors of a restore beside those of its tasks, images and page servers: its control socket, its engine, and what
+#: watches for exits and tracers.
+DESCRIPTORS = 24
 
 #: The restore that the running code works for, in its threads, too.
 CURRENT: ContextVar[Restore | None] = ContextVar("restore", default=None)
@@ -198,13 +198,8 @@ class Restore:
         asked = self.asked
         expected = read_checkpoint(asked.images, asked.options, asked.directories)
         alive = with_memory(expected)
-        files = {file.fd for task in alive if task.memory for file in task.memory.files}
-        needed = (
-            len(files)
-            + len(alive) * descriptors.PER_TASK
-            + len(asked.options.page_servers) * descriptors.PER_SERVER
-            + DESCRIPTORS
-        )
+        files = {file.fd for task in alive.values() if task.memory for file in task.memory.files}
+        needed = len(files) + DESCRIPTORS + descriptors.needed(len(alive), len(asked.options.page_servers))
         self._admit(needed)
         self.descriptors = needed
         options = identified(asked.options, asked.images)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import anyio
 from anyio import to_thread
@@ -32,7 +32,7 @@ from lazypages.net.names import PROTOCOLS
 from lazypages.resident import protocol
 from lazypages.resident.connection import Connection
 from lazypages.resident.log_lines import Follower
-from lazypages.resident.protocol import Command, Fd, Place, Request, RequestError
+from lazypages.resident.protocol import Fd, Place, Request, RequestError
 from lazypages.resident.restores import Asked, Descriptor, Restore
 from lazypages.resident.tracers import SharedTracers
 
@@ -41,8 +41,6 @@ if TYPE_CHECKING:
     from lazypages.sources.page_server import RemoteOptions
 
 log = logging.getLogger("lazypages")
-
-C = TypeVar("C", bound=Command)
 
 #: Clients at once. Each takes two descriptors.
 MAX_CLIENTS = 64

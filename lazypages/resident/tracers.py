@@ -13,10 +13,10 @@ from contextlib import suppress
 from typing import Self
 
 import anyio
-from anyio import to_thread
 from anyio.abc import TaskStatus
 
 from lazypages.engine.tracers import Attach, Tracers
+from lazypages.loop.traced import drive
 
 log = logging.getLogger("lazypages")
 
@@ -51,7 +51,7 @@ class SharedTracers:
 
     async def _run(self, tracers: Tracers) -> None:
         async with anyio.create_task_group() as group:
-            group.start_soon(self._drive, tracers)
+            group.start_soon(drive, tracers)
             try:
                 while True:
                     await anyio.wait_readable(tracers.event_fd)
@@ -59,13 +59,6 @@ class SharedTracers:
                         self._dispatch(attach, tracers)
             finally:
                 tracers.stop()
-
-    async def _drive(self, tracers: Tracers) -> None:
-        with anyio.CancelScope(shield=True):  # stop() ends it
-            try:
-                await to_thread.run_sync(tracers.run, limiter=anyio.CapacityLimiter(1))
-            except OSError as error:
-                log.warning("cannot watch for tracers of tasks that miss pages any more: %s", error.strerror)
 
     def open(self) -> View:
         """A view for one restore. Raises OSError."""
