@@ -262,7 +262,6 @@ def _serve(
     expected = read_checkpoint(places.images_dir, options, directories)
     descriptors.check_enough(len(with_memory(expected)), len(options.page_servers))
     options = identified(options, places.images_dir)
-    tracer = open_tracer(places.trace, places.images_dir, expected) if places.trace else None
     check_userfaultfd()
     check_certificates(options)
     check_loop(loop)
@@ -272,6 +271,8 @@ def _serve(
     if status_fd is not None:
         ready.append(partial(report_ready, status_fd))
     with ControlSocket(places.work_dir) as control:
+        # after the checks: it empties the file
+        tracer = open_tracer(places.trace, places.images_dir, expected) if places.trace else None
         ready += into_background(daemon, places.pidfile)
         # A terminal that is closed must not leave tasks without their memory.
         signal.signal(signal.SIGHUP, signal.SIG_IGN)

@@ -216,3 +216,19 @@ def test_a_trace_that_can_not_be_made_is_told_before_anybody_waits(
             assert server.wait() == 1
             assert "--trace" in server.story()
             assert "No such file or directory" in server.story()
+
+
+def test_a_daemon_that_is_refused_empties_no_trace(restored_program: Path, tmp_path: Path) -> None:
+    """Perhaps that of the daemon which has the socket."""
+    with restored_tasks(restored_program, 1, PAGES) as tasks:
+        write_images(tmp_path, tasks.pids, PAGES)
+        (tmp_path / "trace").write_text("precious")
+        with serve(tmp_path) as other:
+            other.wait_ready()
+            with serve(tmp_path, "--trace", "trace") as server:
+                assert server.wait() == 1
+            os.kill(other.pid, signal.SIGTERM)
+            other.wait()
+        with serve(tmp_path, "--trace", "trace", "--page-server", "--tls", "--tls-cacert", "none") as server:
+            assert server.wait() == 1
+        assert (tmp_path / "trace").read_text() == "precious"
