@@ -131,21 +131,24 @@ int lp_settle(struct lp_space *s, const struct lp_ask *ask, struct lp_counts *dr
 	return 0;
 }
 
+bool lp_leaves_source(const struct lp_change *changes, size_t nr, const struct lp_change *move)
+{
+	for (size_t k = 0; k < nr; k++)
+		if (changes[k].kind == LP_UNMAPPED && changes[k].start == move->start && changes[k].len == move->len)
+			return true;
+	return false;
+}
+
 /* Whether move i was made before the child was forked: 1, 0, -EAGAIN, -ESRCH.  *tangled: it is not known. */
 static int has_moved(const struct lp_change *changes, size_t nr, size_t i, const struct lp_ask *ask,
 		     const struct lp_ask *ask_parent, bool *tangled)
 {
 	const struct lp_change *move = &changes[i];
-	bool unmaps = false, cleared = false;
+	bool cleared = false;
 	int rc;
 
-	for (size_t k = 0; k < nr; k++) {
-		unmaps |= changes[k].kind == LP_UNMAPPED && changes[k].start == move->start && changes[k].len == move->len;
-		cleared |= changes[k].kind == LP_UNMAPPED &&
-			   lp_overlap(changes[k].start, changes[k].len, move->to, move->len);
-	}
 	rc = is_within(ask, move->to, move->to + LP_PAGE_SIZE);
-	if (rc != 1 || !unmaps)
+	if (rc != 1 || !lp_leaves_source(changes, nr, move))
 		return rc;
 	rc = is_within(ask, move->start, move->start + LP_PAGE_SIZE);
 	if (rc != 1)
@@ -154,6 +157,8 @@ static int has_moved(const struct lp_change *changes, size_t nr, size_t i, const
 	 * Both: what was at `to` before may be there still, or the child has moved something there.  If neither explains it, the move
 	 * has brought what is there, and other memory has grown in the child to where that was.
 	 */
+	for (size_t k = 0; k < nr; k++)
+		cleared |= changes[k].kind == LP_UNMAPPED && lp_overlap(changes[k].start, changes[k].len, move->to, move->len);
 	if (!cleared && !ask->arrived(ask->arg, move->to))
 		*tangled = true;
 	/*

@@ -62,6 +62,9 @@ struct lp_ask {
 /* Answers the doubts of a space whose changes have all been made: 0; -EAGAIN: some are left; -ENOMEM.  (exclusive) */
 int lp_settle(struct lp_space *space, const struct lp_ask *ask, struct lp_counts *dropped);
 
+/* Whether a change among these says that the place was left from which this one has moved memory; not after MREMAP_DONTUNMAP. */
+bool lp_leaves_source(const struct lp_change *changes, size_t nr, const struct lp_change *move);
+
 /*
  * Makes the changes, of which each may or may not have been made before a fork, in the space of the child: a FORK event may be
  * reported after changes that another thread has made since, or before some that had been made already (kernel/fork.c, dup_mmap,

@@ -22,20 +22,11 @@
 #define CHILD_NS (10 * LP_NS) /* after that what is not known of a child whose layout never is quiescent is lost */
 #define POISON_TRIES 1000 /* for a page that takes the place of poison, which must not be seen */
 
-/* MREMAP_DONTUNMAP: the place that it has left stays registered, so only the one that it has taken is evidence. */
-static bool keeps_source(const struct lp_fork *fork_events, const struct lp_change *move)
-{
-	for (size_t k = 0; k < fork_events->nr_made; k++)
-		if (fork_events->made[k].kind == LP_UNMAPPED && fork_events->made[k].start == move->start &&
-		    fork_events->made[k].len == move->len)
-			return false;
-	return true;
-}
-
 /*
  * Whether a change that a child has made itself since the fork makes what it has registered no evidence about a change of its
  * parent: it has left a place that the parent's change has left or taken, or moved memory to a place that this has left.  Memory
- * that it moved to a place that the parent's change has taken hides nothing if the place that this has left is asked about, too.
+ * that it moved to a place that the parent's change has taken hides nothing if the place that this has left is asked about, too;
+ * after MREMAP_DONTUNMAP that stays registered, and only the place that was taken is evidence.
  */
 static bool hides(const struct lp_fork *fork_events, const struct lp_change *own, const struct lp_change *made)
 {
@@ -45,7 +36,7 @@ static bool hides(const struct lp_fork *fork_events, const struct lp_change *own
 	       (made->kind == LP_REMAPPED && lp_overlap(own->start, own->len, made->to, made->len)) ||
 	       (own->kind == LP_REMAPPED && lp_overlap(own->to, own->len, made->start, made->len)) ||
 	       (own->kind == LP_REMAPPED && made->kind == LP_REMAPPED && lp_overlap(own->to, own->len, made->to, made->len) &&
-		keeps_source(fork_events, made));
+		!lp_leaves_source(fork_events->made, fork_events->nr_made, made));
 }
 
 /* Whether a child has changed its layout since the fork so that it does not show any more what it was forked with. */

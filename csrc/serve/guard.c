@@ -281,6 +281,15 @@ void lp_guard_complete(struct lp_guard *g, int uffd)
 	know(g, uffd, LP_GUARD_COMPLETE, -1);
 }
 
+void lp_guard_close(struct lp_guard *g, int uffd)
+{
+	if (g) { /* the number stays taken until nothing is known of it any more */
+		dup3(g->daemon, uffd, O_CLOEXEC);
+		know(g, uffd, 0, -1);
+	}
+	close(uffd);
+}
+
 void lp_guard_leave(struct lp_guard *g, int uffd)
 {
 	int bound;
@@ -302,10 +311,7 @@ int lp_guard_close_gone(struct lp_guard *g)
 			continue;
 		atomic_store(&g->about[fd].left_behind, false);
 		atomic_fetch_sub(&g->left_behind, 1);
-		/* the number stays taken until nothing is known of it any more */
-		dup3(g->daemon, fd, O_CLOEXEC);
-		know(g, fd, 0, -1);
-		close(fd);
+		lp_guard_close(g, fd);
 	}
 	return atomic_load(&g->left_behind);
 }

@@ -42,6 +42,8 @@ int lp_guard_pidfd(const struct lp_guard *guard);
  */
 void lp_guard_names(struct lp_guard *guard, int uffd, pid_t pid, int pidfd);
 void lp_guard_complete(struct lp_guard *guard, int uffd); /* nothing is missing behind it */
+/* Closes a uffd; nothing is known of its number from then on. */
+void lp_guard_close(struct lp_guard *guard, int uffd);
 /*
  * For a process that outlives its restores.  lp_guard_leave: nobody serves this uffd any more, and it must stay open until the
  * memory behind it is gone.  lp_guard_close_gone closes those of which that is true by now, and returns how many are left; one

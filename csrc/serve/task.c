@@ -43,10 +43,7 @@ void lp_close_uffd(struct lp_task *t)
 	bool safe = !lp_space_pending(t->space) && !t->unsure.nr && !atomic_load(&t->broken);
 
 	if (safe || atomic_load(&t->gone) || lp_probe_page(t, LP_ANYWHERE) == LP_TASK_GONE) {
-		/* the number stays taken until the guard has forgotten what it knew of it */
-		dup3(t->engine->wakefd, t->uffd, O_CLOEXEC);
-		lp_guard_names(t->engine->guard, t->uffd, 0, -1);
-		close(t->uffd);
+		lp_guard_close(t->engine->guard, t->uffd);
 	} else {
 		lp_guard_leave(t->engine->guard, t->uffd);
 	}

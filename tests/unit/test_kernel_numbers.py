@@ -7,11 +7,12 @@ from pathlib import Path
 
 from dumptool import core, registers, survey, tracking
 from images_spec import interrupted
+from lazypages.cli import probes, served
 from lazypages.restore import syscalls
 
 HEADERS = (
     *("sys/syscall.h", "sys/ioctl.h", "linux/prctl.h", "linux/capability.h", "linux/sched.h", "linux/mman.h"),
-    *("linux/memfd.h", "linux/userfaultfd.h"),
+    *("linux/memfd.h", "linux/userfaultfd.h", "linux/ptrace.h"),
 )
 
 
@@ -26,6 +27,15 @@ def python_numbers() -> dict[str, int]:
     assert int(survey.NR_RESTART_SYSCALL) == registers.NR_RESTART_SYSCALL
     for name in ("UFFD_API", "UFFDIO_API", "UFFDIO_REGISTER", "UFFDIO_REGISTER_MODE_WP", "MFD_CLOEXEC"):
         numbers[name] = getattr(tracking, name)
+    numbers["__NR_userfaultfd"] = probes.SYS_USERFAULTFD
+    assert probes.UFFD_API == tracking.UFFD_API
+    assert probes.UFFDIO_API == tracking.UFFDIO_API
+    assert probes.UFFDIO_REGISTER == tracking.UFFDIO_REGISTER
+    numbers["UFFDIO_COPY"] = probes.UFFDIO_COPY
+    numbers["UFFDIO_REGISTER_MODE_MISSING"] = probes.REGISTER_MODE_MISSING
+    numbers["_LINUX_CAPABILITY_VERSION_3"] = probes.CAPABILITY_VERSION
+    numbers |= {f"CAP_{capability.name}": int(capability) for capability in probes.Capability}
+    numbers |= {name: number for name, number in vars(served).items() if name.startswith("PTRACE_")}
     for name, number in vars(syscalls).items():
         if name.startswith(("CLONE_", "TIOC")):
             numbers[name] = number
