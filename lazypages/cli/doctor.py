@@ -328,6 +328,7 @@ MODULES = {
     "rich": (State.LESS, "no progress on a terminal, no `show`"),
     "zstandard": (State.LESS, "pages cross the network uncompressed"),
     "matplotlib": (State.LESS, "no `plot`"),
+    "plotly": (State.LESS, "no `plot` as a page"),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 from pathlib import Path
 
@@ -89,11 +90,16 @@ def show(directory: Path, each: bool, as_json: bool) -> None:
     from lazypages.cli import show as contents  # noqa: PLC0415 - slow to import
 
     shown = contents.load(directory)
-    if as_json:
-        import json  # noqa: PLC0415 - only needed here
+    try:
+        if as_json:
+            import json  # noqa: PLC0415 - only needed here
 
-        click.echo(json.dumps(contents.as_dict(shown)))
-        return
-    from rich.console import Console  # noqa: PLC0415 - only needed here, and slow to import
+            click.echo(json.dumps(contents.as_dict(shown)))
+            return
+        from rich.console import Console  # noqa: PLC0415 - only needed here, and slow to import
 
-    contents.show(shown, Console(highlight=False), each=each)
+        contents.show(shown, Console(highlight=False), each=each)
+    except OSError as error:
+        if error.errno == errno.EPIPE:  # click ends quietly
+            raise
+        raise LazyPagesError(f"cannot write standard output: {error.strerror}") from None

@@ -32,6 +32,14 @@ def test_a_process_with_many_mappings(tmp_path: Path) -> None:
         threads = {int(tid) for tid in os.listdir(f"/proc/{pid}/task")}
         maps = [line.split() for line in Path(f"/proc/{pid}/maps").read_text().splitlines()]
         check("dump", "-t", pid, "-D", images, "--leave-running")
+    for option in ("--mappings", "--json"):
+        with open("/dev/full", "w") as full:
+            command = [sys.executable, "-m", "lazypages", "show", option, images]
+            done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, timeout=60, check=False)
+        assert (done.returncode, done.stderr) == (
+            1,
+            b"lazypages: cannot write standard output: No space left on device\n",
+        )
     (found,) = json.loads(show("--json", images))["tasks"]
     assert (found["pid"], found["ppid"], found["state"]) == (pid, 0, "alive")
     assert set(found["threads"]) == threads
