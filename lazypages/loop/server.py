@@ -251,6 +251,11 @@ class Server:
         """Whether the restorer has reported the end of the restore."""
         return self._finished
 
+    @property
+    def draining(self) -> bool:
+        """Whether :meth:`interrupt` has been called once: all tasks are completed, and then it ends."""
+        return self._draining
+
     def complete(self) -> None:
         """Copy all missing pages now, also without `background`; before the end of the restore: as soon as it ends."""
         self._options = self._options._replace(background=True)

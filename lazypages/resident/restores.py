@@ -230,9 +230,9 @@ class Restore:
     # Commands. What they log and start belongs to this restore.
 
     async def stop(self, *, now: bool) -> None:
-        """As Server.interrupt."""
+        """As Server.interrupt, but only `now` kills: who stops it need not know that it has been stopped already."""
         await self.started.wait()
-        if self._server:
+        if self._server and (now or not self._server.draining):
             with self._current():
                 await self._server.interrupt(now=now)
 

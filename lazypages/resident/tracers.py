@@ -89,7 +89,9 @@ class SharedTracers:
     def watch(self, view: View, pid: int, *, watched: bool) -> None:
         if pid and watched:
             self._owners[pid] = view
-        elif pid and self._owners.get(pid) is view:
+        elif pid:
+            if self._owners.get(pid) is not view:
+                return  # the pid is another's by now: that of a task of another restore
             del self._owners[pid]
         if self._tracers:
             any_view = any(other.watches_all for other in self._views)

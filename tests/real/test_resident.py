@@ -430,6 +430,35 @@ def test_signals(restored_program: Path, tmp_path: Path) -> None:
         assert unfinished.statuses() == [128 + signal.SIGKILL]
 
 
+@pytest.mark.parametrize("how", ["signal", "stop", "shutdown"])
+def test_stopped_twice(how: str, restored_program: Path, tmp_path: Path) -> None:
+    """One who stops a restore, or ends the daemon, need not know that another has stopped it: only `now` kills."""
+    with (
+        daemon(tmp_path) as resident,
+        restored(tmp_path / "b", restored_program, 1, 100) as tasks,
+        resident.client() as client,
+    ):
+        number = resident.serve(tmp_path / "b")
+        tasks.say(f"connect {tmp_path}/b/lazy-pages.socket")
+        wait_for("the restorer", lambda: resident.status()[number]["state"] == "restoring")
+        client.send("wait", restore=number)
+        if how == "shutdown":
+            client.request("shutdown")
+        else:
+            client.request("stop", restore=number)
+        if how == "signal":
+            resident.signal(signal.SIGTERM)
+            wait_for("the end to begin", lambda: resident.request("status")["closing"])
+        elif how == "stop":
+            client.request("stop", restore=number)
+        client.request("shutdown")
+        tasks.say("finish")
+        check(tasks)
+        assert client.answer("wait")["exit"] == 0
+        client.closed()
+        assert resident.wait() == 0
+
+
 def test_tracer(restored_program: Path, tmp_path: Path) -> None:
     """A tracer waits for the restore whose task it traces, also beside one that has a forked child: its process is not
     known, so it must stop every tracer, and has nothing to say about this one."""
