@@ -213,24 +213,19 @@ static const void *read_cold(struct lp_engine *e, const struct lp_level *level, 
 int lp_copy_level(struct lp_task *t, const struct lp_run *run, enum lp_claims claims, uint64_t touched, struct lp_look *look)
 {
 	const struct lp_level *level = &t->levels[run->source];
-	uint64_t held = level->held(level, run->offset, run->nr_pages), still;
+	const void *read = read_cold(t->engine, level, run, claims);
+	uint64_t held = read ? run->nr_pages : level->held(level, run->offset, run->nr_pages), still, around;
 	struct lp_run part = *run;
-	const void *read = NULL;
 	int rc = 0;
 
 	if (held < run->nr_pages)
 		lp_mark_lost(t, run, held, run->nr_pages - held, EFAULT);
 	part.nr_pages = held;
-	if (held) {
-		read = read_cold(t->engine, level, &part, claims);
+	if (held)
 		rc = copy_unguarded(t, &part, read ? read : (const char *)level->base + run->offset, claims, touched, look);
-	}
-	if (read) {
-		uint64_t around = lp_cold_around(&t->engine->cold); /* its thread runs on already */
-
-		if (around)
-			level->around(level, run->offset, around);
-	}
+	around = read ? lp_cold_around(&t->engine->cold) : 0;
+	if (around)
+		level->around(level, run->offset, around); /* the thread that waited runs on already */
 	still = read ? held : level->held(level, run->offset, held);
 	if (still < held)
 		lp_post_lost(t, run, still, 1, ESTALE);

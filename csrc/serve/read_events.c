@@ -16,6 +16,7 @@
 #include "wiped.h"
 
 #define ALONE_MOST 16 /* messages read one by one before other tasks have their turn */
+#define BEHIND_MOST 1024 /* the same, if an error may be behind them */
 #define MESSAGES 128 /* of one read */
 #define LATE_NS (2 * LP_NS)	/* longest wait for a late event; its thread may hardly ever get a CPU */
 #define LATE_LOOK_NS 100000 /* between two checks for a late thread, but at least four times the duration of a check */
@@ -213,7 +214,7 @@ bool lp_read_events(struct lp_task *t)
 		late = departure_is_late(t, first);
 		/* A read that returned faults hides an error of the event behind them (fs/userfaultfd.c, userfaultfd_read). */
 		/* Threads that change the layout without a pause must not keep this thread from other tasks. */
-		more = alone && taken >= ALONE_MOST && !t->read_error;
+		more = alone && taken >= (t->read_error ? BEHIND_MOST : ALONE_MOST);
 	} while (!late && !more && (n < 0 || (size_t)n == want || t->read_error));
 	if (now)
 		atomic_store_explicit(&t->engine->last_fault, now, memory_order_relaxed);

@@ -155,6 +155,7 @@ class Service:
             log.exception("the connection of a client has failed")
         finally:
             self._connections.discard(connection)
+            self._to_sweep.set()  # it may have left descriptors that it has sent
 
     async def _execute(self, request: Request, connection: Connection) -> dict[str, Any]:
         match request.command:
