@@ -82,7 +82,16 @@ def run(machines: Machines, kernel: str) -> Done:
         "-m",
         MARK,
     ]
-    pytest_command += ["-p", "no:cacheprovider", "-p", "no:benchmark", "--timeout=600", "--tb=short", "-v"]
+    pytest_command += [
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:benchmark",
+        "--timeout=600",
+        "--tb=short",
+        "-v",
+        "--durations=25",
+    ]
     command = (
         f"cd {shlex.quote(str(ROOT))} && uname -r && HYPOTHESIS_STORAGE_DIRECTORY=/tmp/hypothesis LAZYPAGES_EMULATED=1 "
         f"LAZYPAGES_CRIU_DIR={shlex.quote(os.environ.get('LAZYPAGES_CRIU_DIR', '/var/cache/lazypages/criu'))} "
