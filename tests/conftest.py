@@ -10,18 +10,21 @@ from tempfile import TemporaryDirectory
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.support.examples import USUAL
 from tests.support.fake import compile_restored
 from tests.support.processes import become_subreaper, descendants, describe, end
 from tests.support.restore import Checkpoints, Program
 
-# The same examples each time, and no verdict that depends on how busy the machine is. "long" (CONTRIBUTING.md): others
-# each time, many.
-settings.register_profile(
-    "lazypages",
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.too_slow],
-)
+# The same examples each time, and no verdict that depends on how busy the machine is. "loop": few, for -m "not slow".
+# "long" (CONTRIBUTING.md): others each time, many.
+for profile, count in (("lazypages", USUAL), ("loop", USUAL // 5)):
+    settings.register_profile(
+        profile,
+        deadline=None,
+        derandomize=True,
+        max_examples=count,
+        suppress_health_check=[HealthCheck.too_slow],
+    )
 settings.register_profile(
     "long",
     deadline=None,
@@ -29,7 +32,12 @@ settings.register_profile(
     max_examples=int(os.environ.get("LAZYPAGES_EXAMPLES", "100000")),
     suppress_health_check=[HealthCheck.too_slow],
 )
-settings.load_profile(os.environ.get("LAZYPAGES_HYPOTHESIS", "lazypages"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before the tests are imported: their own numbers of examples depend on the profile."""
+    usual = "loop" if config.option.markexpr == "not slow" else "lazypages"
+    settings.load_profile(os.environ.get("LAZYPAGES_HYPOTHESIS", usual))
 
 
 #: Quick ones first.

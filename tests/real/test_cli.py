@@ -261,7 +261,7 @@ def test_pidfile_needs_the_background(restored_program: Path, tmp_path: Path) ->
 # Options and files of criu.
 
 
-@pytest.mark.loop("criu-4.2")
+@pytest.mark.slow
 @pytest.mark.parametrize("criu", all_criu())
 def test_configuration_files_are_those_of_criu(criu: Criu, tmp_path: Path) -> None:
     """The same file decides for all where the log is. (The checkpoint is damaged, so they end there.)"""

@@ -64,7 +64,11 @@ def symbols(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[set[str
     """By file: what it defines for others, and what it needs of others."""
     folder = tmp_path_factory.mktemp("objects")
     sources = sorted(SERVE.glob("*.c"))
-    subprocess.run(["gcc", "-std=gnu11", "-O0", f"-I{CSRC}", "-c", *sources], cwd=folder, check=True)
+    compilers = [
+        subprocess.Popen(["gcc", "-std=gnu11", "-O0", f"-I{CSRC}", "-c", *sources[half::2]], cwd=folder)
+        for half in (0, 1)
+    ]
+    assert [compiler.wait() for compiler in compilers] == [0, 0]
     result = {}
     for source in sources:
         listing = subprocess.run(

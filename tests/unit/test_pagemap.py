@@ -20,6 +20,7 @@ from images_spec.flags import PAGE_SIZE, PE_LAZY, PE_PARENT, PE_PRESENT
 from images_spec.images import COMMON_MAGIC, Kind
 from images_spec.messages import PagemapEntry, PagemapHead
 from images_spec.pagemap import Entry, Pagemap, PagemapWriter
+from tests.support.examples import examples
 
 PATH = Path("pagemap-1.img")
 ADDRESS_END = 1 << 56
@@ -98,7 +99,7 @@ unknown_parts = st.just(b"") | st.sampled_from(
 )
 
 
-@settings(max_examples=max(400, settings().max_examples))
+@settings(max_examples=examples(400))
 @given(st.lists(st.tuples(unknown_parts, messages(), unknown_parts), max_size=6))
 def test_agrees_with_protobuf_on_whole_messages(parts: list[tuple[bytes, PagemapEntry, bytes]]) -> None:
     bodies = [before + message.SerializeToString() + after for before, message, after in parts]
@@ -136,7 +137,7 @@ garbage = st.binary(max_size=100)
 
 
 @pytest.mark.slow
-@settings(max_examples=max(1500, settings().max_examples))
+@settings(max_examples=examples(1500))
 @given(broken_images() | garbage | garbage.map(framed) | garbage.map(lambda body: framed(HEAD, body)))
 def test_never_takes_what_protobuf_refuses_and_never_reads_it_differently(data: bytes) -> None:
     offset: int | None = 0

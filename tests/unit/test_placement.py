@@ -51,6 +51,7 @@ from images_spec.placement import (
     mappings,
     resolve,
 )
+from tests.support.examples import examples
 
 PATH = Path("pagemap-1.img")
 
@@ -148,7 +149,7 @@ def sorted_spans(draw: st.DrawFn) -> list[Span]:
     return spans
 
 
-@settings(max_examples=max(600, settings().max_examples))
+@settings(max_examples=examples(600))
 @given(chains, st.booleans())
 def test_agrees_with_page_dict(levels: list[Entries | None], remote: bool) -> None:
     extents = list(table(levels, remote=remote))
@@ -168,7 +169,7 @@ def counted(places: Sequence[Place], nr_levels: int) -> PageCounts:
 
 
 @pytest.mark.slow
-@settings(max_examples=max(300, settings().max_examples))
+@settings(max_examples=examples(300))
 @given(chains, st.booleans(), sorted_spans())
 def test_counts_agree_with_page_dict(levels: list[Entries | None], remote: bool, spans: list[Span]) -> None:
     placed, places = table(levels, remote=remote), model(levels, remote=remote)
@@ -181,7 +182,7 @@ def test_counts_agree_with_page_dict(levels: list[Entries | None], remote: bool,
 
 
 @pytest.mark.slow
-@settings(max_examples=max(300, settings().max_examples))
+@settings(max_examples=examples(300))
 @given(chains, st.booleans(), sorted_spans())
 def test_exclusion_agrees_with_page_dict(
     levels: list[Entries | None], remote: bool, spans: list[Span]
@@ -198,7 +199,7 @@ def test_exclusion_agrees_with_page_dict(
 
 
 @pytest.mark.slow
-@settings(max_examples=max(300, settings().max_examples))
+@settings(max_examples=examples(300))
 @given(levels_of_pages(), sorted_spans())
 def test_coverage_agrees_with_page_dict(entries: Entries, spans: list[Span]) -> None:
     placed = table([entries])

@@ -9,11 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from images_spec.placement import SOURCE_REMOTE
+from tests.support.examples import examples
 from tests.unit.test_placement import Entries, as_pages, chains, continues, table
 
 
 @pytest.mark.slow
-@settings(max_examples=max(600, settings().max_examples))
+@settings(max_examples=examples(600))
 @given(chains, chains, st.booleans())
 def test_agrees_with_page_dict(
     levels: list[Entries | None], others: list[Entries | None], remote: bool

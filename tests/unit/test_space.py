@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from lazypages.engine._uffd import ffi
+from tests.support.examples import examples
 from tests.support.space import LOST, PAGE, REMOTE, Answer, Change, Extent, Kind, Space
 
 MAX = 1 << 50  # pages: no limit
@@ -418,9 +419,7 @@ class SpaceAgainstPages(RuleBasedStateMachine):
 
 
 TestSpaceAgainstPages = SpaceAgainstPages.TestCase
-TestSpaceAgainstPages.settings = settings(
-    max_examples=max(120, settings().max_examples), stateful_step_count=50
-)
+TestSpaceAgainstPages.settings = settings(max_examples=examples(120), stateful_step_count=50)
 
 
 VMA = (0x10000, 0x20000)

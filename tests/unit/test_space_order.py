@@ -18,6 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.examples import examples
 from tests.support.space import PAGE, Change, Extent, Kind, Space
 
 UNITS = 24  # of address space, a page each, half of them mapped at first
@@ -309,7 +310,7 @@ def run(steps: list[tuple[int, str, int, int, int, int, bool]], *, old: bool) ->
 
 
 @pytest.mark.loop("6.18")
-@settings(max_examples=max(300, settings().max_examples))
+@settings(max_examples=examples(300))
 @pytest.mark.parametrize("old", [False, True], ids=["6.18", "6.1"])
 @given(steps(ORDINARY))
 def test_layout_after_events_in_any_order(
@@ -319,7 +320,7 @@ def test_layout_after_events_in_any_order(
 
 
 @pytest.mark.loop("6.18")
-@settings(max_examples=max(300, settings().max_examples))
+@settings(max_examples=examples(300))
 @pytest.mark.parametrize("old", [False, True], ids=["6.18", "6.1"])
 @given(steps(ORDINARY + SURPRISING))
 def test_layout_after_calls_that_fail_and_memory_that_grows(
