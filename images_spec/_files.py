@@ -68,6 +68,13 @@ class OutputFile:
             except OSError as error:
                 raise self._failure(error) from None
 
+    def skip(self, size: int) -> None:
+        """Leaves a hole: ``size`` bytes that are zero."""
+        try:
+            os.ftruncate(self._fd, os.lseek(self._fd, size, os.SEEK_CUR))
+        except OSError as error:
+            raise self._failure(error) from None
+
     def close(self) -> None:
         try:
             if self._keep is not None:

@@ -30,6 +30,8 @@ COMMANDS = {
     ),
     "doctor": ("lazypages.cli.doctor:doctor", "Say what works on this machine, and what does not."),
     "show": ("lazypages.cli.main:show", "Show the contents of an image directory."),
+    "pack": ("lazypages.cli.pack:pack_command", "Pack a checkpoint into one compressed file."),
+    "unpack": ("lazypages.cli.pack:unpack_command", "Unpack a packed checkpoint."),
     "plot": ("lazypages.cli.plot:plot_command", "Draw a trace that serve --trace has recorded."),
     "demo": ("lazypages.cli.demo:demo", "See it work: checkpoint a live task, restore it lazily."),
     "bench": ("lazypages.cli.bench:bench_command", "Compare with criu lazy-pages on this machine."),
@@ -86,7 +88,7 @@ def cli() -> None:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON (docs/show.md).")
 def show(directory: Path, each: bool, as_json: bool) -> None:
-    """Show the contents of the image directory DIR: tasks, mappings, and where their pages are."""
+    """Show the contents of the image directory or packed checkpoint DIR: tasks, mappings, and where their pages are."""
     from lazypages.cli import show as contents  # noqa: PLC0415 - slow to import
 
     shown = contents.load(directory)

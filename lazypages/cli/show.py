@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from images_spec.errors import ImageMissingError
 from images_spec.flags import PAGE_SIZE, lazy_capable
 from images_spec.images import Kind
 from images_spec.messages import CoreEntry, MmEntry, TaskState, VmaEntry
+from images_spec.packing import open_pack, unpack_without_pages
 from images_spec.placement import PageCount, PageCounts, Span, mappings
 from lazypages.wording import count, printable
 
@@ -95,25 +97,32 @@ class _Mapping(NamedTuple):
 
 @dataclass(frozen=True)
 class Shown:
-    """What is printed: a checkpoint whose images have all been read."""
+    """What is printed: a checkpoint whose images have all been read. ``chain``: directories, or one packed file."""
 
-    checkpoint: Checkpoint
+    chain: tuple[Path, ...]
     reports: list[_TaskReport]
     mappings: dict[int, list[_Mapping]]
 
 
-def load(directory: Path) -> Shown:
-    """Read all images. A lazy page that is in no image is counted as being at a page server. Raises ``ImageError``."""
-    checkpoint = open_checkpoint(directory)
+def load(path: Path) -> Shown:
+    """Read all images of a directory or a packed checkpoint. Raises ``ImageError``.
+
+    A lazy page that is in no image is counted as being at a page server.
+    """
+    if path.is_file():
+        with open_pack(path) as reader, tempfile.TemporaryDirectory(prefix="lazypages-show-") as folder:
+            unpack_without_pages(reader, Path(folder))
+            return replace(load(Path(folder)), chain=(path,))
+    checkpoint = open_checkpoint(path)
     reports = [_load(checkpoint, task) for task in checkpoint.tasks]
-    names = _file_names(directory)
+    names = _file_names(path)
     found = {report.task.pid: _mappings(report, report.mm, names) for report in reports if report.mm}
-    return Shown(checkpoint, reports, found)
+    return Shown(checkpoint.chain, reports, found)
 
 
 def show(shown: Shown, console: Console, *, each: bool = False) -> None:
     """Print chain and tree, and where the pages of all tasks are. ``each``: of each task, with each mapping."""
-    _print(console, _chain(shown.checkpoint))
+    _print(console, _chain(shown.chain))
     _print(console, _tree(shown.reports))
     alive = [report for report in shown.reports if report.mm is not None]
     if each:
@@ -132,7 +141,7 @@ def as_dict(shown: Shown) -> dict[str, Any]:
     """For JSON. Addresses are strings: not every reader of JSON has integers of 64 bits."""
     return {
         "format": FORMAT,
-        "chain": [str(directory) for directory in shown.checkpoint.chain],
+        "chain": [str(directory) for directory in shown.chain],
         "tasks": [_task_as_dict(report, shown.mappings.get(report.task.pid, [])) for report in shown.reports],
     }
 
@@ -186,9 +195,9 @@ def _file_names(directory: Path) -> dict[int, str]:
     return {entry.id: printable(entry.reg.name) for entry in files if entry.HasField("reg")}
 
 
-def _chain(checkpoint: Checkpoint) -> Table:
+def _chain(chain: tuple[Path, ...]) -> Table:
     table = _table("Chain of images", "level", "directory")
-    for level, directory in enumerate(checkpoint.chain):
+    for level, directory in enumerate(chain):
         _add_row(table, f"{level} ({'parent' if level else 'own'})", printable(os.fsencode(directory)))
     return table
 
