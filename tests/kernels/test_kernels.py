@@ -1,5 +1,7 @@
 """Runs the tests marked every_kernel under Debian's kernels, each in a virtual machine.
 
+Each test runs under two of the three kernels (share.py), or under all with LAZYPAGES_ALL_KERNELS=1.
+
 `.ci/fetch-kernels` puts the kernels into LAZYPAGES_KERNELS_DIR (default /var/cache/lazypages/kernels). QEMU emulates
 the processor, so the tests take five to ten times as long. Two machines run at a time.
 """
@@ -18,10 +20,11 @@ from typing import NamedTuple
 
 import pytest
 
+from tests.kernels.share import KERNELS
+
 ROOT = Path(__file__).parents[2]
 RUN_IN = Path(__file__).with_name("run-in")
 KERNELS_DIR = Path(os.environ.get("LAZYPAGES_KERNELS_DIR", "/var/cache/lazypages/kernels"))
-KERNELS = ("6.1", "6.12", "newest")
 
 #: Seconds for all tests of one kernel. A quiet machine needs a third of this.
 TIME = 2100
@@ -82,6 +85,8 @@ def run(machines: Machines, kernel: str) -> Done:
         "-m",
         MARK,
     ]
+    if not os.environ.get("LAZYPAGES_ALL_KERNELS"):
+        pytest_command += ["-p", "tests.kernels.share"]
     pytest_command += [
         "-p",
         "no:cacheprovider",
@@ -92,11 +97,14 @@ def run(machines: Machines, kernel: str) -> Done:
         "-v",
         "--durations=25",
     ]
-    command = (
-        f"cd {shlex.quote(str(ROOT))} && uname -r && HYPOTHESIS_STORAGE_DIRECTORY=/tmp/hypothesis LAZYPAGES_EMULATED=1 "
-        f"LAZYPAGES_CRIU_DIR={shlex.quote(os.environ.get('LAZYPAGES_CRIU_DIR', '/var/cache/lazypages/criu'))} "
-        + shlex.join([*pytest_command, *files()])
-    )
+    environment = {
+        "HYPOTHESIS_STORAGE_DIRECTORY": "/tmp/hypothesis",
+        "LAZYPAGES_EMULATED": "1",
+        "LAZYPAGES_KERNEL": kernel,
+        "LAZYPAGES_CRIU_DIR": os.environ.get("LAZYPAGES_CRIU_DIR", "/var/cache/lazypages/criu"),
+    }
+    variables = shlex.join(f"{name}={value}" for name, value in environment.items())
+    command = f"cd {shlex.quote(str(ROOT))} && uname -r && env {variables} {shlex.join([*pytest_command, *files()])}"
     keep = ["-k", str(ROOT)] if str(ROOT).startswith(("/tmp/", "/run/")) else []
     for _ in range(TRIES):
         done = machines.run([RUN_IN, "-m", "4096", "-t", str(TIME), *keep, folder, command])
