@@ -13,7 +13,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,7 +24,7 @@ from dumptool.chain import PARENT_LINK, SENT_PREFIX, ParentPages
 from dumptool.errors import DumpError, TaskGoneError
 from dumptool.files import FileTable
 from dumptool.freeze import FrozenTree, freeze
-from dumptool.level import FrozenTask, Level
+from dumptool.level import FrozenTask, HasPages, Level
 from dumptool.output import Output
 from dumptool.process_images import (
     ROOT_OBJECT,
@@ -55,7 +55,7 @@ def pre_dump(settings: Settings, watcher: Watcher) -> Report:
     """
     # File locks are part of the final dump only.
     settings = replace(settings, allow=replace(settings.allow, file_locks=True))
-    with _Run(settings, watcher) as run:
+    with Run(settings, watcher) as run:
         run.look()
         with run.frozen() as tree:
             tasks = run.live(tree)
@@ -71,12 +71,12 @@ def pre_dump(settings: Settings, watcher: Watcher) -> Report:
 
 
 def dump(settings: Settings, watcher: Watcher, serve: Serve | None = None) -> Report:
-    """Writes all images of the tree; then kills it, or lets it go on (``leave_running``).
+    """Writes all images of the tree; then kills it, lets it go on (``leave_running``) or leaves it stopped.
 
     With ``lazy_pages``, ``serve`` is called when all images are complete, while the tree is still frozen. Without
     ``serve`` such a tree goes on, because its images lack pages. Raises as ``pre_dump``.
     """
-    with _Run(settings, watcher) as run:
+    with Run(settings, watcher) as run:
         run.look()
         with run.frozen() as tree:
             tasks = run.live(tree)
@@ -107,6 +107,9 @@ def dump(settings: Settings, watcher: Watcher, serve: Serve | None = None) -> Re
                 if not settings.track:
                     run.untrack(tasks)
                 run.report.frozen = tree.thaw()
+            elif settings.leave_stopped:
+                tree.stays = True
+                run.report.frozen = tree.thaw()
             else:
                 run.report.frozen = time.monotonic() - tree.frozen_since
                 tree.kill()
@@ -129,17 +132,17 @@ class _Seen:
     parent: ParentPages | None
 
 
-class _Run:
+class Run:
     """One run of the tool; a context manager that closes its descriptors."""
 
     def __init__(self, settings: Settings, watcher: Watcher) -> None:
         self.settings, self.watcher, self.report = settings, watcher, Report()
         self._run_id = new_run_id()
         self._seen: dict[int, _Seen] = {}
-        self._output = Output(settings.images, durable=settings.sync)
+        self.output = Output(settings.images, durable=settings.sync)
         self._resources = ExitStack()
-        self._resources.callback(self._output.close)
-        self.level = Level(settings, self._output.keep, self._resources)
+        self._resources.callback(self.output.close)
+        self.level = Level(settings, self.output.keep, self._resources)
 
     def __enter__(self) -> Self:
         return self
@@ -154,7 +157,7 @@ class _Run:
         survey.check_permission(self.settings.pid)
         tasks = survey.look_until_settled(self.settings.pid, self.settings.allow)
         gadgets = {pid: _gadgets(task) for pid, task in tasks.items()}
-        _set_up_directory(self.settings, self._output)
+        set_up_directory(self.settings, self.output)
         parents = self.level.open(tasks)
         self._seen = {pid: _Seen(task, gadgets[pid], parents[pid]) for pid, task in tasks.items()}
 
@@ -204,10 +207,10 @@ class _Run:
             described = self.level.find_pages(frozen, partial(table.add_mapped, pid), number, arm=arm)
             self.report.scanning += time.monotonic() - begin
             guards = memory.guard_regions(pid, described)
-            write_task(CapturedTask(frozen.task, captured, described, guards, ids), self._output, table)
-        write_tree(self._output, tree, table)
+            write_task(CapturedTask(frozen.task, captured, described, guards, ids), self.output, table)
+        write_tree(self.output, tree, table)
 
-    def copy(self, tasks: list[FrozenTask], *, running: bool) -> None:
+    def copy(self, tasks: Sequence[HasPages], *, running: bool) -> None:
         """Copies the pages of all processes. ``running``: the tree runs again."""
         begin = time.monotonic()
         self.watcher.stage("copying")
@@ -232,7 +235,7 @@ class _Run:
         """Publishes the inventory once all else is on the disk and at the page server, then completes the trackers."""
         self.watcher.stage("syncing")
         self.level.close()
-        self._output.publish(inventory(self._run_id))
+        self.output.publish(inventory(self._run_id))
         trackers = [frozen.armed for frozen in tasks if frozen.armed is not None]
         for armed in trackers:
             armed.complete(self._run_id)
@@ -253,7 +256,7 @@ class _Run:
         try:
             yield
         except BaseException:
-            self._output.withdraw()
+            self.output.withdraw()
             raise
 
     def write_stats(self) -> None:
@@ -273,7 +276,8 @@ def _gadgets(task: Task) -> Gadgets | None:
     return None
 
 
-def _set_up_directory(settings: Settings, output: Output) -> None:
+def set_up_directory(settings: Settings, output: Output) -> None:
+    """Makes the images directory ready, with no inventory and the link to the parent level. Raises ``DumpError``."""
     directory, link = settings.images, settings.images / PARENT_LINK
     output.make_directory()
     try:

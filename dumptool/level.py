@@ -6,6 +6,7 @@ import os
 from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from dumptool import identity, mappings, memory, proc, survey, tracking
 from dumptool.chain import Chain, ParentPages
@@ -36,6 +37,16 @@ class PageJob:
     def pages(self) -> int:
         """Number of pages with data."""
         return sum(part.runs.pages(PE_PRESENT) for part in self.parts)
+
+
+class HasPages(Protocol):
+    """A process whose pages are copied; see ``FrozenTask``."""
+
+    @property
+    def pidfd(self) -> int | None: ...
+
+    @property
+    def job(self) -> PageJob | None: ...
 
 
 @dataclass(slots=True)
@@ -141,6 +152,10 @@ class Level:
         compare = settings.method in (Method.AUTO, Method.COMPARE) and not settings.lazy_pages
         return _Changes(marks, compare=frozen.parent if compare else None)
 
+    def task_target(self, image_pid: int, pages_id: int, *, parents: bool) -> Sink:
+        """The place for the pages of a process. ``parents``: they refer to those of its parent."""
+        return self._target(ImageType.TASK, image_pid, pages_id, parents=parents)
+
     def _target(self, kind: ImageType, number: int, pages_id: int, *, parents: bool = False) -> Sink:
         directory = self._settings.images
         if self._sender is not None:
@@ -148,7 +163,7 @@ class Level:
         name = Kind.PAGEMAP.file_name(number if kind is ImageType.TASK else f"shmem-{number}")
         return Target(directory, name, pages_id, self._keep)
 
-    def copy(self, frozen: FrozenTask, progress: Progress, *, running: bool) -> Counts:
+    def copy(self, frozen: HasPages, progress: Progress, *, running: bool) -> Counts:
         """Copies the pages that ``find_pages`` found. ``running``: the tree runs again.
 
         A running process that ends meanwhile gets no image, unless it is the root. Raises ``DumpError``,
