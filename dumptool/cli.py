@@ -17,9 +17,9 @@ from dumptool.criu_options import choice, criu_options
 from dumptool.dump import Report, Settings, Watcher, pre_dump
 from dumptool.errors import UnsupportedError, one_line_each
 from dumptool.output import Output
+from dumptool.saveable import Options
 from dumptool.send import PageServer
 from dumptool.serve import PageService
-from dumptool.survey import Options
 from dumptool.tracking import Method
 from images_spec.errors import ImageError
 from images_spec.flags import PAGE_SIZE

@@ -22,9 +22,9 @@ from dumptool import survey
 from dumptool.chain import ParentPages
 from dumptool.criu import LOG_NAME, Criu, CriuDump
 from dumptool.criu_pages import StoppedTask, find_pages
-from dumptool.criu_tree import CriuTree, image_pid, open_tree
+from dumptool.criu_tree import CriuTree, open_tree
 from dumptool.dump import Run, set_up_directory
-from dumptool.errors import DumpError, TaskGoneError
+from dumptool.errors import DumpError
 from dumptool.freeze import members
 from dumptool.later import Later, put_off, room
 from dumptool.memory import Marks
@@ -94,12 +94,9 @@ class _CriuRun(Run):
         self.watcher.stage("looking")
         settings = self.settings
         survey.check_permission(settings.pid)
-        pids = []
-        for process in members(settings.pid):
-            with suppress(TaskGoneError):
-                pids.append(image_pid(process.pid))
+        seen = survey.look_at_all(members(settings.pid), files=False)
         set_up_directory(settings, self.output)
-        self._parents = self.level.open(pids)
+        self._parents = self.level.open({pid: task.image_pid for pid, task in seen.items()})
         try:
             shutil.rmtree(self._work, ignore_errors=True)
             self._work.mkdir(0o700)
@@ -159,7 +156,7 @@ class _CriuRun(Run):
             pid = tree.image_pid(process.pid)
             pidfd = os.dup(tree.pidfds[process.pid])
             self._resources.callback(os.close, pidfd)
-            task = StoppedTask(process.pid, pid, self._parents.get(pid), pidfd)
+            task = StoppedTask(process.pid, pid, self._parents.get(process.pid), pidfd)
             name = Kind.PAGEMAP.file_name(pid)
             pages_id = Pagemap.load(self._work / name).pages_id
             self._own |= {name, f"pages-{pages_id}.img"}

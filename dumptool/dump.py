@@ -15,15 +15,15 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Self
 
-from dumptool import core, memory, proc, survey, tracking
+from dumptool import core, memory, proc, saveable, survey, tracking
 from dumptool.chain import PARENT_LINK, SENT_PREFIX, ParentPages
 from dumptool.errors import DumpError, TaskGoneError
 from dumptool.files import FileTable
-from dumptool.freeze import FrozenTree, freeze
+from dumptool.freeze import FrozenTree, Process, freeze
 from dumptool.level import FrozenTask, HasPages, Level
 from dumptool.output import Output
 from dumptool.process_images import (
@@ -53,9 +53,7 @@ def pre_dump(settings: Settings, watcher: Watcher) -> Report:
     The tree is stopped only while its page tables are scanned and write-protected. Raises ``DumpError``
     (``UnsupportedError``) or ``ImageError``; then, too, the tree goes on.
     """
-    # File locks are part of the final dump only.
-    settings = replace(settings, allow=replace(settings.allow, file_locks=True))
-    with Run(settings, watcher) as run:
+    with Run(settings, watcher, memory_only=True) as run:
         run.look()
         with run.frozen() as tree:
             tasks = run.live(tree)
@@ -133,10 +131,14 @@ class _Seen:
 
 
 class Run:
-    """One run of the tool; a context manager that closes its descriptors."""
+    """One run of the tool; a context manager that closes its descriptors.
 
-    def __init__(self, settings: Settings, watcher: Watcher) -> None:
+    ``memory_only``: what else the tasks have is not looked at: nothing of it can be in the way.
+    """
+
+    def __init__(self, settings: Settings, watcher: Watcher, *, memory_only: bool = False) -> None:
         self.settings, self.watcher, self.report = settings, watcher, Report()
+        self._memory_only = memory_only
         self._run_id = new_run_id()
         self._seen: dict[int, _Seen] = {}
         self.output = Output(settings.images, durable=settings.sync)
@@ -155,11 +157,18 @@ class Run:
         self.watcher.stage("looking")
         memory.guard_category()
         survey.check_permission(self.settings.pid)
-        tasks = survey.look_until_settled(self.settings.pid, self.settings.allow)
+        tasks = survey.look_until_settled(self.settings.pid, self._check, files=not self._memory_only)
         gadgets = {pid: _gadgets(task) for pid, task in tasks.items()}
         set_up_directory(self.settings, self.output)
-        parents = self.level.open(tasks)
+        parents = self.level.open({pid: task.image_pid for pid, task in tasks.items()})
         self._seen = {pid: _Seen(task, gadgets[pid], parents[pid]) for pid, task in tasks.items()}
+
+    def _check(self, processes: Sequence[Process], tasks: dict[int, Task], *, frozen: bool = False) -> None:
+        """Raises ``UnsupportedError`` with everything that this run can't save."""
+        if self._memory_only:
+            survey.check_memory(processes, tasks, frozen=frozen)
+        else:
+            saveable.check(processes, tasks, self.settings.allow, frozen=frozen)
 
     @contextmanager
     def frozen(self) -> Iterator[FrozenTree]:
@@ -180,8 +189,9 @@ class Run:
 
     def live(self, tree: FrozenTree) -> list[FrozenTask]:
         """Looks at the frozen processes: they have run, and may have forked, since the first look."""
-        tasks = survey.look_at_all(tree.processes, {pid: seen.task for pid, seen in self._seen.items()})
-        survey.check(tree.processes, tasks, self.settings.allow, frozen=True)
+        before = {pid: seen.task for pid, seen in self._seen.items()}
+        tasks = survey.look_at_all(tree.processes, before, files=not self._memory_only)
+        self._check(tree.processes, tasks, frozen=True)
         return [self._frozen_task(task, tree) for task in tasks.values()]
 
     def _frozen_task(self, task: Task, tree: FrozenTree) -> FrozenTask:

@@ -14,7 +14,8 @@ import termios
 from dataclasses import dataclass, field
 
 from dumptool import proc
-from dumptool.survey import PTS_MAJORS, Task, mapped_name
+from dumptool.saveable import PTS_MAJORS, mapped_name
+from dumptool.survey import Task
 from dumptool.tracee import Same, peek_pipe, same, take_fd
 from images_spec.messages import (
     FdinfoEntry,

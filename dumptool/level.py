@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -86,21 +86,21 @@ class Level:
         self._chain: Chain | None = None
         self._sender: Sender | None = None
 
-    def open(self, pids: Collection[int]) -> dict[int, ParentPages | None]:
+    def open(self, image_pids: dict[int, int]) -> dict[int, ParentPages | None]:
         """Opens the parent levels and connects to the page server. Returns the parent's pages of each process.
 
-        They are None for a process that the parent does not have, here or at the page server. Raises ``DumpError``,
-        ``ImageError``.
+        ``image_pids``: pid -> ``Task.image_pid``. The pages are None for a process that the parent does not have, here
+        or at the page server. Raises ``DumpError``, ``ImageError``.
         """
         settings = self._settings
-        parents: dict[int, ParentPages | None] = dict.fromkeys(pids)
+        parents: dict[int, ParentPages | None] = dict.fromkeys(image_pids)
         if settings.parent is not None:
             self._chain = Chain(settings.images / settings.parent)
-            parents = {pid: self._chain.pages_of(pid) for pid in pids}
+            parents = {pid: self._chain.pages_of(image_pid) for pid, image_pid in image_pids.items()}
         if settings.page_server is not None:
             self._sender = self._resources.enter_context(Sender(settings.page_server))
             for pid, pages in parents.items():
-                if pages is not None and not self._sender.has_parent(pid):
+                if pages is not None and not self._sender.has_parent(image_pids[pid]):
                     parents[pid] = None
         return parents
 
@@ -134,7 +134,7 @@ class Level:
             armed.clear()
         if marks.known:
             parts = memory.only_in_parent(parts, frozen.parent, marks)
-        target = self._target(ImageType.TASK, pid, pages_id, parents=frozen.parent is not None)
+        target = self._target(ImageType.TASK, task.image_pid, pages_id, parents=frozen.parent is not None)
         frozen.job = PageJob(Source(pid, compare=changes.compare), target, parts, marks)
         return described
 

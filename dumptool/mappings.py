@@ -72,6 +72,7 @@ def describe(layout: proc.Layout, file_id: FileIds) -> list[Mapping]:
     mappings: list[Mapping] = []
     for vma in layout.vmas:
         flags = layout.flags[vma.start]
+        left_out = is_left_out(vma, flags)
         entry = _entry(vma, flags, file_id)
         before = mappings[-1].entry if mappings else None
         if before is not None and before.status & entry.status & VMA_VVAR and before.end == entry.start:
@@ -81,7 +82,7 @@ def describe(layout: proc.Layout, file_id: FileIds) -> list[Mapping]:
         mappings.append(
             Mapping(
                 entry=entry,
-                private=bool(entry.flags & MAP_PRIVATE) and not special,
+                private=bool(entry.flags & MAP_PRIVATE) and not (special or left_out),
                 file_backed=bool(entry.status & VMA_FILE_PRIVATE),
                 lazy=lazy_capable(entry.flags, entry.status),
                 readable=bool(vma.prot & PROT_READ),
@@ -89,6 +90,16 @@ def describe(layout: proc.Layout, file_id: FileIds) -> list[Mapping]:
             )
         )
     return mappings
+
+
+def is_left_out(vma: proc.Vma, flags: frozenset[str]) -> bool:
+    """Whether no page of the mapping is written: a device's, huge pages (hugetlb), a shadow stack, a uprobe's.
+
+    ``dumptool dump`` refuses these; a pre-dump leaves them to the dump. ``flags``: VmFlags (proc_pid_smaps(5)).
+    """
+    if vma.name in SPECIAL:
+        return False
+    return bool(flags & {"ht", "ss", "io", "pf"}) or (vma.name.startswith("[") and "mm" in flags)
 
 
 def _entry(vma: proc.Vma, flags: frozenset[str], file_id: FileIds) -> VmaEntry:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -337,13 +337,18 @@ class OpenFile:
     info: FdInfo
 
 
-def open_files(pid: int) -> Iterator[OpenFile]:
-    """All descriptors in ascending order, except those that the process closes meanwhile."""
+def open_files(pid: int, only: Collection[str] | None = None) -> Iterator[OpenFile]:
+    """All descriptors in ascending order, except those that the process closes meanwhile.
+
+    ``only``: those with one of these links; all others cost one call each.
+    """
     names = _attempt(pid, "fd", lambda: os.listdir(f"/proc/{pid}/fd"))
     for fd in sorted(map(int, names)):
         try:
-            link, status_ = readlink(pid, f"fd/{fd}"), stat_through(pid, f"fd/{fd}")
-            yield OpenFile(fd, link, status_, parse_fdinfo(read_text(pid, f"fdinfo/{fd}")))
+            link = readlink(pid, f"fd/{fd}")
+            if only is None or link in only:
+                status_ = stat_through(pid, f"fd/{fd}")
+                yield OpenFile(fd, link, status_, parse_fdinfo(read_text(pid, f"fdinfo/{fd}")))
         except TaskGoneError:
             if not os.path.exists(f"/proc/{pid}"):
                 raise

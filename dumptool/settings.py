@@ -8,8 +8,8 @@ from pathlib import Path
 
 from dumptool.freeze import FrozenTree
 from dumptool.memory import Counts
+from dumptool.saveable import Options
 from dumptool.send import PageServer
-from dumptool.survey import Options
 from dumptool.tracking import Method
 from images_spec.messages import DumpStatsEntry, StatsEntry
 

@@ -1,16 +1,15 @@
-"""The state of a tree of processes, and what of it images can't hold.
+"""The state of a tree of processes, and what keeps its memory from being read or tracked.
 
 It is examined twice: before the tree is stopped, so that a refusal does not disturb the tasks, and again when it
-is frozen, because it may have changed.
+is frozen, because it may have changed. What beside memory can't be saved is the matter of ``dumptool.saveable``.
 """
 
 from __future__ import annotations
 
 import os
 import re
-import stat
 import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -20,53 +19,12 @@ from dumptool.freeze import Process, members
 from dumptool.identity import one_process
 from dumptool.tracee import Same, dispatches_syscalls, same
 
-NAMESPACES = (
-    "cgroup",
-    "ipc",
-    "mnt",
-    "net",
-    "pid",
-    "pid_for_children",
-    "time",
-    "time_for_children",
-    "user",
-    "uts",
-)
-
-MEMORY_DEVICES = frozenset(os.makedev(1, minor) for minor in (3, 5, 7, 8, 9))
-"""/dev/null, zero, full, random, urandom: devices without state, restored by name."""
-TTY_MAJORS = frozenset({4, 5, *range(136, 144)})
-"""Consoles, /dev/tty and /dev/console, pseudo-terminals (Documentation/admin-guide/devices.txt)."""
-PTS_MAJORS = range(136, 144)
-
-CRIU_SAVES = frozenset(
-    {
-        *(f"anon_inode:[{name}]" for name in ("eventfd", "eventpoll", "fanotify", "signalfd", "timerfd")),
-        "anon_inode:inotify",
-    }
-)
-"""Descriptors that dumptool does not save, but CRIU 4.1 and 4.2 do."""
-
 NR_RESTART_SYSCALL = "219"
-
-SCHED_DEADLINE = 6
-THREAD_CLOCKS = (3, -2)
-"""CLOCK_THREAD_CPUTIME_ID, and its number in /proc/<pid>/timers, which does not show the thread."""
-
-OWN_LOCKS = ("POSIX", "FLOCK", "OFDLCK")
 
 VFORK_PATIENCE = 2.0
 """Seconds for the child of a vfork to call execve or to exit."""
 LOOK_PAUSE = 0.005
 """Seconds between two looks at a tree that seems to have something that can't be saved."""
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """What the user allows: ``shell_job``, session and terminal of processes outside of the tree; ``file_locks``."""
-
-    shell_job: bool = False
-    file_locks: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,19 +54,32 @@ class Task:
     def pid(self) -> int:
         return self.process.pid
 
+    @property
+    def image_pid(self) -> int:
+        """The pid in the process's own PID namespace, by which CRIU names its images (images_spec/README.md)."""
+        return int(self.status["NSpid"].split()[-1])
 
-def look_at(process: Process, before: Task | None = None) -> Task:
-    """Reads the state of a process. ``before``: an earlier look, which can save work. Raises ``DumpError``."""
+
+Check = Callable[[Sequence[Process], dict[int, Task]], None]
+"""Raises ``UnsupportedError`` for a tree that has to be refused."""
+
+
+def look_at(process: Process, before: Task | None = None, *, files: bool = True) -> Task:
+    """Reads the state of a process. Raises ``DumpError``.
+
+    ``before``: an earlier look, which can save work. ``files``: read all its descriptors, which takes a while if
+    there are many; without, only our trackers among them.
+    """
     with one_process(process.pid):
         now = proc.stat(process.pid)
         if before is not None and before.stat.start_time != now.start_time:
             before = None  # of another process with the same pid
-        return _look_at(process, before)
+        return _look_at(process, before, files)
 
 
-def _look_at(process: Process, before: Task | None) -> Task:
+def _look_at(process: Process, before: Task | None, all_files: bool) -> Task:
     pid = process.pid
-    files = list(proc.open_files(pid))
+    files = list(proc.open_files(pid, None if all_files else (trackers.MEMFD_LINK, trackers.UFFD_LINK)))
     found = trackers.find(pid, files)
     ours = {fd for tracker in found for fd in tracker.fds}
     return Task(
@@ -133,8 +104,12 @@ def _asleep(process: Process) -> dict[int, Asleep]:
     return found
 
 
-def look_at_all(processes: Iterable[Process], before: dict[int, Task] | None = None) -> dict[int, Task]:
+def look_at_all(
+    processes: Iterable[Process], before: dict[int, Task] | None = None, *, files: bool = True
+) -> dict[int, Task]:
     """The state of all processes but zombies, by pid. Leaves out those that exit meanwhile, except the root.
+
+    ``before``, ``files``: as in ``look_at``.
 
     Raises ``TaskGoneError`` if the root exits.
     """
@@ -142,16 +117,17 @@ def look_at_all(processes: Iterable[Process], before: dict[int, Task] | None = N
     for process in processes:
         if not process.zombie:
             try:
-                tasks[process.pid] = look_at(process, (before or {}).get(process.pid))
+                tasks[process.pid] = look_at(process, (before or {}).get(process.pid), files=files)
             except TaskGoneError:
                 if process.ppid == 0:
                     raise
     return tasks
 
 
-def look_until_settled(root: int, options: Options) -> dict[int, Task]:
-    """The running processes of the tree, when nothing in them has to be refused.
+def look_until_settled(root: int, check: Check, *, files: bool = True) -> dict[int, Task]:
+    """The running processes of the tree, when ``check`` finds nothing in them that has to be refused.
 
+    ``files``: as in ``look_at``.
     Raises ``UnsupportedError`` when two looks in a row find the same refusals. While a process exits or
     calls execve, /proc may show a state that is neither the old nor the new one; the child of a vfork shares its
     parent's memory until it calls execve or exits, which may take ``VFORK_PATIENCE``.
@@ -161,9 +137,9 @@ def look_until_settled(root: int, options: Options) -> dict[int, Task]:
     while True:
         processes = members(root)
         in_vfork = any_in_vfork(processes)  # before the look: the vfork may be over after it
-        tasks = look_at_all(processes)
+        tasks = look_at_all(processes, files=files)
         try:
-            check(processes, tasks, options)
+            check(processes, tasks)
         except UnsupportedError as error:
             settled = str(error) == refused and not (in_vfork or any_in_vfork(processes))
             if settled or time.monotonic() > deadline:
@@ -174,50 +150,68 @@ def look_until_settled(root: int, options: Options) -> dict[int, Task]:
             return tasks
 
 
-def check(
-    processes: Sequence[Process], tasks: dict[int, Task], options: Options, *, frozen: bool = False
-) -> None:
-    """Raises ``UnsupportedError`` with everything that can't be saved.
+def check_memory(processes: Sequence[Process], tasks: dict[int, Task], *, frozen: bool = False) -> None:
+    """Raises ``UnsupportedError`` with everything that ``memory_refusals`` finds."""
+    refusals = memory_refusals(processes, tasks, frozen=frozen)
+    if refusals:
+        raise UnsupportedError(sorted(set(refusals)))
 
-    ``frozen``: also checks what can be seen only of a thread in a ptrace stop. Processes that exit meanwhile are
-    ignored, except the root: ``TaskGoneError``.
+
+def memory_refusals(
+    processes: Sequence[Process], tasks: dict[int, Task], *, frozen: bool = False
+) -> list[Refusal]:
+    """Everything for which the memory of the tree can't be read, or writes to it can't be tracked.
+
+    ``frozen``: also what can be seen only of a thread in a ptrace stop. Processes that exit meanwhile are ignored,
+    except the root: ``TaskGoneError``.
     """
     refusals: list[Refusal] = []
-    pids = {one.pid for one in processes}
     for process in processes:
         try:
-            refusals += _family(process, pids, options)
+            if process.zombie and len(process.threads) > 1:
+                refusals.append(Refusal(process.pid, "", "its first thread has exited, others have not"))
             if process.pid in tasks:
-                refusals += _own(tasks[process.pid], options)
+                refusals += _threads(tasks[process.pid])
+                refusals += _registered(tasks[process.pid])
                 if frozen:
                     refusals += _frozen(process)
         except TaskGoneError:
             if process.ppid == 0:
                 raise
-    refusals += _pipes(tasks)
-    refusals += _shared(list(tasks.values()))
-    if refusals:
-        raise UnsupportedError(sorted(set(refusals)))
+    refusals += _same_memory(tasks.values())
+    refusals += _same_number(tasks.values())
+    return refusals
 
 
-def _own(task: Task, options: Options) -> list[Refusal]:
-    return [*_process(task), *_files(task, options), *_mappings(task)]
-
-
-def _family(process: Process, pids: Collection[int], options: Options) -> Iterator[Refusal]:
-    if process.zombie and len(process.threads) > 1:
-        yield Refusal(process.pid, "", "its first thread has exited, others have not")
-    if options.shell_job:
-        return
-    own = proc.stat(process.pid)
-    for kind, leader in (("session", own.session), ("process group", own.pgrp)):
-        if leader not in pids:
+def _threads(task: Task) -> Iterator[Refusal]:
+    pid = task.pid
+    for tid in task.process.threads:
+        try:
+            fields = proc.status(pid, tid)
+        except TaskGoneError:
+            continue
+        tracer = int(fields.get("TracerPid", "0"))
+        if tracer not in (0, os.getpid()):
+            yield Refusal(pid, "", f"thread {tid} is traced by pid {tracer} (a debugger or strace): end that")
+        if fields.get("x86_Thread_features", ""):
             yield Refusal(
-                process.pid,
+                pid,
                 "",
-                f"is in {kind} {leader}, whose leader is not dumped with it: start it with `setsid`, "
-                "or dump and restore it with --shell-job",
+                f"thread {tid} has a shadow stack, which is not saved: no call can be run in it safely",
             )
+    if int(task.status.get("CoreDumping", "0")):
+        yield Refusal(pid, "", "is dumping core")
+
+
+def _registered(task: Task) -> Iterator[Refusal]:
+    """Memory that another userfaultfd handles: it may miss pages, and can't be registered with ours."""
+    tracked = any(tracker.owned_by(task.pid, task.stat.start_time) for tracker in task.trackers)
+    foreign = {"um", "ui"} if tracked else {"um", "ui", "uw"}
+    for vma in task.layout.vmas:
+        if foreign & task.layout.flags[vma.start]:
+            where = f"mapping {vma.start:x}-{vma.end:x}"
+            yield Refusal(task.pid, where, "has a userfaultfd that is not ours, which is not saved")
+            return  # one of them is enough
 
 
 def _frozen(process: Process) -> Iterator[Refusal]:
@@ -231,209 +225,38 @@ def _frozen(process: Process) -> Iterator[Refusal]:
             )
 
 
-def _process(task: Task) -> Iterator[Refusal]:
-    pid, status = task.pid, task.status
-    for tid in task.process.threads:
-        try:
-            fields = proc.status(pid, tid)
-        except TaskGoneError:
-            continue
-        tracer = int(fields.get("TracerPid", "0"))
-        if tracer not in (0, os.getpid()):
-            yield Refusal(pid, "", f"thread {tid} is traced by pid {tracer} (a debugger or strace): end that")
-        if fields.get("Seccomp", "0") != "0":
-            yield Refusal(pid, "", f"thread {tid} is under seccomp, which is not saved")
-        if proc.stat(pid, tid).policy == SCHED_DEADLINE:
-            yield Refusal(pid, "", f"thread {tid} has a deadline (SCHED_DEADLINE), which is not saved")
-        if fields.get("x86_Thread_features", ""):
-            yield Refusal(pid, "", f"thread {tid} has a shadow stack, which is not saved")
-    if len(task.process.threads) > 1:
-        for timer in proc.parse_timers(proc.read_text(pid, "timers")):
-            if timer.clock in THREAD_CLOCKS:
-                yield Refusal(
-                    pid,
-                    "",
-                    f"timer {timer.ident} uses the CPU time of one of the threads, which is not saved",
-                )
-    for name in NAMESPACES:
-        try:
-            theirs, ours = proc.readlink(pid, f"ns/{name}"), os.readlink(f"/proc/self/ns/{name}")
-        except FileNotFoundError:
-            continue  # not a namespace of this kernel
-        if theirs != ours:
-            yield Refusal(pid, "", f"is in a namespace of its own ({theirs}): run dumptool inside of it")
-    root = proc.stat_through(pid, "root")
-    if not os.path.samestat(root, os.stat("/")):
-        yield Refusal(pid, "", f"has another root directory (chroot): {proc.readlink(pid, 'root')}")
-    for name in ("cwd", "exe"):
-        link = proc.readlink(pid, name)
-        if not _has_name(link, proc.stat_through(pid, name)):
-            yield Refusal(pid, name, f"{link} can't be found under this name")
-    if int(status.get("CoreDumping", "0")):
-        yield Refusal(pid, "", "is dumping core")
+def _same_memory(tasks: Iterable[Task]) -> Iterator[Refusal]:
+    """Processes that share their memory (CLONE_VM): they have the same mappings, too."""
+    alike: dict[str, list[Task]] = {}
+    for task in tasks:
+        alike.setdefault(task.layout.maps, []).append(task)
+    for group in alike.values():
+        for place, task in enumerate(group):
+            for other in group[:place]:
+                with suppress(TaskGoneError):
+                    if same(task.pid, other.pid, Same.VM):
+                        yield Refusal(
+                            task.pid, "", f"shares its memory with pid {other.pid}, which is not saved"
+                        )
 
 
-def _has_name(link: str, status: os.stat_result) -> bool:
-    """Whether the name leads to this file."""
-    try:
-        return os.path.samestat(os.stat(link), status)
-    except OSError:
-        return False
-
-
-def _files(task: Task, options: Options) -> Iterator[Refusal]:
-    for file in task.files:
-        where = f"fd {file.fd}"
-        what = _unsupported(file, options)
-        if what:
-            yield Refusal(task.pid, where, what)
-        for lock in file.info.locks:
-            if lock.kind not in OWN_LOCKS or lock.mandatory:
-                yield Refusal(task.pid, where, f"{lock.kind.lower()} lock on {file.link} is not saved")
-            elif not options.file_locks:
-                yield Refusal(task.pid, where, f"a lock is held on {file.link}: allow it with --file-locks")
-
-
-def _unsupported(file: proc.OpenFile, options: Options) -> str | None:
-    """The reason why a descriptor can't be saved; None if it can."""
-    mode, link = file.status.st_mode, file.link
-    if stat.S_ISSOCK(mode):
-        return f"{link} is a socket; dumptool saves none, use `criu dump`"
-    if link.startswith("/memfd:"):
-        return f"{link} is a memfd, which is not saved; use `criu dump`"
-    if link in CRIU_SAVES:
-        return f"{link} is not saved; use `criu dump`"
-    if not link.startswith("/") and not stat.S_ISFIFO(mode):
-        return f"{link} is not saved"
-    if stat.S_ISFIFO(mode):
-        return None if link.startswith("pipe:") else f"{link} is a named pipe, which is not saved"
-    if stat.S_ISCHR(mode):
-        if os.major(file.status.st_rdev) in PTS_MAJORS:
-            return None if options.shell_job else f"{link} is a terminal: allow it with --shell-job"
-        if file.status.st_rdev not in MEMORY_DEVICES:
-            return f"{link} is a device, which is not saved"
-    elif stat.S_ISBLK(mode):
-        return f"{link} is a block device, which is not saved"
-    if not _has_name(link, file.status):
-        return f"{link} can't be found under this name (deleted, renamed, or below a mount)"
-    return None
-
-
-def _mappings(task: Task) -> Iterator[Refusal]:
-    tracked = any(tracker.owned_by(task.pid, task.stat.start_time) for tracker in task.trackers)
-    reported = set()
-    for vma in task.layout.vmas:
-        what = unsupported_mapping(task.pid, vma, task.layout.flags[vma.start], tracked=tracked)
-        if what and what not in reported:  # one mapping of each kind
-            reported.add(what)
-            yield Refusal(task.pid, f"mapping {vma.start:x}-{vma.end:x}", what)
-
-
-def unsupported_mapping(pid: int, vma: proc.Vma, flags: frozenset[str], *, tracked: bool) -> str | None:
-    """The reason why a mapping can't be saved; None if it can. ``flags``: VmFlags (proc_pid_smaps(5))."""
-    if vma.name in ("[vdso]", "[vvar]", "[vvar_vclock]", "[vsyscall]"):
-        return None
-    for flag, what in (
-        ("ht", "huge pages (hugetlb)"),
-        ("ss", "a shadow stack"),
-        ("um", "a userfaultfd that is not ours"),
-        ("ui", "a userfaultfd that is not ours"),
-    ):
-        if flag in flags:
-            return f"has {what}, which is not saved"
-    if "uw" in flags and not tracked:
-        return "has a userfaultfd that is not ours, which is not saved"
-    for prefix, what in (
-        ("/memfd:", "a memfd"),
-        ("/SYSV", "System V shared memory"),
-        ("/[aio]", "an asynchronous-I/O ring"),
-        ("anon_inode:", "a special mapping"),
-        ("socket:", "a socket's mapping"),
-        ("[uprobes]", "a uprobe's mapping"),
-    ):
-        if vma.name.startswith(prefix):
-            return f"is {what} ({vma.name}), which is not saved"
-    if {"io", "pf"} & flags or (vma.name.startswith("[") and "mm" in flags):
-        return f"is a device's or special mapping ({vma.name or 'no name'}), which is not saved"
-    if vma.inode and not is_shared_anonymous(vma):
-        status = proc.stat_through(pid, vma.link)
-        if not (stat.S_ISREG(status.st_mode) or status.st_rdev in MEMORY_DEVICES):
-            return f"maps {vma.name}, which is not a regular file"
-        if not _has_name(mapped_name(pid, vma), status):
-            return f"{vma.name} can't be found under this name (deleted, renamed, or below a mount)"
-    return None
-
-
-def mapped_name(pid: int, vma: proc.Vma) -> str:
-    """The name of a mapped file. In maps it has escapes that can't be undone."""
-    return proc.readlink(pid, vma.link)
+def _same_number(tasks: Iterable[Task]) -> Iterator[Refusal]:
+    """Processes that have the same pid, each in a PID namespace of its own: images are named by it."""
+    known: dict[int, int] = {}
+    for task in tasks:
+        other = known.setdefault(task.image_pid, task.pid)
+        if other != task.pid:
+            yield Refusal(
+                task.pid,
+                "",
+                f"is pid {task.image_pid} in its PID namespace, as pid {other} is in another one: "
+                "dump the namespaces one by one",
+            )
 
 
 def is_shared_anonymous(vma: proc.Vma) -> bool:
     """Whether it is MAP_SHARED | MAP_ANONYMOUS, which the kernel shows as a deleted /dev/zero."""
     return vma.shared and vma.name == "/dev/zero (deleted)"
-
-
-def _pipes(tasks: dict[int, Task]) -> Iterator[Refusal]:
-    """Pipes that processes outside of the tree have open, too."""
-    held: dict[str, tuple[int, int]] = {}
-    for task in tasks.values():
-        for file in task.files:
-            if file.link.startswith("pipe:"):
-                held.setdefault(file.link, (task.pid, file.fd))
-    if not held:
-        return
-    for entry in os.listdir("/proc"):
-        if not entry.isdigit() or int(entry) in tasks or int(entry) == os.getpid():
-            continue
-        try:
-            links = {os.readlink(f"/proc/{entry}/fd/{fd}") for fd in os.listdir(f"/proc/{entry}/fd")}
-        except OSError:
-            continue
-        shared = links & held.keys()
-        if shared and _descends(int(entry), tasks):
-            continue  # a child that was forked after the look
-        for link in shared:
-            pid, fd = held.pop(link)  # one descriptor of each pipe
-            yield Refusal(
-                pid, f"fd {fd}", f"{link} leads out of the tree, to pid {entry}; that end is not saved"
-            )
-
-
-def _descends(pid: int, tasks: Collection[int]) -> bool:
-    """Whether a process descends from one of these."""
-    try:
-        while pid > 1 and pid not in tasks:
-            pid = proc.stat(pid).ppid
-    except TaskGoneError:
-        return True  # exited: its descriptors are closed
-    return pid in tasks
-
-
-def _shared(tasks: Sequence[Task]) -> Iterator[Refusal]:
-    """Resources that only threads should share but processes do, or that threads should share but do not."""
-    for place, task in enumerate(tasks):
-        for kind, what in ((Same.FILES, "descriptors"), (Same.FS, "working directory")):
-            for tid in task.process.threads[1:]:
-                try:
-                    shared = same(task.pid, tid, kind)
-                except TaskGoneError:
-                    continue
-                if not shared:
-                    yield Refusal(task.pid, "", f"thread {tid} has {what} of its own, which is not saved")
-        for other in tasks[:place]:
-            for kind, what in (
-                (Same.VM, "memory"),
-                (Same.FILES, "descriptors"),
-                (Same.FS, "working directory"),
-                (Same.SIGHAND, "signal handlers"),
-            ):
-                try:
-                    shared = same(task.pid, other.pid, kind)
-                except TaskGoneError:
-                    continue
-                if shared:
-                    yield Refusal(task.pid, "", f"shares its {what} with pid {other.pid}, which is not saved")
 
 
 def any_in_vfork(processes: Iterable[Process]) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from dumptool import proc, survey
+from dumptool import proc, saveable
 from dumptool.dump import Settings, Watcher, dump
 from dumptool.errors import DumpError, UnsupportedError
 from tests.support.dumptool import is_unharmed, run, task
@@ -149,13 +149,11 @@ def test_syscall_user_dispatch(command: str, thread: bool, tmp_path: Path) -> No
         is_unharmed(pid)
 
 
-@pytest.mark.parametrize(
-    ("flag", "reason"), [("ss", "a shadow stack"), ("ht", "huge pages"), ("um", "a userfaultfd")]
-)
+@pytest.mark.parametrize(("flag", "reason"), [("ss", "a shadow stack"), ("ht", "huge pages")])
 def test_mappings_that_few_machines_have(flag: str, reason: str) -> None:
     """Shadow stacks need a CPU and a kernel with them."""
     vma = proc.parse_maps_line("7f0000000000-7f0000001000 rw-p 00000000 00:00 0\n")
-    message = survey.unsupported_mapping(os.getpid(), vma, frozenset({"rd", flag}), tracked=False)
+    message = saveable.unsupported_mapping(os.getpid(), vma, frozenset({"rd", flag}))
     assert message
     assert reason in message
 
@@ -242,7 +240,7 @@ def test_what_comes_up_after_the_first_look(tmp_path: Path, monkeypatch: pytest.
     """The second look, at the frozen tree, refuses too, and the tree goes on."""
     output = tmp_path / "output"
     code = "signal.signal(signal.SIGUSR1, lambda *_: (os.eventfd(0), print('made', flush=True)))"
-    look = survey.check
+    look = saveable.check
     with task(sys.executable, "-c", SETUP + code + READY, output=output) as pid:
         wait_for("the program", lambda: "\n" in output.read_text())
 
@@ -252,7 +250,7 @@ def test_what_comes_up_after_the_first_look(tmp_path: Path, monkeypatch: pytest.
                 os.kill(pid, signal.SIGUSR1)
                 wait_for("the eventfd", lambda: "made" in output.read_text())
 
-        monkeypatch.setattr(survey, "check", check_and_change)
+        monkeypatch.setattr(saveable, "check", check_and_change)
         with pytest.raises(UnsupportedError, match="eventfd"):
             dump(Settings(pid, tmp_path / "images"), Watcher())
         is_unharmed(pid)

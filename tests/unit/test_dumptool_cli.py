@@ -12,8 +12,8 @@ from dumptool import cli
 from dumptool.dump import Report, Settings
 from dumptool.errors import DumpError, Refusal, UnsupportedError
 from dumptool.memory import Counts
+from dumptool.saveable import Options
 from dumptool.send import PageServer
-from dumptool.survey import Options
 from dumptool.tracking import Method
 from lazypages.net.tls import TlsFiles
 from lazypages.net.url import ConnectedSocket, TcpServer, UnixServer
