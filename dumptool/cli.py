@@ -21,6 +21,7 @@ from dumptool.saveable import Options
 from dumptool.send import PageServer
 from dumptool.serve import PageService
 from dumptool.tracking import Method
+from dumptool.untrack import untrack
 from images_spec.errors import ImageError
 from images_spec.flags import PAGE_SIZE
 from lazypages import logs
@@ -121,14 +122,24 @@ Examples
 
 \b
 Dirty tracking
-  uffd-wp     a userfaultfd in the task, kept as one of two descriptors with a
-              high number until the final dump (needs Linux 6.7)
+  uffd-wp     a userfaultfd for the task's memory (needs Linux 6.7)
   soft-dirty  the kernel's soft-dirty bits (needs CONFIG_MEM_SOFT_DIRTY). Clearing
               them breaks CRIU's --track-mem of the same task; clearing by CRIU
               is detected. The only kind of tracking before Linux 6.7
   compare     no tracking: the next level reads all pages and compares them with
               the parent's bytes
   auto        the first of these that works
+  A small process, `tracker_holder`, keeps what is needed for it (one for each
+  tree) until the final dump, the end of the tree, or `dumptool untrack`; if it
+  is killed, the next level has all pages. Nothing is left in the tasks: other
+  programs, such as `criu dump`, can dump them.
+
+\b
+What can be pre-dumped
+  Every tree that CRIU can dump: only memory is looked at. Refused are tasks that
+  are traced, share their memory with another process (CLONE_VM), have memory
+  registered with a userfaultfd of others, a shadow stack, or Syscall User
+  Dispatch. Left to the final dump: huge pages (hugetlb), memory of devices.
   Pre-dumps contain neither shared anonymous memory, which can't be tracked, nor
   the pages of files. The final dump contains all shared anonymous memory.
 """
@@ -404,6 +415,29 @@ def pre_dump_command(**options: Any) -> None:
     with _watcher(options) as watcher:
         report = pre_dump(settings, watcher)
     _log_report(report, "pre-dumped", settings.page_server)
+
+
+@cli.command("untrack")
+@click.option(
+    "-t",
+    "--tree",
+    "pid",
+    metavar="PID",
+    type=click.IntRange(min=1),
+    required=True,
+    help="Root of the tree: this process and all its descendants.",
+)
+@verbosity_option()
+def untrack_command(pid: int, verbosity: int) -> None:
+    """Stop tracking the writes of a tree: undo what pre-dump has left.
+
+    The next level then has all pages. It is not an error if nothing is tracked.
+    """
+    logs.start(verbosity, sys.stderr, None)
+    ended = untrack(pid)
+    processes = count(ended, "process", "processes")
+    what = f"writes of {processes} are not tracked any more" if ended else "nothing was tracked"
+    log.log(MESSAGE, "pid %d: %s", pid, what)
 
 
 def _log_report(report: Report, what: str, page_server: PageServer | None) -> None:

@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dumptool import survey
+from dumptool import proc, survey
 from dumptool.chain import ParentPages
 from dumptool.criu import LOG_NAME, Criu, CriuDump
 from dumptool.criu_pages import StoppedTask, find_pages
@@ -27,7 +27,6 @@ from dumptool.dump import Run, set_up_directory
 from dumptool.errors import DumpError
 from dumptool.freeze import members
 from dumptool.later import Later, put_off, room
-from dumptool.memory import Marks
 from dumptool.settings import Report, Serve, Settings, Watcher
 from images_spec import images
 from images_spec.images import Kind
@@ -94,7 +93,10 @@ class _CriuRun(Run):
         self.watcher.stage("looking")
         settings = self.settings
         survey.check_permission(settings.pid)
-        seen = survey.look_at_all(members(settings.pid), files=False)
+        self._holders.look()
+        seen = survey.look_at_all(members(settings.pid), holders=self._holders, files=False)
+        for task in seen.values():
+            self._hold(task)
         set_up_directory(settings, self.output)
         self._parents = self.level.open({pid: task.image_pid for pid, task in seen.items()})
         try:
@@ -150,18 +152,19 @@ class _CriuRun(Run):
     def find(self, tree: CriuTree) -> None:
         """Finds the pages of all processes that will be written."""
         begin = time.monotonic()
-        settings = self.settings
-        marks = Marks(lazy_dump=settings.lazy_pages, lazy_parents=settings.lazy_parents)
         for process in tree.alive:
             pid = tree.image_pid(process.pid)
             pidfd = os.dup(tree.pidfds[process.pid])
             self._resources.callback(os.close, pidfd)
-            task = StoppedTask(process.pid, pid, self._parents.get(process.pid), pidfd)
+            held = self._held.get(process.pid)
+            if held is not None and held.record.start_time != proc.stat(process.pid).start_time:
+                held = None  # of another process, which has ended
+            task = StoppedTask(process.pid, pid, self._parents.get(process.pid), pidfd, held)
             name = Kind.PAGEMAP.file_name(pid)
             pages_id = Pagemap.load(self._work / name).pages_id
             self._own |= {name, f"pages-{pages_id}.img"}
             target = self.level.task_target(pid, pages_id, parents=task.parent is not None)
-            find_pages(task, self._work, target, marks)
+            find_pages(task, self._work, target, self.level.changes(task))
             self.tasks.append(task)
         self.report.scanning = time.monotonic() - begin
 
@@ -231,6 +234,7 @@ class _CriuRun(Run):
         """The tree ends, stays or goes on, as was asked for. Returns how long it was stopped, in seconds."""
         settings = self.settings
         tree.finish(kill=not (settings.leave_running or settings.leave_stopped))
+        self._drop()
         if settings.leave_stopped:
             self._stop(tree)
         return time.monotonic() - tree.frozen_since

@@ -16,10 +16,10 @@ from pathlib import Path
 from dumptool import memory
 from dumptool._ptrace import lib
 from dumptool.chain import ParentPages
-from dumptool.level import PageJob
+from dumptool.level import Changes, PageJob
 from dumptool.mappings import PROT_READ, Mapping
 from dumptool.memory import Marks, Part, Runs, Sink, Source
-from dumptool.tracking import Vouched
+from dumptool.tracking import Held, Vouched
 from images_spec import images
 from images_spec.flags import (
     MAP_PRIVATE,
@@ -46,32 +46,23 @@ class StoppedTask:
     image_pid: int
     parent: ParentPages | None
     pidfd: int | None
+    held: Held | None
     job: PageJob | None = None
 
 
-def find_pages(
-    task: StoppedTask,
-    written: Path,
-    target: Sink,
-    marks: Marks,
-    *,
-    vouched: Vouched | None = None,
-    compare: ParentPages | None = None,
-) -> None:
-    """Sets ``task.job``. ``written``: CRIU's images. ``vouched``: what the tracker of its writes knows.
-
-    ``compare``: pages with the same bytes there are unchanged. Raises ``DumpError``, ``ImageError``.
-    """
+def find_pages(task: StoppedTask, written: Path, target: Sink, changes: Changes) -> None:
+    """Sets ``task.job``. ``written``: directory of CRIU's images. Raises ``DumpError``, ``ImageError``."""
+    marks = changes.marks
     vmas = images.read_one(written / Kind.MM.file_name(task.image_pid), Kind.MM).vmas
     pagemap = Pagemap.load(written / Kind.PAGEMAP.file_name(task.image_pid))
     runs = _runs(pagemap, marks)
     described = [mapping(entry) for entry in vmas if not is_guard(entry.status)]
-    if vouched is not None:
-        runs = _without_unchanged(task, runs, described, marks, vouched)
+    if changes.vouched is not None:
+        runs = _without_unchanged(task, runs, described, marks, changes.vouched)
     (part,) = memory.only_in_parent(
         [Part(runs, readable(runs, described), drop_zero=False)], task.parent, marks
     )
-    task.job = PageJob(Source(task.pid, compare=compare), target, [part], marks)
+    task.job = PageJob(Source(task.pid, compare=changes.compare), target, [part], marks)
 
 
 def mapping(entry: VmaEntry) -> Mapping:

@@ -21,9 +21,10 @@ from typing import Self
 
 from dumptool import core, memory, proc, saveable, survey, tracking
 from dumptool.chain import PARENT_LINK, SENT_PREFIX, ParentPages
-from dumptool.errors import DumpError, TaskGoneError
+from dumptool.errors import DumpError
 from dumptool.files import FileTable
 from dumptool.freeze import FrozenTree, Process, freeze
+from dumptool.holders import Holder, Holders
 from dumptool.level import FrozenTask, HasPages, Level
 from dumptool.output import Output
 from dumptool.process_images import (
@@ -37,6 +38,7 @@ from dumptool.process_images import (
 from dumptool.settings import Report, Serve, Settings, Watcher
 from dumptool.survey import Task
 from dumptool.tracee import Gadgets, find_room, xstate_components
+from dumptool.tracking import Held, Method
 from images_spec import images
 from images_spec.errors import ImageError
 from images_spec.identity import new_run_id
@@ -53,13 +55,13 @@ def pre_dump(settings: Settings, watcher: Watcher) -> Report:
     The tree is stopped only while its page tables are scanned and write-protected. Raises ``DumpError``
     (``UnsupportedError``) or ``ImageError``; then, too, the tree goes on.
     """
-    with Run(settings, watcher, memory_only=True) as run:
+    with Run(settings, watcher, memory_only=True, track=True) as run:
         run.look()
         with run.frozen() as tree:
             tasks = run.live(tree)
             for number, frozen in enumerate(tasks, start=1):
                 begin = time.monotonic()
-                run.level.find_pages(frozen, _no_file, number, arm=True)
+                run.level.find_pages(frozen, _no_file, number, holder=run.holder)
                 run.report.scanning += time.monotonic() - begin
             run.report.frozen = tree.thaw()
         run.copy(tasks, running=True)
@@ -72,17 +74,19 @@ def dump(settings: Settings, watcher: Watcher, serve: Serve | None = None) -> Re
     """Writes all images of the tree; then kills it, lets it go on (``leave_running``) or leaves it stopped.
 
     With ``lazy_pages``, ``serve`` is called when all images are complete, while the tree is still frozen. Without
-    ``serve`` such a tree goes on, because its images lack pages. Raises as ``pre_dump``.
+    ``serve`` such a tree goes on, because its images lack pages. Raises as ``pre_dump``. If the dump fails when the
+    tree has been frozen, its writes are not tracked any more, as after a dump that succeeds (unless ``track``).
     """
-    with Run(settings, watcher) as run:
+    track = settings.leave_running and settings.track
+    with Run(settings, watcher, track=track) as run:
         run.look()
-        with run.frozen() as tree:
+        with run.frozen() as tree, run.untracked_on_error():
             tasks = run.live(tree)
             run.capture(tree, tasks)
             run.copy(tasks, running=False)
             run.copy_shared(tasks)
             if settings.leave_running and not settings.lazy_pages:
-                if not settings.track:
+                if not track:
                     run.untrack(tasks)
                 # The tree goes on even if the images fail, so it need not wait for the disk.
                 run.report.frozen = tree.thaw()
@@ -102,7 +106,7 @@ def dump(settings: Settings, watcher: Watcher, serve: Serve | None = None) -> Re
                     run.report.requested = first - tree.frozen_since
             if settings.leave_running or (settings.lazy_pages and serve is None):
                 tree.release()
-                if not settings.track:
+                if not track:
                     run.untrack(tasks)
                 run.report.frozen = tree.thaw()
             elif settings.leave_stopped:
@@ -133,17 +137,23 @@ class _Seen:
 class Run:
     """One run of the tool; a context manager that closes its descriptors.
 
-    ``memory_only``: what else the tasks have is not looked at: nothing of it can be in the way.
+    ``memory_only``: what else the tasks have is not looked at: nothing of it can be in the way. ``track``: writes are
+    tracked from this level on; ``holder`` then keeps new trackers, from the freeze on.
     """
 
-    def __init__(self, settings: Settings, watcher: Watcher, *, memory_only: bool = False) -> None:
+    def __init__(
+        self, settings: Settings, watcher: Watcher, *, memory_only: bool = False, track: bool = False
+    ) -> None:
         self.settings, self.watcher, self.report = settings, watcher, Report()
-        self._memory_only = memory_only
+        self._memory_only, self._track = memory_only, track and settings.method is not Method.COMPARE
+        self.holder: Holder | None = None
+        self._held: dict[int, Held] = {}
         self._run_id = new_run_id()
         self._seen: dict[int, _Seen] = {}
         self.output = Output(settings.images, durable=settings.sync)
         self._resources = ExitStack()
         self._resources.callback(self.output.close)
+        self._holders = self._resources.enter_context(Holders())
         self.level = Level(settings, self.output.keep, self._resources)
 
     def __enter__(self) -> Self:
@@ -157,7 +167,9 @@ class Run:
         self.watcher.stage("looking")
         memory.guard_category()
         survey.check_permission(self.settings.pid)
-        tasks = survey.look_until_settled(self.settings.pid, self._check, files=not self._memory_only)
+        tasks = survey.look_until_settled(
+            self.settings.pid, self._check, self._holders, files=not self._memory_only
+        )
         gadgets = {pid: _gadgets(task) for pid, task in tasks.items()}
         set_up_directory(self.settings, self.output)
         parents = self.level.open({pid: task.image_pid for pid, task in tasks.items()})
@@ -175,10 +187,9 @@ class Run:
         """The tree, stopped, and locked against other runs of the tool."""
         self.watcher.stage("freezing")
         for seen in self._seen.values():
-            with suppress(TaskGoneError):
-                fd = tracking.lock(seen.task)
-                if fd is not None:
-                    self._resources.callback(os.close, fd)
+            self._hold(seen.task)
+        if self._track:
+            self.holder = self._holders.for_tree(self._seen)
         with freeze(self.settings.pid, self.settings.timeout) as tree:
             self.report.processes = len(tree.processes)
             self.report.threads = sum(len(process.threads) for process in tree.alive)
@@ -190,9 +201,24 @@ class Run:
     def live(self, tree: FrozenTree) -> list[FrozenTask]:
         """Looks at the frozen processes: they have run, and may have forked, since the first look."""
         before = {pid: seen.task for pid, seen in self._seen.items()}
-        tasks = survey.look_at_all(tree.processes, before, files=not self._memory_only)
+        if not self._held.keys() >= {process.pid for process in tree.alive}:
+            self._holders.look()  # another run may have tracked some since; those that are held are locked
+        tasks = survey.look_at_all(tree.processes, before, holders=self._holders, files=not self._memory_only)
         self._check(tree.processes, tasks, frozen=True)
+        for task in tasks.values():
+            self._hold(task)
         return [self._frozen_task(task, tree) for task in tasks.values()]
+
+    def _hold(self, task: Task) -> None:
+        """Locks the tracker of a process, if it has one, and takes its descriptors."""
+        held = self._held.get(task.pid)
+        if held is not None and held.record.start_time == task.stat.start_time:
+            return
+        self._held.pop(task.pid, None)  # of an earlier process
+        held = tracking.hold(task)
+        if held is not None:
+            self._resources.callback(held.close)
+            self._held[task.pid] = held
 
     def _frozen_task(self, task: Task, tree: FrozenTree) -> FrozenTask:
         pid, vmas, seen = task.pid, task.layout.vmas, self._seen.get(task.pid)
@@ -204,17 +230,17 @@ class Run:
         if pid in tree.pidfds:
             pidfd = os.dup(tree.pidfds[pid])  # the tree closes its own at the thaw
             self._resources.callback(os.close, pidfd)
-        return FrozenTask(task, gadgets, None if seen is None else seen.parent, pidfd)
+        return FrozenTask(task, gadgets, None if seen is None else seen.parent, pidfd, self._held.get(pid))
 
     def capture(self, tree: FrozenTree, tasks: list[FrozenTask]) -> None:
         """Writes all images but the pages, and finds the pages."""
         components, table = xstate_components(), FileTable()
-        arm = self.settings.leave_running and self.settings.track
         for number, frozen in enumerate(tasks, start=1):
             pid, ids = frozen.task.pid, object_ids(ROOT_OBJECT + number)
             captured = core.capture(frozen.task, frozen.gadgets, components, ids)
             begin = time.monotonic()
-            described = self.level.find_pages(frozen, partial(table.add_mapped, pid), number, arm=arm)
+            file_id = partial(table.add_mapped, pid)
+            described = self.level.find_pages(frozen, file_id, number, holder=self.holder)
             self.report.scanning += time.monotonic() - begin
             guards = memory.guard_regions(pid, described)
             write_task(CapturedTask(frozen.task, captured, described, guards, ids), self.output, table)
@@ -236,10 +262,27 @@ class Run:
         self.report.writing += time.monotonic() - begin
 
     def untrack(self, tasks: list[FrozenTask]) -> None:
-        """Removes the trackers from processes that go on untracked."""
+        """Ends the tracking of frozen processes that go on."""
         for frozen in tasks:
-            for fd in tracking.remove(frozen.task, frozen.gadgets):
-                self._resources.callback(os.close, fd)
+            for fd in tracking.close_in(frozen.task, frozen.gadgets, frozen.task.leftovers):
+                self._resources.callback(os.close, fd)  # when they run again
+        self._drop()
+
+    def _drop(self) -> None:
+        """Ends the tracking of all processes; what takes long in that happens at the end of the run."""
+        for held in self._held.values():
+            held.drop()
+            self._resources.callback(held.holder.sync)
+        self._held.clear()
+
+    @contextmanager
+    def untracked_on_error(self) -> Iterator[None]:
+        """Ends the tracking of all processes if the block fails."""
+        try:
+            yield
+        except BaseException:
+            self._drop()
+            raise
 
     def finish(self, tasks: list[FrozenTask]) -> None:
         """Publishes the inventory once all else is on the disk and at the page server, then completes the trackers."""
@@ -247,6 +290,9 @@ class Run:
         self.level.close()
         self.output.publish(inventory(self._run_id))
         trackers = [frozen.armed for frozen in tasks if frozen.armed is not None]
+        if not all(holder.sync() for holder in {armed.held.holder for armed in trackers}):
+            log.warning("what keeps the trackers has ended: the next level will have all pages")
+            return
         for armed in trackers:
             armed.complete(self._run_id)
         self.report.tracked = ", ".join(sorted({armed.record.method for armed in trackers}))

@@ -11,6 +11,7 @@ from typing import Protocol
 from dumptool import identity, mappings, memory, proc, survey, tracking
 from dumptool.chain import Chain, ParentPages
 from dumptool.errors import TaskGoneError
+from dumptool.holders import Holder
 from dumptool.mappings import FileIds, Mapping
 from dumptool.memory import Counts, Marks, Part, Progress, Sink, Source, Target
 from dumptool.output import Keep
@@ -18,7 +19,7 @@ from dumptool.send import Sender, SentTarget
 from dumptool.settings import Settings
 from dumptool.survey import Task
 from dumptool.tracee import Gadgets, registers
-from dumptool.tracking import Armed, Method, Vouched
+from dumptool.tracking import Armed, Held, Method, Vouched
 from images_spec.flags import PE_PRESENT
 from images_spec.images import Kind
 from lazypages.net.wire import ImageType
@@ -43,7 +44,13 @@ class HasPages(Protocol):
     """A process whose pages are copied; see ``FrozenTask``."""
 
     @property
+    def parent(self) -> ParentPages | None: ...
+
+    @property
     def pidfd(self) -> int | None: ...
+
+    @property
+    def held(self) -> Held | None: ...
 
     @property
     def job(self) -> PageJob | None: ...
@@ -54,20 +61,21 @@ class FrozenTask:
     """A process of the frozen tree.
 
     ``parent``: its pages in the parent levels; None: all of its pages are written. ``pidfd``: identifies the process
-    also after the thaw; None if it was killed during the freeze. ``armed``: the tracker of its writes, and ``job``:
-    its pages, both set by ``Level.find_pages``.
+    also after the thaw; None if it was killed during the freeze. ``held``: the tracker of its writes. ``armed``: the
+    same, while it is used for this level, and ``job``: its pages, both set by ``Level.find_pages``.
     """
 
     task: Task
     gadgets: Gadgets
     parent: ParentPages | None
     pidfd: int | None
+    held: Held | None = None
     armed: Armed | None = None
     job: PageJob | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class _Changes:
+class Changes:
     """How changed pages of a process are found.
 
     ``vouched``: by its tracker. ``compare``: by comparison with these pages. Neither: all pages count as changed.
@@ -104,18 +112,17 @@ class Level:
                     parents[pid] = None
         return parents
 
-    def find_pages(self, frozen: FrozenTask, file_id: FileIds, pages_id: int, *, arm: bool) -> list[Mapping]:
+    def find_pages(
+        self, frozen: FrozenTask, file_id: FileIds, pages_id: int, *, holder: Holder | None
+    ) -> list[Mapping]:
         """Finds the pages of a frozen process that will be copied (``frozen.job``). Returns its mappings.
 
-        ``arm``: track writes from now on. Raises ``DumpError``.
+        ``holder``: track writes from now on; a new tracker goes there. Raises ``DumpError``.
         """
-        settings, task = self._settings, frozen.task
+        task = frozen.task
         pid = task.pid
-        armed = tracking.arm(task, frozen.gadgets, settings.method) if arm else None
-        if armed is not None:
-            frozen.armed = armed
-            self._resources.callback(armed.close)
-        changes = self._changes(frozen)
+        changes = self.changes(frozen)  # before the tracker is armed, or replaced by one that knows nothing
+        armed = None if holder is None else self._arm(frozen, holder)
         marks, vouched = changes.marks, changes.vouched
         described = mappings.describe(proc.layout(pid, task.layout), file_id)
         pointers = [registers(tid).rsp for tid in task.process.threads]
@@ -138,19 +145,45 @@ class Level:
         frozen.job = PageJob(Source(pid, compare=changes.compare), target, parts, marks)
         return described
 
-    def _changes(self, frozen: FrozenTask) -> _Changes:
-        settings, armed = self._settings, frozen.armed
+    def _arm(self, frozen: FrozenTask, holder: Holder) -> Armed | None:
+        """Arms the tracker of a process, a new one if needed. None if there is no means of tracking."""
+        task, method = frozen.task, self._settings.method
+        if method is Method.COMPARE:
+            return None
+        if frozen.held is None or not tracking.fits(frozen.held, method):
+            self._end_tracking(frozen)
+            if frozen.pidfd is None:
+                return None  # killed
+            frozen.held = tracking.make(task, frozen.pidfd, frozen.gadgets, method, holder)
+            if frozen.held is None:
+                return None
+            self._resources.callback(frozen.held.close)
+        frozen.armed = tracking.arm(task, frozen.held)
+        return frozen.armed
+
+    def _end_tracking(self, frozen: FrozenTask) -> None:
+        """Its memory can be registered with another userfaultfd afterwards."""
+        for fd in tracking.close_in(frozen.task, frozen.gadgets, frozen.task.leftovers):
+            os.close(fd)
+        if frozen.held is not None:
+            frozen.held.drop()
+            frozen.held.close()
+            frozen.held.holder.sync()
+            frozen.held = None
+
+    def changes(self, frozen: HasPages) -> Changes:
+        """How its pages that have changed since the parent level are found. The process is stopped."""
+        settings = self._settings
         marks = Marks(lazy_dump=settings.lazy_pages, lazy_parents=settings.lazy_parents)
         if self._chain is None or frozen.parent is None:
-            return _Changes(marks)
-        if settings.method is not Method.COMPARE and not (armed is not None and armed.new):
-            vouched = tracking.vouched(frozen.task, self._chain.run_id)
+            return Changes(marks)
+        if frozen.held is not None and tracking.fits(frozen.held, settings.method):
+            vouched = tracking.vouched(frozen.held, self._chain.run_id)
             if vouched is not None:
-                self._resources.callback(vouched.close)
                 marks = replace(marks, with_=vouched.with_, without=vouched.without)
-                return _Changes(marks, vouched=vouched)
+                return Changes(marks, vouched=vouched)
         compare = settings.method in (Method.AUTO, Method.COMPARE) and not settings.lazy_pages
-        return _Changes(marks, compare=frozen.parent if compare else None)
+        return Changes(marks, compare=frozen.parent if compare else None)
 
     def task_target(self, image_pid: int, pages_id: int, *, parents: bool) -> Sink:
         """The place for the pages of a process. ``parents``: they refer to those of its parent."""

@@ -11,11 +11,12 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dumptool import proc, trackers
 from dumptool.errors import DumpError, Refusal, TaskGoneError, UnsupportedError
 from dumptool.freeze import Process, members
+from dumptool.holders import Holders, Tracker
 from dumptool.identity import one_process
 from dumptool.tracee import Same, dispatches_syscalls, same
 
@@ -37,8 +38,9 @@ class Asleep:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """The /proc files of one live process. ``files``: without the descriptors of our ``trackers``.
+    """The /proc files of one live process. ``files``: without ``leftovers``, descriptors of ours in the process.
 
+    ``tracker``: of its writes, if there is one.
     ``asleep``: by thread id, the threads that were in restart_syscall(2) at the first look, before the freeze.
     """
 
@@ -47,7 +49,8 @@ class Task:
     status: dict[str, str]
     layout: proc.Layout
     files: tuple[proc.OpenFile, ...]
-    trackers: tuple[trackers.Tracker, ...]
+    tracker: Tracker | None
+    leftovers: tuple[int, ...]
     asleep: dict[int, Asleep]
 
     @property
@@ -64,9 +67,12 @@ Check = Callable[[Sequence[Process], dict[int, Task]], None]
 """Raises ``UnsupportedError`` for a tree that has to be refused."""
 
 
-def look_at(process: Process, before: Task | None = None, *, files: bool = True) -> Task:
+def look_at(
+    process: Process, before: Task | None = None, *, holders: Holders | None = None, files: bool = True
+) -> Task:
     """Reads the state of a process. Raises ``DumpError``.
 
+    ``holders``: have looked for trackers.
     ``before``: an earlier look, which can save work. ``files``: read all its descriptors, which takes a while if
     there are many; without, only our trackers among them.
     """
@@ -74,21 +80,24 @@ def look_at(process: Process, before: Task | None = None, *, files: bool = True)
         now = proc.stat(process.pid)
         if before is not None and before.stat.start_time != now.start_time:
             before = None  # of another process with the same pid
-        return _look_at(process, before, files)
+        tracker = None if holders is None else holders.tracker(process.pid, now.start_time)
+        return _look_at(process, before, tracker, files)
 
 
-def _look_at(process: Process, before: Task | None, all_files: bool) -> Task:
+def _look_at(process: Process, before: Task | None, tracker: Tracker | None, all_files: bool) -> Task:
     pid = process.pid
-    files = list(proc.open_files(pid, None if all_files else (trackers.MEMFD_LINK, trackers.UFFD_LINK)))
-    found = trackers.find(pid, files)
-    ours = {fd for tracker in found for fd in tracker.fds}
+    files = list(proc.open_files(pid, None if all_files else trackers.LINKS))
+    ours = trackers.leftovers(files, None if tracker is None else tracker.record)
+    if before is not None and (before.tracker is None) != (tracker is None):
+        before = replace(before, layout=replace(before.layout, maps=""))  # VmFlags have changed
     return Task(
         process=process,
         stat=proc.stat(pid),
         status=proc.status(pid),
         layout=proc.layout(pid, before.layout if before else None),
         files=tuple(file for file in files if file.fd not in ours),
-        trackers=tuple(found),
+        tracker=tracker,
+        leftovers=ours,
         asleep=_asleep(process) if before is None else before.asleep,
     )
 
@@ -105,11 +114,15 @@ def _asleep(process: Process) -> dict[int, Asleep]:
 
 
 def look_at_all(
-    processes: Iterable[Process], before: dict[int, Task] | None = None, *, files: bool = True
+    processes: Iterable[Process],
+    before: dict[int, Task] | None = None,
+    *,
+    holders: Holders | None = None,
+    files: bool = True,
 ) -> dict[int, Task]:
     """The state of all processes but zombies, by pid. Leaves out those that exit meanwhile, except the root.
 
-    ``before``, ``files``: as in ``look_at``.
+    ``before``, ``holders``, ``files``: as in ``look_at``.
 
     Raises ``TaskGoneError`` if the root exits.
     """
@@ -117,17 +130,19 @@ def look_at_all(
     for process in processes:
         if not process.zombie:
             try:
-                tasks[process.pid] = look_at(process, (before or {}).get(process.pid), files=files)
+                tasks[process.pid] = look_at(
+                    process, (before or {}).get(process.pid), holders=holders, files=files
+                )
             except TaskGoneError:
                 if process.ppid == 0:
                     raise
     return tasks
 
 
-def look_until_settled(root: int, check: Check, *, files: bool = True) -> dict[int, Task]:
+def look_until_settled(root: int, check: Check, holders: Holders, *, files: bool = True) -> dict[int, Task]:
     """The running processes of the tree, when ``check`` finds nothing in them that has to be refused.
 
-    ``files``: as in ``look_at``.
+    ``holders``, ``files``: as in ``look_at``.
     Raises ``UnsupportedError`` when two looks in a row find the same refusals. While a process exits or
     calls execve, /proc may show a state that is neither the old nor the new one; the child of a vfork shares its
     parent's memory until it calls execve or exits, which may take ``VFORK_PATIENCE``.
@@ -137,7 +152,8 @@ def look_until_settled(root: int, check: Check, *, files: bool = True) -> dict[i
     while True:
         processes = members(root)
         in_vfork = any_in_vfork(processes)  # before the look: the vfork may be over after it
-        tasks = look_at_all(processes, files=files)
+        holders.look()
+        tasks = look_at_all(processes, holders=holders, files=files)
         try:
             check(processes, tasks)
         except UnsupportedError as error:
@@ -205,8 +221,8 @@ def _threads(task: Task) -> Iterator[Refusal]:
 
 def _registered(task: Task) -> Iterator[Refusal]:
     """Memory that another userfaultfd handles: it may miss pages, and can't be registered with ours."""
-    tracked = any(tracker.owned_by(task.pid, task.stat.start_time) for tracker in task.trackers)
-    foreign = {"um", "ui"} if tracked else {"um", "ui", "uw"}
+    ours = task.tracker is not None or task.leftovers
+    foreign = {"um", "ui"} if ours else {"um", "ui", "uw"}
     for vma in task.layout.vmas:
         if foreign & task.layout.flags[vma.start]:
             where = f"mapping {vma.start:x}-{vma.end:x}"

@@ -29,6 +29,8 @@ XSTATE_ROOM = 32768
 
 ENDED = os.WEXITED | os.WNOHANG | 0x40000000  # __WALL
 ENDS = (os.CLD_EXITED, os.CLD_KILLED, os.CLD_DUMPED)
+SUSPEND_SECCOMP = 1 << 21
+"""PTRACE_O_SUSPEND_SECCOMP of linux/ptrace.h."""
 PATIENCE = 1.0
 """Seconds for a killed thread to exit."""
 STACK_RESERVE = 1 << 16
@@ -241,6 +243,34 @@ def take_fd(pid: int, fd: int) -> int:
     here = ffi.new("int *")
     _check(lib.lp_take_fd(pid, fd, here), pid, f"fd {fd} can't be taken")
     return int(here[0])
+
+
+def take_fd_by(pidfd: int, fd: int, whose: str) -> int:
+    """As ``take_fd``, of the process of a pidfd. ``whose``: names it in errors."""
+    here = ffi.new("int *")
+    outcome = lib.lp_take_fd_by(pidfd, fd, here)
+    if outcome:
+        raise system_error(-outcome, f"{whose}: fd {fd} can't be taken")
+    return int(here[0])
+
+
+@contextmanager
+def seccomp_suspended(tid: int) -> Iterator[bool]:
+    """The seccomp filter of a stopped thread does not apply in the block (PTRACE_O_SUSPEND_SECCOMP, ptrace(2)).
+
+    Yields False if that is impossible: it needs CAP_SYS_ADMIN, a kernel with CONFIG_CHECKPOINT_RESTORE, and a dumptool
+    that is not under seccomp itself.
+    """
+    if proc.status(tid).get("Seccomp", "0") == "0":
+        yield True
+        return
+    if lib.lp_set_options(tid, SUSPEND_SECCOMP):
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        _check(lib.lp_set_options(tid, 0), tid, "can't be put under its seccomp filter again")
 
 
 def peek_pipe(fd: int, size: int) -> bytes:

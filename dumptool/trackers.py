@@ -1,9 +1,8 @@
-"""The state of dirty tracking between runs: two descriptors in the tracked process.
+"""Trackers: what dirty tracking keeps of a process between two runs.
 
-The *tracker* is a userfaultfd that write-protects the process's private memory asynchronously (the kernel
-records a write and lets it through), and a memfd with the record about it. Both have high numbers and are
-close-on-exec, so that they hardly disturb the process. If the process closes them, tracking ends and the next dump
-writes all pages. A forked child inherits both, but its memory is not tracked: the record names its owner.
+A tracker is a userfaultfd that write-protects the process's private memory asynchronously (the kernel records a write
+and lets it through), and a memfd with the record about it. A holder has both (``dumptool.holders``). If they are lost,
+tracking ends and the next dump writes all pages. The memory of a forked child is not tracked.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from dumptool.proc import OpenFile
@@ -19,8 +18,8 @@ from dumptool.proc import OpenFile
 MEMFD_NAME = "lazypages-tracker"
 MEMFD_LINK = f"/memfd:{MEMFD_NAME} (deleted)"
 UFFD_LINK = "anon_inode:[userfaultfd]"
+LINKS = (MEMFD_LINK, UFFD_LINK)
 RECORD_SIZE = 512
-NO_UFFD = -1
 
 UFFD_FEATURE_WP_UNPOPULATED = 1 << 13
 UFFD_FEATURE_WP_ASYNC = 1 << 15
@@ -40,16 +39,17 @@ UFFD_WP, SOFT_DIRTY = "uffd-wp", "soft-dirty"
 class Record:
     """The contents of the memfd.
 
-    ``pid``, ``start_time``: the owner. ``uffd``: descriptor number in it, ``NO_UFFD`` if none could be created.
+    ``pid``, ``start_time``, ``program``: the owner, and what execve has started in it (``tracking.program``).
     ``arming``: a new value each time the tracker is armed. ``level``: run id (inventory image) of the dump that
     has everything written before the last arming; empty until that dump is complete.
-    ``method``: UFFD_WP or SOFT_DIRTY. ``witness``: address of a page that was made soft-dirty right after all bits were
-    cleared, 0 for none: if it is clean, another program has cleared the bits since.
+    ``method``: UFFD_WP or SOFT_DIRTY; empty while the tracker is being made.
+    ``witness``: address of a page that was made soft-dirty right after all bits were cleared, 0 for none: if it is
+    clean, another program has cleared the bits since.
     """
 
     pid: int
     start_time: int
-    uffd: int
+    program: str = ""
     arming: str = ""
     level: str = ""
     method: str = ""
@@ -67,69 +67,37 @@ class Record:
             record = cls(**fields)
         except (ValueError, TypeError):
             return None
-        shapes = ((record.pid, int), (record.start_time, int), (record.uffd, int), (record.witness, int))
-        texts = ((record.arming, str), (record.level, str), (record.method, str))
-        return record if all(isinstance(value, kind) for value, kind in (*shapes, *texts)) else None
-
-
-@dataclass(frozen=True, slots=True)
-class Tracker:
-    """A tracker found in a process: its descriptor numbers, and the record.
-
-    ``strays``: further userfaultfds of a run that was killed while it created the tracker.
-    """
-
-    memfd: int
-    uffd: int | None
-    record: Record | None
-    strays: tuple[int, ...] = ()
-
-    @property
-    def uffds(self) -> tuple[int, ...]:
-        return self.strays if self.uffd is None else (self.uffd, *self.strays)
-
-    @property
-    def fds(self) -> tuple[int, ...]:
-        """In the order of closing: the memfd last, because it identifies the others."""
-        return (*self.uffds, self.memfd)
-
-    def owned_by(self, pid: int, start_time: int) -> bool:
-        """Whether it tracks this very process, not an ancestor from which it was inherited."""
-        record = self.record
-        if record is None or (record.pid, record.start_time) != (pid, start_time):
-            return False
-        return record.uffd == NO_UFFD or self.uffd is not None
-
-
-def find(pid: int, files: Sequence[OpenFile]) -> list[Tracker]:
-    """The trackers among the descriptors of a process, including incomplete ones of a run that was killed."""
-    uffds = {file.fd for file in files if file.link == UFFD_LINK and _is_ours(file)}
-    found = []
-    for file in files:
-        if file.link == MEMFD_LINK:
-            record = _read(pid, file.fd)
-            uffd = record.uffd if record is not None and record.uffd in uffds else None
-            found.append(Tracker(file.fd, uffd, record))
-    strays = tuple(sorted(uffds - {tracker.uffd for tracker in found}))
-    if found and strays:
-        found[0] = replace(found[0], strays=strays)
-    return found
-
-
-def _read(pid: int, memfd: int) -> Record | None:
-    try:
-        with open(f"/proc/{pid}/fd/{memfd}", "rb") as file:
-            return Record.decode(file.read(RECORD_SIZE))
-    except OSError:
-        return None
-
-
-def _is_ours(file: OpenFile) -> bool:
-    """Whether a userfaultfd has our features, or none yet: the second number of "API:" in its fdinfo."""
-    features = int(file.info.other.get("API", "0:0").split(":")[1], 16)
-    return features == 0 or features ^ UFFD_FEATURE_INITIALIZED in (FEATURES, OLD_FEATURES)
+        numbers = (record.pid, record.start_time, record.witness)
+        texts = (record.program, record.arming, record.level, record.method)
+        right = all(isinstance(one, int) for one in numbers) and all(isinstance(one, str) for one in texts)
+        return record if right else None
 
 
 def store(memfd: int, record: Record) -> None:
     """Writes a record. ``memfd``: our own descriptor of the memfd."""
     os.pwrite(memfd, record.encode(), 0)
+
+
+def load(memfd: int) -> Record | None:
+    """Reads a record."""
+    return Record.decode(os.pread(memfd, RECORD_SIZE, 0))
+
+
+def leftovers(files: Sequence[OpenFile], record: Record | None) -> tuple[int, ...]:
+    """The descriptors of a process that are ours, in the order of closing.
+
+    Earlier versions of dumptool had their trackers in the process: a memfd and a userfaultfd. A run that is killed
+    while it makes a tracker can leave a userfaultfd there. ``record``: of the process's tracker.
+    """
+    memfds = [file.fd for file in files if file.link == MEMFD_LINK]
+    if not memfds and (record is None or record.method):
+        return ()
+    known = (0, FEATURES, OLD_FEATURES) if memfds else (0,)
+    uffds = [file.fd for file in files if file.link == UFFD_LINK and _features(file) in known]
+    return (*uffds, *memfds)  # a memfd tells that the others are ours
+
+
+def _features(file: OpenFile) -> int:
+    """The features of a userfaultfd: the second number of "API:" in its fdinfo. 0: UFFDIO_API has not been called."""
+    features = int(file.info.other.get("API", "0:0").split(":")[1], 16)
+    return features ^ UFFD_FEATURE_INITIALIZED if features else 0

@@ -1,19 +1,21 @@
 """Dirty tracking: which pages a process has written since a level was made.
 
 A level and a tracker match by the run id in the level's inventory. Only if the tracker was armed for exactly that level
-does "not written" mean "as in that level". In all doubtful cases (a run that was killed, a level that was skipped,
-descriptors that the process has closed) all pages count as changed.
+does "not written" mean "as in that level". In all doubtful cases (a run or a holder that was killed, a level that was
+skipped, an execve) all pages count as changed.
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import mmap
 import os
 import struct
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Final
@@ -21,18 +23,17 @@ from typing import Final
 from dumptool import proc, trackers
 from dumptool._ptrace import lib
 from dumptool.errors import DumpError
+from dumptool.holders import Holder, Tracker
 from dumptool.mappings import Mapping
 from dumptool.survey import Task
-from dumptool.tracee import Gadgets, Session, session, take_fd
-from dumptool.trackers import FEATURES, NO_UFFD, OLD_FEATURES, SOFT_DIRTY, UFFD_WP, Record, Tracker
+from dumptool.tracee import Gadgets, read_memory, seccomp_suspended, session, take_fd
+from dumptool.trackers import FEATURES, OLD_FEATURES, SOFT_DIRTY, UFFD_WP, Record
+
+log = logging.getLogger("lazypages")
 
 NR_CLOSE = 3
-NR_FCNTL = 72
-NR_MEMFD_CREATE = 319
 NR_USERFAULTFD = 323
 
-MFD_CLOEXEC = 1
-F_DUPFD_CLOEXEC = 1030
 EPERM = 1
 UFFD_USER_MODE_ONLY = 1
 UFFD_API: Final = 0xAA
@@ -41,9 +42,8 @@ UFFDIO_REGISTER = 0xC020AA00
 UFFDIO_REGISTER_MODE_WP = 2
 """linux/userfaultfd.h, ioctl_userfaultfd(2)."""
 
-HIGHEST_FD = 1000
-"""Trackers get the highest numbers below this and the soft limit: higher ones make the kernel's table large."""
-FDS_OF_OURS = 8
+AT_RANDOM = 25
+"""elf.h: the address of 16 bytes that execve sets to random values."""
 
 CATEGORIES = {
     UFFD_WP: (lib.LP_PAGE_WPALLOWED, lib.LP_PAGE_WRITTEN),
@@ -87,19 +87,99 @@ def _address_of(page: mmap.mmap) -> int:
     return ctypes.addressof(ctypes.c_char.from_buffer(page))
 
 
-def own_tracker(task: Task) -> Tracker | None:
-    """The tracker of this process's writes; not one inherited by fork."""
-    for tracker in task.trackers:
-        if tracker.owned_by(task.pid, task.stat.start_time):
-            return tracker
-    return None
+def program(pid: int) -> str:
+    """Names what execve has started in a process; "" if it can't be known."""
+    words = struct.iter_unpack("<QQ", proc.read(pid, "auxv"))
+    address = next((value for kind, value in words if kind == AT_RANDOM), 0)
+    with suppress(DumpError):
+        return f"{address:x}:{read_memory(pid, address, 16).hex()}"
+    return ""
+
+
+@dataclass(slots=True)
+class Held:
+    """A process's tracker in use by this run, locked against others until ``close``.
+
+    ``record``: as it was when the lock was taken. ``memfd``, ``uffd``: our own descriptors.
+    """
+
+    holder: Holder
+    record: Record
+    memfd: int
+    uffd: int | None
+
+    def of_this_program(self) -> bool:
+        """Whether execve has not replaced the memory that it tracks. The process is frozen."""
+        return self.record.program == program(self.record.pid) != ""
+
+    def drop(self) -> None:
+        """Ends the tracking. The kernel then walks all tracked memory, when ``close`` was called, too."""
+        trackers.store(self.memfd, replace(self.record, level="", arming=""))
+        with suppress(DumpError):  # if the holder has ended, nothing is tracked
+            self.holder.drop(self.record.pid)
+
+    def close(self) -> None:
+        """Closes our descriptors, the holder keeps its own. Idempotent."""
+        if self.uffd is not None:
+            os.close(self.uffd)
+            self.uffd = None
+        if self.memfd >= 0:
+            os.close(self.memfd)
+            self.memfd = -1
+
+
+def hold(task: Task) -> Held | None:
+    """Locks the tracker of a process and takes its descriptors; None if there is none.
+
+    Raises ``DumpError`` if another run has the lock.
+    """
+    tracker = task.tracker
+    if tracker is None:
+        return None
+    memfd = tracker.holder.open(tracker)
+    if memfd is None:
+        return None
+    held = None
+    try:
+        _lock(task.pid, memfd)
+        held = _take(task, tracker, memfd)
+    finally:
+        if held is None:
+            os.close(memfd)
+    return held
+
+
+def _take(task: Task, tracker: Tracker, memfd: int) -> Held | None:
+    holder = tracker.holder
+    record = trackers.load(memfd)
+    if record is None or (record.pid, record.start_time) != (task.pid, task.stat.start_time):
+        return None
+    uffd = None
+    if tracker.uffd is not None:
+        try:
+            uffd = holder.take(tracker.uffd)
+        except DumpError:
+            return None  # the holder has ended
+    if not holder.still_has(tracker, memfd):
+        if uffd is not None:
+            os.close(uffd)
+        return None
+    return Held(holder, record, memfd, uffd)
+
+
+def _lock(pid: int, memfd: int) -> None:
+    try:
+        fcntl.flock(memfd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise DumpError(f"pid {pid}: another dumptool is working on it; wait for it to end") from None
 
 
 @dataclass(slots=True)
 class Vouched:
-    """A tracker's answer: which pages of a process have not changed since a level. Call ``close``.
+    """A tracker's answer: which pages of a process have not changed since a level.
 
     ``with_``, ``without``: PAGEMAP_SCAN categories of unchanged pages, except in the mappings of ``fresh``.
+    ``uffd``: of the ``Held`` tracker.
     """
 
     method: str
@@ -134,23 +214,17 @@ class Vouched:
             return _register(self.uffd, start, end)
         return self.method == SOFT_DIRTY and start >> TABLE_SHIFT == end >> TABLE_SHIFT
 
-    def close(self) -> None:
-        """Closes our descriptor."""
-        if self.uffd is not None:
-            os.close(self.uffd)
 
-
-def vouched(task: Task, run_id: str) -> Vouched | None:
-    """What the tracker knows of the pages of the level ``run_id``; None if it knows nothing."""
-    tracker = own_tracker(task)
-    if tracker is None or tracker.record is None or not run_id or tracker.record.level != run_id:
+def vouched(held: Held | None, run_id: str) -> Vouched | None:
+    """What the tracker knew, when it was locked, of the pages of the level ``run_id``; None if it knew nothing."""
+    if held is None or not run_id or held.record.level != run_id or not held.of_this_program():
         return None
-    record = tracker.record
+    record = held.record
     if record.method not in CATEGORIES:
         return None
-    if record.method == SOFT_DIRTY and not (record.witness and is_soft_dirty(task.pid, record.witness)):
+    if record.method == SOFT_DIRTY and not (record.witness and is_soft_dirty(record.pid, record.witness)):
         return None
-    return Vouched(record.method, None if tracker.uffd is None else take_fd(task.pid, tracker.uffd))
+    return Vouched(record.method, held.uffd)
 
 
 def is_soft_dirty(pid: int, address: int) -> bool:
@@ -180,17 +254,15 @@ def _register(uffd: int, start: int, end: int) -> bool:
 
 @dataclass(slots=True)
 class Armed:
-    """A tracker in use, from before a level is taken until the level is complete. Call ``close``.
+    """A tracker from before a level is taken until the level is complete.
 
-    ``can_protect``: PAGEMAP_SCAN can write-protect pages; else soft-dirty bits have to be cleared.
-    ``new``: just created, so it knows of no earlier writes.
+    ``record``: what it was armed with. ``can_protect``: PAGEMAP_SCAN can write-protect pages; else soft-dirty bits have
+    to be cleared.
     """
 
     task: Task
+    held: Held
     record: Record
-    memfd: int
-    uffd: int | None
-    new: bool = False
 
     @property
     def can_protect(self) -> bool:
@@ -198,11 +270,11 @@ class Armed:
 
     def watch(self, mappings: Iterable[Mapping]) -> None:
         """Tracks writes to all private mappings, including those mapped since the last level."""
-        if self.uffd is None:
+        if self.held.uffd is None:
             return
         for mapping in mappings:
             if mapping.private:
-                _register(self.uffd, mapping.entry.start, mapping.entry.end)
+                _register(self.held.uffd, mapping.entry.start, mapping.entry.end)
 
     def clear(self) -> None:
         """With soft-dirty bits: clears them."""
@@ -218,40 +290,22 @@ class Armed:
 
     def complete(self, run_id: str) -> None:
         """Records that the level ``run_id`` has all that was written before arming, unless it was armed again since."""
-        now = Record.decode(os.pread(self.memfd, trackers.RECORD_SIZE, 0))
+        now = trackers.load(self.held.memfd)
         if now is not None and now.arming == self.record.arming:
-            trackers.store(self.memfd, replace(self.record, level=run_id))
-
-    def close(self) -> None:
-        """Closes our descriptors; the process keeps its own."""
-        for fd in (self.memfd, self.uffd):
-            if fd is not None:
-                os.close(fd)
+            trackers.store(self.held.memfd, replace(self.record, level=run_id))
 
 
-def arm(task: Task, gadgets: Gadgets, method: Method) -> Armed | None:
-    """Arms the tracker of a frozen process, a new one if needed. None if the kernel has no means of tracking.
+def arm(task: Task, held: Held) -> Armed:
+    """Arms the tracker of a frozen process. From now until ``Armed.complete`` all pages count as changed."""
+    record = replace(held.record, arming=uuid.uuid4().hex, level="")
+    trackers.store(held.memfd, record)
+    return Armed(task, held, record)
 
-    From now until ``Armed.complete`` all pages count as changed. Raises ``DumpError``.
-    """
-    if method is Method.COMPARE:
-        return None
-    tracker = own_tracker(task)
-    new = tracker is None or tracker.record is None or not _fits(tracker.record, method)
-    if tracker is not None and tracker.record is not None and not new:
-        memfd = take_fd(task.pid, tracker.memfd)
-        uffd = None if tracker.uffd is None else take_fd(task.pid, tracker.uffd)
-        record = tracker.record
-    else:
-        with session(task.pid, gadgets) as inside:
-            remove_from(inside, task.trackers)
-            made = make_tracker(task, inside, method)
-        if made is None:
-            return None
-        memfd, uffd, record = made
-    record = replace(record, arming=uuid.uuid4().hex, level="")
-    trackers.store(memfd, record)
-    return Armed(task, record, memfd, uffd, new=new)
+
+def fits(held: Held, method: Method) -> bool:
+    """Whether the tracker can be armed: it is complete, of this memory, and of the method that is wanted."""
+    wanted = held.record.method in CATEGORIES if method is Method.AUTO else held.record.method == method.value
+    return wanted and held.of_this_program()
 
 
 def _mark(pid: int, address: int) -> bool:
@@ -267,50 +321,83 @@ def _mark(pid: int, address: int) -> bool:
     return is_soft_dirty(pid, address)
 
 
-def _fits(record: Record, method: Method) -> bool:
-    return record.method in CATEGORIES if method is Method.AUTO else record.method == method.value
+def make(task: Task, pidfd: int, gadgets: Gadgets, method: Method, holder: Holder) -> Held | None:
+    """Makes a tracker for a frozen process, which has none. None if the kernel has no means of tracking.
 
-
-def make_tracker(task: Task, inside: Session, method: Method) -> tuple[int, int | None, Record] | None:
-    """Creates memfd and userfaultfd in the process. Returns our descriptors of them, and the record."""
+    ``pidfd``: of the process; ``holder``: gets the tracker. Raises ``DumpError``.
+    """
     if method is Method.SOFT_DIRTY and not soft_dirty_works():
         raise DumpError("this kernel has no soft-dirty bits (CONFIG_MEM_SOFT_DIRTY)")
-    soft_limit = proc.parse_limits(proc.read_text(task.pid, "limits"))[7][0]
-    low = max(0, min(HIGHEST_FD, soft_limit) - FDS_OF_OURS)
-    memfd = inside.checked(NR_MEMFD_CREATE, inside.put(trackers.MEMFD_NAME.encode() + b"\0"), MFD_CLOEXEC)
-    memfd = _move_up(inside, memfd, low)
+    pid = task.pid
+    record = Record(pid, task.stat.start_time, program(pid))
+    held = Held(holder, record, _new_memfd(record, pidfd, holder), None)
+    keep = False
+    try:
+        # If we are killed from here on, the record without a method tells that a descriptor may be left in the process.
+        held.uffd = _userfaultfd(task, gadgets)
+        can_protect = held.uffd is not None and _handshake(held.uffd, FEATURES)
+        if held.uffd is not None and not can_protect and not _handshake(held.uffd, OLD_FEATURES):
+            os.close(held.uffd)
+            held.uffd = None
+        if can_protect and method is not Method.SOFT_DIRTY:
+            held.record = replace(record, method=UFFD_WP)
+        elif method is not Method.UFFD_WP and soft_dirty_works():
+            held.record = replace(record, method=SOFT_DIRTY)
+        elif method is Method.UFFD_WP:
+            raise DumpError(f"pid {pid}: can't create a userfaultfd with WP_ASYNC (needs Linux 6.7) in it")
+        else:
+            return None
+        if held.uffd is not None:
+            holder.add_uffd(pid, held.uffd)
+        trackers.store(held.memfd, held.record)
+        keep = True
+    finally:
+        if not keep:
+            held.drop()
+            held.close()
+    return held
+
+
+def _new_memfd(record: Record, pidfd: int, holder: Holder) -> int:
+    """Gives the holder a memfd with the record. Returns a description of our own, which has the lock."""
+    memfd = os.memfd_create(trackers.MEMFD_NAME, os.MFD_CLOEXEC)
+    try:
+        trackers.store(memfd, record)
+        ours = os.open(f"/proc/self/fd/{memfd}", os.O_RDWR | os.O_CLOEXEC)
+        _lock(record.pid, ours)
+        try:
+            holder.hold(record.pid, pidfd, memfd)
+        except BaseException:
+            os.close(ours)
+            raise
+    finally:
+        os.close(memfd)
+    return ours
+
+
+def _userfaultfd(task: Task, gadgets: Gadgets) -> int | None:
+    """A userfaultfd for the memory of a frozen process, which has no descriptor of it. None: it can't make one."""
     flags = os.O_CLOEXEC | os.O_NONBLOCK
-    uffd, our_uffd, can_protect = inside.call(NR_USERFAULTFD, flags), None, False
-    if uffd == -EPERM:  # vm.unprivileged_userfaultfd is 0: allowed if it does not handle faults of the kernel
-        uffd = inside.call(NR_USERFAULTFD, flags | UFFD_USER_MODE_ONLY)
-    if uffd >= 0:
-        uffd = _move_up(inside, uffd, low)
-        our_uffd = take_fd(task.pid, uffd)
-        can_protect = _handshake(our_uffd, FEATURES)
-        if not can_protect and not _handshake(our_uffd, OLD_FEATURES):
-            os.close(our_uffd)
-            inside.call(NR_CLOSE, uffd)
-            uffd, our_uffd = NO_UFFD, None
-    record = Record(task.pid, task.stat.start_time, max(uffd, NO_UFFD))
-    if can_protect and method is not Method.SOFT_DIRTY:
-        return take_fd(task.pid, memfd), our_uffd, replace(record, method=UFFD_WP)
-    if method is not Method.UFFD_WP and soft_dirty_works():
-        return take_fd(task.pid, memfd), our_uffd, replace(record, method=SOFT_DIRTY)
-    if our_uffd is not None:
-        os.close(our_uffd)
-        inside.call(NR_CLOSE, uffd)
-    inside.call(NR_CLOSE, memfd)
-    if method is Method.UFFD_WP:
-        raise DumpError(f"pid {task.pid}: can't create a userfaultfd with WP_ASYNC (needs Linux 6.7) in it")
-    return None
-
-
-def _move_up(inside: Session, fd: int, low: int) -> int:
-    moved = inside.call(NR_FCNTL, fd, F_DUPFD_CLOEXEC, low)
-    if moved < 0:
-        return fd
-    inside.call(NR_CLOSE, fd)
-    return moved
+    with seccomp_suspended(task.pid) as free:
+        if not free:
+            log.warning(
+                "pid %d: its seccomp filter can't be suspended, so no userfaultfd can be made in it (that needs "
+                "CAP_SYS_ADMIN, and a dumptool that is not under seccomp)",
+                task.pid,
+            )
+            return None
+        with session(task.pid, gadgets) as inside:
+            number = inside.call(NR_USERFAULTFD, flags)
+            if number == -EPERM:
+                # vm.unprivileged_userfaultfd is 0: allowed if it does not handle faults of the kernel
+                number = inside.call(NR_USERFAULTFD, flags | UFFD_USER_MODE_ONLY)
+            if number < 0:
+                log.warning("pid %d: no userfaultfd can be made in it: %s", task.pid, os.strerror(-number))
+                return None
+            try:
+                return take_fd(task.pid, number)
+            finally:
+                inside.call(NR_CLOSE, number)
 
 
 def _handshake(uffd: int, features: int) -> bool:
@@ -321,45 +408,20 @@ def _handshake(uffd: int, features: int) -> bool:
     return True
 
 
-def remove_from(inside: Session, found: Iterable[Tracker]) -> None:
-    """Closes the descriptors of trackers in the process."""
-    for tracker in found:
-        for fd in tracker.fds:
-            inside.call(NR_CLOSE, fd)
+def close_in(task: Task, gadgets: Gadgets, numbers: Sequence[int]) -> list[int]:
+    """Closes descriptors of a frozen process: ``Task.leftovers``.
 
-
-def remove(task: Task, gadgets: Gadgets) -> list[int]:
-    """Ends the tracking of a frozen process and removes all traces of it.
-
-    Returns descriptors of ours that keep the userfaultfds alive. Closing the last one makes the kernel walk all
-    tracked memory: close them when the process runs again.
+    Returns descriptors of ours that keep them alive. Closing the last one of a userfaultfd makes the kernel walk all
+    tracked memory.
     """
-    if not task.trackers:
+    if not numbers:
         return []
-    kept = [take_fd(task.pid, uffd) for tracker in task.trackers for uffd in tracker.uffds]
-    with session(task.pid, gadgets) as inside:
-        remove_from(inside, task.trackers)
+    kept = [take_fd(task.pid, number) for number in numbers]
+    with seccomp_suspended(task.pid) as free:
+        if not free:
+            log.warning("pid %d: old descriptors of dumptool stay in it: it is under seccomp", task.pid)
+            return kept
+        with session(task.pid, gadgets) as inside:
+            for number in numbers:
+                inside.call(NR_CLOSE, number)
     return kept
-
-
-def lock(task: Task) -> int | None:
-    """Locks a tracked process against other runs of dumptool until the returned descriptor is closed.
-
-    None if there is no tracker. Raises ``DumpError`` if another run has the lock.
-    """
-    tracker = own_tracker(task)
-    if tracker is None:
-        return None
-    try:
-        fd = os.open(f"/proc/{task.pid}/fd/{tracker.memfd}", os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return None  # closed in the meantime, or the process has exited
-    if os.readlink(f"/proc/self/fd/{fd}") != trackers.MEMFD_LINK:
-        os.close(fd)
-        return None  # the number now refers to another file, or the pid to another process
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(fd)
-        raise DumpError(f"pid {task.pid}: another dumptool is working on it; wait for it to end") from None
-    return fd

@@ -33,16 +33,20 @@ int lp_same(pid_t pid1, pid_t pid2, int type, uint64_t idx1, uint64_t idx2, int 
 	return 0;
 }
 
+int lp_take_fd_by(int pidfd, int fd, int *here)
+{
+	*here = syscall(SYS_pidfd_getfd, pidfd, fd, 0);
+	return *here < 0 ? -errno : 0;
+}
+
 int lp_take_fd(pid_t pid, int fd, int *here)
 {
 	int pidfd = syscall(SYS_pidfd_open, pid, 0);
-	int rc = 0;
+	int rc;
 
 	if (pidfd < 0)
 		return -errno;
-	*here = syscall(SYS_pidfd_getfd, pidfd, fd, 0);
-	if (*here < 0)
-		rc = -errno;
+	rc = lp_take_fd_by(pidfd, fd, here);
 	close(pidfd);
 	return rc;
 }

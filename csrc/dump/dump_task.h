@@ -16,6 +16,7 @@ int lp_same(pid_t pid1, pid_t pid2, int type, uint64_t idx1, uint64_t idx2, int 
 
 /* Duplicates a descriptor of the task into our process, close-on-exec (pidfd_getfd(2), Linux 5.6). */
 int lp_take_fd(pid_t pid, int fd, int *here);
+int lp_take_fd_by(int pidfd, int fd, int *here);
 
 /*
  * Signals pending for the thread (shared 0) or its process (1): *count siginfo_t of 128 bytes, oldest first; -ENOBUFS if

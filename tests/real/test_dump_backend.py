@@ -9,7 +9,7 @@ import pytest
 from tests.real.test_criu_namespace import restore
 from tests.real.test_dump_lazy import lazy_dump, ours, running
 from tests.support.criu import Criu, all_criu
-from tests.support.dumptool import check, reap_all
+from tests.support.dumptool import check, reap_all, stats
 from tests.support.processes import nothing_left
 from tests.support.redis import redis
 from tests.support.restore import Program, eager_restore
@@ -24,7 +24,7 @@ def by_criu(criu: Criu) -> list[str]:
 
 @both
 def test_redis(criu: Criu, tmp_path: Path) -> None:
-    """A dump under load: every key that was acknowledged is there after the restore, and it forks to save them."""
+    """Dumped under load, after two pre-dumps. Every acknowledged key is there afterwards, and it can fork to save them."""
     images = tmp_path / "images"
     tcp = criu.version >= (4, 2)  # 4.1.1 can't dump an inet socket of Linux 6.16 or later (docs/backend.md)
     options = ["--tcp-close"] if tcp else []
@@ -32,11 +32,17 @@ def test_redis(criu: Criu, tmp_path: Path) -> None:
         server.fill(8000)
         if tcp:
             server.load()
-        said = check("dump", "-t", server.pid, "-D", images, *by_criu(criu), *options)
+        check("pre-dump", "-t", server.pid, "-D", tmp_path / "1")
+        check("pre-dump", "-t", server.pid, "-D", tmp_path / "2", "--prev-images-dir", "../1")
+        said = check(
+            *("dump", "-t", server.pid, "-D", images, "--prev-images-dir", "../2", *by_criu(criu), *options)
+        )
         server.stop()
         reap_all()
         assert f"CRIU {'.'.join(map(str, criu.version))}" in said
-        assert server.written > (8000 if tcp else 0)
+        assert server.written > 8000 or not tcp
+        counted = stats(images)
+        assert counted.pages_skipped_parent > counted.pages_written
         criu.restore(images, *options, work=tmp_path, lazy=False)
         server.check()
 

@@ -14,7 +14,7 @@ from images_spec.flags import PE_LAZY, PE_PARENT, PE_PRESENT
 from tests.real.test_dump_tracking import cases, methods
 from tests.support.compiling import compiled
 from tests.support.criu import RELEASES, Criu, newest_on_every_kernel
-from tests.support.dumptool import COMMAND, check, pages, reap_all, run, stats, task
+from tests.support.dumptool import COMMAND, check, pages, reap_all, run, stats, task, tracker_of
 from tests.support.processes import Server, reap, wait_for
 from tests.support.restore import our_daemon
 
@@ -150,16 +150,11 @@ def test_lazy_pages_are_left_out(running: Writer, tmp_path: Path) -> None:
     running.ends_right()
 
 
-def trackers(pid: int) -> list[str]:
-    links = [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")]
-    return [link for link in links if "userfaultfd" in link or "memfd" in link]
-
-
 def test_tracking_leaves_no_trace(running: Writer, tmp_path: Path) -> None:
     check("pre-dump", "-t", running.pid, "-D", tmp_path / "0")
-    assert len(trackers(running.pid)) == 2
+    assert tracker_of(running.pid)
     check("dump", "-t", running.pid, "-D", tmp_path / "1", "--prev-images-dir", "../0", "-R")
-    assert trackers(running.pid) == []
+    assert tracker_of(running.pid) is None
     assert " uw" not in Path(f"/proc/{running.pid}/smaps").read_text()
     running.next_step()
     running.ends_right()

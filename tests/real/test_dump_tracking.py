@@ -16,13 +16,12 @@ from pathlib import Path
 import pytest
 from _pytest.mark import ParameterSet
 
-from dumptool import survey, trackers, tracking
-from dumptool.freeze import members
+from dumptool import trackers, tracking
 from images_spec.flags import PE_PRESENT
 from tests.real.test_restore import OurRestore
 from tests.support.compiling import compiled
 from tests.support.criu import Criu, newest_on_every_kernel
-from tests.support.dumptool import check, pages, reap_all, stats, task
+from tests.support.dumptool import check, pages, reap_all, stats, task, tracker_of
 from tests.support.processes import end, wait_for
 
 SOURCE = Path(__file__).parent.parent / "support" / "programs" / "moves.c"
@@ -107,10 +106,9 @@ def level(mover: Mover, folder: Path, number: int, action: str, *options: str) -
 
 
 def tracked_by(pid: int) -> str:
-    """The method of the tracker that is in a process."""
-    tracker = tracking.own_tracker(survey.look_at(members(pid)[0]))
+    """The method of the tracker of a process."""
+    tracker = tracker_of(pid)
     assert tracker is not None
-    assert tracker.record is not None
     return tracker.record.method
 
 

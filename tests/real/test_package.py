@@ -55,6 +55,7 @@ def installed() -> Iterator[Path]:
         tree = folder / "tree"
         shutil.copytree(ROOT, tree, ignore=LEFT_OUT)
         (tree / "lazypages" / "restore" / "uffd_restorer").unlink(missing_ok=True)
+        (tree / "dumptool" / "tracker_holder").unlink(missing_ok=True)
         run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, tree)
         (wheel,) = folder.glob("*.whl")
         venv.create(folder / "venv", with_pip=False)

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from dumptool import proc
+from dumptool.holders import Holders, Tracker
 from images_spec.images import Kind, read_one
 from images_spec.messages import DumpStatsEntry
 from images_spec.pagemap import Pagemap
@@ -71,6 +73,13 @@ def pages(images: Path, pid: int) -> dict[int, int]:
         for entry in Pagemap.load(images / Kind.PAGEMAP.file_name(pid))
         for index in range(entry.nr_pages)
     }
+
+
+def tracker_of(pid: int) -> Tracker | None:
+    """The tracker of the writes of a process, found as dumptool finds it."""
+    with Holders() as holders:
+        holders.look()
+        return holders.tracker(pid, proc.stat(pid).start_time)
 
 
 @contextmanager

@@ -20,31 +20,32 @@ from dumptool.proc import FdInfo, OpenFile
 from dumptool.trackers import (
     FEATURES,
     MEMFD_LINK,
-    NO_UFFD,
     OLD_FEATURES,
     SOFT_DIRTY,
     UFFD_LINK,
     UFFD_WP,
     Record,
-    Tracker,
 )
-from dumptool.tracking import Armed, Method, Vouched
+from dumptool.tracking import Armed, Held, Method, Vouched
 
-RECORD = Record(pid=10, start_time=77, uffd=993, arming="a", level="run-1", method=UFFD_WP)
+PROGRAM = "7ffe:00"
+RECORD = Record(pid=10, start_time=77, program=PROGRAM, arming="a", level="run-1", method=UFFD_WP)
 
 
-def task(*found: Tracker, pid: int = 10, start_time: int = 77) -> Any:
+def task(pid: int = 10, start_time: int = 77) -> Any:
     vdso = SimpleNamespace(start=0x7000, name="[vdso]")
     layout = SimpleNamespace(vmas=(vdso,))
-    return SimpleNamespace(
-        pid=pid, stat=SimpleNamespace(start_time=start_time), trackers=found, layout=layout
-    )
+    return SimpleNamespace(pid=pid, stat=SimpleNamespace(start_time=start_time), layout=layout)
+
+
+def held(record: Record = RECORD, memfd: int = -1, uffd: int | None = 993) -> Held:
+    return Held(SimpleNamespace(), record, memfd, uffd)  # type: ignore[arg-type]
 
 
 @pytest.fixture(autouse=True)
 def _no_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Descriptors of processes that there are not."""
-    monkeypatch.setattr(tracking, "take_fd", lambda _pid, fd: fd)
+    """What is read of processes that there are not."""
+    monkeypatch.setattr(tracking, "program", lambda _pid: PROGRAM)
     monkeypatch.setattr(tracking, "is_soft_dirty", lambda _pid, address: address == WITNESS)
 
 
@@ -53,32 +54,48 @@ WITNESS = 0x7000
 
 def test_a_record_is_written_in_one_piece() -> None:
     assert Record.decode(RECORD.encode()) == RECORD
-    assert len(RECORD.encode()) == len(Record(1, 1, 1).encode()) == trackers.RECORD_SIZE
+    assert len(RECORD.encode()) == len(Record(1, 1).encode()) == trackers.RECORD_SIZE
 
 
 @pytest.mark.parametrize(
-    "data", [b"", b"{}", b"[]", b"junk", b'{"pid": "1", "start_time": 1, "uffd": 1}', RECORD.encode()[:40]]
+    "data",
+    [
+        b"",
+        b"{}",
+        b"[]",
+        b"junk",
+        b'{"pid": "1", "start_time": 1}',
+        b'{"pid": 1, "start_time": 1, "uffd": 1}',
+        RECORD.encode()[:40],
+    ],
 )
 def test_what_is_no_record(data: bytes) -> None:
     assert Record.decode(data) is None
 
 
-def test_vouches_for_its_own_level_only() -> None:
-    tracker = Tracker(992, 993, RECORD)
-    known = tracking.vouched(task(tracker), "run-1")
+def test_vouches_for_its_own_level_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = tracking.vouched(held(), "run-1")
     assert known is not None
     assert (known.with_, known.without) == (lib.LP_PAGE_WPALLOWED, lib.LP_PAGE_WRITTEN)
-    assert tracking.vouched(task(tracker), "run-0") is None
-    assert tracking.vouched(task(tracker), "") is None
-    assert tracking.vouched(task(Tracker(992, 993, replace(RECORD, level=""))), "run-1") is None
-    assert tracking.vouched(task(Tracker(992, 993, replace(RECORD, level=""))), "") is None
-    assert tracking.vouched(task(tracker, pid=11), "run-1") is None  # forked
-    assert tracking.vouched(task(tracker, start_time=78), "run-1") is None  # another with its pid
-    assert tracking.vouched(task(Tracker(992, None, RECORD)), "run-1") is None  # the uffd has been closed
-    assert tracking.vouched(task(), "run-1") is None
+    assert tracking.vouched(held(), "run-0") is None
+    assert tracking.vouched(held(), "") is None
+    assert tracking.vouched(held(replace(RECORD, level="")), "run-1") is None
+    assert tracking.vouched(held(replace(RECORD, level="")), "") is None
+    assert (
+        tracking.vouched(held(replace(RECORD, method="")), "run-1") is None
+    )  # the run that made it was killed
+    assert tracking.vouched(None, "run-1") is None
+    for now in ("7ffe:01", ""):  # after an execve; unknown
+        monkeypatch.setattr(tracking, "program", lambda _pid, now=now: now)
+        assert tracking.vouched(held(), "run-1") is None
+        assert not tracking.fits(held(), Method.AUTO)
 
-    older = replace(RECORD, method="")  # as earlier versions have left it
-    assert tracking.vouched(task(Tracker(992, 993, older)), "run-1") is None
+
+def test_which_trackers_can_be_armed() -> None:
+    assert tracking.fits(held(), Method.AUTO)
+    assert tracking.fits(held(), Method.UFFD_WP)
+    assert not tracking.fits(held(), Method.SOFT_DIRTY)
+    assert not tracking.fits(held(replace(RECORD, method="")), Method.AUTO)
 
 
 def mapping(start: int, size: int = 0x4000) -> Mapping:
@@ -91,8 +108,8 @@ def mapping(start: int, size: int = 0x4000) -> Mapping:
 
 def test_soft_dirty_bits_need_no_userfaultfd() -> None:
     """But then a mapping from which a page table may have been moved as a whole is not known."""
-    record = replace(RECORD, uffd=NO_UFFD, method=SOFT_DIRTY, witness=WITNESS)
-    known = tracking.vouched(task(Tracker(992, None, record)), "run-1")
+    record = replace(RECORD, method=SOFT_DIRTY, witness=WITNESS)
+    known = tracking.vouched(held(record, uffd=None), "run-1")
     assert known is not None
     assert known.with_ == 0
     assert known.without == lib.LP_PAGE_SOFT_DIRTY | lib.LP_PAGE_PFNZERO
@@ -105,7 +122,7 @@ def test_soft_dirty_bits_need_no_userfaultfd() -> None:
 @pytest.mark.parametrize("witness", [0, 0x9000])
 def test_soft_dirty_bits_that_somebody_else_has_cleared(witness: int) -> None:
     record = replace(RECORD, method=SOFT_DIRTY, witness=witness)
-    assert tracking.vouched(task(Tracker(992, 993, record)), "run-1") is None
+    assert tracking.vouched(held(record), "run-1") is None
 
 
 def test_which_mappings_are_still_registered(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,26 +140,16 @@ def open_file(fd: int, link: str, features: int | None = None) -> OpenFile:
     return OpenFile(fd, link, os.stat("/"), FdInfo(0, 0, 0, (), other))
 
 
-def test_found_among_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
-    records: dict[int, Record | None] = {992: RECORD, 994: None}
-    monkeypatch.setattr(trackers, "_read", lambda _pid, fd: records[fd])
-    done = FEATURES | 1 << 31
-    files = [
-        open_file(3, UFFD_LINK, 1 << 1),  # a userfaultfd of the program's own
-        open_file(992, MEMFD_LINK),
-        open_file(993, UFFD_LINK, done),
-    ]
-    assert trackers.find(10, files) == [Tracker(992, 993, RECORD)]
-    half_made = [*files, open_file(994, MEMFD_LINK), open_file(995, UFFD_LINK, 0)]
-    first, second = trackers.find(10, half_made)
-    assert first == Tracker(992, 993, RECORD, strays=(995,))
-    assert second == Tracker(994, None, None)
-    assert first.fds == (993, 995, 992)
-    assert trackers.find(10, [open_file(993, UFFD_LINK, done)]) == []
-    others = [open_file(992, MEMFD_LINK), open_file(993, UFFD_LINK, OLD_FEATURES | 1 << 31)]
-    assert trackers.find(10, others) == [Tracker(992, 993, RECORD)]
-    of_the_program = [open_file(992, MEMFD_LINK), open_file(993, UFFD_LINK, 1 << 31)]
-    assert trackers.find(10, of_the_program) == [Tracker(992, None, RECORD)]
+def test_what_is_left_in_a_process() -> None:
+    """By earlier versions, whose memfd tells that the rest is theirs; by a killed run, whose record tells it."""
+    own = [open_file(3, UFFD_LINK, 1 << 1), open_file(4, UFFD_LINK, 1 << 31), open_file(5, UFFD_LINK, 0)]
+    assert trackers.leftovers(own, None) == ()
+    assert trackers.leftovers(own, RECORD) == ()
+    assert trackers.leftovers(own[:1], replace(RECORD, method="")) == ()
+    assert trackers.leftovers(own[2:], replace(RECORD, method="")) == (5,)
+    for features in (FEATURES, OLD_FEATURES):
+        theirs = [open_file(992, MEMFD_LINK), open_file(993, UFFD_LINK, features | 1 << 31)]
+        assert trackers.leftovers([*own[:1], *theirs], None) == (993, 992)
 
 
 def test_soft_dirty_runs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,23 +191,24 @@ def test_soft_dirty_bits_are_cleared(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(
             tracking, "_mark", lambda _pid, address, marked=marked: marked and address == WITNESS
         )
-        armed = Armed(task(), replace(RECORD, method=SOFT_DIRTY), memfd=-1, uffd=5)
+        armed = Armed(task(), held(), replace(RECORD, method=SOFT_DIRTY))
         armed.clear()
         assert written == [("/proc/10/clear_refs", b"4")]
         assert armed.record.witness == (WITNESS if marked else 0)
-    Armed(task(), RECORD, memfd=-1, uffd=5).clear()
+    Armed(task(), held(), RECORD).clear()
     assert len(written) == 1
 
 
 def test_only_the_last_arming_is_completed() -> None:
     with tempfile.TemporaryFile() as file:
         trackers.store(file.fileno(), replace(RECORD, arming="mine", level=""))
-        Armed(task(), replace(RECORD, arming="mine", level=""), file.fileno(), None).complete("run-2")
+        ours = held(memfd=file.fileno())
+        Armed(task(), ours, replace(RECORD, arming="mine", level="")).complete("run-2")
         stored = Record.decode(os.pread(file.fileno(), trackers.RECORD_SIZE, 0))
         assert stored is not None
         assert stored.level == "run-2"
         trackers.store(file.fileno(), replace(RECORD, arming="another", level=""))
-        Armed(task(), replace(RECORD, arming="mine", level=""), file.fileno(), None).complete("run-3")
+        Armed(task(), ours, replace(RECORD, arming="mine", level="")).complete("run-3")
         stored = Record.decode(os.pread(file.fileno(), trackers.RECORD_SIZE, 0))
         assert stored is not None
         assert stored.level == ""
@@ -218,7 +226,7 @@ def test_this_kernel_and_soft_dirty_bits() -> None:
 def test_asking_for_soft_dirty_bits_where_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracking, "soft_dirty_works", lambda: False)
     with pytest.raises(DumpError, match="no soft-dirty"):
-        tracking.make_tracker(task(), SimpleNamespace(), Method.SOFT_DIRTY)  # type: ignore[arg-type]
+        tracking.make(task(), -1, SimpleNamespace(), Method.SOFT_DIRTY, SimpleNamespace())  # type: ignore[arg-type]
 
 
 def test_the_huge_zero_page_counts_as_written(tmp_path: Path) -> None:
