@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import socket
 import sys
 from collections.abc import Iterator, Sequence
@@ -12,16 +14,17 @@ from pathlib import Path
 
 import pytest
 
+from dumptool.proc import children
 from images_spec.flags import PE_LAZY, PE_PARENT, PE_PRESENT
 from tests.real.test_criu_namespace import NAMESPACE, restore
 from tests.real.test_dump_lazy import lazy_dump, ours, running
 from tests.real.test_dump_precopy import PAGES, Writer, written_in
 from tests.support.compiling import PROGRAMS, compiled
 from tests.support.criu import Criu, all_criu
-from tests.support.dumptool import check, pages, reap_all, stats, task
+from tests.support.dumptool import check, is_unharmed, pages, reap_all, stats, task
 from tests.support.processes import nothing_left, start, wait_for
 from tests.support.redis import redis
-from tests.support.restore import Program, eager_restore
+from tests.support.restore import Program, eager_restore, our_daemon
 
 both = pytest.mark.parametrize("criu", all_criu())
 
@@ -104,9 +107,13 @@ def test_redis(criu: Criu, tmp_path: Path) -> None:
 def test_every_byte_after_a_plain_restore(
     criu: Criu, scenario: str, program: Program, tmp_path: Path
 ) -> None:
-    """Without any daemon of ours: the images are complete ones of CRIU's."""
+    """Without any daemon of ours: the images are complete ones of CRIU's. One tree ran on and was ended later."""
     with running(criu, scenario, program, tmp_path) as victim:
-        check("dump", "-t", victim.pid, "-D", victim.checkpoint.images, *by_criu(criu))
+        goes_on = ["-R"] if scenario == "interpreter" else []
+        check("dump", "-t", victim.pid, "-D", victim.checkpoint.images, *goes_on, *by_criu(criu))
+        if goes_on:
+            is_unharmed(victim.pid)
+            os.kill(victim.pid, signal.SIGKILL)
         assert victim.has_ended()
         reap_all()
         with eager_restore(victim.checkpoint, tmp_path, victim.checkpoint.images) as restored:
@@ -196,4 +203,26 @@ def test_only_what_was_written_crosses_the_network(criu: Criu, tmp_path: Path) -
             copied = numbers["copied_by_source"]
             assert copied.pop("remote") == left
             assert sum(copied.values()) == unchanged
-            assert numbers["page_servers"][0]["pages"] <= left + numbers["faults"]  # a fault may ask once more
+            assert (
+                numbers["page_servers"][0]["pages"] <= left + numbers["faults"]
+            )  # a fault may ask once more
+
+
+@pytest.mark.slow
+@both
+def test_in_namespaces_of_its_own(criu: Criu, tmp_path: Path) -> None:
+    """Pids in the images are those inside; two pre-dumps before."""
+    images = tmp_path / "images"
+    with nothing_left(), service(tmp_path, 16, ["unshare", "--pid", "--fork", "--uts", "--ipc"]) as running:
+        (pid,) = children(running.pid, running.pid)
+        parents = pre_dumped(pid, tmp_path)
+        assert running.ask(b"write") == b"done"
+        check("dump", "-t", pid, "-D", images, *parents, *by_criu(criu))
+        assert (images / "pagemap-1.img").exists()
+        reap_all()
+        with our_daemon().start(images, tmp_path) as server:
+            server.wait_ready()
+            criu.restore(images, work=tmp_path)
+            assert running.ask(b"check") == b"right"
+            assert server.wait() == 0
+        assert running.ask(b"quit") == b"done"
