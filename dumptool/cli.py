@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from dumptool.dump import Report, Settings, Watcher, dump, pre_dump
+from dumptool.backend import dump_by
+from dumptool.criu_options import choice, criu_options
+from dumptool.dump import Report, Settings, Watcher, pre_dump
 from dumptool.errors import UnsupportedError, one_line_each
 from dumptool.output import Output
 from dumptool.saveable import Options
@@ -290,6 +292,7 @@ def _settings(options: dict[str, Any]) -> Settings:
         lazy_parents=options["parent_pages"] == "lazy",
         lazy_pages=options.get("lazy_pages", False),
         leave_running=options.get("leave_running", False),
+        leave_stopped=options.get("leave_stopped", False),
         track=options["track_mem"],
         allow=Options(shell_job=options["shell_job"], file_locks=options.get("file_locks", False)),
         timeout=options["timeout"],
@@ -343,6 +346,7 @@ def _page_server(options: dict[str, Any]) -> PageServer | None:
 @click.option(
     "-R", "--leave-running", is_flag=True, help="Let the tasks go on afterwards.  [default: end them]"
 )
+@click.option("-s", "--leave-stopped", is_flag=True, help="Leave the tasks stopped, as by SIGSTOP.")
 @click.option("-l", "--file-locks", is_flag=True, help="Allow file locks and save them.")
 @click.option(
     "--lazy-pages",
@@ -361,17 +365,20 @@ def _page_server(options: dict[str, Any]) -> PageServer | None:
     is_flag=True,
     help="With --lazy-pages without --tls: allow an address that other hosts can reach, and other users of this host.",
 )
+@criu_options
 def dump_command(**options: Any) -> None:
     """Write all images of a tree of processes, then end it (or let it go on).
 
     The tree is stopped meanwhile. If anything fails it goes on unharmed, even if dumptool is killed (but see
     --lazy-pages below).
     """
-    settings = _settings(options)
+    settings, by = _settings(options), choice(options)
+    if settings.leave_running and settings.leave_stopped:
+        raise click.UsageError("--leave-running and --leave-stopped can't be combined")
     if options["status_fd"] is not None:
         check_status_fd(options["status_fd"])
     with _watcher(options) as watcher, _service(options) as serve:
-        report = dump(settings, watcher, serve)
+        report = dump_by(by, settings, watcher, serve)
     _log_report(report, "dumped", settings.page_server)
 
 

@@ -25,7 +25,7 @@ from dumptool.errors import DumpError
 from dumptool.files import FileTable
 from dumptool.freeze import FrozenTree, Process, freeze
 from dumptool.holders import Holder, Holders
-from dumptool.level import FrozenTask, Level
+from dumptool.level import FrozenTask, HasPages, Level
 from dumptool.output import Output
 from dumptool.process_images import (
     ROOT_OBJECT,
@@ -55,7 +55,7 @@ def pre_dump(settings: Settings, watcher: Watcher) -> Report:
     The tree is stopped only while its page tables are scanned and write-protected. Raises ``DumpError``
     (``UnsupportedError``) or ``ImageError``; then, too, the tree goes on.
     """
-    with _Run(settings, watcher, memory_only=True, track=True) as run:
+    with Run(settings, watcher, memory_only=True, track=True) as run:
         run.look()
         with run.frozen() as tree:
             tasks = run.live(tree)
@@ -71,14 +71,14 @@ def pre_dump(settings: Settings, watcher: Watcher) -> Report:
 
 
 def dump(settings: Settings, watcher: Watcher, serve: Serve | None = None) -> Report:
-    """Writes all images of the tree; then kills it, or lets it go on (``leave_running``).
+    """Writes all images of the tree; then kills it, lets it go on (``leave_running``) or leaves it stopped.
 
     With ``lazy_pages``, ``serve`` is called when all images are complete, while the tree is still frozen. Without
     ``serve`` such a tree goes on, because its images lack pages. Raises as ``pre_dump``. If the dump fails when the
     tree has been frozen, its writes are not tracked any more, as after a dump that succeeds (unless ``track``).
     """
     track = settings.leave_running and settings.track
-    with _Run(settings, watcher, track=track) as run:
+    with Run(settings, watcher, track=track) as run:
         run.look()
         with run.frozen() as tree, run.untracked_on_error():
             tasks = run.live(tree)
@@ -109,6 +109,9 @@ def dump(settings: Settings, watcher: Watcher, serve: Serve | None = None) -> Re
                 if not track:
                     run.untrack(tasks)
                 run.report.frozen = tree.thaw()
+            elif settings.leave_stopped:
+                tree.stays = True
+                run.report.frozen = tree.thaw()
             else:
                 run.report.frozen = time.monotonic() - tree.frozen_since
                 tree.kill()
@@ -131,7 +134,7 @@ class _Seen:
     parent: ParentPages | None
 
 
-class _Run:
+class Run:
     """One run of the tool; a context manager that closes its descriptors.
 
     ``memory_only``: what else the tasks have is not looked at: nothing of it can be in the way. ``track``: writes are
@@ -147,11 +150,11 @@ class _Run:
         self._held: dict[int, Held] = {}
         self._run_id = new_run_id()
         self._seen: dict[int, _Seen] = {}
-        self._output = Output(settings.images, durable=settings.sync)
+        self.output = Output(settings.images, durable=settings.sync)
         self._resources = ExitStack()
-        self._resources.callback(self._output.close)
+        self._resources.callback(self.output.close)
         self._holders = self._resources.enter_context(Holders())
-        self.level = Level(settings, self._output.keep, self._resources)
+        self.level = Level(settings, self.output.keep, self._resources)
 
     def __enter__(self) -> Self:
         return self
@@ -168,7 +171,7 @@ class _Run:
             self.settings.pid, self._check, self._holders, files=not self._memory_only
         )
         gadgets = {pid: _gadgets(task) for pid, task in tasks.items()}
-        _set_up_directory(self.settings, self._output)
+        set_up_directory(self.settings, self.output)
         parents = self.level.open({pid: task.image_pid for pid, task in tasks.items()})
         self._seen = {pid: _Seen(task, gadgets[pid], parents[pid]) for pid, task in tasks.items()}
 
@@ -240,10 +243,10 @@ class _Run:
             described = self.level.find_pages(frozen, file_id, number, holder=self.holder)
             self.report.scanning += time.monotonic() - begin
             guards = memory.guard_regions(pid, described)
-            write_task(CapturedTask(frozen.task, captured, described, guards, ids), self._output, table)
-        write_tree(self._output, tree, table)
+            write_task(CapturedTask(frozen.task, captured, described, guards, ids), self.output, table)
+        write_tree(self.output, tree, table)
 
-    def copy(self, tasks: list[FrozenTask], *, running: bool) -> None:
+    def copy(self, tasks: Sequence[HasPages], *, running: bool) -> None:
         """Copies the pages of all processes. ``running``: the tree runs again."""
         begin = time.monotonic()
         self.watcher.stage("copying")
@@ -285,7 +288,7 @@ class _Run:
         """Publishes the inventory once all else is on the disk and at the page server, then completes the trackers."""
         self.watcher.stage("syncing")
         self.level.close()
-        self._output.publish(inventory(self._run_id))
+        self.output.publish(inventory(self._run_id))
         trackers = [frozen.armed for frozen in tasks if frozen.armed is not None]
         if not all(holder.sync() for holder in {armed.held.holder for armed in trackers}):
             log.warning("what keeps the trackers has ended: the next level will have all pages")
@@ -309,7 +312,7 @@ class _Run:
         try:
             yield
         except BaseException:
-            self._output.withdraw()
+            self.output.withdraw()
             raise
 
     def write_stats(self) -> None:
@@ -329,7 +332,8 @@ def _gadgets(task: Task) -> Gadgets | None:
     return None
 
 
-def _set_up_directory(settings: Settings, output: Output) -> None:
+def set_up_directory(settings: Settings, output: Output) -> None:
+    """Makes the images directory ready, with no inventory and the link to the parent level. Raises ``DumpError``."""
     directory, link = settings.images, settings.images / PARENT_LINK
     output.make_directory()
     try:

@@ -81,6 +81,10 @@ class FrozenTree:
         """All processes but the zombies."""
         return [process for process in self.processes if not process.zombie]
 
+    def image_pid(self, pid: int) -> int:
+        """The pid of a process in the images."""
+        return pid
+
     def hold(self) -> None:
         """From now on the tree stays stopped, as by SIGSTOP, if dumptool is killed."""
         for process in self.alive:

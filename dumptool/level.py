@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from dumptool import identity, mappings, memory, proc, survey, tracking
 from dumptool.chain import Chain, ParentPages
@@ -39,6 +40,22 @@ class PageJob:
         return sum(part.runs.pages(PE_PRESENT) for part in self.parts)
 
 
+class HasPages(Protocol):
+    """A process whose pages are copied; see ``FrozenTask``."""
+
+    @property
+    def parent(self) -> ParentPages | None: ...
+
+    @property
+    def pidfd(self) -> int | None: ...
+
+    @property
+    def held(self) -> Held | None: ...
+
+    @property
+    def job(self) -> PageJob | None: ...
+
+
 @dataclass(slots=True)
 class FrozenTask:
     """A process of the frozen tree.
@@ -58,7 +75,7 @@ class FrozenTask:
 
 
 @dataclass(frozen=True, slots=True)
-class _Changes:
+class Changes:
     """How changed pages of a process are found.
 
     ``vouched``: by its tracker. ``compare``: by comparison with these pages. Neither: all pages count as changed.
@@ -104,7 +121,7 @@ class Level:
         """
         task = frozen.task
         pid = task.pid
-        changes = self._changes(frozen)  # before the tracker is armed, or replaced by one that knows nothing
+        changes = self.changes(frozen)  # before the tracker is armed, or replaced by one that knows nothing
         armed = None if holder is None else self._arm(frozen, holder)
         marks, vouched = changes.marks, changes.vouched
         described = mappings.describe(proc.layout(pid, task.layout), file_id)
@@ -154,18 +171,23 @@ class Level:
             frozen.held.holder.sync()
             frozen.held = None
 
-    def _changes(self, frozen: FrozenTask) -> _Changes:
+    def changes(self, frozen: HasPages) -> Changes:
+        """How its pages that have changed since the parent level are found. The process is stopped."""
         settings = self._settings
         marks = Marks(lazy_dump=settings.lazy_pages, lazy_parents=settings.lazy_parents)
         if self._chain is None or frozen.parent is None:
-            return _Changes(marks)
+            return Changes(marks)
         if frozen.held is not None and tracking.fits(frozen.held, settings.method):
             vouched = tracking.vouched(frozen.held, self._chain.run_id)
             if vouched is not None:
                 marks = replace(marks, with_=vouched.with_, without=vouched.without)
-                return _Changes(marks, vouched=vouched)
+                return Changes(marks, vouched=vouched)
         compare = settings.method in (Method.AUTO, Method.COMPARE) and not settings.lazy_pages
-        return _Changes(marks, compare=frozen.parent if compare else None)
+        return Changes(marks, compare=frozen.parent if compare else None)
+
+    def task_target(self, image_pid: int, pages_id: int, *, parents: bool) -> Sink:
+        """The place for the pages of a process. ``parents``: they refer to those of its parent."""
+        return self._target(ImageType.TASK, image_pid, pages_id, parents=parents)
 
     def _target(self, kind: ImageType, number: int, pages_id: int, *, parents: bool = False) -> Sink:
         directory = self._settings.images
@@ -174,7 +196,7 @@ class Level:
         name = Kind.PAGEMAP.file_name(number if kind is ImageType.TASK else f"shmem-{number}")
         return Target(directory, name, pages_id, self._keep)
 
-    def copy(self, frozen: FrozenTask, progress: Progress, *, running: bool) -> Counts:
+    def copy(self, frozen: HasPages, progress: Progress, *, running: bool) -> Counts:
         """Copies the pages that ``find_pages`` found. ``running``: the tree runs again.
 
         A running process that ends meanwhile gets no image, unless it is the root. Raises ``DumpError``,

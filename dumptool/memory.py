@@ -113,6 +113,12 @@ class Runs:
         run.start, run.end, run.flags = start, end, flags
         self.count += 1
 
+    def extend(self, others: Runs) -> None:
+        """Adds runs at the end."""
+        self.reserve(others.count)
+        ffi.memmove(self.end, others.array, others.count * ffi.sizeof("struct lp_run"))
+        self.count += others.count
+
     @property
     def end(self) -> Any:
         """Pointer behind the last run."""

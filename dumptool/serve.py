@@ -182,8 +182,9 @@ def frozen_pages(tree: FrozenTree, settings: Settings) -> Iterator[FrozenPages]:
     memories: dict[int, LazyMemory] = {}
     try:
         for process in tree.alive:
-            pagemap = Pagemap.load(settings.images / Kind.PAGEMAP.file_name(process.pid))
-            memories[process.pid] = LazyMemory(process.pid, pagemap)
+            pid = tree.image_pid(process.pid)
+            pagemap = Pagemap.load(settings.images / Kind.PAGEMAP.file_name(pid))
+            memories[pid] = LazyMemory(process.pid, pagemap)
         yield FrozenPages(memories)
     finally:
         for memory in memories.values():

@@ -22,7 +22,8 @@ class Settings:
     ``parent``: directory of the parent level relative to ``images``, or None. ``method``: of dirty tracking.
     ``lazy_parents``: a lazy restore may fetch unchanged pages later (PE_PARENT | PE_LAZY).
     ``lazy_pages``: leave out the pages that can be lazy, and serve them afterwards. ``leave_running``: the tree
-    goes on after a dump; with ``track`` as well, its writes from then on are tracked. ``timeout``:
+    goes on after a dump; with ``track`` as well, its writes from then on are tracked. ``leave_stopped``: it stays
+    stopped, as by SIGSTOP. ``timeout``:
     seconds for the tree to stop. ``page_server``: pages are sent there and not written to ``images``. ``sync``: fsync
     all images before the inventory is written and the tree is killed.
     """
@@ -34,6 +35,7 @@ class Settings:
     lazy_parents: bool = True
     lazy_pages: bool = False
     leave_running: bool = False
+    leave_stopped: bool = False
     track: bool = False
     allow: Options = field(default_factory=Options)
     timeout: float = 10

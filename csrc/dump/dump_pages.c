@@ -245,6 +245,35 @@ size_t lp_check_parent(const struct lp_run *runs, size_t nr_runs, const struct l
 	return count;
 }
 
+size_t lp_mark_unchanged(const struct lp_run *runs, size_t nr_runs, const struct lp_run *others, size_t nr_others,
+			 int lazy, struct lp_run *out, size_t room)
+{
+	size_t count = 0, o = 0;
+
+	for (size_t r = 0; r < nr_runs; r++) {
+		uint64_t at = runs[r].start, end = runs[r].end, flags = runs[r].flags;
+		uint64_t unchanged = (lazy ? flags & LP_LAZY : 0) | LP_PARENT;
+
+		while (at < end) {
+			uint64_t until = end;
+
+			while (o < nr_others && (!(others[o].flags & LP_PARENT) || others[o].end <= at))
+				o++;
+			if (o < nr_others && others[o].start <= at) {
+				if (others[o].end < until)
+					until = others[o].end;
+				append(out, room, &count, at, until, unchanged);
+			} else {
+				if (o < nr_others && others[o].start < until)
+					until = others[o].start;
+				append(out, room, &count, at, until, flags);
+			}
+			at = until;
+		}
+	}
+	return count;
+}
+
 /* The pages [start, end) last read from a parent. `next`: index of the extent to continue the search from. */
 struct parent_pages {
 	const struct lp_parent *parent;

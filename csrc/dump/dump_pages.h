@@ -76,6 +76,13 @@ size_t lp_pin_pages(const struct lp_run *runs, size_t nr_runs, const uint64_t *p
 size_t lp_check_parent(const struct lp_run *runs, size_t nr_runs, const struct lp_extent *held, size_t nr_held,
 		       int present, struct lp_run *out, size_t room);
 
+/*
+ * Gives PARENT, instead of PRESENT, to the pages that lie in a run of `others` with PARENT (sorted by address). Without
+ * `lazy` they lose LAZY.
+ */
+size_t lp_mark_unchanged(const struct lp_run *runs, size_t nr_runs, const struct lp_run *others, size_t nr_others,
+			 int lazy, struct lp_run *out, size_t room);
+
 /* The parent levels, for comparison. */
 struct lp_parent {
 	const struct lp_extent *held; /* where the chain has each page */

@@ -1,0 +1,246 @@
+"""Dump a tree with CRIU, which writes everything but memory, and write the memory: the order of the steps.
+
+CRIU writes its images to a directory of its own. They are moved into the images directory when all else is there, and
+on the disk; the inventory comes last. The name of the inventory is the commit: from then on the tree is killed,
+whoever of CRIU and us is killed in the meantime (``dumptool.criu``). Before, it goes on.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from dumptool import proc, survey
+from dumptool.chain import ParentPages
+from dumptool.criu import LOG_NAME, Criu, CriuDump
+from dumptool.criu_pages import StoppedTask, find_pages
+from dumptool.criu_tree import CriuTree, open_tree
+from dumptool.dump import Run, set_up_directory
+from dumptool.errors import DumpError
+from dumptool.freeze import members
+from dumptool.later import Later, put_off, room
+from dumptool.settings import Report, Serve, Settings, Watcher
+from images_spec import images
+from images_spec.images import Kind
+from images_spec.pagemap import Pagemap
+
+log = logging.getLogger("lazypages")
+
+WORK = ".criu-dump"
+"""Directory in the images directory in which CRIU writes. What is in it is no dump."""
+
+
+@dataclass(frozen=True, slots=True)
+class ByCriu:
+    """``arguments``: options for `criu dump` beside those that follow from ``Settings``."""
+
+    criu: Criu
+    arguments: tuple[str, ...] = ()
+
+
+def dump_by_criu(settings: Settings, how: ByCriu, watcher: Watcher, serve: Serve | None = None) -> Report:
+    """As ``dumptool.dump.dump``; also raises ``CriuError`` with CRIU's reason."""
+    with _CriuRun(settings, how, watcher) as run:
+        run.look()
+        with run.stopped() as tree:
+            run.find(tree)
+            if settings.leave_running and not settings.lazy_pages:
+                run.put_off()
+                run.copy(run.tasks, running=False)
+                run.still_stopped()
+                run.report.frozen = run.end(tree)
+                run.write_out()
+                run.publish()
+                run.write_stats()
+                return run.report
+            run.copy(run.tasks, running=False)
+            run.output.sync()
+            run.still_stopped()
+            run.publish()
+            if settings.lazy_pages and serve is not None:
+                run.serve(tree, serve)
+            elif settings.lazy_pages:
+                return run.report  # the images lack pages: the tree goes on
+            run.report.frozen = run.end(tree)
+        if not settings.lazy_pages:
+            run.write_stats()
+    return run.report
+
+
+class _CriuRun(Run):
+    """One run; see ``Run``."""
+
+    def __init__(self, settings: Settings, how: ByCriu, watcher: Watcher) -> None:
+        super().__init__(settings, watcher)
+        self._how = how
+        self._work = settings.images / WORK
+        self._parents: dict[int, ParentPages | None] = {}
+        self._criu: CriuDump | None = None
+        self._own: set[str] = set()  # names of CRIU's images that ours replace
+        self._later: list[Later] = []
+        self.tasks: list[StoppedTask] = []
+
+    def look(self) -> None:
+        """Opens all that a dump needs while the tree still runs. Raises ``DumpError``, ``ImageError``."""
+        self.watcher.stage("looking")
+        settings = self.settings
+        survey.check_permission(settings.pid)
+        self._holders.look()
+        seen = survey.look_at_all(members(settings.pid), holders=self._holders, files=False)
+        for task in seen.values():
+            self._hold(task)
+        set_up_directory(settings, self.output)
+        self._parents = self.level.open({pid: task.image_pid for pid, task in seen.items()})
+        try:
+            shutil.rmtree(self._work, ignore_errors=True)
+            self._work.mkdir(0o700)
+            (settings.images / LOG_NAME).unlink(missing_ok=True)
+        except OSError as error:
+            raise DumpError(f"{self._work}: {error.strerror}") from None
+        self._resources.callback(shutil.rmtree, self._work, ignore_errors=True)
+
+    @contextmanager
+    def stopped(self) -> Iterator[CriuTree]:
+        """The tree, stopped by CRIU. At the end of the block it goes on, unless it was killed."""
+        self.watcher.stage("freezing")
+        settings = self.settings
+        by_us = settings.leave_running or settings.lazy_pages
+        with CriuDump(
+            self._how.criu,
+            [*self._arguments(), *self._how.arguments],
+            log=settings.images / LOG_NAME,
+            commit=None if by_us else settings.images / Kind.INVENTORY.file_name(),
+            kills=not (settings.leave_running or settings.leave_stopped),
+        ) as self._criu:
+            self._criu.start()
+            tree = open_tree(settings.pid, self._criu, self._work)
+            try:
+                self.report.processes = len(tree.processes)
+                self.report.threads = sum(len(process.threads) for process in tree.alive)
+                self.report.freezing = tree.freezing_time
+                self._criu.will_kill([process.pid for process in tree.alive])
+                yield tree
+            finally:
+                try:
+                    tree.thaw()
+                finally:
+                    for pidfd in tree.pidfds.values():
+                        os.close(pidfd)
+
+    def _arguments(self) -> list[str]:
+        settings = self.settings
+        chosen = [
+            ("--leave-running", settings.leave_running),
+            ("--leave-stopped", settings.leave_stopped),
+            ("--shell-job", settings.allow.shell_job),
+            ("--file-locks", settings.allow.file_locks),
+        ]
+        return [
+            *("--tree", str(settings.pid), "--images-dir", str(self._work)),
+            *("--timeout", str(math.ceil(settings.timeout))),
+            *(name for name, given in chosen if given),
+        ]
+
+    def find(self, tree: CriuTree) -> None:
+        """Finds the pages of all processes that will be written."""
+        begin = time.monotonic()
+        for process in tree.alive:
+            pid = tree.image_pid(process.pid)
+            pidfd = os.dup(tree.pidfds[process.pid])
+            self._resources.callback(os.close, pidfd)
+            held = self._held.get(process.pid)
+            if held is not None and held.record.start_time != proc.stat(process.pid).start_time:
+                held = None  # of another process, which has ended
+            task = StoppedTask(process.pid, pid, self._parents.get(process.pid), pidfd, held)
+            name = Kind.PAGEMAP.file_name(pid)
+            pages_id = Pagemap.load(self._work / name).pages_id
+            self._own |= {name, f"pages-{pages_id}.img"}
+            target = self.level.task_target(pid, pages_id, parents=task.parent is not None)
+            find_pages(task, self._work, target, self.level.changes(task))
+            self.tasks.append(task)
+        self.report.scanning = time.monotonic() - begin
+
+    def put_off(self) -> None:
+        """Has pages copied to memory first, as far as there is room: the tree does not wait for the disk."""
+        jobs = [(task, task.job) for task in self.tasks if task.job is not None]
+        sinks = put_off([(job.target, job.pages) for _, job in jobs], room(), self._resources)
+        for (task, job), sink in zip(jobs, sinks, strict=True):
+            task.job = replace(job, target=sink)
+            if isinstance(sink, Later):
+                self._later.append(sink)
+
+    def write_out(self) -> None:
+        """Writes what was put off."""
+        begin = time.monotonic()
+        for sink in self._later:
+            sink.write_out()
+        self.report.writing += time.monotonic() - begin
+
+    def still_stopped(self) -> None:
+        """Raises ``CriuError`` if CRIU has ended: what was read may be of a tree that ran."""
+        assert self._criu is not None
+        self._criu.check_alive()
+
+    def publish(self) -> None:
+        """Adds CRIU's images, and publishes the inventory when all is on the disk, and at the page server."""
+        self.watcher.stage("syncing")
+        self.level.close()
+        inventory = images.read_one(self._work / Kind.INVENTORY.file_name(), Kind.INVENTORY)
+        if not inventory.dump_criu_run_id:
+            inventory.dump_criu_run_id = self._run_id  # CRIU before 4.1
+        left = {Kind.INVENTORY.file_name(), Kind.STATS.file_name("dump"), *self._own}
+        for path in sorted(self._work.iterdir()):
+            if path.name not in left and path.is_file():
+                self._adopt(path)
+        self.output.sync()
+        self.output.publish(inventory)
+
+    def _adopt(self, path: Path) -> None:
+        to = self.settings.images / path.name
+        try:
+            path.replace(to)
+            if self.output.keep is not None:
+                fd = os.open(to, os.O_RDONLY | os.O_CLOEXEC)
+                try:
+                    self.output.keep(to, fd)
+                finally:
+                    os.close(fd)
+        except OSError as error:
+            raise DumpError(f"{to}: can't be written: {error.strerror}") from None
+
+    def serve(self, tree: CriuTree, serve: Serve) -> None:
+        """Serves the pages that the images lack. Raises as ``serve`` does."""
+        self.watcher.stage("serving")
+        self.report.frozen = self.report.served = time.monotonic() - tree.frozen_since
+        self.write_stats()
+        self.ignore_interrupts()
+        tree.hold()
+        with self.withdrawn_on_error():
+            first = serve(tree, self.settings)
+        if first is not None:
+            self.report.requested = first - tree.frozen_since
+        if self.settings.leave_running or self.settings.leave_stopped:
+            tree.release()
+
+    def end(self, tree: CriuTree) -> float:
+        """The tree ends, stays or goes on, as was asked for. Returns how long it was stopped, in seconds."""
+        settings = self.settings
+        tree.finish(kill=not (settings.leave_running or settings.leave_stopped))
+        self._drop()
+        if settings.leave_stopped:
+            self._stop(tree)
+        return time.monotonic() - tree.frozen_since
+
+    def _stop(self, tree: CriuTree) -> None:
+        """CRIU has left them stopped, unless it was killed."""
+        for process in tree.alive:
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(tree.pidfds[process.pid], signal.SIGSTOP)

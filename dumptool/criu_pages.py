@@ -1,0 +1,122 @@
+"""Which pages of a process that CRIU has stopped are written. Its pagemap says which there are, and we which changed.
+
+With ``--lazy-pages`` CRIU writes no page that can be lazy. In our pagemap each of its pages has a place: in the parent
+level, in our pages file, or (lazy) in the memory of the stopped tree. The few pages that CRIU has written itself are
+read again, because pages are in a pages file in the order of addresses.
+"""
+
+from __future__ import annotations
+
+import os
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dumptool import memory
+from dumptool._ptrace import lib
+from dumptool.chain import ParentPages
+from dumptool.level import Changes, PageJob
+from dumptool.mappings import PROT_READ, Mapping
+from dumptool.memory import Marks, Part, Runs, Sink, Source
+from dumptool.tracking import Held, Vouched
+from images_spec import images
+from images_spec.flags import (
+    MAP_PRIVATE,
+    PAGE_SIZE,
+    PE_LAZY,
+    PE_PRESENT,
+    VMA_FILE_PRIVATE,
+    VMA_VDSO,
+    VMA_VSYSCALL,
+    VMA_VVAR,
+    is_guard,
+    lazy_capable,
+)
+from images_spec.images import Kind
+from images_spec.messages import VmaEntry
+from images_spec.pagemap import Pagemap
+
+
+@dataclass(slots=True)
+class StoppedTask:
+    """A process of a tree that CRIU has stopped. ``image_pid``: its pid in the images. Else as ``FrozenTask``."""
+
+    pid: int
+    image_pid: int
+    parent: ParentPages | None
+    pidfd: int | None
+    held: Held | None
+    job: PageJob | None = None
+
+
+def find_pages(task: StoppedTask, written: Path, target: Sink, changes: Changes) -> None:
+    """Sets ``task.job``. ``written``: directory of CRIU's images. Raises ``DumpError``, ``ImageError``."""
+    marks = changes.marks
+    vmas = images.read_one(written / Kind.MM.file_name(task.image_pid), Kind.MM).vmas
+    pagemap = Pagemap.load(written / Kind.PAGEMAP.file_name(task.image_pid))
+    runs = _runs(pagemap, marks)
+    described = [mapping(entry) for entry in vmas if not is_guard(entry.status)]
+    if changes.vouched is not None:
+        runs = _without_unchanged(task, runs, described, marks, changes.vouched)
+    (part,) = memory.only_in_parent(
+        [Part(runs, readable(runs, described), drop_zero=False)], task.parent, marks
+    )
+    task.job = PageJob(Source(task.pid, compare=changes.compare), target, [part], marks)
+
+
+def mapping(entry: VmaEntry) -> Mapping:
+    """A mapping of an mm image that CRIU wrote."""
+    special = entry.status & (VMA_VVAR | VMA_VSYSCALL)
+    return Mapping(
+        entry=entry,
+        private=bool(entry.flags & MAP_PRIVATE) and not special,
+        file_backed=bool(entry.status & VMA_FILE_PRIVATE),
+        lazy=lazy_capable(entry.flags, entry.status),
+        readable=bool(entry.prot & PROT_READ),
+        whole=bool(entry.status & VMA_VDSO),
+    )
+
+
+def _runs(pagemap: Pagemap, marks: Marks) -> Runs:
+    """The entries, adjacent ones joined. CRIU cuts them at the size of its pipes."""
+    runs = Runs(len(pagemap))
+    last = None
+    for vaddr, nr_pages, given in pagemap:
+        flags = marks.changed(lazy=bool(given & PE_LAZY))
+        end = vaddr + nr_pages * PAGE_SIZE
+        if last is not None and last.end == vaddr and last.flags == flags:
+            last.end = end
+        else:
+            runs.append(vaddr, end, flags)
+            last = runs.array[runs.count - 1]
+    return runs
+
+
+def _without_unchanged(
+    task: StoppedTask, runs: Runs, described: Sequence[Mapping], marks: Marks, vouched: Vouched
+) -> Runs:
+    fresh = vouched.fresh(described)
+    fd = os.open(f"/proc/{task.pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        scanned = memory.scan(fd, described, marks, fresh=fresh)
+    finally:
+        os.close(fd)
+    found = Runs(sum(part.runs.count for part in scanned))
+    for part in scanned:
+        found.extend(part.runs)
+    return runs.rewritten(lib.lp_mark_unchanged, found.array, found.count, marks.lazy_parents)
+
+
+def readable(runs: Runs, described: Sequence[Mapping]) -> bool:
+    """Whether process_vm_readv can read all pages that will be copied."""
+    hidden = [(one.entry.start, one.entry.end) for one in described if not one.readable]
+    if not hidden:
+        return True
+    starts = [start for start, _, flags in runs if flags & PE_PRESENT]
+    ends = [end for _, end, flags in runs if flags & PE_PRESENT]
+    for start, end in hidden:
+        index = bisect_left(ends, start + 1)
+        if index < len(starts) and starts[index] < end:
+            return False
+    return True

@@ -1,0 +1,228 @@
+"""`dumptool dump --backend criu`: CRIU saves everything but memory, dumptool the memory; real programs live on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from dumptool.proc import children
+from images_spec.flags import PE_LAZY, PE_PARENT, PE_PRESENT
+from tests.real.test_criu_namespace import NAMESPACE, restore
+from tests.real.test_dump_lazy import lazy_dump, ours, running
+from tests.real.test_dump_precopy import PAGES, Writer, written_in
+from tests.support.compiling import PROGRAMS, compiled
+from tests.support.criu import Criu, all_criu
+from tests.support.dumptool import check, is_unharmed, pages, reap_all, stats, task
+from tests.support.processes import nothing_left, start, wait_for
+from tests.support.redis import redis
+from tests.support.restore import Program, eager_restore, our_daemon
+
+both = pytest.mark.parametrize("criu", all_criu())
+
+
+def by_criu(criu: Criu) -> list[str]:
+    """Options of dumptool."""
+    return ["--backend", "criu", "--criu", str(criu.path)]
+
+
+@dataclass
+class Service:
+    """A running `service.py` (tests/support/programs)."""
+
+    pid: int
+    address: Path
+
+    def ask(self, request: bytes) -> bytes:
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(60)
+            connection.connect(str(self.address))
+            connection.sendall(request + b"\n")
+            return connection.recv(100).strip()
+
+
+MIB = 48
+"""Of the service's memory."""
+OTHERS = 300
+"""Pages of a small program that change in any case, or that CRIU does not count as lazy."""
+
+
+@contextmanager
+def service(folder: Path, mib: int = MIB, prefix: Sequence[str] = ()) -> Iterator[Service]:
+    """Use it in a block of `nothing_left`."""
+    address = folder / "service.sock"
+    command = [*prefix, sys.executable, PROGRAMS / "service.py", address, str(mib)]
+    process = start(command, cwd=folder, output=folder / "service.out")
+    running = Service(process.pid, address)
+
+    def answers() -> bool:
+        with suppress(OSError):
+            return running.ask(b"check") == b"right"
+        return False
+
+    wait_for("the service", answers)
+    yield running
+
+
+def pre_dumped(pid: int, folder: Path) -> list[str]:
+    """Two pre-dumps; the option for the dump."""
+    check("pre-dump", "-t", pid, "-D", folder / "1")
+    check("pre-dump", "-t", pid, "-D", folder / "2", "--prev-images-dir", "../1")
+    return ["--prev-images-dir", "../2"]
+
+
+@both
+def test_redis(criu: Criu, tmp_path: Path) -> None:
+    """Dumped under load after two pre-dumps. Every acknowledged key is there, and it can fork to save them."""
+    images = tmp_path / "images"
+    tcp = criu.version >= (4, 2)  # 4.1.1 can't dump an inet socket of Linux 6.16 or later (docs/backend.md)
+    options = ["--tcp-close"] if tcp else []
+    with nothing_left(), redis(tmp_path, tcp=tcp) as server:
+        server.fill(8000)
+        if tcp:
+            server.load()
+        parents = pre_dumped(server.pid, tmp_path)
+        said = check("dump", "-t", server.pid, "-D", images, *parents, *by_criu(criu), *options)
+        server.stop()
+        reap_all()
+        assert f"CRIU {'.'.join(map(str, criu.version))}" in said
+        assert server.written > 8000 or not tcp
+        counted = stats(images)
+        assert counted.pages_skipped_parent > counted.pages_written
+        criu.restore(images, *options, work=tmp_path, lazy=False)
+        server.check()
+
+
+@pytest.mark.slow
+@both
+@pytest.mark.parametrize("scenario", ["tree", "interpreter"])
+def test_every_byte_after_a_plain_restore(
+    criu: Criu, scenario: str, program: Program, tmp_path: Path
+) -> None:
+    """Without any daemon of ours: the images are complete ones of CRIU's. One tree ran on and was ended later."""
+    with running(criu, scenario, program, tmp_path) as victim:
+        goes_on = ["-R"] if scenario == "interpreter" else []
+        check("dump", "-t", victim.pid, "-D", victim.checkpoint.images, *goes_on, *by_criu(criu))
+        if goes_on:
+            is_unharmed(victim.pid)
+            os.kill(victim.pid, signal.SIGKILL)
+        assert victim.has_ended()
+        reap_all()
+        with eager_restore(victim.checkpoint, tmp_path, victim.checkpoint.images) as restored:
+            restored.go()
+            assert restored.wait_tasks() == 0
+            restored.check_verdict()
+
+
+@pytest.mark.slow
+@both
+@pytest.mark.parametrize("scenario", ["tree", "threads"])
+def test_lazily_from_the_stopped_tree(criu: Criu, scenario: str, program: Program, tmp_path: Path) -> None:
+    """dumptool serves the memory of the tree that CRIU keeps stopped, and the tree ends when all has arrived."""
+    work = tmp_path / "work"
+    work.mkdir()
+    with (
+        running(criu, scenario, program, tmp_path) as victim,
+        lazy_dump(victim.pid, victim.checkpoint.images, *by_criu(criu)) as source,
+    ):
+        source.wait_ready()
+        with restore(victim.checkpoint, ours(source.port), work) as (restored, restorer):
+            restored.go()
+            assert restorer.wait(60) == 0
+            restored.check_verdict()
+            assert restored.server.wait() == 0
+        assert source.wait() == 0
+        assert victim.has_ended()
+
+
+@pytest.mark.slow
+@both
+def test_only_what_was_written_is_written(criu: Criu, tmp_path: Path) -> None:
+    """After two pre-dumps of a program that writes known pages; a plain restore finds the rest in the parents."""
+    output = tmp_path / "output"
+    with task(compiled(PROGRAMS / "writer.c"), output=output) as pid:
+        wait_for("the table", lambda: output.read_text().endswith("\n"))
+        writer, parents = Writer(pid, output), []
+        for level in (1, 2):
+            check("pre-dump", "-t", pid, "-D", tmp_path / str(level), *parents)
+            parents = ["--prev-images-dir", f"../{level}"]
+            writer.next_step()
+        top = tmp_path / "3"
+        check("dump", "-t", pid, "-D", top, *parents, *by_criu(criu))
+        reap_all()
+        written = written_in(2)
+        assert writer.table_flags(top) == {
+            page: PE_PRESENT | PE_LAZY if page in written else PE_PARENT | PE_LAZY for page in range(PAGES)
+        }
+        assert stats(top).pages_written < len(written) + OTHERS
+        criu.restore(top, work=tmp_path, lazy=False)
+        writer.ends_right()
+
+
+@pytest.mark.slow
+@both
+def test_only_what_was_written_crosses_the_network(criu: Criu, tmp_path: Path) -> None:
+    """PARENT | LAZY pages come from the parents, the others from the stopped tree, and none of them twice."""
+    images, work = tmp_path / "images", tmp_path / "work"
+    work.mkdir()
+    with nothing_left(), service(tmp_path) as running:
+        parents = pre_dumped(running.pid, tmp_path)
+        assert running.ask(b"write") == b"done"
+        with lazy_dump(running.pid, images, *parents, *by_criu(criu)) as source:
+            source.wait_ready()
+            flags = list(pages(images, running.pid).values())
+            left, unchanged = flags.count(PE_LAZY), flags.count(PE_PARENT | PE_LAZY)
+            assert unchanged > 2 * left > 0
+            with ours(source.port).start(images, work) as server:
+                server.wait_ready()
+                command = [
+                    criu.path,
+                    "restore",
+                    "-D",
+                    images,
+                    "-W",
+                    work,
+                    "--lazy-pages",
+                    "-o",
+                    "restore.log",
+                ]
+                start([*NAMESPACE, *command], cwd=tmp_path)
+                wait_for("the end of the daemon", lambda: server.process.poll() is not None)
+                assert server.wait() == 0
+                assert source.wait() == 0
+                assert running.ask(b"check") == b"right"
+            numbers = json.loads((work / "stats.json").read_text())
+            copied = numbers["copied_by_source"]
+            assert copied.pop("remote") == left
+            assert sum(copied.values()) == unchanged
+            assert (
+                numbers["page_servers"][0]["pages"] <= left + numbers["faults"]
+            )  # a fault may ask once more
+
+
+@pytest.mark.slow
+@both
+def test_in_namespaces_of_its_own(criu: Criu, tmp_path: Path) -> None:
+    """Pids in the images are those inside; two pre-dumps before."""
+    images = tmp_path / "images"
+    with nothing_left(), service(tmp_path, 16, ["unshare", "--pid", "--fork", "--uts", "--ipc"]) as running:
+        (pid,) = children(running.pid, running.pid)
+        parents = pre_dumped(pid, tmp_path)
+        assert running.ask(b"write") == b"done"
+        check("dump", "-t", pid, "-D", images, *parents, *by_criu(criu))
+        assert (images / "pagemap-1.img").exists()
+        reap_all()
+        with our_daemon().start(images, tmp_path) as server:
+            server.wait_ready()
+            criu.restore(images, work=tmp_path)
+            assert running.ask(b"check") == b"right"
+            assert server.wait() == 0
+        assert running.ask(b"quit") == b"done"

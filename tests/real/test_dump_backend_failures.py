@@ -1,0 +1,155 @@
+"""`dumptool dump --backend criu` fails, or is ended, in every way: the tree goes on, and nothing passes for a dump."""
+
+from __future__ import annotations
+
+import os
+import signal
+from contextlib import ExitStack, closing
+from pathlib import Path
+
+import pytest
+
+from tests.real.test_dump_backend import by_criu
+from tests.real.test_dump_durable import small_disk
+from tests.real.test_dump_lazy import lazy_dump, running
+from tests.real.test_dump_sent import bad_server, receiver, to
+from tests.support.criu import Criu, all_criu
+from tests.support.dumptool import check, is_unharmed, reap_all, run, task
+from tests.support.processes import descendants, nothing_left, wait_for
+from tests.support.redis import Client, redis
+from tests.support.restore import Program, eager_restore
+
+both = pytest.mark.parametrize("criu", all_criu())
+NEWEST = Criu("4.2")
+
+
+def no_dump(images: Path) -> None:
+    """Nothing that could be taken for one is left, nor CRIU's draft of it."""
+    assert not list(images.rglob("inventory.img"))
+    assert not (images / ".criu-dump").exists()
+
+
+@both
+def test_the_reason_is_that_of_criu(criu: Criu, tmp_path: Path) -> None:
+    """A connected client is outside of the tree. The server answers it, in the same connection, afterwards."""
+    images = tmp_path / "images"
+    with nothing_left(), redis(tmp_path) as server, ExitStack() as connected:
+        client = connected.enter_context(closing(Client(server.address)))
+        assert client.ask(b"SET one 1") == [b"+OK"]
+        result = run("dump", "-t", server.pid, "-D", images, *by_criu(criu))
+        assert result.returncode == 1
+        assert "External socket is used" in result.stderr.splitlines()[-1]
+        assert "exit status" not in result.stderr
+        no_dump(images)
+        assert tracer(server.pid) == 0
+        assert client.ask(b"GET one") == [b"1"]
+
+
+def test_which_backend_and_why(tmp_path: Path) -> None:
+    """auto: CRIU where our own code can't, said in one line; our own where it can."""
+    with nothing_left(), redis(tmp_path) as server:
+        said = check(
+            *("dump", "-t", server.pid, "-D", tmp_path / "1", "-R", "--criu", NEWEST.path),
+        )
+        (line,) = [line for line in said.splitlines() if "saves everything but memory" in line]
+        assert f"CRIU {'.'.join(map(str, NEWEST.version))}" in line
+        assert "is not saved" in line or "is a socket" in line
+        assert tracer(server.pid) == 0
+        refused = run(
+            "dump", "-t", server.pid, "-D", tmp_path / "2", "--backend", "own", "--criu", NEWEST.path
+        )
+        assert refused.returncode == 1
+        assert "can't be dumped" in refused.stderr
+        nowhere = run(
+            "dump", "-t", server.pid, "-D", tmp_path / "2", "--backend", "criu", "--criu", "/nowhere"
+        )
+        assert nowhere.returncode == 1
+        assert "/nowhere can't be started" in nowhere.stderr
+    with task("sleep", "1000") as pid:
+        assert "CRIU" not in check("dump", "-t", pid, "-D", tmp_path / "3", "-R", "--criu", NEWEST.path)
+        assert "--tcp-close is an option of CRIU" in check(
+            *("dump", "-t", pid, "-D", tmp_path / "4", "-R", "--criu", NEWEST.path, "--tcp-close")
+        )
+
+
+def test_stopped_or_running_as_asked(tmp_path: Path) -> None:
+    with task("sleep", "1000") as pid:
+        check("dump", "-t", pid, "-D", tmp_path / "1", "-R", *by_criu(NEWEST))
+        is_unharmed(pid)
+        check("dump", "-t", pid, "-D", tmp_path / "2", "-s", *by_criu(NEWEST))
+        assert "\nState:\tT (stopped)" in Path(f"/proc/{pid}/status").read_text()
+        assert (tmp_path / "2" / "inventory.img").exists()
+
+
+def test_full_disk(program: Program, tmp_path: Path) -> None:
+    """While dumptool writes the pages: CRIU's part of the images still fits."""
+    with (
+        running(NEWEST, "threads", program, tmp_path) as victim,
+        small_disk(tmp_path / "full", "size=2m") as full,
+    ):
+        images = full / "images"
+        result = run("dump", "-t", victim.pid, "-D", images, *by_criu(NEWEST))
+        assert result.returncode == 1
+        assert "No space left on device" in result.stderr
+        no_dump(images)
+        victim.goes_on_here(tmp_path)
+
+
+@pytest.mark.slow
+def test_sent_to_a_page_server(program: Program, tmp_path: Path) -> None:
+    """The server's pages and the other images here are a dump together. If it is lost, the tree goes on."""
+    with running(NEWEST, "tree", program, tmp_path) as victim:
+        images = victim.checkpoint.images
+        with bad_server("reset", 100) as port:
+            result = run("dump", "-t", victim.pid, "-D", images, *to(port), *by_criu(NEWEST))
+        assert result.returncode == 1
+        assert "page server" in result.stderr
+        no_dump(images)
+        is_unharmed(victim.pid)
+        with receiver("ours", tmp_path / "there") as (server, port):
+            check("dump", "-t", victim.pid, "-D", images, *to(port), *by_criu(NEWEST))
+            assert server.wait() == 0
+        assert victim.has_ended()
+        reap_all()
+        for image in (tmp_path / "there").iterdir():
+            image.rename(images / image.name)
+        with eager_restore(victim.checkpoint, tmp_path, images) as restored:
+            restored.go()
+            assert restored.wait_tasks() == 0
+            restored.check_verdict()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_ended_while_it_serves(number: signal.Signals, program: Program, tmp_path: Path) -> None:
+    """Nobody has come: the tree goes on after SIGTERM. Killed, dumptool can't tell: the tree stays, as by SIGSTOP."""
+    with (
+        running(NEWEST, "tree", program, tmp_path) as victim,
+        lazy_dump(victim.pid, victim.checkpoint.images, *by_criu(NEWEST)) as source,
+    ):
+        source.wait_ready()
+        source.signal(number)
+        source.process.wait(30)
+        if number == signal.SIGKILL:
+            wait_for("the end of CRIU", lambda: tracer(victim.pid) == 0)
+            victim.stays_stopped()
+            for pid in descendants(os.getpid()):
+                if stopped(pid):
+                    os.kill(pid, signal.SIGCONT)
+        else:
+            assert "the tasks go on here" in source.story()
+            no_dump(victim.checkpoint.images)
+        victim.goes_on_here(tmp_path)
+
+
+def status(pid: int, name: str) -> str:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(line.split("\t")[1] for line in lines if line.startswith(f"{name}:"))
+
+
+def tracer(pid: int) -> int:
+    return int(status(pid, "TracerPid"))
+
+
+def stopped(pid: int) -> bool:
+    return status(pid, "State").startswith("T")
