@@ -31,6 +31,7 @@ from lazypages.net.listen import LOOPBACK, UNIX_PREFIX, listen
 from lazypages.net.names import AUTO
 from lazypages.net.url import ConnectedSocket, TcpServer, UnixServer
 from lazypages.net.wire import Layout
+from lazypages.outputs import STDOUT
 from lazypages.wording import count, duration
 
 if TYPE_CHECKING:
@@ -470,7 +471,7 @@ def _watcher(options: dict[str, Any]) -> Iterator[Watcher]:
     if options["log_file"] is not None:
         Output(options["images_dir"].absolute(), durable=not options["no_sync"]).make_directory()
         path = options["log_file"]
-        stream = logs.open_log(path if path == logs.STDOUT else options["images_dir"] / path)
+        stream = logs.open_log(path if path == STDOUT else options["images_dir"] / path)
     if not on_terminal:
         logs.start(level, stream, None)
         yield _Log()

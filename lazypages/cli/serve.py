@@ -46,7 +46,7 @@ from lazypages.loop.preparing import (
 )
 from lazypages.observe import summary
 from lazypages.observe.metrics import Summary
-from lazypages.outputs import check_output
+from lazypages.outputs import STDOUT, check_output
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -103,25 +103,43 @@ class Places(NamedTuple):
         pidfile: Path | None,
         stats_json: Path | None,
         trace: Path | None,
+        *,
+        daemon: bool,
     ) -> Places:
-        """Raises LazyPagesError if a directory or the inventory does not exist, or the statistics can't be written."""
+        """Raises LazyPagesError if a directory or the inventory does not exist, or a file can't be written.
+
+        Nothing is changed: no file is created or emptied before all of them have been checked.
+        """
         _check_directory("-D", images_dir)
         if work_dir is not None:
             _check_directory("-W", work_dir)
         if not (images_dir / "inventory.img").exists():
             raise LazyPagesError(f"-D {images_dir} is not a checkpoint: inventory.img not found")
+        if daemon and stats_json == STDOUT:
+            raise LazyPagesError("--stats-json - needs standard output, which -d closes: name a file")
         work = (work_dir or images_dir).absolute()
-        log_path = log_file and (log_file if log_file == logs.STDOUT else work / log_file)
-        if stats_json:
-            check_output("--stats-json", work / stats_json)
-        return cls(
+
+        def place(file: Path | None) -> Path | None:
+            return file and (file if file == STDOUT else work / file)
+
+        places = cls(
             images_dir.absolute(),
             work,
-            log_path,
+            place(log_file),
             pidfile and work / pidfile,
-            stats_json and work / stats_json,
+            place(stats_json),
             trace and work / trace,
         )
+        for option, path in (
+            ("-o", places.log_file),
+            ("--stats-json", places.stats_json),
+            ("--trace", places.trace),
+        ):
+            if path is not None and path != STDOUT:
+                check_output(option, path)
+        if daemon and places.pidfile:
+            check_output("--pidfile", places.pidfile, new=True)
+        return places
 
 
 def _check_directory(option: str, path: Path) -> None:
@@ -162,7 +180,7 @@ def _check_directory(option: str, path: Path) -> None:
     "--stats-json",
     metavar="FILE",
     type=click.Path(path_type=Path),
-    help="Write statistics to FILE at the end.",
+    help="Write statistics to FILE at the end (- for stdout).",
 )
 @click.option(
     "--trace",
@@ -205,7 +223,7 @@ def serve(
     Listens on the socket lazy-pages.socket in the work directory, where the restore connects.
     """
     sources = sources_of(source_options)
-    places = Places.of(images_dir, work_dir, log_file, pidfile, stats_json, trace)
+    places = Places.of(images_dir, work_dir, log_file, pidfile, stats_json, trace, daemon=daemon)
     if daemon:
         sys.stderr = kept_standard_error()
     terminal = _terminal() if verbosity >= PRINTS_MESSAGES and not daemon and sys.stderr.isatty() else None
@@ -381,7 +399,12 @@ def _write_stats(path: Path, result: dict[str, Any]) -> None:
 
     try:
         # On one line: indentation makes it ten times slower, which counts for a thousand tasks.
-        path.write_text(json.dumps(result) + "\n")
+        text = json.dumps(result) + "\n"
+        if path == STDOUT:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+        else:
+            path.write_text(text)
     except OSError as error:
         _report(f"--stats-json {path}: {error.strerror}; this concerns the statistics only")
 
