@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from dumptool.dump import Report, Settings, Watcher, dump, pre_dump
+from dumptool.dump import Report, Settings, Watcher, dump, pre_dump, ready_for_pre_dump
 from dumptool.errors import UnsupportedError, one_line_each
 from dumptool.output import Output
+from dumptool.rehearsal import rehearse
 from dumptool.send import PageServer
 from dumptool.serve import PageService
 from dumptool.survey import Options
@@ -32,7 +33,7 @@ from lazypages.net.names import AUTO
 from lazypages.net.url import ConnectedSocket, TcpServer, UnixServer
 from lazypages.net.wire import Layout
 from lazypages.outputs import STDOUT
-from lazypages.wording import count, duration
+from lazypages.wording import count, duration, size
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -70,6 +71,10 @@ Examples
     lazypages serve -D /var/ckpt/3 --page-server \\
       --address 10.0.0.1 --port 27000 --tls &
     criu restore --lazy-pages -D /var/ckpt/3 -d
+
+\b
+  What would be refused, and how much memory there is; nothing is written:
+    dumptool dump -t 4711 --dry-run
 
 \b
 --lazy-pages
@@ -256,6 +261,12 @@ def _common(command: F, *, address: str, port: str) -> F:
                 is_flag=True,
                 help="Do not wait for the disk: faster, but a power failure can destroy the dump.",
             ),
+            click.option(
+                "--dry-run",
+                is_flag=True,
+                help="Say what would be refused and how much memory there is, and write nothing. The tree is stopped "
+                "for a moment, unless something is refused before.",
+            ),
             click.option("--track-mem", is_flag=True, help="With --leave-running: track writes from now on."),
             click.option(
                 "-o",
@@ -358,6 +369,9 @@ def dump_command(**options: Any) -> None:
     --lazy-pages below).
     """
     settings = _settings(options)
+    if options["dry_run"]:
+        _rehearse(settings, options)
+        return
     if options["status_fd"] is not None:
         check_status_fd(options["status_fd"])
     with _watcher(options) as watcher, _service(options) as serve:
@@ -395,9 +409,29 @@ def pre_dump_command(**options: Any) -> None:
     changed pages.
     """
     settings = _settings(options)
+    if options["dry_run"]:
+        _rehearse(ready_for_pre_dump(settings), options)
+        return
     with _watcher(options) as watcher:
         report = pre_dump(settings, watcher)
     _log_report(report, "pre-dumped", settings.page_server)
+
+
+def _rehearse(settings: Settings, options: dict[str, Any]) -> None:
+    """--dry-run: the log is standard error, because the images directory need not exist."""
+    logs.start(options["verbosity"], sys.stderr, None)
+    found = rehearse(settings)
+    lazy = f", of which --lazy-pages leaves out {size(found.lazy * PAGE_SIZE)}" if found.lazy else ""
+    log.log(
+        MESSAGE,
+        "nothing is refused: %s, %s; %s of memory%s; stopped in %s, for %s",
+        count(found.processes, "process", "processes"),
+        count(found.threads, "thread"),
+        size(found.pages * PAGE_SIZE),
+        lazy,
+        duration(found.freezing * 1e9),
+        duration(found.frozen * 1e9),
+    )
 
 
 def _log_report(report: Report, what: str, page_server: PageServer | None) -> None:

@@ -42,9 +42,14 @@ from images_spec.errors import ImageError
 from images_spec.identity import new_run_id
 from images_spec.images import Kind
 
-__all__ = ["Report", "Serve", "Settings", "Watcher", "dump", "pre_dump"]
+__all__ = ["Report", "Serve", "Settings", "Watcher", "dump", "pre_dump", "ready_for_pre_dump"]
 
 log = logging.getLogger("lazypages")
+
+
+def ready_for_pre_dump(settings: Settings) -> Settings:
+    """With what a pre-dump need not refuse: file locks are part of the final dump only."""
+    return replace(settings, allow=replace(settings.allow, file_locks=True))
 
 
 def pre_dump(settings: Settings, watcher: Watcher) -> Report:
@@ -53,9 +58,7 @@ def pre_dump(settings: Settings, watcher: Watcher) -> Report:
     The tree is stopped only while its page tables are scanned and write-protected. Raises ``DumpError``
     (``UnsupportedError``) or ``ImageError``; then, too, the tree goes on.
     """
-    # File locks are part of the final dump only.
-    settings = replace(settings, allow=replace(settings.allow, file_locks=True))
-    with _Run(settings, watcher) as run:
+    with _Run(ready_for_pre_dump(settings), watcher) as run:
         run.look()
         with run.frozen() as tree:
             tasks = run.live(tree)
