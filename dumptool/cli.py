@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from dumptool.backend import dump_by
+from dumptool.backend import Backend, Choice, dump_by
+from dumptool.criu import find_criu
 from dumptool.criu_options import choice, criu_options
 from dumptool.dump import Report, Settings, Watcher, pre_dump
 from dumptool.errors import UnsupportedError, one_line_each
 from dumptool.output import Output
+from dumptool.rehearsal import Rehearsal, rehearse
 from dumptool.saveable import Options
 from dumptool.send import PageServer
 from dumptool.serve import PageService
@@ -34,7 +36,8 @@ from lazypages.net.listen import LOOPBACK, UNIX_PREFIX, listen
 from lazypages.net.names import AUTO
 from lazypages.net.url import ConnectedSocket, TcpServer, UnixServer
 from lazypages.net.wire import Layout
-from lazypages.wording import count, duration
+from lazypages.outputs import STDOUT
+from lazypages.wording import count, duration, size
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -72,6 +75,10 @@ Examples
     lazypages serve -D /var/ckpt/3 --page-server \\
       --address 10.0.0.1 --port 27000 --tls &
     criu restore --lazy-pages -D /var/ckpt/3 -d
+
+\b
+  What would be refused, and how much memory there is; nothing is written:
+    dumptool dump -t 4711 --dry-run
 
 \b
 --lazy-pages
@@ -268,6 +275,12 @@ def _common(command: F, *, address: str, port: str) -> F:
                 is_flag=True,
                 help="Do not wait for the disk: faster, but a power failure can destroy the dump.",
             ),
+            click.option(
+                "--dry-run",
+                is_flag=True,
+                help="Say what would be refused and how much memory there is, and write nothing. The tree is stopped "
+                "for a moment, unless something is refused before.",
+            ),
             click.option("--track-mem", is_flag=True, help="With --leave-running: track writes from now on."),
             click.option(
                 "-o",
@@ -375,6 +388,9 @@ def dump_command(**options: Any) -> None:
     settings, by = _settings(options), choice(options)
     if settings.leave_running and settings.leave_stopped:
         raise click.UsageError("--leave-running and --leave-stopped can't be combined")
+    if options["dry_run"]:
+        _rehearse(options, lambda: _rehearse_dump(settings, by))
+        return
     if options["status_fd"] is not None:
         check_status_fd(options["status_fd"])
     with _watcher(options) as watcher, _service(options) as serve:
@@ -412,6 +428,9 @@ def pre_dump_command(**options: Any) -> None:
     changed pages.
     """
     settings = _settings(options)
+    if options["dry_run"]:
+        _rehearse(options, lambda: rehearse(settings, memory_only=True))
+        return
     with _watcher(options) as watcher:
         report = pre_dump(settings, watcher)
     _log_report(report, "pre-dumped", settings.page_server)
@@ -438,6 +457,36 @@ def untrack_command(pid: int, verbosity: int) -> None:
     processes = count(ended, "process", "processes")
     what = f"writes of {processes} are not tracked any more" if ended else "nothing was tracked"
     log.log(MESSAGE, "pid %d: %s", pid, what)
+
+
+def _rehearse_dump(settings: Settings, by: Choice) -> Rehearsal:
+    if by.backend is Backend.CRIU or by.arguments:
+        return rehearse(settings, memory_only=True)
+    try:
+        return rehearse(settings, memory_only=False)
+    except UnsupportedError as error:
+        criu = find_criu(by.criu) if by.backend is Backend.AUTO else None
+        if criu is None:
+            raise
+        log.log(MESSAGE, "CRIU (%s) would save everything but memory: %s", criu.path, error.refusals[0])
+        return rehearse(settings, memory_only=True)
+
+
+def _rehearse(options: dict[str, Any], rehearsal: Callable[[], Rehearsal]) -> None:
+    """--dry-run: the log is standard error, because the images directory need not exist."""
+    logs.start(options["verbosity"], sys.stderr, None)
+    found = rehearsal()
+    lazy = f", of which --lazy-pages leaves out {size(found.lazy * PAGE_SIZE)}" if found.lazy else ""
+    log.log(
+        MESSAGE,
+        "nothing is refused: %s, %s; %s of memory%s; stopped in %s, for %s",
+        count(found.processes, "process", "processes"),
+        count(found.threads, "thread"),
+        size(found.pages * PAGE_SIZE),
+        lazy,
+        duration(found.freezing * 1e9),
+        duration(found.frozen * 1e9),
+    )
 
 
 def _log_report(report: Report, what: str, page_server: PageServer | None) -> None:
@@ -511,7 +560,7 @@ def _watcher(options: dict[str, Any]) -> Iterator[Watcher]:
     if options["log_file"] is not None:
         Output(options["images_dir"].absolute(), durable=not options["no_sync"]).make_directory()
         path = options["log_file"]
-        stream = logs.open_log(path if path == logs.STDOUT else options["images_dir"] / path)
+        stream = logs.open_log(path if path == STDOUT else options["images_dir"] / path)
     if not on_terminal:
         logs.start(level, stream, None)
         yield _Log()

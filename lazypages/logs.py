@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from lazypages.errors import LazyPagesError
+from lazypages.outputs import STDOUT, cannot_write, check_output
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,9 +23,6 @@ if TYPE_CHECKING:
 MESSAGE = 45
 
 DEFAULT_VERBOSITY = 2
-
-#: This name of a log file means standard output.
-STDOUT = Path("-")
 
 #: `extra` of a record that the terminal shows in another form (a progress bar, a table).
 NOT_ON_TERMINAL = {"terminal": False}
@@ -71,10 +68,11 @@ def open_log(path: Path) -> TextIO:
     """
     if path == STDOUT:
         return sys.stdout
+    check_output("-o", path)
     try:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600)
     except OSError as error:
-        raise LazyPagesError(f"cannot open log file {path}: {error.strerror}") from error
+        raise cannot_write("-o", path, error, exists=True) from None
     return os.fdopen(fd, "w", encoding="utf-8", errors="backslashreplace")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import click
 
@@ -16,6 +17,9 @@ from lazypages.errors import LazyPagesError
 log = logging.getLogger("lazypages")
 
 _ABOUT_FILES = {"config", "no-default-config"}
+
+#: The key in the context's `meta` of the places in files, by spelling of the option.
+_PLACES = f"{__name__}.places"
 
 EPILOG = """
 \b
@@ -47,12 +51,19 @@ CRIU_OPTIONS: Sequence[Decorator] = [
 ]
 
 
-def arguments(settings: Iterable[Setting], options: Mapping[str, click.Option]) -> dict[str, list[str]]:
+class Given(NamedTuple):
+    """What a configuration file says of an option: an argument of the command line, and its setting."""
+
+    text: str
+    setting: Setting
+
+
+def arguments(settings: Iterable[Setting], options: Mapping[str, click.Option]) -> dict[str, list[Given]]:
     """Settings as command-line arguments, by long name of the option; without those that `options` does not have.
 
     Raises LazyPagesError if a value is missing.
     """
-    found: dict[str, list[str]] = {}
+    found: dict[str, list[Given]] = {}
     for setting in settings:
         option = options.get(setting.name)
         if setting.name in _ABOUT_FILES:
@@ -67,7 +78,8 @@ def arguments(settings: Iterable[Setting], options: Mapping[str, click.Option]) 
             text += f"={setting.value}"
         elif not (option.is_flag or option.multiple):
             raise LazyPagesError(f"{setting.place}: {setting.name} needs a value")
-        found[setting.name] = [*(found.get(setting.name, []) if option.multiple else []), text]
+        before = found.get(setting.name, []) if option.multiple else []
+        found[setting.name] = [*before, Given(text, setting)]
     return found
 
 
@@ -95,8 +107,46 @@ class Configured(click.Command):
         for name, needs in NEEDS.items():
             if needs in options and needs not in found and not given.get(needs.replace("-", "_")):
                 found.pop(name, None)
-        ctx.meta[__name__] = from_files = [text for texts in found.values() for text in texts]
+        counting = {
+            name: texts
+            for name, texts in found.items()
+            if options[name].multiple or options[name].name not in given  # the command line takes precedence
+        }
+        _check_values(ctx, counting, options)
+        ctx.meta[_PLACES] = {
+            spelling: texts[-1].setting.place
+            for name, texts in counting.items()
+            for spelling in options[name].opts
+        }
+        ctx.meta[__name__] = from_files = [one.text for texts in found.values() for one in texts]
         return super().parse_args(ctx, [*from_files, *args])
+
+    def invoke(self, ctx: click.Context) -> object:
+        """An error that begins with an option which comes from a file names the file, too."""
+        try:
+            return super().invoke(ctx)
+        except LazyPagesError as error:
+            spelling = str(error).partition(" ")[0].rstrip(":")
+            place = ctx.meta.get(_PLACES, {}).get(spelling)
+            if place is None:
+                raise
+            raise LazyPagesError(f"{place}: {error}") from error
+
+
+def _check_values(
+    ctx: click.Context, found: Mapping[str, Sequence[Given]], options: Mapping[str, click.Option]
+) -> None:
+    """Raises LazyPagesError for a value that click would refuse without a word about the file."""
+    for name, texts in found.items():
+        option = options[name]
+        if option.is_flag:
+            continue
+        for one in texts:
+            value = option.flag_value if one.setting.value is None else one.setting.value
+            try:
+                option.process_value(ctx, [value] if option.multiple else value)
+            except click.BadParameter as error:
+                raise LazyPagesError(f"{one.setting.place}: {name}: {error.message}") from None
 
 
 def log_settings(ctx: click.Context) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TextIO
 
 from lazypages.errors import LazyPagesError
+from lazypages.outputs import already_there, cannot_write
 
 log = logging.getLogger("lazypages")
 
@@ -72,10 +73,10 @@ def _open_pidfile(path: Path) -> int:
     """With mode 0600."""
     try:
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    except FileExistsError as error:
-        raise LazyPagesError(f"--pidfile {path} exists: remove it if no daemon of that pid runs") from error
+    except FileExistsError:
+        raise already_there("--pidfile", path) from None
     except OSError as error:
-        raise LazyPagesError(f"--pidfile {path}: {error.strerror}") from error
+        raise cannot_write("--pidfile", path, error, exists=False) from None
 
 
 def signal_readiness(ready: Sequence[Callable[[], None]]) -> None:

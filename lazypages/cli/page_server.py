@@ -41,6 +41,7 @@ from lazypages.net.page_connection import Gate, PageConnection
 from lazypages.net.tls import TlsFiles
 from lazypages.net.tls_defaults import DEFAULT_CACERT, DEFAULT_CERT, DEFAULT_KEY
 from lazypages.net.wire import PAGE_SIZE
+from lazypages.outputs import STDOUT, check_output
 from lazypages.pageserver.ending import Ending, Verdict
 from lazypages.pageserver.images import ServedImages
 from lazypages.pageserver.receive import ImageReceiver, ReceiveConnection
@@ -190,9 +191,11 @@ def page_server_command(
             raise LazyPagesError(f"{option} {path} is not a directory")
     images_dir = images_dir.absolute()
     work = (work_dir or images_dir).absolute()
+    if daemon and pidfile:
+        check_output("--pidfile", work / pidfile, new=True)
     logs.start(
         verbosity,
-        _log_stream(log_file and (log_file if log_file == logs.STDOUT else work / log_file), daemon),
+        _log_stream(log_file and (log_file if log_file == STDOUT else work / log_file), daemon),
         None,
     )
     log_settings(ctx)

@@ -14,6 +14,7 @@ from images_spec.errors import ImageError
 from lazypages import logs, restore
 from lazypages.cli.options import verbosity_option
 from lazypages.errors import LazyPagesError
+from lazypages.outputs import check_output
 from lazypages.restore.dump import load
 from lazypages.restore.errors import RestoreError
 from lazypages.restore.machine import Machine
@@ -89,6 +90,8 @@ def restore_command(  # noqa: PLR0917 - the options
             raise RestoreError(f"{option} {directory}: not a directory")
     images_dir = images_dir.absolute()
     work = (work_dir or images_dir).absolute()
+    if pidfile is not None:
+        check_output("--pidfile", work / pidfile, new=True)  # before the log is emptied
     log_fd = -1
     if log_file is not None:
         with logs.open_log(work / log_file) as log:

@@ -46,10 +46,12 @@ from lazypages.loop.preparing import (
 )
 from lazypages.observe import summary
 from lazypages.observe.metrics import Summary
-from lazypages.outputs import check_output
+from lazypages.outputs import STDOUT, check_output
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from lazypages.sources.checkpoint import Expected
 
 log = logging.getLogger("lazypages")
 
@@ -66,6 +68,11 @@ Examples
   Statistics as JSON, and a picture of all faults and transfers:
     lazypages serve -D /var/ckpt/job1 --stats-json stats.json --trace trace
     lazypages plot /var/ckpt/job1/trace -o trace.html
+  Before the images are copied to this host, so that no time is lost then:
+    lazypages serve -D /var/ckpt/job2 -W /run/job2 --wait &
+    rsync -a source:/var/ckpt/job2/ /var/ckpt/job2.part/
+    mv /var/ckpt/job2.part /var/ckpt/job2
+    criu restore -D /var/ckpt/job2 -W /run/job2 --lazy-pages -d
 
 \b
 Ctrl-C (SIGINT) and SIGTERM
@@ -103,25 +110,52 @@ class Places(NamedTuple):
         pidfile: Path | None,
         stats_json: Path | None,
         trace: Path | None,
+        *,
+        daemon: bool,
+        wait: bool,
     ) -> Places:
-        """Raises LazyPagesError if a directory or the inventory does not exist, or the statistics can't be written."""
-        _check_directory("-D", images_dir)
+        """Raises LazyPagesError if a directory or the inventory does not exist, or a file can't be written.
+
+        `wait`: the images need not be there yet.
+
+        Nothing is changed: no file is created or emptied before all of them have been checked.
+        """
+        if wait and work_dir is None and not images_dir.is_dir():
+            raise LazyPagesError(
+                f"-D {images_dir} does not exist yet: with --wait, name a work directory with -W "
+                "(the same for the restore)"
+            )
+        if not wait or images_dir.exists():
+            _check_directory("-D", images_dir)
         if work_dir is not None:
             _check_directory("-W", work_dir)
-        if not (images_dir / "inventory.img").exists():
+        if not (wait or (images_dir / "inventory.img").exists()):
             raise LazyPagesError(f"-D {images_dir} is not a checkpoint: inventory.img not found")
+        if daemon and stats_json == STDOUT:
+            raise LazyPagesError("--stats-json - needs standard output, which -d closes: name a file")
         work = (work_dir or images_dir).absolute()
-        log_path = log_file and (log_file if log_file == logs.STDOUT else work / log_file)
-        if stats_json:
-            check_output("--stats-json", work / stats_json)
-        return cls(
+
+        def place(file: Path | None) -> Path | None:
+            return file and (file if file == STDOUT else work / file)
+
+        places = cls(
             images_dir.absolute(),
             work,
-            log_path,
+            place(log_file),
             pidfile and work / pidfile,
-            stats_json and work / stats_json,
+            place(stats_json),
             trace and work / trace,
         )
+        for option, path in (
+            ("-o", places.log_file),
+            ("--stats-json", places.stats_json),
+            ("--trace", places.trace),
+        ):
+            if path is not None and path != STDOUT:
+                check_output(option, path)
+        if daemon and places.pidfile:
+            check_output("--pidfile", places.pidfile, new=True)
+        return places
 
 
 def _check_directory(option: str, path: Path) -> None:
@@ -162,13 +196,19 @@ def _check_directory(option: str, path: Path) -> None:
     "--stats-json",
     metavar="FILE",
     type=click.Path(path_type=Path),
-    help="Write statistics to FILE at the end.",
+    help="Write statistics to FILE at the end (- for stdout).",
 )
 @click.option(
     "--trace",
     metavar="FILE",
     type=click.Path(path_type=Path),
     help="Record every fault and transfer in FILE; `lazypages plot` draws it.",
+)
+@click.option(
+    "--wait",
+    is_flag=True,
+    help="If the images are not there yet, wait for inventory.img. It must come last, or with its whole directory when "
+    "that is renamed.",
 )
 @LOOP_OPTION
 @click.option(
@@ -193,6 +233,7 @@ def serve(
     no_background: bool,
     stats_json: Path | None,
     trace: Path | None,
+    wait: bool,
     loop: str,
     via: Path | None,
     **source_options: Any,
@@ -205,7 +246,7 @@ def serve(
     Listens on the socket lazy-pages.socket in the work directory, where the restore connects.
     """
     sources = sources_of(source_options)
-    places = Places.of(images_dir, work_dir, log_file, pidfile, stats_json, trace)
+    places = Places.of(images_dir, work_dir, log_file, pidfile, stats_json, trace, daemon=daemon, wait=wait)
     if daemon:
         sys.stderr = kept_standard_error()
     terminal = _terminal() if verbosity >= PRINTS_MESSAGES and not daemon and sys.stderr.isatty() else None
@@ -215,6 +256,9 @@ def serve(
     descriptors.raise_limit()
     try:
         if via is not None:
+            if wait:
+                with signals_blocked():
+                    _wait_for_images(places.images_dir)
             status = _serve_via(
                 via,
                 places,
@@ -232,6 +276,7 @@ def serve(
                 loop=loop,
                 daemon=daemon,
                 status_fd=status_fd,
+                wait=wait,
                 terminal=terminal,
                 log_fd=(log_stream or sys.stderr).fileno(),
             )
@@ -253,32 +298,36 @@ def _serve(
     loop: str,
     daemon: bool,
     status_fd: int | None,
+    wait: bool,
     terminal: Console | None,
     log_fd: int,
 ) -> Summary:
     """Everything that can be checked is checked before readiness is signalled to a restore."""
     if status_fd is not None:
         check_status_fd(status_fd)  # first, before a file that we open can get this number
-    expected = read_checkpoint(places.images_dir, options, directories)
-    descriptors.check_enough(len(with_memory(expected)), len(options.page_servers))
-    options = identified(options, places.images_dir)
     check_userfaultfd()
     check_certificates(options)
     check_loop(loop)
-    ready: list[Callable[[], None]] = [
-        lambda: log.log(MESSAGE, "%s", invitation(places.images_dir, places.work_dir, expected)),
-    ]
-    if status_fd is not None:
-        ready.append(partial(report_ready, status_fd))
+    read = partial(_read, places.images_dir, options, directories)
+    found = None if wait else read()
     with ControlSocket(places.work_dir) as control:
-        # after the checks: it empties the file
-        tracer = open_tracer(places.trace, places.images_dir, expected) if places.trace else None
-        ready += into_background(daemon, places.pidfile)
+        background = into_background(daemon, places.pidfile)
         # A terminal that is closed must not leave tasks without their memory.
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         # The control socket closes before the guard ends: the guard holds uffds that were sent but never served.
         with Guard(log_fd) as guard, closing(control), ExitStack() as until_running:
             until_running.enter_context(signals_blocked())
+            if found is None:  # a restorer that connects meanwhile waits
+                _import_server(options)
+                _wait_for_images(places.images_dir)
+                found = read()
+            expected, options = found
+            tracer = open_tracer(places.trace, places.images_dir, expected) if places.trace else None
+            text = invitation(places.images_dir, places.work_dir, expected)
+            ready: list[Callable[[], None]] = [lambda: log.log(MESSAGE, "%s", text)]
+            if status_fd is not None:
+                ready.append(partial(report_ready, status_fd))
+            ready += background
             with tracer or nullcontext():
                 options = options._replace(trace=tracer.ring if tracer else None)
                 if not options.page_servers:
@@ -305,6 +354,32 @@ def _serve(
     if places.stats_json:
         _write_stats(places.stats_json, result.as_dict())
     return result
+
+
+def _read(
+    images_dir: Path, options: ServeOptions, directories: Sequence[Path]
+) -> tuple[dict[int, Expected], ServeOptions]:
+    """The tasks by pid, and the options with what page servers must know. Raises ImageError, LazyPagesError."""
+    expected = read_checkpoint(images_dir, options, directories)
+    descriptors.check_enough(len(with_memory(expected)), len(options.page_servers))
+    return expected, identified(options, images_dir)
+
+
+def _wait_for_images(images_dir: Path) -> None:
+    """Raises LazyPagesError if a signal comes; SIGINT and SIGTERM must be blocked."""
+    from lazypages.cli.arriving import wait_for_images  # noqa: PLC0415 - only needed here
+
+    log.log(MESSAGE, "waiting for the images in %s", images_dir)
+    wait_for_images(images_dir)
+
+
+def _import_server(options: ServeOptions) -> None:
+    """While there is time: what serving needs, which is slow to import."""
+    with importing():
+        import lazypages.loop.run  # noqa: PLC0415
+
+        if options.page_servers:
+            import lazypages.sources.remote  # noqa: F401, PLC0415
 
 
 def _serve_via(
@@ -381,7 +456,12 @@ def _write_stats(path: Path, result: dict[str, Any]) -> None:
 
     try:
         # On one line: indentation makes it ten times slower, which counts for a thousand tasks.
-        path.write_text(json.dumps(result) + "\n")
+        text = json.dumps(result) + "\n"
+        if path == STDOUT:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+        else:
+            path.write_text(text)
     except OSError as error:
         _report(f"--stats-json {path}: {error.strerror}; this concerns the statistics only")
 

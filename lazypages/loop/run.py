@@ -54,7 +54,6 @@ def run(
     terminal_watch = TerminalWatch(terminal, background=background) if terminal else None
 
     async def beside(server: Server) -> None:
-        running()
         try:
             await (terminal_watch(server) if terminal_watch else watch_in_log(server, background=background))
         except Exception as error:  # a terminal can be closed at any time; that must not end the service
@@ -62,4 +61,4 @@ def run(
 
     backend, backend_options = LOOPS[loop]
     server = Server(expected, control, options, guard)
-    return anyio.run(server.run, beside, begin, backend=backend, backend_options=backend_options)
+    return anyio.run(server.run, beside, begin, running, backend=backend, backend_options=backend_options)

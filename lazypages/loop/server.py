@@ -11,6 +11,7 @@ from contextlib import AsyncExitStack, aclosing
 from typing import TYPE_CHECKING, Any
 
 import anyio
+import anyio.lowlevel
 from anyio import to_thread
 from anyio.abc import TaskStatus
 
@@ -138,10 +139,12 @@ class Server:
         self,
         watch: Callable[[Server], Coroutine[Any, Any, None]] | None = None,
         begin: Begin | None = None,
+        handling: Callable[[], None] | None = None,
     ) -> Summary:
-        """Serve until every task is complete, gone or given up. `watch` runs meanwhile, once signals are handled.
+        """Serve until every task is complete, gone or given up.
 
-        `begin` is called when a restore can be started: when it is known whether the page servers can be used.
+        `handling` is called as soon as signals are handled; later `begin`, when a restore can be started: when it is
+        known whether the page servers can be used. `watch` runs from then on.
         Failures of the restorer and of tasks raise nothing; they are in the summary. Raises EngineError if
         userfaultfds can't be read any more; SourcesError.
         """
@@ -171,28 +174,28 @@ class Server:
                             engine=engine,
                         )
                     )
-                if begin:
-                    problems = await self._remote.first_attempts() if self._remote else ()
-                    hopeless = self._remote is not None and self._remote.is_hopeless
-                    if not hopeless or self._control.has_caller():
-                        begin(problems)
                 async with anyio.create_task_group() as helpers:
                     self._helpers = helpers.cancel_scope
                     if self._alone:
                         await helpers.start(self._handle_signals)
                         if self._guard:
                             helpers.start_soon(keep_guard, self._guard)
+                    if handling:
+                        handling()
                     helpers.start_soon(self._dispatch, engine)
                     helpers.start_soon(self._exits.run)
                     helpers.start_soon(self._probe)
                     helpers.start_soon(self._traced.run)
                     if self._remote:
                         helpers.start_soon(self._await_completed, self._remote, helpers.cancel_scope)
-                        helpers.start_soon(self._await_hopeless, self._remote, helpers.cancel_scope)
-                    if watch:
-                        helpers.start_soon(watch, self)
                     async with anyio.create_task_group() as tasks:
                         self._tasks = tasks
+                        if begin:
+                            await self._await_sources(begin, helpers.cancel_scope)
+                        if self._remote and not self._remote.hopeless.is_set():
+                            helpers.start_soon(self._await_hopeless, self._remote, helpers.cancel_scope)
+                        if watch:
+                            helpers.start_soon(watch, self)
                         await self._receive(engine)
                         await self._all_ended(engine)
                     if self._remote and self.summary().ok:
@@ -290,11 +293,22 @@ class Server:
             log.error("ended before a restore connected: another destination has completed this dump")
             scope.cancel()
 
+    async def _await_sources(self, begin: Begin, scope: anyio.CancelScope) -> None:
+        """Call `begin` when it is known whether the page servers can be used, unless that ends everything."""
+        problems = await self._remote.first_attempts() if self._remote else ()
+        if self._remote and self._remote.is_hopeless:
+            self._end_hopeless(self._remote, scope)
+        await anyio.lowlevel.checkpoint()  # if everything ends, also because of a signal, it ends here
+        begin(problems)
+
     async def _await_hopeless(self, remote: RemotePages, scope: anyio.CancelScope) -> None:
         """If no page server can ever be used, end before a restore connects: its tasks would wait for ever."""
         await remote.hopeless.wait()
-        if not remote.is_hopeless:  # a later attempt has succeeded
-            return
+        if remote.is_hopeless:  # no later attempt has succeeded
+            self._end_hopeless(remote, scope)
+
+    def _end_hopeless(self, remote: RemotePages, scope: anyio.CancelScope) -> None:
+        """Cancel `scope`, unless a restorer has connected."""
         reason = "; ".join(remote.reasons())
         if self._connected or self._control.has_caller():
             log.error("%s; the tasks wait, and the attempts go on", reason)

@@ -41,6 +41,10 @@ class LinkError(LazyPagesError):
     """The connection failed or was lost."""
 
 
+class ClosedError(LinkError):
+    """The other side has closed or reset the connection."""
+
+
 class HopelessError(LinkError):
     """The same attempt would fail again: the user has to change something first."""
 
@@ -224,4 +228,6 @@ async def _start_tls(sock: socket.socket, host: str, files: TlsFiles) -> ssl.SSL
 
 def _lost(error: OSError) -> LinkError:
     """The error for a failed connection."""
-    return (HopelessError if is_refusal(error) else LinkError)(explain(error, "server"))
+    closed = isinstance(error, ConnectionResetError | BrokenPipeError | ssl.SSLEOFError)
+    kind = HopelessError if is_refusal(error) else ClosedError if closed else LinkError
+    return kind(explain(error, "server"))

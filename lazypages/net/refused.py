@@ -38,7 +38,10 @@ def why_closed(
         )
     if guessed:
         return wire.GUESSED.format(layout=layout)
-    return f"it may refuse our certificate, or not speak {layout.value} (--page-server-protocol); see its log"
+    return (
+        f"it may refuse our certificate, not speak {layout.value} (--page-server-protocol), or have ended just now; "
+        "see its log"
+    )
 
 
 def why_left(tls: TlsFiles) -> str:

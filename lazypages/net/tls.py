@@ -98,29 +98,39 @@ class TlsFiles(NamedTuple):
     def own_certificate(self) -> dict[str, Any] | None:
         """Our certificate, in the form of SSLSocket.getpeercert(); None if it can't be decoded, as when it has expired.
 
-        By a handshake with ourselves in memory: Python decodes only the certificate of a verified peer.
+        By a handshake with ourselves in memory: Python decodes only the certificate of a verified peer. Its
+        extendedKeyUsage may allow only one role, so both are tried.
         """
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        context.check_hostname = False
-        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # trust the certificate itself
-        server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+        contexts = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        contexts[0].check_hostname = False
         try:
-            context.load_verify_locations(self.cert)
-            server.load_cert_chain(self.cert, self.key)
-            client = context.wrap_bio(to_client, to_server)
-            other = server.wrap_bio(to_server, to_client, server_side=True)
-            for _ in range(2):
-                for end in (client, other):
-                    with suppress(ssl.SSLWantReadError):
-                        end.do_handshake()
-            return client.getpeercert()
+            for context in contexts:
+                context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # trust the certificate itself
+                context.load_verify_locations(self.cert)
+                context.load_cert_chain(self.cert, self.key)
         except (OSError, ValueError):
             return None
+        for verifying in contexts:
+            for context in contexts:
+                context.verify_mode = ssl.CERT_REQUIRED if context is verifying else ssl.CERT_NONE
+            with suppress(OSError):
+                return _received_by(contexts.index(verifying), *contexts)
+        return None
 
     def _own_authorities(self) -> Path | None:
         """The file of trusted authorities; None: those of the system."""
         return self.cacert or (DEFAULT_CACERT if os.access(DEFAULT_CACERT, os.R_OK) else None)
+
+
+def _received_by(side: int, client: ssl.SSLContext, server: ssl.SSLContext) -> dict[str, Any] | None:
+    """The certificate that the client (0) or the server (1) receives in a handshake of the two. Raises OSError."""
+    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+    ends = client.wrap_bio(to_client, to_server), server.wrap_bio(to_server, to_client, server_side=True)
+    for _ in range(2):
+        for end in ends:
+            with suppress(ssl.SSLWantReadError):
+                end.do_handshake()
+    return ends[side].getpeercert()
 
 
 def names_address(certificate: dict[str, Any], address: str) -> bool:

@@ -14,10 +14,14 @@ ALERTS: Final = {
     "CERTIFICATE_EXPIRED": "it has expired",
     "CERTIFICATE_REQUIRED": "none was sent (--tls-cert)",
     "BAD_CERTIFICATE": "it is not valid, or does not name the right host",
-    "UNSUPPORTED_CERTIFICATE": "it is not made for this purpose (extendedKeyUsage)",
+    "UNSUPPORTED_CERTIFICATE": "its extendedKeyUsage lacks {purpose}",
     "CERTIFICATE_UNKNOWN": "it cannot be verified",
     "ACCESS_DENIED": "it gives no access",
 }
+#: What extendedKeyUsage must have in a certificate of the client, and of the server (RFC 5280, 4.2.1.12).
+PURPOSES: Final[dict[Peer, str]] = {"client": "clientAuth", "server": "serverAuth"}
+#: OpenSSL's code when it has something else (x509_vfy.h: X509_V_ERR_INVALID_PURPOSE).
+INVALID_PURPOSE: Final = 26
 #: OpenSSL's reasons when the first bytes of the peer are not TLS.
 NO_TLS: Final = {
     "WRONG_VERSION_NUMBER",
@@ -36,7 +40,10 @@ NO_TLS_ALERT: Final = b"\x15\x03\x03\x00\x02\x02\x0a"
 def explain_handshake(error: OSError, peer: Peer) -> str:
     """Why the handshake with `peer` failed."""
     if isinstance(error, ssl.SSLCertVerificationError):
-        hint = ": --tls-cacert must have the authority that signed it" if _is_unknown(error) else ""
+        if error.verify_code == INVALID_PURPOSE:
+            hint = f": its extendedKeyUsage lacks {PURPOSES[peer]}: issue one with it, or without extendedKeyUsage"
+        else:
+            hint = ": --tls-cacert must have the authority that signed it" if _is_unknown(error) else ""
         return f"TLS: the {peer}'s certificate is not valid here ({error.verify_message}){hint}"
     if isinstance(error, ConnectionError | ssl.SSLEOFError):
         causes = "it may not use TLS, or refuse our certificate" if peer == "server" else "see its log"
@@ -53,7 +60,8 @@ def explain(error: OSError, peer: Peer) -> str:
     """Why a connection failed, at any time: with TLS 1.3 a client is refused after its handshake."""
     reason = reason_of(error)
     if meaning := ALERTS.get(_alert(reason)):
-        return f"TLS: the {peer} refuses our certificate: {meaning} ({reason})"
+        ours = PURPOSES["client" if peer == "server" else "server"]
+        return f"TLS: the {peer} refuses our certificate: {meaning.format(purpose=ours)} ({reason})"
     if isinstance(error, ssl.SSLEOFError):
         return f"closed by the {peer}"
     if isinstance(error, ssl.SSLError):

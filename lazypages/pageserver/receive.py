@@ -10,6 +10,7 @@ import os
 import socket
 import struct
 from bisect import bisect_right
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, Final
@@ -25,7 +26,7 @@ from lazypages.net import wire
 from lazypages.net.patience import PatientReader, SlowPeerError
 from lazypages.net.refused import why_left
 from lazypages.net.tls import TlsFiles
-from lazypages.net.tls_errors import explain
+from lazypages.net.tls_errors import NO_TLS_ALERT, explain
 from lazypages.net.wire import PAGE_SIZE, Command, Header, ImageType, Layout, RemoteProtocolError, ServerCodec
 
 log = logging.getLogger("lazypages")
@@ -181,6 +182,14 @@ class ReceiveConnection:
 
         Raises LazyPagesError, ImageError otherwise.
         """
+        try:
+            self._run()
+        except wire.ClientUsesTlsError:
+            with suppress(OSError):
+                self._sock.sendall(NO_TLS_ALERT)
+            raise
+
+    def _run(self) -> None:
         closed = forced = False
         while not forced:
             try:

@@ -85,9 +85,7 @@ def check(dump: Dump, order: Order, machine: Machine) -> None:
             registers.extended(core.thread_info.fpregs, machine, dump.path(Kind.CORE, tid))
             registers.fxsave(core.thread_info.fpregs, dump.path(Kind.CORE, tid))
     if order.pidfile is not None:
-        if order.pidfile.exists():
-            raise RestoreError(f"--pidfile {order.pidfile}: exists already")
-        check_output("--pidfile", order.pidfile)
+        check_output("--pidfile", order.pidfile, new=True)
 
 
 def _check_pids(process: Process, machine: Machine) -> None:

@@ -15,7 +15,7 @@ import anyio
 
 from images_spec.identity import Identity
 from lazypages.net import wire
-from lazypages.net.link import HopelessError, Link, LinkError, connect
+from lazypages.net.link import ClosedError, HopelessError, Link, LinkError, connect
 from lazypages.net.refused import why_closed
 from lazypages.net.relay import Direct, Relay
 from lazypages.net.tls import TlsFiles
@@ -32,8 +32,14 @@ T = TypeVar("T")
 CONNECT_TIMEOUT: Final = 10.0  # s
 # s that a server of the old layout may take to answer the probe before it counts as new, by the layout of the CRIU that
 # wrote the images (None: not known). Too early, the rest of the probe ends a server of the old layout, and its tasks:
-# where user and images disagree, the longest.
+# where the user has named the new one and the images have the old one, the longest. Where the user has named the old
+# one, the rest is never sent, and the silence is explained after SILENCE_EXPLAINED s.
 PROBE_PATIENCE: Final = {Layout.CRIU_4_2: 0.5, Layout.CRIU_4_1: 5.0, None: 2.0}
+SILENCE_EXPLAINED: Final = 3.0
+SILENT: Final = (
+    "page server %s: no answer for %g s. A page server of CRIU from 4.2 on, which wrote the images, never answers in "
+    "criu-4.1: if it is one, end this, and leave out --page-server-protocol"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +72,7 @@ class PageServerSource:
         self._agreed = (
             False  # a server at this address had our checkpoint: any later one there must have it, too
         )
+        self._shook_hands = False  # a TLS handshake at this address was complete
 
     async def connect(self, *, spare: bool, urgent_only: bool, reached: Callable[[], None]) -> Connected:
         """Raises LinkError, TlsError, RemoteProtocolError."""
@@ -94,7 +101,8 @@ class PageServerSource:
 
         A layout that the user has named needs no probe (CRIU's server delays its answer by 200 ms: it corks its socket,
         and only pages uncork it; seen with strace, 4.1.1), unless the images are of a CRIU with the other layout: it
-        may never answer requests in a wrong one. With TLS only an answer shows that it accepts our certificate.
+        may never answer requests in a wrong one. With TLS only an answer shows that it accepts our certificate: a
+        server that closes right after the first handshake refuses it, or the protocol; later, it may have ended.
 
         Raises LinkError, TlsError, RemoteProtocolError.
         """
@@ -104,6 +112,8 @@ class PageServerSource:
         confirmed = named is not None and written_by in {named, None}
         if named and confirmed and not (must_agree or spare or tls):
             return ClientCodec(named), False
+        first_handshake = tls and not self._shook_hands
+        self._shook_hands = self._shook_hands or tls
         layout = named if confirmed else None
         guessed = tls and named is None
         if tls:  # detection is impossible (see wire): use the images' layout, else the old one
@@ -114,22 +124,14 @@ class PageServerSource:
             rest = wire.PROBE_REST if layout is Layout.CRIU_4_2 else b""
             await _send_all(link, wire.probe_first(wanted) + rest)
             if layout is None:
-                layout = Layout.CRIU_4_1
-                patience = PROBE_PATIENCE[Layout.CRIU_4_1 if named else written_by] + 8 * (
-                    link.round_trip() or 0.0
-                )
-                with anyio.move_on_after(patience):
-                    await _receive_all(link, answer)
-                if not answer:
-                    await _send_all(link, wire.PROBE_REST)
-                    layout = Layout.CRIU_4_2
+                layout = await self._detect(link, answer)
             await _receive_all(link, answer)
-        except LinkError as error:
-            if answer or isinstance(error, HopelessError):
+        except ClosedError as error:
+            if answer:
                 raise
             spoken = layout or Layout.CRIU_4_1
             why = why_closed(self._address, self._options.tls, spoken, guessed=guessed, named=confirmed)
-            raise (HopelessError if tls else LinkError)(f"{error}: {why}") from None
+            raise (HopelessError if first_handshake else LinkError)(f"{error}: {why}") from None
         features = wire.probe_answer(bytes(answer))
         if checkpoint and (features is not None or must_agree):
             await self._agree(link, checkpoint, features or wire.NO_FEATURES)
@@ -142,6 +144,26 @@ class PageServerSource:
                 )
             return ClientCodec(layout), True
         return ClientCodec(Layout.CRIU_4_2, features), True
+
+    async def _detect(self, link: Link, answer: bytearray) -> Layout:
+        """After the first part of the probe: the layout of the server, which has answered into `answer`, or will.
+
+        Raises LinkError.
+        """
+        named, written_by = self._options.layout, self._options.written_by
+        distance = 8 * (link.round_trip() or 0.0)
+        if named is Layout.CRIU_4_1:
+            with anyio.move_on_after(SILENCE_EXPLAINED + distance):
+                await _receive_all(link, answer)
+            if not answer:
+                log.warning(SILENT, self.name, SILENCE_EXPLAINED)
+            return Layout.CRIU_4_1
+        with anyio.move_on_after(PROBE_PATIENCE[Layout.CRIU_4_1 if named else written_by] + distance):
+            await _receive_all(link, answer)
+        if answer:
+            return Layout.CRIU_4_1
+        await _send_all(link, wire.PROBE_REST)
+        return Layout.CRIU_4_2
 
     async def _agree(self, link: Link, checkpoint: Identity, features: Features) -> None:
         """Compares identities with the server. Raises CheckpointError unless it has this checkpoint."""
@@ -179,5 +201,5 @@ async def _receive_all(link: Link, answer: bytearray, size: int = wire.PROBE_ANS
         await link.wait_readable()
         count = link.recv_into(room[:missing])
         if count == 0:
-            raise LinkError("closed by the server before it answered")
+            raise ClosedError("closed by the server before it answered")
         answer += room[: count or 0]

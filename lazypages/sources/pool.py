@@ -146,6 +146,7 @@ class Server:
     channels: list[Channel] = field(default_factory=list)
     tried: bool = False  # a connection was planned
     connections: int = 0  # established since the start
+    has_answered: bool = False  # on any connection: it is a page server
     many: bool = False  # accepts more than one connection
     used_up: bool = False  # a server of CRIU's that has had its single connection
     given_up: bool = False  # not connected to again because of that; logged
@@ -302,6 +303,7 @@ class Pool:
         channel.heard = channel.up_since = now
         channel.server.many = bool(features & Features.CONNECTIONS)
         channel.server.connections += 1
+        channel.server.has_answered = channel.server.has_answered or answered
 
     def arrived(self, pid: int, start: int, nr_pages: int) -> None:
         """Pages of the backlog have arrived in their task."""
@@ -397,6 +399,7 @@ class Pool:
         if self._closing:
             return
         for server in self.servers:
+            server.has_answered = server.has_answered or any(one.load.pages for one in server.channels)
             for urgent_only in (False, True):
                 self._plan_connections(server, now, urgent_only=urgent_only)
         self._plan_requests(now)

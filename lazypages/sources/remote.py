@@ -182,30 +182,30 @@ class RemotePages:
                 else "; trying again, and tasks that are restored now wait for it"
             )
             for server, first in self._first.items()
-            if not server.connections and (first.reason or first.reached == float("inf"))
+            if not server.has_answered and (first.reason or first.reached == float("inf"))
         ]
 
     @property
     def is_hopeless(self) -> bool:
-        """Whether `hopeless` is set, and no server has been connected since."""
-        return self.hopeless.is_set() and not any(server.connections for server in self.pool.servers)
+        """Whether `hopeless` is set, and no server has answered since."""
+        return self.hopeless.is_set() and not any(server.has_answered for server in self.pool.servers)
 
     def _is_known(self, server: Server) -> bool:
         first = self._first[server]
         # dumptool's server answers at once; the time to connect shows how far away a server is
         near = FIRST_ANSWER + 2 * (first.reached - self._began)
         patience = FIRST_ATTEMPTS if self._by_dumptool else near
-        return bool(server.connections or first.reason or time.monotonic() - first.reached > patience)
+        return bool(server.has_answered or first.reason or time.monotonic() - first.reached > patience)
 
     def _failed(self, server: Server, error: LazyPagesError) -> None:
-        """An attempt to connect has failed."""
+        """A connection has failed, or an attempt to connect, before the server has answered anything on it."""
         first = self._first[server]
         first.reason = str(error)
         first.hopeless = server.over or (
             isinstance(error, HopelessError | TlsError | RemoteProtocolError)
             and not isinstance(error, TlsFileError)  # they were read at the start
         )
-        if not any(one.connections for one in self.pool.servers) and all(
+        if not any(one.has_answered for one in self.pool.servers) and all(
             one.hopeless for one in self._first.values()
         ):
             self.hopeless.set()
@@ -375,10 +375,11 @@ class RemotePages:
             with connection.scope:
                 try:
                     await self._connect(channel, connection)
+                    await self._handle_events(channel, connection)
                 except (LinkError, RemoteProtocolError, TlsError) as error:
-                    self._failed(channel.server, error)
+                    if not channel.has_answered:
+                        self._failed(channel.server, error)
                     raise
-                await self._handle_events(channel, connection)
             if connection.scope.cancelled_caught:
                 reason = "replaced by another connection"
         except CompletedError as error:
@@ -426,7 +427,8 @@ class RemotePages:
             )
 
         connection.engine = await made(open_channel, "a channel", channel.server.name, reached)
-        log.info("page server %s: connected (%s)", channel.server.name, _describe(found))
+        pending = "" if found.answered else "; it has not answered yet"
+        log.info("page server %s: connected (%s)%s", channel.server.name, _describe(found), pending)
         with self._planning():
             self.pool.connected(channel, features, time.monotonic(), answered=found.answered)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import ssl
 import threading
 from contextlib import suppress
 from pathlib import Path
@@ -14,7 +15,8 @@ from hypothesis import strategies as st
 
 from images_spec.errors import ImageError
 from lazypages.errors import LazyPagesError
-from lazypages.net.wire import PAGE_SIZE, Command, Header, Layout
+from lazypages.net.tls_errors import explain_handshake
+from lazypages.net.wire import PAGE_SIZE, ClientUsesTlsError, Command, Header, Layout
 from lazypages.pageserver.receive import ImageReceiver, ReceiveConnection
 from tests.support.pages import BASE, write_images
 
@@ -69,6 +71,28 @@ def test_any_client(
         name == "parent" or name.startswith(("pagemap-", "pages-"))
         for name in os.listdir(directory / "images")
     )
+
+
+def test_a_client_that_uses_tls(directory: Path) -> None:
+    """It gets the alert by which it can say so: this server was started without --tls."""
+    ours, theirs = socket.socketpair()
+    context = ssl.create_default_context()
+    context.check_hostname = False
+    with ours, theirs:
+        theirs.settimeout(30)
+        with context.wrap_socket(theirs, do_handshake_on_connect=False) as client:
+            receiver = ImageReceiver(directory / "images", auto_dedup=False)
+            connection = threading.Thread(target=_refused, args=(ours, receiver))
+            connection.start()
+            with pytest.raises(ssl.SSLError) as caught:
+                client.do_handshake()
+            connection.join(30)
+    assert "the server does not use TLS" in explain_handshake(caught.value, "server")
+
+
+def _refused(sock: socket.socket, receiver: ImageReceiver) -> None:
+    with pytest.raises(ClientUsesTlsError):
+        ReceiveConnection(sock, receiver).run()
 
 
 def _talk(sock: socket.socket, said: bytes) -> None:

@@ -41,6 +41,39 @@ def test_what_is_no_line(line: str) -> None:
         parse(f"\n{line}\n", Path("criu.conf"))
 
 
+@pytest.mark.parametrize(
+    ("command", "lines", "said"),
+    [
+        ("serve", "page-server\nport 27x", "line 2: port: '27x' is not a valid integer"),
+        ("serve", "\nverbosity many", "line 2: verbosity: many is not a level (0 to 4)"),
+        ("serve", "page-server-protocol criu-3", "line 1: page-server-protocol: 'criu-3' is not one of"),
+        ("serve", "page-server", "line 1: --page-server needs --port"),
+        ("serve", "stats-json no/where", "line 1: --stats-json "),
+        ("serve", "images-dir nowhere", "line 1: -D nowhere does not exist"),
+        ("page-server", "port 100000", "line 1: port: 100000 is not in the range"),
+        ("page-server", "images-dir nowhere", "line 1: -D nowhere is not a directory"),
+    ],
+)
+def test_a_bad_value_names_its_place(command: str, lines: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "inventory.img").touch()
+    config = tmp_path / "criu.conf"
+    config.write_text(lines + "\n")
+    here = [] if "images-dir" in lines else ["-D", str(tmp_path)]
+    result = CliRunner().invoke(cli, [command, *here, "--config", str(config)], prog_name="lazypages")
+    assert result.exit_code == 1
+    assert f"lazypages: {config}, {said}" in result.output
+
+
+def test_what_the_command_line_says_is_not_blamed_on_a_file(tmp_path: Path) -> None:
+    """It takes precedence, also over a value in a file that is wrong."""
+    config = tmp_path / "criu.conf"
+    config.write_text("images-dir nowhere\nverbosity 3\npage-server\nport x\n")
+    options = ["serve", "--config", str(config), "-D", "neither", "--port", "27000"]
+    result = CliRunner().invoke(cli, options, prog_name="lazypages")
+    assert result.exit_code == 1
+    assert result.output.startswith("lazypages: -D neither does not exist")
+
+
 @pytest.mark.parametrize("option", ["--help", "-h", "-V"])
 @pytest.mark.parametrize("command", ["serve", "page-server"])
 def test_a_wrong_file_does_not_keep_from_the_help(command: str, option: str, tmp_path: Path) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import select
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from lazypages.cli.main import cli
 from lazypages.errors import LazyPagesError
 from lazypages.outputs import check_output
 
@@ -33,3 +36,48 @@ def test_what_the_kernel_says_is_said(tmp_path: Path) -> None:
     finally:
         os.kill(pid, 9)
         os.waitpid(pid, 0)
+
+
+def test_a_reader_of_a_fifo_does_not_take_the_check_for_the_end(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    reader = os.open(tmp_path / "fifo", os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        check_output("--json", tmp_path / "fifo")
+        assert not select.select([reader], [], [], 0)[0]  # else it is readable: at its end
+    finally:
+        os.close(reader)
+
+
+def test_what_must_not_exist(tmp_path: Path) -> None:
+    check_output("--pidfile", tmp_path / "pid", new=True)
+    (tmp_path / "pid").symlink_to("nothing")
+    with pytest.raises(LazyPagesError, match=r"--pidfile \S*/pid exists: remove it"):
+        check_output("--pidfile", tmp_path / "pid", new=True)
+
+
+@pytest.mark.parametrize("option", ["--stats-json", "-o", "--trace", "--pidfile"])
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("no/out", "{option} {work}/no/out: the directory {work}/no does not exist: create it first"),
+        ("file/out", "{option} {work}/file/out: the directory {work}/file is not a directory"),
+        (".", "is a directory: name a file"),
+        ("/proc/out", "{option} /proc/out can't be created: "),
+    ],
+)
+def test_serve_checks_all_before_it_changes_anything(
+    option: str, name: str, said: str, tmp_path: Path
+) -> None:
+    """All in the same words; and no other output is emptied, or made, for a command that is refused."""
+    if (option, name) == ("--pidfile", "."):
+        said = "exists: remove it"
+    outputs = {"--stats-json": "stats", "-o": "serve.log", "--trace": "trace", "--pidfile": "pid"}
+    kept = ["file", "inventory.img", "serve.log", "stats", "trace"]
+    for old in kept:
+        (tmp_path / old).write_text("of yesterday")
+    words = [word for pair in {**outputs, option: name}.items() for word in pair]
+    result = CliRunner().invoke(cli, ["serve", "-d", "-D", str(tmp_path), *words])
+    assert result.exit_code == 1
+    assert said.format(option=option, work=tmp_path) in result.output
+    assert sorted(os.listdir(tmp_path)) == kept
+    assert {(tmp_path / old).read_text() for old in kept} == {"of yesterday"}
