@@ -44,6 +44,7 @@ from lazypages.loop.preparing import (
     read_checkpoint,
     with_memory,
 )
+from lazypages.notify import Notifier
 from lazypages.observe import summary
 from lazypages.observe.metrics import Summary
 from lazypages.outputs import check_output
@@ -204,6 +205,7 @@ def serve(
 
     Listens on the socket lazy-pages.socket in the work directory, where the restore connects.
     """
+    notifier = Notifier.take()
     sources = sources_of(source_options)
     places = Places.of(images_dir, work_dir, log_file, pidfile, stats_json, trace)
     if daemon:
@@ -223,6 +225,7 @@ def serve(
                 daemon=daemon,
                 status_fd=status_fd,
                 verbosity=verbosity,
+                notifier=notifier,
             )
         else:
             result = _serve(
@@ -234,6 +237,7 @@ def serve(
                 status_fd=status_fd,
                 terminal=terminal,
                 log_fd=(log_stream or sys.stderr).fileno(),
+                notifier=notifier,
             )
             status = 0 if result.ok else 1
     except Exception as error:
@@ -255,6 +259,7 @@ def _serve(
     status_fd: int | None,
     terminal: Console | None,
     log_fd: int,
+    notifier: Notifier,
 ) -> Summary:
     """Everything that can be checked is checked before readiness is signalled to a restore."""
     if status_fd is not None:
@@ -270,6 +275,7 @@ def _serve(
     ]
     if status_fd is not None:
         ready.append(partial(report_ready, status_fd))
+    ready.append(notifier.ready)
     with ControlSocket(places.work_dir) as control:
         # after the checks: it empties the file
         tracer = open_tracer(places.trace, places.images_dir, expected) if places.trace else None
@@ -295,7 +301,9 @@ def _serve(
                     terminal=terminal,
                     begin=partial(_begin, ready) if options.page_servers else None,
                     running=until_running.close,
+                    notifier=notifier,
                 )
+                notifier.stopping()
     if result.tasks or result.finished:
         if terminal:
             with suppress(OSError):  # the terminal was closed
@@ -316,6 +324,7 @@ def _serve_via(
     daemon: bool,
     status_fd: int | None,
     verbosity: int,
+    notifier: Notifier,
 ) -> int:
     """As _serve, by the resident daemon. Returns the exit status."""
     from lazypages.cli.via import Handed  # noqa: PLC0415 - only needed here
@@ -323,6 +332,7 @@ def _serve_via(
     if status_fd is not None:
         check_status_fd(status_fd)
     ready: list[Callable[[], None]] = [] if status_fd is None else [partial(report_ready, status_fd)]
+    ready.append(notifier.ready)
     handed = Handed(
         via,
         places.images_dir,
