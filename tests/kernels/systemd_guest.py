@@ -78,7 +78,7 @@ class Checkpoint:
         self.images, self.results = folder / "images", folder / "results"
         for path in (folder, self.images, self.results):
             path.mkdir()
-        with subprocess.Popen(
+        victim = subprocess.Popen(
             [program, "plain", self.results, "1"],
             cwd="/",
             env={"PATH": os.environ["PATH"]},
@@ -86,10 +86,11 @@ class Checkpoint:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
-        ) as victim:
-            self.pid = victim.pid
-            wait_for("the victim", (self.results / "ready").exists)
-            self._criu("dump", "-t", str(victim.pid))
+        )
+        self.pid = victim.pid
+        wait_for("the victim", (self.results / "ready").exists)
+        self._criu("dump", "-t", str(victim.pid))
+        victim.wait(TIMEOUT)
 
     def _criu(self, action: str, *options: str) -> None:
         log = self.images / f"{action}.log"
