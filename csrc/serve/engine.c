@@ -95,6 +95,8 @@ int lp_engine_run(struct lp_engine *e)
 		bool again;
 		int n;
 
+		atomic_fetch_add_explicit(&e->rounds, 1, memory_order_relaxed);
+
 		/* no task or channel that epoll_wait has named is freed before the next epoll_wait */
 		lp_collect_released(e);
 		lp_reap(e);
@@ -126,4 +128,10 @@ void lp_engine_stop(struct lp_engine *e)
 {
 	atomic_store(&e->stop, true);
 	lp_wakeup(e->wakefd);
+}
+
+uint64_t lp_engine_rounds(struct lp_engine *e)
+{
+	lp_wakeup(e->wakefd);
+	return atomic_load(&e->rounds);
 }

@@ -90,6 +90,8 @@ bool lp_engine_has_tasks(struct lp_engine *engine);
 /* Serves until lp_engine_stop. 0 or -errno. */
 int lp_engine_run(struct lp_engine *engine);
 void lp_engine_stop(struct lp_engine *engine);
+/* How many rounds lp_engine_run has made.  Wakes it: if it is not stuck, it makes another one now. */
+uint64_t lp_engine_rounds(struct lp_engine *engine);
 /* Its channels to page servers (csrc/serve/channels.h). */
 struct lp_channels *lp_engine_channels(struct lp_engine *engine);
 /* To be called before it has tasks: what happens to them is recorded there.  The trace must outlive the engine. */

@@ -20,6 +20,7 @@ struct lp_guard {
 	int pidfd;  /* of the guard; the daemon's, and -1 if there is no guard at the moment */
 	int daemon; /* pidfd */
 	int log_fd;
+	int shared; /* a listening socket that is not only the daemon's; -1 */
 	void *unreadable; /* a page that can't be read */
 	char *command; /* the bytes that /proc/PID/cmdline shows: command_size of them */
 	size_t command_size;

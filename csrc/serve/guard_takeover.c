@@ -195,7 +195,7 @@ static bool receive_all_rest(struct lp_guard *g, unsigned int *unknown)
 	for (int fd = 0; fd < g->top; fd++) {
 		int other;
 
-		if (fcntl(fd, F_GETFD) < 0 || socket_domain(fd) != AF_UNIX)
+		if (fd == g->shared || fcntl(fd, F_GETFD) < 0 || socket_domain(fd) != AF_UNIX)
 			continue;
 		fcntl(fd, F_SETFL, O_NONBLOCK);
 		while ((other = accept4(fd, NULL, NULL, SOCK_CLOEXEC)) >= 0) {

@@ -25,7 +25,7 @@
  *                                          read_buffer, retries, retry_soon, retry_ns, follow (but for follow.cpu)
  *     guarded.lock                         guarded
  *     lock                                 tasks, closed, families, events, nr_events, cap_events, any_unposted
- *     atomic                               stop, last_fault, last_single, released, nr_memories
+ *     atomic                               stop, rounds, last_fault, last_single, released, nr_memories
  *
  * Order of locks: a task's lock, then its waiting_lock, then engine->lock.  Of two tasks, a parent's before its child's.
  */
@@ -154,6 +154,7 @@ struct lp_engine {
 	void *unreadable;	/* a page, for probes */
 	struct lp_guard *guard; /* may be NULL */
 	_Atomic bool stop;
+	_Atomic uint64_t rounds; /* of lp_engine_run */
 	_Atomic uint64_t last_fault, last_single; /* ns; single: readahead brings nothing beside its page */
 	int ready; /* uffds and channels that the last epoll_wait has named */
 	struct lp_follow follow;

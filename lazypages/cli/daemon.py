@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import resource
 import signal
 import sys
@@ -13,8 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from click.core import ParameterSource
 
 from lazypages import logs
+from lazypages.cli.activation import ActivationError, listener_of, name_of, take_passed
 from lazypages.cli.daemonize import (
     check_status_fd,
     into_background,
@@ -30,6 +33,7 @@ from lazypages.engine.guard import Guard
 from lazypages.errors import LazyPagesError
 from lazypages.logs import MESSAGE
 from lazypages.loop.preparing import check_userfaultfd
+from lazypages.notify import Notifier
 from lazypages.resident.protocol import SOCKET
 
 if TYPE_CHECKING:
@@ -79,7 +83,10 @@ SIGINT and SIGTERM
 @verbosity_option()
 @add_options(readiness_options("clients can connect"))
 @LOOP_OPTION
+@click.pass_context
 def daemon_command(
+    ctx: click.Context,
+    /,
     *,
     path: Path,
     max_restores: int,
@@ -95,7 +102,14 @@ def daemon_command(
 
     Clients ask it over a unix socket to serve a checkpoint in a work directory: `lazypages serve --via`,
     `lazypages ctl`, or any program (docs/daemon.md describes the messages). Only root and the daemon's own user may.
+    systemd can start it when the first client connects (docs/systemd.md).
     """
+    notifier = Notifier.take()
+    passed = listener_of(take_passed(os.environ, os.getpid()))
+    if passed and ctx.get_parameter_source("path") is ParameterSource.COMMANDLINE:
+        raise ActivationError(
+            f"--socket {path}: systemd has passed a socket already, {name_of(passed)}: leave one out"
+        )
     if status_fd is not None:
         check_status_fd(status_fd)
     check_loop(loop)
@@ -105,22 +119,30 @@ def daemon_command(
     logs.start(verbosity, stream, None)
     _limit_descriptors(max_descriptors)
     check_userfaultfd()
-    with _listening(path.absolute()) as listener:
+    with passed or _listening(path.absolute()) as listener:
         ready: list[Callable[[], None]] = [
-            lambda: log.log(MESSAGE, "waiting for clients at %s", path.absolute())
+            lambda: log.log(MESSAGE, "waiting for clients at %s", name_of(listener))
         ]
         if status_fd is not None:
             ready.append(partial(report_ready, status_fd))
+        ready.append(notifier.ready)
         ready += into_background(daemon, pidfile and pidfile.absolute())
-        _serve(loop, listener, max_restores, stream.fileno(), ready)
+        # A terminal that is closed must not leave tasks without their memory.
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        with Guard(stream.fileno(), passed.fileno() if passed else -1) as guard:
+            _serve(loop, listener, guard, max_restores, notifier=notifier, ready=ready)
 
 
 def _serve(
-    loop: str, listener: socket.socket, max_restores: int, log_fd: int, ready: list[Callable[[], None]]
+    loop: str,
+    listener: socket.socket,
+    guard: Guard,
+    max_restores: int,
+    *,
+    notifier: Notifier,
+    ready: list[Callable[[], None]],
 ) -> None:
-    # A terminal that is closed must not leave tasks without their memory.
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    with Guard(log_fd) as guard, ExitStack() as until_running:
+    with ExitStack() as until_running:
         until_running.enter_context(importing())
         until_running.enter_context(signals_blocked())
         from lazypages.resident.run import run  # noqa: PLC0415 - slow to import
@@ -130,7 +152,9 @@ def _serve(
             until_running.close()
             signal_readiness(ready)
 
-        run(loop, listener, guard, Limits(max_restores, descriptors.limit()), ready=running)
+        limits = Limits(max_restores, descriptors.limit())
+        run(loop, listener, guard, limits, ready=running, notifier=notifier)
+    notifier.stopping()
 
 
 def _limit_descriptors(most: int | None) -> None:

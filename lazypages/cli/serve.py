@@ -44,6 +44,7 @@ from lazypages.loop.preparing import (
     read_checkpoint,
     with_memory,
 )
+from lazypages.notify import Notifier
 from lazypages.observe import summary
 from lazypages.observe.metrics import Summary
 from lazypages.outputs import STDOUT, check_output
@@ -245,6 +246,7 @@ def serve(
 
     Listens on the socket lazy-pages.socket in the work directory, where the restore connects.
     """
+    notifier = Notifier.take()
     sources = sources_of(source_options)
     places = Places.of(images_dir, work_dir, log_file, pidfile, stats_json, trace, daemon=daemon, wait=wait)
     if daemon:
@@ -267,6 +269,7 @@ def serve(
                 daemon=daemon,
                 status_fd=status_fd,
                 verbosity=verbosity,
+                notifier=notifier,
             )
         else:
             result = _serve(
@@ -279,6 +282,7 @@ def serve(
                 wait=wait,
                 terminal=terminal,
                 log_fd=(log_stream or sys.stderr).fileno(),
+                notifier=notifier,
             )
             status = 0 if result.ok else 1
     except Exception as error:
@@ -301,6 +305,7 @@ def _serve(
     wait: bool,
     terminal: Console | None,
     log_fd: int,
+    notifier: Notifier,
 ) -> Summary:
     """Everything that can be checked is checked before readiness is signalled to a restore."""
     if status_fd is not None:
@@ -327,6 +332,7 @@ def _serve(
             ready: list[Callable[[], None]] = [lambda: log.log(MESSAGE, "%s", text)]
             if status_fd is not None:
                 ready.append(partial(report_ready, status_fd))
+            ready.append(notifier.ready)
             ready += background
             with tracer or nullcontext():
                 options = options._replace(trace=tracer.ring if tracer else None)
@@ -344,7 +350,9 @@ def _serve(
                     terminal=terminal,
                     begin=partial(_begin, ready) if options.page_servers else None,
                     running=until_running.close,
+                    notifier=notifier,
                 )
+                notifier.stopping()
     if result.tasks or result.finished:
         if terminal:
             with suppress(OSError):  # the terminal was closed
@@ -391,6 +399,7 @@ def _serve_via(
     daemon: bool,
     status_fd: int | None,
     verbosity: int,
+    notifier: Notifier,
 ) -> int:
     """As _serve, by the resident daemon. Returns the exit status."""
     from lazypages.cli.via import Handed  # noqa: PLC0415 - only needed here
@@ -398,6 +407,7 @@ def _serve_via(
     if status_fd is not None:
         check_status_fd(status_fd)
     ready: list[Callable[[], None]] = [] if status_fd is None else [partial(report_ready, status_fd)]
+    ready.append(notifier.ready)
     handed = Handed(
         via,
         places.images_dir,

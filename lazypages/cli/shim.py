@@ -55,6 +55,8 @@ def _run(call: Call) -> int:
 
     # The options of configuration files are in `call` already, and the command line may have taken some back.
     os.environ.pop("CRIU_CONFIG_FILE", None)
+    # The service that CRIU's caller belongs to is not ready because a restore can be started.
+    os.environ.pop("NOTIFY_SOCKET", None)
     cli([*translate(call), "--no-default-config"], prog_name="lazypages")
     raise AssertionError("cli() exits")
 

@@ -61,6 +61,10 @@ class Engine:
         """Makes :meth:`run` return."""
         lib.lp_engine_stop(self._handle)
 
+    def rounds(self) -> int:
+        """How many rounds :meth:`run` has made. Wakes it: if it is not stuck, it makes another one now."""
+        return int(lib.lp_engine_rounds(self._handle))
+
     def add(
         self,
         uffd: int,

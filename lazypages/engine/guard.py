@@ -15,6 +15,9 @@ class Guard:
     it closes their uffds, and logs that to `log_fd`. It can't kill a forked task whose process is not known: the task's
     uffd stays open, and its faults wait.
 
+    ``shared``: a listening socket that this process has from another one, as systemd's (-1: none). Restorers do not
+    connect there, so the guard leaves it alone. Close it only after the guard's end.
+
     Start it while this process has a single thread: the two share the table of file descriptors (csrc/serve/guard.h).
     A context manager. The guard exits with the context, unless a task misses pages then: it handles such tasks as soon
     as this process has exited. The constructor raises OSError.
@@ -23,8 +26,8 @@ class Guard:
     #: The guard handles descriptors below this number only; limit the others with RLIMIT_NOFILE.
     MAX_FDS = int(lib.LP_GUARD_FDS)
 
-    def __init__(self, log_fd: int) -> None:
-        self.handle = lib.lp_guard_start(log_fd)
+    def __init__(self, log_fd: int, shared: int = -1) -> None:
+        self.handle = lib.lp_guard_start(log_fd, shared)
         if self.handle == ffi.NULL:
             raise OSError(ffi.errno, os.strerror(ffi.errno))
 

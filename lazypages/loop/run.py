@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -17,8 +18,10 @@ from lazypages.control.listener import ControlSocket
 from lazypages.engine.guard import Guard
 from lazypages.loop.options import ServeOptions
 from lazypages.loop.server import Begin, Server
+from lazypages.notify import Notifier
 from lazypages.observe.metrics import Summary
 from lazypages.observe.progress import TerminalWatch, watch_in_log
+from lazypages.observe.service_status import Told, restore_status, tell
 from lazypages.sources.checkpoint import Expected
 
 if TYPE_CHECKING:
@@ -43,6 +46,7 @@ def run(
     terminal: Console | None,
     begin: Begin | None = None,
     running: Callable[[], None],
+    notifier: Notifier,
 ) -> Summary:
     """Serve one restore. ``running`` is called as soon as the server handles signals.
 
@@ -54,6 +58,11 @@ def run(
     terminal_watch = TerminalWatch(terminal, background=background) if terminal else None
 
     async def beside(server: Server) -> None:
+        async with anyio.create_task_group() as group:
+            group.start_soon(tell, notifier, partial(_told, server), partial(_rounds, server))
+            group.start_soon(show, server)
+
+    async def show(server: Server) -> None:
         try:
             await (terminal_watch(server) if terminal_watch else watch_in_log(server, background=background))
         except Exception as error:  # a terminal can be closed at any time; that must not end the service
@@ -62,3 +71,13 @@ def run(
     backend, backend_options = LOOPS[loop]
     server = Server(expected, control, options, guard)
     return anyio.run(server.run, beside, begin, running, backend=backend, backend_options=backend_options)
+
+
+def _told(server: Server) -> Told:
+    status = restore_status(server.summary(), connected=server.connected, ending=server.draining)
+    return Told(status, server.draining)
+
+
+def _rounds(server: Server) -> Mapping[int, int]:
+    nr = server.rounds()
+    return {} if nr is None else {0: nr}

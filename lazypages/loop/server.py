@@ -121,6 +121,7 @@ class Server:
         self._held: set[int] = set()  # restored tasks with a uffd that must stay open until this process ends
         self._traced = TracedTasks(self._families, self._processes, open_tracers)
         self._remote: RemotePages | None = None
+        self._engine: Engine | None = None  # while it runs
         self._failure: OSError | None = None
         self._no_sources = ""
         self._turns = anyio.CapacityLimiter(TRANSFER_THREADS)
@@ -160,8 +161,9 @@ class Server:
                 stack.callback(_poison_leftovers, engine)
                 engine_group = await stack.enter_async_context(anyio.create_task_group())
                 # Ends the engine's thread before the engine is freed, also after an error.
-                stack.callback(engine.stop)
+                stack.callback(self._stop_engine, engine)
                 engine_group.start_soon(self._run_engine, engine, engine_group.cancel_scope)
+                self._engine = engine
                 if self._options.page_servers:
                     stack.callback(self._end_twins)  # when the servers have said their last word
                     from lazypages.sources.remote import open_remote  # noqa: PLC0415 - slow to import
@@ -222,6 +224,10 @@ class Server:
             self._failure = error
             scope.cancel()  # each service poisons or kills its task when it is cancelled
 
+    def _stop_engine(self, engine: Engine) -> None:
+        self._engine = None
+        engine.stop()
+
     def _close_processes(self) -> None:
         """Close pidfds, except of tasks with a uffd that stays open: the guard needs them to kill those tasks."""
         for pid, process in self._processes.items():
@@ -258,6 +264,10 @@ class Server:
     def draining(self) -> bool:
         """Whether :meth:`interrupt` has been called once: all tasks are completed, and then it ends."""
         return self._draining
+
+    def rounds(self) -> int | None:
+        """As Engine.rounds; None: the engine does not run."""
+        return self._engine.rounds() if self._engine else None
 
     def complete(self) -> None:
         """Copy all missing pages now, also without `background`; before the end of the restore: as soon as it ends."""

@@ -260,6 +260,10 @@ class Restore:
         finally:
             CURRENT.reset(before)
 
+    def rounds(self) -> int | None:
+        """As Server.rounds."""
+        return self._server.rounds() if self._server else None
+
     def summary(self) -> Summary | None:
         return self._server.summary() if self._server else self._result
 

@@ -9,15 +9,22 @@ import anyio
 
 from lazypages.engine.guard import Guard
 from lazypages.loop.run import LOOPS
+from lazypages.notify import Notifier
 from lazypages.resident.log_lines import name_restores
 from lazypages.resident.service import Limits, Service
 
 
 def run(
-    loop: str, listener: socket.socket, guard: Guard, limits: Limits, *, ready: Callable[[], None]
+    loop: str,
+    listener: socket.socket,
+    guard: Guard,
+    limits: Limits,
+    *,
+    ready: Callable[[], None],
+    notifier: Notifier,
 ) -> None:
     """Serve restores until the daemon is told to end. ``loop``: a key of LOOPS. ``ready``: as in Service."""
     name_restores()
     backend, backend_options = LOOPS[loop]
-    service = Service(listener, guard, limits, ready)
+    service = Service(listener, guard, limits, ready, notifier)
     anyio.run(service.run, backend=backend, backend_options=backend_options)

@@ -8,7 +8,7 @@ import os
 import signal
 import socket
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,8 @@ from lazypages.loop.options import ServeOptions
 from lazypages.loop.processes import Process
 from lazypages.loop.server import keep_guard
 from lazypages.net.names import PROTOCOLS
+from lazypages.notify import Notifier
+from lazypages.observe.service_status import Told, restores_status, tell
 from lazypages.resident import protocol
 from lazypages.resident.connection import Connection
 from lazypages.resident.log_lines import Follower
@@ -70,13 +72,19 @@ class Service:
     """Serves restores until it is told to end. ``ready`` is called when it handles signals and accepts clients."""
 
     def __init__(
-        self, listener: socket.socket, guard: Guard, limits: Limits, ready: Callable[[], None]
+        self,
+        listener: socket.socket,
+        guard: Guard,
+        limits: Limits,
+        ready: Callable[[], None],
+        notifier: Notifier,
     ) -> None:
         self._listener = listener
         self._guard = guard
         self._tracers = SharedTracers()
         self._limits = limits
         self._ready = ready
+        self._notifier = notifier
         self._active: dict[int, Restore] = {}
         self._ended: dict[int, Restore] = {}
         self._connections: set[Connection] = set()
@@ -98,12 +106,25 @@ class Service:
             await group.start(self._tracers.run)
             group.start_soon(self._accept)
             self._ready()
+            group.start_soon(tell, self._notifier, self._told, self._rounds)
             await self._drained.wait()
             with anyio.move_on_after(FAREWELL):
                 async with anyio.create_task_group() as farewell:
                     for connection in self._connections:
                         farewell.start_soon(connection.finish)
             group.cancel_scope.cancel()
+
+    # The service manager.
+
+    def _told(self) -> Told:
+        restores = list(self._active.values())
+        numbers = [found for restore in restores if (found := restore.summary())]
+        status = restores_status([restore.state for restore in restores], numbers, ending=self._closing)
+        return Told(status, self._closing)
+
+    def _rounds(self) -> Mapping[int, int]:
+        found = {number: restore.rounds() for number, restore in self._active.items()}
+        return {number: rounds for number, rounds in found.items() if rounds is not None}
 
     # Clients.
 
