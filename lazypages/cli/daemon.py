@@ -23,6 +23,7 @@ from lazypages.cli.daemonize import (
     signal_readiness,
     signals_blocked,
 )
+from lazypages.cli.export_options import EXPORT_OPTIONS, exporting
 from lazypages.cli.imports import importing
 from lazypages.cli.options import LOOP_OPTION, add_options, check_loop, readiness_options, verbosity_option
 from lazypages.control import descriptors
@@ -35,6 +36,8 @@ from lazypages.resident.protocol import SOCKET
 if TYPE_CHECKING:
     import socket
     from collections.abc import Iterator
+
+    from lazypages.export.options import ExportOptions
 
 log = logging.getLogger("lazypages")
 
@@ -78,6 +81,7 @@ SIGINT and SIGTERM
 @click.option("-o", "--log-file", metavar="FILE", type=click.Path(path_type=Path), help="Log to FILE.")
 @verbosity_option()
 @add_options(readiness_options("clients can connect"))
+@add_options(EXPORT_OPTIONS)
 @LOOP_OPTION
 def daemon_command(
     *,
@@ -89,6 +93,9 @@ def daemon_command(
     daemon: bool,
     pidfile: Path | None,
     status_fd: int | None,
+    metrics: str | None,
+    metrics_textfile: Path | None,
+    otel: bool,
     loop: str,
 ) -> None:
     """Serve many restores in one process.
@@ -105,18 +112,25 @@ def daemon_command(
     logs.start(verbosity, stream, None)
     _limit_descriptors(max_descriptors)
     check_userfaultfd()
-    with _listening(path.absolute()) as listener:
+    textfile = metrics_textfile and metrics_textfile.absolute()
+    with exporting(metrics, textfile, otel=otel) as export, _listening(path.absolute()) as listener:
         ready: list[Callable[[], None]] = [
             lambda: log.log(MESSAGE, "waiting for clients at %s", path.absolute())
         ]
         if status_fd is not None:
             ready.append(partial(report_ready, status_fd))
         ready += into_background(daemon, pidfile and pidfile.absolute())
-        _serve(loop, listener, max_restores, stream.fileno(), ready)
+        _serve(loop, listener, max_restores, stream.fileno(), ready, export=export)
 
 
 def _serve(
-    loop: str, listener: socket.socket, max_restores: int, log_fd: int, ready: list[Callable[[], None]]
+    loop: str,
+    listener: socket.socket,
+    max_restores: int,
+    log_fd: int,
+    ready: list[Callable[[], None]],
+    *,
+    export: ExportOptions | None,
 ) -> None:
     # A terminal that is closed must not leave tasks without their memory.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -130,7 +144,7 @@ def _serve(
             until_running.close()
             signal_readiness(ready)
 
-        run(loop, listener, guard, Limits(max_restores, descriptors.limit()), ready=running)
+        run(loop, listener, guard, Limits(max_restores, descriptors.limit()), ready=running, export=export)
 
 
 def _limit_descriptors(most: int | None) -> None:

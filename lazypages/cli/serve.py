@@ -26,6 +26,7 @@ from lazypages.cli.daemonize import (
     signal_readiness,
     signals_blocked,
 )
+from lazypages.cli.export_options import EXPORT_OPTIONS, exporting
 from lazypages.cli.imports import importing
 from lazypages.cli.options import LOOP_OPTION, add_options, check_loop, readiness_options, verbosity_option
 from lazypages.cli.remote_options import SOURCE_OPTIONS, Sources, sources_of
@@ -33,6 +34,7 @@ from lazypages.control import descriptors
 from lazypages.control.listener import ControlSocket
 from lazypages.engine.guard import Guard
 from lazypages.errors import LazyPagesError
+from lazypages.export.options import ExportOptions
 from lazypages.logs import MESSAGE
 from lazypages.loop.options import ServeOptions
 from lazypages.loop.preparing import (
@@ -170,6 +172,7 @@ def _check_directory(option: str, path: Path) -> None:
     type=click.Path(path_type=Path),
     help="Record every fault and transfer in FILE; `lazypages plot` draws it.",
 )
+@add_options(EXPORT_OPTIONS)
 @LOOP_OPTION
 @click.option(
     "--via",
@@ -193,6 +196,9 @@ def serve(
     no_background: bool,
     stats_json: Path | None,
     trace: Path | None,
+    metrics: str | None,
+    metrics_textfile: Path | None,
+    otel: bool,
     loop: str,
     via: Path | None,
     **source_options: Any,
@@ -206,6 +212,10 @@ def serve(
     """
     sources = sources_of(source_options)
     places = Places.of(images_dir, work_dir, log_file, pidfile, stats_json, trace)
+    if via is not None and (metrics is not None or metrics_textfile is not None or otel):
+        raise LazyPagesError(
+            "--metrics, --metrics-textfile and --otel: give them to the daemon, not beside --via"
+        )
     if daemon:
         sys.stderr = kept_standard_error()
     terminal = _terminal() if verbosity >= PRINTS_MESSAGES and not daemon and sys.stderr.isatty() else None
@@ -225,16 +235,19 @@ def serve(
                 verbosity=verbosity,
             )
         else:
-            result = _serve(
-                places,
-                ServeOptions(not no_background, sources.page_servers, sources.remote),
-                sources.directories,
-                loop=loop,
-                daemon=daemon,
-                status_fd=status_fd,
-                terminal=terminal,
-                log_fd=(log_stream or sys.stderr).fileno(),
-            )
+            textfile = metrics_textfile and places.work_dir / metrics_textfile
+            with exporting(metrics, textfile, otel=otel) as export:
+                result = _serve(
+                    places,
+                    ServeOptions(not no_background, sources.page_servers, sources.remote),
+                    sources.directories,
+                    loop=loop,
+                    daemon=daemon,
+                    status_fd=status_fd,
+                    terminal=terminal,
+                    log_fd=(log_stream or sys.stderr).fileno(),
+                    export=export,
+                )
             status = 0 if result.ok else 1
     except Exception as error:
         expected = isinstance(error, LazyPagesError | ImageError)
@@ -255,6 +268,7 @@ def _serve(
     status_fd: int | None,
     terminal: Console | None,
     log_fd: int,
+    export: ExportOptions | None,
 ) -> Summary:
     """Everything that can be checked is checked before readiness is signalled to a restore."""
     if status_fd is not None:
@@ -295,6 +309,8 @@ def _serve(
                     terminal=terminal,
                     begin=partial(_begin, ready) if options.page_servers else None,
                     running=until_running.close,
+                    export=export,
+                    images=str(places.images_dir),
                 )
     if result.tasks or result.finished:
         if terminal:

@@ -27,6 +27,8 @@ class Guard:
         self.handle = lib.lp_guard_start(log_fd)
         if self.handle == ffi.NULL:
             raise OSError(ffi.errno, os.strerror(ffi.errno))
+        #: Number of times that :meth:`restart` has started another one.
+        self.restarts = 0
 
     @property
     def pid(self) -> int:
@@ -44,6 +46,7 @@ class Guard:
         Raises OSError: then there is no guard.
         """
         check_errno(int(lib.lp_guard_restart(self.handle)))
+        self.restarts += 1
 
     # For a process that outlives its restores.
 

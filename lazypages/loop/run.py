@@ -15,6 +15,8 @@ import anyio
 
 from lazypages.control.listener import ControlSocket
 from lazypages.engine.guard import Guard
+from lazypages.export.exporter import Exporter
+from lazypages.export.options import ExportOptions
 from lazypages.loop.options import ServeOptions
 from lazypages.loop.server import Begin, Server
 from lazypages.observe.metrics import Summary
@@ -43,10 +45,13 @@ def run(
     terminal: Console | None,
     begin: Begin | None = None,
     running: Callable[[], None],
+    export: ExportOptions | None,
+    images: str,
 ) -> Summary:
     """Serve one restore. ``running`` is called as soon as the server handles signals.
 
     ``loop``: a key of LOOPS. ``terminal``: shows progress as bars instead of log lines. ``begin``: see Server.run.
+    ``images``: the name of their directory in what is exported.
 
     Raises EngineError, SourcesError.
     """
@@ -55,6 +60,13 @@ def run(
 
     async def beside(server: Server) -> None:
         running()
+        async with anyio.create_task_group() as group:
+            if exporter and restore:
+                group.start_soon(exporter.run)
+                group.start_soon(restore.watch, server)
+            await show_progress(server)
+
+    async def show_progress(server: Server) -> None:
         try:
             await (terminal_watch(server) if terminal_watch else watch_in_log(server, background=background))
         except Exception as error:  # a terminal can be closed at any time; that must not end the service
@@ -62,4 +74,13 @@ def run(
 
     backend, backend_options = LOOPS[loop]
     server = Server(expected, control, options, guard)
-    return anyio.run(server.run, beside, begin, backend=backend, backend_options=backend_options)
+    exporter = Exporter(export, guard) if export else None
+    restore = exporter.begin(images, state=lambda: server.state, summary=server.summary) if exporter else None
+    result: Summary | None = None
+    try:
+        result = anyio.run(server.run, beside, begin, backend=backend, backend_options=backend_options)
+    finally:
+        if exporter and restore:
+            restore.end(result, "complete" if result and result.ok else "failed")
+            exporter.close()
+    return result

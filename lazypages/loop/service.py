@@ -19,6 +19,7 @@ from anyio.abc import TaskGroup
 
 from lazypages.engine.errors import BusyError, TaskGoneError
 from lazypages.engine.events import TaskEvent, TaskEventKind
+from lazypages.engine.stats import Stats
 from lazypages.engine.task import ServedTask
 from lazypages.loop.processes import Process
 from lazypages.observe.metrics import State, TaskReport, measure, signal_name
@@ -118,6 +119,11 @@ class TaskService:
     def pending(self) -> int:
         """Number of pages that the task still misses."""
         return 0 if self._final else self._served.pending
+
+    @property
+    def stats(self) -> Stats:
+        """The engine's counters, now or at the end."""
+        return self._final.stats if self._final else self._served.stats()
 
     def report(self) -> TaskReport:
         """The current numbers; once the service has ended, those of its end."""

@@ -172,6 +172,14 @@ def measure(served: ServedTask) -> dict[str, Any]:
     }
 
 
+class Milestones(NamedTuple):
+    """What a restore has reached. ``copied``: a page was copied. ``finished``: the tasks run. ``poisoned``: pages."""
+
+    copied: bool
+    finished: bool
+    poisoned: int
+
+
 class Summary(NamedTuple):
     """The numbers of a whole restore. ``finished``: the restorer has reported the end of the restore."""
 

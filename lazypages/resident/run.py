@@ -8,16 +8,29 @@ from collections.abc import Callable
 import anyio
 
 from lazypages.engine.guard import Guard
+from lazypages.export.exporter import Exporter
+from lazypages.export.options import ExportOptions
 from lazypages.loop.run import LOOPS
 from lazypages.resident.log_lines import name_restores
 from lazypages.resident.service import Limits, Service
 
 
 def run(
-    loop: str, listener: socket.socket, guard: Guard, limits: Limits, *, ready: Callable[[], None]
+    loop: str,
+    listener: socket.socket,
+    guard: Guard,
+    limits: Limits,
+    *,
+    ready: Callable[[], None],
+    export: ExportOptions | None,
 ) -> None:
     """Serve restores until the daemon is told to end. ``loop``: a key of LOOPS. ``ready``: as in Service."""
     name_restores()
     backend, backend_options = LOOPS[loop]
-    service = Service(listener, guard, limits, ready)
-    anyio.run(service.run, backend=backend, backend_options=backend_options)
+    exporter = Exporter(export, guard) if export else None
+    service = Service(listener, guard, limits, ready, exporter)
+    try:
+        anyio.run(service.run, backend=backend, backend_options=backend_options)
+    finally:
+        if exporter:
+            exporter.close()

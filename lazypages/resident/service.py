@@ -24,6 +24,8 @@ from lazypages.control.descriptors import NONE_LEFT
 from lazypages.control.listener import CREDENTIALS, SOCKET_NAME, left_open
 from lazypages.engine.guard import Guard
 from lazypages.errors import LazyPagesError
+from lazypages.export.exporter import Exporter
+from lazypages.export.options import MAX_SCRAPERS
 from lazypages.logs import MESSAGE
 from lazypages.loop.options import ServeOptions
 from lazypages.loop.processes import Process
@@ -70,13 +72,19 @@ class Service:
     """Serves restores until it is told to end. ``ready`` is called when it handles signals and accepts clients."""
 
     def __init__(
-        self, listener: socket.socket, guard: Guard, limits: Limits, ready: Callable[[], None]
+        self,
+        listener: socket.socket,
+        guard: Guard,
+        limits: Limits,
+        ready: Callable[[], None],
+        exporter: Exporter | None,
     ) -> None:
         self._listener = listener
         self._guard = guard
         self._tracers = SharedTracers()
         self._limits = limits
         self._ready = ready
+        self._exporter = exporter
         self._active: dict[int, Restore] = {}
         self._ended: dict[int, Restore] = {}
         self._connections: set[Connection] = set()
@@ -86,6 +94,8 @@ class Service:
         self._drained = anyio.Event()
         self._to_sweep = anyio.Event()
         self._own = len(os.listdir("/proc/self/fd")) + descriptors.DAEMON + 2 * MAX_CLIENTS
+        if exporter:
+            self._own += MAX_SCRAPERS
 
     async def run(self) -> None:
         """Until all restores have ended after a signal or `shutdown`."""
@@ -96,6 +106,8 @@ class Service:
             group.start_soon(keep_guard, self._guard)
             group.start_soon(self._sweep)
             await group.start(self._tracers.run)
+            if self._exporter:
+                group.start_soon(self._exporter.run)
             group.start_soon(self._accept)
             self._ready()
             await self._drained.wait()
@@ -245,6 +257,8 @@ class Service:
         restore = Restore(
             self._next, asked, guard=self._guard, tracers=self._tracers, admit=self._admit, say=say
         )
+        if self._exporter:
+            restore.export_to(self._exporter)
         self._next += 1
         self._active[restore.number] = restore
         self._group.start_soon(self._run, restore)
