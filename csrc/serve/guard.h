@@ -19,8 +19,8 @@ struct lp_guard;
 /* It looks after descriptors below this number; the daemon's RLIMIT_NOFILE must not be higher. */
 #define LP_GUARD_FDS (1 << 20)
 
-/* Starts the second process, which says on log_fd what it had to do.  NULL with errno set. */
-struct lp_guard *lp_guard_start(int log_fd);
+/* Starts the second process, which says on log_fd what it had to do: lines of text, or JSON objects.  NULL with errno set. */
+struct lp_guard *lp_guard_start(int log_fd, bool json);
 /*
  * If the second process has ended, as its pidfd shows, starts another that knows all that it knew.  0 or -errno: then there is
  * none, and the pidfd is -1.  Other threads may run meanwhile; one at a time calls this.

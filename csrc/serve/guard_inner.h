@@ -20,6 +20,7 @@ struct lp_guard {
 	int pidfd;  /* of the guard; the daemon's, and -1 if there is no guard at the moment */
 	int daemon; /* pidfd */
 	int log_fd;
+	bool json; /* the log's lines are objects */
 	void *unreadable; /* a page that can't be read */
 	char *command; /* the bytes that /proc/PID/cmdline shows: command_size of them */
 	size_t command_size;

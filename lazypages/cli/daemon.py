@@ -25,7 +25,14 @@ from lazypages.cli.daemonize import (
 )
 from lazypages.cli.export_options import EXPORT_OPTIONS, exporting
 from lazypages.cli.imports import importing
-from lazypages.cli.options import LOOP_OPTION, add_options, check_loop, readiness_options, verbosity_option
+from lazypages.cli.options import (
+    LOG_FORMAT_OPTION,
+    LOOP_OPTION,
+    add_options,
+    check_loop,
+    readiness_options,
+    verbosity_option,
+)
 from lazypages.control import descriptors
 from lazypages.engine.guard import Guard
 from lazypages.errors import LazyPagesError
@@ -79,6 +86,7 @@ SIGINT and SIGTERM
     help="File descriptors of the daemon: about 64 for each restore, 2 for each task.  [default: as many as allowed]",
 )
 @click.option("-o", "--log-file", metavar="FILE", type=click.Path(path_type=Path), help="Log to FILE.")
+@LOG_FORMAT_OPTION
 @verbosity_option()
 @add_options(readiness_options("clients can connect"))
 @add_options(EXPORT_OPTIONS)
@@ -89,6 +97,7 @@ def daemon_command(
     max_restores: int,
     max_descriptors: int | None,
     log_file: Path | None,
+    log_format: str,
     verbosity: int,
     daemon: bool,
     pidfile: Path | None,
@@ -109,7 +118,7 @@ def daemon_command(
     if daemon:
         sys.stderr = kept_standard_error()
     stream = logs.open_log(log_file.absolute()) if log_file else sys.stderr
-    logs.start(verbosity, stream, None)
+    logs.start(verbosity, stream, None, log_format=log_format)
     _limit_descriptors(max_descriptors)
     check_userfaultfd()
     textfile = metrics_textfile and metrics_textfile.absolute()
@@ -134,7 +143,7 @@ def _serve(
 ) -> None:
     # A terminal that is closed must not leave tasks without their memory.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    with Guard(log_fd) as guard, ExitStack() as until_running:
+    with Guard(log_fd, json=logs.is_json()) as guard, ExitStack() as until_running:
         until_running.enter_context(importing())
         until_running.enter_context(signals_blocked())
         from lazypages.resident.run import run  # noqa: PLC0415 - slow to import

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import socket
 import sys
@@ -135,6 +134,8 @@ def _listen_unix(path: Path) -> socket.socket:
 
 
 def _listen_tcp(address: str) -> socket.socket:
+    import ipaddress  # noqa: PLC0415 - keeps the start short
+
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or int(port) > 65535:
         raise LazyPagesError(f"--metrics {address}: name a unix socket (with a /), or HOST:PORT")

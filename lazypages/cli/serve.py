@@ -28,7 +28,14 @@ from lazypages.cli.daemonize import (
 )
 from lazypages.cli.export_options import EXPORT_OPTIONS, exporting
 from lazypages.cli.imports import importing
-from lazypages.cli.options import LOOP_OPTION, add_options, check_loop, readiness_options, verbosity_option
+from lazypages.cli.options import (
+    LOG_FORMAT_OPTION,
+    LOOP_OPTION,
+    add_options,
+    check_loop,
+    readiness_options,
+    verbosity_option,
+)
 from lazypages.cli.remote_options import SOURCE_OPTIONS, Sources, sources_of
 from lazypages.control import descriptors
 from lazypages.control.listener import ControlSocket
@@ -152,6 +159,7 @@ def _check_directory(option: str, path: Path) -> None:
 @click.option(
     "-o", "--log-file", metavar="FILE", type=click.Path(path_type=Path), help="Log to FILE (- for stdout)."
 )
+@LOG_FORMAT_OPTION
 @verbosity_option()
 @add_options(readiness_options("a restore can be started"))
 @add_options(SOURCE_OPTIONS)
@@ -189,6 +197,7 @@ def serve(
     images_dir: Path,
     work_dir: Path | None,
     log_file: Path | None,
+    log_format: str,
     verbosity: int,
     daemon: bool,
     pidfile: Path | None,
@@ -218,9 +227,15 @@ def serve(
         )
     if daemon:
         sys.stderr = kept_standard_error()
-    terminal = _terminal() if verbosity >= PRINTS_MESSAGES and not daemon and sys.stderr.isatty() else None
+    # JSON without a file goes to standard error, also if that is a terminal
+    for_people = log_format != "json" or places.log_file is not None
+    terminal = (
+        _terminal()
+        if verbosity >= PRINTS_MESSAGES and for_people and not daemon and sys.stderr.isatty()
+        else None
+    )
     log_stream = _log_stream(places.log_file, terminal)
-    logs.start(verbosity, log_stream, terminal)
+    logs.start(verbosity, log_stream, terminal, log_format=log_format)
     log_settings(ctx)
     descriptors.raise_limit()
     try:
@@ -291,7 +306,7 @@ def _serve(
         # A terminal that is closed must not leave tasks without their memory.
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         # The control socket closes before the guard ends: the guard holds uffds that were sent but never served.
-        with Guard(log_fd) as guard, closing(control), ExitStack() as until_running:
+        with Guard(log_fd, json=logs.is_json()) as guard, closing(control), ExitStack() as until_running:
             until_running.enter_context(signals_blocked())
             with tracer or nullcontext():
                 options = options._replace(trace=tracer.ring if tracer else None)

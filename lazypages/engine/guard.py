@@ -12,8 +12,8 @@ class Guard:
     """A second process that keeps the uffds open if this process is killed.
 
     Without it the kernel would then serve zeros for missing pages. The guard kills the tasks with missing pages before
-    it closes their uffds, and logs that to `log_fd`. It can't kill a forked task whose process is not known: the task's
-    uffd stays open, and its faults wait.
+    it closes their uffds, and logs that to `log_fd` (as text, or `json`). It can't kill a forked task whose process is
+    not known: the task's uffd stays open, and its faults wait.
 
     Start it while this process has a single thread: the two share the table of file descriptors (csrc/serve/guard.h).
     A context manager. The guard exits with the context, unless a task misses pages then: it handles such tasks as soon
@@ -23,8 +23,8 @@ class Guard:
     #: The guard handles descriptors below this number only; limit the others with RLIMIT_NOFILE.
     MAX_FDS = int(lib.LP_GUARD_FDS)
 
-    def __init__(self, log_fd: int) -> None:
-        self.handle = lib.lp_guard_start(log_fd)
+    def __init__(self, log_fd: int, *, json: bool = False) -> None:
+        self.handle = lib.lp_guard_start(log_fd, json)
         if self.handle == ffi.NULL:
             raise OSError(ffi.errno, os.strerror(ffi.errno))
         #: Number of times that :meth:`restart` has started another one.

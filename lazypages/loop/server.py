@@ -413,7 +413,9 @@ class Server:
         identity = Identity(
             f"task {event.pid}", event.pid, False, expected.lazy_pages, expected.sources, expected.program
         )
-        log.info("%s: %s", identity.name, count(expected.lazy_pages, "lazy page"))
+        log.info(
+            "%s: %s", identity.name, count(expected.lazy_pages, "lazy page"), extra={"pid": identity.pid}
+        )
         if process:
             self._processes[event.pid] = process
         self._start(served, identity, process, expected.seen)
@@ -481,6 +483,7 @@ class Server:
             report.state,
             report.copied.total,
             count(report.total, "page"),
+            extra={"pid": report.pid},
         )
 
     async def _probe(self) -> None:
