@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from lazypages import __version__
-from tests.support import metrics
+from tests.support import metrics, schemas
 from tests.support.criu import Criu
 from tests.support.fake import PAGE, served_tasks
 from tests.support.guard_processes import guards
@@ -36,6 +36,8 @@ every_loop = pytest.mark.parametrize("loop", ["uvloop", "asyncio", "trio"])
 
 def expected(*summaries: Mapping[str, Any]) -> dict[str, float]:
     """What the metrics must be after these restores have ended."""
+    for summary in summaries:
+        schemas.check("stats.json", summary)
     tasks = [task for summary in summaries for task in summary["tasks"]]
     copied, answered, ended = Counter[str](), Counter[str](), Counter[str]()
     for task in tasks:
@@ -129,7 +131,6 @@ def test_scraped_while_tasks_are_restored(
                 tasks.say("check")
                 assert tasks.statuses() == [0, 0]
             summaries = [resident.request("wait", restore=number)["summary"] for number in (first, second)]
-            last = scrape(address)
             wait_for("the last one", lambda: scrape(address)["lazypages_tasks"] == 0)
             last = scrape(address)
         finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ _REGISTRY = Registry().with_resources(
 )
 
 
+@functools.cache
 def validator(name: str) -> Draft202012Validator:
     """`name`: of the file, with #/$defs/... for a part of it."""
     Draft202012Validator.check_schema(_SCHEMAS[name.partition("#")[0]])
