@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -68,7 +68,10 @@ class Restore:
             self._attributes["lazypages.restore"] = number
         self.state = state
         self.seen: Summary | None = None
+        self._begun = 0.0  # time of the connection
         self._first_page = False
+        self._finished = False
+        self._poisoned = False
         self._span: Span | None = None
 
     def look(self) -> Summary | None:
@@ -85,33 +88,34 @@ class Restore:
 
     async def _watch(self, server: Served) -> None:
         await server.wait_connected()
-        began = time.monotonic()
+        self._begun = time.monotonic()
         spans = self._exporter.spans
-        span = self._span = spans.start(self._attributes) if spans else None
-        finished = poisoned = False
-        while not self._first_page or span:
+        self._span = spans.start(self._attributes) if spans else None
+        while not self._first_page or self._span:
             looked = time.monotonic()
-            now = server.milestones()
-            if now.copied and not self._first_page:
-                self._saw_first_page(looked - began)
-            if span and now.finished and not finished:
-                finished = True
-                span.add_event("tasks run")
-            if span and now.poisoned and not poisoned:
-                poisoned = True
-                span.add_event("poisoned", {"lazypages.pages": now.poisoned})
+            self._reached(server.milestones())
             pause = max(
                 SHORTEST_PAUSE,
-                MILESTONE_SHARE * (looked - began),
+                MILESTONE_SHARE * (looked - self._begun),
                 COLLECTING_SHARE * (time.monotonic() - looked),
             )
             await anyio.sleep(min(pause, LONGEST_PAUSE))
 
-    def _saw_first_page(self, seconds: float) -> None:
-        self._first_page = True
-        self._exporter.first_page(seconds)
+    def _reached(self, now: Milestones) -> None:
+        if now.copied and not self._first_page:
+            self._first_page = True
+            self._exporter.first_page(time.monotonic() - self._begun)
+            self._event("first page")
+        if now.finished and not self._finished:
+            self._finished = True
+            self._event("tasks run")
+        if now.poisoned and not self._poisoned:
+            self._poisoned = True
+            self._event("poisoned", {"lazypages.pages": now.poisoned})
+
+    def _event(self, name: str, attributes: Mapping[str, int] | None = None) -> None:
         if self._span:
-            self._span.add_event("first page")
+            self._span.add_event(name, attributes)
 
     def end(self, summary: Summary | None, result: str) -> None:
         """Nothing of it is served any more. ``summary``: None after an error of the daemon. ``result``: of RESULTS.
@@ -124,14 +128,14 @@ class Restore:
             log.exception("the end of a restore is not exported")
 
     def _end(self, summary: Summary | None, result: str) -> None:
-        if summary and not self._first_page and any(task.stats.copies for task in summary.tasks):
-            self._saw_first_page(summary.seconds)  # it ended before the next look
+        if summary and self._begun:
+            self._reached(summary.milestones())  # it may have ended before the next look
         self._exporter.ended(self, summary, result)
         if self._span:
             from lazypages.export.spans import end_span  # noqa: PLC0415 - an extra
 
             if result == "complete":
-                self._span.add_event("complete")
+                self._event("complete")
             end_span(self._span, _attributes(summary), ok=result == "complete")
 
 

@@ -22,7 +22,7 @@ from lazypages import __version__
 log = logging.getLogger("lazypages")
 
 #: Seconds at the end for the last spans to be sent.
-FAREWELL = 5.0
+FAREWELL = 3.0
 
 
 class Spans:

@@ -194,6 +194,13 @@ class Summary(NamedTuple):
         """Whether the restore has finished and every task is complete or has exited by itself."""
         return self.finished and all(task.state.good for task in self.tasks)
 
+    def milestones(self) -> Milestones:
+        return Milestones(
+            any(task.stats.copies for task in self.tasks),
+            self.finished,
+            sum(task.stats.poisoned for task in self.tasks),
+        )
+
     @property
     def times(self) -> ServiceTimes:
         return ServiceTimes.merged(task.times for task in self.tasks if task.times.counts)
