@@ -3,6 +3,8 @@
 Verbosity levels are those of ``criu`` (observed with CRIU 4.2.1): 0 nothing, 1 errors, 2 warnings (the default),
 3 information, 4 debug. ``-vN`` sets the level, each bare ``-v`` adds one. *Messages* (ready, progress, summary)
 are printed at every level from 1 on.
+
+A log is text, or one JSON object a line (docs/metrics.md).
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ NOT_ON_TERMINAL = {"terminal": False}
 #: `extra` of a record that the command prints on standard error itself.
 PRINTED = {"terminal": False, "stderr": False}
 
-#: The names of levels in the messages of the resident daemon (docs/daemon.md).
+#: The names of levels in JSON: of log lines, and in the messages of the resident daemon (docs/daemon.md).
 LEVELS = {
     "debug": logging.DEBUG,
     "info": logging.INFO,
@@ -37,6 +39,11 @@ LEVELS = {
     "error": logging.ERROR,
     "message": MESSAGE,
 }
+
+_LEVEL_NAMES = {number: name for name, number in LEVELS.items()}
+
+#: Of log files; the first one is the default.
+FORMATS = ("text", "json")
 
 _THRESHOLDS = (logging.CRITICAL + 1, logging.ERROR, logging.WARNING, logging.INFO, logging.DEBUG)
 _NAMES = {MESSAGE: "", logging.ERROR: "error: ", logging.WARNING: "warning: "}
@@ -76,8 +83,13 @@ def open_log(path: Path) -> TextIO:
     return os.fdopen(fd, "w", encoding="utf-8", errors="backslashreplace")
 
 
-def start(level: int, stream: TextIO | None, terminal: Console | None) -> None:
-    """Log to `stream` and to `terminal` at verbosity `level`. With both, the terminal gets errors and messages only."""
+def start(
+    level: int, stream: TextIO | None, terminal: Console | None, *, log_format: str = FORMATS[0]
+) -> None:
+    """Log to `stream` and to `terminal` at verbosity `level`. With both, the terminal gets errors and messages only.
+
+    ``log_format``: of the stream; one of FORMATS.
+    """
     logging.addLevelName(MESSAGE, "MESSAGE")
     logging.raiseExceptions = False  # no traceback if the log can't be written
     log.handlers.clear()
@@ -85,7 +97,7 @@ def start(level: int, stream: TextIO | None, terminal: Console | None) -> None:
     log.setLevel(_THRESHOLDS[level])
     if stream is not None:
         handler = logging.StreamHandler(stream)
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        handler.setFormatter(JsonLines() if log_format == "json" else Text())
         if stream is sys.stderr:
             handler.addFilter(lambda record: getattr(record, "stderr", True))
         log.addHandler(handler)
@@ -93,6 +105,40 @@ def start(level: int, stream: TextIO | None, terminal: Console | None) -> None:
         console = _TerminalHandler(terminal)
         console.setLevel(logging.ERROR if stream is not None else logging.NOTSET)
         log.addHandler(console)
+
+
+def is_json() -> bool:
+    """Whether the log has JSON lines, after :func:`start`."""
+    return any(isinstance(handler.formatter, JsonLines) for handler in log.handlers)
+
+
+class Text(logging.Formatter):
+    """2026-11-30 12:00:00,000 ERROR restore 3: ...; the restore if there are several."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        number = getattr(record, "restore", None)
+        restore = "" if number is None else f"restore {number}: "
+        return f"{self.formatTime(record)} {record.levelname} {restore}{record.message}"
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object a line. A record's `restore` and `pid` become fields, if it has them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        import json  # noqa: PLC0415 - keeps the start short
+        from datetime import UTC, datetime  # noqa: PLC0415
+
+        fields: dict[str, str | int] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="microseconds"),
+            "level": _LEVEL_NAMES.get(record.levelno, "error"),
+            "message": record.getMessage(),
+        }
+        for name in ("restore", "pid"):
+            if (value := getattr(record, name, None)) is not None:
+                fields[name] = value
+        if record.exc_info:
+            fields["exception"] = self.formatException(record.exc_info)
+        return json.dumps(fields)
 
 
 class _TerminalHandler(logging.Handler):

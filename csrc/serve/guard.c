@@ -169,7 +169,7 @@ static void free_guard(struct lp_guard *g)
 	munmap(g, sizeof(*g));
 }
 
-struct lp_guard *lp_guard_start(int log_fd, int shared)
+struct lp_guard *lp_guard_start(int log_fd, bool json, int shared)
 {
 	struct lp_guard *g = mmap(NULL, sizeof(*g), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 	int rc;
@@ -179,6 +179,7 @@ struct lp_guard *lp_guard_start(int log_fd, int shared)
 	g->pidfd = -1;
 	g->log_fd = log_fd;
 	g->shared = shared;
+	g->json = json;
 	g->unreadable = mmap(NULL, LP_PAGE_SIZE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	g->daemon = (int)syscall(SYS_pidfd_open, getpid(), 0);
 	if (g->unreadable == MAP_FAILED || g->daemon < 0) {

@@ -20,11 +20,11 @@ struct lp_guard;
 #define LP_GUARD_FDS (1 << 20)
 
 /*
- * Starts the second process, which says on log_fd what it had to do.  NULL with errno set.  shared: a listening socket that other
- * processes have, too, and that no restorer connects to, or -1: the second process accepts nothing there, and does not shut it.  It
- * must stay open until the daemon's end, so that its number names nothing else.
+ * Starts the second process, which says on log_fd what it had to do: lines of text, or JSON objects.  NULL with errno set.  shared:
+ * a listening socket that other processes have, too, and that no restorer connects to, or -1: the second process accepts nothing
+ * there, and does not shut it.  It must stay open until the daemon's end, so that its number names nothing else.
  */
-struct lp_guard *lp_guard_start(int log_fd, int shared);
+struct lp_guard *lp_guard_start(int log_fd, bool json, int shared);
 /*
  * If the second process has ended, as its pidfd shows, starts another that knows all that it knew.  0 or -errno: then there is
  * none, and the pidfd is -1.  Other threads may run meanwhile; one at a time calls this.

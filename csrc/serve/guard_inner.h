@@ -21,6 +21,7 @@ struct lp_guard {
 	int daemon; /* pidfd */
 	int log_fd;
 	int shared; /* a listening socket that is not only the daemon's; -1 */
+	bool json; /* the log's lines are objects */
 	void *unreadable; /* a page that can't be read */
 	char *command; /* the bytes that /proc/PID/cmdline shows: command_size of them */
 	size_t command_size;

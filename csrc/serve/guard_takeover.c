@@ -49,10 +49,19 @@ static void add_number(struct text *t, unsigned int number)
 	add_text(t, digits + at);
 }
 
-static void say(const struct lp_guard *g, const struct text *t)
+/* A message begins and ends here.  It has no character that JSON would escape. */
+static void begin_message(const struct lp_guard *g, struct text *t)
 {
-	ssize_t rc = write(g->log_fd, t->at, t->nr);
+	t->nr = 0;
+	add_text(t, g->json ? "{\"level\": \"error\", \"message\": \"" : "lazypages: ");
+}
 
+static void say(const struct lp_guard *g, struct text *t)
+{
+	ssize_t rc;
+
+	add_text(t, g->json ? "\"}\n" : "\n");
+	rc = write(g->log_fd, t->at, t->nr);
 	(void)rc;
 }
 
@@ -96,24 +105,26 @@ static bool kill_task(const struct lp_guard *g, int uffd)
 	/* a zombie takes signals, too */
 	if (poll(&process, 1, 0) || lp_guard_is_gone(g, uffd) || syscall(SYS_pidfd_send_signal, process.fd, SIGKILL, NULL, 0))
 		return lp_guard_is_gone(g, uffd);
-	add_text(&t, "lazypages: the daemon ");
+	begin_message(g, &t);
+	add_text(&t, "the daemon ");
 	add_text(&t, end_of_daemon(g));
 	add_text(&t, "; task ");
 	add_number(&t, (unsigned int)atomic_load(&g->about[uffd].pid));
-	add_text(&t, " misses pages and is killed, too\n");
+	add_text(&t, " misses pages and is killed, too");
 	say(g, &t);
 	return true;
 }
 
 static void say_unknown(const struct lp_guard *g, unsigned int unknown)
 {
-	struct text t = {0};
+	struct text t;
 
-	add_text(&t, "lazypages: the daemon ");
+	begin_message(g, &t);
+	add_text(&t, "the daemon ");
 	add_text(&t, end_of_daemon(g));
 	add_text(&t, "; tasks whose pids it did not know wait for pages that will not come: ");
 	add_number(&t, unknown);
-	add_text(&t, "; end them\n");
+	add_text(&t, "; end them");
 	say(g, &t);
 }
 

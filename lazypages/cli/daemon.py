@@ -26,8 +26,16 @@ from lazypages.cli.daemonize import (
     signal_readiness,
     signals_blocked,
 )
+from lazypages.cli.export_options import EXPORT_OPTIONS, exporting
 from lazypages.cli.imports import importing
-from lazypages.cli.options import LOOP_OPTION, add_options, check_loop, readiness_options, verbosity_option
+from lazypages.cli.options import (
+    LOG_FORMAT_OPTION,
+    LOOP_OPTION,
+    add_options,
+    check_loop,
+    readiness_options,
+    verbosity_option,
+)
 from lazypages.control import descriptors
 from lazypages.engine.guard import Guard
 from lazypages.errors import LazyPagesError
@@ -39,6 +47,8 @@ from lazypages.resident.protocol import SOCKET
 if TYPE_CHECKING:
     import socket
     from collections.abc import Iterator
+
+    from lazypages.export.options import ExportOptions
 
 log = logging.getLogger("lazypages")
 
@@ -80,8 +90,10 @@ SIGINT and SIGTERM
     help="File descriptors of the daemon: about 64 for each restore, 2 for each task.  [default: as many as allowed]",
 )
 @click.option("-o", "--log-file", metavar="FILE", type=click.Path(path_type=Path), help="Log to FILE.")
+@LOG_FORMAT_OPTION
 @verbosity_option()
 @add_options(readiness_options("clients can connect"))
+@add_options(EXPORT_OPTIONS)
 @LOOP_OPTION
 @click.pass_context
 def daemon_command(
@@ -92,10 +104,14 @@ def daemon_command(
     max_restores: int,
     max_descriptors: int | None,
     log_file: Path | None,
+    log_format: str,
     verbosity: int,
     daemon: bool,
     pidfile: Path | None,
     status_fd: int | None,
+    metrics: str | None,
+    metrics_textfile: Path | None,
+    otel: bool,
     loop: str,
 ) -> None:
     """Serve many restores in one process.
@@ -116,10 +132,11 @@ def daemon_command(
     if daemon:
         sys.stderr = kept_standard_error()
     stream = logs.open_log(log_file.absolute()) if log_file else sys.stderr
-    logs.start(verbosity, stream, None)
+    logs.start(verbosity, stream, None, log_format=log_format)
     _limit_descriptors(max_descriptors)
     check_userfaultfd()
-    with passed or _listening(path.absolute()) as listener:
+    textfile = metrics_textfile and metrics_textfile.absolute()
+    with exporting(metrics, textfile, otel=otel) as export, passed or _listening(path.absolute()) as listener:
         ready: list[Callable[[], None]] = [
             lambda: log.log(MESSAGE, "waiting for clients at %s", name_of(listener))
         ]
@@ -129,8 +146,9 @@ def daemon_command(
         ready += into_background(daemon, pidfile and pidfile.absolute())
         # A terminal that is closed must not leave tasks without their memory.
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        with Guard(stream.fileno(), passed.fileno() if passed else -1) as guard:
-            _serve(loop, listener, guard, max_restores, notifier=notifier, ready=ready)
+        shared = passed.fileno() if passed else -1
+        with Guard(stream.fileno(), json=logs.is_json(), shared=shared) as guard:
+            _serve(loop, listener, guard, max_restores, notifier=notifier, ready=ready, export=export)
 
 
 def _serve(
@@ -141,6 +159,7 @@ def _serve(
     *,
     notifier: Notifier,
     ready: list[Callable[[], None]],
+    export: ExportOptions | None,
 ) -> None:
     with ExitStack() as until_running:
         until_running.enter_context(importing())
@@ -153,7 +172,7 @@ def _serve(
             signal_readiness(ready)
 
         limits = Limits(max_restores, descriptors.limit())
-        run(loop, listener, guard, limits, ready=running, notifier=notifier)
+        run(loop, listener, guard, limits, ready=running, notifier=notifier, export=export)
     notifier.stopping()
 
 

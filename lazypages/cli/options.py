@@ -54,6 +54,15 @@ def _level(_ctx: click.Context, _param: click.Parameter, values: Sequence[str]) 
         raise click.BadParameter(f"{error} is not a level (0 to 4)") from None
 
 
+LOG_FORMAT_OPTION = click.option(
+    "--log-format",
+    type=click.Choice(logs.FORMATS),
+    default=logs.FORMATS[0],
+    show_default=True,
+    help="Lines of text, or one JSON object a line.",
+)
+
+
 def check_loop(loop: str) -> None:
     """Raises LazyPagesError."""
     if find_spec(loop) is None:

@@ -24,7 +24,7 @@ from lazypages import logs
 from lazypages.cli.config_files import CRIU_OPTIONS, Configured, log_settings
 from lazypages.cli.config_files import EPILOG as CONFIG_EPILOG
 from lazypages.cli.daemonize import check_status_fd, into_background, kept_standard_error, report_ready
-from lazypages.cli.options import add_options, readiness_options, verbosity_option
+from lazypages.cli.options import LOG_FORMAT_OPTION, add_options, readiness_options, verbosity_option
 from lazypages.errors import LazyPagesError
 from lazypages.logs import MESSAGE
 from lazypages.net.listen import (
@@ -114,6 +114,7 @@ _PATH = click.Path(path_type=Path)
     "--auto-dedup", is_flag=True, help="Punch holes in parent images where a newer page has arrived."
 )
 @click.option("-o", "--log-file", metavar="FILE", type=_PATH, help="Log to FILE (- for stdout).")
+@LOG_FORMAT_OPTION
 @verbosity_option()
 @add_options(readiness_options("the server listens"))
 @click.option("--tls", is_flag=True, help="Use TLS, with certificates on both sides.")
@@ -167,6 +168,7 @@ def page_server_command(
     prev_images_dir: Path | None,
     auto_dedup: bool,
     log_file: Path | None,
+    log_format: str,
     verbosity: int,
     daemon: bool,
     pidfile: Path | None,
@@ -197,6 +199,7 @@ def page_server_command(
         verbosity,
         _log_stream(log_file and (log_file if log_file == STDOUT else work / log_file), daemon),
         None,
+        log_format=log_format,
     )
     log_settings(ctx)
     files = TlsFiles(tls_cacert, tls_cert, tls_key, tls_cacrl, not tls_no_cn_verify) if tls else None

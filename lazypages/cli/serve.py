@@ -26,13 +26,22 @@ from lazypages.cli.daemonize import (
     signal_readiness,
     signals_blocked,
 )
+from lazypages.cli.export_options import EXPORT_OPTIONS, exporting
 from lazypages.cli.imports import importing
-from lazypages.cli.options import LOOP_OPTION, add_options, check_loop, readiness_options, verbosity_option
+from lazypages.cli.options import (
+    LOG_FORMAT_OPTION,
+    LOOP_OPTION,
+    add_options,
+    check_loop,
+    readiness_options,
+    verbosity_option,
+)
 from lazypages.cli.remote_options import SOURCE_OPTIONS, Sources, sources_of
 from lazypages.control import descriptors
 from lazypages.control.listener import ControlSocket
 from lazypages.engine.guard import Guard
 from lazypages.errors import LazyPagesError
+from lazypages.export.options import ExportOptions
 from lazypages.logs import MESSAGE
 from lazypages.loop.options import ServeOptions
 from lazypages.loop.preparing import (
@@ -185,6 +194,7 @@ def _check_directory(option: str, path: Path) -> None:
 @click.option(
     "-o", "--log-file", metavar="FILE", type=click.Path(path_type=Path), help="Log to FILE (- for stdout)."
 )
+@LOG_FORMAT_OPTION
 @verbosity_option()
 @add_options(readiness_options("a restore can be started"))
 @add_options(SOURCE_OPTIONS)
@@ -211,6 +221,7 @@ def _check_directory(option: str, path: Path) -> None:
     help="If the images are not there yet, wait for inventory.img. It must come last, or with its whole directory when "
     "that is renamed.",
 )
+@add_options(EXPORT_OPTIONS)
 @LOOP_OPTION
 @click.option(
     "--via",
@@ -227,6 +238,7 @@ def serve(
     images_dir: Path,
     work_dir: Path | None,
     log_file: Path | None,
+    log_format: str,
     verbosity: int,
     daemon: bool,
     pidfile: Path | None,
@@ -235,6 +247,9 @@ def serve(
     stats_json: Path | None,
     trace: Path | None,
     wait: bool,
+    metrics: str | None,
+    metrics_textfile: Path | None,
+    otel: bool,
     loop: str,
     via: Path | None,
     **source_options: Any,
@@ -249,11 +264,21 @@ def serve(
     notifier = Notifier.take()
     sources = sources_of(source_options)
     places = Places.of(images_dir, work_dir, log_file, pidfile, stats_json, trace, daemon=daemon, wait=wait)
+    if via is not None and (metrics is not None or metrics_textfile is not None or otel):
+        raise LazyPagesError(
+            "--metrics, --metrics-textfile and --otel: give them to the daemon, not beside --via"
+        )
     if daemon:
         sys.stderr = kept_standard_error()
-    terminal = _terminal() if verbosity >= PRINTS_MESSAGES and not daemon and sys.stderr.isatty() else None
+    # JSON without a file goes to standard error, also if that is a terminal
+    for_people = log_format != "json" or places.log_file is not None
+    terminal = (
+        _terminal()
+        if verbosity >= PRINTS_MESSAGES and for_people and not daemon and sys.stderr.isatty()
+        else None
+    )
     log_stream = _log_stream(places.log_file, terminal)
-    logs.start(verbosity, log_stream, terminal)
+    logs.start(verbosity, log_stream, terminal, log_format=log_format)
     log_settings(ctx)
     descriptors.raise_limit()
     try:
@@ -272,18 +297,21 @@ def serve(
                 notifier=notifier,
             )
         else:
-            result = _serve(
-                places,
-                ServeOptions(not no_background, sources.page_servers, sources.remote),
-                sources.directories,
-                loop=loop,
-                daemon=daemon,
-                status_fd=status_fd,
-                wait=wait,
-                terminal=terminal,
-                log_fd=(log_stream or sys.stderr).fileno(),
-                notifier=notifier,
-            )
+            textfile = metrics_textfile and places.work_dir / metrics_textfile
+            with exporting(metrics, textfile, otel=otel) as export:
+                result = _serve(
+                    places,
+                    ServeOptions(not no_background, sources.page_servers, sources.remote),
+                    sources.directories,
+                    loop=loop,
+                    daemon=daemon,
+                    status_fd=status_fd,
+                    wait=wait,
+                    terminal=terminal,
+                    log_fd=(log_stream or sys.stderr).fileno(),
+                    notifier=notifier,
+                    export=export,
+                )
             status = 0 if result.ok else 1
     except Exception as error:
         expected = isinstance(error, LazyPagesError | ImageError)
@@ -306,6 +334,7 @@ def _serve(
     terminal: Console | None,
     log_fd: int,
     notifier: Notifier,
+    export: ExportOptions | None,
 ) -> Summary:
     """Everything that can be checked is checked before readiness is signalled to a restore."""
     if status_fd is not None:
@@ -320,7 +349,7 @@ def _serve(
         # A terminal that is closed must not leave tasks without their memory.
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         # The control socket closes before the guard ends: the guard holds uffds that were sent but never served.
-        with Guard(log_fd) as guard, closing(control), ExitStack() as until_running:
+        with Guard(log_fd, json=logs.is_json()) as guard, closing(control), ExitStack() as until_running:
             until_running.enter_context(signals_blocked())
             if found is None:  # a restorer that connects meanwhile waits
                 _import_server(options)
@@ -351,6 +380,8 @@ def _serve(
                     begin=partial(_begin, ready) if options.page_servers else None,
                     running=until_running.close,
                     notifier=notifier,
+                    export=export,
+                    images=str(places.images_dir),
                 )
                 notifier.stopping()
     if result.tasks or result.finished:

@@ -12,8 +12,8 @@ class Guard:
     """A second process that keeps the uffds open if this process is killed.
 
     Without it the kernel would then serve zeros for missing pages. The guard kills the tasks with missing pages before
-    it closes their uffds, and logs that to `log_fd`. It can't kill a forked task whose process is not known: the task's
-    uffd stays open, and its faults wait.
+    it closes their uffds, and logs that to `log_fd` (as text, or `json`). It can't kill a forked task whose process is
+    not known: the task's uffd stays open, and its faults wait.
 
     ``shared``: a listening socket that this process has from another one, as systemd's (-1: none). Restorers do not
     connect there, so the guard leaves it alone. Close it only after the guard's end.
@@ -26,10 +26,12 @@ class Guard:
     #: The guard handles descriptors below this number only; limit the others with RLIMIT_NOFILE.
     MAX_FDS = int(lib.LP_GUARD_FDS)
 
-    def __init__(self, log_fd: int, shared: int = -1) -> None:
-        self.handle = lib.lp_guard_start(log_fd, shared)
+    def __init__(self, log_fd: int, *, json: bool = False, shared: int = -1) -> None:
+        self.handle = lib.lp_guard_start(log_fd, json, shared)
         if self.handle == ffi.NULL:
             raise OSError(ffi.errno, os.strerror(ffi.errno))
+        #: Number of times that :meth:`restart` has started another one.
+        self.restarts = 0
 
     @property
     def pid(self) -> int:
@@ -47,6 +49,7 @@ class Guard:
         Raises OSError: then there is no guard.
         """
         check_errno(int(lib.lp_guard_restart(self.handle)))
+        self.restarts += 1
 
     # For a process that outlives its restores.
 

@@ -16,6 +16,8 @@ import anyio
 
 from lazypages.control.listener import ControlSocket
 from lazypages.engine.guard import Guard
+from lazypages.export.exporter import Exporter
+from lazypages.export.options import ExportOptions
 from lazypages.loop.options import ServeOptions
 from lazypages.loop.server import Begin, Server
 from lazypages.notify import Notifier
@@ -47,10 +49,13 @@ def run(
     begin: Begin | None = None,
     running: Callable[[], None],
     notifier: Notifier,
+    export: ExportOptions | None,
+    images: str,
 ) -> Summary:
     """Serve one restore. ``running`` is called as soon as the server handles signals.
 
     ``loop``: a key of LOOPS. ``terminal``: shows progress as bars instead of log lines. ``begin``: see Server.run.
+    ``images``: the name of their directory in what is exported.
 
     Raises EngineError, SourcesError.
     """
@@ -60,9 +65,12 @@ def run(
     async def beside(server: Server) -> None:
         async with anyio.create_task_group() as group:
             group.start_soon(tell, notifier, partial(_told, server), partial(_rounds, server))
-            group.start_soon(show, server)
+            if exporter and restore:
+                group.start_soon(exporter.run)
+                group.start_soon(restore.watch, server)
+            await show_progress(server)
 
-    async def show(server: Server) -> None:
+    async def show_progress(server: Server) -> None:
         try:
             await (terminal_watch(server) if terminal_watch else watch_in_log(server, background=background))
         except Exception as error:  # a terminal can be closed at any time; that must not end the service
@@ -70,7 +78,18 @@ def run(
 
     backend, backend_options = LOOPS[loop]
     server = Server(expected, control, options, guard)
-    return anyio.run(server.run, beside, begin, running, backend=backend, backend_options=backend_options)
+    exporter = Exporter(export, guard) if export else None
+    restore = exporter.begin(images, state=lambda: server.state, summary=server.summary) if exporter else None
+    result: Summary | None = None
+    try:
+        result = anyio.run(
+            server.run, beside, begin, running, backend=backend, backend_options=backend_options
+        )
+    finally:
+        if exporter and restore:
+            restore.end(result, "complete" if result and result.ok else "failed")
+            exporter.close()
+    return result
 
 
 def _told(server: Server) -> Told:

@@ -37,7 +37,7 @@ from lazypages.loop.options import ServeOptions
 from lazypages.loop.processes import Exits, Process
 from lazypages.loop.service import Identity, TaskService, poison_now
 from lazypages.loop.traced import TracedTasks, Tracing
-from lazypages.observe.metrics import Summary
+from lazypages.observe.metrics import Milestones, Summary
 from lazypages.sources.checkpoint import Expected, Seen
 from lazypages.wording import count, size
 
@@ -102,7 +102,7 @@ class Server:
         self._awaited = set(expected)
         self._zombies = 0
         self._finished = False
-        self._connected = False
+        self._connected = anyio.Event()
         self._draining = False
         self._started = time.monotonic()
         self._services: list[TaskService] = []
@@ -203,7 +203,7 @@ class Server:
                     if self._remote and self.summary().ok:
                         await self._meet(self._remote)
                     helpers.cancel_scope.cancel()
-                if self._remote and not self._connected and not self._control.has_caller():
+                if self._remote and not self.connected and not self._control.has_caller():
                     self._remote.unused()
                 elif self._remote and not self.summary().ok:
                     # Tell the source that this restore has failed, so that it keeps the tasks.
@@ -253,7 +253,25 @@ class Server:
     @property
     def connected(self) -> bool:
         """Whether a restorer has connected."""
-        return self._connected
+        return self._connected.is_set()
+
+    async def wait_connected(self) -> None:
+        """Until a restorer has connected."""
+        await self._connected.wait()
+
+    @property
+    def state(self) -> str:
+        """``waiting`` for a restorer, ``restoring``, or ``serving``: the tasks run."""
+        if self._finished:
+            return "serving"
+        return "restoring" if self.connected else "waiting"
+
+    def milestones(self) -> Milestones:
+        """Cheaper than `summary`."""
+        stats = [service.stats for service in self._services]
+        return Milestones(
+            any(task.copies for task in stats), self._finished, sum(task.poisoned for task in stats)
+        )
 
     @property
     def finished(self) -> bool:
@@ -295,7 +313,7 @@ class Server:
     async def _await_completed(self, remote: RemotePages, scope: anyio.CancelScope) -> None:
         """If another destination has completed the dump, end the tasks here: they must not run on two hosts."""
         await remote.wait_completed_elsewhere()
-        if self._connected or self._control.has_caller():
+        if self.connected or self._control.has_caller():
             log.error("another destination has completed this dump and runs it: killing the tasks here")
             await self._give_up()
             self._end_twins()
@@ -320,7 +338,7 @@ class Server:
     def _end_hopeless(self, remote: RemotePages, scope: anyio.CancelScope) -> None:
         """Cancel `scope`, unless a restorer has connected."""
         reason = "; ".join(remote.reasons())
-        if self._connected or self._control.has_caller():
+        if self.connected or self._control.has_caller():
             log.error("%s; the tasks wait, and the attempts go on", reason)
         else:
             self._no_sources = reason
@@ -345,7 +363,7 @@ class Server:
     async def _receive(self, engine: Engine) -> None:
         with await accept(self._control, self._short_of_descriptors) as connection:
             # A daemon serves one restore: with the socket closed a second one fails at once instead of waiting.
-            self._connected = True
+            self._connected.set()
             self._started = time.monotonic()
             self._control.close()
             await self._receive_tasks(engine, connection)
@@ -419,7 +437,9 @@ class Server:
         identity = Identity(
             f"task {event.pid}", event.pid, False, expected.lazy_pages, expected.sources, expected.program
         )
-        log.info("%s: %s", identity.name, count(expected.lazy_pages, "lazy page"))
+        log.info(
+            "%s: %s", identity.name, count(expected.lazy_pages, "lazy page"), extra={"pid": identity.pid}
+        )
         if process:
             self._processes[event.pid] = process
         self._start(served, identity, process, expected.seen)
@@ -487,6 +507,7 @@ class Server:
             report.state,
             report.copied.total,
             count(report.total, "page"),
+            extra={"pid": report.pid},
         )
 
     async def _probe(self) -> None:
@@ -540,7 +561,7 @@ class Server:
 
         The second time, or with `now`: kill tasks that miss pages. Call it once `watch` runs.
         """
-        if not self._connected and not self._control.has_caller():
+        if not self.connected and not self._control.has_caller():
             log.error("ended before a restore connected")
             self._helpers.cancel()
         elif not self._draining and not now:

@@ -19,6 +19,7 @@ from anyio.abc import TaskGroup
 
 from lazypages.engine.errors import BusyError, TaskGoneError
 from lazypages.engine.events import TaskEvent, TaskEventKind
+from lazypages.engine.stats import Stats
 from lazypages.engine.task import ServedTask
 from lazypages.loop.processes import Process
 from lazypages.observe.metrics import State, TaskReport, measure, signal_name
@@ -92,6 +93,7 @@ class TaskService:
         seen: Seen | None = None,
     ) -> None:
         self.identity = identity
+        self._log = logging.LoggerAdapter(log, {"pid": identity.pid})
         self._served = served
         self._seen = seen
         self.process = process
@@ -118,6 +120,11 @@ class TaskService:
     def pending(self) -> int:
         """Number of pages that the task still misses."""
         return 0 if self._final else self._served.pending
+
+    @property
+    def stats(self) -> Stats:
+        """The engine's counters, now or at the end."""
+        return self._final.stats if self._final else self._served.stats()
 
     def report(self) -> TaskReport:
         """The current numbers; once the service has ended, those of its end."""
@@ -216,14 +223,14 @@ class TaskService:
                 if self._group:
                     self._tend(self._group)
             case TaskEventKind.FAILED:
-                log.error("%s: userfaultfd: %s", self.identity.name, os.strerror(event.error))
+                self._log.error("%s: userfaultfd: %s", self.identity.name, os.strerror(event.error))
             case TaskEventKind.BROKEN:
                 self._state = State.KILLED
                 self._kill(
                     f"cannot keep track of its missing pages: {os.strerror(event.error)}", descendants=True
                 )
             case TaskEventKind.UNSEEN:
-                log.warning(
+                self._log.warning(
                     "%s: cannot read /proc/PID/pagemap (%s): guards that it installs (MADV_GUARD_INSTALL) before "
                     "all its memory has arrived may be overwritten; give the daemon CAP_SYS_PTRACE",
                     self.identity.name,
@@ -332,7 +339,7 @@ class TaskService:
         """No page server gives these."""
         if not self._final:
             name, pages = self.identity.name, count(nr_pages, "page")
-            log.error("%s: %s, at %#x when dumped: %s", name, pages, image, reason)
+            self._log.error("%s: %s, at %#x when dumped: %s", name, pages, image, reason)
             self._served.fail_remote(image, nr_pages, lost=True)
 
     async def _await_gone(self) -> None:
@@ -392,29 +399,31 @@ class TaskService:
         name, where = self.identity.name, f"{count(event.nr_pages, 'page')} at {event.addr:#x}"
         if event.error == errno.ENOENT:
             if self.process and not self.process.holds_anonymous_memory(event.addr):
-                log.info("%s: not mapped any more: %s", name, where)
+                self._log.info("%s: not mapped any more: %s", name, where)
                 self._served.forget(event.dump_addr, event.nr_pages)
                 return
-            log.error("%s: %s have data in the image, but the restorer has not registered them", name, where)
+            self._log.error(
+                "%s: %s have data in the image, but the restorer has not registered them", name, where
+            )
             self._state = State.KILLED
             self._kill("it would read zeros there")
         elif event.error == errno.ENODATA:
             pass  # pages_lost() has logged it
         elif event.error == errno.EADDRNOTAVAIL:
-            log.error(
+            self._log.error(
                 "%s: %s may have been unmapped, which the kernel does not report: neither their data nor zeros are"
                 " certain to be right",
                 name,
                 where,
             )
         elif event.error:
-            log.error("%s: %s can't be read from the image: %s", name, where, os.strerror(event.error))
+            self._log.error("%s: %s can't be read from the image: %s", name, where, os.strerror(event.error))
         else:
-            log.error("%s: lost, and a thread waits for it: %s", name, where)
+            self._log.error("%s: lost, and a thread waits for it: %s", name, where)
 
     def _spoilt(self) -> None:
         """A pages file was truncated within a page while that page was being copied."""
-        log.error("%s: a page was copied while its image was cut short", self.identity.name)
+        self._log.error("%s: a page was copied while its image was cut short", self.identity.name)
         self._state = State.KILLED
         self._kill("it may have zeros there")
 
@@ -433,7 +442,7 @@ class TaskService:
             else:
                 if pages:
                     poisoned = count(pages, "page")
-                    log.error("%s: poisoned %s: a touch raises SIGBUS", self.identity.name, poisoned)
+                    self._log.error("%s: poisoned %s: a touch raises SIGBUS", self.identity.name, poisoned)
                 return
 
     def _kill(self, why: str, *, descendants: bool = False) -> None:
@@ -443,9 +452,9 @@ class TaskService:
         """
         if self.process and self.process.kill(descendants=descendants or self.identity.forked):
             whom = "its ancestor and all descendants of that" if self.identity.forked else "it"
-            log.error("%s: %s; killed %s (pid %d)", self.identity.name, why, whom, self.process.pid)
+            self._log.error("%s: %s; killed %s (pid %d)", self.identity.name, why, whom, self.process.pid)
         else:
-            log.error("%s: %s; its process is unknown: kill it", self.identity.name, why)
+            self._log.error("%s: %s; its process is unknown: kill it", self.identity.name, why)
 
     async def give_up(self) -> None:
         """Poison the missing pages of the task and kill it, so that it does not read zeros."""
@@ -460,7 +469,7 @@ class TaskService:
     def ended_as_twin(self) -> None:
         """The server has killed the process, because another destination runs this task."""
         if self._state is State.COMPLETE:
-            log.error("%s: killed: another destination has completed this dump", self.identity.name)
+            self._log.error("%s: killed: another destination has completed this dump", self.identity.name)
             self._state = State.KILLED
             if self._final:
                 self._final = self._final._replace(state=State.KILLED)
@@ -484,9 +493,9 @@ class TaskService:
     def _log_end(self) -> None:
         name, pending = self.identity.name, count(self._served.pending, "page")
         if self._state is State.DIED:
-            log.error("%s: killed by %s while it missed %s", name, signal_name(self._signal), pending)
+            self._log.error("%s: killed by %s while it missed %s", name, signal_name(self._signal), pending)
         elif self._state is State.ENDED:
-            log.error("%s: ended while it missed %s, cause unknown", name, pending)
+            self._log.error("%s: ended while it missed %s, cause unknown", name, pending)
 
 
 def poison_now(served: ServedTask) -> bool:

@@ -172,6 +172,14 @@ def measure(served: ServedTask) -> dict[str, Any]:
     }
 
 
+class Milestones(NamedTuple):
+    """What a restore has reached. ``copied``: a page was copied. ``finished``: the tasks run. ``poisoned``: pages."""
+
+    copied: bool
+    finished: bool
+    poisoned: int
+
+
 class Summary(NamedTuple):
     """The numbers of a whole restore. ``finished``: the restorer has reported the end of the restore."""
 
@@ -185,6 +193,13 @@ class Summary(NamedTuple):
     def ok(self) -> bool:
         """Whether the restore has finished and every task is complete or has exited by itself."""
         return self.finished and all(task.state.good for task in self.tasks)
+
+    def milestones(self) -> Milestones:
+        return Milestones(
+            any(task.stats.copies for task in self.tasks),
+            self.finished,
+            sum(task.stats.poisoned for task in self.tasks),
+        )
 
     @property
     def times(self) -> ServiceTimes:

@@ -38,7 +38,7 @@ class _ToClients(logging.Handler):
 
 def _name(record: logging.LogRecord) -> bool:
     restore = CURRENT.get()
-    record.restore = f"restore {restore.number}: " if restore is not None else ""
+    record.restore = restore.number if restore is not None else None
     return True
 
 
@@ -47,6 +47,5 @@ def name_restores() -> None:
     for handler in log.handlers:
         handler.setLevel(log.level)
         handler.addFilter(_name)
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(restore)s%(message)s"))
     log.addHandler(_ToClients())
     log.setLevel(logging.DEBUG)

@@ -19,6 +19,8 @@ from lazypages.control import descriptors
 from lazypages.control.listener import ControlSocket, discard
 from lazypages.engine.guard import Guard
 from lazypages.errors import LazyPagesError
+from lazypages.export.exporter import Exporter
+from lazypages.export.exporter import Restore as Exported
 from lazypages.logs import MESSAGE
 from lazypages.loop.options import ServeOptions
 from lazypages.loop.preparing import (
@@ -130,10 +132,17 @@ class Restore:
         self._admit = admit
         self._server: Server | None = None
         self._result: Summary | None = None
+        self._exported: Exported | None = None
         self._begun = time.monotonic()
         #: Number of tasks that have memory.
         self.tasks = 0
         self._seconds = 0.0  # from the request to the end
+
+    def export_to(self, exporter: Exporter) -> None:
+        """Before it runs."""
+        self._exported = exporter.begin(
+            self.asked.names[0], state=lambda: self.state, summary=self.summary, number=self.number
+        )
 
     @property
     def state(self) -> str:
@@ -141,9 +150,7 @@ class Restore:
             return "ended"
         if self._server is None or not self.started.is_set():
             return "preparing"
-        if self._server.finished:
-            return "serving"
-        return "restoring" if self._server.connected else "waiting"
+        return self._server.state
 
     @property
     def exit_status(self) -> int:
@@ -217,7 +224,10 @@ class Restore:
     async def _beside(self, server: Server) -> None:
         if self.admitted:
             self.started.set()
-        await watch_in_log(server)
+        async with anyio.create_task_group() as group:
+            if self._exported:
+                group.start_soon(self._exported.watch, server)
+            await watch_in_log(server)
 
     def _keep_result(self) -> None:
         """Keep the numbers; everything else goes."""
@@ -226,6 +236,10 @@ class Restore:
         self._server = None
         self.descriptors = 0
         self._seconds = time.monotonic() - self._begun
+        if self._exported:
+            ended = "complete" if self.exit_status == 0 else "failed"
+            self._exported.end(self._result, ended if self.admitted else "refused")
+            self._exported = None
 
     # Commands. What they log and start belongs to this restore.
 

@@ -8,6 +8,8 @@ from collections.abc import Callable
 import anyio
 
 from lazypages.engine.guard import Guard
+from lazypages.export.exporter import Exporter
+from lazypages.export.options import ExportOptions
 from lazypages.loop.run import LOOPS
 from lazypages.notify import Notifier
 from lazypages.resident.log_lines import name_restores
@@ -22,9 +24,15 @@ def run(
     *,
     ready: Callable[[], None],
     notifier: Notifier,
+    export: ExportOptions | None,
 ) -> None:
     """Serve restores until the daemon is told to end. ``loop``: a key of LOOPS. ``ready``: as in Service."""
     name_restores()
     backend, backend_options = LOOPS[loop]
-    service = Service(listener, guard, limits, ready, notifier)
-    anyio.run(service.run, backend=backend, backend_options=backend_options)
+    exporter = Exporter(export, guard) if export else None
+    service = Service(listener, guard, limits, ready, notifier=notifier, exporter=exporter)
+    try:
+        anyio.run(service.run, backend=backend, backend_options=backend_options)
+    finally:
+        if exporter:
+            exporter.close()

@@ -24,6 +24,8 @@ from lazypages.control.descriptors import NONE_LEFT
 from lazypages.control.listener import CREDENTIALS, SOCKET_NAME, left_open
 from lazypages.engine.guard import Guard
 from lazypages.errors import LazyPagesError
+from lazypages.export.exporter import Exporter
+from lazypages.export.options import MAX_SCRAPERS
 from lazypages.logs import MESSAGE
 from lazypages.loop.options import ServeOptions
 from lazypages.loop.processes import Process
@@ -77,7 +79,9 @@ class Service:
         guard: Guard,
         limits: Limits,
         ready: Callable[[], None],
+        *,
         notifier: Notifier,
+        exporter: Exporter | None,
     ) -> None:
         self._listener = listener
         self._guard = guard
@@ -85,6 +89,7 @@ class Service:
         self._limits = limits
         self._ready = ready
         self._notifier = notifier
+        self._exporter = exporter
         self._active: dict[int, Restore] = {}
         self._ended: dict[int, Restore] = {}
         self._connections: set[Connection] = set()
@@ -94,6 +99,8 @@ class Service:
         self._drained = anyio.Event()
         self._to_sweep = anyio.Event()
         self._own = len(os.listdir("/proc/self/fd")) + descriptors.DAEMON + 2 * MAX_CLIENTS
+        if exporter:
+            self._own += MAX_SCRAPERS
 
     async def run(self) -> None:
         """Until all restores have ended after a signal or `shutdown`."""
@@ -104,6 +111,8 @@ class Service:
             group.start_soon(keep_guard, self._guard)
             group.start_soon(self._sweep)
             await group.start(self._tracers.run)
+            if self._exporter:
+                group.start_soon(self._exporter.run)
             group.start_soon(self._accept)
             self._ready()
             group.start_soon(tell, self._notifier, self._told, self._rounds)
@@ -266,6 +275,8 @@ class Service:
         restore = Restore(
             self._next, asked, guard=self._guard, tracers=self._tracers, admit=self._admit, say=say
         )
+        if self._exporter:
+            restore.export_to(self._exporter)
         self._next += 1
         self._active[restore.number] = restore
         self._group.start_soon(self._run, restore)

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from tests.support import schemas
 from tests.support.criu import Criu
 from tests.support.fake import restored_tasks, serve_command, served_tasks, write_images
 from tests.support.processes import Server, nothing_left, reap, wait_for
@@ -51,6 +52,7 @@ def how(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 
 def stats(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((folder / "stats.json").read_text())
+    schemas.check("stats.json", found)
     return found
 
 

@@ -20,6 +20,7 @@ from typing import Any, Self
 import pytest
 from _pytest.mark import ParameterSet
 
+from tests.support import schemas
 from tests.support.criu import RELEASES, Criu
 from tests.support.processes import Server, descendants, describe, nothing_left, reap, start, tail, wait_for
 
@@ -327,6 +328,7 @@ class LazyRestore(Restored):
     def stats(self) -> dict[str, Any]:
         """What our daemon wrote as --stats-json."""
         stats: dict[str, Any] = json.loads((self.work / "stats.json").read_text())
+        schemas.check("stats.json", stats)
         return stats
 
 

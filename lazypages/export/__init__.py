@@ -1,0 +1,1 @@
+"""Numbers for monitoring systems: Prometheus and OpenTelemetry (docs/metrics.md)."""
