@@ -35,9 +35,9 @@ def script(shell: str, program: str) -> str:
 @pytest.mark.loop("bash")
 @pytest.mark.parametrize("shell", SHELLS)
 def test_a_shell_completes(shell: str, tmp_path: Path) -> None:
-    """Commands and options of both programs: what is completed is executed."""
+    """Commands and options, in bash of both programs: what is completed is executed."""
     command, before = SHELLS[shell]
-    for program in ("lazypages", "dumptool"):
+    for program in ("lazypages", "dumptool") if shell == "bash" else ("lazypages",):
         (tmp_path / program).write_text(script(shell, program))
         before += f"source {tmp_path / program}\n"
     environment = [f"PATH={HERE}:{os.environ['PATH']}", f"HOME={tmp_path}", f"XDG_RUNTIME_DIR={tmp_path}"]
@@ -47,10 +47,11 @@ def test_a_shell_completes(shell: str, tmp_path: Path) -> None:
         terminal.press(b"lazypages se\t--help\n")
         terminal.wait_for("Usage: lazypages serve")
         terminal.wait_for("Configuration files")
-        terminal.press(b"lazypages ctl shut\t--he\t\n")
-        terminal.wait_for("Usage: lazypages ctl shutdown")
-        terminal.press(b"dumptool pre\t--he\t\n")
-        terminal.wait_for("Usage: dumptool pre-dump")
+        if shell == "bash":
+            terminal.press(b"lazypages ctl shut\t--he\t\n")
+            terminal.wait_for("Usage: lazypages ctl shutdown")
+            terminal.press(b"dumptool pre\t--he\t\n")
+            terminal.wait_for("Usage: dumptool pre-dump")
 
 
 def modules(program: str, **variables: str) -> set[str]:

@@ -66,6 +66,7 @@ def beside(images: Path | str, daemon: str, *then: str) -> str:
     )
 
 
+@pytest.mark.slow  # test_demo.py stands for it
 def test_readme_first_screen(folder: Path) -> None:
     """From nothing to a process that was restored lazily. `.ci/venv` comes first in CI, too."""
     assert re.search(r"^\.ci/venv", (ROOT / ".ci" / "test").read_text(), re.MULTILINE)
@@ -79,6 +80,7 @@ def test_readme_first_screen(folder: Path) -> None:
         assert Shell(folder).run(f"{folder}/bin/{name} --version").startswith(f"{name}, version")
 
 
+@pytest.mark.slow
 def test_readme_completion_and_man_pages(folder: Path) -> None:
     """What the shells make of it: test_completion.py, test_man.py."""
     complete, man = blocks("README.md", "Completion and man pages")
@@ -125,6 +127,7 @@ def test_readme_move(tmp_path: Path) -> None:
         ends_right(both.writer, pid)
 
 
+@pytest.mark.slow
 def test_criu_shim(running: Writer, folder: Path) -> None:
     (text,) = blocks("docs/criu-shim.md", "criu-shim: a `criu` whose lazy-pages is ours")
     (folder / "bin").mkdir()
@@ -145,12 +148,14 @@ def test_daemon(running: Writer, folder: Path) -> None:
         "/var/log": folder / "log",
         "/var/ckpt": folder / "ckpt",
         "lazypages ctl": f"lazypages ctl --socket {folder}/lazypages.socket",
+        "lazypages daemon": f"lazypages daemon --socket {folder}/lazypages.socket",
     }
     start, serve, restore, status, shutdown = with_changes(use, changes).splitlines()
     assert "complete" in Shell(folder).run(f"{start}\n{beside(images, serve, restore, status)}\n{shutdown}")
     running.ends_right()
 
 
+@pytest.mark.slow
 def test_daemon_examples(running: Writer, folder: Path) -> None:
     """Requests of a shell and of Python."""
     (shell,) = blocks("docs/daemon.md", "Examples")
@@ -162,7 +167,7 @@ def test_daemon_examples(running: Writer, folder: Path) -> None:
     serve, wait = with_changes(shell, places).splitlines()
     daemon = f"lazypages daemon --socket {folder}/lazypages.socket -d -o {folder}/daemon.log"
     answers = Shell(folder).run(f"{daemon}\n{serve}\ncriu restore --lazy-pages -D {images} -d\n{wait}")
-    assert answers.count('"ok": true') == 2
+    assert len(re.findall('^{"id": null, "ok": true', answers, re.MULTILINE)) == 2
     assert '"exit": 0' in answers
     running.ends_right()
     example = with_changes(python, places | {"/run/job1": folder / "job1"})
@@ -195,6 +200,7 @@ def test_images_from_python(running: Writer, folder: Path) -> None:
     assert (folder / "copy.img").read_bytes() == (folder / "ckpt" / f"core-{running.pid}.img").read_bytes()
 
 
+@pytest.mark.slow
 def test_sizing(running: Writer, folder: Path) -> None:
     """The numbers of the first row are still about right."""
     measure, look = blocks("docs/sizing.md", "What a restore needs")
@@ -207,13 +213,14 @@ def test_sizing(running: Writer, folder: Path) -> None:
     dump(running, folder / "ckpt")
     found = Shell(folder).run(look).splitlines()
     assert [line.split()[0] for line in found[-3:-1]] == ["RssAnon:", "Threads:"]
-    assert abs(int(found[-1]) - descriptors) <= 10
+    assert 0 < int(found[-1]) <= descriptors  # no restore has connected
 
 
 def _page(page: str) -> str:
     return (ROOT / page).read_text()
 
 
+@pytest.mark.slow
 def test_troubleshooting(folder: Path) -> None:
     """docs/troubleshooting.md; its messages are in tests/unit/test_troubleshooting.py."""
     (text,) = blocks("docs/troubleshooting.md", "First: what works on this machine")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from importlib import import_module
 
 import pytest
 
@@ -64,3 +65,13 @@ def test_no_link_leads_nowhere(page: str) -> None:
         assert target.exists(), f"{page}: {path}"
         if anchor and target.suffix == ".md":
             assert anchor in anchors(target.read_text()), f"{page}: {path}#{anchor}"
+
+
+def test_public_names_exist() -> None:
+    """Those that docs/images_spec.md says are public."""
+    text = (ROOT / "docs" / "images_spec.md").read_text()
+    rows = re.findall(r"^\| `(images_spec\.\w+)` \| (.*) \|$", text, re.MULTILINE)
+    assert len(rows) == 8
+    for module, names in rows:
+        for name in re.findall(r"`(\w+)`", names):
+            assert hasattr(import_module(module), name), f"{module}.{name}"
