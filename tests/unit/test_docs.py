@@ -6,11 +6,23 @@ import re
 from collections.abc import Iterator
 from importlib import import_module
 
+import click
 import pytest
 
+from dumptool.cli import cli as dumptool
+from lazypages.cli.main import COMMANDS
+from lazypages.cli.main import cli as lazypages
 from tests.support.docs import EXECUTED_BY, NOT_EXECUTED, ROOT, Block, all_blocks, pages
 
 DOCUMENTS = [*pages(), "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "images_spec/README.md"]
+
+#: Options that the documents name and that are of other programs.
+OF_OTHERS = {
+    "criu": {"--feature", "--freeze-cgroup"},
+    "podman": {"--export", "--format", "--import", "--rootfs", "--runtime", "--ulimit"},
+    "runc": {"--work-path"},
+    "unshare": {"--fork", "--kill-child", "--mount-proc"},
+}
 
 
 def to_execute(page: str) -> list[Block]:
@@ -75,3 +87,33 @@ def test_public_names_exist() -> None:
     for module, names in rows:
         for name in re.findall(r"`(\w+)`", names):
             assert hasattr(import_module(module), name), f"{module}.{name}"
+
+
+def options(command: click.Command, context: click.Context) -> set[str]:
+    """All options of a command and of those below it."""
+    found = {"--help"}.union(*(param.opts for param in command.params))
+    if isinstance(command, click.Group):
+        for name in command.list_commands(context):
+            below = command.get_command(context, name)
+            assert below is not None
+            found |= options(below, context)
+    return found
+
+
+def test_every_option_that_is_named_exists() -> None:
+    ours = set().union(*(options(cli, click.Context(cli)) for cli in (lazypages, dumptool)))
+    foreign = set().union(*OF_OTHERS.values())
+    named: dict[str, str] = {}
+    for page in DOCUMENTS:
+        text = re.sub(r"^ *```.*?^ *```", "", (ROOT / page).read_text(), flags=re.MULTILINE | re.DOTALL)
+        for code in re.findall(r"`([^`\n]+)`", text):
+            named |= dict.fromkeys(re.findall(r"(?<![\w-])--[a-z][a-z-]+", code), f"{page}: {code}")
+    wrong = {option: where for option, where in named.items() if option not in ours | foreign}
+    assert not wrong, f"options that no command has, or that OF_OTHERS lacks: {wrong}"
+    assert foreign <= named.keys(), "OF_OTHERS is stale"
+
+
+def test_readme_names_every_command() -> None:
+    text = (ROOT / "README.md").read_text()
+    for name in COMMANDS:
+        assert f"lazypages {name}" in text, name
