@@ -11,7 +11,7 @@ import click
 
 from images_spec.errors import ImageError
 from lazypages import __version__
-from lazypages.cli.imports import importing
+from lazypages.cli.imports import importing_command
 from lazypages.errors import LazyPagesError
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class _Commands(click.Group):
         if cmd_name not in COMMANDS:
             return None
         module, name = COMMANDS[cmd_name][0].split(":")
-        with importing():
+        with importing_command():
             command = getattr(importlib.import_module(module), name)
         assert isinstance(command, click.Command)
         return command
