@@ -204,8 +204,9 @@ def test_images_from_python(running: Writer, folder: Path) -> None:
 def test_sizing(running: Writer, folder: Path) -> None:
     """The numbers of the first row are still about right."""
     measure, look = blocks("docs/sizing.md", "What a restore needs")
+    text = (ROOT / "docs" / "sizing.md").read_text()
     row = Shell(folder).run(measure).splitlines()[-1].split()
-    written = re.findall(r"^\| 1 \| 1 \| 1 \| (\d+) \| (\d+) \| ([\d.]+) \|$", _page("docs/sizing.md"), re.M)
+    written = re.findall(r"^\| 1 \| 1 \| 1 \| (\d+) \| (\d+) \| ([\d.]+) \|$", text, re.M)
     (descriptors, threads, mib) = map(float, written[0])
     assert abs(int(row[3]) - descriptors) <= 10
     assert abs(int(row[4]) - threads) <= 2
@@ -214,10 +215,6 @@ def test_sizing(running: Writer, folder: Path) -> None:
     found = Shell(folder).run(look).splitlines()
     assert [line.split()[0] for line in found[-3:-1]] == ["RssAnon:", "Threads:"]
     assert 0 < int(found[-1]) <= descriptors  # no restore has connected
-
-
-def _page(page: str) -> str:
-    return (ROOT / page).read_text()
 
 
 @pytest.mark.slow
