@@ -5,13 +5,17 @@ from __future__ import annotations
 import errno
 import importlib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from images_spec.errors import ImageError
 from lazypages import __version__
-from lazypages.cli.imports import importing
+from lazypages.cli.imports import importing_command
 from lazypages.errors import LazyPagesError
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
 
 #: Subcommands: where each is defined, and its line in the help. A command is imported only when it is called, to keep
 #: the start of ``lazypages serve`` short, which a restore waits for.
@@ -48,10 +52,23 @@ class _Commands(click.Group):
         if cmd_name not in COMMANDS:
             return None
         module, name = COMMANDS[cmd_name][0].split(":")
-        with importing():
+        with importing_command():
             command = getattr(importlib.import_module(module), name)
         assert isinstance(command, click.Command)
         return command
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """As click's, but by the names alone: click imports each command that may be meant."""
+        from click.shell_completion import CompletionItem  # noqa: PLC0415 - only needed here
+
+        return [
+            *(
+                CompletionItem(name, help=text)
+                for name, (_, text) in COMMANDS.items()
+                if name.startswith(incomplete)
+            ),
+            *click.Command.shell_complete(self, ctx, incomplete),
+        ]
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
         with formatter.section("Commands"):

@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from lazypages import __version__
+from lazypages.cli.imports import COMPILED
 from tests.support.criu import Criu, all_criu
 from tests.support.fake import Restored, restored_tasks, serve_command, write_images
 from tests.support.processes import Server, reap, wait_for
@@ -394,3 +395,27 @@ def test_stats_on_standard_output(restored_program: Path, tmp_path: Path) -> Non
         assert not (tmp_path / "-").exists()
         done = subprocess.run([*words, "-d"], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr.count("which -d closes: name a file")) == (1, 1)
+
+
+#: A command that needs it.
+NEEDS = {
+    "dumptool._ptrace": ("dumptool", "dump"),
+    "images_spec._pagemap": ("lazypages", "serve"),
+    "lazypages.engine._uffd": ("lazypages", "serve"),
+    "lazypages.net._pageserver": ("lazypages", "page-server"),
+}
+
+
+@pytest.mark.parametrize("module", sorted(COMPILED))
+def test_a_module_that_was_not_built_is_one_line(module: str) -> None:
+    """In a clone without its compiled parts."""
+    program, command = NEEDS[module]
+    code = (
+        f"import sys; sys.modules[{module!r}] = None; sys.argv = [{program!r}, {command!r}, '--help']; "
+        f"from {program}.__main__ import main; main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
+    expected = f"{module} is not built: run `.ci/venv` in the clone, or install lazypages again\n"
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", expected)

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import re
 import resource
 import subprocess
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.support.criu import CRIU_DIR, raised_pipe_limit
-from tests.support.hosts import Host, Link, two_hosts
+from tests.support import docs
+from tests.support.criu import raised_pipe_limit
+from tests.support.docs import Shell, served
+from tests.support.hosts import Link, two_hosts
 from tests.support.processes import nothing_left, wait_for
 
-PAGE = Path(__file__).parents[2] / "docs" / "containers.md"
 DIGEST = re.compile(r"^[0-9a-f]{40}$", re.MULTILINE)
 RUNC = "runc: restore on the same host"
 DEMO = "A container to try it with"
@@ -27,66 +26,7 @@ NAMES = ("demo", "moved", "demo1", "demo2")
 
 def blocks(section: str, language: str = "sh") -> list[str]:
     """The blocks of that language in a section of the page, in their order."""
-    text = PAGE.read_text().split(f"\n## {section}\n")[1].split("\n## ")[0]
-    found = re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    assert found
-    return found
-
-
-class Shell:
-    """A host's shell, in the directory of the test."""
-
-    def __init__(self, folder: Path, host: Host | None = None, *, path: Sequence[Path] = ()) -> None:
-        self._folder = folder
-        self._host = host or Host()
-        self.output = folder / f"output-{self._host.address}"
-        places = [*path, CRIU_DIR / "4.2", Path(sys.executable).parent, os.environ["PATH"]]
-        self._environment = {**os.environ, "PATH": ":".join(map(str, places))}
-
-    def start(self, text: str, **variables: str) -> subprocess.Popen[bytes]:
-        with self.output.open("wb") as output:
-            return subprocess.Popen(
-                self._host.command("bash", "-eu", "-o", "pipefail", "-c", text),
-                cwd=self._folder,
-                env={**self._environment, **variables},
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-            )
-
-    def run(self, text: str, **variables: str) -> str:
-        """What the commands print; they must succeed."""
-        return self.finish(self.start(text, **variables), text)
-
-    def finish(self, process: subprocess.Popen[bytes], text: str) -> str:
-        """Waits for what was started."""
-        try:
-            status = process.wait(60)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            status = -1
-        output = self.output.read_text()
-        logs = "".join(
-            f"--- {path}\n{path.read_text(errors='replace')[-3000:]}"
-            for path in (*self._folder.glob("*/*.log"), *self._folder.glob("*.log"))
-        )
-        assert status == 0, f"{text}\n--- {status}\n{output}\n{logs}"
-        return output
-
-    def check_refusal(self, text: str) -> None:
-        """A command, and the messages with which it fails."""
-        command, *output = text.splitlines()
-        done = subprocess.run(
-            command.removeprefix("$ ").split(),
-            env=self._environment,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-        assert done.returncode
-        assert (done.stdout + done.stderr).splitlines() == output
+    return docs.blocks("docs/containers.md", section, language)
 
 
 def digest(output: str) -> str:
@@ -106,13 +46,6 @@ def folder(tmp_path: Path) -> Iterator[Path]:
             for end in (["runc", "delete", "--force"], ["podman", "rm", "--force", "--time", "0"]):
                 for name in NAMES:
                     subprocess.run([*end, name], capture_output=True, timeout=60, check=False)
-
-
-def served(work: Path) -> str:
-    """The daemon's log, when it is done."""
-    log = work / "serve.log"
-    wait_for("the daemon to be done", lambda: "1 complete" in log.read_text())
-    return log.read_text()
 
 
 @pytest.mark.loop("criu")
