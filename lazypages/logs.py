@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from lazypages import extras
 from lazypages.errors import LazyPagesError
 
 if TYPE_CHECKING:
@@ -76,6 +77,15 @@ def open_log(path: Path) -> TextIO:
     except OSError as error:
         raise LazyPagesError(f"cannot open log file {path}: {error.strerror}") from error
     return os.fdopen(fd, "w", encoding="utf-8", errors="backslashreplace")
+
+
+def on_terminal() -> Console | None:
+    """Standard error as a terminal for progress and tables; None if it is not one, or without rich."""
+    if not sys.stderr.isatty() or not extras.have("rich"):
+        return None
+    from rich.console import Console  # noqa: PLC0415 - slow to import, and only needed on terminals
+
+    return Console(stderr=True, highlight=False)
 
 
 def start(level: int, stream: TextIO | None, terminal: Console | None) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from images_spec.errors import ImageError
-from lazypages import __version__
+from lazypages import __version__, extras
 from lazypages.cli.imports import importing
 from lazypages.errors import LazyPagesError
 
@@ -58,7 +58,9 @@ class _Commands(click.Group):
     def invoke(self, ctx: click.Context) -> object:
         try:
             return super().invoke(ctx)
-        except (LazyPagesError, ImageError) as error:
+        except (LazyPagesError, ImageError, ModuleNotFoundError) as error:
+            if isinstance(error, ModuleNotFoundError):
+                error = extras.missing(f"`{ctx.invoked_subcommand}`", error)
             click.echo(f"lazypages: {error}", err=True)
             ctx.exit(1)
 

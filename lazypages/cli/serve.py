@@ -208,7 +208,7 @@ def serve(
     places = Places.of(images_dir, work_dir, log_file, pidfile, stats_json, trace)
     if daemon:
         sys.stderr = kept_standard_error()
-    terminal = _terminal() if verbosity >= PRINTS_MESSAGES and not daemon and sys.stderr.isatty() else None
+    terminal = logs.on_terminal() if verbosity >= PRINTS_MESSAGES and not daemon else None
     log_stream = _log_stream(places.log_file, terminal)
     logs.start(verbosity, log_stream, terminal)
     log_settings(ctx)
@@ -349,12 +349,6 @@ def _begin(ready: Sequence[Callable[[], None]], problems: Sequence[str]) -> None
         for problem in problems:
             _report(problem)
     signal_readiness(ready)
-
-
-def _terminal() -> Console:
-    from rich.console import Console  # noqa: PLC0415 - slow to import, and only needed on terminals
-
-    return Console(stderr=True, highlight=False)
 
 
 def _log_stream(log_file: Path | None, terminal: Console | None) -> TextIO | None:
