@@ -128,8 +128,8 @@ def test_commands(installed: Path, command: str) -> None:
     assert f"Usage: {command}" in run(installed / command, "--help")
 
 
-#: A restore with CRIU, on a terminal, and one of a dump of dumptool: both compare all bytes. Then commands that need what
-#: is not installed.
+#: A restore with CRIU, on a terminal, and one of a dump of dumptool: both compare all bytes. Then commands that need
+#: what is not installed.
 TRY = """
 if command -v cc gcc clang; then exit 1; fi
 lazypages --version
