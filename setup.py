@@ -44,5 +44,6 @@ class BuildExt(build_ext):
 
 setup(
     cffi_modules=[f"csrc/modules.py:{name}" for name in CFFI_MODULES],
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},  # cffi restricts itself to the stable ABI
     cmdclass={"build_ext": BuildExt},
 )

@@ -555,21 +555,19 @@ class _Bar(_Log):
 def _watcher(options: dict[str, Any]) -> Iterator[Watcher]:
     """Sets up logging and progress."""
     level = options["verbosity"]
-    on_terminal = level >= VERBOSITY_OF_PROGRESS and sys.stderr.isatty()
+    console = logs.on_terminal() if level >= VERBOSITY_OF_PROGRESS else None
     stream = sys.stderr
     if options["log_file"] is not None:
         Output(options["images_dir"].absolute(), durable=not options["no_sync"]).make_directory()
         path = options["log_file"]
         stream = logs.open_log(path if path == STDOUT else options["images_dir"] / path)
-    if not on_terminal:
+    if console is None:
         logs.start(level, stream, None)
         yield _Log()
         return
 
-    from rich.console import Console  # noqa: PLC0415 - slow to import, and only needed on terminals
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn  # noqa: PLC0415
 
-    console = Console(stderr=True, highlight=False)
     logs.start(level, None if options["log_file"] is None else stream, console)
     columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
     with Progress(*columns, console=console, transient=True) as progress:

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from lazypages import extras
 from lazypages.outputs import STDOUT, cannot_write, check_output
 
 if TYPE_CHECKING:
@@ -81,6 +82,15 @@ def open_log(path: Path) -> TextIO:
     except OSError as error:
         raise cannot_write("-o", path, error, exists=True) from None
     return os.fdopen(fd, "w", encoding="utf-8", errors="backslashreplace")
+
+
+def on_terminal() -> Console | None:
+    """Standard error as a terminal for progress and tables; None if it is not one, or without rich."""
+    if not sys.stderr.isatty() or not extras.have("rich"):
+        return None
+    from rich.console import Console  # noqa: PLC0415 - slow to import, and only needed on terminals
+
+    return Console(stderr=True, highlight=False)
 
 
 def start(

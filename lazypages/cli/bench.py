@@ -8,15 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 
-from lazypages.bench import checks, peers, report, suite
+from lazypages.bench import checks, peers, suite
 from lazypages.bench.errors import BenchError
 from lazypages.bench.machine import describe_machine, idle_share
 from lazypages.bench.plot import plot
 from lazypages.bench.programs import Programs
 from lazypages.bench.suite import Row, Suite
-from lazypages.bench.targets import print_targets
 from lazypages.bench.workloads import Workload
 from lazypages.observe.pictures import check_picture
 from lazypages.outputs import check_output
@@ -92,6 +90,11 @@ def bench_command(  # noqa: PLR0917 - the options
     A task measures the time of each first touch of its own memory, and checks every byte. Needs root and
     a C compiler.
     """
+    from rich.console import Console  # noqa: PLC0415 - an extra
+
+    from lazypages.bench import report  # noqa: PLC0415 - needs rich
+    from lazypages.bench.targets import print_targets  # noqa: PLC0415 - needs rich
+
     extent = extent or "default"
     rounds = rounds or ROUNDS[extent]
     rows: list[Row] = []

@@ -325,7 +325,7 @@ def _memory() -> Finding:
 
 MODULES = {
     "uvloop": (State.LESS, "`serve` needs --loop asyncio"),
-    "rich": (State.LESS, "no progress on a terminal, no `show`"),
+    "rich": (State.LESS, "no progress on a terminal, no `show`, no `bench`"),
     "zstandard": (State.LESS, "pages cross the network uncompressed"),
     "matplotlib": (State.LESS, "no `plot`"),
     "plotly": (State.LESS, "no `plot` as a page"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
@@ -14,6 +13,7 @@ import click
 
 from lazypages.errors import LazyPagesError
 from lazypages.export.options import ExportOptions
+from lazypages.extras import MissingError
 from lazypages.outputs import check_output
 
 UNIX_PREFIX = "unix:"
@@ -76,7 +76,7 @@ def exporting(metrics: str | None, textfile: Path | None, *, otel: bool) -> Iter
 def _check_installed(option: str, modules: dict[str, str]) -> None:
     for module, package in modules.items():
         if not _is_installed(module):
-            raise LazyPagesError(f"{option} needs {package}: {sys.executable} -m pip install {package}")
+            raise MissingError(option, package)
 
 
 def _is_installed(module: str) -> bool:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from images_spec.errors import ImageError
-from lazypages import __version__
+from lazypages import __version__, extras
 from lazypages.cli.imports import importing_command
 from lazypages.errors import LazyPagesError
 
@@ -77,7 +77,9 @@ class _Commands(click.Group):
     def invoke(self, ctx: click.Context) -> object:
         try:
             return super().invoke(ctx)
-        except (LazyPagesError, ImageError) as error:
+        except (LazyPagesError, ImageError, ModuleNotFoundError) as error:
+            if isinstance(error, ModuleNotFoundError):
+                error = extras.missing(f"`{ctx.invoked_subcommand}`", error)
             click.echo(f"lazypages: {error}", err=True)
             ctx.exit(1)
 

@@ -12,7 +12,6 @@ import click
 from images_spec import packing
 from images_spec.flags import PAGE_SIZE
 from images_spec.packing import Progress
-from lazypages.errors import LazyPagesError
 from lazypages.outputs import check_output
 
 
@@ -62,17 +61,12 @@ def unpack_command(packed: Path, directory: Path) -> None:
 
 @contextmanager
 def _progress(total: int, label: str) -> Iterator[Progress]:
-    """A bar on a terminal. An error of zstandard's import is one line."""
-    try:
-        if not sys.stderr.isatty():
-            yield lambda _: None
-            return
-        with click.progressbar(length=total, label=label, file=sys.stderr) as bar:
-            yield bar.update
-    except ModuleNotFoundError as error:
-        if error.name != "zstandard":
-            raise
-        raise LazyPagesError("needs the Python package zstandard: pip install zstandard") from None
+    """A bar on a terminal."""
+    if not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    with click.progressbar(length=total, label=label, file=sys.stderr) as bar:
+        yield bar.update
 
 
 def _mib(size: int) -> str:

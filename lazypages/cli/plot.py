@@ -26,7 +26,7 @@ def plot_command(file: Path, output: Path) -> None:
     For each task: when, where and from which source its pages arrived; the latency of its faults; how much of its
     memory had arrived. An incomplete trace (still being written, or the daemon was killed) is drawn up to its end.
 
-    Needs matplotlib, and for an HTML page plotly, in the same Python environment (pip install matplotlib plotly).
+    Needs matplotlib, and for an HTML page plotly; if one is missing, the command says how to install it.
     """
     check_picture("--output", output)
     page = output.suffix == ".html"

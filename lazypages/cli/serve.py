@@ -272,11 +272,7 @@ def serve(
         sys.stderr = kept_standard_error()
     # JSON without a file goes to standard error, also if that is a terminal
     for_people = log_format != "json" or places.log_file is not None
-    terminal = (
-        _terminal()
-        if verbosity >= PRINTS_MESSAGES and for_people and not daemon and sys.stderr.isatty()
-        else None
-    )
+    terminal = logs.on_terminal() if verbosity >= PRINTS_MESSAGES and for_people and not daemon else None
     log_stream = _log_stream(places.log_file, terminal)
     logs.start(verbosity, log_stream, terminal, log_format=log_format)
     log_settings(ctx)
@@ -465,12 +461,6 @@ def _begin(ready: Sequence[Callable[[], None]], problems: Sequence[str]) -> None
         for problem in problems:
             _report(problem)
     signal_readiness(ready)
-
-
-def _terminal() -> Console:
-    from rich.console import Console  # noqa: PLC0415 - slow to import, and only needed on terminals
-
-    return Console(stderr=True, highlight=False)
 
 
 def _log_stream(log_file: Path | None, terminal: Console | None) -> TextIO | None:

@@ -38,6 +38,7 @@ from collections import deque
 from typing import NamedTuple
 
 from lazypages.errors import LazyPagesError
+from lazypages.extras import have
 from lazypages.net.compression import CompressionError, decompress
 
 PAGE_SIZE = mmap.PAGESIZE
@@ -110,6 +111,11 @@ class Features(enum.IntFlag):
 NO_FEATURES = Features(0)
 ALL_FEATURES = Features.MISSING | Features.CONNECTIONS | Features.ZERO | Features.COMPRESSED
 """The features that need no configuration: all but CHECKPOINT."""
+
+
+def own_features() -> Features:
+    """Those of ALL_FEATURES that this installation has: compression needs zstandard."""
+    return ALL_FEATURES if have("zstandard") else ALL_FEATURES & ~Features.COMPRESSED
 
 
 class CloseFlags(enum.IntFlag):
@@ -623,7 +629,7 @@ class ServerCodec(_ReceiveBuffer):
                 self._take(_SHORTEST)
                 self.layout = Layout.CRIU_4_2
                 self._after_probe = True
-                return Probed(Features(features & (ALL_FEATURES | Features.CHECKPOINT)))
+                return Probed(Features(features & (own_features() | Features.CHECKPOINT)))
             if word & 0xFFFF in {Command.CLOSE, Command.FORCE_CLOSE}:
                 layout = Layout.CRIU_4_1  # the other fields are zero in both layouts: take the shorter
             else:

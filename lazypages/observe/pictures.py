@@ -5,12 +5,12 @@ from __future__ import annotations
 import html
 import io
 import math
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lazypages.errors import LazyPagesError
+from lazypages.extras import how_to_install
 from lazypages.outputs import check_output
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def check_plotly(option: str) -> None:
 
 def missing(option: str, package: str) -> PictureError:
     """The error that a package of the extra `plot` is missing."""
-    return PictureError(f"{option} needs {package}: {sys.executable} -m pip install {package}")
+    return PictureError(f"{option} needs {package}: {how_to_install(package)}")
 
 
 def new_figure(*, option: str = "a picture", **options: Any) -> Figure:

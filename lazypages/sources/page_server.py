@@ -118,7 +118,7 @@ class PageServerSource:
         guessed = tls and named is None
         if tls:  # detection is impossible (see wire): use the images' layout, else the old one
             layout = named or written_by or Layout.CRIU_4_1
-        wanted = wire.ALL_FEATURES | (Features.CHECKPOINT if checkpoint else wire.NO_FEATURES)
+        wanted = wire.own_features() | (Features.CHECKPOINT if checkpoint else wire.NO_FEATURES)
         answer = bytearray()
         try:
             rest = wire.PROBE_REST if layout is Layout.CRIU_4_2 else b""
