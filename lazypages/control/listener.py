@@ -144,19 +144,11 @@ class ControlSocket:
                 peer.setblocking(False)
                 peer.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
                 return peer, pid
-            peer.close()
+            hang_up(peer)
 
     def close(self) -> None:
         """Stop listening, and remove the socket file if it is still the one that we created."""
-        try:
-            while True:
-                hang_up(self._listener.accept()[0])
-        except OSError as error:
-            if error.errno in NONE_LEFT:
-                # A waiting connection may hold uffds. They must stay open until we end; then the guard closes them.
-                self._listener.shutdown(socket.SHUT_RD)
-                self._listener.detach()
-        self._listener.close()
+        _stop_listening(self._listener)
         if self._dir < 0:
             return
         if self._identity is not None:
@@ -184,7 +176,11 @@ def receive(peer: socket.socket, size: int) -> Received:
     if not whole:
         _close(seen)
         raise NoDescriptorError("no file descriptor is free for the userfaultfd of a task")
-    data, fds, sender, whole = _receive(peer, size, 0)
+    try:
+        data, fds, sender, whole = _receive(peer, size, 0)
+    except BaseException:
+        discard(seen)
+        raise
     if not whole:  # there was no number for both copies: keep the peeked one
         fds, seen = seen, fds
     _close(seen)
@@ -225,10 +221,16 @@ def discard(fds: Sequence[int]) -> None:
             os.close(fd)
 
 
+#: Sockets that could not be closed, because uffds in their queue have no number yet. No objects: those would be closed
+#: when the interpreter ends.
+_unread: list[int] = []
+
+
 def hang_up(peer: socket.socket) -> None:
     """Close a connection without closing uffds that are still in its queue.
 
-    If no descriptor is free to receive one of them, the connection stays open until we end; then the guard closes it.
+    If no descriptor is free to receive one of them, the connection stays open until :func:`close_unread`, or until we
+    end; then the guard closes it.
     """
     with suppress(OSError):
         peer.setblocking(False)
@@ -238,7 +240,33 @@ def hang_up(peer: socket.socket) -> None:
             try:
                 data, fds, _sender = receive(peer, 4096)
             except NoDescriptorError:
-                peer.detach()
+                _unread.append(peer.detach())
                 return
             discard(fds)
     peer.close()
+
+
+def _stop_listening(listener: socket.socket) -> None:
+    """As hang_up, for a listening socket: connections that were not accepted may hold uffds, too."""
+    try:
+        while True:
+            hang_up(listener.accept()[0])
+    except OSError as error:
+        if error.errno in NONE_LEFT:
+            listener.shutdown(socket.SHUT_RD)
+            _unread.append(listener.detach())
+            return
+    listener.close()
+
+
+def close_unread() -> None:
+    """Try again to close the sockets that had to stay open for want of a descriptor. For a process that outlives its
+    restores."""
+    numbers = _unread[:]
+    _unread.clear()
+    for number in numbers:
+        found = socket.socket(fileno=number)
+        if found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            _stop_listening(found)
+        else:
+            hang_up(found)

@@ -32,7 +32,7 @@ from lazypages.loop.preparing import (
 from lazypages.loop.processes import Process
 from lazypages.loop.server import Server
 from lazypages.observe import summary
-from lazypages.observe.metrics import Summary
+from lazypages.observe.metrics import Summary, TaskReport
 from lazypages.observe.progress import watch_in_log
 from lazypages.resident.tracers import SharedTracers
 from lazypages.sources.checkpoint import Expected
@@ -263,11 +263,14 @@ class Restore:
     def summary(self) -> Summary | None:
         return self._server.summary() if self._server else self._result
 
+    def task_reports(self) -> Sequence[TaskReport]:
+        numbers = self.summary()
+        return numbers.tasks if numbers else ()
+
     def status(self) -> dict[str, Any]:
         """Numbers for a list of all restores."""
-        numbers = self.summary()
         ended = self.ended.is_set()
-        tasks = numbers.tasks if numbers else ()
+        tasks = self.task_reports()
         return {
             "restore": self.number,
             "state": self.state,

@@ -15,14 +15,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import anyio
+import anyio.lowlevel
 from anyio import to_thread
 from anyio.abc import TaskGroup, TaskStatus
 
 from lazypages import __version__
 from lazypages.control import descriptors
 from lazypages.control.descriptors import NONE_LEFT
-from lazypages.control.listener import CREDENTIALS, SOCKET_NAME, left_open
+from lazypages.control.listener import CREDENTIALS, SOCKET_NAME, close_unread, left_open
 from lazypages.engine.guard import Guard
+from lazypages.engine.memory import PAGE_SIZE
 from lazypages.errors import LazyPagesError
 from lazypages.logs import MESSAGE
 from lazypages.loop.options import ServeOptions
@@ -35,6 +37,7 @@ from lazypages.resident.log_lines import Follower
 from lazypages.resident.protocol import Fd, Place, Request, RequestError
 from lazypages.resident.restores import Asked, Descriptor, Restore
 from lazypages.resident.tracers import SharedTracers
+from lazypages.wording import count, size
 
 if TYPE_CHECKING:
     from lazypages.net.url import PageServerAddress
@@ -235,11 +238,16 @@ class Service:
     async def _serve(self, number: Any, command: protocol.Serve, connection: Connection) -> dict[str, Any]:
         self._check_admission()
         # in a thread, because a file system may hang
-        asked = await to_thread.run_sync(_asked, command, connection, limiter=anyio.CapacityLimiter(1))
+        fds: list[Descriptor] = []
         try:
+            asked = await to_thread.run_sync(
+                _asked, command, connection, fds, limiter=anyio.CapacityLimiter(1)
+            )
+            await anyio.lowlevel.checkpoint()  # the client may have gone
             self._check_admission()
-        except RequestError:
-            asked.close()
+        except BaseException:
+            for descriptor in fds:
+                descriptor.close()
             raise
         say = Follower(connection.outbox, number, command.log) if command.log else None
         restore = Restore(
@@ -283,6 +291,7 @@ class Service:
             self._to_sweep = anyio.Event()
             gc.collect()  # images stay open and mapped as long as their objects live
             while True:
+                close_unread()
                 while left_open:
                     self._guard.leave(left_open.popleft())
                 left = self._guard.close_gone()
@@ -296,15 +305,17 @@ class Service:
     # The end.
 
     async def _handle_signals(self, *, task_status: TaskStatus[None]) -> None:
+        """The first one completes, also if `shutdown` has begun that already; any other one kills."""
+        now = False
         with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
             task_status.started()
             async for _signal in signals:
-                self._group.start_soon(partial(self._end, now=self._closing))
+                self._group.start_soon(partial(self._end, now=now))
+                now = True
 
     async def _end(self, *, now: bool) -> None:
         """Admit no restore, complete those that there are (`now`: kill tasks that miss pages); then `run` returns."""
-        if not self._closing:
-            log.log(MESSAGE, "ending; restores that are served: %d", len(self._active))
+        self._say_ending(now=now)
         self._closing = True
         if not self._active:
             self._drained.set()
@@ -312,32 +323,41 @@ class Service:
             for restore in self._active.values():
                 group.start_soon(partial(restore.stop, now=now))
 
+    def _say_ending(self, *, now: bool) -> None:
+        pages = sum(task.pending for restore in self._active.values() for task in restore.task_reports())
+        if now:
+            log.error("ending at once: killing the tasks that miss pages")
+        elif self._closing:
+            log.error(
+                "ending already: waiting for %s with %s (%s) to go; a second Ctrl-C (SIGINT, SIGTERM) kills the "
+                "tasks instead",
+                count(len(self._active), "restore"),
+                count(pages, "page"),
+                size(pages * PAGE_SIZE),
+            )
+        else:
+            log.log(MESSAGE, "ending; restores that are served: %d", len(self._active))
+
 
 def _result(restore: Restore) -> dict[str, Any]:
     numbers = restore.summary()
     return {**restore.status(), "summary": None if numbers is None else numbers.as_dict()}
 
 
-def _asked(command: protocol.Serve, connection: Connection) -> Asked:
-    """What a request asks for. Raises RequestError; then the descriptors that it names are closed."""
-    fds: list[Descriptor] = []
+def _asked(command: protocol.Serve, connection: Connection, fds: list[Descriptor]) -> Asked:
+    """What a request asks for. Adds the descriptors that it names to `fds`, also on failure. Raises RequestError."""
 
     def take() -> int:
         fd = connection.take_fd()
         fds.append(Descriptor.of(fd))
         return fd
 
-    try:
-        images, images_name = _directory("images", command.images, take)
-        _check_inventory(images, images_name)
-        work, work_name = (
-            (images, images_name) if command.work is None else _directory("work", command.work, take)
-        )
-        options, directories = _sources(command, take)
-    except BaseException:
-        for descriptor in fds:
-            descriptor.close()
-        raise
+    images, images_name = _directory("images", command.images, take)
+    _check_inventory(images, images_name)
+    work, work_name = (
+        (images, images_name) if command.work is None else _directory("work", command.work, take)
+    )
+    options, directories = _sources(command, take)
     return Asked(
         images,
         work,

@@ -449,6 +449,11 @@ def test_stopped_twice(how: str, restored_program: Path, tmp_path: Path) -> None
         if how == "signal":
             resident.signal(signal.SIGTERM)
             wait_for("the end to begin", lambda: resident.request("status")["closing"])
+        elif how == "shutdown":  # the first signal says what is missing
+            resident.signal(signal.SIGTERM)
+            wait_for(
+                "its answer", lambda: "ending already: waiting for 1 restore" in resident.log.read_text()
+            )
         elif how == "stop":
             client.request("stop", restore=number)
         client.request("shutdown")
