@@ -323,6 +323,7 @@ class Server:
             # A daemon serves one restore: with the socket closed a second one fails at once instead of waiting.
             self._connected = True
             self._started = time.monotonic()
+            self._traced.restored_by(connection.peer_pid)
             self._control.close()
             await self._receive_tasks(engine, connection)
         if not self._finished:
