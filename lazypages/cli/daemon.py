@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import resource
 import signal
 import sys
@@ -75,6 +76,17 @@ SIGINT and SIGTERM
     type=click.IntRange(min=1),
     help="File descriptors of the daemon: about 64 for each restore, 2 for each task.  [default: as many as allowed]",
 )
+@click.option(
+    "--max-memory",
+    metavar="MIB",
+    type=click.IntRange(min=1),
+    help="MiB for tables of the memory of tasks: about 0.5 byte for each page.  [default: no limit]",
+)
+@click.option(
+    "--all-users",
+    is_flag=True,
+    help="Let every user of this machine connect. A user may have served what this user may read (docs/daemon.md).",
+)
 @click.option("-o", "--log-file", metavar="FILE", type=click.Path(path_type=Path), help="Log to FILE.")
 @verbosity_option()
 @add_options(readiness_options("clients can connect"))
@@ -84,6 +96,8 @@ def daemon_command(
     path: Path,
     max_restores: int,
     max_descriptors: int | None,
+    max_memory: int | None,
+    all_users: bool,
     log_file: Path | None,
     verbosity: int,
     daemon: bool,
@@ -94,29 +108,37 @@ def daemon_command(
     """Serve many restores in one process.
 
     Clients ask it over a unix socket to serve a checkpoint in a work directory: `lazypages serve --via`,
-    `lazypages ctl`, or any program (docs/daemon.md describes the messages). Only root and the daemon's own user may.
+    `lazypages ctl`, or any program (docs/daemon.md describes the messages). Only root and the daemon's own user may,
+    unless --all-users is given.
     """
     if status_fd is not None:
         check_status_fd(status_fd)
     check_loop(loop)
+    if all_users and os.geteuid():
+        raise LazyPagesError("--all-users: only root can open files as other users: start it as root")
     if daemon:
         sys.stderr = kept_standard_error()
     stream = logs.open_log(log_file.absolute()) if log_file else sys.stderr
     logs.start(verbosity, stream, None)
     _limit_descriptors(max_descriptors)
     check_userfaultfd()
-    with _listening(path.absolute()) as listener:
+    with _listening(path.absolute(), 0o666 if all_users else 0o600) as listener:
         ready: list[Callable[[], None]] = [
             lambda: log.log(MESSAGE, "waiting for clients at %s", path.absolute())
         ]
         if status_fd is not None:
             ready.append(partial(report_ready, status_fd))
         ready += into_background(daemon, pidfile and pidfile.absolute())
-        _serve(loop, listener, max_restores, stream.fileno(), ready)
+        memory = None if max_memory is None else max_memory << 20
+        _serve(loop, listener, (max_restores, memory, all_users), stream.fileno(), ready)
 
 
 def _serve(
-    loop: str, listener: socket.socket, max_restores: int, log_fd: int, ready: list[Callable[[], None]]
+    loop: str,
+    listener: socket.socket,
+    limits: tuple[int, int | None, bool],
+    log_fd: int,
+    ready: list[Callable[[], None]],
 ) -> None:
     # A terminal that is closed must not leave tasks without their memory.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -130,7 +152,14 @@ def _serve(
             until_running.close()
             signal_readiness(ready)
 
-        run(loop, listener, guard, Limits(max_restores, descriptors.limit()), ready=running)
+        restores, memory, all_users = limits
+        run(
+            loop,
+            listener,
+            guard,
+            Limits(restores, descriptors.limit(), memory, all_users),
+            ready=running,
+        )
 
 
 def _limit_descriptors(most: int | None) -> None:
@@ -148,8 +177,8 @@ def _limit_descriptors(most: int | None) -> None:
 
 
 @contextmanager
-def _listening(path: Path) -> Iterator[socket.socket]:
-    """The listening socket, with mode 0600. On exit its file is removed, if it is still ours. Raises ListenError."""
+def _listening(path: Path, mode: int) -> Iterator[socket.socket]:
+    """The listening socket. On exit its file is removed, if it is still ours. Raises ListenError."""
     from lazypages.net.listen import UNIX_PREFIX, ListenError, listen  # noqa: PLC0415 - slow to import
 
     try:
@@ -161,6 +190,7 @@ def _listening(path: Path) -> Iterator[socket.socket]:
             ) from None
         raise ListenError(f"--socket: {error}") from None
     with listener:
+        path.chmod(mode)
         made = path.lstat()
         try:
             yield listener

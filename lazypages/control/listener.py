@@ -12,7 +12,7 @@ import select
 import socket
 import struct
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -48,12 +48,15 @@ class Received(NamedTuple):
 class ControlSocket:
     """The listening socket. A context manager; on exit it removes the socket that it created.
 
+    ``users``: whose restorers are accepted, by uid, beside those of root and our own user.
+
     A stale socket, at which no daemon listens, is replaced. Raises ControlError if another daemon serves this
     directory, or if the socket can't be created.
     """
 
-    def __init__(self, work_dir: Path) -> None:
+    def __init__(self, work_dir: Path, users: Collection[int] = ()) -> None:
         self.path = work_dir / SOCKET_NAME
+        self._users = {0, os.geteuid(), *users}
         try:
             self._dir = os.open(work_dir, os.O_PATH | os.O_DIRECTORY)
         except OSError as error:
@@ -125,7 +128,7 @@ class ControlSocket:
     def take(self) -> tuple[socket.socket, int] | None:
         """Accept the connection that waits: socket and pid of the peer; None if none waits.
 
-        Connections of users other than root and our own are closed. Raises NoDescriptorError.
+        Connections of other users are closed. Raises NoDescriptorError.
         """
         while True:
             try:
@@ -140,7 +143,7 @@ class ControlSocket:
                 raise
             raw = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, CREDENTIALS.size)
             pid, uid, _gid = CREDENTIALS.unpack(raw)
-            if uid in {0, os.geteuid()}:
+            if uid in self._users:
                 peer.setblocking(False)
                 peer.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
                 return peer, pid

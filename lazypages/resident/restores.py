@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ import anyio
 from anyio import to_thread
 
 from images_spec.errors import ImageError
+from images_spec.opening import OPEN
 from lazypages.control import descriptors
 from lazypages.control.listener import ControlSocket, discard
 from lazypages.engine.guard import Guard
@@ -35,6 +37,7 @@ from lazypages.observe import summary
 from lazypages.observe.metrics import Summary, TaskReport
 from lazypages.observe.progress import watch_in_log
 from lazypages.resident.tracers import SharedTracers
+from lazypages.resident.users import User, acting_as, open_as
 from lazypages.sources.checkpoint import Expected
 
 log = logging.getLogger("lazypages")
@@ -42,6 +45,12 @@ log = logging.getLogger("lazypages")
 #: Descriptors of a restore beside those of its tasks, images and page servers: its control socket, its engine, and what
 #: watches for exits and tracers.
 DESCRIPTORS = 24
+
+#: Tables of a restore, in bytes: for each task, for each run of pages in its pagemap, and lazy pages for each byte
+#: (bits of pages; observed: tests/real/test_resident_users.py).
+BYTES_PER_TASK = 16 << 10
+BYTES_PER_EXTENT = 96
+PAGES_PER_BYTE = 2
 
 #: The restore that the running code works for, in its threads, too.
 CURRENT: ContextVar[Restore | None] = ContextVar("restore", default=None)
@@ -71,11 +80,12 @@ class Descriptor(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """What a client has asked for. Paths are absolute; ``fds``: descriptors that belong to the restore.
+    """What the client ``user`` has asked for. Paths are absolute; ``fds``: descriptors that belong to the restore.
 
     ``names``: of the images and the work directory in messages.
     """
 
+    user: User
     images: Path
     work: Path
     names: tuple[str, str]
@@ -89,6 +99,18 @@ class Asked(NamedTuple):
             descriptor.close()
 
 
+class Needs(NamedTuple):
+    """What a restore may need: file descriptors, and bytes for tables of its memory."""
+
+    descriptors: int
+    memory: int
+
+
+def _table_bytes(task: Expected) -> int:
+    extents = task.memory.nr_extents if task.memory else 0
+    return extents * BYTES_PER_EXTENT + task.lazy_pages // PAGES_PER_BYTE
+
+
 class Restore:
     """One restore. :meth:`run` reports every error of it, and raises none."""
 
@@ -99,18 +121,17 @@ class Restore:
         *,
         guard: Guard,
         tracers: SharedTracers,
-        admit: Callable[[int], None],
+        admit: Callable[[Restore, Needs], None],
         say: Callable[..., None] | None,
     ) -> None:
-        """``admit`` raises LazyPagesError if so many more descriptors are too many.
+        """``admit`` raises LazyPagesError if the restore needs too much.
 
         ``say``: gets each log record of this restore; may be called in any thread.
         """
         self.number = number
         self.asked = asked
         self.say = say
-        #: Descriptors that this restore may need.
-        self.descriptors = 0
+        self.needs = Needs(0, 0)
         #: Set when a restorer may connect, or when that has failed.
         self.started = anyio.Event()
         self.ended = anyio.Event()
@@ -152,6 +173,10 @@ class Restore:
 
     async def run(self) -> None:
         CURRENT.set(self)
+        if not self.asked.user.is_privileged:
+            # a socket's number may be another's soon
+            directories = {fd for fd, *_ in self.asked.fds if Path(f"/proc/self/fd/{fd}").is_dir()}
+            OPEN.set(partial(open_as, self.asked.user, directories=directories))
         try:
             await self._serve()
         except (LazyPagesError, ImageError) as error:
@@ -180,7 +205,8 @@ class Restore:
         self.tasks = len(with_memory(expected))
         with ExitStack() as stack:
             # in this thread: while it binds, it changes the umask of the process
-            control = stack.enter_context(ControlSocket(asked.work))
+            with acting_as(asked.user):
+                control = stack.enter_context(ControlSocket(asked.work, [asked.user.uid]))
             if asked.trace:
                 tracer = stack.enter_context(open_tracer(asked.trace, asked.images, expected))
                 options = options._replace(trace=tracer.ring)
@@ -199,9 +225,11 @@ class Restore:
         expected = read_checkpoint(asked.images, asked.options, asked.directories)
         alive = with_memory(expected)
         files = {file.fd for task in alive.values() if task.memory for file in task.memory.files}
-        needed = len(files) + DESCRIPTORS + descriptors.needed(len(alive), len(asked.options.page_servers))
-        self._admit(needed)
-        self.descriptors = needed
+        needs = Needs(
+            len(files) + DESCRIPTORS + descriptors.needed(len(alive), len(asked.options.page_servers)),
+            sum(BYTES_PER_TASK + _table_bytes(task) for task in alive.values()),
+        )
+        self._admit(self, needs)
         options = identified(asked.options, asked.images)
         check_certificates(options)
         return expected, options
@@ -224,7 +252,7 @@ class Restore:
         if self._server:
             self.held = self._server.held
         self._server = None
-        self.descriptors = 0
+        self.needs = Needs(0, 0)
         self._seconds = time.monotonic() - self._begun
 
     # Commands. What they log and start belongs to this restore.
@@ -276,6 +304,7 @@ class Restore:
             "state": self.state,
             "exit": self.exit_status if ended else None,
             "error": self.error,
+            "user": self.asked.user.uid,
             "images": self.asked.names[0],
             "work": self.asked.names[1],
             "tasks": {"expected": self.tasks, "served": len(tasks)},

@@ -24,6 +24,7 @@ from lazypages.resident import service
 from lazypages.resident.protocol import Fd, Serve
 from lazypages.resident.restores import Descriptor
 from lazypages.resident.service import Limits, Service
+from lazypages.resident.users import User
 
 
 class Left:
@@ -93,6 +94,8 @@ def test_a_request_that_is_cancelled(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     asked: list[int] = []
 
     class Client:
+        user = User(0, 0)
+
         def take_fd(self) -> int:
             asked.append(fd)
             return fd
@@ -102,9 +105,9 @@ def test_a_request_that_is_cancelled(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         async with anyio.create_task_group() as group:
             check = service._check_inventory
 
-            def slow(images: Path, name: str) -> None:
+            def slow(*args: Any) -> None:
                 anyio.from_thread.run_sync(group.cancel_scope.cancel)
-                check(images, name)
+                check(*args)
 
             monkeypatch.setattr(service, "_check_inventory", slow)
             (tmp_path / "inventory.img").touch()
