@@ -94,6 +94,10 @@ class Asked(NamedTuple):
     trace: Path | None
     fds: Sequence[Descriptor]
 
+    def directory_fds(self) -> set[int]:
+        """Without sockets, whose numbers may be others' soon."""
+        return {fd for fd, *_ in self.fds if Path(f"/proc/self/fd/{fd}").is_dir()}
+
     def close(self) -> None:
         for descriptor in self.fds:
             descriptor.close()
@@ -174,9 +178,7 @@ class Restore:
     async def run(self) -> None:
         CURRENT.set(self)
         if not self.asked.user.is_privileged:
-            # a socket's number may be another's soon
-            directories = {fd for fd, *_ in self.asked.fds if Path(f"/proc/self/fd/{fd}").is_dir()}
-            OPEN.set(partial(open_as, self.asked.user, directories=directories))
+            OPEN.set(partial(open_as, self.asked.user, directories=self.asked.directory_fds()))
         try:
             await self._serve()
         except (LazyPagesError, ImageError) as error:
