@@ -46,8 +46,8 @@ log = logging.getLogger("lazypages")
 #: watches for exits and tracers.
 DESCRIPTORS = 24
 
-#: Tables of a restore, in bytes: for each task, for each run of pages in its pagemap, and lazy pages for each byte
-#: (bits of pages; observed: tests/real/test_resident_users.py).
+#: Tables of a restore, in bytes: for each task, for each run of pages in its pagemap (observed: 74, with the bits
+#: of one page), and lazy pages for each byte of bits.
 BYTES_PER_TASK = 16 << 10
 BYTES_PER_EXTENT = 96
 PAGES_PER_BYTE = 2
