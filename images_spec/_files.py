@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Self
 
 from images_spec.errors import ImageError, ImageMissingError
+from images_spec.opening import open_image
 
 MAX_SIZE = 1 << 30
 """Limit of every image but pages-*.img: 1 GiB. A pagemap of 1,000,000 entries has about 25 MB."""
@@ -16,8 +17,7 @@ MAX_SIZE = 1 << 30
 def read_file(path: Path) -> bytes:
     """The contents of an image of at most ``MAX_SIZE`` bytes. Raises ``ImageError``."""
     try:
-        # O_NONBLOCK: opening a FIFO must not block.
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        fd = open_image(path)
     except FileNotFoundError:
         raise ImageMissingError(path, "no such image") from None
     except OSError as error:

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from images_spec import images
+from images_spec._files import read_file
 from images_spec.checkpoint import open_checkpoint
-from images_spec.errors import ImageError
 from images_spec.images import Kind
 
 SIZE: Final = 16
@@ -45,10 +45,7 @@ def identify(directory: Path) -> Identity:
     digest = blake2b(digest_size=SIZE)
     names = [Kind.CORE.file_name(task.pid) for task in open_checkpoint(directory).tasks]
     for name in (path.name, Kind.PSTREE.file_name(), *names):
-        try:
-            content = (directory / name).read_bytes()
-        except OSError as error:
-            raise ImageError(directory / name, f"can't be read: {error.strerror}") from None
+        content = read_file(directory / name)
         digest.update(len(content).to_bytes(8, "little") + content)
     return Identity(digest.digest(), False)
 

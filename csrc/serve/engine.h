@@ -117,9 +117,9 @@ struct lp_task *lp_task_new(struct lp_engine *engine, int uffd, struct lp_memory
  * Ends the service, and closes the uffd if nothing is missing, or if the task is gone.  Else it stays open, because closing it
  * makes the kernel serve zeros: a thread that faults waits for ever.  No event is about the task any more, and the pointer is no
  * longer valid.  True if an event that was not taken yet said that a page may have come as zeros (LP_EVENT_LOST with ESTALE): the
- * task must not go on.
+ * task must not go on.  left (may be NULL): whether the uffd stays open.
  */
-bool lp_task_close(struct lp_task *task);
+bool lp_task_close(struct lp_task *task, bool *left);
 
 /*
  * Brings pages that wait, from the lowest address on, round again at the end; gives way to faults.  At most max_bytes, rounded up

@@ -12,6 +12,7 @@
 #include "deferred.h"
 #include "doubt.h"
 #include "events.h"
+#include "guard.h"
 #include "read_events.h"
 #include "stats.h"
 #include "task.h"
@@ -240,13 +241,16 @@ static struct lp_new_child *prepare_child(struct lp_task *t, struct lp_change *f
 	lp_count(&t->stats.forks, 1);
 	lp_learn_wiped(t, fork->seen);
 	fork->seen = NULL;
-	if (!u)
+	if (!u) {
+		lp_guard_leave(t->engine->guard, fork->uffd);
 		return NULL;
+	}
 	u->until = lp_now_ns() + CHILD_NS;
 	u->dropped = (struct lp_counts){calloc(t->nr_levels + 2, sizeof(uint64_t)), t->nr_levels};
 	u->task = lp_task_alloc(t->engine, fork->uffd, t->nr_levels);
 	if (!u->dropped.by_source || !u->task ||
 	    (t->fork.before && lp_space_wipe_as(t->fork.before, t->space))) {
+		lp_guard_leave(t->engine->guard, fork->uffd);
 		lp_free_new_child(u);
 		return NULL;
 	}

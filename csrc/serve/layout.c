@@ -9,6 +9,7 @@
 #include "doubt.h"
 #include "events.h"
 #include "forks.h"
+#include "guard.h"
 #include "late.h"
 #include "old_length.h"
 #include "read_events.h"
@@ -17,6 +18,7 @@
 #include "task_trace.h"
 #include "uffd_ops.h"
 #include "wake.h"
+#include "wiped.h"
 
 /* Reads before giving up on a quiescent layout: a thread whose event has been read must run first, which takes some 50 us. */
 #define QUIESCENT_TRIES 32
@@ -31,6 +33,10 @@ static bool make_change(struct lp_task *t, struct lp_change *change)
 	int rc = by_source ? 0 : -ENOMEM;
 	bool made = true;
 
+	if (rc && change->kind == LP_FORKED) { /* the child is not served: its uffd stays open */
+		lp_guard_leave(t->engine->guard, change->uffd);
+		lp_free_wiped(change->seen);
+	}
 	if (rc || change->kind == LP_QUESTION)
 		goto out;
 	t->layout++;

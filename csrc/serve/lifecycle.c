@@ -31,6 +31,8 @@ struct lp_task *lp_task_new(struct lp_engine *e, int uffd, struct lp_memory *mem
 
 	if (!t) {
 		lp_memory_free(memory);
+		lp_guard_names(e->guard, uffd, pid, pidfd);
+		lp_guard_leave(e->guard, uffd);
 		errno = ENOMEM;
 		return NULL;
 	}
@@ -49,18 +51,18 @@ struct lp_task *lp_task_new(struct lp_engine *e, int uffd, struct lp_memory *mem
 	lp_task_link(t); /* before it is served: what channels bring finds it by its tag */
 	int rc = lp_task_start(t);
 	if (rc) {
-		lp_task_close(t); /* the uffd stays open: pages are pending */
+		lp_task_close(t, NULL); /* the uffd stays open: pages are pending */
 		errno = -rc;
 		return NULL;
 	}
 	return t;
 }
 
-bool lp_task_close(struct lp_task *t)
+bool lp_task_close(struct lp_task *t, bool *left)
 {
 	const struct timespec pause = {.tv_nsec = CLOSE_PAUSE_NS};
 	struct lp_engine *e = t->engine;
-	bool spoilt;
+	bool spoilt, stays;
 	struct lp_task **link;
 
 	lp_lock_alone(&t->lock);
@@ -73,7 +75,9 @@ bool lp_task_close(struct lp_task *t)
 		lp_lock_alone(&t->lock);
 	}
 	epoll_ctl(e->epfd, EPOLL_CTL_DEL, t->uffd, NULL);
-	lp_close_uffd(t);
+	stays = lp_close_uffd(t);
+	if (left)
+		*left = stays;
 	lp_unlock_alone(&t->lock);
 	pthread_mutex_lock(&e->lock);
 	t->closed = true;

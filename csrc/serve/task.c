@@ -38,16 +38,18 @@ struct lp_task *lp_task_alloc(struct lp_engine *e, int uffd, uint32_t nr_levels)
 	return t;
 }
 
-void lp_close_uffd(struct lp_task *t)
+bool lp_close_uffd(struct lp_task *t)
 {
 	bool safe = !lp_space_pending(t->space) && !t->unsure.nr && !atomic_load(&t->broken);
 
-	if (safe || atomic_load(&t->gone) || lp_probe_page(t, LP_ANYWHERE) == LP_TASK_GONE) {
+	bool closes = safe || atomic_load(&t->gone) || lp_probe_page(t, LP_ANYWHERE) == LP_TASK_GONE;
+
+	if (closes)
 		lp_guard_close(t->engine->guard, t->uffd);
-	} else {
+	else
 		lp_guard_leave(t->engine->guard, t->uffd);
-	}
 	t->uffd = -1;
+	return !closes;
 }
 
 void lp_free_new_child(struct lp_new_child *child)

@@ -17,9 +17,10 @@ int lp_task_start(struct lp_task *t);
 /*
  * Closing the uffd while pages are pending makes the kernel serve zeros, to the task and to any child whose fork event is still
  * unread.  Then it stays open, to the end of this process; after that the guard has it.  (Once nothing is pending, there is nothing to
- * be had by a fork that has not been read, either: from its beginning on the kernel has refused all copies.)  (lock held alone)
+ * be had by a fork that has not been read, either: from its beginning on the kernel has refused all copies.)  Returns whether it
+ * stays open.  (lock held alone)
  */
-void lp_close_uffd(struct lp_task *t);
+bool lp_close_uffd(struct lp_task *t);
 /* NULL does nothing. */
 void lp_free_new_child(struct lp_new_child *child);
 /* The structure is empty then. */

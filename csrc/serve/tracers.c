@@ -12,6 +12,7 @@
 #include <string.h>
 #include <sys/eventfd.h>
 #include <sys/inotify.h>
+#include <sys/prctl.h>
 #include <sys/ptrace.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -22,12 +23,18 @@
 /* Pids end here at the latest: PID_MAX_LIMIT, proc_sys_kernel(5). A bit each; what is not touched takes no memory. */
 #define PIDS (UINT32_C(1) << 22)
 
-enum { HELD_MORE = 16 };
+/* Of the thread that holds tracers: another daemon on this machine knows it by this. */
+#define NAME "uffd-tracers"
+#define NAME_MAX_SIZE 16 /* TASK_COMM_LEN */
+
+enum { HELD_MORE = 16, RETAKE_MS = 1 };
 
 struct held {
 	int32_t tracer;
 	int32_t signal; /* it was about to get this one */
 	uint32_t times;
+	bool by_another; /* a daemon has stopped it, too: it is ours as soon as that one lets it go */
+	struct lp_attach first; /* by which it came here */
 };
 
 /* A growing array under the lock. */
@@ -121,11 +128,57 @@ static int32_t status_number(const char *path, const char *name)
 	return number;
 }
 
-/* 0 or an errno. */
-static int hold(struct lp_tracers *t, int32_t tracer)
+/*
+ * Whether this thread is of another daemon, and holds tracers, as we do.  To hold it would make it hold us in return, for ever; and
+ * it reads no memory.
+ */
+static bool is_holder(int32_t thread)
 {
-	struct held *held = find(t, tracer);
+	char path[64], name[NAME_MAX_SIZE + 1] = "";
+	FILE *file;
+
+	snprintf(path, sizeof(path), "/proc/%d/comm", thread);
+	file = fopen(path, "re");
+	if (!file)
+		return false;
+	if (!fgets(name, sizeof(name), file))
+		name[0] = 0;
+	fclose(file);
+	return !strcmp(name, NAME "\n");
+}
+
+/* Stops it: 0 or an errno; EBUSY: another daemon has.  signal: which it was about to get. */
+static int stop_tracer(int32_t tracer, int32_t *signal)
+{
+	char path[64];
 	int status = 0;
+
+	snprintf(path, sizeof(path), "/proc/%d/status", tracer);
+	while (ptrace(PTRACE_SEIZE, tracer, NULL, NULL) < 0) {
+		int error = errno, other = error == EPERM ? status_number(path, "TracerPid:") : 0;
+
+		if (error != EPERM || (other && !is_holder(other)))
+			return error;
+		if (other)
+			return EBUSY;
+		/* let go meanwhile, or we may not; EPERM again then */
+		if (ptrace(PTRACE_SEIZE, tracer, NULL, NULL) == 0)
+			break;
+		if (!status_number(path, "TracerPid:"))
+			return EPERM;
+	}
+	if (ptrace(PTRACE_INTERRUPT, tracer, NULL, NULL) < 0 || waitpid(tracer, &status, __WALL) < 0 || !WIFSTOPPED(status))
+		return ESRCH; /* it is dying */
+	*signal = status >> 16 == PTRACE_EVENT_STOP ? 0 : WSTOPSIG(status);
+	return 0;
+}
+
+/* 0 or an errno. */
+static int hold(struct lp_tracers *t, struct lp_attach attach)
+{
+	int32_t tracer = attach.tracer, signal = 0;
+	struct held *held = find(t, tracer);
+	int error;
 
 	if (held) {
 		held->times++;
@@ -142,28 +195,57 @@ static int hold(struct lp_tracers *t, int32_t tracer)
 	if (status_number("/proc/self/status", "TracerPid:") == tracer ||
 	    status_number("/proc/thread-self/status", "TracerPid:") == tracer)
 		return EDEADLK;
-	if (ptrace(PTRACE_SEIZE, tracer, NULL, NULL) < 0)
-		return errno;
-	if (ptrace(PTRACE_INTERRUPT, tracer, NULL, NULL) < 0 || waitpid(tracer, &status, __WALL) < 0 || !WIFSTOPPED(status))
-		return ESRCH; /* it is dying */
+	error = stop_tracer(tracer, &signal);
+	if (error && error != EBUSY)
+		return error;
 	t->held[t->nr_held++] = (struct held){
 		.tracer = tracer,
-		.signal = status >> 16 == PTRACE_EVENT_STOP ? 0 : WSTOPSIG(status),
+		.signal = signal,
 		.times = 1,
+		.by_another = error == EBUSY,
+		.first = attach,
 	};
 	return 0;
 }
 
 static void let_go(struct lp_tracers *t, struct held *held)
 {
-	ptrace(PTRACE_DETACH, held->tracer, NULL, (void *)(uintptr_t)held->signal);
+	if (!held->by_another)
+		ptrace(PTRACE_DETACH, held->tracer, NULL, (void *)(uintptr_t)held->signal);
 	*held = t->held[--t->nr_held];
+}
+
+/* Those that another daemon had: whether there are still such. */
+static bool retake(struct lp_tracers *t)
+{
+	bool any = false;
+
+	for (size_t i = 0; i < t->nr_held;) {
+		struct held *held = &t->held[i];
+		int error = held->by_another ? stop_tracer(held->tracer, &held->signal) : 0;
+
+		if (error && error != EBUSY) {
+			struct lp_attach lost = held->first;
+
+			*held = t->held[--t->nr_held];
+			lost.error = error;
+			if (error != ESRCH && push(t, &t->reported, lost))
+				lp_wakeup(t->event);
+			continue;
+		}
+		held->by_another = error == EBUSY;
+		any |= held->by_another;
+		i++;
+	}
+	return any;
 }
 
 static void attached(struct lp_tracers *t, struct lp_attach attach)
 {
+	if (attach.pid && is_holder(attach.tracer))
+		return;
 	if (attach.pid && !attach.error)
-		attach.error = hold(t, attach.tracer);
+		attach.error = hold(t, attach);
 	if (push(t, &t->reported, attach))
 		lp_wakeup(t->event);
 	else if (!attach.error && attach.pid)
@@ -313,11 +395,16 @@ int lp_tracers_run(struct lp_tracers *t)
 	};
 	struct sched_param now = {.sched_priority = 1}, before = {0};
 	int policy = sched_getscheduler(0), rc = 0;
+	char name[NAME_MAX_SIZE] = "";
+	bool others = false;
+
+	prctl(PR_GET_NAME, name);
+	prctl(PR_SET_NAME, NAME);
 
 	/* CRIU reads which pages there are 2.6 ms after its attach (docs/criu.md): no time to wait for a CPU, if that is allowed */
 	sched_setscheduler(0, SCHED_FIFO | SCHED_RESET_ON_FORK, &now);
 	while (!atomic_load(&t->stopped)) {
-		if (poll(waiting, 3, -1) < 0 && errno != EINTR) {
+		if (poll(waiting, 3, others ? RETAKE_MS : -1) < 0 && errno != EINTR) {
 			rc = -errno;
 			break;
 		}
@@ -327,9 +414,11 @@ int lp_tracers_run(struct lp_tracers *t)
 			take_looks(t);
 		if (waiting[0].revents)
 			obey(t);
+		others = retake(t);
 	}
 	while (t->nr_held)
 		let_go(t, t->held);
+	prctl(PR_SET_NAME, name);
 	sched_setscheduler(0, policy < 0 ? SCHED_OTHER : policy, &before); /* the thread may be used for something else */
 	return rc;
 }

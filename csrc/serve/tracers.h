@@ -10,6 +10,9 @@
  * A tracer is held by tracing its thread ourselves and interrupting it: that is undone by the kernel when this process
  * ends, however it ends, and neither the tracer nor its parent sees it.
  *
+ * Several daemons on one machine may want the same tracer, which only one of them can trace.  The others know that one by the name of
+ * its thread, and take the tracer as soon as it is let go.
+ *
  * One thread drives it (lp_tracers_run): what ptrace has attached only the attaching thread may let go.
  */
 #ifndef LAZYPAGES_TRACERS_H

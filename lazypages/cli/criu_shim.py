@@ -38,7 +38,14 @@ for lazypages_word; do
         # Else Python changes LC_CTYPE (PEP 538). The shim gives the variable its value back.
         lazypages_coerce=${{PYTHONCOERCECLOCALE+=$PYTHONCOERCECLOCALE}}
         export PYTHONCOERCECLOCALE=0
-        exec {python} -P -m lazypages.cli.shim {ours} "$lazypages_coerce" "$lazypages_real" "$@"
+        # Python ignores SIGPIPE and SIGXFSZ. The shim gives CRIU what the caller has ignored.
+        lazypages_ignored=0
+        while read -r lazypages_name lazypages_value; do
+            case $lazypages_name in
+            SigIgn:) lazypages_ignored=$lazypages_value ;;
+            esac
+        done </proc/$$/status
+        exec {python} -P -m lazypages.cli.shim {ours} "$lazypages_coerce" "$lazypages_ignored" "$lazypages_real" "$@"
         ;;
     esac
 done

@@ -89,6 +89,17 @@ SIGINT and SIGTERM
     type=click.IntRange(min=1),
     help="File descriptors of the daemon: about 64 for each restore, 2 for each task.  [default: as many as allowed]",
 )
+@click.option(
+    "--max-memory",
+    metavar="MIB",
+    type=click.IntRange(min=1),
+    help="MiB for tables of the memory of tasks: about 0.5 byte for each page.  [default: no limit]",
+)
+@click.option(
+    "--all-users",
+    is_flag=True,
+    help="Let every user of this machine connect. A user may have served what this user may read (docs/daemon.md).",
+)
 @click.option("-o", "--log-file", metavar="FILE", type=click.Path(path_type=Path), help="Log to FILE.")
 @LOG_FORMAT_OPTION
 @verbosity_option()
@@ -103,6 +114,8 @@ def daemon_command(
     path: Path,
     max_restores: int,
     max_descriptors: int | None,
+    max_memory: int | None,
+    all_users: bool,
     log_file: Path | None,
     log_format: str,
     verbosity: int,
@@ -117,8 +130,8 @@ def daemon_command(
     """Serve many restores in one process.
 
     Clients ask it over a unix socket to serve a checkpoint in a work directory: `lazypages serve --via`,
-    `lazypages ctl`, or any program (docs/daemon.md describes the messages). Only root and the daemon's own user may.
-    systemd can start it when the first client connects (docs/systemd.md).
+    `lazypages ctl`, or any program (docs/daemon.md describes the messages). Only root and the daemon's own user may,
+    unless --all-users is given. systemd can start it when the first client connects (docs/systemd.md).
     """
     notifier = Notifier.take()
     passed = listener_of(take_passed(os.environ, os.getpid()))
@@ -129,6 +142,8 @@ def daemon_command(
     if status_fd is not None:
         check_status_fd(status_fd)
     check_loop(loop)
+    if all_users and os.geteuid():
+        raise LazyPagesError("--all-users: only root can open files as other users: start it as root")
     if daemon:
         sys.stderr = kept_standard_error()
     stream = logs.open_log(log_file.absolute()) if log_file else sys.stderr
@@ -136,7 +151,11 @@ def daemon_command(
     _limit_descriptors(max_descriptors)
     check_userfaultfd()
     textfile = metrics_textfile and metrics_textfile.absolute()
-    with exporting(metrics, textfile, otel=otel) as export, passed or _listening(path.absolute()) as listener:
+    mode = 0o666 if all_users else 0o600
+    with (
+        exporting(metrics, textfile, otel=otel) as export,
+        passed or _listening(path.absolute(), mode) as listener,
+    ):
         ready: list[Callable[[], None]] = [
             lambda: log.log(MESSAGE, "waiting for clients at %s", name_of(listener))
         ]
@@ -144,18 +163,20 @@ def daemon_command(
             ready.append(partial(report_ready, status_fd))
         ready.append(notifier.ready)
         ready += into_background(daemon, pidfile and pidfile.absolute())
+        memory = None if max_memory is None else max_memory << 20
+        limits = max_restores, memory, all_users
         # A terminal that is closed must not leave tasks without their memory.
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         shared = passed.fileno() if passed else -1
         with Guard(stream.fileno(), json=logs.is_json(), shared=shared) as guard:
-            _serve(loop, listener, guard, max_restores, notifier=notifier, ready=ready, export=export)
+            _serve(loop, listener, guard, limits, notifier=notifier, ready=ready, export=export)
 
 
 def _serve(
     loop: str,
     listener: socket.socket,
     guard: Guard,
-    max_restores: int,
+    limits: tuple[int, int | None, bool],
     *,
     notifier: Notifier,
     ready: list[Callable[[], None]],
@@ -171,8 +192,16 @@ def _serve(
             until_running.close()
             signal_readiness(ready)
 
-        limits = Limits(max_restores, descriptors.limit())
-        run(loop, listener, guard, limits, ready=running, notifier=notifier, export=export)
+        restores, memory, all_users = limits
+        run(
+            loop,
+            listener,
+            guard,
+            Limits(restores, descriptors.limit(), memory, all_users),
+            ready=running,
+            notifier=notifier,
+            export=export,
+        )
     notifier.stopping()
 
 
@@ -191,8 +220,8 @@ def _limit_descriptors(most: int | None) -> None:
 
 
 @contextmanager
-def _listening(path: Path) -> Iterator[socket.socket]:
-    """The listening socket, with mode 0600. On exit its file is removed, if it is still ours. Raises ListenError."""
+def _listening(path: Path, mode: int) -> Iterator[socket.socket]:
+    """The listening socket. On exit its file is removed, if it is still ours. Raises ListenError."""
     from lazypages.net.listen import UNIX_PREFIX, ListenError, listen  # noqa: PLC0415 - slow to import
 
     try:
@@ -204,6 +233,7 @@ def _listening(path: Path) -> Iterator[socket.socket]:
             ) from None
         raise ListenError(f"--socket: {error}") from None
     with listener:
+        path.chmod(mode)
         made = path.lstat()
         try:
             yield listener

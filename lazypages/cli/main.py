@@ -23,6 +23,7 @@ COMMANDS = {
     "serve": ("lazypages.cli.serve:serve", "Serve the memory of restored tasks on demand."),
     "daemon": ("lazypages.cli.daemon:daemon_command", "Serve many restores in one process."),
     "ctl": ("lazypages.cli.ctl:ctl", "Control a daemon: status, stop, wait."),
+    "top": ("lazypages.cli.top:top", "Watch a daemon: faults, speed, missing pages."),
     "restore": ("lazypages.cli.restore:restore_command", "Restore tasks, as criu restore does."),
     "page-server": (
         "lazypages.cli.page_server:page_server_command",

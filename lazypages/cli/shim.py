@@ -1,7 +1,8 @@
 """What the installed ``criu`` of `lazypages criu-shim` runs for the commands that may be ours (docs/criu-shim.md).
 
-``python -m lazypages.cli.shim OURS COERCE REAL ARGUMENTS``: OURS are commands, separated by commas; COERCE is "=" and
-the caller's PYTHONCOERCECLOCALE, or "" if there was none; REAL is CRIU.
+``python -m lazypages.cli.shim OURS COERCE IGNORED REAL ARGUMENTS``: OURS are commands, separated by commas; COERCE is
+"=" and the caller's PYTHONCOERCECLOCALE, or "" if there was none; IGNORED are the signals that the caller ignores
+(SigIgn in proc_pid_status(5)); REAL is CRIU.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ DUMPS = ("dump", "pre-dump")
 
 def main(arguments: Sequence[str]) -> int:
     """Does not return if CRIU takes over."""
-    ours, coerce, real, *words = arguments
+    ours, coerce, ignored, real, *words = arguments
     if coerce:
         os.environ["PYTHONCOERCECLOCALE"] = coerce[1:]
     else:
@@ -39,7 +40,8 @@ def main(arguments: Sequence[str]) -> int:
                 call = with_configuration(call)
             _wait(call)
     for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them, and CRIU would
-        signal.signal(number, signal.SIG_DFL)
+        if not int(ignored, 16) >> (number - 1) & 1:
+            signal.signal(number, signal.SIG_DFL)
     try:
         os.execv(real, [real, *words])  # noqa: S606 - the shim's purpose
     except OSError as error:
@@ -57,8 +59,26 @@ def _run(call: Call) -> int:
     os.environ.pop("CRIU_CONFIG_FILE", None)
     # The service that CRIU's caller belongs to is not ready because a restore can be started.
     os.environ.pop("NOTIFY_SOCKET", None)
-    cli([*translate(call), "--no-default-config"], prog_name="lazypages")
+    via = _resident() if call.command == "lazy-pages" else None
+    cli(
+        [*translate(call), "--no-default-config", *(["--via", via] if via else [])],
+        prog_name="lazypages",
+    )
     raise AssertionError("cli() exits")
+
+
+def _resident() -> str | None:
+    """The socket of the resident daemon that is to serve the restore: the one in LAZYPAGES_VIA ("": none), else the
+    default one if a daemon listens there."""
+    import socket  # noqa: PLC0415 - not for a dump
+
+    from lazypages.resident.protocol import SOCKET  # noqa: PLC0415
+
+    named = os.environ.get("LAZYPAGES_VIA")
+    if named is not None:
+        return named or None
+    with socket.socket(socket.AF_UNIX) as peer:
+        return None if peer.connect_ex(SOCKET) else SOCKET
 
 
 def _wait(call: Call) -> None:

@@ -12,7 +12,7 @@ import select
 import socket
 import struct
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -48,12 +48,15 @@ class Received(NamedTuple):
 class ControlSocket:
     """The listening socket. A context manager; on exit it removes the socket that it created.
 
+    ``users``: whose restorers are accepted, by uid, beside those of root and our own user.
+
     A stale socket, at which no daemon listens, is replaced. Raises ControlError if another daemon serves this
     directory, or if the socket can't be created.
     """
 
-    def __init__(self, work_dir: Path) -> None:
+    def __init__(self, work_dir: Path, users: Collection[int] = ()) -> None:
         self.path = work_dir / SOCKET_NAME
+        self._users = {0, os.geteuid(), *users}
         try:
             self._dir = os.open(work_dir, os.O_PATH | os.O_DIRECTORY)
         except OSError as error:
@@ -125,7 +128,7 @@ class ControlSocket:
     def take(self) -> tuple[socket.socket, int] | None:
         """Accept the connection that waits: socket and pid of the peer; None if none waits.
 
-        Connections of users other than root and our own are closed. Raises NoDescriptorError.
+        Connections of other users are closed. Raises NoDescriptorError.
         """
         while True:
             try:
@@ -140,23 +143,15 @@ class ControlSocket:
                 raise
             raw = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, CREDENTIALS.size)
             pid, uid, _gid = CREDENTIALS.unpack(raw)
-            if uid in {0, os.geteuid()}:
+            if uid in self._users:
                 peer.setblocking(False)
                 peer.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
                 return peer, pid
-            peer.close()
+            hang_up(peer)
 
     def close(self) -> None:
         """Stop listening, and remove the socket file if it is still the one that we created."""
-        try:
-            while True:
-                hang_up(self._listener.accept()[0])
-        except OSError as error:
-            if error.errno in NONE_LEFT:
-                # A waiting connection may hold uffds. They must stay open until we end; then the guard closes them.
-                self._listener.shutdown(socket.SHUT_RD)
-                self._listener.detach()
-        self._listener.close()
+        _stop_listening(self._listener)
         if self._dir < 0:
             return
         if self._identity is not None:
@@ -184,7 +179,11 @@ def receive(peer: socket.socket, size: int) -> Received:
     if not whole:
         _close(seen)
         raise NoDescriptorError("no file descriptor is free for the userfaultfd of a task")
-    data, fds, sender, whole = _receive(peer, size, 0)
+    try:
+        data, fds, sender, whole = _receive(peer, size, 0)
+    except BaseException:
+        discard(seen)
+        raise
     if not whole:  # there was no number for both copies: keep the peeked one
         fds, seen = seen, fds
     _close(seen)
@@ -225,10 +224,16 @@ def discard(fds: Sequence[int]) -> None:
             os.close(fd)
 
 
+#: Sockets that could not be closed, because uffds in their queue have no number yet. No objects: those would be closed
+#: when the interpreter ends.
+_unread: list[int] = []
+
+
 def hang_up(peer: socket.socket) -> None:
     """Close a connection without closing uffds that are still in its queue.
 
-    If no descriptor is free to receive one of them, the connection stays open until we end; then the guard closes it.
+    If no descriptor is free to receive one of them, the connection stays open until :func:`close_unread`, or until we
+    end; then the guard closes it.
     """
     with suppress(OSError):
         peer.setblocking(False)
@@ -238,7 +243,33 @@ def hang_up(peer: socket.socket) -> None:
             try:
                 data, fds, _sender = receive(peer, 4096)
             except NoDescriptorError:
-                peer.detach()
+                _unread.append(peer.detach())
                 return
             discard(fds)
     peer.close()
+
+
+def _stop_listening(listener: socket.socket) -> None:
+    """As hang_up, for a listening socket: connections that were not accepted may hold uffds, too."""
+    try:
+        while True:
+            hang_up(listener.accept()[0])
+    except OSError as error:
+        if error.errno in NONE_LEFT:
+            listener.shutdown(socket.SHUT_RD)
+            _unread.append(listener.detach())
+            return
+    listener.close()
+
+
+def close_unread() -> None:
+    """Try again to close the sockets that had to stay open for want of a descriptor. For a process that outlives its
+    restores."""
+    numbers = _unread[:]
+    _unread.clear()
+    for number in numbers:
+        found = socket.socket(fileno=number)
+        if found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            _stop_listening(found)
+        else:
+            hang_up(found)

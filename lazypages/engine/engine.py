@@ -35,6 +35,7 @@ class Engine:
             raise OSError(ffi.errno, os.strerror(ffi.errno))
         if trace:
             lib.lp_engine_trace(self._handle, trace.handle)
+        self._guard = guard
         self._tasks: dict[Any, ServedTask] = {}
         self._keep: list[MappedFile] = []
         self._events = ffi.new("struct lp_event[]", self._BATCH)
@@ -82,7 +83,12 @@ class Engine:
         process exits: if it were closed, the kernel would serve zeros to the task.
         """
         if isinstance(memory, TaskMemory):
-            memory = PreparedMemory(memory)
+            try:
+                memory = PreparedMemory(memory)
+            except OSError:
+                if self._guard:
+                    self._guard.leave(uffd, pid, pidfd)
+                raise
         self._keep += memory.files
         handle = lib.lp_task_new(self._handle, uffd, memory.take(), memory.max_readahead, pid, pidfd, tag)
         if handle == ffi.NULL:

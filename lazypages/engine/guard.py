@@ -53,8 +53,12 @@ class Guard:
 
     # For a process that outlives its restores.
 
-    def leave(self, uffd: int) -> None:
-        """Nobody serves this uffd any more; it stays open until the memory behind it is gone."""
+    def leave(self, uffd: int, pid: int = 0, pidfd: int = -1) -> None:
+        """Nobody serves this uffd any more; it stays open until the memory behind it is gone.
+
+        ``pid``, ``pidfd``: its process, if known; the pidfd must stay open as long as :meth:`needs` says so.
+        """
+        lib.lp_guard_names(self.handle, uffd, pid, pidfd)
         lib.lp_guard_leave(self.handle, uffd)
 
     def close_gone(self) -> int:

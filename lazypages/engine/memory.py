@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
+from images_spec.opening import open_image
 from lazypages.engine._uffd import ffi, lib
 
 PAGE_SIZE = 4096
@@ -33,7 +34,7 @@ class MappedFile:
     def __init__(self, path: str | os.PathLike[str], size: int) -> None:
         """Raises OSError."""
         self.size = size
-        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.fd = open_image(path)
         self._closer = weakref.finalize(self, os.close, self.fd)
         address = lib.mmap(ffi.NULL, size, lib.PROT_READ, lib.MAP_SHARED, self.fd, 0)
         if address == MAP_FAILED:
@@ -66,6 +67,7 @@ class PreparedMemory:
     def __init__(self, memory: TaskMemory) -> None:
         """Raises OSError: EINVAL if extents, VMAs and pages files are inconsistent."""
         self.max_readahead = memory.max_readahead
+        self.nr_extents = len(memory.extents)
         #: The pages files; they must outlive the engine.
         self.files = [file for file in memory.levels if file]
         levels = ffi.new("struct lp_level[]", max(1, len(memory.levels)))

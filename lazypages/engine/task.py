@@ -23,6 +23,8 @@ class ServedTask:
         self.nr_levels = int(lib.lp_task_nr_levels(handle))
         #: Number of pages pending at the start.
         self.total = int(lib.lp_task_total(handle))
+        #: After :meth:`close`: whether the uffd stays open.
+        self.left_open = False
 
     def __repr__(self) -> str:
         return f"<ServedTask {int(ffi.cast('uintptr_t', self.handle)):#x}>"
@@ -114,4 +116,7 @@ class ServedTask:
         reported.
         """
         self._closed(self.handle)
-        return bool(lib.lp_task_close(self.handle))
+        left = ffi.new("bool *")
+        spoilt = bool(lib.lp_task_close(self.handle, left))
+        self.left_open = bool(left[0])
+        return spoilt

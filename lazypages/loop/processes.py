@@ -179,6 +179,14 @@ def tracer_of(pid: int) -> int:
         return 0
 
 
+def process_of(thread: int) -> int:
+    """The process that a thread belongs to; the thread itself if that is unknown."""
+    try:
+        return int(_status(thread, b"Tgid")[0])
+    except (OSError, ValueError, IndexError):
+        return thread
+
+
 def _innermost_pid(real_pid: int) -> int | None:
     try:
         return int(_status(real_pid, b"NSpid")[-1])

@@ -365,6 +365,7 @@ class Server:
             # A daemon serves one restore: with the socket closed a second one fails at once instead of waiting.
             self._connected.set()
             self._started = time.monotonic()
+            self._traced.restored_by(connection.peer_pid)
             self._control.close()
             await self._receive_tasks(engine, connection)
         if not self._finished:
@@ -377,7 +378,12 @@ class Server:
                 async for event in events:
                     match event:
                         case TaskArrived():
-                            self._task_arrived(engine, event, await self._process_of(event))
+                            try:
+                                process = await self._process_of(event)
+                            except BaseException:  # cancelled
+                                self._leave(event.uffd)
+                                raise
+                            self._task_arrived(engine, event, process)
                         case ZombieArrived(pid):
                             self._expect(pid, zombie=True)
                             self._zombies += 1
@@ -412,9 +418,7 @@ class Server:
             expected = self._expect(event.pid, zombie=False)
             assert expected.memory is not None
         except ControlError:
-            # The uffd stays open: if it were closed, the task would read zeros.
-            if self._guard:
-                self._guard.leave(event.uffd)
+            self._leave(event.uffd)
             if process:
                 process.kill()
                 process.close()
@@ -443,6 +447,11 @@ class Server:
         if process:
             self._processes[event.pid] = process
         self._start(served, identity, process, expected.seen)
+
+    def _leave(self, uffd: int) -> None:
+        """A task is not served. Its uffd stays open: if it were closed, the task would read zeros."""
+        if self._guard:
+            self._guard.leave(uffd)
 
     def _restore_finished(self) -> None:
         if self._awaited:

@@ -484,9 +484,9 @@ class TaskService:
             self._end(State.ENDED)
         self._log_end()
         report = self._measure()
-        self.holds_uffd = (not self._served.complete or self._state is State.KILLED) and not self._gone
         if self._served.close():
             self._spoilt()
+        self.holds_uffd = self._served.left_open
         self._final = report._replace(state=self._state)
         self._closed.set()
 

@@ -18,7 +18,7 @@ from anyio import to_thread
 from anyio.abc import TaskGroup
 
 from lazypages.engine.tracers import Attach, Tracers
-from lazypages.loop.processes import Process, tracer_of
+from lazypages.loop.processes import Process, process_of, tracer_of
 from lazypages.wording import count
 
 if TYPE_CHECKING:
@@ -90,6 +90,11 @@ class TracedTasks:
         self._unknown = 0  # number of services whose process is unknown
         self._tasks: dict[int, int] = {}  # pids in the images, by pid in our namespace
         self._seen: dict[int, int] = {}  # tracers already handled, or the restorer's, by pid of the task
+        self._restorers: set[int] = set()
+
+    def restored_by(self, pid: int) -> None:
+        """The restorer has connected. It traces the tasks until they run; with it one that traces it (`strace -f`)."""
+        self._restorers = {pid, tracer_of(pid)}
 
     def restore_finished(self) -> None:
         """Start to watch. Before this, the restorer itself traces the tasks."""
@@ -127,6 +132,7 @@ class TracedTasks:
                     for process in self._processes.values():
                         tracers.watch(process.pid, watched=True)
                     self._watch_unknown()
+                    self._look_for_early(tracers)
                     if not tracers.told:
                         log.debug("the kernel does not report tracers: polling the tasks")
                         group.start_soon(self._poll, tracers)
@@ -137,6 +143,14 @@ class TracedTasks:
                 finally:
                     self._tracers = None
                     tracers.stop()
+
+    def _look_for_early(self, tracers: Tracing) -> None:
+        """One that has attached since the restore has finished, and before we watched: long on a busy machine."""
+        for process in self._processes.values():
+            tracer = tracer_of(process.pid)
+            self._seen[process.pid] = tracer
+            if tracer and process_of(tracer) not in self._restorers:
+                tracers.report(process.pid, tracer, process_of(tracer))
 
     async def _attached(self, attach: Attach, tracers: Tracing, group: TaskGroup) -> None:
         if not attach.pid:
@@ -192,8 +206,6 @@ class TracedTasks:
     # Where the kernel does not report tracers.
 
     async def _poll(self, tracers: Tracing) -> None:
-        for process in self._processes.values():
-            self._seen[process.pid] = tracer_of(process.pid)  # the restorer, if it has not detached yet
         while True:
             waiting = [
                 self._processes[pid]

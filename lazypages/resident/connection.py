@@ -19,6 +19,7 @@ from lazypages.control.descriptors import NoDescriptorError
 from lazypages.control.listener import discard, receive
 from lazypages.resident import protocol
 from lazypages.resident.protocol import Lines, Request, RequestError
+from lazypages.resident.users import User
 
 log = logging.getLogger("lazypages")
 
@@ -95,9 +96,13 @@ class Connection:
     """One client. ``execute`` carries out a request and returns the fields of its answer; it may raise RequestError."""
 
     def __init__(
-        self, peer: socket.socket, execute: Callable[[Request, Connection], Awaitable[dict[str, Any]]]
+        self,
+        peer: socket.socket,
+        user: User,
+        execute: Callable[[Request, Connection], Awaitable[dict[str, Any]]],
     ) -> None:
         """Takes ownership of the socket, also on failure. Raises OSError."""
+        self.user = user
         self._peer = peer
         self._execute = execute
         self._fds: deque[int] = deque()

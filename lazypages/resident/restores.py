@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ import anyio
 from anyio import to_thread
 
 from images_spec.errors import ImageError
+from images_spec.opening import OPEN
 from lazypages.control import descriptors
 from lazypages.control.listener import ControlSocket, discard
 from lazypages.engine.guard import Guard
@@ -34,9 +36,10 @@ from lazypages.loop.preparing import (
 from lazypages.loop.processes import Process
 from lazypages.loop.server import Server
 from lazypages.observe import summary
-from lazypages.observe.metrics import Summary
+from lazypages.observe.metrics import Summary, TaskReport
 from lazypages.observe.progress import watch_in_log
 from lazypages.resident.tracers import SharedTracers
+from lazypages.resident.users import User, acting_as, open_as
 from lazypages.sources.checkpoint import Expected
 
 log = logging.getLogger("lazypages")
@@ -44,6 +47,12 @@ log = logging.getLogger("lazypages")
 #: Descriptors of a restore beside those of its tasks, images and page servers: its control socket, its engine, and what
 #: watches for exits and tracers.
 DESCRIPTORS = 24
+
+#: Tables of a restore, in bytes: for each task, for each run of pages in its pagemap (observed: 74, with the bits
+#: of one page), and lazy pages for each byte of bits.
+BYTES_PER_TASK = 16 << 10
+BYTES_PER_EXTENT = 96
+PAGES_PER_BYTE = 2
 
 #: The restore that the running code works for, in its threads, too.
 CURRENT: ContextVar[Restore | None] = ContextVar("restore", default=None)
@@ -73,11 +82,12 @@ class Descriptor(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """What a client has asked for. Paths are absolute; ``fds``: descriptors that belong to the restore.
+    """What the client ``user`` has asked for. Paths are absolute; ``fds``: descriptors that belong to the restore.
 
     ``names``: of the images and the work directory in messages.
     """
 
+    user: User
     images: Path
     work: Path
     names: tuple[str, str]
@@ -86,9 +96,25 @@ class Asked(NamedTuple):
     trace: Path | None
     fds: Sequence[Descriptor]
 
+    def directory_fds(self) -> set[int]:
+        """Without sockets, whose numbers may be others' soon."""
+        return {fd for fd, *_ in self.fds if Path(f"/proc/self/fd/{fd}").is_dir()}
+
     def close(self) -> None:
         for descriptor in self.fds:
             descriptor.close()
+
+
+class Needs(NamedTuple):
+    """What a restore may need: file descriptors, and bytes for tables of its memory."""
+
+    descriptors: int
+    memory: int
+
+
+def _table_bytes(task: Expected) -> int:
+    extents = task.memory.nr_extents if task.memory else 0
+    return extents * BYTES_PER_EXTENT + task.lazy_pages // PAGES_PER_BYTE
 
 
 class Restore:
@@ -101,18 +127,17 @@ class Restore:
         *,
         guard: Guard,
         tracers: SharedTracers,
-        admit: Callable[[int], None],
+        admit: Callable[[Restore, Needs], None],
         say: Callable[..., None] | None,
     ) -> None:
-        """``admit`` raises LazyPagesError if so many more descriptors are too many.
+        """``admit`` raises LazyPagesError if the restore needs too much.
 
         ``say``: gets each log record of this restore; may be called in any thread.
         """
         self.number = number
         self.asked = asked
         self.say = say
-        #: Descriptors that this restore may need.
-        self.descriptors = 0
+        self.needs = Needs(0, 0)
         #: Set when a restorer may connect, or when that has failed.
         self.started = anyio.Event()
         self.ended = anyio.Event()
@@ -159,6 +184,8 @@ class Restore:
 
     async def run(self) -> None:
         CURRENT.set(self)
+        if not self.asked.user.is_privileged:
+            OPEN.set(partial(open_as, self.asked.user, directories=self.asked.directory_fds()))
         try:
             await self._serve()
         except (LazyPagesError, ImageError) as error:
@@ -187,7 +214,8 @@ class Restore:
         self.tasks = len(with_memory(expected))
         with ExitStack() as stack:
             # in this thread: while it binds, it changes the umask of the process
-            control = stack.enter_context(ControlSocket(asked.work))
+            with acting_as(asked.user):
+                control = stack.enter_context(ControlSocket(asked.work, [asked.user.uid]))
             if asked.trace:
                 tracer = stack.enter_context(open_tracer(asked.trace, asked.images, expected))
                 options = options._replace(trace=tracer.ring)
@@ -206,9 +234,11 @@ class Restore:
         expected = read_checkpoint(asked.images, asked.options, asked.directories)
         alive = with_memory(expected)
         files = {file.fd for task in alive.values() if task.memory for file in task.memory.files}
-        needed = len(files) + DESCRIPTORS + descriptors.needed(len(alive), len(asked.options.page_servers))
-        self._admit(needed)
-        self.descriptors = needed
+        needs = Needs(
+            len(files) + DESCRIPTORS + descriptors.needed(len(alive), len(asked.options.page_servers)),
+            sum(BYTES_PER_TASK + _table_bytes(task) for task in alive.values()),
+        )
+        self._admit(self, needs)
         options = identified(asked.options, asked.images)
         check_certificates(options)
         return expected, options
@@ -234,7 +264,7 @@ class Restore:
         if self._server:
             self.held = self._server.held
         self._server = None
-        self.descriptors = 0
+        self.needs = Needs(0, 0)
         self._seconds = time.monotonic() - self._begun
         if self._exported:
             ended = "complete" if self.exit_status == 0 else "failed"
@@ -281,16 +311,20 @@ class Restore:
     def summary(self) -> Summary | None:
         return self._server.summary() if self._server else self._result
 
+    def task_reports(self) -> Sequence[TaskReport]:
+        numbers = self.summary()
+        return numbers.tasks if numbers else ()
+
     def status(self) -> dict[str, Any]:
         """Numbers for a list of all restores."""
-        numbers = self.summary()
         ended = self.ended.is_set()
-        tasks = numbers.tasks if numbers else ()
+        tasks = self.task_reports()
         return {
             "restore": self.number,
             "state": self.state,
             "exit": self.exit_status if ended else None,
             "error": self.error,
+            "user": self.asked.user.uid,
             "images": self.asked.names[0],
             "work": self.asked.names[1],
             "tasks": {"expected": self.tasks, "served": len(tasks)},

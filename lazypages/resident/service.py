@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import stat
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -15,14 +16,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import anyio
+import anyio.lowlevel
 from anyio import to_thread
 from anyio.abc import TaskGroup, TaskStatus
 
 from lazypages import __version__
 from lazypages.control import descriptors
 from lazypages.control.descriptors import NONE_LEFT
-from lazypages.control.listener import CREDENTIALS, SOCKET_NAME, left_open
+from lazypages.control.listener import SOCKET_NAME, close_unread, left_open
 from lazypages.engine.guard import Guard
+from lazypages.engine.memory import PAGE_SIZE
 from lazypages.errors import LazyPagesError
 from lazypages.export.exporter import Exporter
 from lazypages.export.options import MAX_SCRAPERS
@@ -37,8 +40,10 @@ from lazypages.resident import protocol
 from lazypages.resident.connection import Connection
 from lazypages.resident.log_lines import Follower
 from lazypages.resident.protocol import Fd, Place, Request, RequestError
-from lazypages.resident.restores import Asked, Descriptor, Restore
+from lazypages.resident.restores import Asked, Descriptor, Needs, Restore
 from lazypages.resident.tracers import SharedTracers
+from lazypages.resident.users import User, open_as
+from lazypages.wording import count, size
 
 if TYPE_CHECKING:
     from lazypages.net.url import PageServerAddress
@@ -63,11 +68,23 @@ ACCEPT_PAUSE = 0.2
 FAREWELL = 5.0
 
 
+#: How a source begins that needs no connection (lazypages.net.names).
+LOCAL_PREFIX = "local:"
+
+#: A user who is neither root nor the daemon's may use one of so many parts of each limit.
+USER_PARTS = 4
+
+
 class Limits(NamedTuple):
-    """``descriptors``: RLIMIT_NOFILE of this process."""
+    """``descriptors``: RLIMIT_NOFILE of this process. ``memory``: bytes for tables; None: any number.
+
+    ``all_users``: users other than root and the daemon's may connect, too.
+    """
 
     restores: int
     descriptors: int
+    memory: int | None = None
+    all_users: bool = False
 
 
 class Service:
@@ -97,6 +114,7 @@ class Service:
         self._next = 1
         self._closing = False
         self._drained = anyio.Event()
+        self._admitting = threading.Lock()
         self._to_sweep = anyio.Event()
         self._own = len(os.listdir("/proc/self/fd")) + descriptors.DAEMON + 2 * MAX_CLIENTS
         if exporter:
@@ -151,28 +169,33 @@ class Service:
                 await anyio.sleep(ACCEPT_PAUSE)
                 continue
             peer.setblocking(False)
-            if refusal := self._refusal(peer):
-                log.warning("refused a client: %s", refusal)
-                with suppress(OSError):
-                    peer.send(protocol.encode(protocol.refusal(None, refusal)), socket.MSG_NOSIGNAL)
-                peer.close()
-                continue
             try:
-                connection = Connection(peer, self._execute)
+                user = User.of(peer)
+                if refusal := self._refusal(user):
+                    log.warning("refused a client: %s", refusal)
+                    with suppress(OSError):
+                        peer.send(protocol.encode(protocol.refusal(None, refusal)), socket.MSG_NOSIGNAL)
+                    peer.close()
+                    continue
+                connection = Connection(peer, user, self._execute)
             except OSError as error:
+                peer.close()
                 log.error("cannot accept a client: %s", error.strerror)
                 continue
             self._connections.add(connection)
             self._group.start_soon(self._serve_client, connection)
 
-    def _refusal(self, peer: socket.socket) -> RequestError | None:
-        _pid, uid, _gid = CREDENTIALS.unpack(
-            peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, CREDENTIALS.size)
-        )
-        own = os.geteuid()
-        if uid not in {0, own}:
+    def _refusal(self, user: User) -> RequestError | None:
+        if not user.is_privileged and not self._limits.all_users:
             return RequestError(
-                "refused", f"user {uid} may not use this daemon: only root and its own user ({own}) may"
+                "refused",
+                f"user {user.uid} may not use this daemon: only root and its own user ({os.geteuid()}) may; "
+                "`lazypages daemon --all-users` admits others",
+            )
+        theirs = sum(connection.user.uid == user.uid for connection in self._connections)
+        if not user.is_privileged and theirs >= MAX_CLIENTS // USER_PARTS:
+            return RequestError(
+                "limit", f"user {user.uid} has {theirs} clients connected already: try again later"
             )
         if len(self._connections) >= MAX_CLIENTS:
             return RequestError("limit", f"{MAX_CLIENTS} clients are connected already: try again later")
@@ -188,33 +211,38 @@ class Service:
             self._to_sweep.set()  # it may have left descriptors that it has sent
 
     async def _execute(self, request: Request, connection: Connection) -> dict[str, Any]:
+        restore_of = partial(self._restore, connection.user)
         match request.command:
             case protocol.Serve() as command:
                 return await self._serve(request.id, command, connection)
             case protocol.Status(number):
-                return self._status() if number is None else _result(self._restore(number))
+                return self._status(connection.user) if number is None else _result(restore_of(number))
             case protocol.Complete(number):
-                self._restore(number).complete()
+                restore_of(number).complete()
                 return {}
             case protocol.First(number, pid, start, end):
+                restore = restore_of(number)
                 try:
-                    self._restore(number).bring_first(pid, start, end)
+                    restore.bring_first(pid, start, end)
                 except LazyPagesError as error:
                     raise RequestError("failed", str(error)) from None
                 return {}
             case protocol.Stop(number, now):
-                await self._restore(number).stop(now=now)
+                await restore_of(number).stop(now=now)
                 return {}
             case protocol.Wait(number):
-                restore = self._restore(number)
+                restore = restore_of(number)
                 await restore.ended.wait()
                 return _result(restore)
             case protocol.Shutdown(now):
+                if not connection.user.is_privileged:
+                    raise RequestError("refused", "only root and the daemon's own user may end it")
                 nr = len(self._active)
                 self._group.start_soon(partial(self._end, now=now))
                 return {"restores": nr}
 
-    def _status(self) -> dict[str, Any]:
+    def _status(self, user: User) -> dict[str, Any]:
+        memory = sum(restore.needs.memory for restore in self._active.values())
         return {
             "protocol": protocol.VERSION,
             "version": __version__,
@@ -223,13 +251,18 @@ class Service:
             "limits": {
                 "restores": {"used": len(self._active), "max": self._limits.restores},
                 "descriptors": {"used": self._descriptors(), "max": self._limits.descriptors},
+                "memory": {"used": memory, "max": self._limits.memory},
             },
-            "restores": [restore.status() for restore in (*self._ended.values(), *self._active.values())],
+            "restores": [
+                restore.status()
+                for restore in (*self._ended.values(), *self._active.values())
+                if _may_see(user, restore)
+            ],
         }
 
-    def _restore(self, number: int) -> Restore:
+    def _restore(self, user: User, number: int) -> Restore:
         restore = self._active.get(number) or self._ended.get(number)
-        if restore is None:
+        if restore is None or not _may_see(user, restore):
             raise RequestError(
                 "not-found",
                 f"there is no restore {number}; of those that have ended, the last {MAX_ENDED} are known",
@@ -239,19 +272,47 @@ class Service:
     # Restores.
 
     def _descriptors(self) -> int:
-        return self._own + sum(restore.descriptors for restore in self._active.values())
+        return self._own + sum(restore.needs.descriptors for restore in self._active.values())
 
-    def _admit(self, needed: int) -> None:
-        """Raises RequestError."""
-        used = self._descriptors()
-        if used + needed > self._limits.descriptors:
-            raise RequestError(
-                "limit",
-                f"too few file descriptors: this restore needs up to {needed}, {used} of {self._limits.descriptors} are"
-                " taken: try again when other restores have ended, or start the daemon with a higher --max-descriptors",
-            )
+    def _admit(self, restore: Restore, needs: Needs) -> None:
+        """Raises RequestError. In a thread: another restore may be admitted at the same time."""
+        with self._admitting:
+            used = self._descriptors()
+            memory = sum(other.needs.memory for other in self._active.values())
+            if used + needs.descriptors > self._limits.descriptors:
+                raise RequestError(
+                    "limit",
+                    f"too few file descriptors: this restore needs up to {needs.descriptors}, {used} of "
+                    f"{self._limits.descriptors} are taken: try again when other restores have ended, or start the "
+                    "daemon with a higher --max-descriptors",
+                )
+            if self._limits.memory is not None and memory + needs.memory > self._limits.memory:
+                raise RequestError(
+                    "limit",
+                    f"too little memory for tables: this restore needs {size(needs.memory)}, {size(memory)} of "
+                    f"{size(self._limits.memory)} are taken: try again when other restores have ended, or start the "
+                    "daemon with a higher --max-memory",
+                )
+            self._admit_user(restore.asked.user, needs)
+            restore.needs = needs
 
-    def _check_admission(self) -> None:
+    def _admit_user(self, user: User, needs: Needs) -> None:
+        """Raises RequestError if one who is not privileged would have too large a part."""
+        if user.is_privileged:
+            return
+        theirs = [other.needs for other in self._active.values() if other.asked.user.uid == user.uid]
+        for what, used, most in (
+            ("file descriptors", sum(one.descriptors for one in (*theirs, needs)), self._limits.descriptors),
+            ("bytes for tables", sum(one.memory for one in (*theirs, needs)), self._limits.memory),
+        ):
+            if most is not None and used > most // USER_PARTS:
+                raise RequestError(
+                    "limit",
+                    f"user {user.uid} would have {used:,} {what}, and may have {most // USER_PARTS:,}: try again when "
+                    "another restore of this user has ended",
+                )
+
+    def _check_admission(self, user: User) -> None:
         """Raises RequestError if no other restore can be served now."""
         if self._closing:
             raise RequestError("closing", "the daemon completes its restores and ends: start another one")
@@ -261,15 +322,25 @@ class Service:
                 f"{len(self._active)} restores are served, which is the limit: try again when one has ended, or start "
                 "the daemon with a higher --max-restores",
             )
+        theirs = sum(restore.asked.user.uid == user.uid for restore in self._active.values())
+        if not user.is_privileged and theirs >= max(1, self._limits.restores // USER_PARTS):
+            raise RequestError(
+                "limit", f"user {user.uid} has {theirs} restores: try again when one of them has ended"
+            )
 
     async def _serve(self, number: Any, command: protocol.Serve, connection: Connection) -> dict[str, Any]:
-        self._check_admission()
+        self._check_admission(connection.user)
         # in a thread, because a file system may hang
-        asked = await to_thread.run_sync(_asked, command, connection, limiter=anyio.CapacityLimiter(1))
+        fds: list[Descriptor] = []
         try:
-            self._check_admission()
-        except RequestError:
-            asked.close()
+            asked = await to_thread.run_sync(
+                _asked, command, connection, fds, limiter=anyio.CapacityLimiter(1)
+            )
+            await anyio.lowlevel.checkpoint()  # the client may have gone
+            self._check_admission(connection.user)
+        except BaseException:
+            for descriptor in fds:
+                descriptor.close()
             raise
         say = Follower(connection.outbox, number, command.log) if command.log else None
         restore = Restore(
@@ -315,6 +386,7 @@ class Service:
             self._to_sweep = anyio.Event()
             gc.collect()  # images stay open and mapped as long as their objects live
             while True:
+                close_unread()
                 while left_open:
                     self._guard.leave(left_open.popleft())
                 left = self._guard.close_gone()
@@ -328,15 +400,17 @@ class Service:
     # The end.
 
     async def _handle_signals(self, *, task_status: TaskStatus[None]) -> None:
+        """The first one completes, also if `shutdown` has begun that already; any other one kills."""
+        now = False
         with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
             task_status.started()
             async for _signal in signals:
-                self._group.start_soon(partial(self._end, now=self._closing))
+                self._group.start_soon(partial(self._end, now=now))
+                now = True
 
     async def _end(self, *, now: bool) -> None:
         """Admit no restore, complete those that there are (`now`: kill tasks that miss pages); then `run` returns."""
-        if not self._closing:
-            log.log(MESSAGE, "ending; restores that are served: %d", len(self._active))
+        self._say_ending(now=now)
         self._closing = True
         if not self._active:
             self._drained.set()
@@ -344,33 +418,46 @@ class Service:
             for restore in self._active.values():
                 group.start_soon(partial(restore.stop, now=now))
 
+    def _say_ending(self, *, now: bool) -> None:
+        pages = sum(task.pending for restore in self._active.values() for task in restore.task_reports())
+        if now:
+            log.error("ending at once: killing the tasks that miss pages")
+        elif self._closing:
+            log.error(
+                "ending already: waiting for %s with %s (%s) to go; a second Ctrl-C (SIGINT, SIGTERM) kills the "
+                "tasks instead",
+                count(len(self._active), "restore"),
+                count(pages, "page"),
+                size(pages * PAGE_SIZE),
+            )
+        else:
+            log.log(MESSAGE, "ending; restores that are served: %d", len(self._active))
+
 
 def _result(restore: Restore) -> dict[str, Any]:
     numbers = restore.summary()
     return {**restore.status(), "summary": None if numbers is None else numbers.as_dict()}
 
 
-def _asked(command: protocol.Serve, connection: Connection) -> Asked:
-    """What a request asks for. Raises RequestError; then the descriptors that it names are closed."""
-    fds: list[Descriptor] = []
+def _asked(command: protocol.Serve, connection: Connection, fds: list[Descriptor]) -> Asked:
+    """What a request asks for. Adds the descriptors that it names to `fds`, also on failure. Raises RequestError."""
 
     def take() -> int:
         fd = connection.take_fd()
         fds.append(Descriptor.of(fd))
         return fd
 
-    try:
-        images, images_name = _directory("images", command.images, take)
-        _check_inventory(images, images_name)
-        work, work_name = (
-            (images, images_name) if command.work is None else _directory("work", command.work, take)
-        )
-        options, directories = _sources(command, take)
-    except BaseException:
-        for descriptor in fds:
-            descriptor.close()
-        raise
+    user = connection.user
+    if not user.is_privileged:
+        _check_allowed(command)
+    images, images_name = _directory("images", command.images, user, take, fds)
+    _check_inventory(images, images_name, user, fds)
+    work, work_name = (
+        (images, images_name) if command.work is None else _directory("work", command.work, user, take, fds)
+    )
+    options, directories = _sources(command, take)
     return Asked(
+        user,
         images,
         work,
         (images_name, work_name),
@@ -381,7 +468,24 @@ def _asked(command: protocol.Serve, connection: Connection) -> Asked:
     )
 
 
-def _directory(what: str, place: Place, take: Callable[[], int]) -> tuple[Path, str]:
+def _check_allowed(command: protocol.Serve) -> None:
+    """What the daemon would do with its own rights is not for other users. Raises RequestError."""
+    addresses = [
+        place for place in command.sources if isinstance(place, str) and not place.startswith(LOCAL_PREFIX)
+    ]
+    if addresses or command.tls:
+        raise RequestError(
+            "refused",
+            "the daemon connects to no page server for this user: connect to it, and send the socket "
+            '(--ps-socket; in "sources": {"fd": true})',
+        )
+    if command.trace is not None:
+        raise RequestError("refused", "the daemon writes no trace for this user: use lazypages serve --trace")
+
+
+def _directory(
+    what: str, place: Place, user: User, take: Callable[[], int], fds: list[Descriptor]
+) -> tuple[Path, str]:
     """A directory, and its name for messages."""
     if isinstance(place, Fd):
         fd = take()
@@ -389,6 +493,15 @@ def _directory(what: str, place: Place, take: Callable[[], int]) -> tuple[Path, 
         if not stat.S_ISDIR(os.fstat(fd).st_mode):
             raise RequestError("bad-request", f'serve: the descriptor for "{what}" is not a directory')
         return path, os.readlink(path)
+    if not user.is_privileged:
+        try:
+            fd = open_as(user, place, flags=os.O_PATH | os.O_DIRECTORY)
+        except OSError as error:
+            raise RequestError(
+                "failed", f"{place}: user {user.uid} can't open it: {error.strerror}"
+            ) from None
+        fds.append(Descriptor.of(fd))
+        return Path(f"/proc/self/fd/{fd}"), place
     path = Path(place)
     if not path.is_dir():
         why = "is not a directory" if path.exists() else "does not exist"
@@ -396,9 +509,21 @@ def _directory(what: str, place: Place, take: Callable[[], int]) -> tuple[Path, 
     return path, place
 
 
-def _check_inventory(images: Path, name: str) -> None:
-    if not (images / "inventory.img").exists():
+def _check_inventory(images: Path, name: str, user: User, fds: Sequence[Descriptor]) -> None:
+    inventory = images / "inventory.img"
+    if not user.is_privileged:
+        try:
+            os.close(open_as(user, inventory, {descriptor.fd for descriptor in fds}))
+        except OSError as error:
+            raise RequestError(
+                "failed", f"{name}/inventory.img: user {user.uid} can't read it: {error.strerror}"
+            ) from None
+    elif not inventory.exists():
         raise RequestError("failed", f"{name} is not a checkpoint: inventory.img not found")
+
+
+def _may_see(user: User, restore: Restore) -> bool:
+    return user.is_privileged or user.uid == restore.asked.user.uid
 
 
 def _sources(command: protocol.Serve, take: Callable[[], int]) -> tuple[ServeOptions, Sequence[Path]]:

@@ -6,9 +6,11 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,6 +18,7 @@ from lazypages.cli.served import incomplete, wait_until_complete
 from tests.support.compiling import compiled
 from tests.support.criu import Criu
 from tests.support.processes import Server, descendants, nothing_left, reap, start, wait_for
+from tests.support.resident import daemon as resident_daemon
 from tests.support.restore import Checkpoint, Checkpoints, Daemon, lazy_restore, our_daemon
 
 REAL = Criu("4.2")
@@ -97,8 +100,9 @@ def test_what_looks_like_ours_and_is_not(words: Sequence[str], tmp_path: Path) -
     assert said.read_text().split("\n")[:-1] == words
 
 
+@pytest.mark.parametrize("ignored", [False, True], ids=["default", "ignored"])
 @pytest.mark.parametrize("locale", [{}, {"PYTHONCOERCECLOCALE": "warn", "real": "7", "word": "8"}])
-def test_python_leaves_no_trace_in_criu(locale: Mapping[str, str], tmp_path: Path) -> None:
+def test_python_leaves_no_trace_in_criu(locale: Mapping[str, str], ignored: bool, tmp_path: Path) -> None:
     """The ignored signals and the environment of a dump are those of a command without Python."""
     said = tmp_path / "said"
     real = tmp_path / "real"
@@ -108,9 +112,12 @@ def test_python_leaves_no_trace_in_criu(locale: Mapping[str, str], tmp_path: Pat
     environment = {"PATH": os.environ["PATH"], **locale}
     seen = []
     for command in ([real, "dump"], [shim, "check"], [shim, "dump"]):
-        subprocess.run(command, env=environment, check=True, timeout=30)
+        # we ignore SIGPIPE and SIGXFSZ, as Python does
+        subprocess.run(command, env=environment, check=True, timeout=30, restore_signals=not ignored)
         seen.append(said.read_bytes())
     assert seen[0].startswith(b"SigIgn:")
+    mask = int(seen[0].split()[1], 16)
+    assert bool(mask >> (signal.SIGPIPE - 1) & 1) == ignored
     assert seen[1] == seen[0]
     assert seen[2] == seen[0]
 
@@ -172,6 +179,28 @@ def test_lazy_pages_is_ours(shim: Path, checkpoints: Checkpoints, tmp_path: Path
     assert "tasks in" in (tmp_path / "serve.log").read_text()
 
 
+def test_lazy_pages_by_the_resident_daemon(shim: Path, checkpoints: Checkpoints, tmp_path: Path) -> None:
+    """The one that LAZYPAGES_VIA names; it is an error if that does not run."""
+    checkpoint = checkpoints.get(REAL, "single")
+    environment = os.environ | {"LAZYPAGES_VIA": str(tmp_path / "daemon.socket")}
+    command = [str(shim), "lazy-pages", "-D", str(checkpoint.images), "-W", str(tmp_path), "-v4"]
+    done = subprocess.run(command, env=environment, check=False, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 1
+    assert "no daemon at" in done.stderr
+    with resident_daemon(tmp_path) as resident:
+        with Server(command, output=tmp_path / "output", env=environment) as server:
+            server.wait_ready()
+            REAL.restore(checkpoint.images, work=tmp_path)
+            checkpoint.forget_results()
+            wait_for(
+                "the restore to be served", lambda: resident.status()[1]["state"] in {"serving", "ended"}
+            )
+            os.kill(checkpoint.pid, signal.SIGKILL)
+            reap(checkpoint.pid)
+            assert server.wait() in {0, 1}  # it may have been complete
+        assert resident.status()[1]["state"] == "ended"
+
+
 @pytest.mark.parametrize("release", ["4.1", "4.2"])
 def test_configurations_are_read_as_by_criu(release: str, checkpoints: Checkpoints, tmp_path: Path) -> None:
     """Where the socket is, of the real one and of ours: options come from four files and the command line."""
@@ -223,10 +252,18 @@ def test_page_server_if_asked(tmp_path: Path) -> None:
         server.wait(30)
 
 
-def check_images(checkpoint: Checkpoint, images: Path, work: Path) -> None:
+@dataclass(frozen=True)
+class WithoutCgroups(Criu):
+    """Leaves the tasks in the cgroups of the caller."""
+
+    def run(self, action: str, *arguments: str | Path, **options: Any) -> int:
+        return super().run(action, "--manage-cgroups=ignore", *arguments, **options)
+
+
+def check_images(checkpoint: Checkpoint, images: Path, work: Path, criu: Criu = REAL) -> None:
     work.mkdir()
     checkpoint.forget_results()
-    again = Checkpoint(REAL, checkpoint.scenario, checkpoint.pid, images, checkpoint.results)
+    again = Checkpoint(criu, checkpoint.scenario, checkpoint.pid, images, checkpoint.results)
     with lazy_restore(again, our_daemon(), work) as restored:
         restored.check_all()
 
@@ -274,6 +311,69 @@ def test_a_dump_waits_where_no_daemon_makes_it_wait(
         reap(checkpoint.pid)
         assert restored.server.wait() == 0
     check_images(checkpoint, images, tmp_path / "again")
+
+
+@contextmanager
+def frozen(pid: int) -> Iterator[Path]:
+    """A cgroup, frozen, that has only this process."""
+    parent = Path("/sys/fs/cgroup/freezer")
+    file, freeze, thaw = "freezer.state", "FROZEN", "THAWED"
+    if not parent.exists():
+        parent, file, freeze, thaw = parent.parent, "cgroup.freeze", "1", "0"
+    group = parent / f"lazypages-test-{os.getpid()}"
+    group.mkdir()
+    try:
+        (group / "cgroup.procs").write_text(str(pid))
+        (group / file).write_text(freeze)
+        yield group
+    finally:
+        (group / file).write_text(thaw)
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        wait_for("the cgroup to be empty", lambda: not (group / "cgroup.procs").read_text())
+        group.rmdir()
+
+
+def test_a_dump_of_a_frozen_task(shim: Path, checkpoints: Checkpoints, tmp_path: Path) -> None:
+    """As a container that is paused. It gets its memory without running."""
+    checkpoint = checkpoints.get(REAL, "single")
+    images = tmp_path / "images"
+    images.mkdir()
+    with (
+        lazy_restore(checkpoint, our_daemon("--no-background"), tmp_path) as restored,
+        frozen(checkpoint.pid) as group,
+    ):
+        Shim("4.2", shim).dump(checkpoint.pid, images, "--freeze-cgroup", group)
+        assert f"criu-shim: waiting: process {checkpoint.pid}" in (images / "dump.out").read_text()
+        reap(checkpoint.pid)
+        assert restored.server.wait() == 0
+    check_images(checkpoint, images, tmp_path / "again", WithoutCgroups("4.2"))
+
+
+def test_ctrl_c_while_a_dump_waits(tmp_path: Path) -> None:
+    """Ends the shim, and CRIU never starts; the task goes on, traced by nobody."""
+    said, started, real = tmp_path / "said", tmp_path / "started", tmp_path / "real"
+    real.write_text(f"#!/bin/sh\ntouch {started}\n")
+    real.chmod(0o755)
+    shim = install(tmp_path / "bin", real)
+    with nothing_left():
+        start([compiled(SERVED)], output=said)
+        wait_for("the child", lambda: said.read_text().count("\n") == 1)
+        child = int(said.read_text())
+        waiting = start(
+            [str(shim), "dump", "-t", str(child)],
+            output=tmp_path / "output",
+            # a background job ignores it, and so would the shim
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
+        wait_for("the tracer", lambda: is_traced_by(waiting.pid, child))
+        os.killpg(waiting.pid, signal.SIGINT)
+        assert waiting.wait(30) == -signal.SIGINT
+        wait_for("its end", lambda: "TracerPid:\t0\n" in Path(f"/proc/{child}/status").read_text())
+        os.kill(child, signal.SIGUSR1)
+        wait_for("its signal", lambda: said.read_text().count("signal\n") == 1)
+        assert "Traceback" not in (tmp_path / "output").read_text()
+        assert not started.exists()
 
 
 WAIT = "from lazypages.cli.served import *; wait_until_complete(int(__import__('sys').argv[1]), print)"

@@ -914,6 +914,23 @@ def test_no_events_about_closed_tasks(file: PagesFile) -> None:
         service.wait(TaskEventKind.COMPLETE, fork.task)
 
 
+def test_what_is_closed_says_whether_its_uffd_stays(file: PagesFile) -> None:
+    """Only that of a task that misses pages and lives."""
+    with Service() as service:
+        _, incomplete = service.mapped(file, (BASE, 64))
+        incomplete.close()
+        assert incomplete.left_open
+        task, complete = service.mapped(file, (BASE, 8))
+        task.check(BASE, 8, file.first_id)
+        service.wait(TaskEventKind.COMPLETE, complete)
+        complete.close()
+        assert not complete.left_open
+        task, killed = service.mapped(file, (BASE, 64))
+        task.close()
+        killed.close()
+        assert not killed.left_open
+
+
 def test_tasks_closed_while_others_fault(file: PagesFile) -> None:
     """A hundred come, are served and closed, beside one that keeps the engine busy."""
     with Service() as service:

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -255,6 +256,86 @@ print("ready", flush=True)
         wait_for("the tracer to stand still", lambda: state_of(tracer.pid) == "t")
         holder.kill()
         assert tracer.wait(30) == 0
+
+
+#: A daemon's watch for tracers of all processes. Says what it is told, and releases a tracer for each line of input.
+WATCHES = """
+import select, sys, threading
+from lazypages.engine.tracers import Tracers
+with Tracers() as tracers:
+    tracers.watch(0, watched=True)
+    thread = threading.Thread(target=tracers.run)
+    thread.start()
+    print("ready", flush=True)
+    while True:
+        readable = select.select([sys.stdin, tracers.event_fd], [], [])[0]
+        if tracers.event_fd in readable:
+            for attach in tracers.take():
+                if attach.pid == int(sys.argv[1]):
+                    print("attach", attach.pid, attach.tracer, attach.owner, attach.error, flush=True)
+                elif not attach.error:
+                    tracers.release(attach.tracer)  # of another test on this machine
+        if sys.stdin in readable:
+            line = sys.stdin.readline()
+            if not line:
+                break
+            tracers.release(int(line))
+    tracers.stop()
+    thread.join()
+"""
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_two_daemons_hold_one_tracer(first: int, tmp_path: Path) -> None:
+    """It goes on when both have released it; and they do not hold each other."""
+    with nothing_left():
+        target = start(["sleep", "infinity"])
+        said = [tmp_path / "0", tmp_path / "1"]
+        daemons = []
+        for path in said:
+            with path.open("wb") as output:
+                command = [sys.executable, "-c", WATCHES, str(target.pid)]
+                daemons.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=output, text=True))
+            wait_for("a daemon", lambda path=path: path.read_text() == "ready\n")
+        tracer = start([sys.executable, TRACER, str(target.pid)])
+        attach = f"ready\nattach {target.pid} {tracer.pid} {tracer.pid} 0\n"
+        for path in said:
+            wait_for("it to be held", lambda path=path: path.read_text() == attach)
+        assert state_of(tracer.pid) == "t"
+
+        def release(number: int) -> None:
+            stdin = daemons[number].stdin
+            assert stdin
+            stdin.write(f"{tracer.pid}\n")
+            stdin.flush()
+
+        release(first)
+        time.sleep(0.3)
+        assert state_of(tracer.pid) == "t"
+        release(1 - first)
+        assert tracer.wait(30) == 0
+        assert [path.read_text() for path in said] == [attach] * 2
+        for daemon in daemons:
+            assert daemon.stdin
+            daemon.stdin.close()
+            assert daemon.wait(30) == 0
+
+
+@newer
+def test_two_daemons_with_forked_children(criu: Criu, tmp_path: Path) -> None:
+    """Each makes every tracer on the machine wait for a moment, and would make the other wait."""
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        folder.mkdir()
+    with onlooked(criu, folders[0], LAZY) as one:
+        child = one.ask(signal.SIGUSR2)
+        with onlooked(criu, folders[1], LAZY) as two:
+            two.ask(signal.SIGUSR2)
+            assert one.trace(child) == "0 0"
+            assert two.trace(two.pid) == "0 0"
+            for task in (one, two):
+                assert task.server.wait() == 0
+                assert "could not be stopped" not in task.log
 
 
 def state_of(pid: int) -> str:

@@ -8,9 +8,11 @@ byte is right, or the engine says that the task can't go on (BROKEN), which cost
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +61,7 @@ def load(folder: Path) -> Any:
     return module.lib
 
 
-def run(lib: Any, scenario: Callable[[Callable[[], None]], bool]) -> None:
+def run(lib: Any, scenario: Callable[[Callable[[], None]], bool], check: Callable[[], None]) -> None:
     """`scenario` calls what it is given when allocations may fail; whether the task was said to be broken."""
     for times in TIMES:
         after = broken = 0
@@ -73,6 +75,7 @@ def run(lib: Any, scenario: Callable[[Callable[[], None]], bool]) -> None:
             result = scenario(begin)
             failed = int(lib.failed_memory())
             lib.failing_memory(0, 0)
+            check()
             assert started.is_set()
             assert failed or not result, "broken, though all memory was there"
             broken += result
@@ -86,9 +89,22 @@ def run(lib: Any, scenario: Callable[[Callable[[], None]], bool]) -> None:
 def main() -> None:
     folder, name = Path(sys.argv[1]), sys.argv[2]
     lib = load(folder)
-    from tests.support import failing_scenarios
+    from lazypages.engine.guard import Guard
+    from tests.support import failing_scenarios, uffd
 
-    run(lib, getattr(failing_scenarios, name))
+    with Guard(2) as guard:
+        uffd.Service.guard = guard
+        run(lib, getattr(failing_scenarios, name), lambda: check_descriptors(guard))
+
+
+def check_descriptors(guard: Any) -> None:
+    """The service has ended: the guard knows of each uffd that is still open."""
+    left = guard.close_gone()
+    links = []
+    for name in os.listdir("/proc/self/fd"):
+        with suppress(FileNotFoundError):
+            links.append(os.readlink(f"/proc/self/fd/{name}"))
+    assert links.count("anon_inode:[userfaultfd]") == left
 
 
 if __name__ == "__main__":

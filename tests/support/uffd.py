@@ -21,6 +21,7 @@ from lazypages.engine._uffd import ffi
 from lazypages.engine.engine import Engine
 from lazypages.engine.errors import BusyError, TaskGoneError
 from lazypages.engine.events import TaskEvent, TaskEventKind
+from lazypages.engine.guard import Guard
 from lazypages.engine.memory import MappedFile, TaskMemory
 from lazypages.engine.task import ServedTask
 from lazypages.observe.tracing import Ring
@@ -256,8 +257,11 @@ class Transfer(threading.Thread):
 class Service:
     """An engine in a thread of its own. Ends tasks, transfers and engine in the right order on the way out."""
 
+    #: Of all engines of the process; None: without one.
+    guard: Guard | None = None
+
     def __init__(self, trace: Ring | None = None) -> None:
-        self.engine = Engine(trace)
+        self.engine = Engine(trace, self.guard)
         self.events: list[TaskEvent] = []
         self._taken = 0
         self._tasks: list[Task] = []

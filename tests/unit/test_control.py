@@ -481,6 +481,32 @@ def test_a_uffd_that_nobody_has_read_stays_open(tmp_path: Path, taken: bool) -> 
     os.close(reader)
 
 
+@pytest.mark.parametrize("taken", [False, True])
+def test_closed_as_soon_as_a_descriptor_is_free(tmp_path: Path, taken: bool) -> None:
+    """While no number is free for a uffd in its queue, a connection stays open, and so does the socket."""
+    uffd = int(lib.syscall(lib.SYS_userfaultfd, ffi.cast("int", os.O_CLOEXEC | os.O_NONBLOCK)))
+    before, left = open_fds(), len(control_socket.left_open)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with ControlSocket(tmp_path) as control, connect(control.path) as peer:
+        peer.sendall(word(5))
+        send_fds(peer, uffd)
+        caller = control.take() if taken else None
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+        try:
+            if caller:
+                control_socket.hang_up(caller[0])
+            control.close()
+            control_socket.close_unread()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        assert len(control_socket.left_open) == left
+        control_socket.close_unread()
+        assert len(control_socket.left_open) == left + 1
+        os.close(control_socket.left_open.pop())
+    assert open_fds() == before
+    os.close(uffd)
+
+
 def test_nothing_stays_open(tmp_path: Path) -> None:
     before = open_fds()
     with ControlSocket(tmp_path), pytest.raises(ControlError):
