@@ -87,7 +87,7 @@ def _places(row: Row, data: TraceData) -> Figure:
         for low, high in row.addresses.bands():
             figure.add_hrect(low, high, fillcolor="#f4f4f4", line_width=0, layer="below")
     else:
-        figure.update_yaxes(title="memory, in order of arrival", tickformat="d")
+        figure.update_yaxes(title="memory, in order of arrival", tick0=1, dtick=1)
     figure.update_xaxes(range=data.span, title=f"{data.unit} since the first fault or transfer")
     return _laid_out(figure)
 
@@ -164,7 +164,8 @@ def _latencies(row: Row) -> Figure:
                 hovertemplate="%{y:.3%} took longer than %{x:.4g} us<extra></extra>",
             )
         )
-    figure.update_xaxes(type="log", title="answered in, us", exponentformat="none", dtick=1)
+    # All latencies may be within one decade: also 2 and 5 get a number.
+    figure.update_xaxes(type="log", title="answered in, us", exponentformat="none", dtick="D2")
     figure.update_yaxes(type="log", title="share that took longer", exponentformat="none", dtick=1)
     return _laid_out(figure)
 
