@@ -118,7 +118,7 @@ class Row:
 
 
 #: Share of the drawn time that the end of the restore may be before or after it.
-_FAR = 0.25
+_FAR = 1.0
 
 
 class TraceData:

@@ -21,6 +21,9 @@ _MOST_MARKS = 5_000
 _DETAILS = {Kind.ANSWERED: "answered in", Kind.BROUGHT: "copied in", Kind.ARRIVED: "placed in"}
 _MOMENTS = {"restore finished": ("black", "solid"), "fork": ("teal", "dot")}
 
+#: us that have a number at the axis; all latencies may be within one decade.
+_TIMES = [factor * 10**power for power in range(-1, 7) for factor in (1, 2, 5)]
+
 #: Three parts in a row on a wide screen, below each other on a narrow one; all are as wide as there is room.
 _STYLE = """
 body { font-family: sans-serif; margin: 1em; }
@@ -164,8 +167,9 @@ def _latencies(row: Row) -> Figure:
                 hovertemplate="%{y:.3%} took longer than %{x:.4g} us<extra></extra>",
             )
         )
-    # All latencies may be within one decade: also 2 and 5 get a number.
-    figure.update_xaxes(type="log", title="answered in, us", exponentformat="none", dtick="D2")
+    figure.update_xaxes(
+        type="log", title="answered in, us", tickvals=_TIMES, ticktext=[f"{time:,g}" for time in _TIMES]
+    )
     figure.update_yaxes(type="log", title="share that took longer", exponentformat="none", dtick=1)
     return _laid_out(figure)
 

@@ -142,7 +142,7 @@ def test_no_source_has_one_colour_for_faults_and_background() -> None:
 
 @pytest.mark.parametrize(
     ("restored", "shown"),
-    [(-5, True), (205, True), (100, True), (-100, False)],
+    [(-5, True), (205, True), (100, True), (-500, False)],
     ids=["just before", "just after", "between", "long before"],
 )
 def test_the_end_of_the_restore_is_in_the_picture(restored: int, shown: bool, tmp_path: Path) -> None:
