@@ -4,7 +4,6 @@
 #include <stdlib.h>
 
 #include "common/clock.h"
-#include "deliver.h"
 #include "stats.h"
 
 /* Places pages in the task and in its forked descendants. */

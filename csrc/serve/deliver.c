@@ -1,4 +1,4 @@
-#include "deliver.h"
+#include "engine.h"
 
 #include <errno.h>
 
@@ -25,20 +25,6 @@ static uint64_t claim_next(struct lp_task *t, uint64_t *cursor, uint64_t max_pag
 		return nr;
 	}
 	return 0;
-}
-
-uint64_t lp_task_claim_remote(struct lp_task *t, uint64_t cursor, uint64_t max_pages, uint64_t *dump_addr,
-			      uint64_t *next_cursor)
-{
-	uint64_t nr = 0;
-
-	lp_lock_shared(&t->lock);
-	if (lp_is_served(t))
-		nr = claim_next(t, &cursor, max_pages, dump_addr);
-	lp_unlock_shared(&t->lock);
-	if (nr)
-		*next_cursor = cursor;
-	return nr;
 }
 
 int64_t lp_claim_background(struct lp_task *t, uint64_t max_pages, uint64_t *dump_addr)

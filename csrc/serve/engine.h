@@ -131,9 +131,11 @@ int64_t lp_task_transfer(struct lp_task *task, uint64_t max_bytes);
  * 0, or -EAGAIN when a layout event is in the way, or -ESRCH.
  */
 int lp_task_bring(struct lp_task *task, uint64_t start, uint64_t end);
-/* Claims the next run of pages that a remote source must give; 0 pages when there is none. */
-uint64_t lp_task_claim_remote(struct lp_task *task, uint64_t cursor, uint64_t max_pages, uint64_t *dump_addr,
-			      uint64_t *next_cursor);
+/*
+ * For a channel: claims the next run of pages that a remote source must give in the background, up to max_pages, round again at the
+ * end.  0 when nothing is left; -EAGAIN when a layout event is in the way.
+ */
+int64_t lp_claim_background(struct lp_task *task, uint64_t max_pages, uint64_t *dump_addr);
 /*
  * Pages that came from a remote source: dumped at dump_addr, nr_pages from buffer.  Those that the task does not wait for are
  * skipped.  Returns pages placed, or -EAGAIN (call again with the same), -ESRCH.
@@ -141,8 +143,6 @@ uint64_t lp_task_claim_remote(struct lp_task *task, uint64_t cursor, uint64_t ma
 int64_t lp_task_deliver(struct lp_task *task, uint64_t dump_addr, uint64_t nr_pages, const void *buffer);
 /* The claimed pages won't come: ask again (lost false) or say that no source has them. */
 void lp_task_fail_remote(struct lp_task *task, uint64_t dump_addr, uint64_t nr_pages, bool lost);
-/* A source has come back: lost pages are pending as before. */
-void lp_task_retry_lost(struct lp_task *task);
 /* Poisons what is pending (all) or lost: a touch raises SIGBUS. Returns pages, or -errno (EINVAL: this kernel can't). */
 int64_t lp_task_poison(struct lp_task *task, bool all);
 /*

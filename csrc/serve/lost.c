@@ -9,18 +9,6 @@
 #include "task_trace.h"
 #include "wake.h"
 
-void lp_task_retry_lost(struct lp_task *t)
-{
-	lp_lock_alone(&t->lock);
-	if (t->uffd >= 0 && lp_space_retry_lost(t->space))
-		for (size_t r = 0; r < lp_space_nr_regions(t->space); r++) {
-			const struct lp_region *region = &lp_space_regions(t->space)[r];
-
-			lp_wake(t, region->start, (region->end - region->start) >> LP_PAGE_SHIFT);
-		}
-	lp_unlock_alone(&t->lock);
-}
-
 /*
  * One range; pages that are there already count as done.  So do those that are not registered, for nothing can be done about
  * them; that is reported. Returns pages settled or -errno.

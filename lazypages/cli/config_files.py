@@ -76,7 +76,7 @@ def arguments(settings: Iterable[Setting], options: Mapping[str, click.Option]) 
         text = f"--{setting.name}"
         if not option.is_flag and setting.value is not None:
             text += f"={setting.value}"
-        elif not (option.is_flag or option.multiple):
+        elif not (option.is_flag or isinstance(option.flag_value, str)):  # as a bare -v
             raise LazyPagesError(f"{setting.place}: {setting.name} needs a value")
         before = found.get(setting.name, []) if option.multiple else []
         found[setting.name] = [*before, Given(text, setting)]

@@ -117,6 +117,10 @@ class Row:
     wanted: int
 
 
+#: Share of the drawn time that the end of the restore may be before or after it.
+_FAR = 1.0
+
+
 class TraceData:
     """Raises TraceError if nothing can be drawn. Times are in `unit`, since the first fault or transfer."""
 
@@ -135,9 +139,11 @@ class TraceData:
 
     @property
     def span(self) -> tuple[float, float]:
-        """Of time, the same for all rows."""
+        """Of time, the same for all rows, with the end of the restore unless that is far away."""
         last = max(float(self._time(self._drawn[-1:])[0]), 0.001)
-        return -0.01 * last, 1.01 * last
+        restored = self._time(_of(self._records, Kind.RESTORED)).tolist()
+        moments = [0.0, last, *(time for time in restored if -_FAR * last < time < (1 + _FAR) * last)]
+        return min(moments) - 0.01 * last, max(moments) + 0.01 * last
 
     def rows(self) -> list[Row]:
         """The tasks with the most records, in the order of their arrival. With several, a row for all comes first."""

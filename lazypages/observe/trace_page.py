@@ -21,6 +21,9 @@ _MOST_MARKS = 5_000
 _DETAILS = {Kind.ANSWERED: "answered in", Kind.BROUGHT: "copied in", Kind.ARRIVED: "placed in"}
 _MOMENTS = {"restore finished": ("black", "solid"), "fork": ("teal", "dot")}
 
+#: us that have a number at the axis; all latencies may be within one decade.
+_TIMES = [factor * 10**power for power in range(-1, 7) for factor in (1, 2, 5)]
+
 #: Three parts in a row on a wide screen, below each other on a narrow one; all are as wide as there is room.
 _STYLE = """
 body { font-family: sans-serif; margin: 1em; }
@@ -87,7 +90,7 @@ def _places(row: Row, data: TraceData) -> Figure:
         for low, high in row.addresses.bands():
             figure.add_hrect(low, high, fillcolor="#f4f4f4", line_width=0, layer="below")
     else:
-        figure.update_yaxes(title="memory, in order of arrival", tickformat="d")
+        figure.update_yaxes(title="memory, in order of arrival", tick0=1, dtick=1)
     figure.update_xaxes(range=data.span, title=f"{data.unit} since the first fault or transfer")
     return _laid_out(figure)
 
@@ -164,7 +167,9 @@ def _latencies(row: Row) -> Figure:
                 hovertemplate="%{y:.3%} took longer than %{x:.4g} us<extra></extra>",
             )
         )
-    figure.update_xaxes(type="log", title="answered in, us", exponentformat="none", dtick=1)
+    figure.update_xaxes(
+        type="log", title="answered in, us", tickvals=_TIMES, ticktext=[f"{time:,g}" for time in _TIMES]
+    )
     figure.update_yaxes(type="log", title="share that took longer", exponentformat="none", dtick=1)
     return _laid_out(figure)
 

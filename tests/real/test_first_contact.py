@@ -12,6 +12,7 @@ import ssl
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -457,13 +458,18 @@ def test_the_right_protocol_at_a_slow_server(
     wanted = dict(list(contents.items())[:8])
     with nothing_left(), criu_page_server(criu, checkpoint.images, tmp_path) as (port, server):
         server.signal(signal.SIGSTOP)
-        timer = threading.Timer(1.5, server.signal, [signal.SIGCONT])
-        timer.start()
-        told = RemoteOptions(layout=Layout.CRIU_4_1, written_by=Layout.CRIU_4_2, deadline=8)
+
+        def go_on() -> None:
+            wait_for("the explanation", lambda: "no answer for 0.5 s" in caplog.text)
+            time.sleep(0.5)  # more than enough for the rest of the probe, if it were sent
+            server.signal(signal.SIGCONT)
+
+        later = threading.Thread(target=go_on)
+        later.start()
+        told = RemoteOptions(layout=Layout.CRIU_4_1, written_by=Layout.CRIU_4_2, deadline=30)
         fetched = fetch([TcpServer(LOOPBACK, port)], list(wanted), options=told)
-        timer.join()
+        later.join()
     fetched.check(wanted)
-    assert "no answer for 0.5 s" in caplog.text
 
 
 @contextmanager

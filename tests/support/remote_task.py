@@ -1,23 +1,26 @@
-"""Operations on a served task for tests only: production delivers through channels (csrc/serve/channel_tasks.c)."""
+"""Operations of channels on a served task, without a channel (csrc/serve/channel_tasks.c)."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from lazypages.engine._uffd import ffi, lib
-from lazypages.engine.errors import check
+from lazypages.engine.errors import BusyError, check
 from lazypages.engine.memory import PAGE_SIZE
 from lazypages.engine.task import ServedTask
 
 
-def claim_remote(served: ServedTask, cursor: int, max_pages: int) -> tuple[int, int, int]:
-    """Claims the next run of pages of a remote source, from the current address `cursor` on.
+def claim(served: ServedTask, max_pages: int) -> tuple[int, int]:
+    """Claims the next run of pages of a remote source for the background, round again at the end.
 
-    Returns (address at dump time in bytes, number of pages, next cursor); 0 pages if there is none.
+    Returns (address at dump time in bytes, number of pages); 0 pages if there is none, or not at the moment.
     """
-    dump_addr, following = ffi.new("uint64_t *"), ffi.new("uint64_t *")
-    nr_pages = lib.lp_task_claim_remote(served.handle, cursor, max_pages, dump_addr, following)
-    return int(dump_addr[0]), int(nr_pages), int(following[0])
+    dump_addr = ffi.new("uint64_t *")
+    try:
+        nr_pages = check(int(lib.lp_claim_background(served.handle, max_pages, dump_addr)))
+    except BusyError:
+        nr_pages = 0
+    return int(dump_addr[0]), nr_pages
 
 
 def deliver(served: ServedTask, dump_addr: int, data: Any) -> int:
@@ -28,8 +31,3 @@ def deliver(served: ServedTask, dump_addr: int, data: Any) -> int:
     """
     buffer = ffi.from_buffer(data)
     return check(int(lib.lp_task_deliver(served.handle, dump_addr, len(buffer) // PAGE_SIZE, buffer)))
-
-
-def retry_lost(served: ServedTask) -> None:
-    """Makes lost pages pending again, since a source has recovered."""
-    lib.lp_task_retry_lost(served.handle)

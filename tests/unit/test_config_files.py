@@ -47,6 +47,7 @@ def test_what_is_no_line(line: str) -> None:
         ("serve", "page-server\nport 27x", "line 2: port: '27x' is not a valid integer"),
         ("serve", "\nverbosity many", "line 2: verbosity: many is not a level (0 to 4)"),
         ("serve", "page-server-protocol criu-3", "line 1: page-server-protocol: 'criu-3' is not one of"),
+        ("serve", "verbosity\nsource", "line 2: source needs a value"),
         ("serve", "page-server", "line 1: --page-server needs --port"),
         ("serve", "stats-json no/where", "line 1: --stats-json "),
         ("serve", "images-dir nowhere", "line 1: -D nowhere does not exist"),

@@ -13,8 +13,8 @@ from click.testing import CliRunner
 from lazypages.cli.main import cli
 from lazypages.engine._uffd import ffi, lib
 from lazypages.observe.pictures import PictureError, check_picture
-from lazypages.observe.trace_data import background_colour, fault_colour
-from lazypages.observe.tracing import NO_SOURCE, REMOTE, ZERO, Kind, Tracer
+from lazypages.observe.trace_data import TraceData, background_colour, fault_colour
+from lazypages.observe.tracing import NO_SOURCE, REMOTE, ZERO, Kind, Tracer, read_trace
 
 BASE = 0x7F00_0000_0000
 PAGE = 4096
@@ -42,10 +42,15 @@ def everything() -> Iterable[Happened]:
 
 
 def write(path: Path, happened: Iterable[Happened]) -> None:
+    write_at(path, enumerate(happened))
+
+
+def write_at(path: Path, happened: Iterable[tuple[int, Happened]]) -> None:
+    """At these times, in units of 10 us."""
     pids = (1, 2, 3)
     levels, programs = dict.fromkeys(pids, ("local", "parent-1")), dict.fromkeys(pids, "program")
     with Tracer(path, path.parent, levels, programs) as tracer:
-        for number, (kind, memory, page, pages, source, detail) in enumerate(happened):
+        for number, (kind, memory, page, pages, source, detail) in happened:
             fields = {"kind": kind, "task": memory, "memory": memory, "source": source, "pages": pages}
             fields |= {"time": 10**12 + number * 10_000, "addr": BASE + page * PAGE, "detail": detail}
             assert lib.lp_trace_put(tracer.ring.handle, ffi.new("struct lp_trace_record *", fields))
@@ -133,3 +138,22 @@ def test_no_source_has_one_colour_for_faults_and_background() -> None:
     sources = [0, 1, 2, REMOTE]
     colours = [colour(source) for source in sources for colour in (fault_colour, background_colour)]
     assert len(set(colours)) == len(colours)
+
+
+@pytest.mark.parametrize(
+    ("restored", "shown"),
+    [(-5, True), (205, True), (100, True), (-500, False)],
+    ids=["just before", "just after", "between", "long before"],
+)
+def test_the_end_of_the_restore_is_in_the_picture(restored: int, shown: bool, tmp_path: Path) -> None:
+    """The background begins only then, so it is before all that is drawn; times are in units of 10 us."""
+    happened: list[tuple[int, Happened]] = [
+        (restored, (Kind.RESTORED, 0, 0, 0, NO_SOURCE, 0)),
+        *((time, (Kind.BROUGHT, 1, time, 1, 0, 10)) for time in (0, 200)),
+    ]
+    write_at(tmp_path / "trace", happened)
+    data = TraceData(read_trace(tmp_path / "trace"))
+    first, last = data.span
+    (row,) = data.rows()
+    (moment,) = row.moments
+    assert (first < moment.time < last) is shown
