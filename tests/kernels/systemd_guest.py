@@ -50,7 +50,7 @@ def wait_for(what: str, ready: Callable[[], Any]) -> Any:
     deadline = time.monotonic() + TIMEOUT
     while not (found := ready()):
         assert time.monotonic() < deadline, f"waited for {what}"
-        time.sleep(0.1)
+        time.sleep(0.5)  # some looks start a program, which takes the CPU from what is waited for
     return found
 
 
@@ -188,11 +188,6 @@ def main() -> None:
     served = properties(unit, "Result", "ExecMainStatus")
     assert served == {"Result": "success", "ExecMainStatus": "0"}, served
     step("the template unit has served it")
-
-    units = [INSTALLED / name for name in (SERVICE, "lazypages.socket", "lazypages-serve@.service")]
-    verified = run("systemd-analyze", "verify", "--man=no", *units)
-    assert not verified, verified
-    step("the units are clean")
 
 
 restarted = {"NRestarts": "1", "ActiveState": "active"}
