@@ -148,7 +148,7 @@ def wait_for_status(unit: str, part: str) -> None:
 def main() -> None:
     install()
     step("installed")
-    checkpoint = Checkpoint(Path("/tmp/checkpoint"))
+    checkpoint = Checkpoint(Path("/tmp/a check-point of $HOME"))
     step("a checkpoint")
     run("systemctl", "start", "lazypages.socket")
     assert properties(SERVICE, "ActiveState")["ActiveState"] == "inactive"
