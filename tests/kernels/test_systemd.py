@@ -19,7 +19,7 @@ from tests.support.restore import Program
 HERE = Path(__file__).parent
 
 #: Seconds. A quiet machine needs a tenth of this.
-TIME = 900
+TIME = 1200
 
 
 @pytest.mark.timeout(TIME * TRIES + 60)

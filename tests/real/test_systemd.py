@@ -9,6 +9,7 @@ import ctypes
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -25,6 +26,8 @@ from tests.support.fake import Restored, served_tasks
 from tests.support.guard_processes import KILLED, wait_for_their_end
 from tests.support.processes import Server, nothing_left, wait_for
 from tests.support.resident import LAZYPAGES, Daemon, connect, restored
+
+UNITS = Path(__file__).parents[2] / "packaging" / "systemd"
 
 EPOLL = ("ep_poll", "do_epoll_wait")
 PTRACE_DETACH, PTRACE_SEIZE, PTRACE_INTERRUPT, WALL = 17, 0x4206, 0x4207, 0x40000000
@@ -228,3 +231,29 @@ def test_what_systemd_passes_can_be_wrong(tmp_path: Path) -> None:
         with activated(listener, tmp_path / "2.out", "--socket", "/elsewhere") as server:
             assert server.wait() == 1
         assert "--socket /elsewhere: systemd has passed a socket already" in (tmp_path / "2.out").read_text()
+
+
+def test_units_are_clean() -> None:
+    """`systemd-analyze verify` has nothing to say about them, also not that there is no command."""
+    command = Path(sys.executable).with_name("lazypages")
+    script = (
+        'mount -t tmpfs bin /usr/local/bin && ln -s "$0" /usr/local/bin/lazypages && '
+        'exec systemd-analyze verify --man=no "$@"'
+    )
+    done = subprocess.run(
+        [
+            "unshare",
+            "--mount",
+            "sh",
+            "-c",
+            script,
+            command,
+            *UNITS.glob("*.service"),
+            *UNITS.glob("*.socket"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
