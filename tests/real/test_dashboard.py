@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.support.fake import PAGE
 from tests.support.guard_processes import guards
 from tests.support.metrics import free_port
@@ -105,6 +107,7 @@ def test_panels_have_their_places() -> None:
         taken |= cells
 
 
+@pytest.mark.slow
 def test_every_expression_has_data(restored_program: Path, tmp_path: Path) -> None:
     address = f"127.0.0.1:{free_port()}"
     with daemon(tmp_path, "--metrics", address) as resident, prometheus(tmp_path, address) as server:

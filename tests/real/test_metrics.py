@@ -178,6 +178,7 @@ def test_serve_leaves_its_last_numbers_in_the_textfile(restored_program: Path, t
     assert (tmp_path / "x.prom").stat().st_mode & 0o444 == 0o444
 
 
+@pytest.mark.slow
 def test_lost_pages(restored_program: Path, tmp_path: Path) -> None:
     prom = tmp_path / "x.prom"
     with served_tasks(
@@ -194,6 +195,7 @@ def test_lost_pages(restored_program: Path, tmp_path: Path) -> None:
     assert found["lazypages_restore_last_page_seconds_count"] == 0
 
 
+@pytest.mark.slow
 def test_hostile_scrapers(restored_program: Path, tmp_path: Path) -> None:
     """Clients that say nothing, too much, or do not read: tasks get their pages, and others their answers."""
     address = str(tmp_path / "metrics.socket")
@@ -209,6 +211,7 @@ def test_hostile_scrapers(restored_program: Path, tmp_path: Path) -> None:
         tasks,
         server,
     ):
+        silent = client()
         idle = [client() for _ in range(30)]
         slow = [client(b"GET /metrics HTTP/1.1\r\nHost: x\r\nX: ") for _ in range(10)]
         began = time.monotonic()
@@ -231,7 +234,7 @@ def test_hostile_scrapers(restored_program: Path, tmp_path: Path) -> None:
         unread = client(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
         assert 0 < scrape(address)["lazypages_faults_total"] <= 50
         unread.close()
-        with client() as silent:  # is closed when its time is over
+        with silent:  # is closed when its time is over
             assert silent.recv(1) == b""
         status, kind, text = metrics.get(address, accept="application/openmetrics-text;version=1.0.0")
         assert status == 200
