@@ -17,8 +17,8 @@ import pytest
 
 from tests.support.fake import PAGE
 from tests.support.guard_processes import guards
-from tests.support.metrics import free_port
 from tests.support.processes import start, wait_for
+from tests.support.remote import free_port
 from tests.support.resident import connect, daemon, restored
 
 DASHBOARD = Path(__file__).parents[2] / "packaging" / "grafana" / "lazypages.json"

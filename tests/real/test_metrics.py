@@ -22,9 +22,10 @@ from tests.support.criu import Criu
 from tests.support.fake import PAGE, served_tasks
 from tests.support.guard_processes import guards
 from tests.support.metrics import scrape
-from tests.support.processes import wait_for
+from tests.support.processes import nothing_left, wait_for
+from tests.support.remote import free_port, leave_at_source, our_page_server
 from tests.support.resident import LAZYPAGES, connect, daemon, restored
-from tests.support.restore import Checkpoints
+from tests.support.restore import Checkpoints, lazy_restore, our_daemon
 from tests.support.restore import Restored as CriuRestored
 
 PAGES = 300
@@ -161,7 +162,7 @@ def test_scraped_while_tasks_are_restored(
 
 def test_serve_leaves_its_last_numbers_in_the_textfile(restored_program: Path, tmp_path: Path) -> None:
     """Scraped over TCP while it runs; at the end the file has what --stats-json has."""
-    address = f"127.0.0.1:{metrics.free_port()}"
+    address = f"127.0.0.1:{free_port()}"
     options = ("--no-background", "--metrics", address, "--metrics-textfile", "x.prom")
     with served_tasks(restored_program, tmp_path, 2, PAGES, *options) as (tasks, server):
         tasks.say("touch 7")
@@ -176,6 +177,26 @@ def test_serve_leaves_its_last_numbers_in_the_textfile(restored_program: Path, t
     check(found, json.loads((tmp_path / "stats.json").read_text()))
     assert found['lazypages_restores_total{result="complete"}'] == 1
     assert (tmp_path / "x.prom").stat().st_mode & 0o444 == 0o444
+
+
+@pytest.mark.slow
+def test_pages_of_a_page_server(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    """Real CRIU; half of the pages are at the source."""
+    checkpoint = checkpoints.get(Criu("4.2"), "tree")
+    images, address, prom = tmp_path / "images", str(tmp_path / "metrics.socket"), tmp_path / "x.prom"
+    leave_at_source(checkpoint.images, images, share=0.5)
+    with nothing_left(), our_page_server(checkpoint.images, tmp_path) as (port, server):
+        options = ["--source", f"tcp://127.0.0.1:{port}", "--no-background"]
+        options += ["--metrics", address, "--metrics-textfile", str(prom)]
+        with lazy_restore(checkpoint, our_daemon(*options), tmp_path, images) as tasks:
+            found = scrape(address)
+            assert found["lazypages_page_servers"] == found["lazypages_page_servers_connected"] == 1
+            tasks.check_all()
+            found = metrics.textfile(prom)
+            check(found, tasks.stats())
+            assert found['lazypages_copied_bytes_total{source="remote"}'] > 0
+            assert found['lazypages_faults_answered_total{result="data",source="remote"}'] > 0
+        assert server.wait() == 0
 
 
 @pytest.mark.slow
