@@ -182,7 +182,7 @@ def test_serve_leaves_its_last_numbers_in_the_textfile(restored_program: Path, t
 @pytest.mark.slow
 def test_pages_of_a_page_server(checkpoints: Checkpoints, tmp_path: Path) -> None:
     """Real CRIU; half of the pages are at the source."""
-    checkpoint = checkpoints.get(Criu("4.2"), "tree")
+    checkpoint = checkpoints.get(Criu("4.2"), "single")
     images, address, prom = tmp_path / "images", str(tmp_path / "metrics.socket"), tmp_path / "x.prom"
     leave_at_source(checkpoint.images, images, share=0.5)
     with nothing_left(), our_page_server(checkpoint.images, tmp_path) as (port, server):
