@@ -20,9 +20,9 @@ struct lp_guard;
 #define LP_GUARD_FDS (1 << 20)
 
 /*
- * Starts the second process, which says on log_fd what it had to do: lines of text, or JSON objects.  NULL with errno set.  shared: a listening socket that other
- * processes have, too, and that no restorer connects to, or -1: the second process accepts nothing there, and does not
- * shut it down, which would refuse clients for all of them (net/unix/af_unix.c, unix_stream_connect).  It must stay open until the
+ * Starts the second process, which says on log_fd what it had to do: lines of text, or JSON objects.  NULL with errno set.
+ * shared: a listening socket that other processes have, too, and that no restorer connects to, or -1: the second process accepts
+ * nothing there, and does not shut it down, which would refuse clients for all of them (net/unix/af_unix.c, unix_stream_connect).  It must stay open until the
  * daemon's end, so that its number names nothing else.
  */
 struct lp_guard *lp_guard_start(int log_fd, bool json, int shared);

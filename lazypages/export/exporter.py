@@ -151,6 +151,15 @@ def _attributes(summary: Summary | None) -> dict[str, int]:
     }
 
 
+def open_exporter(options: ExportOptions | None, guard: Guard | None) -> Exporter | None:
+    """None: nothing is to be exported, or it can't be. By now a restore may wait for us, so that is no error."""
+    try:
+        return Exporter(options, guard) if options else None
+    except Exception:
+        log.exception("no metrics and spans are exported")
+        return None
+
+
 class Exporter:
     """Exports the numbers of restores. Close it when all have ended."""
 
@@ -221,7 +230,13 @@ class Exporter:
                 group.start_soon(self._keep_writing, self._options.textfile)
 
     def close(self) -> None:
-        """Write the last numbers, and send the last spans."""
+        """Write the last numbers, and send the last spans. Raises nothing."""
+        try:
+            self._close()
+        except Exception:
+            log.exception("the last metrics and spans are not exported")
+
+    def _close(self) -> None:
         if self._options.textfile:
             self._show(self._ended, Counter())
             self._write(self._options.textfile)

@@ -16,7 +16,7 @@ import anyio
 
 from lazypages.control.listener import ControlSocket
 from lazypages.engine.guard import Guard
-from lazypages.export.exporter import Exporter
+from lazypages.export.exporter import open_exporter
 from lazypages.export.options import ExportOptions
 from lazypages.loop.options import ServeOptions
 from lazypages.loop.server import Begin, Server
@@ -78,7 +78,7 @@ def run(
 
     backend, backend_options = LOOPS[loop]
     server = Server(expected, control, options, guard)
-    exporter = Exporter(export, guard) if export else None
+    exporter = open_exporter(export, guard)
     restore = exporter.begin(images, state=lambda: server.state, summary=server.summary) if exporter else None
     result: Summary | None = None
     try:

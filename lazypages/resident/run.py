@@ -8,7 +8,7 @@ from collections.abc import Callable
 import anyio
 
 from lazypages.engine.guard import Guard
-from lazypages.export.exporter import Exporter
+from lazypages.export.exporter import open_exporter
 from lazypages.export.options import ExportOptions
 from lazypages.loop.run import LOOPS
 from lazypages.notify import Notifier
@@ -29,7 +29,7 @@ def run(
     """Serve restores until the daemon is told to end. ``loop``: a key of LOOPS. ``ready``: as in Service."""
     name_restores()
     backend, backend_options = LOOPS[loop]
-    exporter = Exporter(export, guard) if export else None
+    exporter = open_exporter(export, guard)
     service = Service(listener, guard, limits, ready, notifier=notifier, exporter=exporter)
     try:
         anyio.run(service.run, backend=backend, backend_options=backend_options)

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+import subprocess
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
@@ -13,13 +14,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+from prometheus_client import generate_latest
+
+from lazypages.export.families import Metrics
 from tests.support.fake import PAGE
 from tests.support.guard_processes import guards
-from tests.support.metrics import free_port
 from tests.support.processes import start, wait_for
+from tests.support.remote import free_port
 from tests.support.resident import connect, daemon, restored
 
-DASHBOARD = Path(__file__).parents[2] / "packaging" / "grafana" / "lazypages.json"
+ROOT = Path(__file__).parents[2]
+DASHBOARD = ROOT / "packaging" / "grafana" / "lazypages.json"
+DOCS = ROOT / "docs" / "metrics.md"
 
 PAGES = 300
 INTERVAL = "250ms"
@@ -105,6 +112,7 @@ def test_panels_have_their_places() -> None:
         taken |= cells
 
 
+@pytest.mark.slow
 def test_every_expression_has_data(restored_program: Path, tmp_path: Path) -> None:
     address = f"127.0.0.1:{free_port()}"
     with daemon(tmp_path, "--metrics", address) as resident, prometheus(tmp_path, address) as server:
@@ -146,3 +154,31 @@ def test_every_expression_has_data(restored_program: Path, tmp_path: Path) -> No
 
 #: Metrics of which the dashboard has no panel.
 NOT_SHOWN = {"lazypages_faults_total", "lazypages_faults_deferred_total"}
+
+
+def test_the_alerts_of_the_docs_are_rules(tmp_path: Path) -> None:
+    text = DOCS.read_text()
+    rules = next(block for block in text.split("```") if block.startswith("yaml\ngroups:"))
+    (tmp_path / "rules.yml").write_text(rules.removeprefix("yaml\n"))
+    done = subprocess.run(
+        ["promtool", "check", "rules", tmp_path / "rules.yml"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "SUCCESS: 4 rules found" in done.stdout
+
+
+def test_the_linter_of_prometheus_finds_nothing() -> None:
+    metrics = Metrics()
+    done = subprocess.run(
+        ["promtool", "check", "metrics"],
+        input=generate_latest(metrics.registry).decode(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")

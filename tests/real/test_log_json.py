@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.support import schemas
 from tests.support.fake import served_tasks, write_images
 from tests.support.guard_processes import KILLED, wait_for_their_end
@@ -47,6 +49,7 @@ def test_of_a_daemon_that_is_killed(restored_program: Path, tmp_path: Path) -> N
     assert found[-1]["level"] == "error"
 
 
+@pytest.mark.slow
 def test_of_serve(restored_program: Path, tmp_path: Path) -> None:
     with served_tasks(restored_program, tmp_path, 1, 50, "--log-format", "json", "-v4") as (tasks, server):
         assert server.wait() == 0
@@ -60,6 +63,7 @@ def test_of_serve(restored_program: Path, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_of_a_page_server(tmp_path: Path) -> None:
     write_images(tmp_path, [100], 1)
     command = [*LAZYPAGES, "page-server", "--lazy-pages", "-D", str(tmp_path), "--log-format", "json", "-v4"]
@@ -70,6 +74,7 @@ def test_of_a_page_server(tmp_path: Path) -> None:
     assert [line["level"] for line in lines(tmp_path / "out")] == ["message", "error"]
 
 
+@pytest.mark.slow
 def test_an_error_at_the_start(tmp_path: Path) -> None:
     """The log has it as an object, and standard error as a line for people."""
     write_images(tmp_path, [100], 1)

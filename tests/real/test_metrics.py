@@ -22,9 +22,10 @@ from tests.support.criu import Criu
 from tests.support.fake import PAGE, served_tasks
 from tests.support.guard_processes import guards
 from tests.support.metrics import scrape
-from tests.support.processes import wait_for
+from tests.support.processes import nothing_left, wait_for
+from tests.support.remote import free_port, leave_at_source, our_page_server
 from tests.support.resident import LAZYPAGES, connect, daemon, restored
-from tests.support.restore import Checkpoints
+from tests.support.restore import Checkpoints, lazy_restore, our_daemon
 from tests.support.restore import Restored as CriuRestored
 
 PAGES = 300
@@ -161,7 +162,7 @@ def test_scraped_while_tasks_are_restored(
 
 def test_serve_leaves_its_last_numbers_in_the_textfile(restored_program: Path, tmp_path: Path) -> None:
     """Scraped over TCP while it runs; at the end the file has what --stats-json has."""
-    address = f"127.0.0.1:{metrics.free_port()}"
+    address = f"127.0.0.1:{free_port()}"
     options = ("--no-background", "--metrics", address, "--metrics-textfile", "x.prom")
     with served_tasks(restored_program, tmp_path, 2, PAGES, *options) as (tasks, server):
         tasks.say("touch 7")
@@ -178,6 +179,27 @@ def test_serve_leaves_its_last_numbers_in_the_textfile(restored_program: Path, t
     assert (tmp_path / "x.prom").stat().st_mode & 0o444 == 0o444
 
 
+@pytest.mark.slow
+def test_pages_of_a_page_server(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    """Real CRIU; half of the pages are at the source."""
+    checkpoint = checkpoints.get(Criu("4.2"), "single")
+    images, address, prom = tmp_path / "images", str(tmp_path / "metrics.socket"), tmp_path / "x.prom"
+    leave_at_source(checkpoint.images, images, share=0.5)
+    with nothing_left(), our_page_server(checkpoint.images, tmp_path) as (port, server):
+        options = ["--source", f"tcp://127.0.0.1:{port}", "--no-background"]
+        options += ["--metrics", address, "--metrics-textfile", str(prom)]
+        with lazy_restore(checkpoint, our_daemon(*options), tmp_path, images) as tasks:
+            found = scrape(address)
+            assert found["lazypages_page_servers"] == found["lazypages_page_servers_connected"] == 1
+            tasks.check_all()
+            found = metrics.textfile(prom)
+            check(found, tasks.stats())
+            assert found['lazypages_copied_bytes_total{source="remote"}'] > 0
+            assert found['lazypages_faults_answered_total{result="data",source="remote"}'] > 0
+        assert server.wait() == 0
+
+
+@pytest.mark.slow
 def test_lost_pages(restored_program: Path, tmp_path: Path) -> None:
     prom = tmp_path / "x.prom"
     with served_tasks(
@@ -194,6 +216,7 @@ def test_lost_pages(restored_program: Path, tmp_path: Path) -> None:
     assert found["lazypages_restore_last_page_seconds_count"] == 0
 
 
+@pytest.mark.slow
 def test_hostile_scrapers(restored_program: Path, tmp_path: Path) -> None:
     """Clients that say nothing, too much, or do not read: tasks get their pages, and others their answers."""
     address = str(tmp_path / "metrics.socket")
@@ -209,6 +232,7 @@ def test_hostile_scrapers(restored_program: Path, tmp_path: Path) -> None:
         tasks,
         server,
     ):
+        silent = client()
         idle = [client() for _ in range(30)]
         slow = [client(b"GET /metrics HTTP/1.1\r\nHost: x\r\nX: ") for _ in range(10)]
         began = time.monotonic()
@@ -231,7 +255,7 @@ def test_hostile_scrapers(restored_program: Path, tmp_path: Path) -> None:
         unread = client(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
         assert 0 < scrape(address)["lazypages_faults_total"] <= 50
         unread.close()
-        with client() as silent:  # is closed when its time is over
+        with silent:  # is closed when its time is over
             assert silent.recv(1) == b""
         status, kind, text = metrics.get(address, accept="application/openmetrics-text;version=1.0.0")
         assert status == 200

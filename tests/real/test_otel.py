@@ -64,6 +64,7 @@ def test_spans_of_a_daemon(restored_program: Path, tmp_path: Path, monkeypatch: 
     assert failed.events.keys() == {"first page", "tasks run", "poisoned"}
 
 
+@pytest.mark.slow
 def test_a_collector_that_does_not_answer(
     restored_program: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -83,6 +84,7 @@ def test_a_collector_that_does_not_answer(
     assert json.loads((tmp_path / "stats.json").read_text())["ok"]
 
 
+@pytest.mark.slow
 def test_no_collector(restored_program: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The log says so."""
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")

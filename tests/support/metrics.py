@@ -67,9 +67,3 @@ def names(text: str) -> set[str]:
 
 def textfile(path: Path) -> Values:
     return values(path.read_text())
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
