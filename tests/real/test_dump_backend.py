@@ -60,7 +60,7 @@ def service(folder: Path, mib: int = MIB, prefix: Sequence[str] = ()) -> Iterato
     """Use it in a block of `nothing_left`."""
     address = folder / "service.sock"
     command = [*prefix, sys.executable, PROGRAMS / "service.py", address, str(mib)]
-    process = start(command, cwd=folder, output=folder / "service.out")
+    process = start(command, cwd=folder)
     running = Service(process.pid, address)
 
     def answers() -> bool:
@@ -213,7 +213,10 @@ def test_only_what_was_written_crosses_the_network(criu: Criu, tmp_path: Path) -
 def test_in_namespaces_of_its_own(criu: Criu, tmp_path: Path) -> None:
     """Pids in the images are those inside; two pre-dumps before."""
     images = tmp_path / "images"
-    with nothing_left(), service(tmp_path, 16, ["unshare", "--pid", "--fork", "--uts", "--ipc"]) as running:
+    with (
+        nothing_left(),
+        service(tmp_path, 16, ["unshare", "--pid", "--fork", "--uts", "--ipc", "setsid"]) as running,
+    ):
         (pid,) = children(running.pid, running.pid)
         parents = pre_dumped(pid, tmp_path)
         assert running.ask(b"write") == b"done"
