@@ -4,12 +4,13 @@
  * Usage: tracker_holder RECEIVE SEND STARTER (numbers of open descriptors). It goes into the background, prints its pid,
  * and then has these descriptors:
  *
- *   0-2 and 5-7	/dev/null; 5 is STARTER until the other end of that pipe is closed
+ *   0-2 and 5-7	/dev/null; 5 is STARTER, or the pipe of a KEEP, until the other end of that pipe is closed
  *   3		RECEIVE: messages come from here
  *   4		SEND: whoever may trace this process takes a duplicate (pidfd_getfd(2)) and sends messages
  *   8 + 3n	the pidfd of a tracked process; then the memfd with its record, and its userfaultfd, if it has one
  *
- * It does not look into any of them. It closes those of a process when that has ended, and ends with the last one.
+ * It does not look into any of them. It closes those of a process when that has ended, and ends with the last one,
+ * but not before that pipe's other end is closed.
  * dumptool finds it by its name in /proc, and reads the records there (dumptool/holders.py).
  */
 #define _GNU_SOURCE
@@ -26,7 +27,7 @@
 
 enum { RECEIVE = 3, SEND = 4, STARTER = 5, FIRST = 8, WIDTH = 3 };
 enum { PIDFD, MEMFD, UFFD };		     /* places of descriptors in a slot */
-enum { HOLD = 1, ADD_UFFD = 2, DROP = 3 };   /* messages; others only carry descriptors, which are closed */
+enum { HOLD = 1, ADD_UFFD = 2, DROP = 3, KEEP = 5 }; /* messages; others only carry descriptors, which are closed */
 #define MAX_FDS 2
 
 struct message {
@@ -37,6 +38,7 @@ struct message {
 static int32_t *slots; /* pid of each, 0: free */
 static struct pollfd *polled;
 static size_t nr_slots, nr_used;
+static int starter = 1; /* whether STARTER is a pipe */
 
 static int number(size_t slot, int place)
 {
@@ -116,7 +118,8 @@ static int hold(int32_t pid, const int fds[MAX_FDS])
 	return 0;
 }
 
-static void receive(void)
+/* Does what the next message says. 0: there is none. */
+static int receive(void)
 {
 	union {
 		struct cmsghdr header;
@@ -127,9 +130,12 @@ static void receive(void)
 	struct msghdr envelope = { .msg_iov = &part, .msg_iovlen = 1, .msg_control = &control, .msg_controllen = sizeof(control) };
 	int fds[MAX_FDS], nr_fds = 0, taken = 0;
 	struct cmsghdr *header;
+	ssize_t size = recvmsg(RECEIVE, &envelope, MSG_CMSG_CLOEXEC | MSG_DONTWAIT);
 	size_t slot;
 
-	if (recvmsg(RECEIVE, &envelope, MSG_CMSG_CLOEXEC | MSG_DONTWAIT) != sizeof(message))
+	if (size < 0)
+		return 0;
+	if (size != sizeof(message))
 		memset(&message, 0, sizeof(message));
 	header = CMSG_FIRSTHDR(&envelope);
 	if (header && header->cmsg_level == SOL_SOCKET && header->cmsg_type == SCM_RIGHTS) {
@@ -144,6 +150,10 @@ static void receive(void)
 		slot = find(message.pid);
 		taken = nr_fds == 1 && slot < nr_slots && move(fds[0], number(slot, UFFD)) == 0;
 		break;
+	case KEEP:
+		taken = nr_fds == 1 && move(fds[0], STARTER) == 0;
+		starter |= taken;
+		break;
 	case DROP:
 		slot = find(message.pid);
 		if (message.pid && slot < nr_slots)
@@ -152,6 +162,7 @@ static void receive(void)
 	}
 	for (int i = 0; !taken && i < nr_fds; i++)
 		close(fds[i]);
+	return 1;
 }
 
 /* Waits for a message, or for the end of a process. */
@@ -165,6 +176,8 @@ static void wait_for_one(void)
 	for (size_t slot = 0; slot < nr_slots; slot++)
 		if (polled[2 + slot].fd >= 0 && polled[2 + slot].revents)
 			drop(slot);
+	if (starter && polled[1].revents)
+		starter = dup2(0, STARTER) < 0;
 	if (polled[0].revents)
 		receive();
 }
@@ -172,7 +185,7 @@ static void wait_for_one(void)
 int main(int argc, char **argv)
 {
 	sigset_t all;
-	int fds[3], starter = 1;
+	int fds[3];
 	pid_t child;
 
 	if (argc != 4)
@@ -202,11 +215,9 @@ int main(int argc, char **argv)
 	sigprocmask(SIG_BLOCK, &all, NULL);
 	if (grow() < 0)
 		return 1;
-	while (starter || nr_used) {
+	while (starter || nr_used || receive()) {
 		polled[1] = (struct pollfd){ starter ? STARTER : -1, POLLIN, 0 };
 		wait_for_one();
-		if (starter && polled[1].revents)
-			starter = dup2(0, STARTER) < 0;
 	}
 	return 0;
 }

@@ -183,6 +183,8 @@ def cli() -> None:
       criu dump -t PID -D DIR            dumptool dump -t PID -D DIR
       criu pre-dump -t PID -D DIR        dumptool pre-dump -t PID -D DIR
 
+    `dumptool untrack -t PID` stops the tracking of writes that a pre-dump has begun.
+
     Pre-dumps work without soft-dirty bits, too (Linux 6.7). Programs with sockets or epoll, as most servers are, need
     CRIU for the dump (--backend). `dumptool COMMAND --help` explains each command.
     """

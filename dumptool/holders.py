@@ -30,7 +30,7 @@ NAME = PROGRAM.name
 """Not more than 15 characters: the kernel cuts it in /proc/<pid>/comm."""
 SEND, FIRST, WIDTH = 4, 8, 3
 """Numbers of descriptors of a holder (csrc/tracker_holder.c)."""
-HOLD, ADD_UFFD, DROP, SYNC = 1, 2, 3, 4
+HOLD, ADD_UFFD, DROP, SYNC, KEEP = 1, 2, 3, 4, 5
 PATIENCE = 10
 """Seconds for a holder to take a message, or to start."""
 
@@ -112,6 +112,18 @@ class Holder:
         """Gives it the userfaultfd of a tracker."""
         self._send(ADD_UFFD, pid, uffd)
 
+    def keep(self) -> int:
+        """Makes it run until the returned descriptor is closed, even if it has no tracker meanwhile."""
+        theirs, ours = os.pipe()
+        try:
+            self._send(KEEP, 0, theirs)
+        except DumpError:
+            os.close(ours)
+            raise
+        finally:
+            os.close(theirs)
+        return ours
+
     def drop(self, pid: int) -> None:
         """Makes it close what it has of a process."""
         self._send(DROP, pid)
@@ -150,18 +162,18 @@ class Holder:
 
 
 class Holders:
-    """All holders of our user; a context manager that closes our descriptors. They run on."""
+    """All holders of our user (``found``); a context manager that closes our descriptors. They run on."""
 
     def __init__(self) -> None:
         self._seen: set[str] = set()
-        self._found: list[Holder] = []
+        self.found: list[Holder] = []
         self._starters: list[int] = []
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for holder in self._found:
+        for holder in self.found:
             holder.close()
         for fd in self._starters:
             os.close(fd)
@@ -174,27 +186,32 @@ class Holders:
                 with suppress(TaskGoneError):
                     self._add(int(name))
         self._seen = there
-        for holder in self._found:
+        for holder in self.found:
             holder.look()
 
     def _add(self, pid: int) -> Holder:
         holder = Holder(pid, identity.open_pidfd(pid))
-        self._found.append(holder)
+        self.found.append(holder)
         return holder
 
     def tracker(self, pid: int, start_time: int) -> Tracker | None:
         """The tracker of this very process at the last look."""
-        for holder in self._found:
+        for holder in self.found:
             tracker = holder.trackers.get(pid)
             if tracker is not None and tracker.record.start_time == start_time:
                 return tracker
         return None
 
     def for_tree(self, pids: Collection[int]) -> Holder:
-        """The holder of one of these processes; a new one if there is none. Raises ``DumpError``."""
-        for holder in self._found:
+        """The holder of one of these processes; a new one if there is none. Raises ``DumpError``.
+
+        It does not end before our descriptors are closed.
+        """
+        for holder in self.found:
             if not holder.trackers.keys().isdisjoint(pids):
-                return holder
+                with suppress(DumpError):  # it has ended with its last process
+                    self._starters.append(holder.keep())
+                    return holder
         return self._start()
 
     def _start(self) -> Holder:

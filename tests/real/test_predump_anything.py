@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,11 +20,13 @@ import pytest
 
 from dumptool import proc
 from dumptool.dump import Settings, Watcher, pre_dump
+from dumptool.errors import UnsupportedError
+from dumptool.freeze import members
 from images_spec.flags import PE_PRESENT
-from tests.real.test_dump_refusals import REDIS, _answers, ask
+from tests.real.test_dump_refusals import REDIS, REFUSED, SETUP, _answers, ask
 from tests.support.compiling import PROGRAMS
 from tests.support.criu import RELEASES, Criu
-from tests.support.dumptool import is_unharmed, pages, reap_all, task, tracker_of
+from tests.support.dumptool import COMMAND, is_unharmed, pages, reap_all, task, tracker_of
 from tests.support.memory import check_memory
 from tests.support.processes import end, wait_for
 
@@ -134,6 +137,41 @@ def check_twice(running: Owner, folder: Path) -> None:
 def test_only_what_was_written(what: Sequence[str], inside: Sequence[str], tmp_path: Path) -> None:
     with owner(tmp_path, *what, inside=inside) as running:
         check_twice(running, tmp_path)
+
+
+def test_under_seccomp_ourselves(tmp_path: Path) -> None:
+    """Then the task's filter can't be suspended, and no call is run in it: it would end the task."""
+    setup = SETUP + REFUSED["seccomp"][0] + "; os.execv(sys.argv[1], sys.argv[1:])"
+    with owner(tmp_path, "seccomp") as running:
+        command = [
+            sys.executable,
+            "-c",
+            setup,
+            *COMMAND,
+            "pre-dump",
+            "-t",
+            str(running.pid),
+            "-D",
+            tmp_path / "0",
+        ]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        assert result.returncode == 0, result.stderr
+        assert f"pid {running.pid}: its seccomp filter can't be suspended" in result.stderr
+        assert " uw" not in Path(f"/proc/{running.pid}/smaps").read_text()
+        is_unharmed(running.pid)
+        with stopped(running.pid):
+            level(running.pid, tmp_path, 1)  # compared with the first one
+            check_memory(tmp_path / "1", running.pid, running.pid)
+        assert len(written(tmp_path / "1", running.pid)) < FEW
+
+
+def test_the_same_pid_in_two_namespaces(tmp_path: Path) -> None:
+    """Images are named by that."""
+    inner = "unshare --pid --fork --kill-child sleep 1000"
+    with task("sh", "-c", f"{inner} & {inner} & wait") as pid:
+        wait_for("the tree", lambda: [proc.stat(one.pid).comm for one in members(pid)].count(b"sleep") == 2)
+        with pytest.raises(UnsupportedError, match="is pid 1 in its PID namespace, as pid "):
+            level(pid, tmp_path, 0)
 
 
 @pytest.mark.parametrize("release", RELEASES)
