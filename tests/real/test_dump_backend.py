@@ -184,7 +184,7 @@ def test_only_what_was_written_crosses_the_network(criu: Criu, tmp_path: Path) -
             source.wait_ready()
             flags = list(pages(images, running.pid).values())
             left, unchanged = flags.count(PE_LAZY), flags.count(PE_PARENT | PE_LAZY)
-            assert unchanged > 2 * left > 0
+            assert unchanged > left > 0
             with ours(source.port).start(images, work) as server:
                 server.wait_ready()
                 command = [
