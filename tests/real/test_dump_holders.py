@@ -139,6 +139,7 @@ def test_it_is_killed(changer: Changer) -> None:
     assert count(changer.level(), changer.pid, PE_PARENT) > PAGES
 
 
+@pytest.mark.slow
 def test_fork_exec_and_threads(changer: Changer) -> None:
     """A child is not tracked, and neither is what execve has started: written whole once, and tracked from then on."""
     changer.level()
@@ -195,6 +196,7 @@ def test_two_at_once(changer: Changer, tmp_path: Path) -> None:
     is_unharmed(changer.pid)
 
 
+@pytest.mark.slow
 def test_untrack(changer: Changer, tmp_path: Path) -> None:
     _, child = changer.do("fork")
     changer.level()
@@ -238,7 +240,6 @@ time.sleep(1000)
 """
 
 
-@pytest.mark.every_kernel
 @pytest.mark.parametrize("command", ["pre-dump", "untrack"])
 def test_trackers_of_earlier_versions(command: str, tmp_path: Path) -> None:
     """They are in the process, which CRIU does not dump then."""

@@ -124,6 +124,7 @@ def check_twice(running: Owner, folder: Path) -> None:
     running.step()
 
 
+@pytest.mark.loop("asyncio", "namespaces")
 @pytest.mark.parametrize(
     ("what", "inside"),
     [
@@ -139,6 +140,7 @@ def test_only_what_was_written(what: Sequence[str], inside: Sequence[str], tmp_p
         check_twice(running, tmp_path)
 
 
+@pytest.mark.slow
 def test_under_seccomp_ourselves(tmp_path: Path) -> None:
     """Then the task's filter can't be suspended, and no call is run in it: it would end the task."""
     setup = SETUP + REFUSED["seccomp"][0] + "; os.execv(sys.argv[1], sys.argv[1:])"
@@ -174,6 +176,7 @@ def test_the_same_pid_in_two_namespaces(tmp_path: Path) -> None:
             level(pid, tmp_path, 0)
 
 
+@pytest.mark.loop("4.2")
 @pytest.mark.parametrize("release", RELEASES)
 def test_criu_before_and_after(release: str, tmp_path: Path) -> None:
     """A task that CRIU has restored is pre-dumped; CRIU dumps it while it is tracked, and it goes on."""
@@ -197,6 +200,7 @@ def test_criu_before_and_after(release: str, tmp_path: Path) -> None:
         end([running.pid])
 
 
+@pytest.mark.loop("4.2")
 @pytest.mark.parametrize("release", RELEASES)
 def test_redis(release: str, tmp_path: Path) -> None:
     address, config = tmp_path / "redis.sock", tmp_path / "redis.conf"
