@@ -1,8 +1,9 @@
 """Frozen time of a dump: `bench/frozen_time.py [--size MIB…] [--dirty MIB] [--criu CRIU] [--repeat N]`.
 
 A task fills SIZE of memory and then keeps writing to DIRTY of it. Compared: a full dump by dumptool and by CRIU, and
-dumptool's dump after two pre-dumps. Those of dumptool are also measured with the task ended, for which all files must
-be on the disk first, and the same with --no-sync. Times are the tools' own (stats-dump): medians in milliseconds.
+dumptool's dump after two pre-dumps, by its own code and with CRIU as its backend. Those of its own code are also
+measured with the task ended, for which all files must be on the disk first, and the same with --no-sync. Times are the
+tools' own (stats-dump): medians in milliseconds.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ PEERS = (
     "dumptool after pre-dumps",
     "dumptool after pre-dumps, ended",
     "dumptool after pre-dumps, ended, --no-sync",
+    "dumptool by criu",
+    "dumptool by criu after pre-dumps",
     "criu",
 )
 
@@ -96,6 +99,8 @@ def measure(peer: str, pid: int, folder: Path, criu: str) -> DumpStatsEntry:
     options = ["--no-sync"] if "--no-sync" in peer else []
     if "ended" not in peer:
         options.append("-R")
+    if "by criu" in peer:
+        options += ["--backend", "criu", "--criu", criu]
     if "pre-dumps" not in peer:
         return dumptool("dump", pid, top, *options)
     dumptool("pre-dump", pid, folder / "0")
@@ -117,7 +122,7 @@ def main() -> None:
     print(f"{'task':>9}  {'':44}{'freezing':>10}{'frozen':>10}{'pages written':>15}")
     for size in arguments.size:
         for peer in PEERS:
-            if peer == "criu" and not arguments.criu:
+            if "criu" in peer and not arguments.criu:
                 continue
             found = []
             with tempfile.TemporaryDirectory(prefix="lazypages-frozen-") as name:

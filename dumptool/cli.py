@@ -63,6 +63,9 @@ Examples
   Restore it lazily, including pages unchanged since the pre-dumps:
     lazypages serve -D /var/ckpt/3 &
     criu restore --lazy-pages -D /var/ckpt/3 -d
+  A redis; its clients connect again:
+    dumptool dump -t 4711 -D /var/ckpt/redis --tcp-close
+    criu restore -D /var/ckpt/redis -d --tcp-close
   Write the pages to the disk of another host. Together with the small images in
   /var/ckpt/1 here they are a complete checkpoint:
     lazypages page-server -D /var/ckpt/1 --address 10.0.0.2 --port 27001 --tls
@@ -101,14 +104,17 @@ Examples
   --page-server-protocol criu-4.2.
 
 \b
-What can't be saved
+What can't be saved by --backend own
   Sockets, epoll, eventfd, timerfd and similar descriptors, io_uring, memfd, huge
   pages, System V shared memory, deleted files, devices, pipes shared with
   processes outside of the tree, seccomp, shadow stacks, SCHED_DEADLINE, timers on
   the CPU time of one of many threads, namespaces other than dumptool's, tasks
   traced by a debugger. All of these are found and reported before the tree is
   stopped. Syscall User Dispatch is found only after it is stopped. The tasks go
-  on in both cases.
+  on in both cases. With --backend auto, CRIU dumps them instead if it is
+  installed: it saves everything but memory, and dumptool the memory. What CRIU
+  can't save it says itself, and the tasks go on. Everything after -- goes to
+  `criu dump`.
 
 \b
 Exit status
@@ -186,8 +192,8 @@ def cli() -> None:
 
     `dumptool untrack -t PID` stops the tracking of writes that a pre-dump has begun.
 
-    Pre-dumps work without soft-dirty bits, too (Linux 6.7). Programs with sockets or epoll, as most servers are, can't
-    be dumped: for them use `criu dump`. `dumptool COMMAND --help` explains each command.
+    Pre-dumps work without soft-dirty bits, too (Linux 6.7). Programs with sockets or epoll, as most servers are, need
+    CRIU for the dump (--backend). `dumptool COMMAND --help` explains each command.
     """
 
 

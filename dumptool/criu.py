@@ -124,7 +124,9 @@ class CriuDump:
             shutil.rmtree(self._run, ignore_errors=True)
 
     def start(self) -> None:
-        """Returns when the tree stands still and the images are written. Raises ``CriuError``."""
+        """Returns when the tree stands still and the images are written. Raises ``CriuError``, ``DumpError``."""
+        if shutil.which("flock") is None:
+            raise DumpError("there is no `flock` in PATH (util-linux), by which CRIU waits for dumptool")
         client, server = socket.socketpair()
         with client, server, (self._run / "output").open("wb") as output:
             client.sendall(NO_PAGES)
@@ -142,6 +144,7 @@ class CriuDump:
                 # Both ends, so that its answer to FORCE_CLOSE never meets a closed socket.
                 pass_fds=(client.fileno(), server.fileno()),
                 start_new_session=True,  # no Ctrl-C for it: we decide
+                umask=0o077,  # as for our own images
             )
         self._wait_for(PRE_DUMP)
         self.frozen_since = time.monotonic()

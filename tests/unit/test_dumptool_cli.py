@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from dumptool import cli
+from dumptool import backend, cli
 from dumptool.dump import Report, Settings
 from dumptool.errors import DumpError, Refusal, UnsupportedError
 from dumptool.memory import Counts
@@ -29,7 +29,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Settings]:
         found.append(settings)
         return Report(1, 2, 0.001, 0.02, counts=Counts(10, 256, 512, 0), tracked="uffd-wp")
 
-    monkeypatch.setattr(cli, "dump", make)
+    monkeypatch.setattr(backend, "dump", make)
     monkeypatch.setattr(cli, "pre_dump", make)
     return found
 
@@ -114,7 +114,7 @@ def test_errors_are_lines(error: DumpError, lines: list[str], monkeypatch: pytes
     def fail(*_arguments: Any) -> Report:
         raise error
 
-    monkeypatch.setattr(cli, "dump", fail)
+    monkeypatch.setattr(backend, "dump", fail)
     result = run("dump", "-t", "7", "-D", "/d")
     assert result.exit_code == 1
     assert result.stderr.splitlines() == lines
