@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 WHEELS = Path(os.environ.get("LAZYPAGES_TRIXIE_DIR", "/var/cache/lazypages/trixie"), "wheels")
 TRIXIE_PYTHON = "3.13"
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(580)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]  # builds take long on a busy machine
 
 
 def run(*command: str | Path, cwd: Path = Path("/"), fails: bool = False, **variables: str) -> str:
@@ -35,7 +35,7 @@ def run(*command: str | Path, cwd: Path = Path("/"), fails: bool = False, **vari
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=560,
+        timeout=1100,
         check=False,
         env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | variables,
     )
