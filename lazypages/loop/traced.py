@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, Self
@@ -29,6 +30,9 @@ log = logging.getLogger("lazypages")
 #: Where the kernel does not report every tracer: seconds between two polls, and tasks per poll. One takes 12 us.
 POLL_PAUSE = 0.02
 POLLS = 8
+
+#: Seconds within which a restorer detaches from its tasks after it has said that the restore has finished.
+RESTORER_LEAVES = 10.0
 
 #: Name of the file that CRIU maps into each task before it reads its pagemap (observed with 4.1.1 and 4.2.1).
 PARASITE = b"CRIUMFD"
@@ -91,6 +95,7 @@ class TracedTasks:
         self._tasks: dict[int, int] = {}  # pids in the images, by pid in our namespace
         self._seen: dict[int, int] = {}  # tracers already handled, or the restorer's, by pid of the task
         self._restorers: set[int] = set()
+        self._restored_at = 0.0
 
     def restored_by(self, pid: int) -> None:
         """The restorer has connected. It traces the tasks until they run; with it one that traces it (`strace -f`)."""
@@ -98,6 +103,7 @@ class TracedTasks:
 
     def restore_finished(self) -> None:
         """Start to watch. Before this, the restorer itself traces the tasks."""
+        self._restored_at = time.monotonic()
         self._finished.set()
 
     def started(self, service: TaskService) -> None:
@@ -149,14 +155,25 @@ class TracedTasks:
         for process in self._processes.values():
             tracer = tracer_of(process.pid)
             self._seen[process.pid] = tracer
-            if tracer and process_of(tracer) not in self._restorers:
+            if tracer and not self._is_restorer(process_of(tracer)):
                 tracers.report(process.pid, tracer, process_of(tracer))
+
+    def _is_restorer(self, owner: int) -> bool:
+        """It goes on tracing for a moment after the restore has finished. Later its pid may be another's."""
+        return owner in self._restorers and time.monotonic() - self._restored_at < RESTORER_LEAVES
 
     async def _attached(self, attach: Attach, tracers: Tracing, group: TaskGroup) -> None:
         if not attach.pid:
             self._look(tracers, list(self._processes.values()))
             return
+        if self._is_restorer(attach.owner):
+            if not attach.error:
+                tracers.release(attach.tracer)
+            return
         task = self._tasks.get(attach.pid)
+        if task is not None and attach.error == errno.EAGAIN:  # reported before we watched the task
+            tracers.report(attach.pid, attach.tracer, attach.owner)
+            return
         if task is not None:
             self._seen[attach.pid] = attach.tracer
             families = [self._families.get(task, ())]

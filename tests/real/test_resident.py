@@ -377,7 +377,8 @@ def test_only_its_own_user(tmp_path: Path) -> None:
         ).stdout
         assert json.loads(said)["error"] == {
             "code": "refused",
-            "message": "user 65534 may not use this daemon: only root and its own user (0) may",
+            "message": "user 65534 may not use this daemon: only root and its own user (0) may; "
+            "`lazypages daemon --all-users` admits others",
         }
 
 
