@@ -19,6 +19,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -210,6 +211,8 @@ class CriuDump:
 
     def _release(self) -> None:
         if self._lock >= 0:
+            with suppress(OSError):
+                (self._run / "released").touch()
             os.close(self._lock)
             self._lock = -1
 

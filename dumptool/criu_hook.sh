@@ -12,9 +12,13 @@ echo "$CRTOOLS_SCRIPT_ACTION" 1<>"$DUMPTOOL_RUN/events" || exit 1
 
 # The tree stands still, until dumptool lets go of the lock. The kernel does that for it if it is killed.
 flock "$DUMPTOOL_RUN/lock" true || exit 1
-[ -e "$DUMPTOOL_COMMIT" ] || exit 1
-if [ -s "$DUMPTOOL_RUN/kill" ]; then
-    # Here and not by CRIU, which may have been killed: from the commit on, the tree must not run.
-    kill -KILL $(cat "$DUMPTOOL_RUN/kill") 2>/dev/null
+status=1
+if [ -e "$DUMPTOOL_COMMIT" ]; then
+    status=0
+    if [ -s "$DUMPTOOL_RUN/kill" ]; then
+        # Here and not by CRIU, which may have been killed: from the commit on, the tree must not run.
+        kill -KILL $(cat "$DUMPTOOL_RUN/kill") 2>/dev/null
+    fi
 fi
-exit 0
+[ -e "$DUMPTOOL_RUN/released" ] || rm -rf "$DUMPTOOL_RUN" # dumptool was killed
+exit $status

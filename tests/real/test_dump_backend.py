@@ -79,6 +79,7 @@ def pre_dumped(pid: int, folder: Path) -> list[str]:
     return ["--prev-images-dir", "../2"]
 
 
+@pytest.mark.loop("criu-4.2")
 @both
 def test_redis(criu: Criu, tmp_path: Path) -> None:
     """Dumped under load after two pre-dumps. Every acknowledged key is there, and it can fork to save them."""

@@ -29,6 +29,7 @@ def no_dump(images: Path) -> None:
     assert not (images / ".criu-dump").exists()
 
 
+@pytest.mark.loop("criu-4.2")
 @both
 def test_the_reason_is_that_of_criu(criu: Criu, tmp_path: Path) -> None:
     """A connected client is outside of the tree. The server answers it, in the same connection, afterwards."""
@@ -45,6 +46,7 @@ def test_the_reason_is_that_of_criu(criu: Criu, tmp_path: Path) -> None:
         assert client.ask(b"GET one") == [b"1"]
 
 
+@pytest.mark.slow
 def test_which_backend_and_why(tmp_path: Path) -> None:
     """auto: CRIU where our own code can't, said in one line; our own where it can."""
     with nothing_left(), redis(tmp_path) as server:
@@ -72,6 +74,7 @@ def test_which_backend_and_why(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.slow
 def test_stopped_or_running_as_asked(tmp_path: Path) -> None:
     with task("sleep", "1000") as pid:
         check("dump", "-t", pid, "-D", tmp_path / "1", "-R", *by_criu(NEWEST))
