@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from tests.support.docs import ROOT, Shell, blocks, with_changes
 from tests.support.dumptool import reap_all, task
 from tests.support.hosts import Link
 from tests.support.processes import nothing_left, wait_for
+from tests.support.remote import free_port
 
 CRIU = Criu("4.2")
 
@@ -222,3 +224,42 @@ def test_troubleshooting(folder: Path) -> None:
     """docs/troubleshooting.md; its messages are in tests/unit/test_troubleshooting.py."""
     (text,) = blocks("docs/troubleshooting.md", "First: what works on this machine")
     assert "userfaultfd" in Shell(folder).run(text)
+
+
+@pytest.mark.slow
+def test_metrics(running: Writer, folder: Path) -> None:
+    """What the numbers are: test_metrics.py, test_otel.py."""
+    images = folder / "ckpt" / "job1"
+    dump(running, images)
+    port = free_port()
+    daemon, textfile = blocks("docs/metrics.md", "Prometheus")
+    (spans,) = blocks("docs/metrics.md", "OpenTelemetry")
+    here = {"lazypages daemon": f"lazypages daemon -d -o {folder}/daemon.log --socket {folder}/daemon.socket"}
+    shell = Shell(folder)
+    shell.run(with_changes(daemon, here | {"127.0.0.1:9876": f"127.0.0.1:{port}"}))
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+        assert b"lazypages_restores" in answer.read()
+    end = f"lazypages ctl --socket {folder}/daemon.socket shutdown\n"
+    shell.run(end)
+    shell.run(f"{with_changes(spans, here | {'4318': free_port()})}\n{end}")
+    places = {"/var/ckpt": folder / "ckpt", "/var/lib/prometheus/node-exporter": folder}
+    serve = with_changes(textfile, places).strip()
+    shell.run(beside(images, serve, f"criu restore --lazy-pages -D {images} -d"))
+    assert "lazypages_restores_total" in (folder / "job1.prom").read_text()
+    running.ends_right()
+
+
+@pytest.mark.slow
+def test_backend(running: Writer, folder: Path) -> None:
+    (options,) = blocks("docs/backend.md", "Options")
+    shell = Shell(folder)
+    shell.run(
+        f"dumptool pre-dump -t {running.pid} -D ckpt/1\n"
+        f"dumptool pre-dump -t {running.pid} -D ckpt/2 --prev-images-dir ../1\n"
+    )
+    assert "CRIU" in shell.run(with_changes(options, {"-t PID": f"-t {running.pid}"}))
+    reap_all()
+    images = folder / "ckpt" / "3"
+    serve = f"lazypages serve -D {images}"
+    shell.run(beside(images, serve, f"criu restore --lazy-pages -D {images} -d"))
+    running.ends_right()

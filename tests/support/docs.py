@@ -23,22 +23,56 @@ ROOT = Path(__file__).parents[2]
 #: Which test executes the blocks of a page. It contains the title of each section that has some: "Use it".
 EXECUTED_BY = {
     "README.md": "tests/real/test_docs.py",
+    "docs/backend.md": "tests/real/test_docs.py",
     "docs/containers.md": "tests/real/test_containers.py",
     "docs/criu-shim.md": "tests/real/test_docs.py",
     "docs/daemon.md": "tests/real/test_docs.py",
     "docs/images_spec.md": "tests/real/test_docs.py",
+    "docs/metrics.md": "tests/real/test_docs.py",
     "docs/migrate.md": "tests/real/test_migrate_page.py",
     "docs/sizing.md": "tests/real/test_docs.py",
     "docs/troubleshooting.md": "tests/real/test_docs.py",
 }
 
+PACKAGES = "tests/real/test_package.py builds, installs and removes these in a root of its own"
+SYSTEMD = "it changes the system: tests/kernels/systemd_guest.py does this in a virtual machine"
+
 #: Blocks that no test executes, by the page and the block's first line: why not.
 NOT_EXECUTED = {
-    ("README.md", "python3 -m venv /opt/lazypages && /opt/lazypages/bin/pip install ."): (
-        "fetches packages; tests/real/test_package.py installs the wheel that this builds"
-    ),
+    (
+        "README.md",
+        "python3 -m venv /opt/lazypages && /opt/lazypages/bin/pip install '.[terminal,compression]'",
+    ): ("fetches packages; tests/real/test_package.py installs the wheel that this builds"),
     ("README.md", ".ci/test"): "it runs the tests",
     ("docs/daemon.md", 'conn, err := net.Dial("unix", "/run/lazypages.socket")'): "the tests have no Go",
+    (
+        "docs/backend.md",
+        "LAZYPAGES_KILLS=200 LAZYPAGES_SEED=1796027678 .venv/bin/pytest -s tests/real/test_dump_backend_kills.py",
+    ): "CI runs it with fewer kills",
+    ("docs/metrics.md", "scrape_configs:"): "tests/real/test_dashboard.py runs a Prometheus with such a file",
+    ("docs/metrics.md", "groups:"): "tests/real/test_dashboard.py checks these rules",
+    (
+        "docs/metrics.md",
+        '{"time": "2026-11-30T08:00:00.000000+00:00", "level": "error", "message": "task 7: killed by SIGKILL ...", '
+        '"restore": 3, "pid": 7}',
+    ): "output; tests/real/test_log_json.py has real lines",
+    ("docs/packages.md", ".ci/venv dev && packaging/build"): PACKAGES,
+    ("docs/packages.md", "apt install ./lazypages_0.1.0_amd64.deb"): PACKAGES,
+    ("docs/packages.md", "python3 -m venv /opt/lazypages"): PACKAGES,
+    (
+        "docs/packages.md",
+        "/opt/lazypages/bin/pip install './lazypages-0.1.0-cp311-abi3-manylinux_2_34_x86_64.whl[terminal,compression]'",
+    ): PACKAGES,
+    (
+        "docs/systemd.md",
+        "cp packaging/systemd/lazypages.service packaging/systemd/lazypages.socket \\",
+    ): SYSTEMD,
+    ("docs/systemd.md", "lazypages serve --via /run/lazypages.socket -D /var/ckpt/job1"): SYSTEMD,
+    (
+        "docs/systemd.md",
+        "unit=$(systemd-escape --path --template=lazypages-serve@.service /var/ckpt/job1)",
+    ): SYSTEMD,
+    ("docs/systemd.md", "lazypages ctl shutdown --now"): SYSTEMD,
     ("docs/kernel.md", ".ci/fetch-kernels"): "CI does this beside the tests (.ci/test), for many minutes",
 }
 

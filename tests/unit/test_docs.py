@@ -18,9 +18,11 @@ DOCUMENTS = [*pages(), "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "images
 
 #: Options that the documents name and that are of other programs.
 OF_OTHERS = {
-    "criu": {"--feature", "--freeze-cgroup"},
+    "criu": {"--action-script", "--feature", "--freeze-cgroup"},
+    "pip": {"--force-reinstall", "--no-deps"},
     "podman": {"--export", "--format", "--import", "--rootfs", "--runtime", "--ulimit"},
     "runc": {"--work-path"},
+    "systemctl": {"--kill-who", "--kill-whom"},
     "unshare": {"--fork", "--kill-child", "--mount-proc"},
 }
 

@@ -25,7 +25,7 @@ def python_numbers() -> dict[str, int]:
             if name.startswith("NR_"):
                 numbers[f"__NR_{name.removeprefix('NR_').lower()}"] = number
     assert int(survey.NR_RESTART_SYSCALL) == registers.NR_RESTART_SYSCALL
-    for name in ("UFFD_API", "UFFDIO_API", "UFFDIO_REGISTER", "UFFDIO_REGISTER_MODE_WP", "MFD_CLOEXEC"):
+    for name in ("UFFD_API", "UFFDIO_API", "UFFDIO_REGISTER", "UFFDIO_REGISTER_MODE_WP"):
         numbers[name] = getattr(tracking, name)
     numbers["__NR_userfaultfd"] = probes.SYS_USERFAULTFD
     assert probes.UFFD_API == tracking.UFFD_API

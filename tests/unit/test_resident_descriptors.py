@@ -20,6 +20,7 @@ from lazypages.engine.memory import TaskMemory
 from lazypages.loop.options import ServeOptions
 from lazypages.loop.processes import Process
 from lazypages.loop.server import Server
+from lazypages.notify import Notifier
 from lazypages.resident import service
 from lazypages.resident.protocol import Fd, Serve
 from lazypages.resident.restores import Descriptor
@@ -101,7 +102,14 @@ def test_a_request_that_is_cancelled(monkeypatch: pytest.MonkeyPatch, tmp_path: 
             return fd
 
     async def cancelled() -> None:
-        daemon = Service(cast("Any", None), cast("Any", None), Limits(1, 10_000), lambda: None)
+        daemon = Service(
+            cast("Any", None),
+            cast("Any", None),
+            Limits(1, 10_000),
+            lambda: None,
+            notifier=Notifier.take({}),
+            exporter=None,
+        )
         async with anyio.create_task_group() as group:
             check = service._check_inventory
 
