@@ -261,5 +261,5 @@ def test_backend(running: Writer, folder: Path) -> None:
     reap_all()
     images = folder / "ckpt" / "3"
     serve = f"lazypages serve -D {images}"
-    shell.run(beside(images, serve, f"criu restore --lazy-pages -D {images} -d"))
+    shell.run(beside(images, serve, f"criu restore --lazy-pages --tcp-close -D {images} -d"))
     running.ends_right()
