@@ -114,14 +114,15 @@ def test_readme_move(tmp_path: Path) -> None:
     program.symlink_to(compiled(WRITER))
     with hosts(CRIU, program, tmp_path, Link()) as both:
         both.run(CERTIFICATES)
-        changes = {"PID": both.writer.pid, "SOURCE": "$SOURCE", "--tls": "$TLS"}
-        for command in leave.splitlines()[:-1]:
-            both.source.run(with_changes(command, {"PID": both.writer.pid}))
+        changes = {"SOURCE": "$SOURCE", "--tls": "$TLS"}
+        find, *pre_dumps, last = leave.replace("\\\n", "").splitlines()
+        both.source.run(with_changes(find, {"$(pidof redis-server)": both.writer.pid}))
+        for command in pre_dumps:
+            both.source.run(command)
             both.writer.next_step()
-        last = with_changes(leave.splitlines()[-1], changes)
+        last = with_changes(last, changes)
         both.source.run(f"mkfifo ready; {last} --status-fd 3 3>ready & DUMP=$!; head -c 1 ready >/dev/null")
         both.source.run("scp -r ckpt root@$DESTINATION:")
-        del changes["PID"]
         serve, restore = with_changes(arrive, changes).splitlines()
         both.destination.run(f"{serve} -d -o serve.log\n{restore}")
         both.source.run("wait $DUMP")
@@ -141,7 +142,7 @@ def test_criu_shim(running: Writer, folder: Path) -> None:
 
 
 def test_daemon(running: Writer, folder: Path) -> None:
-    (use,) = blocks("docs/daemon.md", "Use it")
+    use, top = blocks("docs/daemon.md", "Use it")
     images = folder / "ckpt" / "job1"
     dump(running, images)
     (folder / "log").mkdir()
@@ -153,7 +154,11 @@ def test_daemon(running: Writer, folder: Path) -> None:
         "lazypages daemon": f"lazypages daemon --socket {folder}/lazypages.socket",
     }
     start, serve, restore, status, shutdown = with_changes(use, changes).splitlines()
-    assert "complete" in Shell(folder).run(f"{start}\n{beside(images, serve, restore, status)}\n{shutdown}")
+    look = with_changes(top, {"lazypages top": f"lazypages top --socket {folder}/lazypages.socket"})
+    text = f"{start}\n{beside(images, serve, restore, status)}\n{look}\n{shutdown}"
+    output = Shell(folder).run(text)
+    assert "complete" in output
+    assert '"rows"' in output
     running.ends_right()
 
 
