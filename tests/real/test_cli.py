@@ -291,7 +291,7 @@ def test_configuration_files_are_those_of_criu(criu: Criu, tmp_path: Path) -> No
         for program in (
             [str(criu.path), "lazy-pages"],
             [sys.executable, "-m", "lazypages", "serve"],
-            [sys.executable, "-m", "lazypages.cli.shim", "lazy-pages", "", str(criu.path), "lazy-pages"],
+            [sys.executable, "-m", "lazypages.cli.shim", "lazy-pages", "", "0", str(criu.path), "lazy-pages"],
         ):
             images.mkdir()
             (images / "inventory.img").touch()
@@ -387,10 +387,13 @@ def test_stats_on_standard_output(restored_program: Path, tmp_path: Path) -> Non
     with restored(restored_program, tmp_path) as tasks:
         words = command(tmp_path, "--stats-json", "-")
         with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as server:
-            wait_for("the socket", (tmp_path / SOCKET).exists)
-            connect(tasks, tmp_path)
-            check(tasks)
-            output, _ = server.communicate(timeout=60)
+            try:
+                wait_for("the socket", (tmp_path / SOCKET).exists)
+                connect(tasks, tmp_path)
+                check(tasks)
+                output, _ = server.communicate(timeout=60)
+            finally:
+                server.kill()
         assert json.loads(output)["ok"]
         assert not (tmp_path / "-").exists()
         done = subprocess.run([*words, "-d"], capture_output=True, text=True, timeout=60, check=False)

@@ -119,7 +119,7 @@ def test_who_else_is_ready(manager: Manager, restored_program: Path, tmp_path: P
             manager.wait_for("READY=1", 2)
             client.signal(signal.SIGTERM)
             client.wait()
-        shim = [sys.executable, "-m", "lazypages.cli.shim", "lazy-pages", "", "/bin/false", "lazy-pages"]
+        shim = [sys.executable, "-m", "lazypages.cli.shim", "lazy-pages", "", "0", "/bin/false", "lazy-pages"]
         with Server([*shim, "-D", str(images)], output=tmp_path / "shim.out") as called:
             called.wait_ready()
             called.signal(signal.SIGTERM)
