@@ -6,6 +6,7 @@ import logging
 
 from rich.console import Console
 
+from lazypages.cli.ctl import _line
 from lazypages.cli.top import _table, cells, restore_rows
 from lazypages.logs import Text
 
@@ -18,6 +19,20 @@ def test_a_log_line() -> None:
     line = Text().format(record)
     assert line.endswith(f"ERROR {SHOWN}: no")
     assert "\n" not in line
+
+
+def test_a_restore_in_ctl() -> None:
+    status = {
+        "restore": 1,
+        "state": "serving",
+        "exit": None,
+        "error": None,
+        "tasks": {"served": 1},
+        "pages": {"pending": 0},
+        "seconds": 1.0,
+        "images": NAME,
+    }
+    assert _line(status).endswith(f"1.0 s, {SHOWN}")
 
 
 def test_a_restore_in_top() -> None:
