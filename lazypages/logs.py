@@ -122,13 +122,22 @@ def is_json() -> bool:
     return any(isinstance(handler.formatter, JsonLines) for handler in log.handlers)
 
 
+#: Control characters, as escapes: names of directories and programs may have some, and must not look like other lines.
+_ESCAPES = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) != "\t"}
+
+
+def printable(text: str) -> str:
+    """One line, without what a terminal would carry out."""
+    return text.translate(_ESCAPES)
+
+
 class Text(logging.Formatter):
     """2026-11-30 12:00:00,000 ERROR restore 3: ...; the restore if there are several."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         number = getattr(record, "restore", None)
         restore = "" if number is None else f"restore {number}: "
-        return f"{self.formatTime(record)} {record.levelname} {restore}{record.message}"
+        return f"{self.formatTime(record)} {record.levelname} {restore}{printable(record.message)}"
 
 
 class JsonLines(logging.Formatter):

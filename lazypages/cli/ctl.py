@@ -11,6 +11,7 @@ import click
 
 from lazypages.engine.memory import PAGE_SIZE
 from lazypages.errors import LazyPagesError
+from lazypages.logs import printable
 from lazypages.resident.client import Client
 from lazypages.resident.protocol import SOCKET
 from lazypages.wording import count, size
@@ -110,7 +111,7 @@ def _line(restore: Mapping[str, Any]) -> str:
     if state == "ended":
         state += f" with {restore['exit']}"
     why = f": {restore['error']}" if restore["error"] else ""
-    return (
+    return printable(
         f"{restore['restore']}: {state}, {count(restore['tasks']['served'], 'task')}, "
         f"{size(pending * PAGE_SIZE)} to go, {restore['seconds']:.1f} s, {restore['images']}{why}"
     )

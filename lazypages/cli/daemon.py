@@ -52,6 +52,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("lazypages")
 
+#: The user and group nobody of Debian; any but root would do.
+_NOBODY = 65534
+
 EPILOG = """\b
 Examples
     lazypages daemon -d --pidfile /run/lazypages.pid -o /var/log/lazypages.log
@@ -144,6 +147,8 @@ def daemon_command(
     check_loop(loop)
     if all_users and os.geteuid():
         raise LazyPagesError("--all-users: only root can open files as other users: start it as root")
+    if all_users:
+        _check_can_act()
     if daemon:
         sys.stderr = kept_standard_error()
     stream = logs.open_log(log_file.absolute()) if log_file else sys.stderr
@@ -203,6 +208,20 @@ def _serve(
             export=export,
         )
     notifier.stopping()
+
+
+def _check_can_act() -> None:
+    """Whether files can be opened as other users. Raises LazyPagesError."""
+    from lazypages.resident.users import User, acting_as  # noqa: PLC0415 - only needed here
+
+    try:
+        with acting_as(User(_NOBODY, _NOBODY)):
+            pass
+    except OSError:
+        raise LazyPagesError(
+            "--all-users: files can't be opened as other users: start it with CAP_SETUID and CAP_SETGID (in its "
+            "systemd unit: CapabilityBoundingSet=)"
+        ) from None
 
 
 def _limit_descriptors(most: int | None) -> None:

@@ -14,6 +14,7 @@ import click
 
 from lazypages.engine.memory import PAGE_SIZE
 from lazypages.errors import LazyPagesError
+from lazypages.logs import printable
 from lazypages.resident.client import Client
 from lazypages.resident.protocol import SOCKET
 from lazypages.wording import count, size
@@ -141,7 +142,7 @@ def cells(row: Row) -> tuple[str, ...]:
     """As text, in the order of COLUMNS."""
     waits = ("" if wait is None else f"{wait:,.0f} us" for wait in row.waits)
     return (
-        row.name,
+        printable(row.name),
         row.state,
         f"{row.faults_rate:,.0f}",
         f"{size(row.bytes_rate)}/s",
@@ -149,7 +150,7 @@ def cells(row: Row) -> tuple[str, ...]:
         f"{row.faults:,}",
         *waits,
         ", ".join(f"{name} {pages:,}" for name, pages in row.sources.items()),
-        row.place,
+        printable(row.place),
     )
 
 
@@ -163,12 +164,13 @@ def plain(title: str, rows: Sequence[Row]) -> str:
 
 def _table(title: str, rows: Sequence[Row]) -> Table:
     from rich.table import Table  # noqa: PLC0415 - slow to import, and only needed on terminals
+    from rich.text import Text  # noqa: PLC0415
 
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="dim")
     for name in COLUMNS:
         table.add_column(name, no_wrap=True)
     for row in rows:
-        table.add_row(*cells(row), style="" if row.task else "bold")
+        table.add_row(*map(Text, cells(row)), style="" if row.task else "bold")
     return table
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -64,20 +65,22 @@ NOT_TO_CLIENT = {"to_client": False}
 
 class Descriptor(NamedTuple):
     """A descriptor of a client, and its file: the one of a page server is closed with the connection, and its number
-    may be reused then."""
+    may be reused then. That of a directory is closed here only."""
 
     fd: int
     device: int
     inode: int
+    is_directory: bool
 
     @classmethod
     def of(cls, fd: int) -> Descriptor:
-        stat = os.fstat(fd)
-        return cls(fd, stat.st_dev, stat.st_ino)
+        found = os.fstat(fd)
+        return cls(fd, found.st_dev, found.st_ino, stat.S_ISDIR(found.st_mode))
 
     def close(self) -> None:
         with suppress(OSError):
-            if Descriptor.of(self.fd) == self:
+            # a file system may refuse to be asked again, or hang
+            if self.is_directory or Descriptor.of(self.fd) == self:
                 discard([self.fd])
 
 
@@ -98,7 +101,7 @@ class Asked(NamedTuple):
 
     def directory_fds(self) -> set[int]:
         """Without sockets, whose numbers may be others' soon."""
-        return {fd for fd, *_ in self.fds if Path(f"/proc/self/fd/{fd}").is_dir()}
+        return {descriptor.fd for descriptor in self.fds if descriptor.is_directory}
 
     def close(self) -> None:
         for descriptor in self.fds:

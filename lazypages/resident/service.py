@@ -23,7 +23,7 @@ from anyio.abc import TaskGroup, TaskStatus
 from lazypages import __version__
 from lazypages.control import descriptors
 from lazypages.control.descriptors import NONE_LEFT
-from lazypages.control.listener import SOCKET_NAME, close_unread, left_open
+from lazypages.control.listener import SOCKET_NAME, close_unread, discard, left_open
 from lazypages.engine.guard import Guard
 from lazypages.engine.memory import PAGE_SIZE
 from lazypages.errors import LazyPagesError
@@ -444,7 +444,11 @@ def _asked(command: protocol.Serve, connection: Connection, fds: list[Descriptor
 
     def take() -> int:
         fd = connection.take_fd()
-        fds.append(Descriptor.of(fd))
+        try:
+            fds.append(Descriptor.of(fd))
+        except OSError as error:  # a file system of a user may refuse it to the daemon (fuse(4))
+            discard([fd])
+            raise RequestError("failed", f"a descriptor can't be used: {error.strerror}") from None
         return fd
 
     user = connection.user
@@ -540,7 +544,10 @@ def _sources(command: protocol.Serve, take: Callable[[], int]) -> tuple[ServeOpt
     servers: list[PageServerAddress] = []
     for place in command.sources:
         if isinstance(place, Fd):
-            servers.append(ConnectedSocket(take()))
+            fd = take()
+            if not stat.S_ISSOCK(os.fstat(fd).st_mode):
+                raise RequestError("bad-request", "serve: the descriptor of a page server is not a socket")
+            servers.append(ConnectedSocket(fd))
             continue
         try:
             source = parse_source(place)

@@ -101,8 +101,8 @@ def acting_as(user: User) -> Iterator[None]:
         yield
         return
     capabilities, groups = _Capabilities(), tuple(os.getgroups())
+    _set_groups(user.groups)  # if it fails, nothing has changed
     try:
-        _set_groups(user.groups)
         if not _set_ids(user.uid, user.gid):
             raise PermissionError(1, "the daemon can't act as another user")
         capabilities.drop()

@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import socket
+import subprocess
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -306,3 +308,18 @@ def test_too_much_memory(place: Path, restored_program: Path) -> None:
         assert refused.value.code == "limit"
         memory = resident.request("status")["limits"]["memory"]
         assert memory == {"used": 0, "max": 1 << 20}
+
+
+def test_a_daemon_that_can_t_act_as_users(place: Path) -> None:
+    """As the systemd unit bounds its capabilities. The daemon ended at its first client, and the guard killed tasks."""
+    command = [sys.executable, "-m", "lazypages", "daemon", "--all-users", "--socket", str(place / "socket")]
+    ended = subprocess.run(
+        ["setpriv", "--bounding-set", "-setuid,-setgid", *command],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert ended.returncode == 1
+    assert "start it with CAP_SETUID and CAP_SETGID" in ended.stderr
+    assert len(ended.stderr.splitlines()) == 1

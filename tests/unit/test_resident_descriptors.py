@@ -22,7 +22,7 @@ from lazypages.loop.processes import Process
 from lazypages.loop.server import Server
 from lazypages.notify import Notifier
 from lazypages.resident import service
-from lazypages.resident.protocol import Fd, Serve
+from lazypages.resident.protocol import Fd, RequestError, Serve
 from lazypages.resident.restores import Descriptor
 from lazypages.resident.service import Limits, Service
 from lazypages.resident.users import User
@@ -126,3 +126,48 @@ def test_a_request_that_is_cancelled(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert asked == [fd]
     with pytest.raises(OSError, match="Bad file descriptor"):
         Descriptor.of(fd)
+
+
+def test_a_descriptor_that_the_daemon_may_not_ask() -> None:
+    """The file system of a user answers nobody else, also not root (fuse(4), without allow_other): EACCES."""
+    fd = os.open("/", os.O_PATH)
+    fds: list[Descriptor] = []
+
+    class Client:
+        user = User(4711, 4711)
+
+        def take_fd(self) -> int:
+            return fd
+
+    def refused(_fd: int) -> os.stat_result:
+        raise PermissionError(13, "Permission denied")
+
+    request = Serve(Fd(), None, True, [], None, None, None, None, None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fstat", refused)
+        with pytest.raises(RequestError, match="can't be used: Permission denied"):
+            service._asked(request, cast("Any", Client()), fds)
+    assert not fds
+    assert not os.path.lexists(f"/proc/self/fd/{fd}")
+
+
+def test_a_directory_that_can_t_be_asked_again_is_closed(tmp_path: Path) -> None:
+    fd = os.open(tmp_path, os.O_PATH)
+    descriptor = Descriptor.of(fd)
+
+    def refused(_fd: int) -> os.stat_result:
+        raise PermissionError(13, "Permission denied")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fstat", refused)
+        descriptor.close()
+    assert not os.path.lexists(f"/proc/self/fd/{fd}")
+
+
+def test_a_directory_is_no_page_server(tmp_path: Path) -> None:
+    """Its descriptor would have two owners."""
+    fd = os.open(tmp_path, os.O_PATH)
+    command = Serve(str(tmp_path), None, True, [Fd()], None, None, None, None, None)
+    with pytest.raises(RequestError, match="not a socket"):
+        service._sources(command, lambda: fd)
+    os.close(fd)
