@@ -230,7 +230,10 @@ class Run:
         if pid in tree.pidfds:
             pidfd = os.dup(tree.pidfds[pid])  # the tree closes its own at the thaw
             self._resources.callback(os.close, pidfd)
-        return FrozenTask(task, gadgets, None if seen is None else seen.parent, pidfd, self._held.get(pid))
+        # Its pid may have been that of another process before, with another one in its PID namespace.
+        same = seen is not None and seen.task.image_pid == task.image_pid
+        parent = seen.parent if seen is not None and same else None
+        return FrozenTask(task, gadgets, parent, pidfd, self._held.get(pid))
 
     def capture(self, tree: FrozenTree, tasks: list[FrozenTask]) -> None:
         """Writes all images but the pages, and finds the pages."""
