@@ -23,7 +23,7 @@ from dumptool.chain import ParentPages
 from dumptool.criu import LOG_NAME, Criu, CriuDump
 from dumptool.criu_pages import StoppedTask, find_pages
 from dumptool.criu_tree import CriuTree, open_tree
-from dumptool.dump import Run, set_up_directory
+from dumptool.dump import Run
 from dumptool.errors import DumpError
 from dumptool.freeze import members
 from dumptool.later import Later, put_off, room
@@ -101,7 +101,7 @@ class _CriuRun(Run):
             self._layouts[task.pid] = task.layout
         for task in seen.values():
             self._hold(task)
-        set_up_directory(settings, self.output)
+        self._set_up_directory()
         parents = self.level.open({pid: task.image_pid for pid, task in seen.items()})
         self._parents = {seen[pid].image_pid: parent for pid, parent in parents.items()}
         try:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from dumptool.output import Output
 from dumptool.tracee import take_fd
 from tests.real.test_dump_backend import by_criu
 from tests.real.test_dump_durable import small_disk
@@ -158,6 +159,23 @@ def tracer(pid: int) -> int:
 
 def stopped(pid: int) -> bool:
     return status(pid, "State").startswith("T")
+
+
+def test_two_that_write_to_one_directory(tmp_path: Path) -> None:
+    """The second would remove the inventory of the first, whose tree is killed then and in no images."""
+    images = tmp_path / "images"
+    with task("sleep", "1000") as pid:
+        check("dump", "-t", pid, "-D", images, "-R")
+        with Output(images).alone():
+            for command in (["pre-dump"], ["dump"], ["dump", *by_criu(NEWEST)]):
+                result = run(*command, "-t", pid, "-D", images)
+                assert result.returncode == 1
+                assert result.stderr.splitlines()[-1].endswith(
+                    f"{images}: another dumptool writes there: wait for it to end"
+                )
+        assert (images / "inventory.img").exists()
+        is_unharmed(pid)
+        check("dump", "-t", pid, "-D", images, *by_criu(NEWEST))
 
 
 FILLED = """
