@@ -22,6 +22,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -184,12 +185,17 @@ static void wait_for_one(void)
 
 int main(int argc, char **argv)
 {
+	struct rlimit limit;
 	sigset_t all;
 	int fds[3];
 	pid_t child;
 
 	if (argc != 4)
 		return 2;
+	if (getrlimit(RLIMIT_NOFILE, &limit) == 0) { /* the soft limit is often 1024: room for 338 processes */
+		limit.rlim_cur = limit.rlim_max;
+		setrlimit(RLIMIT_NOFILE, &limit);
+	}
 	for (int i = 0; i < 3; i++) {
 		fds[i] = fcntl(atoi(argv[1 + i]), F_DUPFD_CLOEXEC, 64); /* out of the way */
 		if (fds[i] < 0)

@@ -23,7 +23,7 @@ from dumptool.chain import ParentPages
 from dumptool.criu import LOG_NAME, Criu, CriuDump
 from dumptool.criu_pages import StoppedTask, find_pages
 from dumptool.criu_tree import CriuTree, open_tree
-from dumptool.dump import Run, set_up_directory
+from dumptool.dump import Run
 from dumptool.errors import DumpError
 from dumptool.freeze import members
 from dumptool.later import Later, put_off, room
@@ -82,7 +82,8 @@ class _CriuRun(Run):
         super().__init__(settings, watcher)
         self._how = how
         self._work = settings.images / WORK
-        self._parents: dict[int, ParentPages | None] = {}
+        self._parents: dict[int, ParentPages | None] = {}  # by the pid in images
+        self._layouts: dict[int, proc.Layout] = {}
         self._criu: CriuDump | None = None
         self._own: set[str] = set()  # names of CRIU's images that ours replace
         self._later: list[Later] = []
@@ -96,9 +97,13 @@ class _CriuRun(Run):
         self._holders.look()
         seen = survey.look_at_all(members(settings.pid), holders=self._holders, files=False)
         for task in seen.values():
+            survey.check_filled(task.pid, task.layout)
+            self._layouts[task.pid] = task.layout
+        for task in seen.values():
             self._hold(task)
-        set_up_directory(settings, self.output)
-        self._parents = self.level.open({pid: task.image_pid for pid, task in seen.items()})
+        self._set_up_directory()
+        parents = self.level.open({pid: task.image_pid for pid, task in seen.items()})
+        self._parents = {seen[pid].image_pid: parent for pid, parent in parents.items()}
         try:
             shutil.rmtree(self._work, ignore_errors=True)
             self._work.mkdir(0o700)
@@ -154,12 +159,13 @@ class _CriuRun(Run):
         begin = time.monotonic()
         for process in tree.alive:
             pid = tree.image_pid(process.pid)
+            survey.check_filled(process.pid, proc.layout(process.pid, self._layouts.get(process.pid)))
             pidfd = os.dup(tree.pidfds[process.pid])
             self._resources.callback(os.close, pidfd)
             held = self._held.get(process.pid)
             if held is not None and held.record.start_time != proc.stat(process.pid).start_time:
                 held = None  # of another process, which has ended
-            task = StoppedTask(process.pid, pid, self._parents.get(process.pid), pidfd, held)
+            task = StoppedTask(process.pid, pid, self._parents.get(pid), pidfd, held)
             name = Kind.PAGEMAP.file_name(pid)
             pages_id = Pagemap.load(self._work / name).pages_id
             self._own |= {name, f"pages-{pages_id}.img"}

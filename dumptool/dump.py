@@ -171,9 +171,15 @@ class Run:
             self.settings.pid, self._check, self._holders, files=not self._memory_only
         )
         gadgets = {pid: _gadgets(task) for pid, task in tasks.items()}
-        set_up_directory(self.settings, self.output)
+        self._set_up_directory()
         parents = self.level.open({pid: task.image_pid for pid, task in tasks.items()})
         self._seen = {pid: _Seen(task, gadgets[pid], parents[pid]) for pid, task in tasks.items()}
+
+    def _set_up_directory(self) -> None:
+        """Makes the images directory ready, for this run alone. Raises ``DumpError``."""
+        self.output.make_directory()
+        self._resources.enter_context(self.output.alone())
+        set_up_directory(self.settings, self.output)
 
     def _check(self, processes: Sequence[Process], tasks: dict[int, Task], *, frozen: bool = False) -> None:
         """Raises ``UnsupportedError`` with everything that this run can't save."""
@@ -230,7 +236,10 @@ class Run:
         if pid in tree.pidfds:
             pidfd = os.dup(tree.pidfds[pid])  # the tree closes its own at the thaw
             self._resources.callback(os.close, pidfd)
-        return FrozenTask(task, gadgets, None if seen is None else seen.parent, pidfd, self._held.get(pid))
+        # Its pid may have been that of another process before, with another one in its PID namespace.
+        same = seen is not None and seen.task.image_pid == task.image_pid
+        parent = seen.parent if seen is not None and same else None
+        return FrozenTask(task, gadgets, parent, pidfd, self._held.get(pid))
 
     def capture(self, tree: FrozenTree, tasks: list[FrozenTask]) -> None:
         """Writes all images but the pages, and finds the pages."""
@@ -335,7 +344,6 @@ def _gadgets(task: Task) -> Gadgets | None:
 def set_up_directory(settings: Settings, output: Output) -> None:
     """Makes the images directory ready, with no inventory and the link to the parent level. Raises ``DumpError``."""
     directory, link = settings.images, settings.images / PARENT_LINK
-    output.make_directory()
     try:
         if link.is_symlink():
             link.unlink()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -56,6 +57,28 @@ class Output:
             missing
         ):  # a new directory has its name on the disk once the one above it is synced
             Output(one.parent, durable=self._durable).sync_directory()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """No other run of dumptool uses the directory in the block. Raises ``DumpError`` if one does.
+
+        It would remove our inventory, the only sign that a tree that is killed is in the images.
+        """
+        try:
+            fd = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as error:
+            raise DumpError(f"{self.directory}: {error.strerror}") from None
+        try:
+            with suppress(OSError):  # not all network file systems can lock a directory
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise DumpError(
+                        f"{self.directory}: another dumptool writes there: wait for it to end"
+                    ) from None
+            yield
+        finally:
+            os.close(fd)
 
     def write(self, name: str, kind: Kind[M], messages: Iterable[M]) -> None:
         """Writes an image of messages. Raises ``ImageError``, ``DumpError``."""

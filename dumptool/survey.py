@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
@@ -173,6 +173,15 @@ def check_memory(processes: Sequence[Process], tasks: dict[int, Task], *, frozen
         raise UnsupportedError(sorted(set(refusals)))
 
 
+def check_filled(pid: int, layout: proc.Layout) -> None:
+    """Raises ``UnsupportedError`` for memory that a userfaultfd fills: pages that are missing may have contents.
+
+    CRIU takes them for pages that were never used, if the process does not have the descriptor (observed, 4.2.1).
+    """
+    if refusal := _foreign(pid, layout, {"um", "ui"}):
+        raise UnsupportedError([refusal])
+
+
 def memory_refusals(
     processes: Sequence[Process], tasks: dict[int, Task], *, frozen: bool = False
 ) -> list[Refusal]:
@@ -222,12 +231,18 @@ def _threads(task: Task) -> Iterator[Refusal]:
 def _registered(task: Task) -> Iterator[Refusal]:
     """Memory that another userfaultfd handles: it may miss pages, and can't be registered with ours."""
     ours = task.tracker is not None or task.leftovers
-    foreign = {"um", "ui"} if ours else {"um", "ui", "uw"}
-    for vma in task.layout.vmas:
-        if foreign & task.layout.flags[vma.start]:
+    refusal = _foreign(task.pid, task.layout, {"um", "ui"} if ours else {"um", "ui", "uw"})
+    if refusal is not None:
+        yield refusal  # one of them is enough
+
+
+def _foreign(pid: int, layout: proc.Layout, flags: Collection[str]) -> Refusal | None:
+    """The first mapping with one of these VmFlags of userfaultfds (proc_pid_smaps(5))."""
+    for vma in layout.vmas:
+        if not layout.flags[vma.start].isdisjoint(flags):
             where = f"mapping {vma.start:x}-{vma.end:x}"
-            yield Refusal(task.pid, where, "has a userfaultfd that is not ours, which is not saved")
-            return  # one of them is enough
+            return Refusal(pid, where, "has a userfaultfd that is not ours, which is not saved")
+    return None
 
 
 def _frozen(process: Process) -> Iterator[Refusal]:

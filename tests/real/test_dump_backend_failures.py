@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
 
+from dumptool.output import Output
+from dumptool.tracee import take_fd
 from tests.real.test_dump_backend import by_criu
 from tests.real.test_dump_durable import small_disk
 from tests.real.test_dump_lazy import lazy_dump, running
@@ -156,3 +159,57 @@ def tracer(pid: int) -> int:
 
 def stopped(pid: int) -> bool:
     return status(pid, "State").startswith("T")
+
+
+def test_two_that_write_to_one_directory(tmp_path: Path) -> None:
+    """The second would remove the inventory of the first, whose tree is killed then and in no images."""
+    images = tmp_path / "images"
+    with task("sleep", "1000") as pid:
+        check("dump", "-t", pid, "-D", images, "-R")
+        with Output(images).alone():
+            for command in (["pre-dump"], ["dump"], ["dump", *by_criu(NEWEST)]):
+                result = run(*command, "-t", pid, "-D", images)
+                assert result.returncode == 1
+                assert result.stderr.splitlines()[-1].endswith(
+                    f"{images}: another dumptool writes there: wait for it to end"
+                )
+        assert (images / "inventory.img").exists()
+        is_unharmed(pid)
+        check("dump", "-t", pid, "-D", images, *by_criu(NEWEST))
+
+
+FILLED = """
+import ctypes, fcntl, mmap, os, struct, time
+u = ctypes.CDLL(None).syscall(323, 0)
+assert u >= 0
+fcntl.ioctl(u, 0xC018AA3F, struct.pack("<QQQ", 0xAA, 0, 0))
+memory = mmap.mmap(-1, 1 << 20, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+where = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+fcntl.ioctl(u, 0xC020AA00, struct.pack("<QQQQ", where, 1 << 20, 1, 0))
+print(u, flush=True)
+while not os.path.exists("taken"):
+    time.sleep(0.01)
+os.close(u)
+print("ready", flush=True)
+time.sleep(1000)
+"""
+
+
+def test_memory_that_a_daemon_fills(tmp_path: Path) -> None:
+    """As after a lazy restore: CRIU alone takes pages that have not arrived yet for pages without contents."""
+    output = tmp_path / "output"
+    with task(sys.executable, "-c", FILLED, cwd=tmp_path, output=output) as pid:
+        wait_for("the program", lambda: output.read_text().endswith("\n"))
+        uffd = take_fd(pid, int(output.read_text()))
+        try:
+            (tmp_path / "taken").touch()
+            wait_for("it to close its own", lambda: "ready" in output.read_text())
+            for backend in ("criu", "auto"):
+                images = tmp_path / backend
+                result = run("dump", "-t", pid, "-D", images, "--backend", backend, "--criu", NEWEST.path)
+                assert result.returncode == 1
+                assert "has a userfaultfd that is not ours" in result.stderr.splitlines()[-1]
+                assert not list(tmp_path.rglob("inventory.img"))
+                is_unharmed(pid)
+        finally:
+            os.close(uffd)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from dumptool.freeze import members
 from dumptool.holders import FIRST, NAME, Holders
 from images_spec.flags import PE_PARENT, PE_PRESENT
 from tests.support.compiling import PROGRAMS
-from tests.support.dumptool import check, is_unharmed, pages, run, task, tracker_of
+from tests.support.dumptool import COMMAND, check, is_unharmed, pages, run, task, tracker_of
 from tests.support.memory import check_memory
 from tests.support.processes import end, start_as, wait_for
 
@@ -117,6 +118,29 @@ def test_what_it_has(changer: Changer) -> None:
     assert holder_of(changer.pid) == holder
     end([changer.pid])
     wait_for("its end", lambda: not proc.exists(holder) or proc.stat(holder).state == "Z")
+
+
+def test_more_processes_than_the_soft_limit_of_descriptors(tmp_path: Path) -> None:
+    """64 descriptors are room for 18 of them."""
+    with task("sh", "-c", "for one in $(seq 24); do sleep 1000 & done; wait") as pid:
+        wait_for(
+            "all of them", lambda: [proc.stat(one.pid).comm for one in members(pid)].count(b"sleep") == 24
+        )
+        command = [
+            "prlimit",
+            "--nofile=64:4096",
+            *COMMAND,
+            "pre-dump",
+            "-t",
+            str(pid),
+            "-D",
+            str(tmp_path / "0"),
+        ]
+        subprocess.run(command, timeout=60, check=True)
+        found = [tracker_of(one.pid) for one in members(pid)]
+        assert all(
+            one is not None and (one.uffd is None) == (one.record.method != "uffd-wp") for one in found
+        )
 
 
 def tracker_of_gone(holder: int, left: int) -> bool:
