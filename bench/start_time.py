@@ -2,7 +2,8 @@
 
 Measures `lazypages serve` and `criu lazy-pages` alternately, from their start to readiness, to the first page that they
 can deliver, and to the first page of a task that a real `criu restore` restores; the resident memory when
-ready, including files; and other commands from start to exit. Prints medians and ranges.
+ready, including files; a resident `lazypages daemon` from a client's connection to readiness; and other commands from
+start to exit. Prints medians and ranges.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,6 +29,7 @@ from lazypages.bench.peers import CriuDaemon, LazyPages, Peer
 from lazypages.bench.programs import Programs
 from lazypages.bench.results import Results
 from lazypages.bench.workloads import MIB, PAGE_SIZE, Layout, Order, Workload
+from lazypages.resident.client import Client
 
 PYTHON = [sys.executable]
 RUN_TO_EXIT = {
@@ -80,6 +83,29 @@ def has_touched(results: Path) -> bool:
         return False
 
 
+@contextmanager
+def resident_daemon(folder: Path) -> Iterator[Path]:
+    """The socket of a `lazypages daemon`."""
+    path = folder / "daemon.socket"
+    command = [*PYTHON, "-m", "lazypages", "daemon", "--socket", path]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as daemon:
+        while not path.exists() and daemon.poll() is None:
+            time.sleep(POLL)
+        yield path
+        daemon.terminate()
+
+
+def through(daemon: Path, images: Path, work: Path) -> float:
+    """Seconds from the connection of a client until a restore can be started."""
+    started = time.monotonic()
+    with Client(daemon) as client:
+        answer = client.request("serve", images=str(images), work=str(work))
+        ready = time.monotonic() - started
+        client.request("stop", restore=answer["restore"])
+        client.request("wait", restore=answer["restore"])
+    return ready
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
@@ -88,7 +114,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     arguments = parser.parse_args()
     seen: dict[str, list[float]] = defaultdict(list)
-    with tempfile.TemporaryDirectory(prefix="lazypages-start-") as name:
+    with (
+        tempfile.TemporaryDirectory(prefix="lazypages-start-") as name,
+        resident_daemon(Path(name)) as daemon,
+    ):
         folder = Path(name)
         programs = Programs.compile(folder)
         checkpoint = checkpoints.write(WORKLOAD, folder / "written", programs)
@@ -113,7 +142,10 @@ def main() -> None:
         def to_exit(title: str, command: list[str]) -> None:
             seen[f"{title}: exit"].append(exit_time(command) * 1e3)
 
-        turns: list[Callable[[], None]] = []
+        def client() -> None:
+            seen["lazypages daemon: ready"].append(through(daemon, checkpoint.images, place()) * 1e3)
+
+        turns: list[Callable[[], None]] = [client]
         turns += [lambda title=title, peer=peer: serve(title, peer) for title, peer in peers.items()]  # type: ignore[misc]
         turns += [lambda title=title, args=args: to_exit(title, args) for title, args in RUN_TO_EXIT.items()]  # type: ignore[misc]
         for number in range(arguments.rounds + 1):
@@ -123,12 +155,16 @@ def main() -> None:
                 seen.clear()  # discard the first round, which reads and compiles the modules
     for title, values in sorted(seen.items()):
         print(f"{title:62}{statistics.median(values):8.1f} ({min(values):.1f}-{max(values):.1f})")
-    for column in ("ready", "first page", "first page, after criu restore"):
-        if arguments.criu:
-            ours, theirs = (seen[f"{peer}: {column}"] for peer in peers)
-            ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
-            median, low, high = statistics.median(ratios), min(ratios), max(ratios)
-            print(f"{'ours by CRIU: ' + column:62}{median:8.2f} ({low:.2f}-{high:.2f})")
+    if arguments.criu:
+        for column in ("ready", "first page", "first page, after criu restore"):
+            by_criu(seen, f"lazypages serve: {column}", f"criu lazy-pages: {column}")
+        by_criu(seen, "lazypages daemon: ready", "criu lazy-pages: ready")
+
+
+def by_criu(seen: Mapping[str, list[float]], ours: str, theirs: str) -> None:
+    """Prints the ratios of two rows, round by round."""
+    ratios = [a / b for a, b in zip(seen[ours], seen[theirs], strict=True)]
+    print(f"{f'{ours}, by CRIU':62}{statistics.median(ratios):8.2f} ({min(ratios):.2f}-{max(ratios):.2f})")
 
 
 if __name__ == "__main__":
