@@ -1,6 +1,6 @@
-"""A pytest plugin: under each of the three kernels two thirds of the tests, so that each test runs under two of them.
+"""A pytest plugin: under each of the three kernels a third of the tests, so that each test runs under one of them.
 
-LAZYPAGES_KERNEL names the kernel. Which two it is depends only on the test's name.
+LAZYPAGES_KERNEL names the kernel. Which one it is depends only on the test's name.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ KERNELS = ("6.1", "6.12", "newest")
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    other = KERNELS.index(os.environ["LAZYPAGES_KERNEL"])
-    left_out = [item for item in items if crc32(item.nodeid.encode()) % len(KERNELS) == other]
+    number = KERNELS.index(os.environ["LAZYPAGES_KERNEL"])
+    left_out = [item for item in items if crc32(item.nodeid.encode()) % len(KERNELS) != number]
     items[:] = [item for item in items if item not in left_out]
     config.hook.pytest_deselected(items=left_out)
