@@ -23,9 +23,10 @@ class OnTerminal:
     def __init__(self, command: Sequence[str], *, rows: int = 40, columns: int = 160) -> None:
         self._master, slave = os.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
-        # With a session leader's first open of a terminal that becomes its controlling terminal.
+        # With a session leader's first open of a terminal that becomes its controlling terminal. CI may run as a
+        # background job, in which a shell ignores these signals.
         self.process = subprocess.Popen(
-            ["setsid", "--ctty", *command],
+            ["setsid", "--ctty", "env", "--default-signal=INT,QUIT", *command],
             stdin=slave,
             stdout=slave,
             stderr=slave,
