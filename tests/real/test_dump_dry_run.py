@@ -23,8 +23,8 @@ PROGRAM = (
     "p = mmap.mmap(-1, 32 << 20, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)\n"
     "p.write(b'y' * (8 << 20))\n"
     "threading.Thread(target=time.sleep, args=[1000], daemon=True).start()\n"
-    "os.fork()\n"
-    "print('ready', flush=True)\n"
+    "if os.fork():\n"
+    "    print('ready', flush=True)\n"
     "time.sleep(1000)\n"
 )
 
