@@ -290,7 +290,7 @@ def test_a_server_that_is_not_trusted(authority: Authority, running: Writer, tmp
     ("kind", "there", "here", "said"),
     [
         ("ours", "server", None, "the page server uses TLS: connect with --tls"),
-        ("ours", None, "client", "the server closed the connection in the handshake: it may not use TLS"),
+        ("ours", None, "client", "the server does not use TLS: it needs --tls, too"),
         (
             "criu-4.2",
             "server",
