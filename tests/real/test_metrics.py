@@ -70,10 +70,12 @@ def check(found: Mapping[str, float], *summaries: Mapping[str, Any]) -> None:
     wanted = expected(*summaries)
     assert {name: found[name] for name in wanted} == wanted
     answered = sum(value for name, value in found.items() if name.startswith("lazypages_faults_answered"))
-    assert found["lazypages_fault_seconds_count"] == answered
-    assert found['lazypages_fault_seconds_bucket{le="+Inf"}'] == answered
+    # a fault whose page the background has brought meanwhile is answered, too, but by no source
+    timed = found["lazypages_fault_seconds_count"]
+    assert answered <= timed <= found["lazypages_faults_total"]
+    assert found['lazypages_fault_seconds_bucket{le="+Inf"}'] == timed
     longest = max(summary["service_time"]["max_us"] or 0 for summary in summaries) / 1e6
-    assert 0 < found["lazypages_fault_seconds_sum"] <= answered * longest * 1.07
+    assert 0 < found["lazypages_fault_seconds_sum"] <= timed * longest * 1.07
     # each bound: no quantile of the summaries contradicts it
     for summary in summaries:
         for name, value in found.items():
