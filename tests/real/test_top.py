@@ -56,7 +56,9 @@ def test_top(restored_program: Path, tmp_path: Path) -> None:
 
             plain_text = tmp_path / "plain"
             with plain_text.open("w") as output:
-                running = subprocess.Popen(top, stdout=output, stderr=subprocess.STDOUT)
+                # CI may run as a background job, in which a shell ignores SIGINT
+                command = ["env", "--default-signal=INT", *top]
+                running = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
             wait_for("pictures", lambda: plain_text.read_text().count("file descriptors") > 2)
             running.send_signal(signal.SIGINT)
             assert running.wait(30) == 0
