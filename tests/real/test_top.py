@@ -35,7 +35,8 @@ def test_rates() -> None:
 
 def test_top(restored_program: Path, tmp_path: Path) -> None:
     with daemon(tmp_path) as resident:
-        top = [*TOP, "--socket", str(resident.socket)]
+        # CI may run as a background job, in which a shell ignores SIGINT
+        top = ["env", "--default-signal=INT", *TOP, "--socket", str(resident.socket)]
         with started(resident, tmp_path / "a", restored_program, 2, 600, background=False) as (number, tasks):
             tasks.say("touch 100")
             done = subprocess.run([*top, "--once", "--json"], capture_output=True, check=True, timeout=60)
@@ -56,9 +57,7 @@ def test_top(restored_program: Path, tmp_path: Path) -> None:
 
             plain_text = tmp_path / "plain"
             with plain_text.open("w") as output:
-                # CI may run as a background job, in which a shell ignores SIGINT
-                command = ["env", "--default-signal=INT", *top]
-                running = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+                running = subprocess.Popen(top, stdout=output, stderr=subprocess.STDOUT)
             wait_for("pictures", lambda: plain_text.read_text().count("file descriptors") > 2)
             running.send_signal(signal.SIGINT)
             assert running.wait(30) == 0
