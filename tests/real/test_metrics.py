@@ -81,9 +81,7 @@ def check(found: Mapping[str, float], *summaries: Mapping[str, Any]) -> None:
         for name, value in found.items():
             if name.startswith("lazypages_fault_seconds_bucket") and "+Inf" not in name:
                 bound = float(name.split('"')[1])
-                assert value == timed or bound < max(longest, summary["service_time"]["p99_us"] / 1e6), (
-                    name
-                )
+                assert value == timed or bound < max(longest, summary["service_time"]["p99_us"] / 1e6), name
 
 
 @pytest.mark.loop("uvloop")
