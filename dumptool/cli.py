@@ -197,18 +197,19 @@ def cli() -> None:
     """
 
 
+def _tree_option(text: str) -> Callable[[F], F]:
+    """``-t``, the parameter ``pid``. ``text``: its help."""
+    return click.option(
+        "-t", "--tree", "pid", metavar="PID", type=click.IntRange(min=1), required=True, help=text
+    )
+
+
 def _common(command: F, *, address: str, port: str) -> F:
     """Adds the options of both commands. ``address``, ``port``: help texts that differ."""
     for option in reversed(
         (
-            click.option(
-                "-t",
-                "--tree",
-                "pid",
-                metavar="PID",
-                type=click.IntRange(min=1),
-                required=True,
-                help="Root of the tree: this process, all its descendants and all their threads are dumped.",
+            _tree_option(
+                "Root of the tree: this process, all its descendants and all their threads are dumped."
             ),
             click.option(
                 "-D",
@@ -445,15 +446,7 @@ def pre_dump_command(**options: Any) -> None:
 
 
 @cli.command("untrack")
-@click.option(
-    "-t",
-    "--tree",
-    "pid",
-    metavar="PID",
-    type=click.IntRange(min=1),
-    required=True,
-    help="Root of the tree: this process and all its descendants.",
-)
+@_tree_option("Root of the tree: this process and all its descendants.")
 @verbosity_option()
 def untrack_command(pid: int, verbosity: int) -> None:
     """Stop tracking the writes of a tree: undo what pre-dump has left.

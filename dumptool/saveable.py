@@ -99,11 +99,7 @@ def _family(process: Process, pids: Collection[int], options: Options) -> Iterat
 
 def _process(task: Task) -> Iterator[Refusal]:
     pid = task.pid
-    for tid in task.process.threads:
-        try:
-            fields = proc.status(pid, tid)
-        except TaskGoneError:
-            continue
+    for tid, fields in survey.threads_of(task):
         if fields.get("Seccomp", "0") != "0":
             yield Refusal(pid, "", f"thread {tid} is under seccomp, which is not saved")
         if proc.stat(pid, tid).policy == SCHED_DEADLINE:

@@ -208,13 +208,19 @@ def memory_refusals(
     return refusals
 
 
-def _threads(task: Task) -> Iterator[Refusal]:
-    pid = task.pid
+def threads_of(task: Task) -> Iterator[tuple[int, dict[str, str]]]:
+    """The threads of a process that have not exited meanwhile: thread id, and /proc/PID/task/TID/status."""
     for tid in task.process.threads:
         try:
-            fields = proc.status(pid, tid)
+            fields = proc.status(task.pid, tid)
         except TaskGoneError:
             continue
+        yield tid, fields
+
+
+def _threads(task: Task) -> Iterator[Refusal]:
+    pid = task.pid
+    for tid, fields in threads_of(task):
         tracer = int(fields.get("TracerPid", "0"))
         if tracer not in (0, os.getpid()):
             yield Refusal(pid, "", f"thread {tid} is traced by pid {tracer} (a debugger or strace): end that")

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 
 import click
 
+from lazypages.cli.daemon_socket import socket_option
 from lazypages.engine.memory import PAGE_SIZE
 from lazypages.errors import LazyPagesError
 from lazypages.logs import printable
 from lazypages.resident.client import Client
-from lazypages.resident.protocol import SOCKET
 from lazypages.wording import count, size
 
 EPILOG = """\b
@@ -48,15 +48,7 @@ _now = click.option("--now", is_flag=True, help="Kill tasks that miss memory ins
 
 
 @click.group(epilog=EPILOG)
-@click.option(
-    "--socket",
-    "path",
-    metavar="PATH",
-    type=click.Path(path_type=Path),
-    default=SOCKET,
-    show_default=True,
-    help="The daemon's socket.",
-)
+@socket_option("The daemon's socket.")
 @click.option("--json", "as_json", is_flag=True, help="Print answers as JSON, each on one line.")
 @click.pass_context
 def ctl(ctx: click.Context, path: Path, *, as_json: bool) -> None:

@@ -8,7 +8,7 @@ import resource
 import signal
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +18,7 @@ from click.core import ParameterSource
 
 from lazypages import logs
 from lazypages.cli.activation import ActivationError, listener_of, name_of, take_passed
+from lazypages.cli.daemon_socket import socket_option
 from lazypages.cli.daemonize import (
     check_status_fd,
     into_background,
@@ -42,7 +43,6 @@ from lazypages.errors import LazyPagesError
 from lazypages.logs import MESSAGE
 from lazypages.loop.preparing import check_userfaultfd
 from lazypages.notify import Notifier
-from lazypages.resident.protocol import SOCKET
 
 if TYPE_CHECKING:
     import socket
@@ -69,15 +69,7 @@ SIGINT and SIGTERM
 
 
 @click.command(epilog=EPILOG)
-@click.option(
-    "--socket",
-    "path",
-    metavar="PATH",
-    type=click.Path(path_type=Path),
-    default=SOCKET,
-    show_default=True,
-    help="Listen at this unix socket.",
-)
+@socket_option("Listen at this unix socket.")
 @click.option(
     "--max-restores",
     metavar="N",
@@ -241,7 +233,12 @@ def _limit_descriptors(most: int | None) -> None:
 @contextmanager
 def _listening(path: Path, mode: int) -> Iterator[socket.socket]:
     """The listening socket. On exit its file is removed, if it is still ours. Raises ListenError."""
-    from lazypages.net.listen import UNIX_PREFIX, ListenError, listen  # noqa: PLC0415 - slow to import
+    from lazypages.net.listen import (  # noqa: PLC0415 - slow to import
+        UNIX_PREFIX,
+        ListenError,
+        listen,
+        removed_afterwards,
+    )
 
     try:
         listener, _name = listen(f"{UNIX_PREFIX}{path}", 0, insecure=False, tls=False)
@@ -253,11 +250,5 @@ def _listening(path: Path, mode: int) -> Iterator[socket.socket]:
         raise ListenError(f"--socket: {error}") from None
     with listener:
         path.chmod(mode)
-        made = path.lstat()
-        try:
+        with removed_afterwards(path):
             yield listener
-        finally:
-            with suppress(OSError):
-                found = path.lstat()
-                if (found.st_dev, found.st_ino) == (made.st_dev, made.st_ino):
-                    path.unlink()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,7 +17,6 @@ from lazypages.extras import MissingError
 from lazypages.outputs import check_output
 
 UNIX_PREFIX = "unix:"
-BACKLOG = 64
 
 #: Modules and Python packages of the options.
 METRICS = {"prometheus_client": "prometheus-client", "h11": "h11"}
@@ -110,15 +109,10 @@ def _check_otel() -> None:
 def _listening(address: str) -> Iterator[socket.socket]:
     if address.startswith(UNIX_PREFIX) or "/" in address:
         path = Path(address.removeprefix(UNIX_PREFIX)).absolute()
-        with _listen_unix(path) as listener:
-            made = path.lstat()
-            try:
-                yield listener
-            finally:
-                with suppress(OSError):
-                    found = path.lstat()
-                    if (found.st_dev, found.st_ino) == (made.st_dev, made.st_ino):
-                        path.unlink()
+        from lazypages.net.listen import removed_afterwards  # noqa: PLC0415 - slow to import
+
+        with _listen_unix(path) as listener, removed_afterwards(path):
+            yield listener
     else:
         with _listen_tcp(address) as listener:
             yield listener
@@ -149,12 +143,9 @@ def _listen_tcp(address: str) -> socket.socket:
             f"--metrics {address}: other hosts could read it, and nothing asks who they are: use 127.0.0.1, and for "
             "other hosts a proxy with TLS"
         )
-    listener = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    from lazypages.net.listen import listen_tcp  # noqa: PLC0415 - slow to import
+
     try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(where)
-        listener.listen(BACKLOG)
+        return listen_tcp(family, where)
     except OSError as error:
-        listener.close()
         raise LazyPagesError(f"--metrics {address}: cannot listen there: {error.strerror}") from None
-    return listener

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
+from lazypages.cli.daemon_socket import socket_option
 from lazypages.engine.memory import PAGE_SIZE
 from lazypages.errors import LazyPagesError
 from lazypages.logs import printable
 from lazypages.resident.client import Client
-from lazypages.resident.protocol import SOCKET
 from lazypages.wording import count, size
 
 if TYPE_CHECKING:
@@ -195,15 +195,7 @@ def look(client: Client, *, everything: bool) -> tuple[dict[str, Any], list[Row]
 
 
 @click.command()
-@click.option(
-    "--socket",
-    "path",
-    metavar="PATH",
-    type=click.Path(path_type=Path),
-    default=SOCKET,
-    show_default=True,
-    help="The daemon's socket.",
-)
+@socket_option("The daemon's socket.")
 @click.option(
     "--interval",
     metavar="SECONDS",

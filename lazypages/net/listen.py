@@ -61,18 +61,40 @@ def listen(address: str | None, port: int, *, insecure: bool, tls: bool) -> tupl
             "use --tls or --insecure"
         )
     get_ready()
-    sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind(where)
-        sock.listen(BACKLOG)
+        sock = listen_tcp(family, where)
     except OSError as error:
-        sock.close()
         raise ListenError(f"cannot listen at {host} port {port}: {error.strerror}") from None
     if insecure and not (loopback or tls):
         log.warning("--insecure: every host that reaches %s can read or write the memory of tasks", host)
     bound, number = sock.getsockname()[:2]
     return sock, f"[{bound}]:{number}" if family == socket.AF_INET6 else f"{bound}:{number}"
+
+
+def listen_tcp(family: int, where: Any) -> socket.socket:
+    """A socket that listens at an address of getaddrinfo(). Raises OSError."""
+    sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(where)
+        sock.listen(BACKLOG)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+@contextmanager
+def removed_afterwards(path: Path) -> Iterator[None]:
+    """The file of a unix socket that has just been made: it is removed on exit, if it is still this one."""
+    made = path.lstat()
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            found = path.lstat()
+            if (found.st_dev, found.st_ino) == (made.st_dev, made.st_ino):
+                path.unlink()
 
 
 def _listen_unix(path: Path) -> tuple[socket.socket, str]:
