@@ -66,11 +66,15 @@ static size_t find(int32_t pid)
 	return slot;
 }
 
-static void drop(size_t slot)
+/* `received`: descriptors that stay; NULL: none. One may have the place of the userfaultfd, if the slot has none. */
+static void drop(size_t slot, const int *received)
 {
+	int uffd = number(slot, UFFD);
+
 	/* The record goes first: nobody may find one without its userfaultfd. */
 	close(number(slot, MEMFD));
-	close(number(slot, UFFD));
+	if (!received || (received[PIDFD] != uffd && received[MEMFD] != uffd))
+		close(uffd);
 	close(number(slot, PIDFD));
 	slots[slot] = 0;
 	nr_used--;
@@ -104,7 +108,7 @@ static int hold(int32_t pid, const int fds[MAX_FDS])
 	size_t slot = find(pid);
 
 	if (slot < nr_slots)
-		drop(slot); /* of an earlier process */
+		drop(slot, fds); /* of an earlier process */
 	slot = find(0);
 	if (slot == nr_slots && grow() < 0)
 		return -1;
@@ -158,7 +162,7 @@ static int receive(void)
 	case DROP:
 		slot = find(message.pid);
 		if (message.pid && slot < nr_slots)
-			drop(slot);
+			drop(slot, NULL);
 		break;
 	}
 	for (int i = 0; !taken && i < nr_fds; i++)
@@ -176,7 +180,7 @@ static void wait_for_one(void)
 		return;
 	for (size_t slot = 0; slot < nr_slots; slot++)
 		if (polled[2 + slot].fd >= 0 && polled[2 + slot].revents)
-			drop(slot);
+			drop(slot, NULL);
 	if (starter && polled[1].revents)
 		starter = dup2(0, STARTER) < 0;
 	if (polled[0].revents)

@@ -203,6 +203,22 @@ def test_another_process_with_the_pid(changer: Changer) -> None:
     assert tracker_of(changer.pid)
 
 
+def test_a_tracker_in_the_place_of_one_without_a_userfaultfd() -> None:
+    """What is received first has the free place of that userfaultfd, and must not be closed with the old tracker."""
+    with task("sleep", "1000") as pid, Holders() as holders:
+        holder = holders.for_tree([pid])
+        for size in (1, 2):
+            pidfd, memfd = os.pidfd_open(pid), os.memfd_create("record")
+            os.ftruncate(memfd, size)
+            holder.hold(pid, pidfd, memfd)
+            os.close(pidfd)
+            os.close(memfd)
+            assert holder.sync()
+            places = {int(fd) for fd in os.listdir(f"/proc/{holder.pid}/fd") if int(fd) >= FIRST}
+            assert places == {FIRST, FIRST + 1}
+            assert os.stat(f"/proc/{holder.pid}/fd/{FIRST + 1}").st_size == size
+
+
 def test_two_at_once(changer: Changer, tmp_path: Path) -> None:
     changer.level()
     with Holders() as holders:
