@@ -33,7 +33,7 @@ static bool make_change(struct lp_task *t, struct lp_change *change)
 	int rc = by_source ? 0 : -ENOMEM;
 	bool made = true;
 
-	if (rc && change->kind == LP_FORKED) { /* the child is not served: its uffd stays open */
+	if (rc && change->kind == LP_FORKED && !t->fork.child) { /* the child is not served: its uffd stays open; lp_free_fork's else */
 		lp_guard_leave(t->engine->guard, change->uffd);
 		lp_free_wiped(change->seen);
 	}
