@@ -23,7 +23,7 @@ from images_spec.flags import PE_PARENT, PE_PRESENT
 from tests.support.compiling import PROGRAMS
 from tests.support.dumptool import COMMAND, check, is_unharmed, pages, run, task, tracker_of
 from tests.support.memory import check_memory
-from tests.support.processes import end, start_as, wait_for
+from tests.support.processes import descendants, end, name_of, start_as, wait_for
 
 PAGES = 1024
 
@@ -117,15 +117,13 @@ def test_what_it_has(changer: Changer) -> None:
     wait_for("the child's tracker to go", lambda: tracker_of_gone(holder, 3))
     assert holder_of(changer.pid) == holder
     end([changer.pid])
-    wait_for("its end", lambda: not proc.exists(holder) or proc.stat(holder).state == "Z")
+    wait_for("its end", lambda: descendants().get(holder, "Z") == "Z")
 
 
 def test_more_processes_than_the_soft_limit_of_descriptors(tmp_path: Path) -> None:
     """64 descriptors are room for 18 of them."""
     with task("sh", "-c", "for one in $(seq 24); do sleep 1000 & done; wait") as pid:
-        wait_for(
-            "all of them", lambda: [proc.stat(one.pid).comm for one in members(pid)].count(b"sleep") == 24
-        )
+        wait_for("all of them", lambda: [name_of(child) for child in descendants(pid)].count("sleep") == 24)
         command = [
             "prlimit",
             "--nofile=64:4096",

@@ -21,14 +21,13 @@ import pytest
 from dumptool import proc
 from dumptool.dump import Settings, Watcher, pre_dump
 from dumptool.errors import UnsupportedError
-from dumptool.freeze import members
 from images_spec.flags import PE_PRESENT
 from tests.real.test_dump_refusals import REDIS, REFUSED, SETUP, _answers, ask
 from tests.support.compiling import PROGRAMS
 from tests.support.criu import RELEASES, Criu
 from tests.support.dumptool import COMMAND, is_unharmed, pages, reap_all, task, tracker_of
 from tests.support.memory import check_memory
-from tests.support.processes import end, wait_for
+from tests.support.processes import descendants, end, name_of, wait_for
 
 PAGE = 4096
 EACH = 100
@@ -171,7 +170,7 @@ def test_the_same_pid_in_two_namespaces(tmp_path: Path) -> None:
     """Images are named by that."""
     inner = "unshare --pid --fork --kill-child sleep 1000"
     with task("sh", "-c", f"{inner} & {inner} & wait") as pid:
-        wait_for("the tree", lambda: [proc.stat(one.pid).comm for one in members(pid)].count(b"sleep") == 2)
+        wait_for("the tree", lambda: [name_of(child) for child in descendants(pid)].count("sleep") == 2)
         with pytest.raises(UnsupportedError, match="is pid 1 in its PID namespace, as pid "):
             level(pid, tmp_path, 0)
 

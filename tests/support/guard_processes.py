@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterable
-from pathlib import Path
 
 from tests.support.blocked import wait_for_faults
 from tests.support.fake import Restored
-from tests.support.processes import descendants, wait_for
+from tests.support.processes import descendants, name_of, wait_for
 
 #: Exit status of a killed task, as a shell says it.
 KILLED = 128 + signal.SIGKILL
@@ -17,8 +16,7 @@ KILLED = 128 + signal.SIGKILL
 
 def guards() -> list[int]:
     """Those below us that run."""
-    names = {pid: Path(f"/proc/{pid}/comm") for pid, state in descendants().items() if state != "Z"}
-    return [pid for pid, name in names.items() if name.exists() and name.read_text() == "uffd-guard\n"]
+    return [pid for pid, state in descendants().items() if state != "Z" and name_of(pid) == "uffd-guard"]
 
 
 def wait_for_their_end() -> None:

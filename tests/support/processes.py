@@ -60,6 +60,14 @@ def descendants(root: int | None = None) -> dict[int, str]:
     return found
 
 
+def name_of(pid: int) -> str:
+    """Its program's name (proc_pid_comm(5)), "" if it is gone."""
+    try:
+        return Path(f"/proc/{pid}/comm").read_text(errors="replace").rstrip("\n")
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
 def describe(pid: int) -> str:
     """One line about a process, for messages."""
     try:
