@@ -15,7 +15,8 @@ STDOUT = Path("-")
 def check_output(option: str, path: Path, *, new: bool = False) -> None:
     """Raises LazyPagesError if the file `path`, the value of `option`, can't be created or opened for writing.
 
-    `new`: it must not exist. A file that exists keeps its contents; one that does not exist still does not afterwards.
+    `new`: it must not exist. A file that exists keeps its contents; one that does not exist is not made, not even for a
+    moment.
     """
     if new and os.path.lexists(path):
         raise already_there(option, path)
@@ -27,15 +28,30 @@ def check_output(option: str, path: Path, *, new: bool = False) -> None:
     if path.is_fifo():
         return  # its reader would take our check for the end
     exists = os.path.lexists(path)
-    flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
     try:
-        fd = os.open(path, flags if exists else flags | os.O_CREAT | os.O_EXCL, 0o600)
+        if exists:
+            os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC))
+        else:
+            _try_to_create(path.parent)
     except OSError as error:
         if exists and error.errno == errno.ENOENT:
             return  # a link to a file that does not exist yet
         raise cannot_write(option, path, error, exists=exists) from None
-    os.close(fd)
-    if not exists:
+
+
+def _try_to_create(directory: Path) -> None:
+    """Under no name, or another one: somebody may wait for the file that is to be there. Raises OSError."""
+    flags = os.O_WRONLY | os.O_CLOEXEC
+    try:
+        os.close(os.open(directory, flags | os.O_TMPFILE, 0o600))
+    except OSError as error:
+        if error.errno not in {
+            errno.EOPNOTSUPP,
+            errno.EISDIR,
+        }:  # open(2): this file system has none (NFS, FAT)
+            raise
+        path = directory / f".lazypages-{os.getpid()}"
+        os.close(os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600))
         path.unlink()
 
 

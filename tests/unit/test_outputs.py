@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import select
 from pathlib import Path
@@ -13,6 +14,8 @@ from lazypages.cli.main import cli
 from lazypages.errors import LazyPagesError
 from lazypages.outputs import check_output
 
+IN_CREATE = 0x100  # inotify(7)
+
 
 def test_nothing_is_left_and_nothing_lost(tmp_path: Path) -> None:
     (tmp_path / "old").write_text("contents")
@@ -23,6 +26,20 @@ def test_nothing_is_left_and_nothing_lost(tmp_path: Path) -> None:
         check_output("--json", tmp_path / name)
     assert sorted(os.listdir(tmp_path)) == before
     assert (tmp_path / "old").read_text() == "contents"
+
+
+def test_who_waits_for_the_file_does_not_see_the_check(tmp_path: Path) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    events = libc.inotify_init1(os.O_NONBLOCK)
+    try:
+        assert libc.inotify_add_watch(events, os.fsencode(tmp_path), IN_CREATE) > 0
+        check_output("--pidfile", tmp_path / "pid", new=True)
+        with pytest.raises(BlockingIOError):
+            os.read(events, 4096)
+        (tmp_path / "pid").touch()
+        assert os.read(events, 4096).rstrip(b"\0").endswith(b"pid")
+    finally:
+        os.close(events)
 
 
 def test_what_the_kernel_says_is_said(tmp_path: Path) -> None:
