@@ -80,7 +80,7 @@ struct lp_stats {
 
 /* guard: is informed of the uffds; may be NULL.  NULL with errno set. */
 struct lp_engine *lp_engine_new(struct lp_guard *guard);
-/* Closes the tasks that there still are, as lp_task_close does. */
+/* Closes the tasks that there still are, as lp_task_end_service and lp_task_close do. */
 void lp_engine_free(struct lp_engine *engine);
 /* Readable when there are events. */
 int lp_engine_event_fd(const struct lp_engine *engine);
@@ -114,12 +114,15 @@ void lp_memory_free(struct lp_memory *memory);
 struct lp_task *lp_task_new(struct lp_engine *engine, int uffd, struct lp_memory *memory, uint64_t max_readahead, pid_t pid,
 			    int pidfd, uint64_t tag);
 /*
- * Ends the service, and closes the uffd if nothing is missing, or if the task is gone.  Else it stays open, because closing it
- * makes the kernel serve zeros: a thread that faults waits for ever.  No event is about the task any more, and the pointer is no
- * longer valid.  True if an event that was not taken yet said that a page may have come as zeros (LP_EVENT_LOST with ESTALE): the
- * task must not go on.  left (may be NULL): whether the uffd stays open.
+ * Closes the uffd if nothing is missing, or if the task is gone.  Else it stays open, because closing it makes the kernel serve
+ * zeros: a thread that faults waits for ever.  From here on the task's counters stay as they are.  True if the uffd stays open.
  */
-bool lp_task_close(struct lp_task *task, bool *left);
+bool lp_task_end_service(struct lp_task *task);
+/*
+ * After lp_task_end_service.  No event is about the task any more, and the pointer is no longer valid.  True if an event that was not
+ * taken yet said that a page may have come as zeros (LP_EVENT_LOST with ESTALE): the task must not go on.
+ */
+bool lp_task_close(struct lp_task *task);
 
 /*
  * Brings pages that wait, from the lowest address on, round again at the end; gives way to faults.  At most max_bytes, rounded up

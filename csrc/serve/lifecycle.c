@@ -51,19 +51,18 @@ struct lp_task *lp_task_new(struct lp_engine *e, int uffd, struct lp_memory *mem
 	lp_task_link(t); /* before it is served: what channels bring finds it by its tag */
 	int rc = lp_task_start(t);
 	if (rc) {
-		lp_task_close(t, NULL); /* the uffd stays open: pages are pending */
+		lp_task_end_service(t); /* the uffd stays open: pages are pending */
+		lp_task_close(t);
 		errno = -rc;
 		return NULL;
 	}
 	return t;
 }
 
-bool lp_task_close(struct lp_task *t, bool *left)
+bool lp_task_end_service(struct lp_task *t)
 {
 	const struct timespec pause = {.tv_nsec = CLOSE_PAUSE_NS};
-	struct lp_engine *e = t->engine;
-	bool spoilt, stays;
-	struct lp_task **link;
+	bool stays;
 
 	lp_lock_alone(&t->lock);
 	/* a child whose uffd has come is not to be lost with its parent */
@@ -74,11 +73,18 @@ bool lp_task_close(struct lp_task *t, bool *left)
 		nanosleep(&pause, NULL);
 		lp_lock_alone(&t->lock);
 	}
-	epoll_ctl(e->epfd, EPOLL_CTL_DEL, t->uffd, NULL);
+	epoll_ctl(t->engine->epfd, EPOLL_CTL_DEL, t->uffd, NULL);
 	stays = lp_close_uffd(t);
-	if (left)
-		*left = stays;
 	lp_unlock_alone(&t->lock);
+	return stays;
+}
+
+bool lp_task_close(struct lp_task *t)
+{
+	struct lp_engine *e = t->engine;
+	struct lp_task **link;
+	bool spoilt;
+
 	pthread_mutex_lock(&e->lock);
 	t->closed = true;
 	for (link = &e->tasks; *link; link = &(*link)->next)

@@ -23,8 +23,9 @@ class ServedTask:
         self.nr_levels = int(lib.lp_task_nr_levels(handle))
         #: Number of pages pending at the start.
         self.total = int(lib.lp_task_total(handle))
-        #: After :meth:`close`: whether the uffd stays open.
+        #: After :meth:`end_service`: whether the uffd stays open.
         self.left_open = False
+        self._ended = False
 
     def __repr__(self) -> str:
         return f"<ServedTask {int(ffi.cast('uintptr_t', self.handle)):#x}>"
@@ -108,15 +109,21 @@ class ServedTask:
         lib.lp_task_histogram(self.handle, buckets)
         return list(ffi.unpack(buckets, lib.LP_HISTOGRAM_BUCKETS))
 
-    def close(self) -> bool:
-        """Stops serving the task. Closes the uffd if no page is pending, or if the task no longer exists.
+    def end_service(self) -> None:
+        """Closes the uffd if no page is pending, or if the task no longer exists. The counters are final then.
 
         Otherwise the uffd stays open until this process exits: if it were closed, the kernel would serve zeros for
-        missing pages. Returns whether the task may have read zeros for a page that no event (LOST with ESTALE) has
-        reported.
+        missing pages.
         """
+        self._ended = True
+        self.left_open = bool(lib.lp_task_end_service(self.handle))
+
+    def close(self) -> bool:
+        """Ends the service, unless that has been done. The engine has no such task any more.
+
+        Returns whether the task may have read zeros for a page that no event (LOST with ESTALE) has reported.
+        """
+        if not self._ended:
+            self.end_service()
         self._closed(self.handle)
-        left = ffi.new("bool *")
-        spoilt = bool(lib.lp_task_close(self.handle, left))
-        self.left_open = bool(left[0])
-        return spoilt
+        return bool(lib.lp_task_close(self.handle))

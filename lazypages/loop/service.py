@@ -483,10 +483,11 @@ class TaskService:
         if self._gone and self._state is State.SERVING:
             self._end(State.ENDED)
         self._log_end()
+        self._served.end_service()
+        self.holds_uffd = self._served.left_open
         report = self._measure()
         if self._served.close():
             self._spoilt()
-        self.holds_uffd = self._served.left_open
         self._final = report._replace(state=self._state)
         self._closed.set()
 
