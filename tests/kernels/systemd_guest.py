@@ -5,6 +5,7 @@ systemd_guest.py CRIU VICTIM LAZYPAGES: the programs. Imports few modules: each 
 
 from __future__ import annotations
 
+import grp
 import json
 import os
 import shutil
@@ -129,6 +130,30 @@ def install() -> None:
     run("systemctl", "daemon-reload")
 
 
+def examples() -> None:
+    """Those for users other than root."""
+    setting = Path("/proc/sys/vm/unprivileged_userfaultfd")
+    setting.write_text("0")
+    run("/lib/systemd/systemd-sysctl", UNITS / "lazypages.sysctl.conf")
+    assert setting.read_text() == "1\n"
+
+    device, group = Path("/dev/userfaultfd"), "daemon"  # of /etc/group, which is not ours to change
+    assert device.stat().st_mode & 0o777 == 0o600
+    rules = Path("/run/udev/rules.d")
+    rules.mkdir(parents=True)
+    example = (UNITS / "60-lazypages-userfaultfd.rules").read_text()
+    (rules / "60-lazypages-userfaultfd.rules").write_text(
+        example.replace('"userfaultfd", MODE', f'"{group}", MODE')
+    )
+    udevd = subprocess.Popen(["/lib/systemd/systemd-udevd"], stdin=subprocess.DEVNULL)
+    wait_for("udev", Path("/run/udev/control").exists)
+    run("udevadm", "trigger", "--settle", f"--name-match={device}")
+    found = device.stat()
+    assert (found.st_mode & 0o777, found.st_gid) == (0o660, grp.getgrnam(group).gr_gid), found
+    udevd.terminate()
+    udevd.wait(TIMEOUT)
+
+
 def activate(checkpoint: Checkpoint) -> None:
     """The first client starts the daemon, through which a checkpoint is restored."""
     ask("serve", images=str(checkpoint.images), background=False)
@@ -148,6 +173,8 @@ def wait_for_status(unit: str, part: str) -> None:
 def main() -> None:
     install()
     step("installed")
+    examples()
+    step("userfaultfd for other users: the examples of sysctl.d and udev")
     checkpoint = Checkpoint(Path("/tmp/a check-point of $HOME"))
     step("a checkpoint")
     run("systemctl", "start", "lazypages.socket")

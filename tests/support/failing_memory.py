@@ -7,6 +7,7 @@ byte is right, or the engine says that the task can't go on (BROKEN), which cost
 
 from __future__ import annotations
 
+import faulthandler
 import importlib.util
 import os
 import sys
@@ -87,6 +88,7 @@ def run(lib: Any, scenario: Callable[[Callable[[], None]], bool], check: Callabl
 
 
 def main() -> None:
+    faulthandler.dump_traceback_later(100)
     folder, name = Path(sys.argv[1]), sys.argv[2]
     lib = load(folder)
     from lazypages.engine.guard import Guard

@@ -8,7 +8,12 @@ from _pytest.terminal import TerminalReporter
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Turns a success with skipped or expectedly failed tests into a failure."""
+    """Turns a success with skipped or expectedly failed tests into a failure.
+
+    Processes that run a part of the tests (pytest-xdist) tell theirs to the one that reports.
+    """
+    if hasattr(session.config, "workerinput"):
+        return
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     assert isinstance(reporter, TerminalReporter)
     unproven = [

@@ -838,14 +838,24 @@ static void begin_unrest(char *at)
 		usleep(100);
 }
 
+/* It may have ended already. */
+static void end_with(pid_t parent)
+{
+	prctl(PR_SET_PDEATHSIG, SIGKILL);
+	if (getppid() != parent)
+		_exit(0);
+}
+
 /* 0 in the child */
 static pid_t fork_in_unrest(void)
 {
+	pid_t parent = getpid();
+
 	restless.child = fork();
 	if (restless.child < 0)
 		_exit(7);
 	if (!restless.child)
-		prctl(PR_SET_PDEATHSIG, SIGKILL);
+		end_with(parent);
 	else
 		say("ok %d", (int)restless.child);
 	return restless.child;
@@ -982,7 +992,7 @@ static void leave_guards(uint64_t from, size_t pages, uint64_t to)
 static void fork_child(bool orphan)
 {
 	int ends[2];
-	pid_t pid;
+	pid_t pid, parent = getpid();
 
 	if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends))
 		_exit(7);
@@ -991,7 +1001,7 @@ static void fork_child(bool orphan)
 		_exit(7);
 	if (!pid) {
 		if (!orphan)
-			prctl(PR_SET_PDEATHSIG, SIGKILL);
+			end_with(parent);
 		close(ends[0]);
 		close(control);
 		control = ends[1];
@@ -1113,7 +1123,7 @@ static void forks(int n, uint64_t at, size_t pages, uint64_t id, int threads)
 	struct walk *arg = &w;
 	uint64_t seed = id;
 	int failed = 0;
-	pid_t pids[n];
+	pid_t pids[n], parent = getpid();
 
 	w.shuffled = xcalloc(pages, sizeof(size_t));
 	for (size_t i = 0; i < pages; i++) {
@@ -1135,7 +1145,7 @@ static void forks(int n, uint64_t at, size_t pages, uint64_t id, int threads)
 		if (pids[i] < 0)
 			_exit(7);
 		if (!pids[i]) {
-			prctl(PR_SET_PDEATHSIG, SIGKILL);
+			end_with(parent);
 			bad.is = false;
 			walk_thread(&arg);
 			_exit(bad.is);
