@@ -12,7 +12,8 @@
 #include "guard.h"
 
 #define LP_GUARD_COMPLETE (-1)
-#define LP_GUARD_LOOK_MS 20 /* between two looks at what is left */
+#define LP_GUARD_LOOK_MS 20 /* between two looks at what is left; more and more, up to LOOK_MOST_MS, while that stays as it is */
+#define LP_GUARD_LOOK_MOST_MS 640L
 
 /* In memory that daemon and guard share.  It outlives a guard that is killed, and the next one goes on with it. */
 struct lp_guard {

@@ -267,8 +267,8 @@ static int fd_bound(void)
 
 void lp_guard_take_over(struct lp_guard *g)
 {
-	const struct timespec pause = {.tv_nsec = LP_GUARD_LOOK_MS * 1000000};
-	unsigned int unknown = 0, said = 0, left;
+	struct timespec pause = {.tv_nsec = LP_GUARD_LOOK_MS * 1000000};
+	unsigned int unknown = 0, said = 0, before = 0, left;
 	int bound = fd_bound();
 	bool all = false;
 
@@ -295,6 +295,12 @@ void lp_guard_take_over(struct lp_guard *g)
 		left = close_gone(g);
 		if (all && !left)
 			return;
+		/* one that can't be killed may wait for a day */
+		if (left != before || !all)
+			pause.tv_nsec = LP_GUARD_LOOK_MS * 1000000;
+		else if (2 * pause.tv_nsec <= LP_GUARD_LOOK_MOST_MS * 1000000)
+			pause.tv_nsec *= 2;
+		before = left;
 		nanosleep(&pause, NULL);
 	}
 }
