@@ -1,4 +1,4 @@
-"""The commands of docs/containers.md, taken from its text and executed: a real runc, CRIU, and Redis."""
+"""The commands of the pages about containers, taken from their text and executed: a real runc, CRIU, and Redis."""
 
 from __future__ import annotations
 
@@ -17,16 +17,19 @@ from tests.support.hosts import Link, two_hosts
 from tests.support.processes import nothing_left, wait_for
 
 DIGEST = re.compile(r"^[0-9a-f]{40}$", re.MULTILINE)
-RUNC = "runc: restore on the same host"
-DEMO = "A container to try it with"
-MOVE = "runc: move to another host"
+DEMO = ("docs/containers.md", "A container to try it with")
+RUNC = ("docs/runc.md", "Restore on the same host")
+MOVE = ("docs/runc.md", "Move to another host")
+CRUN = ("docs/crun.md", "What it can do")
+PODMAN = ("docs/podman.md", "What it can do")
 ATTEMPTS = 5
 NAMES = ("demo", "moved", "demo1", "demo2")
 
 
-def blocks(section: str, language: str = "sh") -> list[str]:
-    """The blocks of that language in a section of the page, in their order."""
-    return docs.blocks("docs/containers.md", section, language)
+def blocks(place: tuple[str, str], language: str = "sh") -> list[str]:
+    """The blocks of that language in a section of a page, in their order."""
+    page, section = place
+    return docs.blocks(page, section, language)
 
 
 def digest(output: str) -> str:
@@ -135,10 +138,10 @@ def test_podman(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CONTAINERS_CONF", str(limits))
     shell = Shell(folder)
     build, _fill = blocks(DEMO)
-    wrapper, fill, again = blocks("podman")
+    wrapper, fill, again = blocks(PODMAN)
     shell.run(build)
     shell.run("podman create --name demo --rootfs demo/rootfs true")  # of crun
-    for text in blocks("podman", "console"):
+    for text in blocks(PODMAN, "console"):
         shell.check_refusal(text)
     shell.run("podman rm demo")
     before = digest(shell.run(wrapper + fill))
@@ -148,7 +151,7 @@ def test_podman(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_crun(tmp_path: Path) -> None:
-    (text,) = blocks("crun", "console")
+    (text,) = blocks(CRUN, "console")
     Shell(tmp_path).check_refusal(text)
     version = subprocess.run(["crun", "--version"], capture_output=True, text=True, timeout=60, check=True)
     assert "+SECCOMP" in version.stdout

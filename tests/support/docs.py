@@ -26,10 +26,13 @@ EXECUTED_BY = {
     "docs/backend.md": "tests/real/test_docs.py",
     "docs/containers.md": "tests/real/test_containers.py",
     "docs/criu-shim.md": "tests/real/test_docs.py",
+    "docs/crun.md": "tests/real/test_containers.py",
     "docs/daemon.md": "tests/real/test_docs.py",
     "docs/images_spec.md": "tests/real/test_docs.py",
     "docs/metrics.md": "tests/real/test_docs.py",
     "docs/migrate.md": "tests/real/test_migrate_page.py",
+    "docs/podman.md": "tests/real/test_containers.py",
+    "docs/runc.md": "tests/real/test_containers.py",
     "docs/sizing.md": "tests/real/test_docs.py",
     "docs/troubleshooting.md": "tests/real/test_docs.py",
 }
