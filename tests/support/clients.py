@@ -22,7 +22,7 @@ from tests.support.processes import wait_for
 
 MORE = 20
 """Requests of each worker that must be answered after the restore."""
-PAUSE = 0.002
+PAUSE = 0.01
 """Seconds between two requests of a worker: not all of the CPUs are for them."""
 
 

@@ -110,7 +110,7 @@ class Connection(HTTPConnection):
 
     def ask(self, path: str) -> HTTPResponse:
         """The beginning of the answer, of which nginx has said that it is the next one in this connection."""
-        self.request("GET", path, headers={"Accept-Encoding": "gzip"})
+        self.request("GET", path, headers={"Host": "server", "Accept-Encoding": "gzip"})
         answer = self.getresponse()
         assert answer.status == 200, answer.status
         number, _, requests = answer.headers["Requests"].partition(" ")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 from contextlib import suppress
 from functools import partial
@@ -156,6 +157,13 @@ class Clients:
 
     def close(self) -> None:
         for connection in self._connections:
-            connection.close()
+            hang_up(connection)  # wakes up a thread that waits for an answer
         if self._workers is not None:
             self._workers.close()
+        for connection in self._connections:
+            connection.close()
+
+
+def hang_up(connection: psycopg.Connection) -> None:
+    with suppress(OSError, psycopg.Error), socket.socket(fileno=os.dup(connection.fileno())) as same:
+        same.shutdown(socket.SHUT_RDWR)
