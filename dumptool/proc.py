@@ -245,16 +245,12 @@ VM_FLAGS = "\nVmFlags:"
 
 def parse_smaps_flags(text: str) -> dict[int, frozenset[str]]:
     """The VmFlags in /proc/<pid>/smaps, by start address. They are the last line of each entry (fs/proc/task_mmu.c)."""
+    entry, *others = text.split(VM_FLAGS)  # not line by line: a server has thousands of mappings in all
     flags: dict[int, frozenset[str]] = {}
-    begin = 0
-    while (
-        at := text.find(VM_FLAGS, begin)
-    ) >= 0:  # not line by line: a server has thousands of mappings in all
-        end = text.find("\n", at + len(VM_FLAGS))
-        flags[int(text[begin : text.index("-", begin)], 16)] = frozenset(
-            text[at + len(VM_FLAGS) : end].split()
-        )
-        begin = end + 1
+    for other in others:
+        words, _, following = other.partition("\n")
+        flags[int(entry[: entry.index("-")], 16)] = frozenset(words.split())
+        entry = following
     return flags
 
 
