@@ -240,15 +240,17 @@ def parse_maps(text: str) -> list[Vma]:
     return [parse_maps_line(line) for line in text.split("\n") if line]
 
 
+VM_FLAGS = "\nVmFlags:"
+
+
 def parse_smaps_flags(text: str) -> dict[int, frozenset[str]]:
-    """The VmFlags in /proc/<pid>/smaps, by start address."""
+    """The VmFlags in /proc/<pid>/smaps, by start address. They are the last line of each entry (fs/proc/task_mmu.c)."""
+    entry, *others = text.split(VM_FLAGS)  # not line by line: a server has thousands of mappings in all
     flags: dict[int, frozenset[str]] = {}
-    start = 0
-    for line in text.split("\n"):
-        if line.startswith("VmFlags:"):
-            flags[start] = frozenset(line.split()[1:])
-        elif (found := re.match(r"([0-9a-f]+)-[0-9a-f]+ ", line)) is not None:
-            start = int(found[1], 16)
+    for other in others:
+        words, _, following = other.partition("\n")
+        flags[int(entry[: entry.index("-")], 16)] = frozenset(words.split())
+        entry = following
     return flags
 
 

@@ -317,7 +317,9 @@ class Gadgets:
         self._lent = 0
         self.pointer = ffi.new("struct lp_gadgets *")
         self.room = 0
-        for vma in vmas:
+        for vma in sorted(
+            vmas, key=lambda vma: "libc" not in vma.name
+        ):  # which has both; a server's own code is long
             readable_code = vma.prot & 5 == 5
             outcome = lib.lp_find_gadgets(pid, vma.start, vma.end, self.pointer) if readable_code else -1
             if outcome == 0:

@@ -23,7 +23,6 @@ from tests.support.compiling import PROGRAMS, compiled
 from tests.support.criu import Criu, all_criu
 from tests.support.dumptool import check, is_unharmed, pages, reap_all, stats, task
 from tests.support.processes import nothing_left, start, wait_for
-from tests.support.redis import redis
 from tests.support.restore import Program, eager_restore, our_daemon
 
 both = pytest.mark.parametrize("criu", all_criu())
@@ -77,29 +76,6 @@ def pre_dumped(pid: int, folder: Path) -> list[str]:
     check("pre-dump", "-t", pid, "-D", folder / "1")
     check("pre-dump", "-t", pid, "-D", folder / "2", "--prev-images-dir", "../1")
     return ["--prev-images-dir", "../2"]
-
-
-@pytest.mark.loop("criu-4.2")
-@both
-def test_redis(criu: Criu, tmp_path: Path) -> None:
-    """Dumped under load after two pre-dumps. Every acknowledged key is there, and it can fork to save them."""
-    images = tmp_path / "images"
-    tcp = criu.version >= (4, 2)  # 4.1.1 can't dump an inet socket of Linux 6.18 (docs/backend.md)
-    options = ["--tcp-close"] if tcp else []
-    with nothing_left(), redis(tmp_path, tcp=tcp) as server:
-        server.fill(8000)
-        if tcp:
-            server.load()
-        parents = pre_dumped(server.pid, tmp_path)
-        said = check("dump", "-t", server.pid, "-D", images, *parents, *by_criu(criu), *options)
-        server.stop()
-        reap_all()
-        assert f"CRIU {'.'.join(map(str, criu.version))}" in said
-        assert server.written > 8000 or not tcp
-        counted = stats(images)
-        assert counted.pages_skipped_parent > counted.pages_written
-        criu.restore(images, *options, work=tmp_path, lazy=False)
-        server.check()
 
 
 @pytest.mark.slow

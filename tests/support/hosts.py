@@ -75,6 +75,31 @@ class Host:
         )
         assert result.returncode == 0, f"{result.args}: {result.returncode}\n{result.stderr}"
 
+    @contextmanager
+    def inside(self) -> Iterator[None]:
+        """This thread is on that host meanwhile, and so is what it starts."""
+        before = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            _enter(Path(f"/run/netns/{self.namespace}"))
+            try:
+                yield
+            finally:
+                _enter(Path(f"/proc/self/fd/{before}"))
+        finally:
+            os.close(before)
+
+    def take_over(self, other: Host) -> None:
+        """The other host's end of the link becomes this host's; it must not be one with a delay, loss or rate."""
+        assert other.namespace is not None
+        self.run("ip", "-n", other.namespace, "link", "set", "dev", DEVICE, "netns", self.namespace)
+        self.set_up()
+
+    def set_up(self) -> None:
+        """The address of its end of the link."""
+        self.run("ip", "addr", "add", f"{self.address}/24", "dev", DEVICE)
+        for device in ("lo", DEVICE):
+            self.run("ip", "link", "set", "dev", device, "up")
+
     def sent(self) -> int:
         """Bytes that it has sent to the other host so far, headers and all."""
         assert self.namespace is not None
@@ -102,14 +127,34 @@ def two_hosts(link: Link) -> Iterator[tuple[Host, Host]]:
                 ends.append(_open_device(Path("/run/netns", name)))
                 stack.callback(os.close, ends[-1])
         for host in hosts:
-            host.run("ip", "addr", "add", f"{host.address}/24", "dev", DEVICE)
-            for device in ("lo", DEVICE):
-                host.run("ip", "link", "set", "dev", device, "up")
+            host.set_up()
             if not ends and link.netem():
                 host.run("tc", "qdisc", "add", "dev", DEVICE, "root", *link.netem())
         if ends:
             stack.enter_context(_carried(ends[0], ends[1], link))
         yield hosts[0], hosts[1]
+
+
+@contextmanager
+def successor(host: Host) -> Iterator[Host]:
+    """A host with the same address, which has no link until it takes over that of ``host``."""
+    here, name = Host(), f"{host.namespace}-next"
+    here.run("ip", "netns", "add", name)
+    try:
+        yield Host(host.address, name)
+    finally:
+        here.run("ip", "netns", "del", name)
+
+
+def _enter(namespace: Path) -> None:
+    """With this thread."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    fd = os.open(namespace, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        if libc.setns(fd, CLONE_NEWNET):
+            raise OSError(ctypes.get_errno(), f"setns {namespace}")
+    finally:
+        os.close(fd)
 
 
 def _can_do(host: Host, link: Link) -> bool:
@@ -134,13 +179,7 @@ def _open_device(namespace: Path) -> int:
 
     def make() -> None:
         """In a thread: only it goes into the namespace."""
-        libc = ctypes.CDLL(None, use_errno=True)
-        fd = os.open(namespace, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            if libc.setns(fd, CLONE_NEWNET):
-                raise OSError(ctypes.get_errno(), f"setns {namespace}")
-        finally:
-            os.close(fd)
+        _enter(namespace)
         tun = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
         fcntl.ioctl(tun, TUNSETIFF, struct.pack("16sH22x", DEVICE.encode(), IFF_TUN_NO_PI))
         found.append(tun)

@@ -7,7 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,16 +17,18 @@ REDIS = shutil.which("redis-server") or "/usr/bin/redis-server"
 VALUE = 512
 BATCH = 1000
 TIMEOUT = 30.0
+IMPATIENT = 0.5
+"""Seconds until the load gives up a connection: of a server that stands still it gets no answer."""
 
 
 class Client:
     """A connection to the server: by its Unix socket, or its port of this machine."""
 
-    def __init__(self, address: Path | int) -> None:
+    def __init__(self, address: Path | int, timeout: float = TIMEOUT) -> None:
         family = socket.AF_INET if isinstance(address, int) else socket.AF_UNIX
         self._socket = socket.socket(family)
         try:
-            self._socket.settimeout(TIMEOUT)
+            self._socket.settimeout(timeout)
             self._socket.connect(("127.0.0.1", address) if isinstance(address, int) else str(address))
         except BaseException:
             self._socket.close()
@@ -88,7 +90,7 @@ class Redis:
         def work() -> None:
             while not self._stop.is_set():
                 with suppress(OSError):
-                    client = Client(self.port)
+                    client = Client(self.port, IMPATIENT)
                     try:
                         while not self._stop.is_set():
                             self._write(client, self.written, 10)
@@ -106,9 +108,12 @@ class Redis:
             self._thread.join()
             self._thread = None
 
-    def check(self, address: Path | None = None) -> None:
-        """Every key that was ever acknowledged is there, and right; then the server saves all to its disk."""
-        client = Client(address or self.address)
+    def check(self) -> None:
+        """It saves all to its disk, from now on; every key that was ever acknowledged is there, and right.
+
+        A second server finds the same in the file.
+        """
+        client = Client(self.address)
         try:
             assert client.ask(b"BGSAVE") == [b"+Background saving started"]
             for first in range(0, self.written, BATCH):
@@ -117,8 +122,14 @@ class Redis:
                 assert answers == [value(number) for number in numbers], f"keys from {first} on"
             wait_for("the save", lambda: b"rdb_bgsave_in_progress:0" in client.ask(b"INFO persistence")[0])
             assert b"rdb_last_bgsave_status:ok" in client.ask(b"INFO persistence")[0]
+            digest = client.ask(b"DEBUG DIGEST")
         finally:
             client.close()
+        folder = self.address.parent / "second"
+        folder.mkdir()
+        shutil.copy(self.address.parent / "dump.rdb", folder)
+        with redis(folder) as second, closing(Client(second.address)) as reader:
+            assert reader.ask(b"DEBUG DIGEST") == digest
 
 
 @contextmanager
@@ -131,7 +142,8 @@ def redis(folder: Path, prefix: Sequence[str] = (), *, tcp: bool = False) -> Ite
     if not tcp:
         port = 0
     config.write_text(
-        f'bind 127.0.0.1\nport {port}\nunixsocket {address}\ndir {folder}\nsave ""\ndaemonize no\n'
+        f"bind 127.0.0.1\nport {port}\nunixsocket {address}\ndir {folder}\n"
+        'save ""\ndaemonize no\nenable-debug-command local\n'
     )
     server = start([*prefix, REDIS, config], cwd=folder, output=folder / "redis.out")
     wait_for("redis to answer", lambda: _answers(address))

@@ -23,7 +23,7 @@ OF_OTHERS = {
     "podman": {"--export", "--format", "--import", "--rootfs", "--runtime", "--ulimit"},
     "runc": {"--work-path"},
     "systemctl": {"--kill-who", "--kill-whom"},
-    "unshare": {"--fork", "--kill-child", "--mount-proc"},
+    "unshare": {"--fork", "--ipc", "--kill-child", "--mount-proc"},
 }
 
 
