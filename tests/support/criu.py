@@ -18,6 +18,8 @@ from pathlib import Path
 import pytest
 from _pytest.mark import ParameterSet
 
+from images_spec.flags import PAGE_SIZE
+from images_spec.images import Kind, read_one
 from tests.support.processes import Server, tail
 
 CRIU_DIR = Path(os.environ.get("LAZYPAGES_CRIU_DIR", "/var/cache/lazypages/criu"))
@@ -155,3 +157,13 @@ def raised_pipe_limit(size: int = 16 << 20) -> Iterator[None]:
         yield
     finally:
         PIPE_MAX_SIZE.write_text(before)
+
+
+def makes_none_lazy(images: Path) -> bool:
+    """Whether CRIU took all pages of a task for its stack: one in a core is the start of a page (criu/mem.c, is_stack).
+
+    That is so by chance for one thread in 256: such a dump is right, but nothing of it can be restored lazily.
+    """
+    cores = [read_one(path, Kind.CORE) for path in images.glob("core-*.img")]
+    assert cores
+    return any(core.thread_info.gpregs.sp % PAGE_SIZE == 0 for core in cores if core.HasField("thread_info"))
