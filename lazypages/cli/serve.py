@@ -102,7 +102,10 @@ Exit status
 
 
 class Places(NamedTuple):
-    """Directories and files. Relative paths of files are relative to the work directory, as with ``criu``."""
+    """Directories and files. Relative paths of files are relative to the work directory, as with ``criu``.
+
+    ``pack``: the packed checkpoint whose images are placed in the work directory, which then is ``images_dir``.
+    """
 
     images_dir: Path
     work_dir: Path
@@ -110,6 +113,7 @@ class Places(NamedTuple):
     pidfile: Path | None
     stats_json: Path | None
     trace: Path | None
+    pack: Path | None
 
     @classmethod
     def of(  # noqa: PLR0917 - the options
@@ -130,6 +134,14 @@ class Places(NamedTuple):
 
         Nothing is changed: no file is created or emptied before all of them have been checked.
         """
+        pack = images_dir.absolute() if images_dir.is_file() else None
+        if pack is not None:
+            if work_dir is None:
+                raise LazyPagesError(
+                    f"-D {images_dir} is not a directory; if it is a packed checkpoint, name one for its images with -W "
+                    "(it is -D of the restore)"
+                )
+            images_dir, wait = work_dir, True  # its images are not there yet
         if wait and work_dir is None and not images_dir.is_dir():
             raise LazyPagesError(
                 f"-D {images_dir} does not exist yet: with --wait, name a work directory with -W "
@@ -155,6 +167,7 @@ class Places(NamedTuple):
             pidfile and work / pidfile,
             place(stats_json),
             trace and work / trace,
+            pack,
         )
         for option, path in (
             ("-o", places.log_file),
@@ -181,7 +194,8 @@ def _check_directory(option: str, path: Path) -> None:
     metavar="DIR",
     type=click.Path(path_type=Path),
     default=Path(),
-    help="The images of the checkpoint, the same as for criu restore.  [default: .]",
+    help="The images of the checkpoint, the same as for criu restore; or a file of lazypages pack, whose images are "
+    "placed in the work directory, which is -D of the restore.  [default: .]",
 )
 @click.option(
     "-W",
@@ -262,8 +276,12 @@ def serve(
     Listens on the socket lazy-pages.socket in the work directory, where the restore connects.
     """
     notifier = Notifier.take()
-    sources = sources_of(source_options)
+    sources = sources_of(source_options, packed=images_dir.is_file())
     places = Places.of(images_dir, work_dir, log_file, pidfile, stats_json, trace, daemon=daemon, wait=wait)
+    if via is not None and places.pack is not None:
+        raise LazyPagesError(
+            f"-D {places.pack}: the resident daemon serves no packed checkpoint: leave out --via"
+        )
     if via is not None and (metrics is not None or metrics_textfile is not None or otel):
         raise LazyPagesError(
             "--metrics, --metrics-textfile and --otel: give them to the daemon, not beside --via"
@@ -294,7 +312,7 @@ def serve(
             )
         else:
             textfile = metrics_textfile and places.work_dir / metrics_textfile
-            with exporting(metrics, textfile, otel=otel) as export:
+            with exporting(metrics, textfile, otel=otel) as export, ExitStack() as opened:
                 result = _serve(
                     places,
                     ServeOptions(not no_background, sources.page_servers, sources.remote),
@@ -302,11 +320,12 @@ def serve(
                     loop=loop,
                     daemon=daemon,
                     status_fd=status_fd,
-                    wait=wait,
+                    wait=wait and places.pack is None,
                     terminal=terminal,
                     log_fd=(log_stream or sys.stderr).fileno(),
                     notifier=notifier,
                     export=export,
+                    opened=opened,
                 )
             status = 0 if result.ok else 1
     except Exception as error:
@@ -331,13 +350,24 @@ def _serve(
     log_fd: int,
     notifier: Notifier,
     export: ExportOptions | None,
+    opened: ExitStack,
 ) -> Summary:
-    """Everything that can be checked is checked before readiness is signalled to a restore."""
+    """Everything that can be checked is checked before readiness is signalled to a restore.
+
+    ``opened``: keeps open what is served.
+    """
     if status_fd is not None:
         check_status_fd(status_fd)  # first, before a file that we open can get this number
     check_userfaultfd()
     check_certificates(options)
     check_loop(loop)
+    if places.pack is not None:
+        from lazypages.cli.packs import placed  # noqa: PLC0415 - only needed here
+
+        alone = not (options.page_servers or directories)
+        options = options._replace(
+            others=[opened.enter_context(placed(places.pack, places.images_dir, alone=alone))]
+        )
     read = partial(_read, places.images_dir, options, directories)
     found = None if wait else read()
     with ControlSocket(places.work_dir) as control:
@@ -361,7 +391,7 @@ def _serve(
             ready += background
             with tracer or nullcontext():
                 options = options._replace(trace=tracer.ring if tracer else None)
-                if not options.page_servers:
+                if not options.remote_sources:
                     signal_readiness(ready)
                 until_running.enter_context(importing())
                 from lazypages.loop.run import run  # noqa: PLC0415 - slow; runs while the restore starts
@@ -373,11 +403,11 @@ def _serve(
                     options,
                     guard,
                     terminal=terminal,
-                    begin=partial(_begin, ready) if options.page_servers else None,
+                    begin=partial(_begin, ready) if options.remote_sources else None,
                     running=until_running.close,
                     notifier=notifier,
                     export=export,
-                    images=str(places.images_dir),
+                    images=str(places.pack or places.images_dir),
                 )
                 notifier.stopping()
     if result.tasks or result.finished:
@@ -396,7 +426,7 @@ def _read(
 ) -> tuple[dict[int, Expected], ServeOptions]:
     """The tasks by pid, and the options with what page servers must know. Raises ImageError, LazyPagesError."""
     expected = read_checkpoint(images_dir, options, directories)
-    descriptors.check_enough(len(with_memory(expected)), len(options.page_servers))
+    descriptors.check_enough(len(with_memory(expected)), options.remote_sources)
     return expected, identified(options, images_dir)
 
 
