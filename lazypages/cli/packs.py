@@ -1,4 +1,7 @@
-"""``lazypages serve -D PACK``: places the images of a packed checkpoint, and makes its lazy pages a source."""
+"""Packed checkpoints as arguments: files, and objects in a store.
+
+``lazypages serve -D PACK`` places the images of one, and makes its lazy pages a source.
+"""
 
 from __future__ import annotations
 
@@ -8,23 +11,48 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from images_spec.errors import ImageError
-from images_spec.packing import open_pack
-from images_spec.without_lazy import place
+from lazypages.net.names import is_url
 from lazypages.wording import count
 
 if TYPE_CHECKING:
+    from images_spec.packed import PackReader
     from lazypages.sources.packed import PackedSource
+    from lazypages.sources.stored import StoredSource
+
+
+def place_of(value: str) -> Path | str:
+    """The value of an option: a path (``Path``), or the address of an object in a store (``str``)."""
+    return value if is_url(value) else Path(value)
 
 
 @contextmanager
-def placed(pack: Path, directory: Path, *, alone: bool) -> Iterator[PackedSource]:
+def opened(pack: Path | str) -> Iterator[PackReader]:
+    """A packed checkpoint. Raises ImageError, LinkError."""
+    from images_spec.packed import PackReader  # noqa: PLC0415 - keeps the start short
+    from images_spec.packing import open_pack  # noqa: PLC0415
+
+    if isinstance(pack, Path):
+        with open_pack(pack) as reader:
+            yield reader
+    else:
+        from lazypages.net.objects import StoredObject  # noqa: PLC0415 - slow to import
+
+        stored = StoredObject(pack)
+        yield PackReader(stored.read, stored.size, pack)
+
+
+@contextmanager
+def placed(pack: Path | str, directory: Path, *, alone: bool) -> Iterator[PackedSource | StoredSource]:
     """Places the images of ``pack`` in ``directory``; yields the source of their lazy pages.
 
-    ``alone``: no other source has lazy pages. Raises ImageError.
+    ``alone``: no other source has lazy pages. Raises ImageError, LinkError.
     """
-    from lazypages.sources.packed import PackedPages, PackedSource  # noqa: PLC0415 - keeps the start short
+    from images_spec.packed import PackReader  # noqa: PLC0415 - keeps the start short
+    from images_spec.packing import open_pack  # noqa: PLC0415
+    from images_spec.without_lazy import place  # noqa: PLC0415
+    from lazypages.sources.packed import PackedPages, PackedSource  # noqa: PLC0415
 
-    with open_pack(pack) as reader:
+    def pages(reader: PackReader) -> PackedPages:
         found = place(reader, directory)
         if found.elsewhere and alone:
             missing = count(found.elsewhere, "lazy page is", "lazy pages are")
@@ -33,4 +61,14 @@ def placed(pack: Path, directory: Path, *, alone: bool) -> Iterator[PackedSource
                 f"{missing} not in it; if they are still at the source (dump --lazy-pages), name its page server "
                 "with --page-server --address --port",
             )
-        yield PackedSource(PackedPages(reader, found.tasks))
+        return PackedPages(reader, found.tasks)
+
+    if isinstance(pack, Path):
+        with open_pack(pack) as reader:
+            yield PackedSource(pages(reader))
+    else:
+        from lazypages.net.objects import StoredObject  # noqa: PLC0415 - slow to import
+        from lazypages.sources.stored import StoredSource  # noqa: PLC0415
+
+        stored = StoredObject(pack)
+        yield StoredSource(pages(PackReader(stored.read, stored.size, pack)), stored)

@@ -36,6 +36,7 @@ from lazypages.cli.options import (
     readiness_options,
     verbosity_option,
 )
+from lazypages.cli.packs import place_of, placed
 from lazypages.cli.remote_options import SOURCE_OPTIONS, Sources, sources_of
 from lazypages.control import descriptors
 from lazypages.control.listener import ControlSocket
@@ -113,12 +114,12 @@ class Places(NamedTuple):
     pidfile: Path | None
     stats_json: Path | None
     trace: Path | None
-    pack: Path | None
+    pack: Path | str | None
 
     @classmethod
     def of(  # noqa: PLR0917 - the options
         cls,
-        images_dir: Path,
+        images: Path | str,
         work_dir: Path | None,
         log_file: Path | None,
         pidfile: Path | None,
@@ -134,14 +135,16 @@ class Places(NamedTuple):
 
         Nothing is changed: no file is created or emptied before all of them have been checked.
         """
-        pack = images_dir.absolute() if images_dir.is_file() else None
-        if pack is not None:
+        pack = None
+        if _is_pack(images):
             if work_dir is None:
                 raise LazyPagesError(
-                    f"-D {images_dir} is not a directory; if it is a packed checkpoint, name one for its images with -W "
-                    "(it is -D of the restore)"
+                    f"-D {images} is not a directory; if it is a packed checkpoint, name one for its images "
+                    "with -W (it is -D of the restore)"
                 )
-            images_dir, wait = work_dir, True  # its images are not there yet
+            pack = images.absolute() if isinstance(images, Path) else images
+            images, wait = work_dir, True  # its images are not there yet
+        images_dir = Path(images)
         if wait and work_dir is None and not images_dir.is_dir():
             raise LazyPagesError(
                 f"-D {images_dir} does not exist yet: with --wait, name a work directory with -W "
@@ -181,6 +184,11 @@ class Places(NamedTuple):
         return places
 
 
+def _is_pack(images: Path | str) -> bool:
+    """Whether -D names a packed checkpoint."""
+    return isinstance(images, str) or images.is_file()
+
+
 def _check_directory(option: str, path: Path) -> None:
     if not path.is_dir():
         what = "is not a directory" if path.exists() else "does not exist"
@@ -191,11 +199,13 @@ def _check_directory(option: str, path: Path) -> None:
 @click.option(
     "-D",
     "--images-dir",
+    "images",
     metavar="DIR",
-    type=click.Path(path_type=Path),
-    default=Path(),
-    help="The images of the checkpoint, the same as for criu restore; or a file of lazypages pack, whose images are "
-    "placed in the work directory, which is -D of the restore.  [default: .]",
+    type=click.Path(),
+    default="",
+    help="The images of the checkpoint, the same as for criu restore; or a packed checkpoint (lazypages pack): a file, "
+    "or s3://, gs://, az://, http:// or https:// and the rest of its address. Its images are placed in the work "
+    "directory, which is -D of the restore.  [default: .]",
 )
 @click.option(
     "-W",
@@ -249,7 +259,7 @@ def serve(
     ctx: click.Context,
     /,
     *,
-    images_dir: Path,
+    images: str,
     work_dir: Path | None,
     log_file: Path | None,
     log_format: str,
@@ -276,8 +286,9 @@ def serve(
     Listens on the socket lazy-pages.socket in the work directory, where the restore connects.
     """
     notifier = Notifier.take()
-    sources = sources_of(source_options, packed=images_dir.is_file())
-    places = Places.of(images_dir, work_dir, log_file, pidfile, stats_json, trace, daemon=daemon, wait=wait)
+    place = place_of(images)
+    sources = sources_of(source_options, packed=_is_pack(place))
+    places = Places.of(place, work_dir, log_file, pidfile, stats_json, trace, daemon=daemon, wait=wait)
     if via is not None and places.pack is not None:
         raise LazyPagesError(
             f"-D {places.pack}: the resident daemon serves no packed checkpoint: leave out --via"
@@ -361,15 +372,12 @@ def _serve(
     check_userfaultfd()
     check_certificates(options)
     check_loop(loop)
-    if places.pack is not None:
-        from lazypages.cli.packs import placed  # noqa: PLC0415 - only needed here
-
-        alone = not (options.page_servers or directories)
-        options = options._replace(
-            others=[opened.enter_context(placed(places.pack, places.images_dir, alone=alone))]
-        )
-    read = partial(_read, places.images_dir, options, directories)
-    found = None if wait else read()
+    late = daemon and isinstance(
+        places.pack, str
+    )  # what reads from a store has threads, which end with a fork
+    if not late:
+        options = _with_pack(places, options, directories, opened)
+    found = None if wait or late else _read(places.images_dir, options, directories)
     with ControlSocket(places.work_dir) as control:
         background = into_background(daemon, places.pidfile)
         # A terminal that is closed must not leave tasks without their memory.
@@ -378,9 +386,12 @@ def _serve(
         with Guard(log_fd, json=logs.is_json()) as guard, closing(control), ExitStack() as until_running:
             until_running.enter_context(signals_blocked())
             if found is None:  # a restorer that connects meanwhile waits
-                _import_server(options)
-                _wait_for_images(places.images_dir)
-                found = read()
+                if late:
+                    options = _with_pack(places, options, directories, opened)
+                else:
+                    _import_server(options)
+                    _wait_for_images(places.images_dir)
+                found = _read(places.images_dir, options, directories)
             expected, options = found
             tracer = open_tracer(places.trace, places.images_dir, expected) if places.trace else None
             text = invitation(places.images_dir, places.work_dir, expected)
@@ -419,6 +430,18 @@ def _serve(
     if places.stats_json:
         _write_stats(places.stats_json, result.as_dict())
     return result
+
+
+def _with_pack(
+    places: Places, options: ServeOptions, directories: Sequence[Path], opened: ExitStack
+) -> ServeOptions:
+    """Places the images of a packed checkpoint; it is a source then. Raises ImageError, LinkError."""
+    if places.pack is None:
+        return options
+    alone = not (options.page_servers or directories)
+    return options._replace(
+        others=[opened.enter_context(placed(places.pack, places.images_dir, alone=alone))]
+    )
 
 
 def _read(

@@ -26,7 +26,7 @@ from lazypages.errors import LazyPagesError
 from lazypages.net import wire
 from lazypages.net.link import LinkError
 from lazypages.net.wire import PAGE_SIZE, Command, Features, Header, Layout, ServerCodec
-from lazypages.sources.base import Connected
+from lazypages.sources.base import Connected, Source
 from lazypages.sources.shortage import made
 
 log = logging.getLogger("lazypages")
@@ -229,6 +229,12 @@ class Answerer:
             self.inner.sendall(b"".join(buffers)[sent:])
 
 
+async def answered_by(make: Callable[[], Answerer], source: Source, reached: Callable[[], None]) -> Connected:
+    """Raises LinkError: the thread can't be started."""
+    carrier = await made(make, "a thread", f"{source.kind} {source.name}", reached)
+    return Connected(carrier, features=FEATURES, answered=True)
+
+
 class PackedSource:
     """A packed checkpoint in a file that is open: what is at its path meanwhile is of no interest."""
 
@@ -247,5 +253,4 @@ class PackedSource:
         reached: Callable[[], None],
     ) -> Connected:
         """Raises LinkError: the thread can't be started."""
-        carrier = await made(lambda: Answerer(self._pages), "a thread", f"{self.kind} {self.name}", reached)
-        return Connected(carrier, features=FEATURES, answered=True)
+        return await answered_by(lambda: Answerer(self._pages), self, reached)
