@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import signal
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import unquote, urlsplit
 
@@ -33,84 +34,70 @@ FIRST_PAUSE: Final = 0.1  # s
 LONGEST_PAUSE: Final = 2  # s
 
 
-class StoredObject:
+class _Key:
+    """A key in a store, which may have an object or not. ``stall``: s between two pieces of an answer.
+
+    Raises HopelessError; ModuleNotFoundError.
+    """
+
+    def __init__(self, url: str, stall: int = STALL_TIMEOUT) -> None:
+        import obstore  # noqa: PLC0415 - an extra
+
+        self.url = url
+        self.obstore = obstore
+        parts = urlsplit(url)
+        if parts.query or parts.fragment or not parts.netloc or not parts.path.strip("/"):
+            raise HopelessError(
+                f"{url}: is not the address of an object: expected {parts.scheme}://PLACE/KEY"
+            )
+        self.path = parts.path.removeprefix("/")
+        if parts.scheme in {"http", "https"}:
+            self.path = unquote(self.path)
+        _start_runtime()
+        try:
+            self.store = _open(f"{parts.scheme}://{parts.netloc}", plain=parts.scheme == "http", stall=stall)
+        except Exception as error:
+            raise HopelessError(f"{url}: {_first_line(error)}") from None
+
+    def failure(self, error: Exception) -> LinkError:
+        if isinstance(error, self.obstore.exceptions.PreconditionError):
+            return LinkError(f"{self.url}: has another object now than at the start")
+        if isinstance(error, FileNotFoundError):
+            return LinkError(f"{self.url}: no such object")
+        return LinkError(f"{self.url}: {_first_line(error)}")
+
+
+class StoredObject(_Key):
     """An object that is open. Raises LinkError; HopelessError if another attempt can't help; ModuleNotFoundError.
 
     Any number of reads may be under way at once, from any thread.
     """
 
     def __init__(self, url: str) -> None:
-        import obstore  # noqa: PLC0415 - an extra
-
-        self.url = url
-        self._obstore = obstore
-        parts = urlsplit(url)
-        if parts.query or parts.fragment or not parts.netloc or not parts.path.strip("/"):
-            raise HopelessError(
-                f"{url}: is not the address of an object: expected {parts.scheme}://PLACE/KEY"
-            )
-        self._path = parts.path.removeprefix("/")
-        plain = parts.scheme == "http"
-        if parts.scheme in {"http", "https"}:
-            self._path = unquote(self._path)
-        _start_runtime()
-        self._store = self._open(f"{parts.scheme}://{parts.netloc}", plain=plain)
+        super().__init__(url)
         try:
-            meta = obstore.head(self._store, self._path)
+            meta = self.obstore.head(self.store, self.path)
         except Exception as error:
-            raise self._failure(error) from None
+            raise self.failure(error) from None
         self.size: int = meta["size"]
         self._pinned = _pinned(meta)
-
-    def _open(self, place: str, *, plain: bool) -> ObjectStore:
-        from obstore.store import from_url  # noqa: PLC0415
-
-        # obstore takes its own variable into account only where no options are given
-        plain = plain or any(
-            os.environ.get(name, "").lower() in {"true", "1"} for name in ("AWS_ALLOW_HTTP", "ALLOW_HTTP")
-        )
-        options: dict[str, Any] = {
-            "client_options": {
-                "connect_timeout": timedelta(seconds=CONNECT_TIMEOUT),
-                "read_timeout": timedelta(seconds=STALL_TIMEOUT),
-                "timeout": timedelta(seconds=READ_TIMEOUT),
-                "allow_http": plain,
-                # frames are compressed: a server must not do that again
-                "default_headers": {"accept-encoding": "identity"},
-            },
-            "retry_config": {
-                "max_retries": RETRIES,
-                "retry_timeout": timedelta(seconds=RETRIES_TIMEOUT),
-                "backoff": {
-                    "init_backoff": timedelta(seconds=FIRST_PAUSE),
-                    "max_backoff": timedelta(seconds=LONGEST_PAUSE),
-                    "base": 2,
-                },
-            },
-        }
-        try:
-            return from_url(place, **options)
-        except Exception as error:
-            raise HopelessError(f"{self.url}: {_first_line(error)}") from None
 
     def read(self, offset: int, size: int) -> bytes:
         """``size`` bytes from ``offset`` on. Raises LinkError."""
         try:
-            result = self._obstore.get(self._store, self._path, options=self._options(offset, size))
+            result = self.obstore.get(self.store, self.path, options=self._options(offset, size))
             data = bytes(result.bytes())
         except Exception as error:
-            raise self._failure(error) from None
+            raise self.failure(error) from None
         return self._whole(data, size)
 
     async def read_async(self, offset: int, size: int) -> bytes:
         """The same, under asyncio."""
         try:
-            result = await self._obstore.get_async(
-                self._store, self._path, options=self._options(offset, size)
-            )
+            result = await self.obstore.get_async(self.store, self.path, options=self._options(offset, size))
             data = bytes(await result.bytes_async())
         except Exception as error:
-            raise self._failure(error) from None
+            raise self.failure(error) from None
         return self._whole(data, size)
 
     def _options(self, offset: int, size: int) -> GetOptions:
@@ -121,13 +108,56 @@ class StoredObject:
             raise LinkError(f"{self.url}: {len(data)} bytes came, {size} were requested")
         return data
 
-    def _failure(self, error: Exception) -> LinkError:
-        exceptions = self._obstore.exceptions
-        if isinstance(error, exceptions.PreconditionError):
-            return LinkError(f"{self.url}: has another object now than at the start")
-        if isinstance(error, FileNotFoundError):
-            return LinkError(f"{self.url}: no such object")
-        return LinkError(f"{self.url}: {_first_line(error)}")
+
+def check_free(url: str) -> None:
+    """Raises LinkError if the key has an object, or that can't be found out."""
+    key = _Key(url)
+    try:
+        key.obstore.head(key.store, key.path)
+    except FileNotFoundError:
+        return
+    except Exception as error:
+        raise key.failure(error) from None
+    raise LinkError(f"{url}: exists already")
+
+
+def upload(file: Path, url: str) -> None:
+    """Puts the contents of a file there, large ones in several parts: whole or not at all. Raises LinkError."""
+    key = _Key(url, READ_TIMEOUT)
+    try:
+        key.obstore.put(key.store, key.path, file)
+    except Exception as error:
+        raise key.failure(error) from None
+
+
+def _open(place: str, *, plain: bool, stall: int) -> ObjectStore:
+    """``plain``: HTTP without TLS is what the address says."""
+    from obstore.store import from_url  # noqa: PLC0415
+
+    # obstore takes its own variable into account only where no options are given
+    plain = plain or any(
+        os.environ.get(name, "").lower() in {"true", "1"} for name in ("AWS_ALLOW_HTTP", "ALLOW_HTTP")
+    )
+    options: dict[str, Any] = {
+        "client_options": {
+            "connect_timeout": timedelta(seconds=CONNECT_TIMEOUT),
+            "read_timeout": timedelta(seconds=stall),
+            "timeout": timedelta(seconds=READ_TIMEOUT),
+            "allow_http": plain,
+            # frames are compressed: a server must not do that again
+            "default_headers": {"accept-encoding": "identity"},
+        },
+        "retry_config": {
+            "max_retries": RETRIES,
+            "retry_timeout": timedelta(seconds=RETRIES_TIMEOUT),
+            "backoff": {
+                "init_backoff": timedelta(seconds=FIRST_PAUSE),
+                "max_backoff": timedelta(seconds=LONGEST_PAUSE),
+                "base": 2,
+            },
+        },
+    }
+    return from_url(place, **options)
 
 
 def _start_runtime() -> None:

@@ -11,8 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner, Result
 
 from images_spec.packing import pack
+from lazypages.cli.main import cli
 from tests.support.blocked import wait_for_faults
 from tests.support.criu import RELEASES, Criu
 from tests.support.restore import Checkpoint, Checkpoints, lazy_restore, our_daemon
@@ -147,6 +149,28 @@ def test_a_key_that_is_overwritten(s3: Store, checkpoints: Checkpoints, tmp_path
     log = (work / "serve.log").read_text()
     assert f"{url}: has another object now than at the start" in log
     assert "Traceback" not in log
+
+
+def test_to_a_store_and_back(s3: Store, checkpoints: Checkpoints, tmp_path: Path) -> None:
+    """`pack -o`, `show` and `unpack` of an object: what is unpacked is what a file would have given."""
+    checkpoint = checkpoints.get(NEWEST, "plain")
+
+    def run(*arguments: str | Path) -> Result:
+        return CliRunner().invoke(cli, [str(argument) for argument in arguments])
+
+    url = "s3://checkpoints/a/b/packed"
+    for target in (url, tmp_path / "pack"):
+        assert run("pack", checkpoint.images, "-o", target).exit_code == 0
+    again = run("pack", checkpoint.images, "-o", url)
+    assert (again.exit_code, again.output) == (1, f"lazypages: {url}: exists already\n")
+    assert url in run("show", url).output
+    for place, target in ((url, tmp_path / "one"), (tmp_path / "pack", tmp_path / "other")):
+        assert run("unpack", place, "-D", target).exit_code == 0
+    names = {path.name for path in (tmp_path / "one").iterdir()}
+    assert names == {path.name for path in (tmp_path / "other").iterdir()}
+    assert all(
+        (tmp_path / "one" / name).read_bytes() == (tmp_path / "other" / name).read_bytes() for name in names
+    )
 
 
 def test_errors(s3: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
