@@ -30,6 +30,7 @@ EXECUTED_BY = {
     "docs/images_spec.md": "tests/real/test_docs.py",
     "docs/metrics.md": "tests/real/test_docs.py",
     "docs/migrate.md": "tests/real/test_migrate_page.py",
+    "docs/packed.md": "tests/real/test_packed_page.py",
     "docs/sizing.md": "tests/real/test_docs.py",
     "docs/troubleshooting.md": "tests/real/test_docs.py",
 }

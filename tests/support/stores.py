@@ -112,7 +112,7 @@ def nginx(root: Path, work: Path) -> Iterator[str]:
     port = free_port()
     (work / "nginx.conf").write_text(
         f"""
-        daemon off; pid {work}/pid; error_log stderr; user root; worker_processes 1;
+        daemon off; master_process off; pid {work}/pid; error_log stderr;
         events {{ worker_connections 64; }}
         http {{
             access_log off; client_body_temp_path {work}/body; proxy_temp_path {work}/proxy;
