@@ -10,7 +10,6 @@ import errno
 import logging
 import socket
 import threading
-from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -20,7 +19,6 @@ import anyio
 
 from images_spec.errors import ImageError
 from images_spec.packed import ZERO, PackReader, Run
-from images_spec.placement import Extent
 from images_spec.without_lazy import LazyPages
 from lazypages.errors import LazyPagesError
 from lazypages.net import wire
@@ -65,9 +63,8 @@ class PackedPages:
         task = self._tasks.get(pid)
         if task is None:
             return Wanted([], [])
-        at = bisect_right(task.extents, address, key=_start) - 1
-        extent = task.extents[at] if at >= 0 else None
-        if extent is None or extent.source or not extent.start <= address < extent.end:
+        extent = task.extents.find(address)
+        if extent is None or extent.source:
             return Wanted([], [])
         first = (extent.offset + address - extent.start) // PAGE_SIZE
         count = min(nr_pages, (extent.end - address) // PAGE_SIZE)
@@ -135,10 +132,6 @@ class PackedPages:
                 parts.append(self.reader.cut(frame, contents, within, take))
                 number, left = number + take, left - take
         return parts
-
-
-def _start(extent: Extent) -> int:
-    return extent.start
 
 
 class Answerer:
