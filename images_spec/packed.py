@@ -355,12 +355,17 @@ class PackReader:
         offset, size, _, _ = self._blocks[number]
         return offset, size
 
+    def is_intact(self, number: int, data: bytes) -> bool:
+        """Whether these are the bytes of a block."""
+        _, _, _, known = self._blocks[number]
+        return bool(digest(data) == known)
+
     def decode(self, number: int, data: bytes) -> bytes:
         """The contents of a block whose bytes were read from its place, checked."""
-        offset, size, raw, known = self._blocks[number]
+        offset, size, raw, _ = self._blocks[number]
         if len(data) != size:
             raise ImageError(self.name, "is cut off", offset=offset)
-        if digest(data) != known:
+        if not self.is_intact(number, data):
             frame = f"frame {number}" if number < self.nr_frames else f"block {number}"
             raise ImageError(self.name, f"{frame} is damaged", offset=offset)
         return self._decompress(data, raw)

@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from images_spec.errors import ImageError
 from lazypages.net.names import is_url
@@ -18,6 +18,13 @@ if TYPE_CHECKING:
     from images_spec.packed import PackReader
     from lazypages.sources.packed import PackedSource
     from lazypages.sources.stored import StoredSource
+
+
+class Cache(NamedTuple):
+    """Where frames from stores are kept, and how many bytes at most."""
+
+    folder: Path
+    limit: int
 
 
 def place_of(value: str) -> Path | str:
@@ -42,10 +49,12 @@ def opened(pack: Path | str) -> Iterator[PackReader]:
 
 
 @contextmanager
-def placed(pack: Path | str, directory: Path, *, alone: bool) -> Iterator[PackedSource | StoredSource]:
+def placed(
+    pack: Path | str, directory: Path, cache: Cache | None, *, alone: bool
+) -> Iterator[PackedSource | StoredSource]:
     """Places the images of ``pack`` in ``directory``; yields the source of their lazy pages.
 
-    ``alone``: no other source has lazy pages. Raises ImageError, LinkError.
+    ``cache``: of frames from a store. ``alone``: no other source has lazy pages. Raises ImageError, LazyPagesError.
     """
     from images_spec.packed import PackReader  # noqa: PLC0415 - keeps the start short
     from images_spec.packing import open_pack  # noqa: PLC0415
@@ -68,7 +77,14 @@ def placed(pack: Path | str, directory: Path, *, alone: bool) -> Iterator[Packed
             yield PackedSource(pages(reader))
     else:
         from lazypages.net.objects import StoredObject  # noqa: PLC0415 - slow to import
+        from lazypages.sources.disk_cache import DiskCache  # noqa: PLC0415
         from lazypages.sources.stored import StoredSource  # noqa: PLC0415
 
         stored = StoredObject(pack)
-        yield StoredSource(pages(PackReader(stored.read, stored.size, pack)), stored)
+        reader = PackReader(stored.read, stored.size, pack)
+        with ExitStack() as stack:
+            kept = None
+            if cache is not None:
+                kept = DiskCache(cache.folder, reader.identity, cache.limit)
+                stack.callback(kept.close)
+            yield StoredSource(pages(reader), stored, kept)

@@ -36,7 +36,7 @@ from lazypages.cli.options import (
     readiness_options,
     verbosity_option,
 )
-from lazypages.cli.packs import place_of, placed
+from lazypages.cli.packs import Cache, place_of, placed
 from lazypages.cli.remote_options import SOURCE_OPTIONS, Sources, sources_of
 from lazypages.control import descriptors
 from lazypages.control.listener import ControlSocket
@@ -223,6 +223,21 @@ def _check_directory(option: str, path: Path) -> None:
 @add_options(readiness_options("a restore can be started"))
 @add_options(SOURCE_OPTIONS)
 @click.option(
+    "--pack-cache",
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    help="Keep frames of a packed checkpoint in a store also in DIR, for later restores on this machine; DIR may be "
+    "shared by any number of them.",
+)
+@click.option(
+    "--pack-cache-size",
+    metavar="MIB",
+    type=click.IntRange(min=1),
+    default=10 << 10,
+    show_default=True,
+    help="Keep at most so many MiB there, of all packs; those that were not used for the longest time are removed.",
+)
+@click.option(
     "--no-background",
     is_flag=True,
     help="Copy pages only when they are touched.",
@@ -267,6 +282,8 @@ def serve(
     daemon: bool,
     pidfile: Path | None,
     status_fd: int | None,
+    pack_cache: Path | None,
+    pack_cache_size: int,
     no_background: bool,
     stats_json: Path | None,
     trace: Path | None,
@@ -289,6 +306,9 @@ def serve(
     place = place_of(images)
     sources = sources_of(source_options, packed=_is_pack(place))
     places = Places.of(place, work_dir, log_file, pidfile, stats_json, trace, daemon=daemon, wait=wait)
+    cache = Cache(pack_cache.absolute(), pack_cache_size << 20) if pack_cache else None
+    if cache and not isinstance(places.pack, str):
+        raise LazyPagesError(f"--pack-cache {pack_cache}: -D is not a packed checkpoint in a store")
     if via is not None and places.pack is not None:
         raise LazyPagesError(
             f"-D {places.pack}: the resident daemon serves no packed checkpoint: leave out --via"
@@ -336,7 +356,7 @@ def serve(
                     log_fd=(log_stream or sys.stderr).fileno(),
                     notifier=notifier,
                     export=export,
-                    opened=opened,
+                    with_pack=partial(_with_pack, places, sources, cache, opened),
                 )
             status = 0 if result.ok else 1
     except Exception as error:
@@ -361,11 +381,11 @@ def _serve(
     log_fd: int,
     notifier: Notifier,
     export: ExportOptions | None,
-    opened: ExitStack,
+    with_pack: Callable[[ServeOptions], ServeOptions],
 ) -> Summary:
     """Everything that can be checked is checked before readiness is signalled to a restore.
 
-    ``opened``: keeps open what is served.
+    ``with_pack``: see _with_pack.
     """
     if status_fd is not None:
         check_status_fd(status_fd)  # first, before a file that we open can get this number
@@ -376,7 +396,7 @@ def _serve(
         places.pack, str
     )  # what reads from a store has threads, which end with a fork
     if not late:
-        options = _with_pack(places, options, directories, opened)
+        options = with_pack(options)
     found = None if wait or late else _read(places.images_dir, options, directories)
     with ControlSocket(places.work_dir) as control:
         background = into_background(daemon, places.pidfile)
@@ -387,7 +407,7 @@ def _serve(
             until_running.enter_context(signals_blocked())
             if found is None:  # a restorer that connects meanwhile waits
                 if late:
-                    options = _with_pack(places, options, directories, opened)
+                    options = with_pack(options)
                 else:
                     _import_server(options)
                     _wait_for_images(places.images_dir)
@@ -433,15 +453,17 @@ def _serve(
 
 
 def _with_pack(
-    places: Places, options: ServeOptions, directories: Sequence[Path], opened: ExitStack
+    places: Places, sources: Sources, cache: Cache | None, opened: ExitStack, options: ServeOptions
 ) -> ServeOptions:
-    """Places the images of a packed checkpoint; it is a source then. Raises ImageError, LinkError."""
+    """Places the images of a packed checkpoint; it is a source then. ``opened``: keeps it open.
+
+    Raises ImageError, LazyPagesError.
+    """
     if places.pack is None:
         return options
-    alone = not (options.page_servers or directories)
-    return options._replace(
-        others=[opened.enter_context(placed(places.pack, places.images_dir, alone=alone))]
-    )
+    alone = not (sources.page_servers or sources.directories)
+    source = opened.enter_context(placed(places.pack, places.images_dir, cache, alone=alone))
+    return options._replace(others=[source])
 
 
 def _read(

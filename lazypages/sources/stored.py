@@ -20,6 +20,7 @@ from lazypages.net.link import LinkError
 from lazypages.net.objects import StoredObject
 from lazypages.net.wire import Command, Header
 from lazypages.sources.base import Connected
+from lazypages.sources.disk_cache import DiskCache
 from lazypages.sources.packed import Answerer, PackedPages, answered_by
 
 READY: Final = b"\0"
@@ -35,8 +36,8 @@ class _Slot(NamedTuple):
 class StoreAnswerer(Answerer):
     """Answers in the order of requests; reads in any order. A read that fails for good ends the connection."""
 
-    def __init__(self, pages: PackedPages, stored: StoredObject) -> None:
-        self._stored = stored
+    def __init__(self, pages: PackedPages, stored: StoredObject, cache: DiskCache | None) -> None:
+        self._stored, self._cache = stored, cache
         self._coming: dict[int, anyio.Event] = {}  # frames that are being read
         super().__init__(pages)
 
@@ -117,6 +118,7 @@ class StoreAnswerer(Answerer):
         return frames
 
     async def _read(self, numbers: list[int], frames: dict[int, bytes]) -> None:
+        numbers = [number for number in numbers if not self._read_cached(number, frames)]
         event = anyio.Event()
         self._coming |= dict.fromkeys(numbers, event)
         try:
@@ -131,12 +133,26 @@ class StoreAnswerer(Answerer):
                     del self._coming[number]
             event.set()
 
+    def _read_cached(self, number: int, frames: dict[int, bytes]) -> bool:
+        """Whether the cache has the frame; it does not wait for the network, so it need not be asynchronous."""
+        reader = self.pages.reader
+        if self._cache is None or not reader.is_intact(
+            number, data := self._cache.read(*reader.place(number))
+        ):
+            return False
+        contents = self.pages.decode(number, data)
+        if contents is not None:
+            frames[number] = contents
+        return True
+
     async def _read_one(self, reading: Reading, frames: dict[int, bytes]) -> None:
         data = await self._stored.read_async(reading.offset, reading.size)
         for number, part in self.pages.reader.split(reading, data):
             contents = self.pages.decode(number, part)
             if contents is not None:
                 frames[number] = contents
+                if self._cache is not None:
+                    self._cache.write(self.pages.reader.place(number)[0], part)
 
 
 def _first(errors: BaseExceptionGroup[LazyPagesError]) -> LazyPagesError:
@@ -154,9 +170,9 @@ class StoredSource:
     kind = "pack"
     once = False
 
-    def __init__(self, pages: PackedPages, stored: StoredObject) -> None:
+    def __init__(self, pages: PackedPages, stored: StoredObject, cache: DiskCache | None) -> None:
         self.name = stored.url
-        self._pages, self._stored = pages, stored
+        self._pages, self._stored, self._cache = pages, stored, cache
 
     async def connect(
         self,
@@ -166,7 +182,9 @@ class StoredSource:
         reached: Callable[[], None],
     ) -> Connected:
         """Raises LinkError."""
-        found = await answered_by(lambda: StoreAnswerer(self._pages, self._stored), self, reached)
+        found = await answered_by(
+            lambda: StoreAnswerer(self._pages, self._stored, self._cache), self, reached
+        )
         carrier, began = found.carrier, b""
         try:
             await anyio.wait_readable(carrier.fileno())

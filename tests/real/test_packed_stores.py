@@ -93,6 +93,38 @@ def test_over_http(checkpoints: Checkpoints, tmp_path: Path) -> None:
         assert kept.exists()
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_cache_of_a_host(
+    s3: Store, checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second restore asks the store for no page. What is wrong in the cache is read again, and mended."""
+    checkpoint = checkpoints.get(NEWEST, "plain")
+    url = s3.put("cached.pack", packed(checkpoint, tmp_path).read_bytes())
+    cache = tmp_path / "cache"
+    with BadStore(s3.port, lambda: "") as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.port}")
+
+        def reads(name: str) -> int:
+            """Of the store, for a whole restore."""
+            checkpoint.forget_results()
+            (work := tmp_path / name).mkdir()
+            before = proxy.seen[""]
+            daemon = our_daemon("--pack-cache", str(cache))
+            with lazy_restore(checkpoint, daemon, work, pack=url) as restored:
+                restored.check_all()
+            return proxy.seen[""] - before
+
+        proxy.armed.set()
+        first = reads("first")
+        (file,) = cache.iterdir()
+        assert file.stat().st_mode & 0o777 == 0o600
+        second = reads("second")
+        assert second < first / 2
+        file.write_bytes(random.Random(1).randbytes(file.stat().st_size))
+        assert reads("third") > second
+
+
 @pytest.mark.timeout(300)
 def test_a_bad_store(
     s3: Store, checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
