@@ -59,7 +59,7 @@ UNANSWERED: Final = (
     "; it has answered nothing so far: if its CRIU is not the one that wrote the images, name its protocol with "
     "--page-server-protocol"
 )
-DENIED: Final = "no page server can give it; their logs say why"
+DENIED: Final = "no source can give it: see above, or the log of the page server"
 
 
 class Load(NamedTuple):

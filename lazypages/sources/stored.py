@@ -74,7 +74,10 @@ class StoreAnswerer(Answerer):
     async def _receive_all(self, put: MemoryObjectSendStream[_Slot], start: Callable[..., None]) -> None:
         while True:
             await anyio.wait_readable(self.inner)
-            self.codec.received(self.inner.recv_into(self.codec.writable()))
+            try:
+                self.codec.received(self.inner.recv_into(self.codec.writable()))
+            except BlockingIOError:
+                continue
             while (event := self.codec.next_event()) is not None:
                 match event:
                     case Header(command=Command.GET):

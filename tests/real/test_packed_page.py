@@ -46,6 +46,29 @@ def test_from_a_file(running: Writer, tmp_path: Path) -> None:
     running.ends_right()
 
 
+@pytest.mark.slow
+def test_a_dump_of_dumptool(tmp_path: Path) -> None:
+    """Two levels of dumptool's, packed, served in the background (-d), and restored by `lazypages restore`."""
+    output = tmp_path / "writer.out"
+    (work := tmp_path / "work").mkdir()
+    with nothing_left(), task(compiled(WRITER), output=output) as pid:
+        wait_for("the table", lambda: output.read_text().endswith("\n"))
+        writer = Writer(pid, output)
+        shell = Shell(tmp_path)
+        shell.run(f"dumptool pre-dump -t {pid} -D 1")
+        writer.next_step()
+        shell.run(f"dumptool dump -t {pid} -D 2 --prev-images-dir ../1\nlazypages pack 2 -o pack\nrm -r 1 2")
+        reap_all()
+        shell.run(
+            f"lazypages serve -D pack -W {work} -d -o serve.log --pidfile pid\n"
+            f"lazypages restore --lazy-pages -D {work} -d\n"
+            f"while [ -e /proc/$(cat {work}/pid)/exe ]; do sleep 0.02; done"
+        )
+        writer.ends_right()
+    assert "1 task in " in (work / "serve.log").read_text()
+    assert "1 complete" in (work / "serve.log").read_text()
+
+
 def test_from_a_store(running: Writer, tmp_path: Path) -> None:
     (text,) = blocks(PAGE, "From a store")
     (data := tmp_path / "seaweed").mkdir()
