@@ -50,7 +50,6 @@ def work_in(folder: Path) -> Path:
     [
         pytest.param("tree", "4.2", id="tree-4.2"),
         pytest.param("threads", "4.1", id="threads-4.1"),
-        pytest.param("forks_under_load", "4.2", id="forks_under_load-4.2"),
     ],
 )
 def test_by_faults(scenario: str, release: str, checkpoints: Checkpoints, tmp_path: Path) -> None:
@@ -64,13 +63,11 @@ def test_by_faults(scenario: str, release: str, checkpoints: Checkpoints, tmp_pa
     assert source["pages"] > 0
 
 
-@pytest.mark.parametrize("loop", ["uvloop", pytest.param("trio", marks=pytest.mark.slow)])
-def test_in_the_background(loop: str, checkpoints: Checkpoints, tmp_path: Path) -> None:
+def test_in_the_background(checkpoints: Checkpoints, tmp_path: Path) -> None:
     """Each lazy page once, from the pack alone; then the tasks find every byte."""
     checkpoint = checkpoints.get(NEWEST, "plain")
     pack = packed(checkpoint, tmp_path)
-    daemon = our_daemon("--loop", loop)
-    with lazy_restore(checkpoint, daemon, work_in(tmp_path), pack=pack) as restored:
+    with lazy_restore(checkpoint, our_daemon(), work_in(tmp_path), pack=pack) as restored:
         assert restored.server.wait() == 0
         stats = restored.stats()
         lazy = sum(
