@@ -15,7 +15,7 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import accumulate
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Self
 
@@ -57,6 +57,14 @@ class Run(NamedTuple):
 
     first: int
     length: int
+
+
+class Reading(NamedTuple):
+    """``size`` bytes of the pack from ``offset`` on: these blocks, one after the other."""
+
+    offset: int
+    size: int
+    blocks: Sequence[int]
 
 
 class Area(NamedTuple):
@@ -242,34 +250,35 @@ class PackWriter:
 
 
 class PackReader:
-    """Reads a packed checkpoint. ``read_at(offset, size)`` returns that many bytes of it; ``path`` is for messages.
+    """Reads a packed checkpoint. ``read_at(offset, size)`` returns that many bytes of it; ``name`` is for messages.
 
     Raises ``ImageError`` for everything that is not exactly what was written. Several threads may read at once.
     """
 
-    def __init__(self, read_at: Callable[[int, int], bytes], size: int, path: Path) -> None:
-        self._read_at, self._path = read_at, path
+    def __init__(self, read_at: Callable[[int, int], bytes], size: int, name: Path | str) -> None:
+        self._read_at, self.name = read_at, name
+        self._local = threading.local()
         if size < HEADER.size + TRAILER.size:
-            raise ImageError(path, "is no packed checkpoint: it is too short")
+            raise ImageError(name, "is no packed checkpoint: it is too short")
         magic, version = HEADER.unpack(self._read(0, HEADER.size))
         if magic != MAGIC:
-            raise ImageError(path, "is no packed checkpoint")
+            raise ImageError(name, "is no packed checkpoint")
         if version != VERSION:
             raise ImageError(
-                path, f"is a packed checkpoint of version {version}, this program knows {VERSION}"
+                name, f"is a packed checkpoint of version {version}, this program knows {VERSION}"
             )
         where, length, raw, known, magic = TRAILER.unpack(self._read(size - TRAILER.size, TRAILER.size))
         if magic != MAGIC or where + length != size - TRAILER.size or raw > MAX_SIZE:
-            raise ImageError(path, "is cut off, or its end is damaged")
+            raise ImageError(name, "is cut off, or its end is damaged")
         compressed = self._read(where, length)
         if hashlib.blake2b(compressed, digest_size=32).digest() != known:
-            raise ImageError(path, "its index is damaged")
+            raise ImageError(name, "its index is damaged")
         self.identity = known
         """Of all that is in the pack: 32 bytes."""
         try:
             self._load(self._decompress(compressed, raw), where)
         except (KeyError, TypeError, ValueError, struct.error) as error:
-            raise ImageError(path, f"its index is wrong: {error}") from None
+            raise ImageError(name, f"its index is wrong: {error}") from None
 
     def _load(self, index: bytes, end: int) -> None:
         (length,) = struct.unpack_from("<I", index)
@@ -283,8 +292,11 @@ class PackReader:
         rows = struct.Struct("<QII16s")
         self._blocks = list(rows.iter_unpack(index[at : at + nr_blocks * rows.size]))
         at += nr_blocks * rows.size
+        if not 0 < self.frame_pages <= PIECE // PAGE_SIZE:
+            raise ValueError(f"frames of {self.frame_pages} pages")
         nr_frames = -(-self.stored_pages // self.frame_pages)
-        if not 0 < self.frame_pages <= PIECE // PAGE_SIZE or not nr_frames <= len(self._blocks) == nr_blocks:
+        self.nr_frames = nr_frames
+        if not nr_frames <= len(self._blocks) == nr_blocks:
             raise ValueError("the table of blocks")
         for offset, size, raw, _ in self._blocks:
             if offset < HEADER.size or offset + size > end or raw > PIECE:
@@ -310,66 +322,138 @@ class PackReader:
                 raise ValueError(f"blocks of {file.name}")
 
     def _read(self, offset: int, size: int) -> bytes:
-        try:
-            data = self._read_at(offset, size)
-        except OSError as error:
-            raise ImageError(self._path, f"can't be read: {error.strerror}", offset=offset) from None
+        data = self._read_some(offset, size)
         if len(data) != size:
-            raise ImageError(self._path, "is cut off", offset=offset)
+            raise ImageError(self.name, "is cut off", offset=offset)
         return data
+
+    def _read_some(self, offset: int, size: int) -> bytes:
+        try:
+            return self._read_at(offset, size)
+        except OSError as error:
+            raise ImageError(self.name, f"can't be read: {error.strerror}", offset=offset) from None
 
     def _decompress(self, data: bytes, raw: int) -> bytes:
         import zstandard  # noqa: PLC0415 - slow to import, and rarely needed
 
         try:
             if zstandard.frame_content_size(data) != raw:
-                raise ImageError(self._path, "a block has another size than its index says")
-            result: bytes = zstandard.ZstdDecompressor().decompress(data, max_output_size=raw or 1)
+                raise ImageError(self.name, "a block has another size than its index says")
+            if not hasattr(self._local, "decompressor"):
+                self._local.decompressor = zstandard.ZstdDecompressor()
+            result: bytes = self._local.decompressor.decompress(data, max_output_size=raw or 1)
         except zstandard.ZstdError as error:
-            raise ImageError(self._path, f"a block can't be decompressed: {error}") from None
+            raise ImageError(self.name, f"a block can't be decompressed: {error}") from None
         return result
 
     def block(self, number: int) -> bytes:
         """The contents of a block, checked. The first blocks are the frames of pages."""
-        offset, size, raw, known = self._blocks[number]
-        data = self._read(offset, size)
-        if digest(data) != known:
-            raise ImageError(self._path, "a block is damaged", offset=offset)
+        return self.decode(number, self._read(*self.place(number)))
+
+    def place(self, number: int) -> tuple[int, int]:
+        """Where a block is in the pack: offset and size, bytes."""
+        offset, size, _, _ = self._blocks[number]
+        return offset, size
+
+    def is_intact(self, number: int, data: bytes) -> bool:
+        """Whether these are the bytes of a block."""
+        _, _, _, known = self._blocks[number]
+        return bool(digest(data) == known)
+
+    def decode(self, number: int, data: bytes) -> bytes:
+        """The contents of a block whose bytes were read from its place, checked."""
+        offset, size, raw, _ = self._blocks[number]
+        if len(data) != size:
+            raise ImageError(self.name, "is cut off", offset=offset)
+        if not self.is_intact(number, data):
+            frame = f"frame {number}" if number < self.nr_frames else f"block {number}"
+            raise ImageError(self.name, f"{frame} is damaged", offset=offset)
         return self._decompress(data, raw)
+
+    def readings(self, numbers: Iterable[int]) -> Iterator[Reading]:
+        """What must be read for these blocks: those that adjoin in the pack, in this order, are one reading."""
+        offset = size = 0
+        blocks: list[int] = []
+        for number in numbers:
+            start, length = self.place(number)
+            if blocks and (start != offset + size or size + length > PIECE):
+                yield Reading(offset, size, blocks)
+                blocks = []
+            if not blocks:
+                offset, size = start, 0
+            blocks.append(number)
+            size += length
+        if blocks:
+            yield Reading(offset, size, blocks)
+
+    def split(self, reading: Reading, data: bytes) -> Iterator[tuple[int, bytes]]:
+        """The blocks of a reading, each with its bytes for ``decode``."""
+        for number in reading.blocks:
+            start, size = self.place(number)
+            yield number, data[start - reading.offset : start - reading.offset + size]
+
+    def read(self, reading: Reading) -> bytes:
+        """The bytes of a reading, unchecked; fewer where the pack is cut off."""
+        return self._read_some(reading.offset, reading.size)
+
+    def blocks(self, numbers: Iterable[int]) -> Iterator[bytes]:
+        """The contents of these blocks, in this order, with few reads."""
+        for reading in self.readings(numbers):
+            for number, data in self.split(reading, self.read(reading)):
+                yield self.decode(number, data)
 
     def contents(self, file: PackedFile) -> Iterator[bytes]:
         """A file's contents, in pieces of at most ``PIECE`` bytes."""
+        ((_, contents),) = self.each(file)
+        return contents
+
+    def each(self, *files: PackedFile) -> Iterator[tuple[PackedFile, Iterator[bytes]]]:
+        """Files with their contents, as of ``contents``; read with few reads. Use up each before the next one."""
+        blocks = self.blocks(number for file in files for number in file.blocks)
+        for file in files:
+            yield file, self._contents(file, islice(blocks, len(file.blocks)))
+
+    def _contents(self, file: PackedFile, blocks: Iterator[bytes]) -> Iterator[bytes]:
         size = 0
-        for number in file.blocks:
-            data = self.block(number)
+        for data in blocks:
             size += len(data)
             yield data
         if size != file.size:
-            raise ImageError(self._path, f"{file.name} has {size} bytes, its index says {file.size}")
+            raise ImageError(self.name, f"{file.name} has {size} bytes, its index says {file.size}")
 
-    def pages(self, area: Area, first: int, count: int) -> Iterator[tuple[int, bytes | None]]:
-        """Pages ``first`` to ``first + count`` of a pages image: how many, and their bytes, None for zeros."""
+    def runs(self, area: Area, first: int, count: int) -> Iterator[Run]:
+        """Where pages ``first`` to ``first + count`` of a pages image are."""
         if first < 0 or count < 0 or first + count > area.pages:
             raise ValueError(f"{area.name} has {area.pages} pages")
         at = bisect_right(area.starts, first) - 1
         while count:
             run, skip = area.runs[at], first - area.starts[at]
             take = min(run.length - skip, count)
-            if run.first == ZERO:
-                yield take, None
-            else:
-                yield from self._stored(run.first + skip, take)
+            yield Run(run.first if run.first == ZERO else run.first + skip, take)
             first, count, at = first + take, count - take, at + 1
 
+    def pages(self, area: Area, first: int, count: int) -> Iterator[tuple[int, bytes | None]]:
+        """Pages ``first`` to ``first + count`` of a pages image: how many, and their bytes, None for zeros."""
+        for run in self.runs(area, first, count):
+            if run.first == ZERO:
+                yield run.length, None
+            else:
+                yield from self._stored(run.first, run.length)
+
     def _stored(self, number: int, count: int) -> Iterator[tuple[int, bytes]]:
-        while count:
-            frame, within = divmod(number, self.frame_pages)
+        frame, within = divmod(number, self.frame_pages)
+        frames = range(frame, -(-(number + count) // self.frame_pages))
+        for frame, contents in zip(frames, self.blocks(frames), strict=True):
             take = min(self.frame_pages - within, count)
-            data = self.block(frame)[within * PAGE_SIZE : (within + take) * PAGE_SIZE]
-            if len(data) != take * PAGE_SIZE:
-                raise ImageError(self._path, f"frame {frame} is too short")
-            yield take, data
-            number, count = number + take, count - take
+            yield take, self.cut(frame, contents, within, take)
+            count, within = count - take, 0
+
+    def cut(self, frame: int, contents: bytes, within: int, count: int) -> bytes:
+        """``count`` pages of a frame from page ``within`` on. Raises ``ImageError`` if it has fewer."""
+        data = contents[within * PAGE_SIZE : (within + count) * PAGE_SIZE]
+        if len(data) != count * PAGE_SIZE:
+            raise ImageError(self.name, f"frame {frame} is too short")
+        return data
 
 
 def _is_plain(name: object) -> bool:

@@ -6,7 +6,9 @@ Python objects of extents are made only on access.
 from __future__ import annotations
 
 import operator
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -99,6 +101,18 @@ class ExtentTable:
 
     def __iter__(self) -> Iterator[Extent]:
         return map(self.__getitem__, range(len(self)))
+
+    def find(self, address: int) -> Extent | None:
+        """The extent that contains the address."""
+        at = bisect_right(self._starts, address) - 1
+        extent = self[at] if at >= 0 else None
+        return extent if extent is not None and address < extent.end else None
+
+    @cached_property
+    def _starts(self) -> memoryview:
+        """``start`` of each extent, where it is."""
+        size = ffi.sizeof("struct lp_extent")
+        return memoryview(ffi.buffer(self._table.extents, len(self) * size)).cast("Q")[:: size // 8]
 
     def counts(self) -> PageCounts:
         """Counts all pages, by place."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from lazypages.errors import LazyPagesError
 
 #: Names of packages by the names of their modules.
-EXTRAS = {name: name for name in ("rich", "zstandard", "matplotlib", "plotly")}
+EXTRAS = {name: name for name in ("rich", "zstandard", "matplotlib", "plotly", "obstore")}
 
 
 class MissingError(LazyPagesError):

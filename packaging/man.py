@@ -53,8 +53,15 @@ FILES = {
 }
 
 CONFIG_FILE = {"CRIU_CONFIG_FILE": "Another configuration file, read after those of FILES."}
+STORES = {
+    "AWS_ALLOW_HTTP": "true: a store without TLS is accepted. The package obstore reads the other variables of stores: "
+    "credentials (AWS_..., GOOGLE_..., AZURE_...) and addresses.",
+}
 ENVIRONMENT = {
-    "lazypages-serve": CONFIG_FILE,
+    "lazypages-serve": CONFIG_FILE | STORES,
+    "lazypages-pack": STORES,
+    "lazypages-unpack": STORES,
+    "lazypages-show": STORES,
     "lazypages-page-server": CONFIG_FILE,
     "lazypages-demo": {
         "LAZYPAGES_CRIU": "The CRIU to use, before that in PATH.",

@@ -326,7 +326,8 @@ def _memory() -> Finding:
 MODULES = {
     "uvloop": (State.LESS, "`serve` needs --loop asyncio"),
     "rich": (State.LESS, "no progress on a terminal, no `show`, no `bench`"),
-    "zstandard": (State.LESS, "pages cross the network uncompressed"),
+    "zstandard": (State.LESS, "pages cross the network uncompressed, and no packed checkpoints"),
+    "obstore": (State.LESS, "no packed checkpoints in stores"),
     "matplotlib": (State.LESS, "no `plot`"),
     "plotly": (State.LESS, "no `plot` as a page"),
 }

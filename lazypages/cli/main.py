@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import importlib
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -102,16 +101,17 @@ def cli() -> None:
 
 
 @click.command()
-@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("directory", metavar="DIR", type=click.Path())
 @click.option(
     "--mappings", "each", is_flag=True, help="Print the pages of each task, and each of its mappings."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON (docs/show.md).")
-def show(directory: Path, each: bool, as_json: bool) -> None:
+def show(directory: str, each: bool, as_json: bool) -> None:
     """Show the contents of the image directory or packed checkpoint DIR: tasks, mappings, and where their pages are."""
     from lazypages.cli import show as contents  # noqa: PLC0415 - slow to import
+    from lazypages.cli.packs import place_of  # noqa: PLC0415
 
-    shown = contents.load(directory)
+    shown = contents.load(place_of(directory))
     try:
         if as_json:
             import json  # noqa: PLC0415 - only needed here

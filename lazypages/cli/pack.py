@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ import click
 from images_spec import packing
 from images_spec.flags import PAGE_SIZE
 from images_spec.packing import Progress
+from lazypages.cli.packs import opened, place_of
 from lazypages.outputs import check_output
 
 
@@ -23,25 +25,29 @@ from lazypages.outputs import check_output
     "target",
     metavar="FILE",
     required=True,
-    type=click.Path(path_type=Path),
-    help="The packed checkpoint; must not exist.",
+    type=click.Path(),
+    help="The packed checkpoint, which must not exist: a file, or an object in a store (s3://BUCKET/KEY, gs://, az://, "
+    "http://, https://).",
 )
-def pack_command(directory: Path, target: Path) -> None:
+def pack_command(directory: Path, target: str) -> None:
     """Pack the checkpoint in DIR, with its parents, into one file.
 
     Pages are compressed (zstd). Pages that are equal are stored once, zero pages not at all. What is unpacked again has
     no parents. Whatever is read from a pack is checked: a damaged one is an error, never other memory.
     """
-    check_output("-o", target)
-    total = packing.bytes_of_pages(directory)
-    with _progress(total, "packing") as progress:
-        done = packing.pack(directory, target, progress)
+    place = place_of(target)
+    with _file(place) as file:
+        total = packing.bytes_of_pages(directory)
+        with _progress(total, "packing") as progress:
+            done = packing.pack(directory, file, progress)
+        if isinstance(place, str):
+            _upload(file, place)
     pages = f"{done.pages:,} pages, {done.zero_pages:,} of them zero, {done.stored_pages:,} stored"
     click.echo(f"{target}: {_mib(done.size)} of {_mib(total)} ({pages})")
 
 
 @click.command(name="unpack")
-@click.argument("packed", metavar="FILE", type=click.Path(path_type=Path))
+@click.argument("packed", metavar="FILE", type=click.Path())
 @click.option(
     "-D",
     "--images-dir",
@@ -51,12 +57,38 @@ def pack_command(directory: Path, target: Path) -> None:
     type=click.Path(path_type=Path),
     help="Where the images go; created, or an empty directory.",
 )
-def unpack_command(packed: Path, directory: Path) -> None:
-    """Unpack a checkpoint that `lazypages pack` has made, for criu restore or lazypages serve."""
-    with packing.open_pack(packed) as reader:
+def unpack_command(packed: str, directory: Path) -> None:
+    """Unpack a checkpoint that `lazypages pack` has made, for criu restore or lazypages serve.
+
+    FILE may also be an object in a store: s3://BUCKET/KEY, gs://, az://, http://, https://.
+    """
+    with opened(place_of(packed)) as reader:
         total = sum(area.pages for area in reader.areas) * PAGE_SIZE
         with _progress(total, "unpacking") as progress:
             packing.unpack(reader, directory, progress)
+
+
+@contextmanager
+def _file(place: Path | str) -> Iterator[Path]:
+    """Where the pack is written: for a store, a temporary file, since its size must be known first.
+
+    Raises LazyPagesError.
+    """
+    if isinstance(place, Path):
+        check_output("-o", place)
+        yield place
+        return
+    from lazypages.net.objects import check_free  # noqa: PLC0415 - slow to import
+
+    check_free(place)
+    with tempfile.TemporaryDirectory(prefix="lazypages-pack-") as folder:
+        yield Path(folder, "pack")
+
+
+def _upload(file: Path, url: str) -> None:
+    from lazypages.net.objects import upload  # noqa: PLC0415 - slow to import
+
+    upload(file, url)
 
 
 @contextmanager

@@ -100,7 +100,7 @@ SOURCE_OPTIONS = [
 class Sources(NamedTuple):
     """The values of the options. ``directories``: images that may hold pages which those of the restore lack.
 
-    ``remote``: None without page servers.
+    ``remote``: None without page servers and without a packed checkpoint.
     """
 
     directories: tuple[Path, ...]
@@ -121,12 +121,15 @@ def tls_files(options: dict[str, Any]) -> TlsFiles:
     )
 
 
-def sources_of(options: dict[str, Any]) -> Sources:
-    """Sources from the values of SOURCE_OPTIONS. Raises LazyPagesError for options that exclude each other."""
+def sources_of(options: dict[str, Any], *, packed: bool = False) -> Sources:
+    """Sources from the values of SOURCE_OPTIONS. ``packed``: there is a packed checkpoint beside them.
+
+    Raises LazyPagesError for options that exclude each other.
+    """
     if not options["page_server"]:
         if any(options[name] is not None for name in ("address", "port", "ps_socket")) or options["tls"]:
             raise LazyPagesError("--address, --port, --ps-socket and --tls need --page-server")
-        if not options["sources"]:
+        if not options["sources"] and not packed:
             return Sources((), ())
     # These modules are slow to import, and needed only for other sources.
     from lazypages.net.url import LocalSource, parse_source  # noqa: PLC0415
@@ -143,7 +146,7 @@ def sources_of(options: dict[str, Any]) -> Sources:
             directories.append(source.directory)
         else:
             servers.append(source)
-    if not servers:
+    if not servers and not packed:
         return Sources(tuple(directories), ())
     protocol = options["page_server_protocol"]
     remote = RemoteOptions(

@@ -36,6 +36,7 @@ from lazypages.cli.options import (
     readiness_options,
     verbosity_option,
 )
+from lazypages.cli.packs import Cache, place_of, placed
 from lazypages.cli.remote_options import SOURCE_OPTIONS, Sources, sources_of
 from lazypages.control import descriptors
 from lazypages.control.listener import ControlSocket
@@ -102,7 +103,10 @@ Exit status
 
 
 class Places(NamedTuple):
-    """Directories and files. Relative paths of files are relative to the work directory, as with ``criu``."""
+    """Directories and files. Relative paths of files are relative to the work directory, as with ``criu``.
+
+    ``pack``: the packed checkpoint whose images are placed in the work directory, which then is ``images_dir``.
+    """
 
     images_dir: Path
     work_dir: Path
@@ -110,11 +114,12 @@ class Places(NamedTuple):
     pidfile: Path | None
     stats_json: Path | None
     trace: Path | None
+    pack: Path | str | None
 
     @classmethod
     def of(  # noqa: PLR0917 - the options
         cls,
-        images_dir: Path,
+        images: Path | str,
         work_dir: Path | None,
         log_file: Path | None,
         pidfile: Path | None,
@@ -130,6 +135,16 @@ class Places(NamedTuple):
 
         Nothing is changed: no file is created or emptied before all of them have been checked.
         """
+        pack = None
+        if _is_pack(images):
+            if work_dir is None:
+                raise LazyPagesError(
+                    f"-D {images} is not a directory; if it is a packed checkpoint, name one for its images "
+                    "with -W (it is -D of the restore)"
+                )
+            pack = images.absolute() if isinstance(images, Path) else images
+            images, wait = work_dir, True  # its images are not there yet
+        images_dir = Path(images)
         if wait and work_dir is None and not images_dir.is_dir():
             raise LazyPagesError(
                 f"-D {images_dir} does not exist yet: with --wait, name a work directory with -W "
@@ -155,6 +170,7 @@ class Places(NamedTuple):
             pidfile and work / pidfile,
             place(stats_json),
             trace and work / trace,
+            pack,
         )
         for option, path in (
             ("-o", places.log_file),
@@ -168,6 +184,11 @@ class Places(NamedTuple):
         return places
 
 
+def _is_pack(images: Path | str) -> bool:
+    """Whether -D names a packed checkpoint."""
+    return isinstance(images, str) or images.is_file()
+
+
 def _check_directory(option: str, path: Path) -> None:
     if not path.is_dir():
         what = "is not a directory" if path.exists() else "does not exist"
@@ -178,10 +199,13 @@ def _check_directory(option: str, path: Path) -> None:
 @click.option(
     "-D",
     "--images-dir",
+    "images",
     metavar="DIR",
-    type=click.Path(path_type=Path),
-    default=Path(),
-    help="The images of the checkpoint, the same as for criu restore.  [default: .]",
+    type=click.Path(),
+    default="",
+    help="The images of the checkpoint, the same as for criu restore; or a packed checkpoint (lazypages pack): a file, "
+    "or s3://, gs://, az://, http:// or https:// and the rest of its address. Its images are placed in the work "
+    "directory, which is -D of the restore.  [default: .]",
 )
 @click.option(
     "-W",
@@ -198,6 +222,21 @@ def _check_directory(option: str, path: Path) -> None:
 @verbosity_option()
 @add_options(readiness_options("a restore can be started"))
 @add_options(SOURCE_OPTIONS)
+@click.option(
+    "--pack-cache",
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    help="Keep frames of a packed checkpoint in a store also in DIR, for later restores on this machine; DIR may be "
+    "shared by any number of them.",
+)
+@click.option(
+    "--pack-cache-size",
+    metavar="MIB",
+    type=click.IntRange(min=1),
+    default=10 << 10,
+    show_default=True,
+    help="Keep at most so many MiB there, of all packs; those that were not used for the longest time are removed.",
+)
 @click.option(
     "--no-background",
     is_flag=True,
@@ -235,7 +274,7 @@ def serve(
     ctx: click.Context,
     /,
     *,
-    images_dir: Path,
+    images: str,
     work_dir: Path | None,
     log_file: Path | None,
     log_format: str,
@@ -243,6 +282,8 @@ def serve(
     daemon: bool,
     pidfile: Path | None,
     status_fd: int | None,
+    pack_cache: Path | None,
+    pack_cache_size: int,
     no_background: bool,
     stats_json: Path | None,
     trace: Path | None,
@@ -262,8 +303,16 @@ def serve(
     Listens on the socket lazy-pages.socket in the work directory, where the restore connects.
     """
     notifier = Notifier.take()
-    sources = sources_of(source_options)
-    places = Places.of(images_dir, work_dir, log_file, pidfile, stats_json, trace, daemon=daemon, wait=wait)
+    place = place_of(images)
+    sources = sources_of(source_options, packed=_is_pack(place))
+    places = Places.of(place, work_dir, log_file, pidfile, stats_json, trace, daemon=daemon, wait=wait)
+    cache = Cache(pack_cache.absolute(), pack_cache_size << 20) if pack_cache else None
+    if cache and not isinstance(places.pack, str):
+        raise LazyPagesError(f"--pack-cache {pack_cache}: -D is not a packed checkpoint in a store")
+    if via is not None and places.pack is not None:
+        raise LazyPagesError(
+            f"-D {places.pack}: the resident daemon serves no packed checkpoint: leave out --via"
+        )
     if via is not None and (metrics is not None or metrics_textfile is not None or otel):
         raise LazyPagesError(
             "--metrics, --metrics-textfile and --otel: give them to the daemon, not beside --via"
@@ -294,7 +343,7 @@ def serve(
             )
         else:
             textfile = metrics_textfile and places.work_dir / metrics_textfile
-            with exporting(metrics, textfile, otel=otel) as export:
+            with exporting(metrics, textfile, otel=otel) as export, ExitStack() as opened:
                 result = _serve(
                     places,
                     ServeOptions(not no_background, sources.page_servers, sources.remote),
@@ -302,11 +351,12 @@ def serve(
                     loop=loop,
                     daemon=daemon,
                     status_fd=status_fd,
-                    wait=wait,
+                    wait=wait and places.pack is None,
                     terminal=terminal,
                     log_fd=(log_stream or sys.stderr).fileno(),
                     notifier=notifier,
                     export=export,
+                    with_pack=partial(_with_pack, places, sources, cache, opened),
                 )
             status = 0 if result.ok else 1
     except Exception as error:
@@ -331,15 +381,23 @@ def _serve(
     log_fd: int,
     notifier: Notifier,
     export: ExportOptions | None,
+    with_pack: Callable[[ServeOptions], ServeOptions],
 ) -> Summary:
-    """Everything that can be checked is checked before readiness is signalled to a restore."""
+    """Everything that can be checked is checked before readiness is signalled to a restore.
+
+    ``with_pack``: see _with_pack.
+    """
     if status_fd is not None:
         check_status_fd(status_fd)  # first, before a file that we open can get this number
     check_userfaultfd()
     check_certificates(options)
     check_loop(loop)
-    read = partial(_read, places.images_dir, options, directories)
-    found = None if wait else read()
+    late = daemon and isinstance(
+        places.pack, str
+    )  # what reads from a store has threads, which end with a fork
+    if not late:
+        options = with_pack(options)
+    found = None if wait or late else _read(places.images_dir, options, directories)
     with ControlSocket(places.work_dir) as control:
         background = into_background(daemon, places.pidfile)
         # A terminal that is closed must not leave tasks without their memory.
@@ -348,9 +406,12 @@ def _serve(
         with Guard(log_fd, json=logs.is_json()) as guard, closing(control), ExitStack() as until_running:
             until_running.enter_context(signals_blocked())
             if found is None:  # a restorer that connects meanwhile waits
-                _import_server(options)
-                _wait_for_images(places.images_dir)
-                found = read()
+                if late:
+                    options = with_pack(options)
+                else:
+                    _import_server(options)
+                    _wait_for_images(places.images_dir)
+                found = _read(places.images_dir, options, directories)
             expected, options = found
             tracer = open_tracer(places.trace, places.images_dir, expected) if places.trace else None
             text = invitation(places.images_dir, places.work_dir, expected)
@@ -361,7 +422,7 @@ def _serve(
             ready += background
             with tracer or nullcontext():
                 options = options._replace(trace=tracer.ring if tracer else None)
-                if not options.page_servers:
+                if not options.remote_sources:
                     signal_readiness(ready)
                 until_running.enter_context(importing())
                 from lazypages.loop.run import run  # noqa: PLC0415 - slow; runs while the restore starts
@@ -373,11 +434,11 @@ def _serve(
                     options,
                     guard,
                     terminal=terminal,
-                    begin=partial(_begin, ready) if options.page_servers else None,
+                    begin=partial(_begin, ready) if options.remote_sources else None,
                     running=until_running.close,
                     notifier=notifier,
                     export=export,
-                    images=str(places.images_dir),
+                    images=str(places.pack or places.images_dir),
                 )
                 notifier.stopping()
     if result.tasks or result.finished:
@@ -391,12 +452,26 @@ def _serve(
     return result
 
 
+def _with_pack(
+    places: Places, sources: Sources, cache: Cache | None, opened: ExitStack, options: ServeOptions
+) -> ServeOptions:
+    """Places the images of a packed checkpoint; it is a source then. ``opened``: keeps it open.
+
+    Raises ImageError, LazyPagesError.
+    """
+    if places.pack is None:
+        return options
+    alone = not (sources.page_servers or sources.directories)
+    source = opened.enter_context(placed(places.pack, places.images_dir, cache, alone=alone))
+    return options._replace(others=[source])
+
+
 def _read(
     images_dir: Path, options: ServeOptions, directories: Sequence[Path]
 ) -> tuple[dict[int, Expected], ServeOptions]:
     """The tasks by pid, and the options with what page servers must know. Raises ImageError, LazyPagesError."""
     expected = read_checkpoint(images_dir, options, directories)
-    descriptors.check_enough(len(with_memory(expected)), len(options.page_servers))
+    descriptors.check_enough(len(with_memory(expected)), options.remote_sources)
     return expected, identified(options, images_dir)
 
 

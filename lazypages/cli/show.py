@@ -21,8 +21,9 @@ from images_spec.errors import ImageMissingError
 from images_spec.flags import PAGE_SIZE, lazy_capable
 from images_spec.images import Kind
 from images_spec.messages import CoreEntry, MmEntry, TaskState, VmaEntry
-from images_spec.packing import open_pack, unpack_without_pages
+from images_spec.packing import unpack_without_pages
 from images_spec.placement import PageCount, PageCounts, Span, mappings
+from lazypages.cli.packs import opened
 from lazypages.wording import count, printable
 
 WIDE = 10_000
@@ -97,20 +98,20 @@ class _Mapping(NamedTuple):
 
 @dataclass(frozen=True)
 class Shown:
-    """What is printed: a checkpoint whose images have all been read. ``chain``: directories, or one packed file."""
+    """What is printed: a checkpoint whose images have all been read. ``chain``: directories, or one pack."""
 
-    chain: tuple[Path, ...]
+    chain: tuple[Path | str, ...]
     reports: list[_TaskReport]
     mappings: dict[int, list[_Mapping]]
 
 
-def load(path: Path) -> Shown:
-    """Read all images of a directory or a packed checkpoint. Raises ``ImageError``.
+def load(path: Path | str) -> Shown:
+    """Read all images of a directory or a packed checkpoint. Raises ``ImageError``, ``LinkError``.
 
     A lazy page that is in no image is counted as being at a page server.
     """
-    if path.is_file():
-        with open_pack(path) as reader, tempfile.TemporaryDirectory(prefix="lazypages-show-") as folder:
+    if isinstance(path, str) or path.is_file():
+        with opened(path) as reader, tempfile.TemporaryDirectory(prefix="lazypages-show-") as folder:
             unpack_without_pages(reader, Path(folder))
             return replace(load(Path(folder)), chain=(path,))
     checkpoint = open_checkpoint(path)
@@ -195,7 +196,7 @@ def _file_names(directory: Path) -> dict[int, str]:
     return {entry.id: printable(entry.reg.name) for entry in files if entry.HasField("reg")}
 
 
-def _chain(chain: tuple[Path, ...]) -> Table:
+def _chain(chain: tuple[Path | str, ...]) -> Table:
     table = _table("Chain of images", "level", "directory")
     for level, directory in enumerate(chain):
         _add_row(table, f"{level} ({'parent' if level else 'own'})", printable(os.fsencode(directory)))

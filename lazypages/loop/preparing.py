@@ -35,7 +35,7 @@ def read_checkpoint(
     Raises ImageError, LazyPagesError.
     """
     try:
-        return expect(images_dir, remote=bool(options.page_servers), others=directories)
+        return expect(images_dir, remote=bool(options.remote_sources), others=directories)
     except ImageError:
         if descriptors.exhausted():
             raise descriptors.too_few_for_images() from None

@@ -164,7 +164,7 @@ class Server:
                 stack.callback(self._stop_engine, engine)
                 engine_group.start_soon(self._run_engine, engine, engine_group.cancel_scope)
                 self._engine = engine
-                if self._options.page_servers:
+                if self._options.remote_sources:
                     stack.callback(self._end_twins)  # when the servers have said their last word
                     from lazypages.sources.remote import open_remote  # noqa: PLC0415 - slow to import
 
@@ -174,6 +174,7 @@ class Server:
                             self._pages_lost,
                             self._options.remote,
                             engine=engine,
+                            others=self._options.others,
                         )
                     )
                 async with anyio.create_task_group() as helpers:

@@ -54,8 +54,9 @@ class Connected:
 class Source(Protocol):
     """One of several places with the same pages."""
 
-    #: Its name in messages.
+    #: Its name in messages, and what it is there.
     name: str
+    kind: str
     #: Whether it accepts a single connection in its life.
     once: bool
 

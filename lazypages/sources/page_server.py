@@ -63,6 +63,8 @@ class CheckpointError(HopelessError):
 class PageServerSource:
     """``client``: a number that identifies this destination, the same on all its connections."""
 
+    kind = "page server"
+
     def __init__(self, address: PageServerAddress, options: RemoteOptions, client: int) -> None:
         self.name = str(address)
         self.once = isinstance(address, ConnectedSocket)
@@ -86,8 +88,9 @@ class PageServerSource:
                 bool(codec.features & Features.COMPRESSED) and not urgent_only and not link.within_host
             )
             carrier: Carrier
+            title = f"{self.kind} {self.name}"
             if link.encrypted or compresses:
-                carrier = await made(lambda: Relay(link, codec, Trial()), "a translator", self.name, reached)
+                carrier = await made(lambda: Relay(link, codec, Trial()), "a translator", title, reached)
                 layout = Layout.CRIU_4_2
             else:
                 carrier, layout = Direct(link), codec.layout

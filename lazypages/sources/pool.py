@@ -59,7 +59,7 @@ UNANSWERED: Final = (
     "; it has answered nothing so far: if its CRIU is not the one that wrote the images, name its protocol with "
     "--page-server-protocol"
 )
-DENIED: Final = "no page server can give it; their logs say why"
+DENIED: Final = "no source can give it: see above, or the log of the page server"
 
 
 class Load(NamedTuple):
@@ -139,10 +139,11 @@ class _Attempts:
 
 @dataclass(eq=False)
 class Server:
-    """A page server. ``once``: it accepts a single connection in its life."""
+    """A page server, or another source. ``once``: it accepts a single connection in its life."""
 
     name: str
     once: bool = False
+    kind: str = "page server"
     channels: list[Channel] = field(default_factory=list)
     tried: bool = False  # a connection was planned
     connections: int = 0  # established since the start
@@ -152,6 +153,11 @@ class Server:
     given_up: bool = False  # not connected to again because of that; logged
     complained: float = float("-inf")
     attempts: dict[bool, _Attempts] = field(default_factory=lambda: {False: _Attempts(), True: _Attempts()})
+
+    @property
+    def title(self) -> str:
+        """For messages."""
+        return f"{self.kind} {self.name}"
 
     @property
     def connected(self) -> bool:
@@ -455,7 +461,7 @@ class Pool:
             channel.silent = False
         elif silent and not channel.silent:
             hint = "" if channel.has_answered else UNANSWERED
-            log.warning("page server %s: silent for %.1f s%s", channel.server.name, now - channel.heard, hint)
+            log.warning("%s: silent for %.1f s%s", channel.server.title, now - channel.heard, hint)
             channel.silent = True
             channel.reserved = None  # the page may be requested on another channel
             if channel.has_answered:
@@ -470,7 +476,7 @@ class Pool:
             level, server.complained = logging.WARNING, now
         again = f"; {count(waiting, 'request')} pending" if waiting else ""
         again += ", trying again" if waiting and not server.over else ""
-        log.log(level, "page server %s: %s%s", server.name, reason, again)
+        log.log(level, "%s: %s%s", server.title, reason, again)
 
     # -- requests ----------------------------------------------------------------------------------------------
 

@@ -138,7 +138,7 @@ class RemotePages:
         self._on_lost = on_lost
         self._group = group
         self._by_dumptool = by_dumptool
-        servers = [Server(source.name, source.once) for source in sources]
+        servers = [Server(source.name, source.once, source.kind) for source in sources]
         self.pool = Pool(servers, time.monotonic(), deadline=deadline, checked=checked)
         self._sources = dict(zip(servers, sources, strict=True))
         self._past = {server: ServerStats(server.name) for server in servers}  # of channels that have ended
@@ -175,7 +175,7 @@ class RemotePages:
     def reasons(self) -> list[str]:
         """One line for each server that could not be used so far: why."""
         return [
-            f"page server {server.name}: {first.reason or f'no connection within {FIRST_ATTEMPTS:g} s'}"
+            f"{server.title}: {first.reason or f'no connection within {FIRST_ATTEMPTS:g} s'}"
             + (
                 ""
                 if first.hopeless or server.over
@@ -389,7 +389,7 @@ class RemotePages:
             reason = str(error)
         except Exception as error:  # the other connections and all tasks go on
             reason = f"internal error: {error!r}"
-            log.exception("page server %s: %s", channel.server.name, reason)
+            log.exception("%s: %s", channel.server.title, reason)
         finally:
             self.end(channel, reason)
             if connection.carrier is not None:
@@ -426,9 +426,9 @@ class RemotePages:
                 compress=found.compresses,
             )
 
-        connection.engine = await made(open_channel, "a channel", channel.server.name, reached)
+        connection.engine = await made(open_channel, "a channel", channel.server.title, reached)
         pending = "" if found.answered else "; it has not answered yet"
-        log.info("page server %s: connected (%s)%s", channel.server.name, _describe(found), pending)
+        log.info("%s: connected (%s)%s", channel.server.title, _describe(found), pending)
         with self._planning():
             self.pool.connected(channel, features, time.monotonic(), answered=found.answered)
 
@@ -482,7 +482,7 @@ class RemotePages:
         if status == wire.ELSEWHERE:
             self._completed.set()
         elif status:
-            log.warning("page server %s: answered CLOSE with status %d", channel.server.name, status)
+            log.warning("%s: answered CLOSE with status %d", channel.server.title, status)
 
     def end(self, channel: Channel, reason: str) -> None:
         """Closes a channel, connected or not, and returns its unanswered requests to the pool."""
@@ -546,15 +546,16 @@ async def open_remote(
     options: RemoteOptions | None = None,
     *,
     engine: Channels,
+    others: Sequence[Source] = (),
 ) -> AsyncIterator[RemotePages]:
-    """Keeps connections to `servers`, all with the same content, while the context lasts; any event loop of anyio's.
+    """Keeps connections to `servers` and `others`, all with the same content, while the context lasts.
 
     An unreachable server raises nothing and is tried again. Raises TlsError if the certificates can't be used.
     """
     options = options or RemoteOptions()
     check_certificates(servers, options)
     client = int.from_bytes(os.urandom(8), "little")
-    sources = [PageServerSource(server, options, client) for server in servers]
+    sources: list[Source] = [*others, *(PageServerSource(server, options, client) for server in servers)]
     checkpoint = options.checkpoint
     async with anyio.create_task_group() as group:
         remote = RemotePages(

@@ -35,7 +35,7 @@ async def made(make: Callable[[], T], what: str, server: str, waiting: Callable[
             if error.errno not in SHORTAGE:
                 raise LinkError(f"cannot make {what}: {error.strerror}") from None
             if not logged:
-                log.warning("page server %s: cannot make %s: %s; trying again", server, what, error.strerror)
+                log.warning("%s: cannot make %s: %s; trying again", server, what, error.strerror)
                 logged = True
         waiting()
         await anyio.sleep(SHORTAGE_PAUSE)

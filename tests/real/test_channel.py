@@ -341,7 +341,7 @@ def test_a_page_that_the_server_has_not(file: PagesFile) -> None:
 class Ready:
     """A source that is connected already."""
 
-    name, once = "a test", False
+    name, kind, once = "a test", "page server", False
 
     def __init__(self, end: socket.socket) -> None:
         self._end = end

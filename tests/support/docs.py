@@ -33,6 +33,7 @@ EXECUTED_BY = {
     "docs/migrate.md": "tests/real/test_migrate_page.py",
     "docs/podman.md": "tests/real/test_containers.py",
     "docs/runc.md": "tests/real/test_containers.py",
+    "docs/packed.md": "tests/real/test_packed_page.py",
     "docs/sizing.md": "tests/real/test_docs.py",
     "docs/troubleshooting.md": "tests/real/test_docs.py",
 }

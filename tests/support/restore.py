@@ -250,7 +250,7 @@ class Daemon:
     def __str__(self) -> str:
         return self.name
 
-    def start(self, images: Path, work: Path) -> Server:
+    def start(self, images: Path | str, work: Path) -> Server:
         """Start it on `images`, with its log, statistics and socket in `work`."""
         command = [*self.command, "-D", str(images), "-W", str(work), "-v4", "-o", "serve.log"]
         if self.ours:
@@ -345,11 +345,19 @@ def eager_restore(checkpoint: Checkpoint, work: Path, images: Path) -> Iterator[
 
 @contextmanager
 def lazy_restore(
-    checkpoint: Checkpoint, daemon: Daemon, work: Path, images: Path | None = None
+    checkpoint: Checkpoint,
+    daemon: Daemon,
+    work: Path,
+    images: Path | None = None,
+    *,
+    pack: Path | str | None = None,
 ) -> Iterator[LazyRestore]:
-    """Start the daemon and restore the checkpoint (or `images` made from it); ends all on the way out."""
-    images = images or checkpoint.images
-    with nothing_left(), daemon.start(images, work) as server:
+    """Start the daemon and restore the checkpoint (or `images` made from it); ends all on the way out.
+
+    `pack`: the daemon's -D; it places the images in `work`.
+    """
+    images = work if pack else images or checkpoint.images
+    with nothing_left(), daemon.start(pack or images, work) as server:
         server.wait_ready()
         restored = LazyRestore(checkpoint, work, daemon, server)
         try:

@@ -273,6 +273,18 @@ def test_nothing_is_an_empty_table() -> None:
         resolve([], remote=False)
 
 
+@given(st.lists(st.tuples(st.integers(0, 200), st.integers(1, 4)), max_size=30))
+def test_finds_the_extent_of_an_address(runs: list[tuple[int, int]]) -> None:
+    entries: Entries = []
+    for start, count in sorted(runs):
+        if not entries or start >= entries[-1][0] + entries[-1][1]:
+            entries.append((start, count, L))
+    placed = table([entries], remote=True)
+    for address in range(0, 210 * PAGE_SIZE, PAGE_SIZE // 2):
+        expected = [extent for extent in placed if extent.start <= address < extent.end]
+        assert [placed.find(address)] == (expected or [None])
+
+
 def test_is_a_sequence() -> None:
     placed = table([[(0, 1, HERE), (5, 1, L)]], remote=True)
     assert placed[1] == placed[-1] == Extent(5 * PAGE_SIZE, 1, 0, SOURCE_REMOTE, True)

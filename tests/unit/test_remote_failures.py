@@ -34,7 +34,7 @@ every_loop = pytest.mark.parametrize("loop", LOOPS, ids=LOOP_NAMES)
 class Source:
     """Raises `failures`, one at each attempt; then it is connected."""
 
-    name, once = "a test", False
+    name, kind, once = "a test", "page server", False
 
     def __init__(self, *failures: Exception) -> None:
         self._failures = list(failures)
