@@ -1,6 +1,6 @@
 """Runs the tests marked every_kernel under Debian's kernels, each in a virtual machine.
 
-Every second test runs under one of the three kernels (share.py), all tests under all with LAZYPAGES_ALL_KERNELS=1.
+Every third test runs under one of the three kernels (share.py), all tests under all with LAZYPAGES_ALL_KERNELS=1.
 
 `.ci/fetch-kernels` puts the kernels into LAZYPAGES_KERNELS_DIR (default /var/cache/lazypages/kernels). QEMU emulates
 the processor, so the tests take five to ten times as long. Two machines run at a time.
