@@ -153,9 +153,9 @@ What can be pre-dumped
   are traced, share their memory with another process (CLONE_VM), have memory
   registered with a userfaultfd of others, a shadow stack, or Syscall User
   Dispatch. Left to the final dump: huge pages (hugetlb), memory of devices.
-  Shared memory (MAP_SHARED, memfd, System V) is compared with the parent's bytes,
-  also by the final dump, which writes what has changed. Pre-dumps contain no pages
-  of files, and with --page-server no shared memory.
+  Shared memory (MAP_SHARED, memfd) is compared with the parent's bytes, also by the
+  final dump, which writes what has changed. Pre-dumps contain no pages of files, no
+  System V shared memory, and with --page-server no shared memory at all.
 """
 
 

@@ -267,9 +267,13 @@ class Run:
         self.report.writing += time.monotonic() - begin
 
     def _shared(self, tasks: Iterable[Task]) -> dict[int, shared.Piece]:
-        """Dumptool's own images can't hold memory that is only open (memfd): pre-dumps have it for those of CRIU."""
+        """Dumptool's own images can't hold memory that is only open (memfd): pre-dumps have it for those of CRIU.
+
+        CRIU writes that of System V itself.
+        """
         layouts = [(task.pid, task.layout.vmas) for task in tasks]
-        return shared.find(layouts, descriptors=self._memory_only)
+        found = shared.find(layouts, descriptors=self._memory_only)
+        return {number: piece for number, piece in found.items() if not piece.sysv}
 
     def find_shared(self, tasks: list[FrozenTask], *, running: bool) -> list[PageJob]:
         """Finds the pages of shared memory that will be copied. ``running``: the tree runs again.
