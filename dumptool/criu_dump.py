@@ -211,7 +211,9 @@ class _CriuRun(Run):
         begin = time.monotonic()
         lost = list(thrown_away(self._work))
         layouts = [(process.pid, self._layouts[process.pid].vmas) for process in tree.alive]
-        pieces = shared.find(layouts, descriptors=True) if lost else {}
+        pieces = shared.find(layouts, descriptors=False)
+        if not pieces.keys() >= {number for number, _ in lost}:
+            pieces = shared.find(layouts, descriptors=True)  # a process may have many
         for number, pagemap in lost:
             if number not in pieces:
                 raise SharedMemoryLostError(f"no process has shared memory {number} mapped or open")

@@ -1,6 +1,7 @@
 /*
  * Shared memory that is written in every way, and compared with a private copy: sharing KIND...  KIND: anon,
- * cut (anonymous memory, mapped but for its end), memfd, sysv, or detached (System V, attached by nobody). For each file `step-N` in the working directory it writes once in
+ * cut (anonymous memory, mapped but for its end), memfd, open (a memfd that nobody maps), sysv, or detached (System V,
+ * attached by nobody). For each file `step-N` in the working directory it writes once in
  * each way, and makes `done-N`. At `check` it compares all bytes, lets its child write, compares again, and writes
  * `verdict`.
  */
@@ -22,12 +23,13 @@
 #define CUT 100 /* pages */
 #define TIMES 3 /* each way, in each step */
 
-enum kind { ANON, MEMFD, SYSV, DETACHED };
+enum kind { ANON, MEMFD, SYSV };
 enum way { OWN, CHILD, GRANDCHILD, VM_WRITE, HOLE, UNMAPPED, DROPPED, BACK, BY_FILE, SPLICED, WAYS };
 
 struct object {
 	enum kind kind;
 	int fd, id, pages;
+	int away; /* mapped only while it is used */
 	unsigned char *map, *model;
 };
 struct order {
@@ -65,7 +67,7 @@ static void detach(struct object *o)
 		if (o->fd < 0)
 			err(1, "%s", path);
 	}
-	if (o->kind == SYSV || o->kind == DETACHED ? shmdt(o->map) : munmap(o->map, o->pages * PAGE))
+	if (o->kind == SYSV ? shmdt(o->map) : munmap(o->map, o->pages * PAGE))
 		err(1, "munmap");
 }
 
@@ -73,7 +75,10 @@ static void make(struct object *o, const char *kind)
 {
 	o->fd = o->id = -1;
 	o->pages = PAGES;
-	o->kind = !strcmp(kind, "anon") || !strcmp(kind, "cut") ? ANON : !strcmp(kind, "memfd") ? MEMFD : !strcmp(kind, "sysv") ? SYSV : DETACHED;
+	o->away = !strcmp(kind, "open") || !strcmp(kind, "detached");
+	o->kind = !strcmp(kind, "anon") || !strcmp(kind, "cut")	 ? ANON :
+		  !strcmp(kind, "memfd") || !strcmp(kind, "open") ? MEMFD :
+								    SYSV;
 	if (o->kind == MEMFD) {
 		o->fd = memfd_create("sharing", 0);
 		if (ftruncate(o->fd, SIZE - 1000))
@@ -102,15 +107,15 @@ static void obey(void)
 	struct order order;
 
 	for (int object = 0; object < nr_objects; object++)
-		if (objects[object].kind == DETACHED)
+		if (objects[object].away)
 			detach(objects + object);
 	while (read(orders[0], &order, sizeof(order)) == sizeof(order)) {
 		struct object *o = objects + order.object;
 
-		if (o->kind == DETACHED)
+		if (o->away)
 			attach(o);
 		content(o->map + order.page * PAGE, order.object, order.page, order.version);
-		if (o->kind == DETACHED)
+		if (o->away)
 			detach(o);
 		if (write(answers[1], "", 1) != 1)
 			break;
@@ -193,13 +198,13 @@ static void put(int object, int page, int version, enum way way)
 static void step(int number)
 {
 	for (int object = 0; object < nr_objects; object++) {
-		if (objects[object].kind == DETACHED)
+		if (objects[object].away)
 			attach(objects + object);
 		for (int way = 0; way < WAYS; way++)
 			for (int i = 0; i < TIMES; i++)
 				put(object, (number * 331 + way * 41 + i * 13) % objects[object].pages, number, way);
 		put(object, objects[object].pages - 1, number, OWN); /* also behind the end of the file */
-		if (objects[object].kind == DETACHED)
+		if (objects[object].away)
 			detach(objects + object);
 	}
 }
@@ -209,7 +214,7 @@ static int is_right(FILE *verdict)
 	int right = 1;
 
 	for (int object = 0; object < nr_objects; object++) {
-		if (objects[object].kind == DETACHED)
+		if (objects[object].away)
 			attach(objects + object);
 		for (int page = 0; page < objects[object].pages; page++) {
 			if (memcmp(objects[object].map + page * PAGE, objects[object].model + page * PAGE, PAGE)) {
@@ -217,7 +222,7 @@ static int is_right(FILE *verdict)
 				right = 0;
 			}
 		}
-		if (objects[object].kind == DETACHED)
+		if (objects[object].away)
 			detach(objects + object);
 	}
 	return right;
@@ -229,7 +234,7 @@ static void check(void)
 	int right = is_right(verdict);
 
 	for (int object = 0; object < nr_objects; object++)
-		if (objects[object].kind != DETACHED)
+		if (!objects[object].away)
 			put(object, 5, 99, CHILD);
 	if (is_right(verdict) && right)
 		fprintf(verdict, "right\n");
@@ -250,7 +255,7 @@ int main(int argc, char **argv)
 	for (int object = 0; object < nr_objects; object++) {
 		for (int page = 0; page < objects[object].pages; page++)
 			put(object, page, 0, OWN);
-		if (objects[object].kind == DETACHED)
+		if (objects[object].away)
 			detach(objects + object);
 	}
 	for (int number = 0;;) {
