@@ -1,4 +1,4 @@
-"""Frozen time of a dump: `bench/frozen_time.py [--size MIB…] [--dirty MIB] [--criu CRIU] [--repeat N]`.
+"""Frozen time of a dump: `bench/frozen_time.py [--size MIB…] [--dirty MIB] [--shared] [--criu CRIU] [--repeat N]`.
 
 A task fills SIZE of memory and then keeps writing to DIRTY of it. Compared: a full dump by dumptool and by CRIU, and
 dumptool's dump after two pre-dumps, by its own code and with CRIU as its backend. Those of its own code are also
@@ -39,9 +39,10 @@ PEERS = (
 )
 
 
-def victim(size: int, dirty: int) -> None:
+def victim(size: int, dirty: int, shared: int) -> None:
     """Fill memory, report that, and keep writing."""
-    memory = mmap.mmap(-1, size * MIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    kind = mmap.MAP_SHARED if shared else mmap.MAP_PRIVATE
+    memory = mmap.mmap(-1, size * MIB, flags=kind | mmap.MAP_ANONYMOUS)
     block = os.urandom(MIB)
     for at in range(size):
         memory[at * MIB : (at + 1) * MIB] = block[at % MIB :] + block[: at % MIB]
@@ -55,11 +56,11 @@ def victim(size: int, dirty: int) -> None:
 
 
 @contextmanager
-def running(size: int, dirty: int, folder: Path) -> Iterator[int]:
+def running(size: int, dirty: int, shared: bool, folder: Path) -> Iterator[int]:
     """Start the victim; return it when it is ready."""
     (folder / "ready").unlink(missing_ok=True)
     process = subprocess.Popen(
-        [sys.executable, __file__, "--victim", str(size), str(dirty)],
+        [sys.executable, __file__, "--victim", *map(str, (size, dirty, int(shared)))],
         cwd=folder,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
@@ -112,9 +113,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", type=int, nargs="+", default=[64, 1024, 4096], help="MiB of the task")
     parser.add_argument("--dirty", type=int, default=16, help="MiB that it keeps writing")
+    parser.add_argument("--shared", action="store_true", help="the memory is shared (MAP_SHARED)")
     parser.add_argument("--criu", default=shutil.which("criu") or "", help="path of criu; empty: without")
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--victim", type=int, nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--victim", type=int, nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.victim:
         victim(*arguments.victim)
@@ -128,7 +130,7 @@ def main() -> None:
             with tempfile.TemporaryDirectory(prefix="lazypages-frozen-") as name:
                 place, left = Path(name), arguments.repeat
                 while left:
-                    with running(size, arguments.dirty, place) as pid:
+                    with running(size, arguments.dirty, arguments.shared, place) as pid:
                         for _ in range(1 if "ended" in peer else left):
                             folder = place / str(left)
                             folder.mkdir()
@@ -137,7 +139,7 @@ def main() -> None:
                             left -= 1
             freezing = statistics.median(one.freezing_time for one in found) / 1000
             frozen = statistics.median(one.frozen_time for one in found) / 1000
-            pages = statistics.median(one.pages_written for one in found)
+            pages = statistics.median(one.pages_written + one.shpages_written for one in found)
             print(f"{size:>5} MiB  {peer:44}{freezing:>10.1f}{frozen:>10.1f}{pages:>15.0f}", flush=True)
 
 

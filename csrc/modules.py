@@ -126,7 +126,10 @@ pageserver = module(
 
 ptrace = module(
     "dumptool._ptrace",
-    ["common/extent.h", "common/inject.h", "dump/dump_session.h", "dump/dump_pages.h", "dump/dump_task.h"],
+    [
+        *("common/extent.h", "common/inject.h", "dump/dump_session.h", "dump/dump_pages.h"),
+        *("dump/dump_compare.h", "dump/dump_task.h"),
+    ],
     ["common/inject.c", *_all_of("dump")],
     system="#include <sys/user.h>\n",
     extra="""

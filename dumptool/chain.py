@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +39,17 @@ class Chain:
             link = here / PARENT_LINK
             here = link if os.path.lexists(link) else None
 
-    def pages_of(self, pid: int) -> ParentPages | None:
+    def pages_of(self, number: int | str) -> ParentPages | None:
         """The pages that all levels together have of a process; None if the parent has no pagemap of it.
+
+        ``number``: its pid, or ``shmem-`` and the number of shared memory.
 
         Raises ``ImageError`` if a pages file has not the size that its pagemap implies.
         """
         pagemaps: list[Pagemap | None] = []
         paths: list[Path | None] = []
         for level in self.levels:
-            pagemap, path = _load(level, Kind.PAGEMAP.file_name(pid))
+            pagemap, path = _load(level, Kind.PAGEMAP.file_name(number))
             if pagemap is None and not pagemaps:
                 return None
             pagemaps.append(pagemap)
@@ -93,6 +96,43 @@ class ParentPages:
         with ExitStack() as stack:
             levels = ffi.new("int[]", [_open(path, stack) for path in self._paths])
             yield ffi.new("struct lp_parent *", (self.extents_pointer, len(self.extents), levels))
+
+    def read_ahead(self) -> None:
+        """Has the kernel read the pages files into its cache, as far as they are not there."""
+        with ExitStack() as stack:
+            for fd in (_open(path, stack) for path in self._paths):
+                if fd >= 0:
+                    with suppress(OSError):
+                        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_WILLNEED)
+
+    @contextmanager
+    def mapped(self, memory: Any) -> Iterator[Any]:
+        """``struct lp_compared *`` (csrc/dump/dump_compare.h), valid for the block. ``memory``: what is compared.
+
+        Raises ``ImageError`` at the end of the block if a file was cut short in it: what was compared is void.
+        """
+        with ExitStack() as stack:
+            descriptors = [_open(path, stack) for path in self._paths]
+            maps = [_map(fd) for fd in descriptors]
+            levels = ffi.new(
+                "struct lp_mapped[]", [(ffi.NULL if one is None else one, len(one or b"")) for one in maps]
+            )
+            yield ffi.new(
+                "struct lp_compared *", (memory, self.extents_pointer, len(self.extents), levels, 0)
+            )
+            for path, fd, one in zip(self._paths, descriptors, maps, strict=True):
+                if one is not None and os.fstat(fd).st_size < len(one):
+                    raise ImageError(path or Path(), "was cut short while it was read")
+
+
+def _map(fd: int) -> Any:
+    """A mapping of a file, to read; None if there is none, or it is empty."""
+    if fd < 0:
+        return None
+    try:
+        return ffi.from_buffer("unsigned char[]", mmap.mmap(fd, 0, mmap.MAP_SHARED, mmap.PROT_READ))
+    except (OSError, ValueError):
+        return None
 
 
 def _open(path: Path | None, stack: ExitStack) -> int:

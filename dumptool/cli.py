@@ -153,8 +153,9 @@ What can be pre-dumped
   are traced, share their memory with another process (CLONE_VM), have memory
   registered with a userfaultfd of others, a shadow stack, or Syscall User
   Dispatch. Left to the final dump: huge pages (hugetlb), memory of devices.
-  Pre-dumps contain neither shared anonymous memory, which can't be tracked, nor
-  the pages of files. The final dump contains all shared anonymous memory.
+  Shared memory (MAP_SHARED, memfd) is compared with the parent's bytes, also by the
+  final dump, which writes what has changed. Pre-dumps contain no pages of files, no
+  System V shared memory, and with --page-server no shared memory at all.
 """
 
 
@@ -498,8 +499,8 @@ def _log_report(report: Report, what: str, page_server: PageServer | None) -> No
 
     done = "written" if page_server is None else f"sent to {page_server.address}"
     parts = [f"{megabytes(counts.written + report.shared.written)} {done}"]
-    if counts.in_parent:
-        parts.append(f"{megabytes(counts.in_parent)} unchanged since the parent")
+    if unchanged := counts.in_parent + report.shared.in_parent:
+        parts.append(f"{megabytes(unchanged)} unchanged since the parent")
     if counts.lazy:
         parts.append(f"{megabytes(counts.lazy)} left out")
     if report.tracked:

@@ -18,15 +18,25 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dumptool import proc, survey
+from dumptool import proc, shared, survey
 from dumptool.chain import ParentPages
 from dumptool.criu import LOG_NAME, Criu, CriuDump
 from dumptool.criu_pages import StoppedTask, find_pages
+from dumptool.criu_shared import (
+    MOST_NUMBERS,
+    SharedMemoryLostError,
+    has_huge_pages,
+    names,
+    pages,
+    throw_away,
+    thrown_away,
+)
 from dumptool.criu_tree import CriuTree, open_tree
 from dumptool.dump import Run
-from dumptool.errors import DumpError
+from dumptool.errors import DumpError, TaskGoneError
 from dumptool.freeze import members
 from dumptool.later import Later, put_off, room
+from dumptool.level import PageJob
 from dumptool.settings import Report, Serve, Settings, Watcher
 from images_spec import images
 from images_spec.images import Kind
@@ -48,13 +58,25 @@ class ByCriu:
 
 def dump_by_criu(settings: Settings, how: ByCriu, watcher: Watcher, serve: Serve | None = None) -> Report:
     """As ``dumptool.dump.dump``; also raises ``CriuError`` with CRIU's reason."""
-    with _CriuRun(settings, how, watcher) as run:
+    try:
+        return _dump_by_criu(settings, how, watcher, serve, shared_by_us=True)
+    except SharedMemoryLostError as error:
+        log.warning("%s; the tree goes on, and is dumped once more: CRIU writes all shared memory", error)
+    return _dump_by_criu(settings, how, watcher, serve, shared_by_us=False)
+
+
+def _dump_by_criu(
+    settings: Settings, how: ByCriu, watcher: Watcher, serve: Serve | None, *, shared_by_us: bool
+) -> Report:
+    with _CriuRun(settings, how, watcher, shared_by_us=shared_by_us) as run:
         run.look()
         with run.stopped() as tree:
             run.find(tree)
+            run.find_thrown_away(tree)
             if settings.leave_running and not settings.lazy_pages:
                 run.put_off()
                 run.copy(run.tasks, running=False)
+                run.copy_shared(run.shared, running=False)
                 run.still_stopped()
                 run.report.frozen = run.end(tree)
                 run.write_out()
@@ -62,6 +84,7 @@ def dump_by_criu(settings: Settings, how: ByCriu, watcher: Watcher, serve: Serve
                 run.write_stats()
                 return run.report
             run.copy(run.tasks, running=False)
+            run.copy_shared(run.shared, running=False)
             run.output.sync()
             run.still_stopped()
             run.publish()
@@ -76,11 +99,11 @@ def dump_by_criu(settings: Settings, how: ByCriu, watcher: Watcher, serve: Serve
 
 
 class _CriuRun(Run):
-    """One run; see ``Run``."""
+    """One run; see ``Run``. ``shared_by_us``: dumptool writes shared memory if it can find it, and not CRIU."""
 
-    def __init__(self, settings: Settings, how: ByCriu, watcher: Watcher) -> None:
+    def __init__(self, settings: Settings, how: ByCriu, watcher: Watcher, *, shared_by_us: bool) -> None:
         super().__init__(settings, watcher)
-        self._how = how
+        self._how, self._shared_by_us = how, shared_by_us
         self._work = settings.images / WORK
         self._parents: dict[int, ParentPages | None] = {}  # by the pid in images
         self._layouts: dict[int, proc.Layout] = {}
@@ -88,6 +111,7 @@ class _CriuRun(Run):
         self._own: set[str] = set()  # names of CRIU's images that ours replace
         self._later: list[Later] = []
         self.tasks: list[StoppedTask] = []
+        self.shared: list[PageJob] = []
 
     def look(self) -> None:
         """Opens all that a dump needs while the tree still runs. Raises ``DumpError``, ``ImageError``."""
@@ -111,6 +135,12 @@ class _CriuRun(Run):
         except OSError as error:
             raise DumpError(f"{self._work}: {error.strerror}") from None
         self._resources.callback(shutil.rmtree, self._work, ignore_errors=True)
+        if self._shared_by_us and not any(has_huge_pages(task.layout) for task in seen.values()):
+            layouts = [(pid, layout.vmas) for pid, layout in self._layouts.items()]
+            pieces = shared.find(layouts, descriptors=True)
+            if max(pieces, default=0) < MOST_NUMBERS:
+                self.level.look_at_shared(pieces.values())
+                throw_away(self._work, len(seen) + sum(not piece.sysv for piece in pieces.values()))
 
     @contextmanager
     def stopped(self) -> Iterator[CriuTree]:
@@ -159,7 +189,9 @@ class _CriuRun(Run):
         begin = time.monotonic()
         for process in tree.alive:
             pid = tree.image_pid(process.pid)
-            survey.check_filled(process.pid, proc.layout(process.pid, self._layouts.get(process.pid)))
+            layout = proc.layout(process.pid, self._layouts.get(process.pid))
+            self._layouts[process.pid] = layout
+            survey.check_filled(process.pid, layout)
             pidfd = os.dup(tree.pidfds[process.pid])
             self._resources.callback(os.close, pidfd)
             held = self._held.get(process.pid)
@@ -174,14 +206,35 @@ class _CriuRun(Run):
             self.tasks.append(task)
         self.report.scanning = time.monotonic() - begin
 
+    def find_thrown_away(self, tree: CriuTree) -> None:
+        """Finds the pages of shared memory that will be written. Raises ``SharedMemoryLostError`` as well."""
+        begin = time.monotonic()
+        lost = list(thrown_away(self._work))
+        layouts = [(process.pid, self._layouts[process.pid].vmas) for process in tree.alive]
+        pieces = shared.find(layouts, descriptors=False)
+        if not pieces.keys() >= {number for number, _ in lost}:
+            pieces = shared.find(layouts, descriptors=True)  # a process may have many
+        for number, pagemap in lost:
+            if number not in pieces:
+                raise SharedMemoryLostError(f"no process has shared memory {number} mapped or open")
+            try:
+                job = self.level.find_shared(pieces[number], pagemap.pages_id, given=pages(pagemap))
+            except TaskGoneError as error:
+                raise SharedMemoryLostError(str(error)) from None
+            self._own |= names(number, pagemap)
+            self.shared.append(job)
+        self.report.scanning += time.monotonic() - begin
+
     def put_off(self) -> None:
         """Has pages copied to memory first, as far as there is room: the tree does not wait for the disk."""
-        jobs = [(task, task.job) for task in self.tasks if task.job is not None]
-        sinks = put_off([(job.target, job.pages) for _, job in jobs], room(), self._resources)
-        for (task, job), sink in zip(jobs, sinks, strict=True):
-            task.job = replace(job, target=sink)
-            if isinstance(sink, Later):
-                self._later.append(sink)
+        tasks = [task for task in self.tasks if task.job is not None]
+        jobs = [*(task.job for task in tasks if task.job is not None), *self.shared]
+        sinks = put_off([(job.target, job.pages) for job in jobs], room(), self._resources)
+        jobs = [replace(job, target=sink) for job, sink in zip(jobs, sinks, strict=True)]
+        for task in tasks:
+            task.job = jobs.pop(0)
+        self.shared = jobs
+        self._later = [sink for sink in sinks if isinstance(sink, Later)]
 
     def write_out(self) -> None:
         """Writes what was put off."""

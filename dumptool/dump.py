@@ -13,19 +13,19 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Self
 
-from dumptool import core, memory, proc, saveable, survey, tracking
+from dumptool import core, memory, proc, saveable, shared, survey, tracking
 from dumptool.chain import PARENT_LINK, SENT_PREFIX, ParentPages
-from dumptool.errors import DumpError
+from dumptool.errors import DumpError, TaskGoneError
 from dumptool.files import FileTable
 from dumptool.freeze import FrozenTree, Process, freeze
 from dumptool.holders import Holder, Holders
-from dumptool.level import FrozenTask, HasPages, Level
+from dumptool.level import FrozenTask, HasPages, Level, PageJob
 from dumptool.output import Output
 from dumptool.process_images import (
     ROOT_OBJECT,
@@ -65,6 +65,7 @@ def pre_dump(settings: Settings, watcher: Watcher) -> Report:
                 run.report.scanning += time.monotonic() - begin
             run.report.frozen = tree.thaw()
         run.copy(tasks, running=True)
+        run.copy_shared(run.find_shared(tasks, running=True), running=True)
         run.finish(tasks)
         run.write_stats()
     return run.report
@@ -84,7 +85,7 @@ def dump(settings: Settings, watcher: Watcher, serve: Serve | None = None) -> Re
             tasks = run.live(tree)
             run.capture(tree, tasks)
             run.copy(tasks, running=False)
-            run.copy_shared(tasks)
+            run.copy_shared(run.find_shared(tasks, running=False), running=False)
             if settings.leave_running and not settings.lazy_pages:
                 if not track:
                     run.untrack(tasks)
@@ -174,6 +175,7 @@ class Run:
         self._set_up_directory()
         parents = self.level.open({pid: task.image_pid for pid, task in tasks.items()})
         self._seen = {pid: _Seen(task, gadgets[pid], parents[pid]) for pid, task in tasks.items()}
+        self.level.look_at_shared(self._shared(tasks.values()).values())
 
     def _set_up_directory(self) -> None:
         """Makes the images directory ready, for this run alone. Raises ``DumpError``."""
@@ -264,10 +266,38 @@ class Run:
             self.report.counts.add(self.level.copy(frozen, self.watcher.copied, running=running))
         self.report.writing += time.monotonic() - begin
 
-    def copy_shared(self, tasks: list[FrozenTask]) -> None:
-        """Copies shared anonymous memory."""
+    def _shared(self, tasks: Iterable[Task]) -> dict[int, shared.Piece]:
+        """Dumptool's own images can't hold memory that is only open (memfd): pre-dumps have it for those of CRIU.
+
+        CRIU writes that of System V itself.
+        """
+        layouts = [(task.pid, task.layout.vmas) for task in tasks]
+        found = shared.find(layouts, descriptors=self._memory_only)
+        return {number: piece for number, piece in found.items() if not piece.sysv}
+
+    def find_shared(self, tasks: list[FrozenTask], *, running: bool) -> list[PageJob]:
+        """Finds the pages of shared memory that will be copied. ``running``: the tree runs again.
+
+        Pre-dumps with a page server have none: here would be no bytes to compare with later.
+        """
+        if self._memory_only and self.settings.page_server is not None:
+            return []
+        begin, jobs = time.monotonic(), []
+        pieces = self._shared(frozen.task for frozen in tasks)
+        for pages_id, piece in enumerate(pieces.values(), start=len(tasks) + 1):
+            try:
+                jobs.append(self.level.find_shared(piece, pages_id, mapped=not self._memory_only))
+            except TaskGoneError:
+                if not running:
+                    raise
+        self.report.scanning += time.monotonic() - begin
+        return jobs
+
+    def copy_shared(self, jobs: Iterable[PageJob], *, running: bool) -> None:
+        """Copies the pages of shared memory. ``running``: the tree runs again."""
         begin = time.monotonic()
-        self.report.shared.add(self.level.copy_shared(tasks, self.watcher.copied))
+        for job in jobs:
+            self.report.shared.add(self.level.copy_shared(job, self.watcher.copied, running=running))
         self.report.writing += time.monotonic() - begin
 
     def untrack(self, tasks: list[FrozenTask]) -> None:

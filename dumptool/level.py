@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from dumptool import identity, mappings, memory, proc, survey, tracking
+from dumptool import identity, mappings, memory, proc, tracking
 from dumptool.chain import Chain, ParentPages
 from dumptool.errors import TaskGoneError
 from dumptool.holders import Holder
 from dumptool.mappings import FileIds, Mapping
-from dumptool.memory import Counts, Marks, Part, Progress, Sink, Source, Target
+from dumptool.memory import Counts, Marks, Part, Progress, Runs, Sink, Source, Target
 from dumptool.output import Keep
 from dumptool.send import Sender, SentTarget
 from dumptool.settings import Settings
+from dumptool.shared import Memory, Piece
 from dumptool.survey import Task
 from dumptool.tracee import Gadgets, registers
 from dumptool.tracking import Armed, Held, Method, Vouched
@@ -93,6 +94,7 @@ class Level:
         self._settings, self._keep, self._resources = settings, keep, resources
         self._chain: Chain | None = None
         self._sender: Sender | None = None
+        self._shared_parents: dict[int, ParentPages] = {}
 
     def open(self, image_pids: dict[int, int]) -> dict[int, ParentPages | None]:
         """Opens the parent levels and connects to the page server. Returns the parent's pages of each process.
@@ -189,9 +191,11 @@ class Level:
         """The place for the pages of a process. ``parents``: they refer to those of its parent."""
         return self._target(ImageType.TASK, image_pid, pages_id, parents=parents)
 
-    def _target(self, kind: ImageType, number: int, pages_id: int, *, parents: bool = False) -> Sink:
+    def _target(
+        self, kind: ImageType, number: int, pages_id: int, *, parents: bool = False, local: bool = False
+    ) -> Sink:
         directory = self._settings.images
-        if self._sender is not None:
+        if self._sender is not None and not local:
             return SentTarget(self._sender, directory, kind, number, parents, self._keep)
         name = Kind.PAGEMAP.file_name(number if kind is ImageType.TASK else f"shmem-{number}")
         return Target(directory, name, pages_id, self._keep)
@@ -217,22 +221,49 @@ class Level:
             return Counts()
         return counts
 
-    def copy_shared(self, tasks: Sequence[FrozenTask], progress: Progress) -> Counts:
-        """Copies each piece of shared anonymous memory once. Raises ``DumpError``, ``ImageError``."""
-        counts, seen = Counts(), set()
-        for task in (frozen.task for frozen in tasks):
-            for vma in task.layout.vmas:
-                if not survey.is_shared_anonymous(vma) or vma.inode in seen:
-                    continue
-                seen.add(vma.inode)
-                target = self._target(ImageType.SHMEM, vma.inode, len(tasks) + len(seen))
-                fd = os.open(f"/proc/{task.pid}/{vma.link}", os.O_RDONLY | os.O_CLOEXEC)
-                try:
-                    part = memory.shared_part(fd, os.fstat(fd).st_size)
-                    counts.add(memory.write(target, Source(task.pid, fd=fd), [part], Marks(), progress))
-                finally:
-                    os.close(fd)
-        return counts
+    def look_at_shared(self, pieces: Iterable[Piece]) -> None:
+        """Finds shared memory in the parent levels, which takes time. Memory that is not looked at has no parent.
+
+        Raises ``ImageError``.
+        """
+        if self._chain is not None and self._sender is None:
+            for piece in pieces:
+                pages = self._chain.pages_of(f"shmem-{piece.number}")
+                if pages is not None:
+                    pages.read_ahead()
+                    self._shared_parents[piece.number] = pages
+
+    def find_shared(
+        self, piece: Piece, pages_id: int, *, given: Runs | None = None, mapped: bool = False
+    ) -> PageJob:
+        """The pages of shared memory that will be copied.
+
+        ``given``: its pages as CRIU has found them, which go to files here; else all that it has, which can also be
+        sent. ``mapped``: but none behind the end of what is mapped. CRIU's restore makes anonymous memory of that
+        size, and ends silently at a run of pages that reaches further (do_restore_shmem_content(), 4.1 to 4.2).
+
+        Raises ``TaskGoneError`` if it is not there any more, ``DumpError``, ``ImageError``.
+        """
+        shared = Memory(piece)
+        try:
+            size = min(shared.size, piece.mapped) if mapped else shared.size
+            part = memory.shared_part(shared.fd, size)
+        finally:
+            shared.close()
+        if given is not None:
+            if given.count and given.array[given.count - 1].end > shared.size:
+                raise TaskGoneError(f"shared memory {piece.number} has become smaller")
+            part = replace(part, runs=given)
+        parent = self._shared_parents.get(piece.number)
+        if parent is not None:
+            part = replace(part, runs=shared.compared(part.runs, parent))
+        source = Source(os.getpid(), shared.address, f"shared memory {piece.number}", memory=shared)
+        target = self._target(ImageType.SHMEM, piece.number, pages_id, local=given is not None)
+        return PageJob(source, target, [part], Marks())
+
+    def copy_shared(self, job: PageJob, progress: Progress, *, running: bool) -> Counts:
+        """Copies the pages that ``find_shared`` found. Raises ``DumpError``, ``ImageError``."""
+        return memory.write(job.target, replace(job.source, running=running), job.parts, job.marks, progress)
 
     def close(self) -> None:
         """Returns when the page server, if there is one, has everything. Raises ``DumpError``."""

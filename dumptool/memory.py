@@ -313,16 +313,21 @@ class Counts:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where bytes are read from: the memory of ``pid``, or a file (``fd``; then addresses are offsets).
+    """Where bytes are read from: the memory of ``pid``; the page with address 0 of the runs is at ``base``.
 
     ``running``: the process runs; pages that have vanished are left out.
-    ``compare``: pages with the same bytes there become PARENT.
+    ``compare``: pages with the same bytes there become PARENT. ``name``: for messages. ``memory``: kept alive.
     """
 
     pid: int
-    fd: int | None = None
+    base: int = 0
+    name: str = ""
     running: bool = False
     compare: ParentPages | None = None
+    memory: object = None
+
+    def __str__(self) -> str:
+        return self.name or f"pid {self.pid}"
 
 
 class Image(Protocol):
@@ -431,8 +436,8 @@ def write(target: Sink, source: Source, parts: Sequence[Part], marks: Marks, pro
 def _copied(image: Image, source: Source, part: Part, marks: Marks) -> Iterator[Runs]:
     """Copies a part step by step; yields the pagemap entries of each step."""
     with ExitStack() as stack:
-        mem_fd = source.fd
-        if mem_fd is None and not part.readable:
+        mem_fd = -1
+        if not part.readable:
             mem_fd = os.open(f"/proc/{source.pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
             stack.callback(os.close, mem_fd)
         parent = ffi.NULL if source.compare is None else stack.enter_context(source.compare.opened())
@@ -441,7 +446,8 @@ def _copied(image: Image, source: Source, part: Part, marks: Marks) -> Iterator[
             "struct lp_copy *",
             {
                 "pid": source.pid,
-                "mem_fd": -1 if mem_fd is None else mem_fd,
+                "base": source.base,
+                "mem_fd": mem_fd,
                 "pages_fd": image.pages_fd,
                 "durable": image.durable,
                 "drop_zero": part.drop_zero,
@@ -469,12 +475,12 @@ def _copied(image: Image, source: Source, part: Part, marks: Marks) -> Iterator[
             )
             if outcome == -14:  # EFAULT
                 run = part.runs.array[cursor.run]
-                raise DumpError(f"pid {source.pid}: page {run.start + cursor.offset:#x} can't be read")
+                raise DumpError(f"{source}: page {run.start + cursor.offset:#x} can't be read")
             if -outcome in OF_WRITING:
                 path = os.readlink(f"/proc/self/fd/{image.pages_fd}")
                 raise DumpError(f"{path}: can't be written: {os.strerror(-outcome)}")
             if outcome:
-                raise system_error(-outcome, f"copying pages of pid {source.pid}")
+                raise system_error(-outcome, f"copying pages of {source}")
             made.count = found[0]
             yield made
 
@@ -485,7 +491,7 @@ def shared_part(fd: int, size: int) -> Part:
     at = 0
     try:
         while at < size and (start := _next_data(fd, at)) is not None:
-            at = os.lseek(fd, start, os.SEEK_HOLE)
+            at = min(os.lseek(fd, start, os.SEEK_HOLE), size)
             runs.append(start // PAGE_SIZE * PAGE_SIZE, -(-at // PAGE_SIZE) * PAGE_SIZE, PE_PRESENT)
     except OSError as error:
         raise DumpError(f"can't find the pages of shared memory: {error.strerror}") from None

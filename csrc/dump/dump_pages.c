@@ -458,7 +458,7 @@ static int copy_pages(const struct lp_copy *copy, const struct lp_run *runs, siz
 			}
 			if (part > copy->buffer_size - size)
 				part = copy->buffer_size - size;
-			iov[nr++] = (struct iovec){ (void *)(run->start + ahead.offset), part };
+			iov[nr++] = (struct iovec){ (void *)(copy->base + run->start + ahead.offset), part };
 			size += part;
 			ahead.offset += part;
 			if (run->start + ahead.offset == run->end)

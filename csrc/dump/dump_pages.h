@@ -98,6 +98,7 @@ struct lp_cursor {
 
 struct lp_copy {
 	pid_t pid;
+	uint64_t base; /* added to the addresses of the runs when they are read */
 	int mem_fd;   /* /proc/<pid>/mem, for memory that process_vm_readv can't read (PROT_NONE); else -1 */
 	int pages_fd; /* written at its file position */
 	int durable;	  /* start writeback of pages_fd at once: an fsync will follow */

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 from contextlib import ExitStack
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import click
 import pytest
 
-from dumptool._ptrace import lib
+from dumptool._ptrace import ffi, lib
 from dumptool.backend import Backend
 from dumptool.criu import find_criu, reasons
 from dumptool.criu_options import FLAGS, VALUES, choice
@@ -105,16 +106,17 @@ def test_pages_that_are_written_later(tmp_path: Path) -> None:
     pages = os.urandom(3000 * PAGE_SIZE)
     source = tmp_path / "source"
     source.write_bytes(pages)
-    fd = os.open(source, os.O_RDONLY)
+    with source.open("rb") as file:
+        mapped = ffi.from_buffer(mmap.mmap(file.fileno(), 0, mmap.MAP_SHARED, mmap.PROT_READ))
+    base = int(ffi.cast("uintptr_t", mapped))
     parts = [Part(runs((0, 2000, LAZY_DATA), (2000, 2001, PE_LAZY), (2500, 3000, PE_PRESENT)), True, False)]
     with ExitStack() as resources:
-        resources.callback(os.close, fd)
         small, large = Target(tmp_path, "pagemap-1.img", 1), Target(tmp_path, "pagemap-2.img", 2)
         later, at_once = put_off([(small, 2500), (large, 2500)], 4000, resources)
         assert at_once is large
         assert isinstance(later, Later)
         for target in (later, at_once):
-            write(target, Source(os.getpid(), fd=fd), parts, Marks(), lambda _pages: None)
+            write(target, Source(os.getpid(), base), parts, Marks(), lambda _pages: None)
         assert not (tmp_path / "pagemap-1.img").exists()
         later.write_out()
     assert (tmp_path / "pages-1.img").read_bytes() == (tmp_path / "pages-2.img").read_bytes()
