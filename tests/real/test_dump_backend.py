@@ -5,11 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -25,6 +20,7 @@ from tests.support.dumptool import check, is_unharmed, pages, reap_all, stats, t
 from tests.support.processes import nothing_left, start, wait_for
 from tests.support.redis import redis
 from tests.support.restore import Program, eager_restore, our_daemon
+from tests.support.services import service
 
 both = pytest.mark.parametrize("criu", all_criu())
 
@@ -34,42 +30,10 @@ def by_criu(criu: Criu) -> list[str]:
     return ["--backend", "criu", "--criu", str(criu.path)]
 
 
-@dataclass
-class Service:
-    """A running `service.py` (tests/support/programs)."""
-
-    pid: int
-    address: Path
-
-    def ask(self, request: bytes) -> bytes:
-        with socket.socket(socket.AF_UNIX) as connection:
-            connection.settimeout(60)
-            connection.connect(str(self.address))
-            connection.sendall(request + b"\n")
-            return connection.recv(100).strip()
-
-
 MIB = 48
 """Of the service's memory."""
 OTHERS = 300
 """Pages of a small program that change in any case, or that CRIU does not count as lazy."""
-
-
-@contextmanager
-def service(folder: Path, mib: int = MIB, prefix: Sequence[str] = ()) -> Iterator[Service]:
-    """Use it in a block of `nothing_left`."""
-    address = folder / "service.sock"
-    command = [*prefix, sys.executable, PROGRAMS / "service.py", address, str(mib)]
-    process = start(command, cwd=folder)
-    running = Service(process.pid, address)
-
-    def answers() -> bool:
-        with suppress(OSError):
-            return running.ask(b"check") == b"right"
-        return False
-
-    wait_for("the service", answers)
-    yield running
 
 
 def pre_dumped(pid: int, folder: Path) -> list[str]:
