@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -17,10 +18,12 @@ from tests.real.test_dump_durable import small_disk
 from tests.real.test_dump_lazy import lazy_dump, running
 from tests.real.test_dump_sent import bad_server, receiver, to
 from tests.support.criu import Criu, all_criu
-from tests.support.dumptool import check, is_unharmed, reap_all, run, task
+from tests.support.dumptool import COMMAND, check, is_unharmed, reap_all, run, stats, task
+from tests.support.memory_cgroup import memory_cgroup
 from tests.support.processes import descendants, nothing_left, wait_for
 from tests.support.redis import Client, redis
 from tests.support.restore import Program, eager_restore
+from tests.support.services import service
 
 both = pytest.mark.parametrize("criu", all_criu())
 NEWEST = Criu("4.2")
@@ -213,3 +216,22 @@ def test_memory_that_a_daemon_fills(tmp_path: Path) -> None:
                 is_unharmed(pid)
         finally:
             os.close(uffd)
+
+
+@pytest.mark.slow
+def test_no_more_memory_than_its_cgroup_has(tmp_path: Path) -> None:
+    """Pages that do not fit there are written while the tree stands still; else the OOM killer ends dumptool."""
+    images = tmp_path / "images"
+    with (
+        memory_cgroup(144 << 20) as procs,
+        nothing_left(),
+        service(tmp_path, 160) as running,
+    ):
+        enter = ["sh", "-c", f'echo $$ >{procs} && exec "$@"', "sh"]
+        command = [*COMMAND, "dump", "-R", "-t", running.pid, "-D", images, *by_criu(NEWEST)]
+        result = subprocess.run(
+            [*enter, *map(str, command)], capture_output=True, text=True, timeout=60, check=False
+        )
+        assert result.returncode == 0, result
+        assert running.ask(b"check") == b"right"
+        assert stats(images).pages_written > 160 << 8
