@@ -104,6 +104,7 @@ class CriuDump:
         self._criu, self._arguments, self._log, self._kills = criu, arguments, log, kills
         self._commit = commit
         self._process: subprocess.Popen[bytes] | None = None
+        self._pidfd = -1
         self._verdict, self._say = os.pipe()
         self._events, self._tell = os.pipe()
         self._output = os.memfd_create("criu-output", os.MFD_CLOEXEC)
@@ -117,8 +118,9 @@ class CriuDump:
             self.undo()
         finally:
             self._stop_listening()
-            for fd in (self._events, self._tell, self._output):
-                os.close(fd)
+            for fd in (self._events, self._tell, self._output, self._pidfd):
+                if fd >= 0:
+                    os.close(fd)
 
     def start(self) -> None:
         """Returns when the tree stands still and the images are written. Raises ``CriuError``, ``DumpError``."""
@@ -148,6 +150,7 @@ class CriuDump:
                 start_new_session=True,  # no Ctrl-C for it: we decide
                 umask=0o077,  # as for our own images
             )
+            self._pidfd = os.pidfd_open(self._process.pid)
         self._wait_for(PRE_DUMP)
         self.frozen_since = time.monotonic()
         self._wait_for(POST_DUMP)
@@ -170,19 +173,18 @@ class CriuDump:
             self._tell_script(f"kill {' '.join(map(str, pids))}")
 
     def finish(self) -> None:
-        """The end that was asked for takes place. Returns when CRIU has ended, well or not: see what it has done."""
+        """The end that was asked for takes place. Returns at once; call ``wait`` and see what CRIU has done."""
         if self._commit is None:
             self._tell_script("finish")
         else:
             assert self._commit.exists()
         self._release()
-        self._wait()
 
     def undo(self) -> None:
         """CRIU undoes everything, unless ``finish`` was called. Returns when it has ended. Idempotent."""
         self._release()
         if self._process is not None:
-            self._wait()
+            self.wait()
 
     def failure(self) -> CriuError:
         """Why CRIU has failed: its own words."""
@@ -195,21 +197,13 @@ class CriuDump:
 
     def _wait_for(self, event: str) -> None:
         """Waits for a call of the hook. Raises ``CriuError`` if CRIU ends before."""
-        assert self._process is not None
-        pidfd = os.pidfd_open(self._process.pid)
-        try:
-            seen = b""
-            while True:
-                ready, _, _ = select.select([self._events, pidfd], [], [])
-                if self._events in ready:
-                    seen += os.read(self._events, 4096)
-                    if event.encode() in seen.split(b"\n"):
-                        return
-                elif pidfd in ready:
-                    self._process.wait()
-                    raise self.failure()
-        finally:
-            os.close(pidfd)
+        seen = b""
+        while event.encode() not in seen.split(b"\n"):
+            ready, _, _ = select.select([self._events, self._pidfd], [], [])
+            if self._events not in ready:
+                self.wait()
+                raise self.failure()
+            seen += os.read(self._events, 4096)
 
     def _printed(self) -> list[str]:
         text = os.pread(self._output, os.fstat(self._output).st_size, 0).decode(errors="replace")
@@ -230,16 +224,19 @@ class CriuDump:
             os.close(self._say)
             self._say = -1
 
-    def _wait(self) -> None:
+    def ends_within(self, seconds: float) -> bool:
+        """Waits for it; whether it has ended."""
+        return bool(select.select([self._pidfd], [], [], seconds)[0])
+
+    def wait(self) -> None:
         """Raises ``CriuError`` if it does not end; it is not killed, because that could harm the tree."""
         assert self._process is not None
-        try:
-            self._process.wait(PATIENCE)
-        except subprocess.TimeoutExpired:
+        if not self.ends_within(PATIENCE):
             raise CriuError(
                 f"criu (pid {self._process.pid}) does not end; see its log {self._log}. It may still keep the tree "
                 "stopped"
-            ) from None
+            )
+        self._process.wait()
 
 
 def _text(path: Path) -> str:

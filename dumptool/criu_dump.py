@@ -239,11 +239,11 @@ class _CriuRun(Run):
     def end(self, tree: CriuTree) -> float:
         """The tree ends, stays or goes on, as was asked for. Returns how long it was stopped, in seconds."""
         settings = self.settings
-        tree.finish(kill=not (settings.leave_running or settings.leave_stopped))
+        stopped = tree.finish(kill=not (settings.leave_running or settings.leave_stopped))
         self._drop()
         if settings.leave_stopped:
             self._stop(tree)
-        return time.monotonic() - tree.frozen_since
+        return stopped
 
     def _stop(self, tree: CriuTree) -> None:
         """CRIU has left them stopped, unless it was killed."""
