@@ -23,11 +23,12 @@ from dumptool.chain import ParentPages
 from dumptool.criu import LOG_NAME, Criu, CriuDump
 from dumptool.criu_pages import StoppedTask, find_pages
 from dumptool.criu_tree import CriuTree, open_tree
-from dumptool.dump import Run
+from dumptool.dump import Run, Seen, find_gadgets
 from dumptool.errors import DumpError
 from dumptool.freeze import members
 from dumptool.later import Later, put_off, room
 from dumptool.settings import Report, Serve, Settings, Watcher
+from dumptool.survey import Task
 from images_spec import images
 from images_spec.images import Kind
 from images_spec.pagemap import Pagemap
@@ -50,7 +51,8 @@ def dump_by_criu(settings: Settings, how: ByCriu, watcher: Watcher, serve: Serve
     """As ``dumptool.dump.dump``; also raises ``CriuError`` with CRIU's reason."""
     with _CriuRun(settings, how, watcher) as run:
         run.look()
-        with run.stopped() as tree:
+        run.make_trackers()
+        with run.stopped() as tree, run.untracked_on_error():
             run.find(tree)
             if settings.leave_running and not settings.lazy_pages:
                 run.put_off()
@@ -79,11 +81,11 @@ class _CriuRun(Run):
     """One run; see ``Run``."""
 
     def __init__(self, settings: Settings, how: ByCriu, watcher: Watcher) -> None:
-        super().__init__(settings, watcher)
+        super().__init__(settings, watcher, memory_only=True, track=settings.leave_running and settings.track)
         self._how = how
         self._work = settings.images / WORK
         self._parents: dict[int, ParentPages | None] = {}  # by the pid in images
-        self._layouts: dict[int, proc.Layout] = {}
+        self._tasks: dict[int, Task] = {}  # as they were before
         self._criu: CriuDump | None = None
         self._own: set[str] = set()  # names of CRIU's images that ours replace
         self._later: list[Later] = []
@@ -95,10 +97,9 @@ class _CriuRun(Run):
         settings = self.settings
         survey.check_permission(settings.pid)
         self._holders.look()
-        seen = survey.look_at_all(members(settings.pid), holders=self._holders, files=False)
+        self._tasks = seen = survey.look_at_all(members(settings.pid), holders=self._holders, files=False)
         for task in seen.values():
             survey.check_filled(task.pid, task.layout)
-            self._layouts[task.pid] = task.layout
         for task in seen.values():
             self._hold(task)
         self._set_up_directory()
@@ -111,6 +112,23 @@ class _CriuRun(Run):
         except OSError as error:
             raise DumpError(f"{self._work}: {error.strerror}") from None
         self._resources.callback(shutil.rmtree, self._work, ignore_errors=True)
+
+    def make_trackers(self) -> None:
+        """Gives each process a tracker that has none: no call can be made in it when CRIU has stopped it.
+
+        The tree is stopped for a moment.
+        """
+        if not self._track or self._held.keys() >= self._tasks.keys():
+            return
+        self._seen = {pid: Seen(task, find_gadgets(task), None) for pid, task in self._tasks.items()}
+        with self.frozen() as tree:
+            for frozen in self.live(tree):
+                assert self.holder is not None
+                held = self.level.tracker(frozen, self.holder)
+                self._tasks[frozen.task.pid] = frozen.task
+                if held is not None:
+                    self._held[frozen.task.pid] = held
+            tree.thaw()
 
     @contextmanager
     def stopped(self) -> Iterator[CriuTree]:
@@ -159,7 +177,9 @@ class _CriuRun(Run):
         begin = time.monotonic()
         for process in tree.alive:
             pid = tree.image_pid(process.pid)
-            survey.check_filled(process.pid, proc.layout(process.pid, self._layouts.get(process.pid)))
+            before = self._tasks.get(process.pid)
+            layout = proc.layout(process.pid, None if before is None else before.layout)
+            survey.check_filled(process.pid, layout)
             pidfd = os.dup(tree.pidfds[process.pid])
             self._resources.callback(os.close, pidfd)
             held = self._held.get(process.pid)
@@ -170,7 +190,10 @@ class _CriuRun(Run):
             pages_id = Pagemap.load(self._work / name).pages_id
             self._own |= {name, f"pages-{pages_id}.img"}
             target = self.level.task_target(pid, pages_id, parents=task.parent is not None)
-            find_pages(task, self._work, target, self.level.changes(task))
+            changes = self.level.changes(task)  # before the tracker is armed
+            if self._track and before is not None:
+                task.armed = self.level.arm_again(before, held)
+            find_pages(task, self._work, target, changes)
             self.tasks.append(task)
         self.report.scanning = time.monotonic() - begin
 
@@ -208,6 +231,7 @@ class _CriuRun(Run):
                 self._adopt(path)
         self.output.sync()
         self.output.publish(inventory)
+        self.complete([task.armed for task in self.tasks if task.armed is not None])
 
     def _adopt(self, path: Path) -> None:
         to = self.settings.images / path.name
@@ -240,7 +264,8 @@ class _CriuRun(Run):
         """The tree ends, stays or goes on, as was asked for. Returns how long it was stopped, in seconds."""
         settings = self.settings
         stopped = tree.finish(kill=not (settings.leave_running or settings.leave_stopped))
-        self._drop()
+        if not self._track:
+            self._drop()
         if settings.leave_stopped:
             self._stop(tree)
         return stopped

@@ -19,7 +19,7 @@ from dumptool.chain import ParentPages
 from dumptool.level import Changes, PageJob
 from dumptool.mappings import PROT_READ, Mapping
 from dumptool.memory import Marks, Part, Runs, Sink, Source
-from dumptool.tracking import Held, Vouched
+from dumptool.tracking import Armed, Held, Vouched
 from images_spec import images
 from images_spec.flags import (
     MAP_PRIVATE,
@@ -40,24 +40,31 @@ from images_spec.pagemap import Pagemap
 
 @dataclass(slots=True)
 class StoppedTask:
-    """A process of a tree that CRIU has stopped. ``image_pid``: its pid in the images. Else as ``FrozenTask``."""
+    """A process of a tree that CRIU has stopped. ``image_pid``: its pid in the images. Else as ``FrozenTask``.
+
+    ``armed``: set before ``find_pages``.
+    """
 
     pid: int
     image_pid: int
     parent: ParentPages | None
     pidfd: int | None
     held: Held | None
+    armed: Armed | None = None
     job: PageJob | None = None
 
 
 def find_pages(task: StoppedTask, written: Path, target: Sink, changes: Changes) -> None:
-    """Sets ``task.job``. ``written``: directory of CRIU's images. Raises ``DumpError``, ``ImageError``."""
+    """Sets ``task.job``. Writes are tracked from now on if the tracker is armed.
+
+    ``written``: directory of CRIU's images. Raises ``DumpError``, ``ImageError``.
+    """
     marks = changes.marks
     vmas = images.read_one(written / Kind.MM.file_name(task.image_pid), Kind.MM).vmas
     pagemap = Pagemap.load(written / Kind.PAGEMAP.file_name(task.image_pid))
     runs = _runs(pagemap, marks)
     described = [mapping(entry) for entry in vmas if not is_guard(entry.status)]
-    if changes.vouched is not None:
+    if changes.vouched is not None or task.armed is not None:
         runs = _without_unchanged(task, runs, described, marks, changes.vouched)
     (part,) = memory.only_in_parent(
         [Part(runs, readable(runs, described), drop_zero=False)], task.parent, marks
@@ -94,14 +101,20 @@ def _runs(pagemap: Pagemap, marks: Marks) -> Runs:
 
 
 def _without_unchanged(
-    task: StoppedTask, runs: Runs, described: Sequence[Mapping], marks: Marks, vouched: Vouched
+    task: StoppedTask, runs: Runs, described: Sequence[Mapping], marks: Marks, vouched: Vouched | None
 ) -> Runs:
-    fresh = vouched.fresh(described)
+    fresh = frozenset[int]() if vouched is None else vouched.fresh(described)
+    armed = task.armed
+    if armed is not None:
+        armed.watch(described)
     fd = os.open(f"/proc/{task.pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
     try:
-        scanned = memory.scan(fd, described, marks, fresh=fresh)
+        protect = armed is not None and armed.can_protect
+        scanned = memory.scan(fd, described, marks, protect=protect, fresh=fresh)
     finally:
         os.close(fd)
+    if armed is not None:
+        armed.clear()
     found = Runs(sum(part.runs.count for part in scanned))
     for part in scanned:
         found.extend(part.runs)

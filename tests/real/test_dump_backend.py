@@ -16,7 +16,7 @@ from tests.real.test_dump_lazy import lazy_dump, ours, running
 from tests.real.test_dump_precopy import PAGES, Writer, written_in
 from tests.support.compiling import PROGRAMS, compiled
 from tests.support.criu import Criu, all_criu
-from tests.support.dumptool import check, is_unharmed, pages, reap_all, stats, task
+from tests.support.dumptool import check, is_unharmed, pages, reap_all, stats, task, tracker_of
 from tests.support.processes import nothing_left, start, wait_for
 from tests.support.redis import redis
 from tests.support.restore import Program, eager_restore, our_daemon
@@ -133,6 +133,31 @@ def test_only_what_was_written_is_written(criu: Criu, tmp_path: Path) -> None:
         }
         assert stats(top).pages_written < len(written) + OTHERS
         criu.restore(top, work=tmp_path, lazy=False)
+        writer.ends_right()
+
+
+@pytest.mark.slow
+def test_one_dump_after_the_other(tmp_path: Path) -> None:
+    """--track-mem --leave-running, without any pre-dump: each dump has what was written since the one before."""
+    criu, output = Criu("4.2"), tmp_path / "output"
+    with task(compiled(PROGRAMS / "writer.c"), output=output) as pid:
+        wait_for("the table", lambda: output.read_text().endswith("\n"))
+        writer, parents = Writer(pid, output), []
+        for level in range(3):
+            goes_on = ["-R", "--track-mem"] if level < 2 else []
+            check("dump", "-t", pid, "-D", tmp_path / str(level), *parents, *goes_on, *by_criu(criu))
+            parents = ["--prev-images-dir", f"../{level}"]
+            if goes_on:
+                is_unharmed(pid)
+                assert tracker_of(pid)
+                writer.next_step()
+        reap_all()
+        for level in range(3):
+            assert writer.table_flags(tmp_path / str(level)) == {
+                page: PE_PRESENT | PE_LAZY if page in written_in(level) else PE_PARENT | PE_LAZY
+                for page in range(PAGES)
+            }, f"level {level}"
+        criu.restore(tmp_path / "2", work=tmp_path, lazy=False)
         writer.ends_right()
 
 
