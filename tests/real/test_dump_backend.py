@@ -17,7 +17,7 @@ from tests.real.test_dump_precopy import PAGES, Writer, written_in
 from tests.support.compiling import PROGRAMS, compiled
 from tests.support.criu import Criu, all_criu
 from tests.support.dumptool import check, is_unharmed, pages, reap_all, stats, task, tracker_of
-from tests.support.processes import nothing_left, start, wait_for
+from tests.support.processes import nothing_left, reap, start, wait_for
 from tests.support.redis import redis
 from tests.support.restore import Program, eager_restore, our_daemon
 from tests.support.services import service
@@ -159,6 +159,29 @@ def test_one_dump_after_the_other(tmp_path: Path) -> None:
             }, f"level {level}"
         criu.restore(tmp_path / "2", work=tmp_path, lazy=False)
         writer.ends_right()
+
+
+@pytest.mark.slow
+@both
+def test_a_stack_pointer_at_the_start_of_a_page(criu: Criu, tmp_path: Path) -> None:
+    """CRIU makes no page lazy then. Here they are: what has not changed is left in the parent, for a lazy restore."""
+    output = tmp_path / "output"
+    with task(compiled(PROGRAMS / "aligned.c"), output=output) as pid:
+        wait_for("the program", lambda: output.read_text() == "ready\n")
+        parents = pre_dumped(pid, tmp_path)
+        top = tmp_path / "3"
+        check("dump", "-t", pid, "-D", top, *parents, *by_criu(criu))
+        reap_all()
+        flags = list(pages(top, pid).values())
+        assert flags.count(PE_PARENT | PE_LAZY) > 2000
+        assert flags.count(PE_PRESENT) + flags.count(PE_PRESENT | PE_LAZY) < 20
+        with our_daemon().start(top, tmp_path) as server:
+            server.wait_ready()
+            criu.restore(top, work=tmp_path)
+            os.kill(pid, signal.SIGUSR2)
+            assert reap(pid) == 0
+            assert server.wait() == 0
+        assert output.read_text().endswith("right\n")
 
 
 @pytest.mark.slow

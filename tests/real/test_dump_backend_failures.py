@@ -18,7 +18,7 @@ from tests.real.test_dump_durable import small_disk
 from tests.real.test_dump_lazy import lazy_dump, running
 from tests.real.test_dump_sent import bad_server, receiver, to
 from tests.support.criu import Criu, all_criu
-from tests.support.dumptool import COMMAND, check, is_unharmed, reap_all, run, stats, task
+from tests.support.dumptool import COMMAND, check, is_unharmed, reap_all, run, stats, task, tracker_of
 from tests.support.memory_cgroup import memory_cgroup
 from tests.support.processes import descendants, nothing_left, wait_for
 from tests.support.redis import Client, redis
@@ -43,11 +43,13 @@ def test_the_reason_is_that_of_criu(criu: Criu, tmp_path: Path) -> None:
     with nothing_left(), redis(tmp_path) as server, ExitStack() as connected:
         client = connected.enter_context(closing(Client(server.address)))
         assert client.ask(b"SET one 1") == [b"+OK"]
+        check("pre-dump", "-t", server.pid, "-D", tmp_path / "1")
         result = run("dump", "-t", server.pid, "-D", images, *by_criu(criu))
         assert result.returncode == 1
         assert "External socket is used" in result.stderr.splitlines()[-1]
         assert "exit status" not in result.stderr
         no_dump(images)
+        assert tracker_of(server.pid), "the next attempt needs it"
         assert tracer(server.pid) == 0
         assert client.ask(b"GET one") == [b"1"]
 
@@ -97,10 +99,12 @@ def test_full_disk(program: Program, tmp_path: Path) -> None:
         small_disk(tmp_path / "full", "size=2m") as full,
     ):
         images = full / "images"
+        check("pre-dump", "-t", victim.pid, "-D", tmp_path / "1")
         result = run("dump", "-t", victim.pid, "-D", images, *by_criu(NEWEST))
         assert result.returncode == 1
         assert "No space left on device" in result.stderr
         no_dump(images)
+        assert tracker_of(victim.pid) is None
         victim.goes_on_here(tmp_path)
 
 
