@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from dumptool.criu import HOOK, CriuError, find_criu
+from dumptool.criu_dump import ByCriu, dump_by_criu
 from dumptool.output import Output
+from dumptool.settings import Settings, Watcher
 from dumptool.tracee import take_fd
 from tests.real.test_dump_backend import by_criu
 from tests.real.test_dump_durable import small_disk
@@ -153,6 +156,34 @@ def test_ended_while_it_serves(number: signal.Signals, program: Program, tmp_pat
             assert "the tasks go on here" in source.story()
             no_dump(victim.checkpoint.images)
         victim.goes_on_here(tmp_path)
+
+
+class _KillsTheScript(Watcher):
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+
+    def stage(self, name: str) -> None:
+        if name == "copying":
+            (script,) = [
+                pid
+                for pid in descendants()
+                if Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[1:2] == [str(HOOK).encode()]
+            ]
+            os.kill(script, signal.SIGKILL)
+            wait_for("CRIU to let go of the tree", lambda: tracer(self.pid) == 0)
+
+
+@both
+def test_the_script_is_killed(criu: Criu, tmp_path: Path) -> None:
+    """CRIU undoes everything then: the tree goes on."""
+    images = tmp_path / "images"
+    found = find_criu(criu.path)
+    assert found is not None
+    with task("sleep", "1000") as pid:
+        with pytest.raises(CriuError):
+            dump_by_criu(Settings(pid, images), ByCriu(found), _KillsTheScript(pid))
+        no_dump(images)
+        is_unharmed(pid)
 
 
 def status(pid: int, name: str) -> str:

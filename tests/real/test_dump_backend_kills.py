@@ -148,7 +148,11 @@ def test_killed_at_random(tmp_path: Path) -> None:
                     os.kill(pid, signal.SIGKILL)
             reap(dumptool)
             os.close(copying)
-            outcome = victim, settled()
+            try:
+                outcome = victim, settled()
+            except BaseException as error:
+                error.add_note(f"kill {number}, of {victim}, after {outcomes}")
+                raise
             outcomes[outcome] = outcomes.get(outcome, 0) + 1
         print(outcomes)
         tree.ends_right()
