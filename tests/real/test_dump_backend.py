@@ -190,7 +190,7 @@ def test_only_what_was_written_crosses_the_network(criu: Criu, tmp_path: Path) -
     """PARENT | LAZY pages come from the parents, the others from the stopped tree, and none of them twice."""
     images, work = tmp_path / "images", tmp_path / "work"
     work.mkdir()
-    with nothing_left(), service(tmp_path) as running:
+    with nothing_left(), service(tmp_path, MIB) as running:
         parents = pre_dumped(running.pid, tmp_path)
         assert running.ask(b"write") == b"done"
         with lazy_dump(running.pid, images, *parents, *by_criu(criu)) as source:
