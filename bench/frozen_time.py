@@ -1,4 +1,4 @@
-"""Frozen time of a dump: `bench/frozen_time.py [--size MIB…] [--dirty MIB] [--shared] [--criu CRIU] [--repeat N]`.
+"""Frozen time of a dump: `bench/frozen_time.py [--size MIB…] [--dirty MIB] [--shared] [--criu CRIU] [--repeat N] [--peer …]`.
 
 A task fills SIZE of memory and then keeps writing to DIRTY of it. Compared: a full dump by dumptool and by CRIU, and
 dumptool's dump after two pre-dumps, by its own code and with CRIU as its backend. Those of its own code are also
@@ -116,6 +116,7 @@ def main() -> None:
     parser.add_argument("--shared", action="store_true", help="the memory is shared (MAP_SHARED)")
     parser.add_argument("--criu", default=shutil.which("criu") or "", help="path of criu; empty: without")
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--peer", nargs="+", default=PEERS, choices=PEERS, metavar="PEER", help="only these")
     parser.add_argument("--victim", type=int, nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.victim:
@@ -123,7 +124,7 @@ def main() -> None:
     print(f"Linux {os.uname().release}, {os.cpu_count()} CPUs; {arguments.dirty} MiB written all the time")
     print(f"{'task':>9}  {'':44}{'freezing':>10}{'frozen':>10}{'pages written':>15}")
     for size in arguments.size:
-        for peer in PEERS:
+        for peer in arguments.peer:
             if "criu" in peer and not arguments.criu:
                 continue
             found = []

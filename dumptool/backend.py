@@ -52,9 +52,5 @@ def dump_by(choice: Choice, settings: Settings, watcher: Watcher, serve: Serve |
     criu = find_criu(choice.criu)
     if criu is None:
         raise DumpError(f"there is no `criu` in PATH ({why}): install CRIU, or name it with --criu")
-    if settings.track:
-        raise DumpError(
-            "--track-mem can't be combined with CRIU as the backend: pre-dump the tree afterwards"
-        )
     log.log(MESSAGE, "CRIU %s (%s) saves everything but memory: %s", criu.version, criu.path, why)
     return dump_by_criu(settings, ByCriu(criu, tuple(choice.arguments)), watcher, serve)

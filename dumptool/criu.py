@@ -2,21 +2,19 @@
 
 `criu dump --lazy-pages` leaves the tree stopped, with its memory in place, when all other images are written. Then it
 calls our action script (criu_hook.sh), and the status of that decides what follows: the end that was asked for, or
-the undoing of everything, network locks included. The script waits for a lock of ours, which the kernel releases if
-we are killed. So CRIU never waits for ever. It serves no pages: the only other end of its socket is its own, with a
-client's last message in it.
+the undoing of everything, network locks included. The script reads a pipe of ours, which the kernel closes if we are
+killed. So CRIU never waits for ever, and nothing of a run is left behind. It serves no pages: the only other end of its
+socket is its own, with a client's last message in it.
 """
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import select
 import shutil
 import socket
 import subprocess
-import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -104,53 +102,60 @@ class CriuDump:
         """``arguments``: options of `criu dump`. ``log``: CRIU's. ``commit``: once this file exists, the end that was
         asked for takes place even if we are killed; None: only by ``finish``. ``kills``: that end is the tree's."""
         self._criu, self._arguments, self._log, self._kills = criu, arguments, log, kills
-        self._run = Path(tempfile.mkdtemp(prefix="dumptool-criu-"))
-        self._commit = commit or self._run / "finish"
+        self._commit = commit
         self._process: subprocess.Popen[bytes] | None = None
-        self._lock = self._events = -1
+        self._pidfd = -1
+        self._verdict, self._say = os.pipe()
+        self._events, self._tell = os.pipe()
+        self._output = os.memfd_create("criu-output", os.MFD_CLOEXEC)
         self.frozen_since = self.ready_since = 0.0
 
     def __enter__(self) -> Self:
-        self._lock = os.open(self._run / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        fcntl.flock(self._lock, fcntl.LOCK_EX)
-        os.mkfifo(self._run / "events", 0o600)
-        self._events = os.open(self._run / "events", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
         return self
 
     def __exit__(self, *_: object) -> None:
         try:
             self.undo()
         finally:
-            os.close(self._events)
-            shutil.rmtree(self._run, ignore_errors=True)
+            self._stop_listening()
+            for fd in (self._events, self._tell, self._output, self._pidfd):
+                if fd >= 0:
+                    os.close(fd)
 
     def start(self) -> None:
         """Returns when the tree stands still and the images are written. Raises ``CriuError``, ``DumpError``."""
-        if shutil.which("flock") is None:
-            raise DumpError("there is no `flock` in PATH (util-linux), by which CRIU waits for dumptool")
         client, server = socket.socketpair()
-        with client, server, (self._run / "output").open("wb") as output:
+        with client, server:
             client.sendall(NO_PAGES)
             command = [
                 *(str(self._criu.path), "dump", *self._arguments),
                 *("--lazy-pages", "--ps-socket", str(server.fileno()), "-o", str(self._log)),
                 *("--action-script", str(HOOK)),  # the last one is called first
             ]
+            # Not as descriptors of CRIU, which closes those that it does not know (observed, 4.1.1 and 4.2.1).
+            ours = f"/proc/{os.getpid()}/fd"
+            names = {
+                "DUMPTOOL_EVENTS": f"{ours}/{self._tell}",
+                "DUMPTOOL_VERDICT": f"{ours}/{self._verdict}",
+                "DUMPTOOL_COMMIT": str(self._commit or ""),
+            }
             self._process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                env={**os.environ, "DUMPTOOL_RUN": str(self._run), "DUMPTOOL_COMMIT": str(self._commit)},
+                stdout=self._output,
+                stderr=self._output,
+                env=os.environ | names,
                 # Both ends, so that its answer to FORCE_CLOSE never meets a closed socket.
                 pass_fds=(client.fileno(), server.fileno()),
                 start_new_session=True,  # no Ctrl-C for it: we decide
                 umask=0o077,  # as for our own images
             )
+            self._pidfd = os.pidfd_open(self._process.pid)
         self._wait_for(PRE_DUMP)
         self.frozen_since = time.monotonic()
         self._wait_for(POST_DUMP)
         self.ready_since = time.monotonic()
+        self._stop_listening()  # now the script does, alone
 
     @property
     def pid(self) -> int:
@@ -165,27 +170,26 @@ class CriuDump:
     def will_kill(self, pids: Sequence[int]) -> None:
         """Names the processes that are killed at the commit."""
         if self._kills:
-            (self._run / "kill").write_text(" ".join(map(str, pids)))
+            self._tell_script(f"kill {' '.join(map(str, pids))}")
 
     def finish(self) -> None:
-        """The end that was asked for takes place. Returns when CRIU has ended, well or not: see what it has done."""
-        if not self._commit.is_relative_to(self._run):
-            assert self._commit.exists()
+        """The end that was asked for takes place. Returns at once; call ``wait`` and see what CRIU has done."""
+        if self._commit is None:
+            self._tell_script("finish")
         else:
-            self._commit.touch()
+            assert self._commit.exists()
         self._release()
-        self._wait()
 
     def undo(self) -> None:
         """CRIU undoes everything, unless ``finish`` was called. Returns when it has ended. Idempotent."""
         self._release()
         if self._process is not None:
-            self._wait()
+            self.wait()
 
     def failure(self) -> CriuError:
         """Why CRIU has failed: its own words."""
         status = None if self._process is None else self._process.poll()
-        found = reasons(_text(self._log)) or _text(self._run / "output").split("\n")[-MOST_REASONS:]
+        found = reasons(_text(self._log)) or self._printed()
         told = "; ".join(line.strip() for line in found[:MOST_REASONS] if line.strip())
         if status is not None and status < 0:
             told = f"it was killed by signal {-status}" + (f"; {told}" if told else "")
@@ -193,39 +197,46 @@ class CriuDump:
 
     def _wait_for(self, event: str) -> None:
         """Waits for a call of the hook. Raises ``CriuError`` if CRIU ends before."""
-        assert self._process is not None
-        pidfd = os.pidfd_open(self._process.pid)
-        try:
-            seen = b""
-            while True:
-                ready, _, _ = select.select([self._events, pidfd], [], [])
-                if self._events in ready:
-                    seen += os.read(self._events, 4096)
-                    if event.encode() in seen.split(b"\n"):
-                        return
-                elif pidfd in ready:
-                    self._process.wait()
-                    raise self.failure()
-        finally:
-            os.close(pidfd)
+        seen = b""
+        while event.encode() not in seen.split(b"\n"):
+            ready, _, _ = select.select([self._events, self._pidfd], [], [])
+            if self._events not in ready:
+                self.wait()
+                raise self.failure()
+            seen += os.read(self._events, 4096)
+
+    def _printed(self) -> list[str]:
+        text = os.pread(self._output, os.fstat(self._output).st_size, 0).decode(errors="replace")
+        return text.split("\n")[-MOST_REASONS:]
+
+    def _tell_script(self, line: str) -> None:
+        """It reads while the tree stands still."""
+        with suppress(BrokenPipeError):  # CRIU has been killed, and the script with it
+            os.write(self._say, f"{line}\n".encode())
+
+    def _stop_listening(self) -> None:
+        if self._verdict >= 0:
+            os.close(self._verdict)
+            self._verdict = -1
 
     def _release(self) -> None:
-        if self._lock >= 0:
-            with suppress(OSError):
-                (self._run / "released").touch()
-            os.close(self._lock)
-            self._lock = -1
+        if self._say >= 0:
+            os.close(self._say)
+            self._say = -1
 
-    def _wait(self) -> None:
+    def ends_within(self, seconds: float) -> bool:
+        """Waits for it; whether it has ended."""
+        return bool(select.select([self._pidfd], [], [], seconds)[0])
+
+    def wait(self) -> None:
         """Raises ``CriuError`` if it does not end; it is not killed, because that could harm the tree."""
         assert self._process is not None
-        try:
-            self._process.wait(PATIENCE)
-        except subprocess.TimeoutExpired:
+        if not self.ends_within(PATIENCE):
             raise CriuError(
                 f"criu (pid {self._process.pid}) does not end; see its log {self._log}. It may still keep the tree "
                 "stopped"
-            ) from None
+            )
+        self._process.wait()
 
 
 def _text(path: Path) -> str:

@@ -32,12 +32,13 @@ from dumptool.criu_shared import (
     thrown_away,
 )
 from dumptool.criu_tree import CriuTree, open_tree
-from dumptool.dump import Run
+from dumptool.dump import Run, Seen, find_gadgets
 from dumptool.errors import DumpError, TaskGoneError
 from dumptool.freeze import members
 from dumptool.later import Later, put_off, room
 from dumptool.level import PageJob
 from dumptool.settings import Report, Serve, Settings, Watcher
+from dumptool.survey import Task
 from images_spec import images
 from images_spec.images import Kind
 from images_spec.pagemap import Pagemap
@@ -70,7 +71,8 @@ def _dump_by_criu(
 ) -> Report:
     with _CriuRun(settings, how, watcher, shared_by_us=shared_by_us) as run:
         run.look()
-        with run.stopped() as tree:
+        run.make_trackers()
+        with run.stopped() as tree, run.untracked_on_error():
             run.find(tree)
             run.find_thrown_away(tree)
             if settings.leave_running and not settings.lazy_pages:
@@ -102,11 +104,12 @@ class _CriuRun(Run):
     """One run; see ``Run``. ``shared_by_us``: dumptool writes shared memory if it can find it, and not CRIU."""
 
     def __init__(self, settings: Settings, how: ByCriu, watcher: Watcher, *, shared_by_us: bool) -> None:
-        super().__init__(settings, watcher)
+        super().__init__(settings, watcher, memory_only=True, track=settings.leave_running and settings.track)
         self._how, self._shared_by_us = how, shared_by_us
         self._work = settings.images / WORK
         self._parents: dict[int, ParentPages | None] = {}  # by the pid in images
-        self._layouts: dict[int, proc.Layout] = {}
+        self._tasks: dict[int, Task] = {}  # as they were before
+        self._layouts: dict[int, proc.Layout] = {}  # of the stopped processes
         self._criu: CriuDump | None = None
         self._own: set[str] = set()  # names of CRIU's images that ours replace
         self._later: list[Later] = []
@@ -119,10 +122,9 @@ class _CriuRun(Run):
         settings = self.settings
         survey.check_permission(settings.pid)
         self._holders.look()
-        seen = survey.look_at_all(members(settings.pid), holders=self._holders, files=False)
+        self._tasks = seen = survey.look_at_all(members(settings.pid), holders=self._holders, files=False)
         for task in seen.values():
             survey.check_filled(task.pid, task.layout)
-            self._layouts[task.pid] = task.layout
         for task in seen.values():
             self._hold(task)
         self._set_up_directory()
@@ -136,11 +138,28 @@ class _CriuRun(Run):
             raise DumpError(f"{self._work}: {error.strerror}") from None
         self._resources.callback(shutil.rmtree, self._work, ignore_errors=True)
         if self._shared_by_us and not any(has_huge_pages(task.layout) for task in seen.values()):
-            layouts = [(pid, layout.vmas) for pid, layout in self._layouts.items()]
+            layouts = [(pid, task.layout.vmas) for pid, task in seen.items()]
             pieces = shared.find(layouts, descriptors=True)
             if max(pieces, default=0) < MOST_NUMBERS:
                 self.level.look_at_shared(pieces.values())
                 throw_away(self._work, len(seen) + sum(not piece.sysv for piece in pieces.values()))
+
+    def make_trackers(self) -> None:
+        """Gives each process a tracker that has none: no call can be made in it when CRIU has stopped it.
+
+        The tree is stopped for a moment.
+        """
+        if not self._track or self._held.keys() >= self._tasks.keys():
+            return
+        self._seen = {pid: Seen(task, find_gadgets(task), None) for pid, task in self._tasks.items()}
+        with self.frozen() as tree:
+            for frozen in self.live(tree):
+                assert self.holder is not None
+                held = self.level.tracker(frozen, self.holder)
+                self._tasks[frozen.task.pid] = frozen.task
+                if held is not None:
+                    self._held[frozen.task.pid] = held
+            tree.thaw()
 
     @contextmanager
     def stopped(self) -> Iterator[CriuTree]:
@@ -189,7 +208,8 @@ class _CriuRun(Run):
         begin = time.monotonic()
         for process in tree.alive:
             pid = tree.image_pid(process.pid)
-            layout = proc.layout(process.pid, self._layouts.get(process.pid))
+            before = self._tasks.get(process.pid)
+            layout = proc.layout(process.pid, None if before is None else before.layout)
             self._layouts[process.pid] = layout
             survey.check_filled(process.pid, layout)
             pidfd = os.dup(tree.pidfds[process.pid])
@@ -202,7 +222,10 @@ class _CriuRun(Run):
             pages_id = Pagemap.load(self._work / name).pages_id
             self._own |= {name, f"pages-{pages_id}.img"}
             target = self.level.task_target(pid, pages_id, parents=task.parent is not None)
-            find_pages(task, self._work, target, self.level.changes(task))
+            changes = self.level.changes(task)  # before the tracker is armed
+            if self._track and before is not None:
+                task.armed = self.level.arm_again(before, held)
+            find_pages(task, self._work, target, changes)
             self.tasks.append(task)
         self.report.scanning = time.monotonic() - begin
 
@@ -261,6 +284,7 @@ class _CriuRun(Run):
                 self._adopt(path)
         self.output.sync()
         self.output.publish(inventory)
+        self.complete([task.armed for task in self.tasks if task.armed is not None])
 
     def _adopt(self, path: Path) -> None:
         to = self.settings.images / path.name
@@ -292,11 +316,12 @@ class _CriuRun(Run):
     def end(self, tree: CriuTree) -> float:
         """The tree ends, stays or goes on, as was asked for. Returns how long it was stopped, in seconds."""
         settings = self.settings
-        tree.finish(kill=not (settings.leave_running or settings.leave_stopped))
-        self._drop()
+        stopped = tree.finish(kill=not (settings.leave_running or settings.leave_stopped))
+        if not self._track:
+            self._drop()
         if settings.leave_stopped:
             self._stop(tree)
-        return time.monotonic() - tree.frozen_since
+        return stopped
 
     def _stop(self, tree: CriuTree) -> None:
         """CRIU has left them stopped, unless it was killed."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from dumptool.chain import ParentPages
 from dumptool.level import Changes, PageJob
 from dumptool.mappings import PROT_READ, Mapping
 from dumptool.memory import Marks, Part, Runs, Sink, Source
-from dumptool.tracking import Held, Vouched
+from dumptool.tracking import Armed, Held, Vouched
 from images_spec import images
 from images_spec.flags import (
     MAP_PRIVATE,
@@ -40,24 +40,31 @@ from images_spec.pagemap import Pagemap
 
 @dataclass(slots=True)
 class StoppedTask:
-    """A process of a tree that CRIU has stopped. ``image_pid``: its pid in the images. Else as ``FrozenTask``."""
+    """A process of a tree that CRIU has stopped. ``image_pid``: its pid in the images. Else as ``FrozenTask``.
+
+    ``armed``: set before ``find_pages``.
+    """
 
     pid: int
     image_pid: int
     parent: ParentPages | None
     pidfd: int | None
     held: Held | None
+    armed: Armed | None = None
     job: PageJob | None = None
 
 
 def find_pages(task: StoppedTask, written: Path, target: Sink, changes: Changes) -> None:
-    """Sets ``task.job``. ``written``: directory of CRIU's images. Raises ``DumpError``, ``ImageError``."""
+    """Sets ``task.job``. Writes are tracked from now on if the tracker is armed.
+
+    ``written``: directory of CRIU's images. Raises ``DumpError``, ``ImageError``.
+    """
     marks = changes.marks
     vmas = images.read_one(written / Kind.MM.file_name(task.image_pid), Kind.MM).vmas
     pagemap = Pagemap.load(written / Kind.PAGEMAP.file_name(task.image_pid))
-    runs = _runs(pagemap, marks)
     described = [mapping(entry) for entry in vmas if not is_guard(entry.status)]
-    if changes.vouched is not None:
+    runs = _runs(pagemap, described, marks)
+    if changes.vouched is not None or task.armed is not None:
         runs = _without_unchanged(task, runs, described, marks, changes.vouched)
     (part,) = memory.only_in_parent(
         [Part(runs, readable(runs, described), drop_zero=False)], task.parent, marks
@@ -78,30 +85,63 @@ def mapping(entry: VmaEntry) -> Mapping:
     )
 
 
-def _runs(pagemap: Pagemap, marks: Marks) -> Runs:
-    """The entries, adjacent ones joined. CRIU cuts them at the size of its pipes."""
+def _runs(pagemap: Pagemap, described: Sequence[Mapping], marks: Marks) -> Runs:
+    """The entries, adjacent ones joined. CRIU cuts them at the size of its pipes.
+
+    If the stack pointer of a thread is the first byte of a page, CRIU takes all pages for its stack, and none is lazy
+    (docs/criu.md, "Pagemap"). Then the mappings decide.
+    """
     runs = Runs(len(pagemap))
+    entries = list(pagemap)
+    pieces: Iterable[tuple[int, int, bool]]
+    if any(flags & PE_LAZY for _, _, flags in entries):
+        pieces = ((at, at + count * PAGE_SIZE, bool(flags & PE_LAZY)) for at, count, flags in entries)
+    else:
+        pieces = _by_mapping([(at, at + count * PAGE_SIZE) for at, count, _ in entries], described)
     last = None
-    for vaddr, nr_pages, given in pagemap:
-        flags = marks.changed(lazy=bool(given & PE_LAZY))
-        end = vaddr + nr_pages * PAGE_SIZE
-        if last is not None and last.end == vaddr and last.flags == flags:
+    for start, end, lazy in pieces:
+        flags = marks.changed(lazy=lazy)
+        if last is not None and last.end == start and last.flags == flags:
             last.end = end
         else:
-            runs.append(vaddr, end, flags)
+            runs.append(start, end, flags)
             last = runs.array[runs.count - 1]
     return runs
 
 
+def _by_mapping(
+    ranges: Iterable[tuple[int, int]], described: Sequence[Mapping]
+) -> Iterator[tuple[int, int, bool]]:
+    """The ranges, cut at the mappings that they are in, and whether these can be lazy. Both are in order of address."""
+    index = 0
+    for start, end in ranges:
+        at = start
+        while at < end:
+            while index < len(described) and described[index].entry.end <= at:
+                index += 1
+            inside = index < len(described) and described[index].entry.start <= at
+            stop = described[index].entry.end if inside else end
+            if not inside and index < len(described):
+                stop = described[index].entry.start
+            yield at, min(stop, end), inside and described[index].lazy
+            at = min(stop, end)
+
+
 def _without_unchanged(
-    task: StoppedTask, runs: Runs, described: Sequence[Mapping], marks: Marks, vouched: Vouched
+    task: StoppedTask, runs: Runs, described: Sequence[Mapping], marks: Marks, vouched: Vouched | None
 ) -> Runs:
-    fresh = vouched.fresh(described)
+    fresh = frozenset[int]() if vouched is None else vouched.fresh(described)
+    armed = task.armed
+    if armed is not None:
+        armed.watch(described)
     fd = os.open(f"/proc/{task.pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
     try:
-        scanned = memory.scan(fd, described, marks, fresh=fresh)
+        protect = armed is not None and armed.can_protect
+        scanned = memory.scan(fd, described, marks, protect=protect, fresh=fresh)
     finally:
         os.close(fd)
+    if armed is not None:
+        armed.clear()
     found = Runs(sum(part.runs.count for part in scanned))
     for part in scanned:
         found.extend(part.runs)

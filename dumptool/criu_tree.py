@@ -19,6 +19,7 @@ from images_spec.images import Kind
 from images_spec.messages import TaskState
 
 DEATH = 30.0  # s for killed processes to be gone
+POLL = 0.001  # s: nothing tells when a tracer lets go
 
 
 @dataclass
@@ -54,13 +55,22 @@ class CriuTree(FrozenTree):
             self.criu.undo()
         return time.monotonic() - self.frozen_since
 
-    def finish(self, *, kill: bool) -> None:
-        """The end that CRIU was asked for takes place. Raises ``DumpError`` if a process that was to end has not."""
+    def finish(self, *, kill: bool) -> float:
+        """The end that CRIU was asked for takes place. Returns how long the tree was stopped, in seconds.
+
+        Raises ``DumpError`` if a process that was to end has not.
+        """
         self._stopped.clear()
         self._held.clear()
         self.criu.finish()
+        for process in self.alive:
+            while _is_traced(process.pid) and not self.criu.ends_within(POLL):
+                pass
+        stopped = time.monotonic() - self.frozen_since
+        self.criu.wait()  # it still frees what it had of the memory
         if kill:
             self.kill()
+        return stopped
 
     def kill(self) -> None:
         """Kills what is left of the tree. On return none of its processes exists, except as a zombie of its parent."""
@@ -75,6 +85,12 @@ class CriuTree(FrozenTree):
                 and not select.select([pidfd], [], [], max(0.0, deadline - time.monotonic()))[0]
             ):
                 raise DumpError(f"pid {process.pid} was killed, but does not end; its images are complete")
+
+
+def _is_traced(pid: int) -> bool:
+    with suppress(TaskGoneError):
+        return proc.status(pid)["TracerPid"] != "0"
+    return False
 
 
 def open_tree(root: int, criu: CriuDump, written: Path) -> CriuTree:

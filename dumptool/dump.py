@@ -38,7 +38,7 @@ from dumptool.process_images import (
 from dumptool.settings import Report, Serve, Settings, Watcher
 from dumptool.survey import Task
 from dumptool.tracee import Gadgets, find_room, xstate_components
-from dumptool.tracking import Held, Method
+from dumptool.tracking import Armed, Held, Method
 from images_spec import images
 from images_spec.errors import ImageError
 from images_spec.identity import new_run_id
@@ -127,7 +127,7 @@ def _no_file(_vma: proc.Vma, _flags: frozenset[str]) -> tuple[int, int]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Seen:
+class Seen:
     """A process before the freeze. ``gadgets``: None if they were not found. ``parent``: as in ``FrozenTask``."""
 
     task: Task
@@ -150,7 +150,7 @@ class Run:
         self.holder: Holder | None = None
         self._held: dict[int, Held] = {}
         self._run_id = new_run_id()
-        self._seen: dict[int, _Seen] = {}
+        self._seen: dict[int, Seen] = {}
         self.output = Output(settings.images, durable=settings.sync)
         self._resources = ExitStack()
         self._resources.callback(self.output.close)
@@ -171,10 +171,10 @@ class Run:
         tasks = survey.look_until_settled(
             self.settings.pid, self._check, self._holders, files=not self._memory_only
         )
-        gadgets = {pid: _gadgets(task) for pid, task in tasks.items()}
+        gadgets = {pid: find_gadgets(task) for pid, task in tasks.items()}
         self._set_up_directory()
         parents = self.level.open({pid: task.image_pid for pid, task in tasks.items()})
-        self._seen = {pid: _Seen(task, gadgets[pid], parents[pid]) for pid, task in tasks.items()}
+        self._seen = {pid: Seen(task, gadgets[pid], parents[pid]) for pid, task in tasks.items()}
         self.level.look_at_shared(self._shared(tasks.values()).values())
 
     def _set_up_directory(self) -> None:
@@ -328,7 +328,10 @@ class Run:
         self.watcher.stage("syncing")
         self.level.close()
         self.output.publish(inventory(self._run_id))
-        trackers = [frozen.armed for frozen in tasks if frozen.armed is not None]
+        self.complete([frozen.armed for frozen in tasks if frozen.armed is not None])
+
+    def complete(self, trackers: Sequence[Armed]) -> None:
+        """Completes the trackers that were armed for this level, which has been published."""
         if not all(holder.sync() for holder in {armed.held.holder for armed in trackers}):
             log.warning("what keeps the trackers has ended: the next level will have all pages")
             return
@@ -364,7 +367,7 @@ class Run:
             log.warning("%s (the dump is complete without it)", error)
 
 
-def _gadgets(task: Task) -> Gadgets | None:
+def find_gadgets(task: Task) -> Gadgets | None:
     """None if they can't be found: a process in exit or execve has them, or an error message, once it is frozen."""
     with suppress(DumpError):
         return Gadgets(task.pid, task.layout.vmas)

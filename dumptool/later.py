@@ -6,24 +6,20 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from dumptool.errors import DumpError
 from dumptool.memory import Image, Runs, Sink
 from dumptool.send import STEP_PAGES
 from images_spec.flags import PAGE_SIZE, PE_PRESENT
+from lazypages.cli.probes import memory_available
 
 SHARE = 4
 """At most this part of the available memory is filled."""
 
 
-def room(meminfo: Path = Path("/proc/meminfo")) -> int:
-    """Pages that may be copied to memory: a quarter of what is available now (MemAvailable, proc_meminfo(5))."""
-    for line in meminfo.read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name == "MemAvailable":
-            return int(value.split()[0]) * 1024 // SHARE // PAGE_SIZE
-    return 0
+def room() -> int:
+    """Pages that may be copied to memory: a quarter of what is available now, also in our memory cgroup."""
+    return (memory_available() or 0) // SHARE // PAGE_SIZE
 
 
 @dataclass(frozen=True, slots=True)

@@ -149,6 +149,13 @@ class Level:
 
     def _arm(self, frozen: FrozenTask, holder: Holder) -> Armed | None:
         """Arms the tracker of a process, a new one if needed. None if there is no means of tracking."""
+        held = self.tracker(frozen, holder)
+        if held is not None:
+            frozen.armed = tracking.arm(frozen.task, held)
+        return frozen.armed
+
+    def tracker(self, frozen: FrozenTask, holder: Holder) -> Held | None:
+        """The tracker of a frozen process (``frozen.held``), a new one if it needs one. None: no means of tracking."""
         task, method = frozen.task, self._settings.method
         if method is Method.COMPARE:
             return None
@@ -157,11 +164,15 @@ class Level:
             if frozen.pidfd is None:
                 return None  # killed
             frozen.held = tracking.make(task, frozen.pidfd, frozen.gadgets, method, holder)
-            if frozen.held is None:
-                return None
-            self._resources.callback(frozen.held.close)
-        frozen.armed = tracking.arm(task, frozen.held)
-        return frozen.armed
+            if frozen.held is not None:
+                self._resources.callback(frozen.held.close)
+        return frozen.held
+
+    def arm_again(self, task: Task, held: Held | None) -> Armed | None:
+        """Arms a tracker that there is, of a process in which no call can be made. None if it does not fit."""
+        if held is None or not tracking.fits(held, self._settings.method):
+            return None
+        return tracking.arm(task, held)
 
     def _end_tracking(self, frozen: FrozenTask) -> None:
         """Its memory can be registered with another userfaultfd afterwards."""

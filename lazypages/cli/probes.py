@@ -204,21 +204,31 @@ def memory_available() -> int | None:
         for line in (text_of("/proc/meminfo") or "").splitlines()
         if line.startswith("MemAvailable:")
     ]
-    for directory, limit, usage in _cgroup_files():
+    for directory, limit, usage, files in _cgroup_files():
         most, used = number_of(f"{directory}/{limit}"), number_of(f"{directory}/{usage}")
         if most is not None and most < UNLIMITED and used is not None:
-            found.append(max(most - used, 0))
+            found.append(max(most - used + _cached(f"{directory}/memory.stat", files), 0))
     return min(found, default=None)
 
 
-def _cgroup_files() -> Iterator[tuple[str, str, str]]:
-    """Directories of our memory cgroup and those above it, with the names of their limit and usage (cgroups(7))."""
+def _cached(stat: str, name: str) -> int:
+    """Bytes of files in memory that the kernel gives up first, in a ``memory.stat``."""
+    found = [line.split()[1] for line in (text_of(stat) or "").splitlines() if line.startswith(f"{name} ")]
+    return int(found[0]) if found else 0
+
+
+def _cgroup_files() -> Iterator[tuple[str, str, str, str]]:
+    """Directories of our memory cgroup and those above it (cgroups(7)).
+
+    With the names of their limit and usage, and of the count of files in ``memory.stat``.
+    """
     for line in (text_of("/proc/self/cgroup") or "").splitlines():
         _number, controllers, path = line.split(":", 2)
         if not controllers:
-            root, names = "/sys/fs/cgroup", ("memory.max", "memory.current")
+            root, names = "/sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
         elif "memory" in controllers.split(","):
-            root, names = "/sys/fs/cgroup/memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
+            root = "/sys/fs/cgroup/memory"
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
         else:
             continue
         place = Path(root + path)

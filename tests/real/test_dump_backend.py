@@ -5,11 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -21,9 +16,10 @@ from tests.real.test_dump_lazy import lazy_dump, ours, running
 from tests.real.test_dump_precopy import PAGES, Writer, written_in
 from tests.support.compiling import PROGRAMS, compiled
 from tests.support.criu import Criu, all_criu
-from tests.support.dumptool import check, is_unharmed, pages, reap_all, stats, task
-from tests.support.processes import nothing_left, start, wait_for
+from tests.support.dumptool import check, is_unharmed, pages, reap_all, stats, task, tracker_of
+from tests.support.processes import nothing_left, reap, start, wait_for
 from tests.support.restore import Program, eager_restore, our_daemon
+from tests.support.services import service
 
 both = pytest.mark.parametrize("criu", all_criu())
 
@@ -33,42 +29,10 @@ def by_criu(criu: Criu) -> list[str]:
     return ["--backend", "criu", "--criu", str(criu.path)]
 
 
-@dataclass
-class Service:
-    """A running `service.py` (tests/support/programs)."""
-
-    pid: int
-    address: Path
-
-    def ask(self, request: bytes) -> bytes:
-        with socket.socket(socket.AF_UNIX) as connection:
-            connection.settimeout(60)
-            connection.connect(str(self.address))
-            connection.sendall(request + b"\n")
-            return connection.recv(100).strip()
-
-
 MIB = 48
 """Of the service's memory."""
 OTHERS = 300
 """Pages of a small program that change in any case, or that CRIU does not count as lazy."""
-
-
-@contextmanager
-def service(folder: Path, mib: int = MIB, prefix: Sequence[str] = ()) -> Iterator[Service]:
-    """Use it in a block of `nothing_left`."""
-    address = folder / "service.sock"
-    command = [*prefix, sys.executable, PROGRAMS / "service.py", address, str(mib)]
-    process = start(command, cwd=folder)
-    running = Service(process.pid, address)
-
-    def answers() -> bool:
-        with suppress(OSError):
-            return running.ask(b"check") == b"right"
-        return False
-
-    wait_for("the service", answers)
-    yield running
 
 
 def pre_dumped(pid: int, folder: Path) -> list[str]:
@@ -149,12 +113,60 @@ def test_only_what_was_written_is_written(criu: Criu, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_one_dump_after_the_other(tmp_path: Path) -> None:
+    """--track-mem --leave-running, without any pre-dump: each dump has what was written since the one before."""
+    criu, output = Criu("4.2"), tmp_path / "output"
+    with task(compiled(PROGRAMS / "writer.c"), output=output) as pid:
+        wait_for("the table", lambda: output.read_text().endswith("\n"))
+        writer, parents = Writer(pid, output), []
+        for level in range(3):
+            goes_on = ["-R", "--track-mem"] if level < 2 else []
+            check("dump", "-t", pid, "-D", tmp_path / str(level), *parents, *goes_on, *by_criu(criu))
+            parents = ["--prev-images-dir", f"../{level}"]
+            if goes_on:
+                is_unharmed(pid)
+                assert tracker_of(pid)
+                writer.next_step()
+        reap_all()
+        for level in range(3):
+            assert writer.table_flags(tmp_path / str(level)) == {
+                page: PE_PRESENT | PE_LAZY if page in written_in(level) else PE_PARENT | PE_LAZY
+                for page in range(PAGES)
+            }, f"level {level}"
+        criu.restore(tmp_path / "2", work=tmp_path, lazy=False)
+        writer.ends_right()
+
+
+@pytest.mark.slow
+@both
+def test_a_stack_pointer_at_the_start_of_a_page(criu: Criu, tmp_path: Path) -> None:
+    """CRIU makes no page lazy then. Here they are: what has not changed is left in the parent, for a lazy restore."""
+    output = tmp_path / "output"
+    with task(compiled(PROGRAMS / "aligned.c"), output=output) as pid:
+        wait_for("the program", lambda: output.read_text() == "ready\n")
+        parents = pre_dumped(pid, tmp_path)
+        top = tmp_path / "3"
+        check("dump", "-t", pid, "-D", top, *parents, *by_criu(criu))
+        reap_all()
+        flags = list(pages(top, pid).values())
+        assert flags.count(PE_PARENT | PE_LAZY) > 2000
+        assert flags.count(PE_PRESENT) + flags.count(PE_PRESENT | PE_LAZY) < 20
+        with our_daemon().start(top, tmp_path) as server:
+            server.wait_ready()
+            criu.restore(top, work=tmp_path)
+            os.kill(pid, signal.SIGUSR2)
+            assert reap(pid) == 0
+            assert server.wait() == 0
+        assert output.read_text().endswith("right\n")
+
+
+@pytest.mark.slow
 @both
 def test_only_what_was_written_crosses_the_network(criu: Criu, tmp_path: Path) -> None:
     """PARENT | LAZY pages come from the parents, the others from the stopped tree, and none of them twice."""
     images, work = tmp_path / "images", tmp_path / "work"
     work.mkdir()
-    with nothing_left(), service(tmp_path) as running:
+    with nothing_left(), service(tmp_path, MIB) as running:
         parents = pre_dumped(running.pid, tmp_path)
         assert running.ask(b"write") == b"done"
         with lazy_dump(running.pid, images, *parents, *by_criu(criu)) as source:

@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
 
+from dumptool.criu import HOOK, CriuError, find_criu
+from dumptool.criu_dump import ByCriu, dump_by_criu
 from dumptool.output import Output
+from dumptool.settings import Settings, Watcher
 from dumptool.tracee import take_fd
 from tests.real.test_dump_backend import by_criu
 from tests.real.test_dump_durable import small_disk
 from tests.real.test_dump_lazy import lazy_dump, running
 from tests.real.test_dump_sent import bad_server, receiver, to
 from tests.support.criu import Criu, all_criu
-from tests.support.dumptool import check, is_unharmed, reap_all, run, task
+from tests.support.dumptool import COMMAND, check, is_unharmed, reap_all, run, stats, task, tracker_of
+from tests.support.memory_cgroup import memory_cgroup
 from tests.support.processes import descendants, nothing_left, wait_for
 from tests.support.redis import Client, redis
 from tests.support.restore import Program, eager_restore
+from tests.support.services import service
 
 both = pytest.mark.parametrize("criu", all_criu())
 NEWEST = Criu("4.2")
@@ -40,11 +46,13 @@ def test_the_reason_is_that_of_criu(criu: Criu, tmp_path: Path) -> None:
     with nothing_left(), redis(tmp_path) as server, ExitStack() as connected:
         client = connected.enter_context(closing(Client(server.address)))
         assert client.ask(b"SET one 1") == [b"+OK"]
+        check("pre-dump", "-t", server.pid, "-D", tmp_path / "1")
         result = run("dump", "-t", server.pid, "-D", images, *by_criu(criu))
         assert result.returncode == 1
         assert "External socket is used" in result.stderr.splitlines()[-1]
         assert "exit status" not in result.stderr
         no_dump(images)
+        assert tracker_of(server.pid), "the next attempt needs it"
         assert tracer(server.pid) == 0
         assert client.ask(b"GET one") == [b"1"]
 
@@ -94,10 +102,12 @@ def test_full_disk(program: Program, tmp_path: Path) -> None:
         small_disk(tmp_path / "full", "size=2m") as full,
     ):
         images = full / "images"
+        check("pre-dump", "-t", victim.pid, "-D", tmp_path / "1")
         result = run("dump", "-t", victim.pid, "-D", images, *by_criu(NEWEST))
         assert result.returncode == 1
         assert "No space left on device" in result.stderr
         no_dump(images)
+        assert tracker_of(victim.pid) is None
         victim.goes_on_here(tmp_path)
 
 
@@ -146,6 +156,34 @@ def test_ended_while_it_serves(number: signal.Signals, program: Program, tmp_pat
             assert "the tasks go on here" in source.story()
             no_dump(victim.checkpoint.images)
         victim.goes_on_here(tmp_path)
+
+
+class _KillsTheScript(Watcher):
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+
+    def stage(self, name: str) -> None:
+        if name == "copying":
+            (script,) = [
+                pid
+                for pid in descendants()
+                if Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[1:2] == [str(HOOK).encode()]
+            ]
+            os.kill(script, signal.SIGKILL)
+            wait_for("CRIU to let go of the tree", lambda: tracer(self.pid) == 0)
+
+
+@both
+def test_the_script_is_killed(criu: Criu, tmp_path: Path) -> None:
+    """CRIU undoes everything then: the tree goes on."""
+    images = tmp_path / "images"
+    found = find_criu(criu.path)
+    assert found is not None
+    with task("sleep", "1000") as pid:
+        with pytest.raises(CriuError):
+            dump_by_criu(Settings(pid, images), ByCriu(found), _KillsTheScript(pid))
+        no_dump(images)
+        is_unharmed(pid)
 
 
 def status(pid: int, name: str) -> str:
@@ -213,3 +251,22 @@ def test_memory_that_a_daemon_fills(tmp_path: Path) -> None:
                 is_unharmed(pid)
         finally:
             os.close(uffd)
+
+
+@pytest.mark.slow
+def test_no_more_memory_than_its_cgroup_has(tmp_path: Path) -> None:
+    """Pages that do not fit there are written while the tree stands still; else the OOM killer ends dumptool."""
+    images = tmp_path / "images"
+    with (
+        memory_cgroup(144 << 20) as procs,
+        nothing_left(),
+        service(tmp_path, 160) as running,
+    ):
+        enter = ["sh", "-c", f'echo $$ >{procs} && exec "$@"', "sh"]
+        command = [*COMMAND, "dump", "-R", "-t", running.pid, "-D", images, *by_criu(NEWEST)]
+        result = subprocess.run(
+            [*enter, *map(str, command)], capture_output=True, text=True, timeout=60, check=False
+        )
+        assert result.returncode == 0, result
+        assert running.ask(b"check") == b"right"
+        assert stats(images).pages_written > 160 << 8

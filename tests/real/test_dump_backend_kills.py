@@ -89,7 +89,7 @@ def test_killed_at_random(tmp_path: Path) -> None:
     criu = Criu(RELEASES[-1])
     found = find_criu(criu.path)
     assert found is not None
-    images = tmp_path / "images"
+    images, failure = tmp_path / "images", tmp_path / "failure"
     with nothing_left():
         tree = Tree(tmp_path)
 
@@ -98,7 +98,11 @@ def test_killed_at_random(tmp_path: Path) -> None:
             copying, copies = os.pipe()
 
             def work() -> None:
-                dump_by_criu(Settings(tree.pid, images), ByCriu(found), _Copying(copies))
+                try:
+                    dump_by_criu(Settings(tree.pid, images), ByCriu(found), _Copying(copies))
+                except BaseException as error:
+                    failure.write_text(repr(error))
+                    raise
                 os._exit(0)
 
             shutil.rmtree(images, ignore_errors=True)
@@ -136,7 +140,7 @@ def test_killed_at_random(tmp_path: Path) -> None:
             victim = VICTIMS[number % len(VICTIMS)]
             dumptool, its_criu, copying = begin()
             if victim != "dumptool":
-                assert os.read(copying, 1)
+                assert os.read(copying, 1), f"{failure.read_text()} after {outcomes}"
             time.sleep(chance.random() * 1.1 * (whole if victim == "dumptool" else rest))
             pids = {"dumptool": [dumptool], "criu": [its_criu], "both": [its_criu, dumptool]}[victim]
             for pid in pids:
@@ -144,7 +148,11 @@ def test_killed_at_random(tmp_path: Path) -> None:
                     os.kill(pid, signal.SIGKILL)
             reap(dumptool)
             os.close(copying)
-            outcome = victim, settled()
+            try:
+                outcome = victim, settled()
+            except BaseException as error:
+                error.add_note(f"kill {number}, of {victim}, after {outcomes}")
+                raise
             outcomes[outcome] = outcomes.get(outcome, 0) + 1
         print(outcomes)
         tree.ends_right()

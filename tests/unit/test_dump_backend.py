@@ -22,6 +22,7 @@ from dumptool.memory import Marks, Part, Runs, Source, Target, write
 from images_spec.flags import PAGE_SIZE, PE_LAZY, PE_PARENT, PE_PRESENT
 from images_spec.messages import VmaEntry
 from images_spec.pagemap import Pagemap
+from lazypages.cli import probes
 
 LAZY_DATA = PE_LAZY | PE_PRESENT
 
@@ -125,9 +126,36 @@ def test_pages_that_are_written_later(tmp_path: Path) -> None:
     assert {2000 * PAGE_SIZE: PE_LAZY, 2500 * PAGE_SIZE: PE_PRESENT}.items() <= two.items() <= one.items()
 
 
-def test_room_in_memory(tmp_path: Path) -> None:
-    info = tmp_path / "meminfo"
-    info.write_text("MemTotal: 9 kB\nMemAvailable:    4096 kB\n")
-    assert room(info) == 1024 // SHARE
-    info.write_text("MemTotal: 9 kB\n")
-    assert room(info) == 0
+@pytest.mark.parametrize(
+    ("group", "files"),
+    [
+        (
+            "0::/a/b",
+            {
+                "/sys/fs/cgroup/a/b/memory.max": "max",
+                "/sys/fs/cgroup/a/memory.max": str(30 << 20),
+                "/sys/fs/cgroup/a/memory.current": str(20 << 20),
+                "/sys/fs/cgroup/a/memory.stat": f"active_file 77\ninactive_file {6 << 20}",
+            },
+        ),
+        (
+            "3:cpu:/\n4:memory:/a",
+            {
+                "/sys/fs/cgroup/memory/a/memory.limit_in_bytes": str(30 << 20),
+                "/sys/fs/cgroup/memory/a/memory.usage_in_bytes": str(20 << 20),
+                "/sys/fs/cgroup/memory/a/memory.stat": f"inactive_file 5\ntotal_inactive_file {6 << 20}",
+                "/sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712",
+            },
+        ),
+    ],
+    ids=["v2", "v1"],
+)
+def test_room_in_memory(group: str, files: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a memory cgroup leaves counts, too; what it has of files can be given up."""
+    monkeypatch.setattr(probes, "text_of", files.get)
+    files["/proc/self/cgroup"] = group
+    assert room() == (16 << 20) // PAGE_SIZE // SHARE
+    files["/proc/meminfo"] = "MemTotal: 9 kB\nMemAvailable:    4096 kB\n"
+    assert room() == 1024 // SHARE
+    files.clear()
+    assert room() == 0

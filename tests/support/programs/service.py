@@ -1,11 +1,13 @@
-"""A service with asyncio, threads and sockets, and memory that it can check: `service.py SOCKET MIB`.
+"""A service with asyncio, threads and sockets, and memory that it can check: `service.py SOCKET MIB [tcp]`.
 
 Each request is one line: `write` rewrites the next 16 MiB of its memory in threads, `check` compares all of it with
-what was written, `quit` ends it. A socket pair and a thread that waits at a condition are there all the time.
+what was written, `quit` ends it. A socket pair (with `tcp`: a connection to itself), a thread that waits at a
+condition, and two timers, of the event loop and of the kernel, are there all the time.
 """
 
 import asyncio
 import mmap
+import signal
 import socket
 import sys
 import threading
@@ -13,6 +15,7 @@ import threading
 MIB = 1 << 20
 WRITTEN = 16
 PAGE = 4096
+EVERY = 0.02  # s
 
 
 class Memory:
@@ -32,10 +35,10 @@ class Memory:
             for page in range(MIB // PAGE)
         )
 
-    def write(self) -> list[int]:
-        """The numbers of the MiB that have to be written now."""
-        numbers = [(self._next + step) % len(self._versions) for step in range(WRITTEN)]
-        self._next += WRITTEN
+    def write(self, count: int = WRITTEN) -> list[int]:
+        """The numbers of the next MiB, which have to be written now."""
+        numbers = [(self._next + step) % len(self._versions) for step in range(count)]
+        self._next += count
         for number in numbers:
             self._versions[number] += 1
         return numbers
@@ -50,13 +53,43 @@ class Memory:
         return len(self._versions)
 
 
-async def main(path: str, mib: int) -> None:
+class Timers:
+    """Two that expire all the time."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop, self._ticks, self._expired = loop, 0, 0
+        loop.add_signal_handler(signal.SIGALRM, self._expire)
+        signal.setitimer(signal.ITIMER_REAL, EVERY, EVERY)
+        self._tick()
+
+    def _tick(self) -> None:
+        self._ticks += 1
+        self._loop.call_later(EVERY, self._tick)
+
+    def _expire(self) -> None:
+        self._expired += 1
+
+    async def run(self) -> bool:
+        """Whether both still expire."""
+        before = self._ticks, self._expired
+        await asyncio.sleep(3 * EVERY)
+        return self._ticks > before[0] and self._expired > before[1]
+
+
+def connected_to_itself() -> tuple[socket.socket, socket.socket]:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        one = socket.create_connection(listener.getsockname())
+        return one, listener.accept()[0]
+
+
+async def main(path: str, mib: int, *, tcp: bool) -> None:
     memory = Memory(mib)
     condition = threading.Condition()
     ended = asyncio.Event()
-    one, other = socket.socketpair()
+    one, other = connected_to_itself() if tcp else socket.socketpair()
     one.setblocking(False)
     loop = asyncio.get_running_loop()
+    timers = Timers(loop)
 
     def echo() -> None:
         while data := other.recv(100):
@@ -82,6 +115,7 @@ async def main(path: str, mib: int) -> None:
                 await loop.sock_sendall(one, b"ping")
                 echoed = await loop.sock_recv(one, 100)
                 good = all(every) and echoed == b"PING" and all(thread.is_alive() for thread in threads)
+                good = await timers.run() and good
                 answer = b"right" if good else b"wrong"
             elif request == b"quit":
                 ended.set()
@@ -93,4 +127,5 @@ async def main(path: str, mib: int) -> None:
         await ended.wait()
 
 
-asyncio.run(main(sys.argv[1], int(sys.argv[2])))
+if __name__ == "__main__":
+    asyncio.run(main(sys.argv[1], int(sys.argv[2]), tcp="tcp" in sys.argv))
