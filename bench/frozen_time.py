@@ -1,4 +1,4 @@
-"""Frozen time of a dump: `bench/frozen_time.py [--size MIB…] [--dirty MIB] [--shared] [--criu CRIU] [--repeat N] [--peer …]`.
+"""Frozen time of a dump: `bench/frozen_time.py [--size MIB…] [--dirty MIB] [--criu CRIU] [--repeat N]`, and see --help.
 
 A task fills SIZE of memory and then keeps writing to DIRTY of it. Compared: a full dump by dumptool and by CRIU, and
 dumptool's dump after two pre-dumps, by its own code and with CRIU as its backend. Those of its own code are also
