@@ -28,7 +28,7 @@ from tests.support.dumptool import is_unharmed
 from tests.support.processes import descendants, nothing_left, reap, start, wait_for
 
 KILLS = int(os.environ.get("LAZYPAGES_KILLS", "30"))
-ROUNDS, REST = "20000", "5000"
+ROUNDS, REST = "20000", "50000"  # the rest in us: the programs take 1,000 s, unless they are told to go on
 VICTIMS = ("dumptool", "criu", "both")
 
 

@@ -26,7 +26,7 @@ from tests.support.processes import reap, wait_for
 KILLS = 200
 SYNCED = 40
 """The last ones come while dumptool waits for the disk as well, which takes most of the time then."""
-ROUNDS, REST = "20000", "5000"
+ROUNDS, REST = "20000", "50000"  # the rest in us: the programs take 1,000 s, unless they are told to go on
 NR_GETITIMER = 36
 ROOM = lib.LP_SESSION_ROOM
 
