@@ -86,6 +86,7 @@ def expected_output(workers: Path) -> bytes:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_killed_200_times_at_random(workers: Path, tmp_path: Path) -> None:
     """Half of the kills come in dumps, half in pre-dumps, which leave tracking behind at most.
 
