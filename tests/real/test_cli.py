@@ -12,9 +12,10 @@ import signal
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,7 +23,7 @@ from lazypages import __version__
 from lazypages.cli.imports import COMPILED
 from tests.support.criu import Criu, all_criu
 from tests.support.fake import Restored, restored_tasks, serve_command, write_images
-from tests.support.processes import Server, reap, wait_for
+from tests.support.processes import Server, reap
 from tests.support.terminal import OnTerminal
 
 PAGES = 300
@@ -51,6 +52,20 @@ def check(tasks: Restored) -> None:
 
 def command(images: Path, *options: str) -> list[str]:
     return [sys.executable, "-m", "lazypages", "serve", "-D", str(images), *options]
+
+
+@contextmanager
+def ready(words: Sequence[str], **options: Any) -> Iterator[subprocess.Popen[Any]]:
+    """A daemon with streams of its own that listens: that its socket has a name is not enough. Killed at the end."""
+    reading, writing = os.pipe()
+    words = [*words, "--status-fd", str(writing)]
+    with subprocess.Popen(words, pass_fds=[writing], **options) as server, open(reading, "rb") as status:
+        os.close(writing)
+        try:
+            assert status.read(1) == b"\0"
+            yield server
+        finally:
+            server.kill()
 
 
 # On a terminal.
@@ -185,11 +200,8 @@ def test_files_lie_in_the_work_directory(restored_program: Path, tmp_path: Path)
 
 def test_log_to_standard_output(restored_program: Path, tmp_path: Path) -> None:
     with restored(restored_program, tmp_path) as tasks:
-        server = subprocess.Popen(
-            command(tmp_path, "-o", "-"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        with server:
-            wait_for("the socket", (tmp_path / SOCKET).exists)
+        words = command(tmp_path, "-o", "-")
+        with ready(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
             connect(tasks, tmp_path)
             check(tasks)
             output, errors = server.communicate(timeout=60)
@@ -386,14 +398,10 @@ def test_stats_that_can_t_be_written(log: list[str], restored_program: Path, tmp
 def test_stats_on_standard_output(restored_program: Path, tmp_path: Path) -> None:
     with restored(restored_program, tmp_path) as tasks:
         words = command(tmp_path, "--stats-json", "-")
-        with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as server:
-            try:
-                wait_for("the socket", (tmp_path / SOCKET).exists)
-                connect(tasks, tmp_path)
-                check(tasks)
-                output, _ = server.communicate(timeout=60)
-            finally:
-                server.kill()
+        with ready(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as server:
+            connect(tasks, tmp_path)
+            check(tasks)
+            output, _ = server.communicate(timeout=60)
         assert json.loads(output)["ok"]
         assert not (tmp_path / "-").exists()
         done = subprocess.run([*words, "-d"], capture_output=True, text=True, timeout=60, check=False)
