@@ -117,7 +117,7 @@ def cut(pack: Path) -> None:
     os.truncate(pack, 4 * PAGE_SIZE)
 
 
-@pytest.mark.loop("flip")
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [flip, cut])
 def test_a_pack_that_is_damaged_while_it_is_served(
     damage: Callable[[Path], None], checkpoints: Checkpoints, tmp_path: Path

@@ -69,6 +69,7 @@ def test_a_dump_of_dumptool(tmp_path: Path) -> None:
     assert "1 complete" in (work / "serve.log").read_text()
 
 
+@pytest.mark.slow
 def test_from_a_store(running: Writer, tmp_path: Path) -> None:
     (text,) = blocks(PAGE, "From a store")
     (data := tmp_path / "seaweed").mkdir()

@@ -79,6 +79,7 @@ def test_in_the_background(loop: str, s3: Store, checkpoints: Checkpoints, tmp_p
         restored.check_verdict()
 
 
+@pytest.mark.slow
 def test_over_http(checkpoints: Checkpoints, tmp_path: Path) -> None:
     """Any server of files that knows ranges: nginx. A space in the name; the file is replaced: another ETag."""
     checkpoint = checkpoints.get(NEWEST, "plain")
@@ -125,6 +126,7 @@ def test_the_cache_of_a_host(
         assert reads("third") > second
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_bad_store(
     s3: Store, checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -154,6 +156,7 @@ def test_a_bad_store(
     assert "Traceback" not in (work / "serve.log").read_text()
 
 
+@pytest.mark.slow
 def test_a_key_that_vanishes_and_comes_back(s3: Store, checkpoints: Checkpoints, tmp_path: Path) -> None:
     """The tasks wait for it."""
     checkpoint = checkpoints.get(NEWEST, "plain")
@@ -170,6 +173,7 @@ def test_a_key_that_vanishes_and_comes_back(s3: Store, checkpoints: Checkpoints,
     assert f"pack {url}: {url}: no such object" in (work / "serve.log").read_text()
 
 
+@pytest.mark.slow
 def test_a_key_that_is_overwritten(s3: Store, checkpoints: Checkpoints, tmp_path: Path) -> None:
     """By the pack of another task. None of its pages get through; with a deadline the task gets SIGBUS."""
     other = packed(checkpoints.get(NEWEST, "single"), tmp_path).rename(tmp_path / "other")
