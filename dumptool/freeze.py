@@ -214,20 +214,21 @@ class _Freezer:
         """Seizes and stops threads until a look at the tree finds no new one."""
         while True:
             tree = self._look()
-            new = [
-                (tid, process.pid)
+            # A thread may be listed twice: in an execve it takes the place of the leader while that is read.
+            new = {
+                tid: process.pid
                 for process in tree
                 if not process.zombie
                 for tid in process.threads
                 if not self._stands(tid)
-            ]
+            }
             if tree[0].zombie:
                 raise DumpError(f"pid {self._root} is a zombie: it has nothing to save but its exit code")
             if not new:
                 return tree
             if time.monotonic() > self._deadline:
                 raise DumpError(f"the tree of pid {self._root} does not come to rest in {self._timeout:g} s")
-            self._stop(new)
+            self._stop(list(new.items()))
 
     def _look(self) -> list[Process]:
         """The tree; for up to ``EXEC_PATIENCE`` not one in which an execve is about to replace a dead leader."""
