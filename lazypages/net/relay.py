@@ -1,8 +1,7 @@
 """Translates a connection that the engine can't read itself (TLS, compressed answers) to the canonical stream.
 
-The canonical stream has the 32-byte header and is uncompressed. A relay is a thread between the connection and a socket
-pair: it decrypts, decompresses and writes canonical headers. It never waits for the event loop. Both the codec here and
-the engine check each answer against its request.
+The canonical stream has the 32-byte header and is uncompressed. A relay decrypts, decompresses and writes canonical
+headers. Both the codec here and the engine check each answer against its request.
 
 The kernel could decrypt instead (kTLS), without a copy through Python. Python's ssl supports that from 3.12 on
 (``OP_ENABLE_KTLS``), if its OpenSSL was built for it and the kernel has the module ``tls``; we support 3.11.
@@ -10,21 +9,16 @@ The kernel could decrypt instead (kTLS), without a copy through Python. Python's
 
 from __future__ import annotations
 
-import errno
-import logging
 import select
 import socket
-import threading
 import time
 from collections import deque
-from contextlib import suppress
 from typing import Final
-
-import anyio
 
 from lazypages.errors import LazyPagesError
 from lazypages.net import wire
 from lazypages.net.link import Link, LinkError
+from lazypages.net.translator import Translator
 from lazypages.net.trial import Trial
 from lazypages.net.wire import (
     PAGE_SIZE,
@@ -37,13 +31,10 @@ from lazypages.net.wire import (
     ServerCodec,
 )
 
-log = logging.getLogger("lazypages")
-
 COMPRESSED_MIN_PAGES: Final = 16  # of a background request whose answer may be compressed
 RECORD: Final = 16 << 10  # bytes of a full TLS record, the most that one receive returns (RFC 8446, 5.1)
 AT_ONCE: Final = 128 << 10  # bytes that are received before they are forwarded
 REQUESTS: Final = 64 << 10  # bytes of the buffer for requests
-JOIN_PAUSE: Final = 0.002  # s between two looks whether the thread has ended
 
 
 class Direct:
@@ -62,7 +53,7 @@ class Direct:
         self._link.close()
 
 
-class Relay:
+class Relay(Translator):
     """A translator between `link` and the engine.
 
     ``codec``: for the server's protocol, without outstanding requests. ``trial``: measures whether compression pays.
@@ -79,53 +70,19 @@ class Relay:
             deque()
         )  # per outstanding request: whether the answer may be compressed
         self._unsent = bytearray()
-        self.failure: LazyPagesError | None = None
-        self.at_boundary = True
-        self.compressed_pages = self.compressed_bytes = 0
-        self._thread = threading.Thread(target=self._run, name="relay", daemon=True)
-        self._inner, self._engine_end = socket.socketpair()
+        super().__init__("relay")
+
+    def pump(self) -> None:
+        """Raises LinkError, RemoteProtocolError, OSError."""
         try:
-            self._thread.start()
-        except (RuntimeError, MemoryError) as error:  # threading's for EAGAIN of pthread_create
-            self._inner.close()
-            self._engine_end.close()
-            raise OSError(errno.EAGAIN, str(error)) from None
-
-    def fileno(self) -> int:
-        return self._engine_end.fileno()
-
-    @property
-    def alive(self) -> bool:
-        """Whether the relay's thread is running."""
-        return self._thread.is_alive()
-
-    async def aclose(self) -> None:
-        with suppress(OSError):
-            self._engine_end.shutdown(socket.SHUT_RDWR)
-        while (
-            self.alive
-        ):  # it ends at once; a thread that waits for it could not be started for lack of memory
-            await anyio.sleep(JOIN_PAUSE)
-        self._engine_end.close()
-
-    def _run(self) -> None:
-        try:
-            self._pump()
-        except LazyPagesError as error:
-            self.failure = error
-        except OSError as error:  # the engine has closed its end
-            self.failure = LinkError(error.strerror or str(error))
-        except Exception as error:
-            log.exception("a translator failed")
-            self.failure = LinkError(f"internal error: {error!r}")
+            self._translate()
         finally:
             self.at_boundary = self.codec.at_boundary
-            self._inner.close()  # the event loop reads `failure` and `at_boundary` at the end of the stream
             self._link.close()
 
-    def _pump(self) -> None:
+    def _translate(self) -> None:
         """Forwards in both directions until either side ends. Raises LinkError, RemoteProtocolError, OSError."""
-        inner, outer = self._inner.fileno(), self._link.fileno()
+        inner, outer = self.inner.fileno(), self._link.fileno()
         poll = select.poll()
         poll.register(inner, select.POLLIN)
         poll.register(outer, select.POLLIN)
@@ -166,7 +123,7 @@ class Relay:
     def _take_requests(self) -> bool:
         """Translates the engine's requests; False if it has closed its end."""
         try:
-            data = self._inner.recv(REQUESTS // 2, socket.MSG_DONTWAIT)
+            data = self.inner.recv(REQUESTS // 2, socket.MSG_DONTWAIT)
         except BlockingIOError:
             return True
         if not data:
@@ -228,7 +185,7 @@ class Relay:
                 raise failure
             return True
         finally:
-            self._forward(parts)
+            self.forward(parts)
 
     def _answered(self, asked: wire.Get, nr_pages: int, frame: int) -> None:
         if self._background.popleft():
@@ -237,14 +194,6 @@ class Relay:
         if frame:
             self.compressed_pages += nr_pages
             self.compressed_bytes += frame
-
-    def _forward(self, parts: list[bytes | memoryview]) -> None:
-        """Sends to the engine. May block: answers are in order, so a later one can't overtake."""
-        for first in range(0, len(parts), 512):  # the kernel accepts up to 1024 (UIO_MAXIOV)
-            some = parts[first : first + 512]
-            sent = self._inner.sendmsg(some)
-            if sent < sum(map(len, some)):
-                self._inner.sendall(b"".join(some)[sent:])
 
 
 def _header(pid: int, vaddr: int, nr_pages: int, flags: PageFlags) -> bytes:

@@ -6,23 +6,17 @@ read, is answered as missing: what becomes of it is decided as for a page server
 
 from __future__ import annotations
 
-import errno
 import logging
-import socket
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from typing import Final, NamedTuple
-
-import anyio
 
 from images_spec.errors import ImageError
 from images_spec.packed import ZERO, PackReader, Run
 from images_spec.without_lazy import LazyPages
-from lazypages.errors import LazyPagesError
 from lazypages.net import wire
-from lazypages.net.link import LinkError
+from lazypages.net.translator import Translator
 from lazypages.net.wire import PAGE_SIZE, Command, Features, Header, Layout, ServerCodec
 from lazypages.sources.base import Connected, Source
 from lazypages.sources.shortage import made
@@ -33,7 +27,6 @@ FEATURES: Final = Features.MISSING | Features.CONNECTIONS | Features.ZERO
 CACHE: Final = 16 << 20  # bytes of frames that are kept: a fault's neighbours are in its frame
 LONG_ZEROS: Final = 16  # pages of zeros that end an answer; fewer are sent as bytes
 REQUESTS: Final = 64 << 10  # bytes of the buffer for requests
-JOIN_PAUSE: Final = 0.002  # s between two looks whether the thread has ended
 
 
 class Wanted(NamedTuple):
@@ -134,47 +127,14 @@ class PackedPages:
         return parts
 
 
-class Answerer:
-    """Answers requests for pages on one socket pair, in a thread of its own. Raises OSError: it can't start."""
+class Answerer(Translator):
+    """Answers requests for pages. Raises OSError: it can't start."""
 
     def __init__(self, pages: PackedPages) -> None:
         self.pages = pages
         self.codec = ServerCodec(Layout.CRIU_4_2, size=REQUESTS)
         self.codec.features = FEATURES
-        self.failure: LazyPagesError | None = None
-        self.at_boundary = True
-        self.compressed_pages = self.compressed_bytes = 0
-        self._thread = threading.Thread(target=self._run, name="pack", daemon=True)
-        self.inner, self._engine_end = socket.socketpair()
-        try:
-            self._thread.start()
-        except (RuntimeError, MemoryError) as error:  # threading's for EAGAIN of pthread_create
-            self.inner.close()
-            self._engine_end.close()
-            raise OSError(errno.EAGAIN, str(error)) from None
-
-    def fileno(self) -> int:
-        return self._engine_end.fileno()
-
-    async def aclose(self) -> None:
-        with suppress(OSError):
-            self._engine_end.shutdown(socket.SHUT_RDWR)
-        while self._thread.is_alive():
-            await anyio.sleep(JOIN_PAUSE)
-        self._engine_end.close()
-
-    def _run(self) -> None:
-        try:
-            self.pump()
-        except LazyPagesError as error:
-            self.failure = error
-        except OSError as error:  # the engine has closed its end
-            self.failure = LinkError(error.strerror or str(error))
-        except Exception as error:
-            log.exception("a thread that answers from a pack failed")
-            self.failure = LinkError(f"internal error: {error!r}")
-        finally:
-            self.inner.close()  # the event loop reads `failure` at the end of the stream
+        super().__init__("pack")
 
     def pump(self) -> None:
         """Answers one request after the other, until the engine closes its end. Raises LazyPagesError, OSError."""
@@ -184,13 +144,13 @@ class Answerer:
             while (event := self.codec.next_event()) is not None:
                 match event:
                     case Header(command=Command.GET):
-                        self._send(*self._answer(event))
+                        self.forward(self._answer(event))
                     case Header():  # the last one: CLOSE
-                        self._send(wire.answer_close(), [])
+                        self.forward([wire.answer_close()])
                     case _:
                         return
 
-    def _answer(self, asked: Header) -> tuple[bytes, list[bytes]]:
+    def _answer(self, asked: Header) -> list[bytes]:
         wanted = self.pages.find(asked.dst_id, asked.vaddr, asked.nr_pages)
         frames = self.pages.kept(wanted.frames)
         reader = self.pages.reader
@@ -206,20 +166,12 @@ class Answerer:
                     frames[frame] = contents
         return self.answer(asked, wanted, frames)
 
-    def answer(self, asked: Header, wanted: Wanted, frames: Mapping[int, bytes]) -> tuple[bytes, list[bytes]]:
-        """The header of an answer, and its pages: as many as the frames have."""
+    def answer(self, asked: Header, wanted: Wanted, frames: Mapping[int, bytes]) -> list[bytes]:
+        """An answer, in parts: its header, and as many pages as the frames have."""
         if wanted.zeros:
-            return self.codec.answer_get(asked, wanted.zeros, zero=True), []
+            return [self.codec.answer_get(asked, wanted.zeros, zero=True)]
         parts = self.pages.pages(wanted, frames)
-        return self.codec.answer_get(asked, sum(map(len, parts)) // PAGE_SIZE), parts
-
-    def _send(self, header: bytes, pages: list[bytes]) -> None:
-        """May block: the engine reads what it has requested."""
-        buffers = [header, *pages]
-        total = sum(map(len, buffers))
-        sent = self.inner.sendmsg(buffers)
-        if sent < total:
-            self.inner.sendall(b"".join(buffers)[sent:])
+        return [self.codec.answer_get(asked, sum(map(len, parts)) // PAGE_SIZE), *parts]
 
 
 async def answered_by(make: Callable[[], Answerer], source: Source, reached: Callable[[], None]) -> Connected:

@@ -103,8 +103,7 @@ class StoreAnswerer(Answerer):
     async def _fill(self, asked: Header, slot: _Slot) -> None:
         wanted = self.pages.find(asked.dst_id, asked.vaddr, asked.nr_pages)
         frames = await self._frames(wanted.frames)
-        header, pages = self.answer(asked, wanted, frames)
-        slot.buffers.extend((header, *pages))
+        slot.buffers.extend(self.answer(asked, wanted, frames))
         slot.done.set()
 
     async def _frames(self, numbers: list[int]) -> Mapping[int, bytes]:

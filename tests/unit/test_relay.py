@@ -363,7 +363,7 @@ def test_no_relay(lacking: str, monkeypatch: pytest.MonkeyPatch) -> None:
     server, theirs = socket.socketpair()
     link, codec = Link(theirs), ClientCodec(Layout.CRIU_4_2)
     with monkeypatch.context() as patch:
-        patch.setattr(f"lazypages.net.relay.{lacking}", fail)
+        patch.setattr(f"lazypages.net.translator.{lacking}", fail)
         with pytest.raises(OSError, match="no"):
             Relay(link, codec, Trial())
     second = Relay(link, codec, Trial())
