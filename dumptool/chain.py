@@ -14,7 +14,7 @@ from dumptool.errors import DumpError
 from images_spec.checkpoint import check_inventory
 from images_spec.errors import ImageError, ImageMissingError
 from images_spec.images import Kind, read_one
-from images_spec.pagemap import Pagemap
+from images_spec.pagemap import Pagemap, pages_name
 from images_spec.placement import ExtentTable, resolve
 
 PARENT_LINK = "parent"
@@ -66,7 +66,7 @@ def _load(level: Path, name: str) -> tuple[Pagemap | None, Path | None]:
     """The pagemap of a level and its pages file. The file is None if it is at a page server; both: no pagemap."""
     try:
         pagemap = Pagemap.load(level / name)
-        return pagemap, level / f"pages-{pagemap.pages_id}.img"
+        return pagemap, level / pages_name(pagemap.pages_id)
     except ImageMissingError:
         pass
     try:

@@ -41,7 +41,7 @@ from dumptool.settings import Report, Serve, Settings, Watcher
 from dumptool.survey import Task
 from images_spec import images
 from images_spec.images import Kind
-from images_spec.pagemap import Pagemap
+from images_spec.pagemap import Pagemap, pages_name
 
 log = logging.getLogger("lazypages")
 
@@ -220,7 +220,7 @@ class _CriuRun(Run):
             task = StoppedTask(process.pid, pid, self._parents.get(pid), pidfd, held)
             name = Kind.PAGEMAP.file_name(pid)
             pages_id = Pagemap.load(self._work / name).pages_id
-            self._own |= {name, f"pages-{pages_id}.img"}
+            self._own |= {name, pages_name(pages_id)}
             target = self.level.task_target(pid, pages_id, parents=task.parent is not None)
             changes = self.level.changes(task)  # before the tracker is armed
             if self._track and before is not None:

@@ -15,7 +15,7 @@ from dumptool.memory import Runs
 from dumptool.proc import Layout
 from images_spec.flags import PAGE_SIZE, PE_PRESENT
 from images_spec.images import Kind
-from images_spec.pagemap import Pagemap
+from images_spec.pagemap import Pagemap, pages_name
 
 SHARED = "pagemap-shmem-"
 MOST_NUMBERS = 1 << 32
@@ -46,10 +46,6 @@ def thrown_away(written: Path) -> Iterator[tuple[int, Pagemap]]:
         pagemap = Pagemap.load(path)
         if (written / pages_name(pagemap.pages_id)).is_symlink():
             yield int(path.stem.removeprefix(SHARED)), pagemap
-
-
-def pages_name(pages_id: int) -> str:
-    return f"pages-{pages_id}.img"
 
 
 def names(number: int, pagemap: Pagemap) -> set[str]:

@@ -30,7 +30,7 @@ from images_spec.flags import (
     VMA_VSYSCALL,
     VMA_VVAR,
 )
-from images_spec.pagemap import PagemapWriter
+from images_spec.pagemap import PagemapWriter, pages_name
 from images_spec.placement import Span
 
 BUFFER_PAGES = 256
@@ -386,7 +386,7 @@ class Target:
 
     @property
     def pages(self) -> Path:
-        return self.directory / f"pages-{self.pages_id}.img"
+        return self.directory / pages_name(self.pages_id)
 
     @contextmanager
     def open(self) -> Iterator[Image]:

@@ -18,7 +18,7 @@ from images_spec.core_pb2 import TaskState
 from images_spec.errors import ImageError, ImageMissingError
 from images_spec.flags import MADV_WIPEONFORK, VMA_KNOWN
 from images_spec.images import Kind
-from images_spec.pagemap import Pagemap
+from images_spec.pagemap import Pagemap, pages_name
 from images_spec.placement import ExtentTable, Span, guard_regions, lazy_vmas, mappings, resolve
 from images_spec.unknown import NEWER, has_unknown_fields, refuse_unknown_fields
 
@@ -218,7 +218,7 @@ def _check_mappings(mm: MmEntry, path: Path) -> None:
 
 
 def _find_pages(pagemap: Pagemap, directory: Path) -> TaskLevel:
-    path = directory / f"pages-{pagemap.pages_id}.img"
+    path = directory / pages_name(pagemap.pages_id)
     try:
         status = path.stat()
     except FileNotFoundError:

@@ -17,7 +17,7 @@ from images_spec.errors import ImageError, ImageMissingError
 from images_spec.flags import PAGE_SIZE, PE_LAZY, PE_PRESENT
 from images_spec.images import Kind
 from images_spec.packed import PIECE, Area, PackReader, PackWriter
-from images_spec.pagemap import Pagemap, PagemapWriter
+from images_spec.pagemap import Pagemap, PagemapWriter, pages_name
 from images_spec.placement import SOURCE_LOST, SOURCE_REMOTE, Extent, ExtentTable, resolve
 
 READ_PAGES: Final = 256
@@ -68,7 +68,7 @@ def _add_memory(writer: PackWriter, chain: tuple[Path, ...], flat: Path, progres
     table = resolve([pagemap for pagemap, _ in levels], remote=True)
     _write_flat(flat, number, table, chain[0] / name)
     writer.add_file(name, 0o600, _contents(flat))
-    writer.add_pages(f"pages-{number}.img", _pages(table, levels, progress))
+    writer.add_pages(pages_name(number), _pages(table, levels, progress))
 
 
 def bytes_of_pages(directory: Path) -> int:
@@ -117,7 +117,7 @@ def _contents(path: Path) -> Iterator[bytes]:
 
 def _pages(table: ExtentTable, levels: list[tuple[Pagemap, Path]], progress: Progress) -> Iterator[bytes]:
     """The bytes of all pages that the chain has, in the order of the flat pagemap."""
-    paths = [directory / f"pages-{pagemap.pages_id}.img" for pagemap, directory in levels]
+    paths = [directory / pages_name(pagemap.pages_id) for pagemap, directory in levels]
     files: dict[int, int] = {}
     try:
         for extent in table:

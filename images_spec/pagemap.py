@@ -27,10 +27,15 @@ class Entry(NamedTuple):
     flags: int
 
 
+def pages_name(pages_id: int) -> str:
+    """The name of a file of pages, which is in the directory of the pagemap that names it."""
+    return f"pages-{pages_id}.img"
+
+
 class Pagemap:
     """The entries of one pagemap image: sorted, disjoint, page aligned, with known flags only.
 
-    ``path``: of the image. ``pages_id``: the data is in ``pages-<pages_id>.img`` in the same directory.
+    ``path``: of the image. ``pages_id``: the data is in ``pages_name(pages_id)`` in the same directory.
     ``present_pages``: number of pages in that file.
     """
 

@@ -18,7 +18,7 @@ from images_spec.errors import ImageError
 from images_spec.flags import PAGE_SIZE, PE_LAZY, PE_PRESENT
 from images_spec.images import Kind
 from images_spec.packed import Area, PackReader
-from images_spec.pagemap import Pagemap, PagemapWriter
+from images_spec.pagemap import Pagemap, PagemapWriter, pages_name
 from images_spec.placement import SOURCE_LOST, SOURCE_REMOTE, ExtentTable, resolve
 
 #: The pack from which the images in a directory are: its identity. Without this file, nothing is written over.
@@ -68,7 +68,7 @@ def place(reader: PackReader, directory: Path) -> Placed:
         if memory:
             pagemap = Pagemap(b"".join(contents), Path(file.name))
             task = _place_memory(
-                reader, areas.get(f"pages-{pagemap.pages_id}.img"), pagemap, directory, lazy=not memory[1]
+                reader, areas.get(pages_name(pagemap.pages_id)), pagemap, directory, lazy=not memory[1]
             )
             if not memory[1]:
                 placed[int(memory[2])] = task

@@ -75,14 +75,14 @@ def write(workload: Workload, folder: Path, programs: Programs) -> Checkpoint:
             pid, pages_id = FIRST_PID + task, task + 1
             pagemap.write(directory / Kind.PAGEMAP.file_name(pid), pages_id, _entries(layout, level))
             runs = _sparse(layout, order, task) if layout.sparse else _runs(layout, level, task)
-            _fill(programs, directory / f"pages-{pages_id}.img", runs, chase, layout)
+            _fill(programs, directory / pagemap.pages_name(pages_id), runs, chase, layout)
     flat = levels[0]
     if layout.depth:
         flat = folder / "flat"
         flat.mkdir()
         for task in range(layout.tasks):
             runs = iter([(0, task + 1, 0, layout.pages, 1)])
-            programs.fill_pages(flat / f"pages-{task + 1}.img", runs, chase)
+            programs.fill_pages(flat / pagemap.pages_name(task + 1), runs, chase)
     images_dir = levels[0]
     if layout.source is Source.REMOTE:
         images_dir = folder / "remote"
@@ -91,7 +91,7 @@ def write(workload: Workload, folder: Path, programs: Programs) -> Checkpoint:
         for task in range(layout.tasks):
             lazy = ((vaddr, count, flags.PE_LAZY) for vaddr, count, _flags in _entries(layout, 0))
             pagemap.write(images_dir / Kind.PAGEMAP.file_name(FIRST_PID + task), task + 1, lazy)
-            (images_dir / f"pages-{task + 1}.img").touch()
+            (images_dir / pagemap.pages_name(task + 1)).touch()
     return Checkpoint(layout, images_dir, levels[0], str(flat / "pages-%d.img"), order_file)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from images_spec import flags, pagemap
 from images_spec.images import Kind
-from images_spec.pagemap import Pagemap
+from images_spec.pagemap import Pagemap, pages_name
 from lazypages.bench.checkpoints import BASE, Checkpoint
 from lazypages.bench.daemons import Daemon
 from lazypages.bench.errors import BenchError
@@ -132,7 +132,7 @@ def _leave_lazy_pages(full: Path, images: Path) -> None:
     shutil.copytree(full, images, ignore=shutil.ignore_patterns("pages-*", "pagemap-*"))
     for path in full.glob(Kind.PAGEMAP.file_name("*")):
         whole = Pagemap.load(path)
-        name = f"pages-{whole.pages_id}.img"
+        name = pages_name(whole.pages_id)
         offset = 0
         entries = []
         with (full / name).open("rb") as source, (images / name).open("wb") as target:

@@ -11,7 +11,7 @@ from typing import Any, Final
 from images_spec.checkpoint import check_inventory, parent_chain
 from images_spec.errors import ImageError, ImageMissingError
 from images_spec.images import Kind
-from images_spec.pagemap import Pagemap
+from images_spec.pagemap import Pagemap, pages_name
 from images_spec.placement import ExtentTable, resolve
 from lazypages.errors import UnreadableError
 from lazypages.net._pageserver import ffi, lib
@@ -91,7 +91,7 @@ class ServedImages:
             except ImageMissingError:
                 break
             pagemaps.append(pagemap)
-            levels.append(self._map(directory / f"pages-{pagemap.pages_id}.img", pagemap))
+            levels.append(self._map(directory / pages_name(pagemap.pages_id), pagemap))
         table = resolve(pagemaps, remote=False)
         array = ffi.new("struct lp_pages_file *[]", levels)
         self._tables.append(table)

@@ -20,7 +20,7 @@ from images_spec.errors import ImageMissingError
 from images_spec.flags import PE_PARENT, PE_PRESENT
 from images_spec.images import COMMON_MAGIC, Kind
 from images_spec.messages import PagemapEntry, PagemapHead
-from images_spec.pagemap import Pagemap
+from images_spec.pagemap import Pagemap, pages_name
 from lazypages.errors import LazyPagesError
 from lazypages.net import wire
 from lazypages.net.patience import PatientReader, SlowPeerError
@@ -63,7 +63,7 @@ class _ParentLevel:
     @classmethod
     def load(cls, directory: Path, name: str) -> _ParentLevel:
         pagemap = Pagemap.load(directory / name)
-        level = cls(pagemap, directory / f"pages-{pagemap.pages_id}.img")
+        level = cls(pagemap, directory / pages_name(pagemap.pages_id))
         offset = 0
         for entry in pagemap:
             level.offsets.append(offset)
@@ -106,7 +106,7 @@ class ImageReceiver:
         name = _pagemap_name(dst_id)
         parents = self._parents(name)
         pages_id, self._next_id = self._next_id, self._next_id + 1
-        pagemap, pages = self._directory / name, self._directory / f"pages-{pages_id}.img"
+        pagemap, pages = self._directory / name, self._directory / pages_name(pages_id)
         self._image = _Image(dst_id, name, _create(pagemap), _create(pages), parents)
         self._image.pagemap.write(
             struct.pack("<II", COMMON_MAGIC, Kind.PAGEMAP.magic) + _framed(PagemapHead(pages_id=pages_id))

@@ -31,7 +31,7 @@ from images_spec.messages import (
     TtyInfoEntry,
     VmaEntry,
 )
-from images_spec.pagemap import Pagemap
+from images_spec.pagemap import Pagemap, pages_name
 from images_spec.placement import ExtentTable, mappings, resolve
 from images_spec.unknown import refuse_unknown_fields
 
@@ -251,7 +251,7 @@ def _shared(checkpoint: Checkpoint, ident: int) -> SharedMemory:
             if not pagemaps:
                 raise
             break
-        pages = directory / f"pages-{pagemap.pages_id}.img"
+        pages = directory / pages_name(pagemap.pages_id)
         if pagemap.present_pages:
             try:
                 pagemap.check_pages_size(pages.stat().st_size, pages)

@@ -21,14 +21,13 @@ from dumptool.criu_dump import ByCriu, dump_by_criu
 from dumptool.freeze import members
 from dumptool.proc import children
 from dumptool.settings import Settings, Watcher
-from tests.real.test_dump_kills import expected_output, in_child
+from tests.real.test_dump_kills import REST, ROUNDS, expected_output, in_child
 from tests.support.compiling import PROGRAMS, compiled
 from tests.support.criu import RELEASES, Criu
 from tests.support.dumptool import is_unharmed
 from tests.support.processes import descendants, nothing_left, reap, start, wait_for
 
 KILLS = int(os.environ.get("LAZYPAGES_KILLS", "30"))
-ROUNDS, REST = "20000", "50000"  # the rest in us: the programs take 1,000 s, unless they are told to go on
 VICTIMS = ("dumptool", "criu", "both")
 
 
