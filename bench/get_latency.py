@@ -20,8 +20,9 @@ from pathlib import Path
 
 from lazypages.bench import checkpoints
 from lazypages.bench.daemons import Daemon
+from lazypages.bench.pipes import raised_pipe_limit
 from lazypages.bench.programs import FLAGS, Programs
-from lazypages.bench.remote import page_server, raised_pipe_limit
+from lazypages.bench.remote import page_server
 from lazypages.bench.workloads import PAGE_SIZE, Layout, Order, Workload
 
 COUNT = 3000

@@ -11,8 +11,6 @@ from lazypages.bench.daemons import Daemon
 from lazypages.bench.errors import BenchError
 from lazypages.bench.programs import Programs
 
-PIPE_MAX_SIZE = Path("/proc/sys/fs/pipe-max-size")
-
 
 @contextmanager
 def page_server(
@@ -36,24 +34,6 @@ def page_server(
             yield where
         except BenchError as error:
             raise BenchError(f"{error}\npage server: {server.story()}") from error
-
-
-@contextmanager
-def raised_pipe_limit(size: int = 16 << 20) -> Iterator[None]:
-    """Raise fs.pipe-max-size to at least `size` bytes for the block, then restore it.
-
-    Without CAP_SYS_RESOURCE, CRIU's page server ends at requests past the first 16 pages of a pipe
-    (docs/criu.md, "Page server protocol"). Raises BenchError.
-    """
-    try:
-        before = PIPE_MAX_SIZE.read_text()
-        PIPE_MAX_SIZE.write_text(str(max(size, int(before))))
-    except OSError as error:
-        raise BenchError(f"cannot raise {PIPE_MAX_SIZE} for CRIU's page server: {error.strerror}") from None
-    try:
-        yield
-    finally:
-        PIPE_MAX_SIZE.write_text(before)
 
 
 def _free_port() -> int:

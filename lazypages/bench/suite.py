@@ -13,8 +13,8 @@ from lazypages.bench.errors import BenchError
 from lazypages.bench.machine import OthersWatch
 from lazypages.bench.metrics import Spread
 from lazypages.bench.peers import CriuDaemon, Peer
+from lazypages.bench.pipes import raised_pipe_limit
 from lazypages.bench.programs import Programs
-from lazypages.bench.remote import raised_pipe_limit
 from lazypages.bench.runs import Run
 from lazypages.bench.workloads import MIB, PAGE_SIZE, Layout, Order, Source, Workload
 

@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 
 from images_spec.identity import identify
+from lazypages.bench.pipes import raised_pipe_limit
 from lazypages.net.url import TcpServer
 from tests.real.test_dump_lazy import Victim, lazy_dump, ours, running
 from tests.real.test_one_destination import destination
 from tests.real.test_remote_criu import lazy_pages, read_memory
 from tests.real.test_serve_remote import page_server_at
-from tests.support.criu import Criu, raised_pipe_limit
+from tests.support.criu import Criu
 from tests.support.dumptool import check
 from tests.support.pages import fetch
 from tests.support.processes import nothing_left, start, wait_for

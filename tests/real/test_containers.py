@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from lazypages.bench.pipes import raised_pipe_limit
 from tests.support import docs
-from tests.support.criu import makes_none_lazy, raised_pipe_limit
+from tests.support.criu import makes_none_lazy
 from tests.support.docs import Shell, served
 from tests.support.hosts import Link, two_hosts
 from tests.support.processes import nothing_left, wait_for

@@ -25,6 +25,7 @@ import pytest
 from images_spec import images as image_files
 from images_spec.images import Kind
 from images_spec.messages import PagemapEntry
+from lazypages.bench.pipes import raised_pipe_limit
 from lazypages.control.listener import ControlSocket
 from lazypages.loop import server as loop_server
 from lazypages.loop.options import ServeOptions
@@ -36,7 +37,7 @@ from lazypages.sources.page_server import PageServerSource, RemoteOptions
 from lazypages.sources.remote import RemotePages
 from tests.real.test_remote_criu import lazy_pages
 from tests.support.certificates import Authority
-from tests.support.criu import Criu, raised_pipe_limit
+from tests.support.criu import Criu
 from tests.support.pages import fetch, page_server
 from tests.support.processes import Server, nothing_left, wait_for
 from tests.support.remote import criu_page_server, free_port, leave_at_source

@@ -18,12 +18,13 @@ from pathlib import Path
 
 import pytest
 
+from lazypages.bench.pipes import raised_pipe_limit
 from tests.real.test_criu_namespace import NAMESPACE
 from tests.real.test_dump_precopy import SOURCE as WRITER
 from tests.real.test_dump_precopy import Writer
 from tests.support import docs
 from tests.support.compiling import compiled
-from tests.support.criu import Criu, all_criu, raised_pipe_limit
+from tests.support.criu import Criu, all_criu
 from tests.support.dumptool import task
 from tests.support.hosts import Host, Link, two_hosts
 from tests.support.processes import descendants, nothing_left, reap, tail, wait_for

@@ -16,12 +16,13 @@ from typing import Self
 
 import pytest
 
+from lazypages.bench.pipes import raised_pipe_limit
 from lazypages.net.url import TcpServer
 from lazypages.net.wire import PAGE_SIZE, Command, Header, ImageType, Layout, encode_dst_id
 from lazypages.sources.page_server import RemoteOptions
 from tests.real.test_remote_criu import free_port, layout_of, lazy_pages, read_memory
 from tests.support.certificates import Authority
-from tests.support.criu import Criu, all_criu, raised_pipe_limit
+from tests.support.criu import Criu, all_criu
 from tests.support.pages import BASE, PageServer, fetch, page_at, page_server
 from tests.support.processes import Server, nothing_left, start, wait_for
 from tests.support.restore import Checkpoints, Daemon, Program, lazy_restore

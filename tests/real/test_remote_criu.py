@@ -12,10 +12,11 @@ import pytest
 
 from images_spec.flags import PE_LAZY, PE_PRESENT
 from images_spec.pagemap import Pagemap
+from lazypages.bench.pipes import raised_pipe_limit
 from lazypages.net.url import TcpServer
 from lazypages.net.wire import PAGE_SIZE, Layout
 from lazypages.sources.page_server import RemoteOptions
-from tests.support.criu import Criu, all_criu, raised_pipe_limit
+from tests.support.criu import Criu, all_criu
 from tests.support.pages import LOOP_NAMES, LOOPS, Contents, fetch
 from tests.support.processes import nothing_left, start, wait_for
 from tests.support.restore import Checkpoints, Program

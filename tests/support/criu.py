@@ -10,8 +10,7 @@ import functools
 import os
 import re
 import subprocess
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +23,6 @@ from tests.support.processes import Server, tail
 
 CRIU_DIR = Path(os.environ.get("LAZYPAGES_CRIU_DIR", "/var/cache/lazypages/criu"))
 RELEASES = ("4.1", "4.2")
-PIPE_MAX_SIZE = Path("/proc/sys/fs/pipe-max-size")
 
 
 @dataclass(frozen=True)
@@ -117,7 +115,7 @@ class Criu:
         return self._server("lazy-pages", images, arguments, work or images)
 
     def page_server(self, images: Path, *arguments: str | Path, work: Path | None = None) -> Server:
-        """A page server on `images`; `--lazy-pages` makes it answer GETs (see raised_pipe_limit)."""
+        """A page server on `images`; `--lazy-pages` makes it answer GETs (see lazypages.bench.pipes)."""
         return self._server("page-server", images, arguments, work or images)
 
     def lazy_dump(self, pid: int, images: Path, *arguments: str | Path, work: Path | None = None) -> Server:
@@ -142,21 +140,6 @@ def newest_on_every_kernel() -> list[ParameterSet]:
         *(pytest.param(Criu(release), id=f"criu-{release}") for release in older),
         pytest.param(Criu(newest), id=f"criu-{newest}", marks=pytest.mark.every_kernel),
     ]
-
-
-@contextmanager
-def raised_pipe_limit(size: int = 16 << 20) -> Iterator[None]:
-    """Raise fs.pipe-max-size to at least `size` bytes for the block, then restore it.
-
-    Without CAP_SYS_RESOURCE, CRIU's page server ends at requests past the first 16 pages of a pipe
-    (docs/criu.md, "Page server protocol").
-    """
-    before = PIPE_MAX_SIZE.read_text()
-    PIPE_MAX_SIZE.write_text(str(max(size, int(before))))
-    try:
-        yield
-    finally:
-        PIPE_MAX_SIZE.write_text(before)
 
 
 def makes_none_lazy(images: Path) -> bool:

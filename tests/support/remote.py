@@ -13,7 +13,8 @@ from pathlib import Path
 from images_spec import pagemap as pagemaps
 from images_spec.flags import PAGE_SIZE, PE_LAZY, PE_PRESENT
 from images_spec.pagemap import Pagemap
-from tests.support.criu import Criu, raised_pipe_limit
+from lazypages.bench.pipes import raised_pipe_limit
+from tests.support.criu import Criu
 from tests.support.processes import Server
 
 Entries = list[tuple[int, int, int]]
