@@ -250,13 +250,13 @@ class _CriuRun(Run):
 
     def put_off(self) -> None:
         """Has pages copied to memory first, as far as there is room: the tree does not wait for the disk."""
-        tasks = [task for task in self.tasks if task.job is not None]
-        jobs = [*(task.job for task in tasks if task.job is not None), *self.shared]
+        own = [(task, task.job) for task in self.tasks if task.job is not None]
+        jobs = [*(job for _, job in own), *self.shared]
         sinks = put_off([(job.target, job.pages) for job in jobs], room(), self._resources)
         jobs = [replace(job, target=sink) for job, sink in zip(jobs, sinks, strict=True)]
-        for task in tasks:
-            task.job = jobs.pop(0)
-        self.shared = jobs
+        self.shared = jobs[len(own) :]
+        for (task, _), job in zip(own, jobs, strict=False):
+            task.job = job
         self._later = [sink for sink in sinks if isinstance(sink, Later)]
 
     def write_out(self) -> None:

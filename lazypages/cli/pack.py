@@ -41,7 +41,9 @@ def pack_command(directory: Path, target: str) -> None:
         with _progress(total, "packing") as progress:
             done = packing.pack(directory, file, progress)
         if isinstance(place, str):
-            _upload(file, place)
+            from lazypages.net.objects import upload  # noqa: PLC0415 - slow to import
+
+            upload(file, place)
     pages = f"{done.pages:,} pages, {done.zero_pages:,} of them zero, {done.stored_pages:,} stored"
     click.echo(f"{target}: {_mib(done.size)} of {_mib(total)} ({pages})")
 
@@ -83,12 +85,6 @@ def _file(place: Path | str) -> Iterator[Path]:
     check_free(place)
     with tempfile.TemporaryDirectory(prefix="lazypages-pack-") as folder:
         yield Path(folder, "pack")
-
-
-def _upload(file: Path, url: str) -> None:
-    from lazypages.net.objects import upload  # noqa: PLC0415 - slow to import
-
-    upload(file, url)
 
 
 @contextmanager

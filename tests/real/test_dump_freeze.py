@@ -20,7 +20,7 @@ from dumptool.errors import DumpError, TaskGoneError
 from dumptool.proc import layout
 from dumptool.tracee import Gadgets, session
 from tests.support.dumptool import is_unharmed, task
-from tests.support.processes import descendants, nothing_left, reap, start, wait_for
+from tests.support.processes import descendants, name_of, nothing_left, reap, start, wait_for
 
 # Sets threads up, and one of them calls execve: the same all over again, in a few milliseconds.
 EXECS = r"""
@@ -168,7 +168,7 @@ def test_one_that_ends_before_it_is_seized(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def _is(name: str, pid: int) -> bool:
-    return Path(f"/proc/{pid}/comm").read_text() == f"{name}\n"
+    return name_of(pid) == name
 
 
 def test_all_go_on_when_one_can_t_be_stopped() -> None:

@@ -13,7 +13,7 @@ import pytest
 from tests.real.test_restore import OurRestore
 from tests.support.criu import Criu
 from tests.support.dumptool import COMMAND, check, pages, task
-from tests.support.processes import reap, wait_for
+from tests.support.processes import name_of, reap, wait_for
 from tests.support.terminal import OnTerminal
 
 HUGE = 2 << 20
@@ -85,7 +85,7 @@ def test_personality(tmp_path: Path) -> None:
     """
     with task("setarch", "--addr-no-randomize", "/bin/sleep", "1000") as pid:
         personality = Path(f"/proc/{pid}/personality")
-        wait_for("sleep", lambda: b"sleep" in Path(f"/proc/{pid}/comm").read_bytes())
+        wait_for("sleep", lambda: "sleep" in name_of(pid))
         assert int(personality.read_text(), 16) == 0x40000
         check("dump", "-t", pid, "-D", tmp_path / "images")
         reap(pid)

@@ -17,31 +17,16 @@ from images_spec.flags import PAGE_SIZE, PE_LAZY
 from images_spec.packing import open_pack, pack
 from images_spec.pagemap import Pagemap
 from images_spec.without_lazy import MARK, place
-from tests.support.chain import split
-from tests.support.criu import RELEASES, Criu
+from tests.support.criu import Criu
+from tests.support.packs import BY_FAULTS, NEWEST, packed, work_in
 from tests.support.processes import nothing_left, wait_for
 from tests.support.remote import leave_at_source, our_page_server
-from tests.support.restore import Checkpoint, Checkpoints, lazy_restore, our_daemon
-
-NEWEST = Criu(RELEASES[-1])
-BY_FAULTS = our_daemon("--no-background")
-
-
-def packed(checkpoint: Checkpoint, folder: Path, depth: int = 0) -> Path:
-    """The checkpoint in a file, with so many parents before."""
-    images = split(checkpoint.images, folder / "chain", depth).top if depth else checkpoint.images
-    pack(images, folder / "pack")
-    return folder / "pack"
+from tests.support.restore import Checkpoints, lazy_restore, our_daemon
 
 
 def flags(entries: Iterable[tuple[int, int, int]]) -> dict[int, int]:
     """The flags of each page, by address."""
     return {start + at * PAGE_SIZE: bits for start, count, bits in entries for at in range(count)}
-
-
-def work_in(folder: Path) -> Path:
-    (work := folder / "work").mkdir()
-    return work
 
 
 @pytest.mark.loop("tree-4.2")

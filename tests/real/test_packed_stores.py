@@ -7,21 +7,19 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 
-from images_spec.packing import pack
 from lazypages.cli.main import cli
 from tests.support.blocked import wait_for_faults
-from tests.support.criu import RELEASES, Criu
-from tests.support.restore import Checkpoint, Checkpoints, lazy_restore, our_daemon
+from tests.support.criu import Criu
+from tests.support.packs import BY_FAULTS, NEWEST, packed, work_in
+from tests.support.restore import Checkpoints, lazy_restore, our_daemon
 from tests.support.stores import ILLS, BadStore, Store, nginx, seaweed
-
-NEWEST = Criu(RELEASES[-1])
-BY_FAULTS = our_daemon("--no-background")
 
 
 @pytest.fixture(scope="module")
@@ -37,14 +35,12 @@ def _environment(s3: Store, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, value)
 
 
-def packed(checkpoint: Checkpoint, folder: Path) -> Path:
-    pack(checkpoint.images, folder / "pack")
-    return folder / "pack"
-
-
-def work_in(folder: Path) -> Path:
-    (work := folder / "work").mkdir()
-    return work
+@contextmanager
+def bad_store(s3: Store, plan: Callable[[], str], monkeypatch: pytest.MonkeyPatch) -> Iterator[BadStore]:
+    """What everybody who uses S3 finds in its place."""
+    with BadStore(s3.port, plan) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.port}")
+        yield proxy
 
 
 @pytest.mark.loop("tree-4.2")
@@ -103,8 +99,7 @@ def test_the_cache_of_a_host(
     checkpoint = checkpoints.get(NEWEST, "plain")
     url = s3.put("cached.pack", packed(checkpoint, tmp_path).read_bytes())
     cache = tmp_path / "cache"
-    with BadStore(s3.port, lambda: "") as proxy:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.port}")
+    with bad_store(s3, lambda: "", monkeypatch) as proxy:
 
         def reads(name: str) -> int:
             """Of the store, for a whole restore."""
@@ -144,14 +139,15 @@ def test_a_bad_store(
         left[ill] -= 1
         return ill
 
-    with BadStore(s3.port, plan) as proxy:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.port}")
-        with lazy_restore(checkpoint, BY_FAULTS, work := work_in(tmp_path), pack=url) as restored:
-            proxy.armed.set()
-            restored.go()
-            assert restored.wait_tasks(180) == 0
-            restored.check_verdict()
-            assert restored.server.wait() == 0
+    with (
+        bad_store(s3, plan, monkeypatch) as proxy,
+        lazy_restore(checkpoint, BY_FAULTS, work := work_in(tmp_path), pack=url) as restored,
+    ):
+        proxy.armed.set()
+        restored.go()
+        assert restored.wait_tasks(180) == 0
+        restored.check_verdict()
+        assert restored.server.wait() == 0
     assert set(ILLS) <= proxy.seen.keys()
     assert "Traceback" not in (work / "serve.log").read_text()
 

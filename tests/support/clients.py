@@ -89,6 +89,37 @@ class Workers:
         self._pool.shutdown()
 
 
+class Working:
+    """Of ``Clients`` with workers: those parts that are the same for each server."""
+
+    #: How many of the workers count in ``answered``, the first ones; None: all.
+    counted: int | None = None
+
+    def __init__(self) -> None:
+        self._workers: Workers | None = None
+
+    def work(self, steps: Sequence[Callable[[int], None]]) -> None:
+        """Begins the load."""
+        self._workers = Workers(steps)
+
+    def answered(self) -> int:
+        return sum(self._workers.counts[: self.counted]) if self._workers else 0
+
+    def go_on(self) -> None:
+        assert self._workers is not None
+        self._workers.go_on()
+
+    def end_work(self) -> None:
+        """Goes on, and ends the load. Raises what a worker has raised."""
+        self.go_on()
+        assert self._workers is not None
+        self._workers.end()
+
+    def close(self) -> None:
+        if self._workers is not None:
+            self._workers.close()
+
+
 class Inside:
     """``Clients`` that are in the tree that is dumped: in the program that this module is."""
 

@@ -10,7 +10,7 @@ from functools import partial
 from http.client import HTTPConnection, HTTPResponse
 from pathlib import Path
 
-from tests.support.clients import Workers
+from tests.support.clients import Working
 from tests.support.processes import wait_for
 
 PORT = 8080
@@ -61,6 +61,11 @@ http {{
 TEMPORARY = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
 
 
+def temporary(folder: Path) -> str:
+    """The part of a configuration that has its temporary files in ``folder``."""
+    return "".join(f"{kind}_temp_path {folder}/{kind};" for kind in TEMPORARY)
+
+
 def content(name: str) -> bytes:
     """Of the file of that name: one that can be compressed, but not well."""
     chance = random.Random(name)
@@ -84,7 +89,7 @@ def server(folder: Path, address: str = "") -> list[str | Path]:
         CONFIGURATION.format(
             folder=folder,
             listen=f"{address}:{PORT}" if address else f"unix:{folder}/first",
-            temporary="".join(f"{kind}_temp_path {folder}/{kind};" for kind in TEMPORARY),
+            temporary=temporary(folder),
         )
     )
     return [program, "-p", folder, "-e", folder / "error.log", "-c", configuration]
@@ -121,14 +126,14 @@ class Connection(HTTPConnection):
         return answer
 
 
-class Clients:
+class Clients(Working):
     """See ``tests.support.clients.Clients``. One has read only the first bytes of a long answer."""
 
     def __init__(self, host: str) -> None:
         """``host``: the server's address, or the directory of its Unix socket."""
+        super().__init__()
         self._connections = [Connection(host) for _ in range(CLIENTS + 1)]
         self._contents = {name: content(name) for name in names()}
-        self._workers: Workers | None = None
 
     def open(self) -> None:
         for connection in self._connections:
@@ -138,7 +143,7 @@ class Clients:
         self._half, *others = self._connections
         self._long = self._half.ask("/long")
         self._begin = self._long.read(READ)
-        self._workers = Workers([partial(self._get, connection) for connection in others])
+        self.work([partial(self._get, connection) for connection in others])
 
     def _get(self, connection: Connection, number: int) -> None:
         name = names()[number % FILES]
@@ -151,23 +156,13 @@ class Clients:
                 assert place != "compressed/"
             assert data == self._contents[name], f"{place}{name}"
 
-    def answered(self) -> int:
-        return sum(self._workers.counts) if self._workers else 0
-
-    def go_on(self) -> None:
-        assert self._workers is not None
-        self._workers.go_on()
-
     def check(self) -> None:
-        assert self._workers is not None
-        self._workers.go_on()
-        self._workers.end()
+        self.end_work()
         assert self._begin + self._long.read() == content("long")
         self._get(self._half, 0)
 
     def close(self) -> None:
-        if self._workers is not None:
-            self._workers.close()
+        super().close()
         for connection in self._connections:
             connection.close()
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psycopg
 
-from tests.support.clients import Workers
+from tests.support.clients import Working
 from tests.support.compiling import PROGRAMS, compiled
 from tests.support.processes import wait_for
 
@@ -84,14 +84,16 @@ def server(folder: Path, address: str = "") -> list[str | Path]:
     ]
 
 
-class Clients:
+class Clients(Working):
     """See ``tests.support.clients.Clients``. One is in the middle of a transaction."""
+
+    counted = WRITERS
 
     def __init__(self, host: str) -> None:
         """``host``: the server's address, or the directory of its Unix socket."""
+        super().__init__()
         self._where = f"host={host} port={PORT} user=test dbname=postgres"
         self._connections: list[psycopg.Connection] = []
-        self._workers: Workers | None = None
 
     def open(self) -> None:
         wait_for("PostgreSQL to answer", self._connect)
@@ -112,7 +114,7 @@ class Clients:
         self._open.execute("begin")
         self._open.execute(LINE, {"writer": -1, "first": 1, "last": OPEN})
         writers = [partial(self._write, writer) for writer in range(WRITERS)]
-        self._workers = Workers([*writers, self._come_and_go])
+        self.work([*writers, self._come_and_go])
 
     def _write(self, writer: int, written: int) -> None:
         """One transaction. ``NEXT`` counts those that the server has committed."""
@@ -127,17 +129,8 @@ class Clients:
         with suppress(psycopg.OperationalError), psycopg.connect(where) as connection:
             assert connection.execute("select n from bulk where n = 1").fetchone() == (1,)
 
-    def answered(self) -> int:
-        return sum(self._workers.counts[:WRITERS]) if self._workers else 0
-
-    def go_on(self) -> None:
-        assert self._workers is not None
-        self._workers.go_on()
-
     def check(self) -> None:
-        assert self._workers is not None
-        self._workers.go_on()
-        self._workers.end()
+        self.end_work()
         lines = self.answered()
         assert self._ask(LINES) == lines
         assert self._ask(LINES, self._open) == lines + OPEN
@@ -158,8 +151,7 @@ class Clients:
     def close(self) -> None:
         for connection in self._connections:
             hang_up(connection)  # wakes up a thread that waits for an answer
-        if self._workers is not None:
-            self._workers.close()
+        super().close()
         for connection in self._connections:
             connection.close()
 

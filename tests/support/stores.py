@@ -19,6 +19,7 @@ from typing import Self
 import obstore
 from obstore.store import S3Store
 
+from tests.support.nginx import temporary
 from tests.support.processes import tail, wait_for
 from tests.support.remote import free_port
 
@@ -115,8 +116,7 @@ def nginx(root: Path, work: Path) -> Iterator[str]:
         daemon off; master_process off; pid {work}/pid; error_log stderr;
         events {{ worker_connections 64; }}
         http {{
-            access_log off; client_body_temp_path {work}/body; proxy_temp_path {work}/proxy;
-            fastcgi_temp_path {work}/fastcgi; uwsgi_temp_path {work}/uwsgi; scgi_temp_path {work}/scgi;
+            access_log off; {temporary(work)}
             server {{ listen 127.0.0.1:{port}; root {root}; }}
         }}
         """
