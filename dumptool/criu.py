@@ -108,6 +108,7 @@ class CriuDump:
         self._verdict, self._say = os.pipe()
         self._events, self._tell = os.pipe()
         self._output = os.memfd_create("criu-output", os.MFD_CLOEXEC)
+        self._heard = b""  # calls of the hook: several may come at once
         self.frozen_since = self.ready_since = 0.0
 
     def __enter__(self) -> Self:
@@ -197,13 +198,12 @@ class CriuDump:
 
     def _wait_for(self, event: str) -> None:
         """Waits for a call of the hook. Raises ``CriuError`` if CRIU ends before."""
-        seen = b""
-        while event.encode() not in seen.split(b"\n"):
+        while event.encode() not in self._heard.split(b"\n"):
             ready, _, _ = select.select([self._events, self._pidfd], [], [])
             if self._events not in ready:
                 self.wait()
                 raise self.failure()
-            seen += os.read(self._events, 4096)
+            self._heard += os.read(self._events, 4096)
 
     def _printed(self) -> list[str]:
         text = os.pread(self._output, os.fstat(self._output).st_size, 0).decode(errors="replace")

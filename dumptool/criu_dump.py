@@ -72,32 +72,38 @@ def _dump_by_criu(
     with _CriuRun(settings, how, watcher, shared_by_us=shared_by_us) as run:
         run.look()
         run.make_trackers()
-        with run.stopped() as tree, run.untracked_on_error():
-            run.find(tree)
-            run.find_thrown_away(tree)
-            if settings.leave_running and not settings.lazy_pages:
-                run.put_off()
-                run.copy(run.tasks, running=False)
-                run.copy_shared(run.shared, running=False)
-                run.still_stopped()
-                run.report.frozen = run.end(tree)
-                run.write_out()
-                run.publish()
-                run.write_stats()
-                return run.report
-            run.copy(run.tasks, running=False)
-            run.copy_shared(run.shared, running=False)
-            run.output.sync()
-            run.still_stopped()
-            run.publish()
-            if settings.lazy_pages and serve is not None:
-                run.serve(tree, serve)
-            elif settings.lazy_pages:
-                return run.report  # the images lack pages: the tree goes on
-            run.report.frozen = run.end(tree)
+        with run.stopped() as tree:
+            run.look_again(tree)
+            run.find_thrown_away(tree)  # may lead to another attempt, with the trackers as they are
+            with run.untracked_on_error():
+                _save(run, tree, settings, serve)
         if not settings.lazy_pages:
             run.write_stats()
     return run.report
+
+
+def _save(run: _CriuRun, tree: CriuTree, settings: Settings, serve: Serve | None) -> None:
+    """All that is done with the stopped tree."""
+    run.find(tree)
+    if settings.leave_running and not settings.lazy_pages:
+        run.put_off()
+        run.copy(run.tasks, running=False)
+        run.copy_shared(run.shared, running=False)
+        run.still_stopped()
+        run.report.frozen = run.end(tree)
+        run.write_out()
+        run.publish()
+        return
+    run.copy(run.tasks, running=False)
+    run.copy_shared(run.shared, running=False)
+    run.output.sync()
+    run.still_stopped()
+    run.publish()
+    if settings.lazy_pages and serve is not None:
+        run.serve(tree, serve)
+    elif settings.lazy_pages:
+        return  # the images lack pages: the tree goes on
+    run.report.frozen = run.end(tree)
 
 
 class _CriuRun(Run):
@@ -203,15 +209,20 @@ class _CriuRun(Run):
             *(name for name, given in chosen if given),
         ]
 
+    def look_again(self, tree: CriuTree) -> None:
+        """The memory of the stopped processes. Raises ``DumpError`` if it is being filled by a daemon."""
+        for process in tree.alive:
+            before = self._tasks.get(process.pid)
+            layout = proc.layout(process.pid, None if before is None else before.layout)
+            self._layouts[process.pid] = layout
+            survey.check_filled(process.pid, layout)
+
     def find(self, tree: CriuTree) -> None:
         """Finds the pages of all processes that will be written."""
         begin = time.monotonic()
         for process in tree.alive:
             pid = tree.image_pid(process.pid)
             before = self._tasks.get(process.pid)
-            layout = proc.layout(process.pid, None if before is None else before.layout)
-            self._layouts[process.pid] = layout
-            survey.check_filled(process.pid, layout)
             pidfd = os.dup(tree.pidfds[process.pid])
             self._resources.callback(os.close, pidfd)
             held = self._held.get(process.pid)
@@ -227,7 +238,7 @@ class _CriuRun(Run):
                 task.armed = self.level.arm_again(before, held)
             find_pages(task, self._work, target, changes)
             self.tasks.append(task)
-        self.report.scanning = time.monotonic() - begin
+        self.report.scanning += time.monotonic() - begin
 
     def find_thrown_away(self, tree: CriuTree) -> None:
         """Finds the pages of shared memory that will be written. Raises ``SharedMemoryLostError`` as well."""
@@ -276,7 +287,9 @@ class _CriuRun(Run):
         self.watcher.stage("syncing")
         self.level.close()
         inventory = images.read_one(self._work / Kind.INVENTORY.file_name(), Kind.INVENTORY)
-        if not inventory.dump_criu_run_id:
+        if inventory.dump_criu_run_id:
+            self._run_id = inventory.dump_criu_run_id  # what trackers and later levels know this one by
+        else:
             inventory.dump_criu_run_id = self._run_id  # CRIU before 4.1
         left = {Kind.INVENTORY.file_name(), Kind.STATS.file_name("dump"), *self._own}
         for path in sorted(self._work.iterdir()):

@@ -7,7 +7,6 @@ read again, because pages are in a pages file in the order of addresses.
 
 from __future__ import annotations
 
-import os
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,10 +15,10 @@ from pathlib import Path
 from dumptool import memory
 from dumptool._ptrace import lib
 from dumptool.chain import ParentPages
-from dumptool.level import Changes, PageJob
+from dumptool.level import Changes, PageJob, scan
 from dumptool.mappings import PROT_READ, Mapping
 from dumptool.memory import Marks, Part, Runs, Sink, Source
-from dumptool.tracking import Armed, Held, Vouched
+from dumptool.tracking import Armed, Held
 from images_spec import images
 from images_spec.flags import (
     MAP_PRIVATE,
@@ -65,7 +64,7 @@ def find_pages(task: StoppedTask, written: Path, target: Sink, changes: Changes)
     described = [mapping(entry) for entry in vmas if not is_guard(entry.status)]
     runs = _runs(pagemap, described, marks)
     if changes.vouched is not None or task.armed is not None:
-        runs = _without_unchanged(task, runs, described, marks, changes.vouched)
+        runs = _without_unchanged(task, runs, described, changes)
     (part,) = memory.only_in_parent(
         [Part(runs, readable(runs, described), drop_zero=False)], task.parent, marks
     )
@@ -127,25 +126,12 @@ def _by_mapping(
             at = min(stop, end)
 
 
-def _without_unchanged(
-    task: StoppedTask, runs: Runs, described: Sequence[Mapping], marks: Marks, vouched: Vouched | None
-) -> Runs:
-    fresh = frozenset[int]() if vouched is None else vouched.fresh(described)
-    armed = task.armed
-    if armed is not None:
-        armed.watch(described)
-    fd = os.open(f"/proc/{task.pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        protect = armed is not None and armed.can_protect
-        scanned = memory.scan(fd, described, marks, protect=protect, fresh=fresh)
-    finally:
-        os.close(fd)
-    if armed is not None:
-        armed.clear()
+def _without_unchanged(task: StoppedTask, runs: Runs, described: Sequence[Mapping], changes: Changes) -> Runs:
+    scanned = scan(task.pid, described, changes, task.armed)
     found = Runs(sum(part.runs.count for part in scanned))
     for part in scanned:
         found.extend(part.runs)
-    return runs.rewritten(lib.lp_mark_unchanged, found.array, found.count, marks.lazy_parents)
+    return runs.rewritten(lib.lp_mark_unchanged, found.array, found.count, changes.marks.lazy_parents)
 
 
 def readable(runs: Runs, described: Sequence[Mapping]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -125,22 +125,10 @@ class Level:
         pid = task.pid
         changes = self.changes(frozen)  # before the tracker is armed, or replaced by one that knows nothing
         armed = None if holder is None else self._arm(frozen, holder)
-        marks, vouched = changes.marks, changes.vouched
+        marks = changes.marks
         described = mappings.describe(proc.layout(pid, task.layout), file_id)
         pointers = [registers(tid).rsp for tid in task.process.threads]
-        fresh = vouched.fresh(described) if vouched is not None else frozenset()
-        if armed is not None:
-            armed.watch(described)
-        pagemap = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            protect = armed is not None and armed.can_protect
-            parts = memory.scan(
-                pagemap, described, marks, protect=protect, stack_pointers=pointers, fresh=fresh
-            )
-        finally:
-            os.close(pagemap)
-        if armed is not None:
-            armed.clear()
+        parts = scan(pid, described, changes, armed, stack_pointers=pointers)
         if marks.known:
             parts = memory.only_in_parent(parts, frozen.parent, marks)
         target = self._target(ImageType.TASK, task.image_pid, pages_id, parents=frozen.parent is not None)
@@ -257,14 +245,16 @@ class Level:
         """
         shared = Memory(piece)
         try:
-            size = min(shared.size, piece.mapped) if mapped else shared.size
-            part = memory.shared_part(shared.fd, size)
+            if given is None:
+                part = memory.shared_part(
+                    shared.fd, min(shared.size, piece.mapped) if mapped else shared.size
+                )
+            elif given.count and given.array[given.count - 1].end > shared.size:
+                raise TaskGoneError(f"shared memory {piece.number} has become smaller")
+            else:
+                part = Part(given, readable=True, drop_zero=True)
         finally:
             shared.close()
-        if given is not None:
-            if given.count and given.array[given.count - 1].end > shared.size:
-                raise TaskGoneError(f"shared memory {piece.number} has become smaller")
-            part = replace(part, runs=given)
         parent = self._shared_parents.get(piece.number)
         if parent is not None:
             part = replace(part, runs=shared.compared(part.runs, parent))
@@ -280,3 +270,28 @@ class Level:
         """Returns when the page server, if there is one, has everything. Raises ``DumpError``."""
         if self._sender is not None:
             self._sender.close()
+
+
+def scan(
+    pid: int,
+    described: Sequence[Mapping],
+    changes: Changes,
+    armed: Armed | None,
+    *,
+    stack_pointers: Sequence[int] = (),
+) -> list[Part]:
+    """The pages of a stopped process, marked; writes are tracked from here on if its tracker is ``armed``."""
+    fresh = changes.vouched.fresh(described) if changes.vouched is not None else frozenset()
+    if armed is not None:
+        armed.watch(described)
+    pagemap = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        protect = armed is not None and armed.can_protect
+        parts = memory.scan(
+            pagemap, described, changes.marks, protect=protect, stack_pointers=stack_pointers, fresh=fresh
+        )
+    finally:
+        os.close(pagemap)
+    if armed is not None:
+        armed.clear()
+    return parts

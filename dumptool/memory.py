@@ -490,7 +490,7 @@ def shared_part(fd: int, size: int) -> Part:
     runs = Runs()
     at = 0
     try:
-        while at < size and (start := _next_data(fd, at)) is not None:
+        while at < size and (start := _next_data(fd, at)) is not None and start < size:
             at = min(os.lseek(fd, start, os.SEEK_HOLE), size)
             runs.append(start // PAGE_SIZE * PAGE_SIZE, -(-at // PAGE_SIZE) * PAGE_SIZE, PE_PRESENT)
     except OSError as error:

@@ -33,6 +33,8 @@ SUSPEND_SECCOMP = 1 << 21
 """PTRACE_O_SUSPEND_SECCOMP of linux/ptrace.h."""
 PATIENCE = 1.0
 """Seconds for a killed thread to exit."""
+SEIZE_TRIES = 5
+"""A process that calls execve all the time may do so between each of our calls and the look at what it has found."""
 STACK_RESERVE = 1 << 16
 """Bytes kept free below stack pointers: a thread that runs on after dumptool was killed does not use more at once."""
 
@@ -57,15 +59,18 @@ def seize(tid: int) -> None:
 
     Raises ``DumpError`` if another process traces it or tracing is not permitted, ``TaskGoneError`` if it has exited.
     """
-    outcome = lib.lp_seize(tid)
-    if outcome == -errno.EPERM:
+    for _ in range(SEIZE_TRIES):
+        outcome = lib.lp_seize(tid)
+        if outcome != -errno.EPERM:
+            break
         status = proc.status(tid)
         if status["State"][0] in "ZX":
             raise TaskGoneError(f"thread {tid}: has ended")
         if int(status["TracerPid"]) == threading.get_native_id():
             return
-        # EPERM without a tracer: execve may have replaced a dead thread in between. Try once more.
-        outcome = lib.lp_seize(tid)
+        if int(status["TracerPid"]):
+            break
+        # EPERM without a tracer: execve may have replaced a dead thread in between.
     _check(outcome, tid, "can't be traced")
 
 

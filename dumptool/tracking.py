@@ -113,7 +113,12 @@ class Held:
         return self.record.program == program(self.record.pid) != ""
 
     def drop(self) -> None:
-        """Ends the tracking. The kernel then walks all tracked memory, when ``close`` was called, too."""
+        """Ends the tracking. The kernel then walks all tracked memory, when ``close`` was called, too.
+
+        After ``close``: nothing, another run may use the tracker.
+        """
+        if self.memfd < 0:
+            return
         trackers.store(self.memfd, replace(self.record, level="", arming=""))
         with suppress(DumpError):  # if the holder has ended, nothing is tracked
             self.holder.drop(self.record.pid)

@@ -54,16 +54,6 @@ static const unsigned char *in_parent(struct lp_compared *c, uint64_t address)
 	return level->bytes + offset;
 }
 
-static void append(struct lp_run *out, size_t *count, uint64_t start, uint64_t flags)
-{
-	struct lp_run *last = *count ? out + *count - 1 : NULL;
-
-	if (last && last->end == start && last->flags == flags)
-		last->end += LP_PAGE_SIZE;
-	else
-		out[(*count)++] = (struct lp_run){ start, start + LP_PAGE_SIZE, flags };
-}
-
 int lp_compare_pages(struct lp_compared *compared, const struct lp_run *runs, size_t nr_runs,
 		     struct lp_cursor *cursor, uint64_t max_pages, struct lp_run *out, size_t room, size_t *nr_out)
 {
@@ -78,10 +68,10 @@ int lp_compare_pages(struct lp_compared *compared, const struct lp_run *runs, si
 		uint64_t address = run->start + cursor->offset;
 		const unsigned char *old = in_parent(compared, address);
 
-		append(out, nr_out, address,
-		       old && same(compared->memory + address, old) ? LP_PARENT : run->flags);
+		lp_append_run(out, room, nr_out, address, address + LP_PAGE_SIZE,
+			      old && same(compared->memory + address, old) ? LP_PARENT : run->flags);
 		cursor->offset += LP_PAGE_SIZE;
-		if (address + LP_PAGE_SIZE == run->end)
+		if (address + LP_PAGE_SIZE >= run->end)
 			*cursor = (struct lp_cursor){ cursor->run + 1, 0 };
 	}
 	sigaction(SIGBUS, &before, NULL);

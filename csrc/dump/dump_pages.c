@@ -151,7 +151,7 @@ int lp_scan_pages(int pagemap_fd, const struct lp_scan *scan, uint64_t *next, ui
 	return 0;
 }
 
-static void append(struct lp_run *out, size_t room, size_t *count, uint64_t start, uint64_t end, uint64_t flags)
+void lp_append_run(struct lp_run *out, size_t room, size_t *count, uint64_t start, uint64_t end, uint64_t flags)
 {
 	struct lp_run *last = *count && *count <= room ? out + *count - 1 : NULL;
 
@@ -202,12 +202,12 @@ size_t lp_pin_pages(const struct lp_run *runs, size_t nr_runs, const uint64_t *p
 			if (pages[p] < at)
 				continue;
 			if (at < pages[p])
-				append(out, room, &count, at, pages[p], flags);
+				lp_append_run(out, room, &count, at, pages[p], flags);
 			at = pages[p] + LP_PAGE_SIZE;
-			append(out, room, &count, pages[p], at, pinned);
+			lp_append_run(out, room, &count, pages[p], at, pinned);
 		}
 		if (at < runs[r].end)
-			append(out, room, &count, at, runs[r].end, flags);
+			lp_append_run(out, room, &count, at, runs[r].end, flags);
 	}
 	return count;
 }
@@ -231,16 +231,16 @@ size_t lp_check_parent(const struct lp_run *runs, size_t nr_runs, const struct l
 			if (h < nr_held && held[h].start <= at) {
 				if (lp_extent_end(held + h) < until)
 					until = lp_extent_end(held + h);
-				append(out, room, &count, at, until, flags);
+				lp_append_run(out, room, &count, at, until, flags);
 			} else {
 				if (h < nr_held && held[h].start < until)
 					until = held[h].start;
-				append(out, room, &count, at, until, without);
+				lp_append_run(out, room, &count, at, until, without);
 			}
 			at = until;
 		}
 		if (at < end)
-			append(out, room, &count, at, end, flags);
+			lp_append_run(out, room, &count, at, end, flags);
 	}
 	return count;
 }
@@ -262,11 +262,11 @@ size_t lp_mark_unchanged(const struct lp_run *runs, size_t nr_runs, const struct
 			if (o < nr_others && others[o].start <= at) {
 				if (others[o].end < until)
 					until = others[o].end;
-				append(out, room, &count, at, until, unchanged);
+				lp_append_run(out, room, &count, at, until, unchanged);
 			} else {
 				if (o < nr_others && others[o].start < until)
 					until = others[o].start;
-				append(out, room, &count, at, until, flags);
+				lp_append_run(out, room, &count, at, until, flags);
 			}
 			at = until;
 		}
@@ -451,7 +451,7 @@ static int copy_pages(const struct lp_copy *copy, const struct lp_run *runs, siz
 			if (!(run->flags & LP_PRESENT)) {
 				if (nr)
 					break;
-				append(out, room, nr_out, run->start, run->end, run->flags);
+				lp_append_run(out, room, nr_out, run->start, run->end, run->flags);
 				ahead = (struct lp_cursor){ ahead.run + 1, 0 };
 				*cursor = ahead;
 				continue;
@@ -494,13 +494,13 @@ static int copy_pages(const struct lp_copy *copy, const struct lp_run *runs, siz
 			if (copy->drop_zero && is_zero(page)) {
 				/* No entry: the restore leaves such pages zero. */
 			} else if (old && memcmp(old, page, LP_PAGE_SIZE) == 0) {
-				append(out, room, nr_out, address, address + LP_PAGE_SIZE,
+				lp_append_run(out, room, nr_out, address, address + LP_PAGE_SIZE,
 				       run->flags & LP_LAZY ? copy->same_lazy : LP_PARENT);
 			} else {
 				if (kept != place)
 					memcpy(buffer + kept, page, LP_PAGE_SIZE);
 				kept += LP_PAGE_SIZE;
-				append(out, room, nr_out, address, address + LP_PAGE_SIZE, run->flags);
+				lp_append_run(out, room, nr_out, address, address + LP_PAGE_SIZE, run->flags);
 			}
 			place += LP_PAGE_SIZE;
 			cursor->offset += LP_PAGE_SIZE;

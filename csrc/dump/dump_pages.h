@@ -83,6 +83,11 @@ size_t lp_check_parent(const struct lp_run *runs, size_t nr_runs, const struct l
 size_t lp_mark_unchanged(const struct lp_run *runs, size_t nr_runs, const struct lp_run *others, size_t nr_others,
 			 int lazy, struct lp_run *out, size_t room);
 
+/*
+ * Appends a run, or lengthens the last one if it ends there and has the same flags. Beyond `room` runs, they are only counted.
+ */
+void lp_append_run(struct lp_run *out, size_t room, size_t *count, uint64_t start, uint64_t end, uint64_t flags);
+
 /* The parent levels, for comparison. */
 struct lp_parent {
 	const struct lp_extent *held; /* where the chain has each page */

@@ -113,17 +113,22 @@ def test_only_what_was_written_is_written(criu: Criu, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_one_dump_after_the_other(tmp_path: Path) -> None:
-    """--track-mem --leave-running, without any pre-dump: each dump has what was written since the one before."""
+@pytest.mark.parametrize("method", ["auto", "uffd-wp"])
+def test_one_dump_after_the_other(method: str, tmp_path: Path) -> None:
+    """--track-mem --leave-running, without any pre-dump: each dump has what was written since the one before.
+
+    auto also compares, if the tracker knows nothing of the level.
+    """
     criu, output = Criu("4.2"), tmp_path / "output"
     with task(compiled(PROGRAMS / "writer.c"), output=output) as pid:
         wait_for("the table", lambda: output.read_text().endswith("\n"))
         writer, parents = Writer(pid, output), []
         for level in range(3):
             goes_on = ["-R", "--track-mem"] if level < 2 else []
+            goes_on += ["--dirty-tracking", method]
             check("dump", "-t", pid, "-D", tmp_path / str(level), *parents, *goes_on, *by_criu(criu))
             parents = ["--prev-images-dir", f"../{level}"]
-            if goes_on:
+            if level < 2:
                 is_unharmed(pid)
                 assert tracker_of(pid)
                 writer.next_step()

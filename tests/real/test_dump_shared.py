@@ -173,15 +173,20 @@ def test_by_dumptool_alone(tmp_path: Path) -> None:
 
 
 def test_what_only_criu_finds(tmp_path: Path) -> None:
-    """A memfd on its way through a socket: the tree is dumped once more, with CRIU's own copy."""
+    """A memfd on its way through a socket: the tree is dumped once more, with CRIU's own copy, and what was tracked."""
     criu, top = Criu("4.2"), tmp_path / "top"
     with nothing_left():
         process = start([sys.executable, "-c", IN_FLIGHT], cwd=tmp_path)
         wait_for("the descriptor to be sent", (tmp_path / "ready").exists)
-        said = check("dump", "-t", process.pid, "-D", top, *by_criu(criu))
+        tracked = ["--dirty-tracking", "uffd-wp"]
+        check("pre-dump", "-t", process.pid, "-D", tmp_path / "1", *tracked)
+        parents = ["--prev-images-dir", "../1"]
+        said = check("dump", "-t", process.pid, "-D", top, *parents, *tracked, *by_criu(criu))
         assert re.search(
             r"no process has shared memory \d+ mapped or open; the tree goes on, and is dumped once", said
         )
+        counted = stats(top)
+        assert counted.pages_skipped_parent > counted.pages_written
         reap_all()
         criu.restore(top, work=tmp_path, lazy=False)
         Sharing(process.pid, tmp_path).is_right()

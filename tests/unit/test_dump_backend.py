@@ -12,7 +12,7 @@ import pytest
 
 from dumptool._ptrace import ffi, lib
 from dumptool.backend import Backend
-from dumptool.criu import find_criu, reasons
+from dumptool.criu import Criu, CriuDump, find_criu, reasons
 from dumptool.criu_options import FLAGS, VALUES, choice
 from dumptool.criu_pages import readable
 from dumptool.errors import DumpError
@@ -159,3 +159,22 @@ def test_room_in_memory(group: str, files: dict[str, str], monkeypatch: pytest.M
     assert room() == 1024 // SHARE
     files.clear()
     assert room() == 0
+
+
+CALLS_AT_ONCE = """#!/bin/sh
+exec 3<"$DUMPTOOL_VERDICT"
+printf 'pre-dump\\npost-dump\\n' >"$DUMPTOOL_EVENTS"
+cat <&3
+exit 1
+"""
+
+
+def test_calls_of_the_hook_that_are_heard_at_once(tmp_path: Path) -> None:
+    """As by a dumptool that did not run meanwhile."""
+    program = tmp_path / "criu"
+    program.write_text(CALLS_AT_ONCE)
+    program.chmod(0o755)
+    criu = Criu(program, "4.2")
+    with CriuDump(criu, [], log=tmp_path / "log", commit=None, kills=False) as dump:
+        dump.start()
+        assert dump.ready_since >= dump.frozen_since > 0

@@ -143,3 +143,17 @@ def test_what_criu_writes_is_thrown_away(tmp_path: Path) -> None:
     assert list(pages(pagemap)) == [(PAGE_SIZE, 2 * PAGE_SIZE, PE_PRESENT)]
     with pytest.raises(DumpError, match="File exists"):
         throw_away(tmp_path, 1)
+
+
+def test_data_behind_the_end_and_a_hole_before_it() -> None:
+    """Only what lies before the size that is asked for."""
+    fd = os.memfd_create("shared")
+    try:
+        os.ftruncate(fd, 16 * PAGE_SIZE)
+        for page in (1, 2, 12, 13):
+            os.pwrite(fd, b"data", page * PAGE_SIZE)
+        for size, ends in ((8, [3]), (13, [3, 13]), (16, [3, 14]), (2, [2])):
+            part = memory.shared_part(fd, size * PAGE_SIZE)
+            assert [end // PAGE_SIZE for _, end, _ in part.runs] == ends
+    finally:
+        os.close(fd)

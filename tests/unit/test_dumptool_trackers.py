@@ -244,3 +244,9 @@ def test_the_huge_zero_page_counts_as_written(tmp_path: Path) -> None:
     with pagemap.open("rb") as file:
         memory.doubt_huge_zeros(file.fileno(), runs, 0)
     assert [flags for _, _, flags in runs] == [huge, huge | lib.LP_PAGE_SOFT_DIRTY, huge, 0]
+
+
+def test_one_that_is_closed_is_not_dropped() -> None:
+    """Its descriptors may be somebody else's, and so may the tracker."""
+    tracker = held(memfd=-1, uffd=None)
+    tracker.drop()  # the holder here has no method
